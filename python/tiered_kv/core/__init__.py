@@ -1,0 +1,1 @@
+"""Words, units, errors, clocks and configuration that every other package shares."""

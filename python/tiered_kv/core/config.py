@@ -1,0 +1,145 @@
+"""Configuration as frozen values, one dataclass per subsystem, validated when made.
+
+Every field has a default, and a docstring line below it that says what it is and its unit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tiered_kv.core.errors import ConfigError
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ConfigError(sentence)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostConfig:
+    """The host-memory tier."""
+
+    enabled: bool = True
+    """False: no host tier; nothing is written through, and disk pages cannot be brought back."""
+
+    size_bytes: int | None = None
+    """Bytes of host memory for KV pages on each rank; None derives them from `ratio`."""
+
+    ratio: float = 2.0
+    """Host bytes as a multiple of the device pool's bytes; used only if `size_bytes` is None."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.size_bytes is None or self.size_bytes > 0,
+            f"The host tier's size must be positive, not {self.size_bytes} bytes; "
+            "leave it out to derive it from the ratio.",
+        )
+        _require(
+            math.isfinite(self.ratio) and self.ratio > 0,
+            f"The host tier's ratio must be a positive number, not {self.ratio}.",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskConfig:
+    """The disk tier; off unless it is given a directory."""
+
+    directory: Path | None = None
+    """Directory that holds the segment files and the index; None switches the disk tier off."""
+
+    size_bytes: int | None = None
+    """Most bytes the disk tier may occupy; None lets the store choose from the free space."""
+
+    io_threads: int = 4
+    """Threads that read and write segments; two to four saturate a local disk."""
+
+    direct_io: bool | None = None
+    """True bypasses the page cache (O_DIRECT), False uses it, None lets the store choose."""
+
+    clear_on_start: bool = False
+    """True deletes all stored pages when the server starts."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.size_bytes is None or self.size_bytes > 0,
+            f"The disk tier's size must be positive, not {self.size_bytes} bytes; "
+            "leave it out to let the store choose.",
+        )
+        _require(
+            self.size_bytes is None or self.directory is not None,
+            "The disk tier was given a size but no directory; name a directory or drop the size.",
+        )
+        _require(
+            not self.clear_on_start or self.directory is not None,
+            "The disk tier is to be cleared but has no directory; name a directory.",
+        )
+        _require(
+            1 <= self.io_threads <= 64,
+            f"The disk tier needs between 1 and 64 I/O threads, not {self.io_threads}.",
+        )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is a disk tier at all."""
+        return self.directory is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConfig:
+    """What the memory manager decides, and how."""
+
+    eviction_policy: str = "lru"
+    """Name of a registered eviction policy, used in every tier."""
+
+    host_enabled: bool = True
+    """Whether pages are written through from the device to host memory."""
+
+    disk_enabled: bool = True
+    """Whether pages that are in host memory are written through to disk."""
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.eviction_policy),
+            "The eviction policy's name must not be empty; use lru.",
+        )
+        _require(
+            self.host_enabled or not self.disk_enabled,
+            "The disk tier is reached through host memory; enable the host tier or disable disk.",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TieredKVConfig:
+    """Everything that this project can be told."""
+
+    page_size: int = 64
+    """Tokens per page, the unit of keys and of transfers."""
+
+    host: HostConfig = field(default_factory=HostConfig)
+    """The host-memory tier."""
+
+    disk: DiskConfig = field(default_factory=DiskConfig)
+    """The disk tier."""
+
+    eviction_policy: str = "lru"
+    """Name of a registered eviction policy, used in every tier."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.page_size > 0, f"The page size must be at least 1 token, not {self.page_size}."
+        )
+        _require(
+            self.host.enabled or not self.disk.enabled,
+            "The disk tier is reached through host memory; enable the host tier or disable disk.",
+        )
+
+    @property
+    def memory(self) -> MemoryConfig:
+        """What the memory manager needs to know of all this."""
+        return MemoryConfig(
+            eviction_policy=self.eviction_policy,
+            host_enabled=self.host.enabled,
+            disk_enabled=self.disk.enabled,
+        )

@@ -1,0 +1,23 @@
+"""The exceptions of this project; `str(error)` is one sentence written for the user."""
+
+from __future__ import annotations
+
+
+class TieredKVError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class ConfigError(TieredKVError, ValueError):
+    """An option has a value that cannot work."""
+
+
+class DiskTierError(TieredKVError):
+    """The disk tier cannot be opened: locked, not writable, or of another format."""
+
+
+class UpstreamError(TieredKVError):
+    """The installed SGLang is not the version, or lacks a symbol, that this project needs."""
+
+
+class IntegrityError(TieredKVError, AssertionError):
+    """A caller broke a rule of the forest, or the forest's own bookkeeping is inconsistent."""

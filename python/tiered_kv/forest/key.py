@@ -1,0 +1,73 @@
+"""Content addresses: a chain of hashes that starts from a namespace and adds a page at a time.
+
+A page's hash names everything that its KV depends on: the namespace (model, dtype, layout, tenant,
+...) and all tokens from the start of the prompt to the page's end. So two equal hashes mean
+interchangeable KV, in this process, after a restart, and on another replica.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from array import array
+from typing import Protocol
+
+TOKEN_TYPECODE = "q"
+TOKEN_BYTES = 8
+
+_LITTLE_ENDIAN = sys.byteorder == "little"
+
+
+class Sliceable(Protocol):
+    """Slots of consecutive pages in one tier: a tensor, an array, a list, a range.
+
+    The forest only measures and slices it; what a slot means is the tier's business. Slices are
+    kept as they are, so they must not change when the caller reuses the sliced object's memory.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> Sliceable: ...
+
+
+def namespace_hash(*parts: str | bytes | int) -> bytes:
+    """32 bytes that name a namespace; the root of the page hash chains in it.
+
+    Parts are hashed with their type and length in front, so ("ab", "c"), ("a", "bc") and
+    (b"ab", "c") all differ; order matters.
+    """
+    digest = hashlib.sha256(b"tiered-kv namespace 1\0")
+    for part in parts:
+        if isinstance(part, bytes):
+            kind, data = b"b", part
+        elif isinstance(part, str):
+            kind, data = b"s", part.encode("utf-8", "surrogatepass")
+        else:
+            kind, data = b"i", str(int(part)).encode("ascii")
+        digest.update(kind + len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.digest()
+
+
+def page_hashes(parent: bytes, tokens: array[int], page_size: int) -> list[bytes]:
+    """Hashes of the whole pages of `tokens`, chained from `parent` (32 bytes).
+
+    hash(page) = sha256(hash(page before) + the page's tokens as little-endian int64). A tail
+    shorter than a page is ignored.
+    """
+    sha256 = hashlib.sha256
+    step = page_size * TOKEN_BYTES
+    data = _little_endian_bytes(tokens)
+    hashes = []
+    for begin in range(0, len(data) - step + 1, step):
+        parent = sha256(parent + data[begin : begin + step]).digest()
+        hashes.append(parent)
+    return hashes
+
+
+def _little_endian_bytes(tokens: array[int]) -> bytes:
+    if _LITTLE_ENDIAN:
+        return tokens.tobytes()
+    swapped = array(TOKEN_TYPECODE, tokens)
+    swapped.byteswap()
+    return swapped.tobytes()
