@@ -1,0 +1,134 @@
+"""The hooks on SGLang, in one table: applied only with `--tiered-kv`, checked before serving.
+
+SGLang swallows a hook whose target is missing and applies none to a target that another plugin
+hooked before, so `install` applies ours itself, and `verify_installed` looks at what is in effect.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tiered_kv.core.errors import UpstreamError
+
+
+class Process(enum.Enum):
+    """The kinds of process a server consists of; the value is the module that makes it one."""
+
+    SCHEDULER = "sglang.srt.managers.scheduler"
+    TOKENIZER = "sglang.srt.managers.tokenizer_manager"
+    DETOKENIZER = "sglang.srt.managers.detokenizer_manager"
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One function of ours, attached to one function of SGLang's."""
+
+    target: str
+    """Dotted name of the function or method."""
+    kind: str
+    """before, after, around or replace: SGLang's `HookType`, whose signatures apply."""
+    function: str
+    """Our function, as "package.module:name", imported when the hook is applied. It must do nothing
+    for an object whose `server_args.tiered_kv` is off: two engines may share a process."""
+    process: Process
+    """Where it is needed; its absence there refuses the start."""
+    why: str
+    """What would be wrong without it."""
+
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.__init__",
+        kind="after",
+        function="tiered_kv.plugin.scheduler_hooks:announce_disk_tier",
+        process=Process.SCHEDULER,
+        why="the scheduler only prefetches from disk if its enable_hicache_storage is set, and "
+        "SGLang derives that from --hicache-storage-backend alone",
+    ),
+)
+
+_installed: dict[str, Callable[..., Any]] = {}
+
+
+def loaded_processes() -> tuple[Process, ...]:
+    """The kinds of process that this one can be, judged by the modules it has loaded."""
+    return tuple(process for process in Process if process.value in sys.modules)
+
+
+def install(processes: Iterable[Process]) -> None:
+    """Apply the hooks of `processes` that are not applied yet, importing their targets.
+
+    Raises UpstreamError if one cannot be applied.
+    """
+    wanted = set(processes)
+    by_target: dict[str, list[Hook]] = {}
+    for hook in HOOKS:
+        if hook.process in wanted and hook.target not in _installed:
+            by_target.setdefault(hook.target, []).append(hook)
+    for target, hooks in by_target.items():
+        _apply(target, hooks)
+
+
+def verify_installed(process: Process) -> None:
+    """Raise UpstreamError unless every hook of `process` is in effect in this very process."""
+    for hook in HOOKS:
+        if hook.process is process and not _in_effect(hook.target):
+            raise UpstreamError(
+                f"--tiered-kv refuses to start because its hook on {hook.target} is not in effect "
+                f"({hook.why}); another plugin may have replaced it: try SGLANG_PLUGINS=tiered_kv."
+            )
+
+
+def _apply(target: str, hooks: list[Hook]) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+    source = HookSource(plugin_name="tiered_kv", dist_name="sglang-tiered-kv")
+    try:
+        entries = [(HookType(hook.kind), _function(hook), source) for hook in hooks]
+        HookRegistry._apply_target(target, entries)
+        _installed[target] = _current(target)
+    except Exception as error:
+        raise UpstreamError(
+            f"--tiered-kv refuses to start because {target} cannot be hooked "
+            f"({type(error).__name__}: {error}); install the supported SGLang release or start "
+            "without the flag."
+        ) from error
+
+
+def _function(hook: Hook) -> Callable[..., Any]:
+    module, _, name = hook.function.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _current(target: str) -> Callable[..., Any]:
+    owner, _, name = target.rpartition(".")
+    return _plain(vars(pkgutil.resolve_name(owner))[name])
+
+
+def _in_effect(target: str) -> bool:
+    """Whether calling `target` still runs through our wrapper, under whatever wraps it by now."""
+    ours = _installed.get(target)
+    if ours is None:
+        return False
+    owner_name, _, name = target.rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)
+    # A class that replaced the hooked one inherits our wrapper or calls it through super().
+    places = owner.__mro__ if isinstance(owner, type) else (owner,)
+    for place in places:
+        function = _plain(vars(place).get(name))
+        while function is not None:
+            if function is ours:
+                return True
+            function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _plain(function: Any) -> Any:
+    return function.__func__ if isinstance(function, classmethod | staticmethod) else function

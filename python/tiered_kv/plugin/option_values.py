@@ -1,0 +1,103 @@
+"""Values of the `--tiered-kv-*` options: what is accepted, and what it means.
+
+The command line, a YAML file (`--config`) and `sgl.Engine(...)` all pass through here, so a size
+may arrive as text or as a number, and YAML turns an unquoted `off` or `none` into something else.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.core.units import parse_bytes
+
+NO_DISK = "none"
+"""The value of `--tiered-kv-disk-dir` that switches the disk tier off."""
+
+DISK_BYTES_DEFAULT = 32 * 10**9
+DISK_FREE_SHARE_MAX = 0.8
+
+_DIRECT_IO = {"auto": None, "on": True, "off": False, "true": True, "false": False}
+
+
+def size_bytes(option: str, value: str | int | float) -> int:
+    """Bytes of `value`: a bare number is gigabytes (10^9), as in SGLang's `--hicache-size`.
+
+    `option` is the flag's name, for the message. Raises ConfigError unless the size is positive.
+    """
+    try:
+        gigabytes = float(value)
+    except (TypeError, ValueError):
+        gigabytes = None
+    try:
+        if isinstance(value, bool) or (gigabytes is not None and not math.isfinite(gigabytes)):
+            raise ConfigError("")
+        n_bytes = parse_bytes(value) if gigabytes is None else int(gigabytes * 1e9)
+        if n_bytes <= 0:
+            raise ConfigError("")
+    except ConfigError:
+        raise ConfigError(
+            f"{option} must be a positive size, not {value!r}; write a number of gigabytes (8) "
+            "or a number with a unit (512MB, 8GB, 8GiB)."
+        ) from None
+    return n_bytes
+
+
+def direct_io(option: str, value: str | bool | None) -> bool | None:
+    """Whether the disk tier bypasses the page cache; None lets it choose.
+
+    Raises ConfigError for anything but auto, on and off (and the booleans YAML makes of them).
+    """
+    text = "auto" if value is None else str(value).lower()
+    if text not in _DIRECT_IO:
+        raise ConfigError(f"{option} must be auto, on or off, not {value!r}.")
+    return _DIRECT_IO[text]
+
+
+def disk_directory(option: str, value: str | os.PathLike[str] | None) -> Path | None:
+    """The disk tier's absolute directory: `value`, the default for None, or None for "none".
+
+    Raises ConfigError if the directory could not be created or written to.
+    """
+    if value is None:
+        cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        directory = Path(cache_home).expanduser() / "tiered_kv" / "disk"
+    elif str(value).strip().lower() in (NO_DISK, ""):
+        return None
+    else:
+        directory = Path(value).expanduser()
+    directory = directory.absolute()
+    existing = _nearest_existing(directory)
+    if not existing.is_dir():
+        raise ConfigError(
+            f"{option} cannot be {directory} because {existing} is a file; name a directory, "
+            f"or write {NO_DISK} to do without the disk tier."
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{option} cannot be {directory} because {existing} is not writable; name another "
+            f"directory, or write {NO_DISK} to do without the disk tier."
+        )
+    return directory
+
+
+def default_disk_bytes(directory: Path) -> int:
+    """The disk tier's size if none is given: 32 GB, but at most 80% of what it could have.
+
+    What it could have is the file system's free space plus what its own files take already:
+    without the latter the tier would shrink at every restart.
+    """
+    free = shutil.disk_usage(_nearest_existing(directory)).free
+    own = 0
+    if directory.is_dir():
+        own = sum(f.stat().st_blocks * 512 for f in directory.rglob("*") if f.is_file())
+    return min(DISK_BYTES_DEFAULT, int(DISK_FREE_SHARE_MAX * (free + own)))
+
+
+def _nearest_existing(path: Path) -> Path:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path

@@ -1,0 +1,14 @@
+"""Hooks on SGLang's scheduler; `hooks.py` says where each one is attached and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def announce_disk_tier(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Have the scheduler prefetch from storage exactly if the cache has a disk tier.
+
+    AFTER `Scheduler.__init__`; everything that reads `enable_hicache_storage` reads it later.
+    """
+    if scheduler.server_args.tiered_kv:
+        scheduler.enable_hicache_storage = scheduler.tree_cache.enable_storage

@@ -1,0 +1,242 @@
+"""SGLang's `ServerArgs` with the `--tiered-kv` options; the entry point puts it in their place.
+
+Without `--tiered-kv` it behaves as SGLang's own: same values, same side effects. With it, the
+values that make SGLang build our cache are set before SGLang resolves the rest, and the object
+prepares every process that unpickles it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from typing import Any, Optional, get_args, get_type_hints
+
+from sglang.srt import server_args as upstream_server_args
+from sglang.srt.arg_groups.arg_utils import NS, A, Arg
+
+from tiered_kv.core.config import DiskConfig, HostConfig, TieredKVConfig
+from tiered_kv.core.errors import ConfigError, TieredKVError
+from tiered_kv.plugin import option_values, process_carrier, refusals
+
+PAGE_SIZE_DEFAULT = 64
+
+
+def _flag(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def _size(text: str) -> str:
+    try:
+        option_values.size_bytes("the value", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _direct_io(text: str) -> str:
+    try:
+        option_values.direct_io("the value", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+# The fields are declared `no_cli` because SGLang would list them among its four hundred options;
+# `add_cli_args` adds them to a group of their own.
+@dataclasses.dataclass
+class ServerArgs(upstream_server_args.ServerArgs):
+    """SGLang's arguments and ours. `to_config()` gives ours as a checked value."""
+
+    tiered_kv: A[
+        bool,
+        Arg(
+            no_cli=True,
+            help="Keep the KV cache of past prompts in three tiers: device, host memory and disk. "
+            f"Sets --page-size to {PAGE_SIZE_DEFAULT} unless it is given, and --enable-cache-report "
+            "so that usage says how many prompt tokens were cached.",
+        ),
+        NS("memory"),
+    ] = False
+    tiered_kv_host_size: A[
+        Optional[str],
+        Arg(
+            no_cli=True,
+            type_parser=_size,
+            help="Host memory for KV pages on each tensor-parallel rank, for example 8GB, 512MB or "
+            "8GiB; a bare number is gigabytes. Overrides --tiered-kv-host-ratio.",
+        ),
+        NS("memory"),
+    ] = None
+    tiered_kv_host_ratio: A[
+        float,
+        Arg(
+            no_cli=True,
+            type_parser=float,
+            help="Host memory for KV pages as a multiple of the device's KV pool.",
+        ),
+        NS("memory"),
+    ] = 2.0
+    tiered_kv_disk_dir: A[
+        Optional[str],
+        Arg(
+            no_cli=True,
+            help="Directory of the disk tier, kept across restarts; 'none' switches the tier off. "
+            "Default: tiered_kv/disk under $XDG_CACHE_HOME or ~/.cache.",
+        ),
+        NS("memory"),
+    ] = None
+    tiered_kv_disk_size: A[
+        Optional[str],
+        Arg(
+            no_cli=True,
+            type_parser=_size,
+            help="Most disk space that the tier may take, shared by the ranks of this machine. "
+            "Default: 32GB, but at most 80%% of the free space.",
+        ),
+        NS("memory"),
+    ] = None
+    tiered_kv_clear_disk: A[
+        bool,
+        Arg(no_cli=True, help="Delete everything in the disk tier when the server starts."),
+        NS("memory"),
+    ] = False
+    tiered_kv_disk_io_threads: A[
+        int,
+        Arg(no_cli=True, help="Threads that read and write the disk tier, 1 to 64."),
+        NS("memory"),
+    ] = 4
+    tiered_kv_direct_io: A[
+        str,
+        Arg(
+            no_cli=True,
+            type_parser=_direct_io,
+            help="Bypass the page cache in the disk tier (O_DIRECT): on, off, or auto.",
+        ),
+        NS("memory"),
+    ] = "auto"
+    tiered_kv_debug_integrity: A[
+        bool,
+        Arg(
+            no_cli=True,
+            help="Check the cache's bookkeeping whenever the server is idle, and stop the server "
+            "if it is inconsistent. Costs time proportional to the cache.",
+        ),
+        NS("memory"),
+    ] = False
+
+    def __post_init__(self) -> None:
+        """Resolve all arguments. Raises ConfigError (a ValueError) or UpstreamError for ours."""
+        refusals.check_options_need_flag(self)
+        if not self.tiered_kv:
+            super().__post_init__()
+            return
+        process_carrier.prepare_main_process()
+        refusals.check_server_args(self)
+        self._resolve_tiers()
+        self._select_cache()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if self.disable_radix_cache:
+                raise ConfigError(refusals.RADIX_CACHE_OFF) from error
+            raise
+        refusals.check_resolved(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Not by setattr: resolved arguments are read-only.
+        self.__dict__.update(state)
+        if self.tiered_kv:
+            process_carrier.prepare_child_process()
+
+    # The next two are defined here, rather than inherited, for the sake of other plugins that hook
+    # them: SGLang's HookRegistry recognises static and class methods only in the class's own dict.
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> None:
+        """Add SGLang's options, and ours as a group of their own."""
+        super(ServerArgs, ServerArgs).add_cli_args(parser)
+        group = parser.add_argument_group(
+            "Tiered KV", "KV cache on device, host memory and disk (plugin sglang-tiered-kv)"
+        )
+        hints = get_type_hints(ServerArgs, include_extras=True)
+        for field in own_fields():
+            _add_option(group, field, hints[field.name])
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> ServerArgs:
+        """As SGLang's, but an error of ours is a message and exit code 2, as argparse's are."""
+        try:
+            return super().from_cli_args(args)
+        except TieredKVError as error:
+            print(f"sglang serve: error: {error}", file=sys.stderr)  # noqa: T201
+            sys.exit(2)
+
+    def to_config(self) -> TieredKVConfig:
+        """Our options for one rank, as the layers below take them. Raises ConfigError."""
+        host_size = None
+        if self.tiered_kv_host_size is not None:
+            host_size = option_values.size_bytes("--tiered-kv-host-size", self.tiered_kv_host_size)
+        directory = option_values.disk_directory("--tiered-kv-disk-dir", self.tiered_kv_disk_dir)
+        disk_size = None
+        if directory is not None:
+            assert self.tiered_kv_disk_size is not None, "set by __post_init__"
+            ranks = max(1, self.tp_size // self.nnodes)
+            disk_size = (
+                option_values.size_bytes("--tiered-kv-disk-size", self.tiered_kv_disk_size) // ranks
+            )
+        return TieredKVConfig(
+            page_size=self.page_size,
+            eviction_policy=self.radix_eviction_policy,
+            host=HostConfig(size_bytes=host_size, ratio=self.tiered_kv_host_ratio),
+            disk=DiskConfig(
+                directory=directory,
+                size_bytes=disk_size,
+                io_threads=self.tiered_kv_disk_io_threads,
+                direct_io=option_values.direct_io(
+                    "--tiered-kv-direct-io", self.tiered_kv_direct_io
+                ),
+                clear_on_start=self.tiered_kv_clear_disk and directory is not None,
+            ),
+        )
+
+    def _resolve_tiers(self) -> None:
+        """Replace defaults by what they stand for, so that every rank and /server_info agree."""
+        directory = option_values.disk_directory("--tiered-kv-disk-dir", self.tiered_kv_disk_dir)
+        if directory is None:
+            self.tiered_kv_disk_dir = option_values.NO_DISK
+        else:
+            self.tiered_kv_disk_dir = str(directory)
+            if self.tiered_kv_disk_size is None:
+                self.tiered_kv_disk_size = f"{option_values.default_disk_bytes(directory)}B"
+        if self.page_size is None:
+            self.page_size = PAGE_SIZE_DEFAULT
+        self.to_config()
+
+    def _select_cache(self) -> None:
+        """Set what makes SGLang's scheduler build our cache and call its hierarchical interface."""
+        self.radix_cache_backend = process_carrier.RADIX_CACHE_BACKEND
+        self.enable_hierarchical_cache = True
+        self.enable_cache_report = True
+        # We build no pool by these two; this pair passes SGLang's checks on every device.
+        self.hicache_io_backend = "direct"
+        self.hicache_mem_layout = "layer_first"
+
+
+def own_fields() -> list[dataclasses.Field[Any]]:
+    """The fields that `ServerArgs` adds to SGLang's."""
+    return [f for f in dataclasses.fields(ServerArgs) if f.name.startswith("tiered_kv")]
+
+
+def _add_option(
+    group: argparse._ArgumentGroup, field: dataclasses.Field[Any], annotation: Any
+) -> None:
+    kind, arg, *_ = get_args(annotation)
+    if kind is bool:
+        group.add_argument(_flag(field.name), action="store_true", help=arg.help)
+        return
+    parser = arg.type_parser or (kind if kind in (int, float) else str)
+    metavar = field.name.removeprefix("tiered_kv_").upper()
+    group.add_argument(
+        _flag(field.name), type=parser, default=field.default, help=arg.help, metavar=metavar
+    )
