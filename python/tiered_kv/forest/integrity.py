@@ -32,7 +32,7 @@ def check(
         _require(node.node_id == node_id, node, f"is filed under {node_id}")
         _check_shape(node, page_size)
         for tier in tiers:
-            _check_record(node, tier, page_size)
+            _check_record(node, tier)
         _check_needed(node, tiers)
     for tier in tiers:
         _check_ledger(ledgers[tier], nodes.values())
@@ -82,7 +82,7 @@ def _check_shape(node: Node, page_size: int) -> None:
     _require(parent.children.get(key) is node, node, "is filed under another page")
 
 
-def _check_record(node: Node, tier: Tier, page_size: int) -> None:
+def _check_record(node: Node, tier: Tier) -> None:
     record = node.records[tier]
     children = [child.records[tier] for child in node.children.values()]
     where = f"in {tier.name}"

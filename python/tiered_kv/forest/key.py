@@ -65,6 +65,11 @@ def page_hashes(parent: bytes, tokens: array[int], page_size: int) -> list[bytes
     return hashes
 
 
+def page_hash(parent: bytes, page: array[int]) -> bytes:
+    """The hash of the one page `page` after the page, or namespace, called `parent`."""
+    return hashlib.sha256(parent + _little_endian_bytes(page)).digest()
+
+
 def _little_endian_bytes(tokens: array[int]) -> bytes:
     if _LITTLE_ENDIAN:
         return tokens.tobytes()

@@ -24,13 +24,10 @@ class TransferIndex:
         # A split appends the upper half behind the lower, so the order of insertion won't do.
         return sorted(self._nodes.get((op, tier), ()), key=_top_down)
 
-    def take(self, op: int, tier: Tier) -> list[Node]:
-        """Like `nodes`, and forget the transfer."""
-        nodes = self.nodes(op, tier)
-        self._nodes.pop((op, tier), None)
-        for node in nodes:
+    def drop(self, op: int, tier: Tier) -> None:
+        """Forget that `op` moves nodes into `tier`."""
+        for node in self._nodes.pop((op, tier), ()):
             node.records[tier].op = None
-        return nodes
 
     def tiers(self, op: int) -> list[Tier]:
         """Tiers that `op` moves nodes into."""

@@ -1,85 +1,275 @@
-"""Finding the longest known prefix: pure functions over nodes and token arrays.
-
-All comparisons are of array slices, page-aligned, and nothing recurses: a prompt may be one node
-of thousands of pages, or thousands of nodes of one page.
-"""
+"""The trees of the forest: nodes, how they are found, made, split and forgotten, and their pins."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, KeysView
+from weakref import WeakValueDictionary
 
-from tiered_kv.forest.key import TOKEN_TYPECODE
+from tiered_kv.core.clock import LogicalClock
+from tiered_kv.core.errors import IntegrityError
+from tiered_kv.core.ids import PAGE_HASH_BYTES, Tier
+from tiered_kv.forest import integrity
+from tiered_kv.forest.descent import descend, whole_pages
+from tiered_kv.forest.key import page_hashes
+from tiered_kv.forest.ledger import TierLedger
 from tiered_kv.forest.node import Node, Tokens
+from tiered_kv.forest.residency import Residency
+from tiered_kv.forest.transfer import TransferIndex
+from tiered_kv.forest.view import ForestView, view_of
+
+_ABSENT = Residency.ABSENT
+
+__all__ = ["Node", "Trees"]
 
 
-class Descent(NamedTuple):
-    """How far a prompt can be followed below a node."""
+class Trees:
+    """One radix tree per namespace, with pins and per-tier totals; the base of `Forest`.
 
-    path: list[Node]
-    """Nodes matched in full."""
-    position: int
-    """Tokens matched, those of `partial` not included."""
-    partial: Node | None
-    """The node in which the prompt diverges or ends, if it does so inside one."""
-    common: int
-    """Tokens of `partial` matched: at least a page, less than the node."""
-
-
-def whole_pages(tokens: Tokens, page_size: int, limit: int | None) -> int:
-    """How many of the first `limit` tokens fill whole pages, in tokens."""
-    if tokens.typecode != TOKEN_TYPECODE:
-        raise TypeError(f"Tokens must be an array('q'), not an array({tokens.typecode!r}).")
-    n_tokens = len(tokens)
-    if limit is not None and limit < n_tokens:
-        n_tokens = max(limit, 0)
-    return n_tokens - n_tokens % page_size
-
-
-def descend(node: Node, tokens: Tokens, end: int, page_size: int) -> Descent:
-    """Follow `tokens[:end]` (whole pages) from `node` down as far as they are known."""
-    path: list[Node] = []
-    position = 0
-    while position < end:
-        child = node.children.get(tokens[position : position + page_size].tobytes())
-        if child is None:
-            break
-        run = child.tokens
-        stop = position + len(run)
-        # The key is the first page, so a node of one page has been compared already.
-        if len(run) != page_size and (stop > end or run != tokens[position:stop]):
-            common = common_tokens(run, tokens, position, end, page_size)
-            if common < len(run):
-                return Descent(path, position, child, common)
-        path.append(child)
-        position = stop
-        node = child
-    return Descent(path, position, None, 0)
-
-
-def common_tokens(run: Tokens, tokens: Tokens, begin: int, end: int, page_size: int) -> int:
-    """Tokens in the common leading pages of `run` and `tokens[begin:end]`; the first page is known.
-
-    Gallops (1, 2, 4, ... pages, then a binary search in the last stride): the cost is that of
-    comparing about as many tokens as are common, however long both sides are.
+    A node stays while DEVICE or HOST holds it, a transfer or a pin uses it, or a child needs it.
+    Farther tiers are addressed by content and found again without it.
     """
-    n_pages = min(len(run), end - begin) // page_size
-    equal, stride = 1, 1
-    while equal < n_pages:
-        upto = min(equal + stride, n_pages)
-        if not _equal(run, tokens, begin, equal * page_size, upto * page_size):
-            break
-        equal = upto
-        stride *= 2
-    else:
-        return equal * page_size
-    while upto - equal > 1:
-        middle = (equal + upto) // 2
-        if _equal(run, tokens, begin, equal * page_size, middle * page_size):
-            equal = middle
-        else:
-            upto = middle
-    return equal * page_size
+
+    def __init__(
+        self,
+        page_size: int,
+        *,
+        tiers: tuple[Tier, ...] = (Tier.DEVICE, Tier.HOST, Tier.DISK),
+    ) -> None:
+        """`page_size` in tokens, at least 1; `tiers` are those that nodes can be resident in."""
+        if page_size < 1:
+            raise IntegrityError(f"A page has at least one token, not {page_size}.")
+        self.page_size = page_size
+        self.tiers = tiers
+        self._ledgers = {tier: TierLedger(tier) for tier in tiers}
+        self._n_records = max(tiers) + 1
+        self._nodes: dict[int, Node] = {}
+        # A root lives as long as a child or a caller refers to it, so that namespaces that come
+        # and go (one per tenant or session) leave nothing behind.
+        self._roots: WeakValueDictionary[bytes, Node] = WeakValueDictionary()
+        self._transfers = TransferIndex()
+        self._clock = LogicalClock()
+        self._n_ids = 0
+        self._n_root_ids = 0
+
+    # -- nodes --------------------------------------------------------------------------------
+
+    def root(self, root_hash: bytes) -> Node:
+        """The root of namespace `root_hash` (32 bytes), made on demand."""
+        root = self._roots.get(root_hash)
+        if root is None:
+            if len(root_hash) != PAGE_HASH_BYTES:
+                raise IntegrityError(
+                    f"A namespace hash has {PAGE_HASH_BYTES} bytes, not {len(root_hash)}."
+                )
+            self._n_root_ids += 1
+            root = Node.make_root(-self._n_root_ids, root_hash, self._n_records)
+            self._roots[root_hash] = root
+        return root
+
+    def roots(self) -> list[Node]:
+        """The roots in use: those with nodes below them, and those a caller holds."""
+        return list(self._roots.values())
+
+    def nodes(self) -> list[Node]:
+        """All nodes except roots, oldest first."""
+        return list(self._nodes.values())
+
+    def find(self, node_id: int) -> Node | None:
+        """The node called `node_id`, or None if it left the forest."""
+        return self._nodes.get(node_id)
+
+    def node(self, node_id: int) -> Node:
+        """The node called `node_id`. Raises IntegrityError if it left the forest."""
+        try:
+            return self._nodes[node_id]
+        except KeyError:
+            raise IntegrityError(f"Node {node_id} is not in the forest.") from None
+
+    def __contains__(self, node: Node) -> bool:
+        """Whether `node` (not a root) is still in the forest; O(1)."""
+        return self._nodes.get(node.node_id) is node
+
+    def __len__(self) -> int:
+        """Nodes in the forest, roots not counted."""
+        return len(self._nodes)
+
+    def prefix_length(self, root: Node, tokens: Tokens, limit: int | None = None) -> int:
+        """Tokens of the longest known prefix, in whole pages; touches and splits nothing."""
+        end = whole_pages(tokens, self.page_size, limit)
+        found = descend(root, tokens, end, self.page_size)
+        return found.position + found.common
+
+    def split(self, node: Node, n_pages: int) -> tuple[Node, Node]:
+        """Cut `node` after `n_pages` pages; returns (upper, lower).
+
+        The lower half stays the same object, so whoever holds or pinned the node still has the
+        whole path. The upper half inherits states, pins, transfers, recency and its slots.
+        """
+        self._require_known(node)
+        if not 0 < n_pages < node.n_pages:
+            raise IntegrityError(f"A node of {node.n_pages} pages has no cut after {n_pages}.")
+        parent = _parent(node)
+        cut = n_pages * self.page_size
+        upper = self._new_node(parent, node.tokens[:cut], node.page_hashes[:n_pages])
+        upper.last_access, upper.hits = node.last_access, node.hits
+        for tier in self.tiers:
+            self._split_record(upper, node, tier, n_pages)
+        parent.children[self._key(node)] = upper
+        node.tokens = node.tokens[cut:]
+        node.page_hashes = node.page_hashes[n_pages:]
+        node.parent = upper
+        upper.children[self._key(node)] = node
+        return upper, node
+
+    def clear(self) -> None:
+        """Drop every node, pin and transfer; roots stay. The caller frees all slots."""
+        for node in self._nodes.values():
+            node.parent = None
+            node.children.clear()
+        for root in self.roots():
+            root.children.clear()
+            for record in root.records:
+                record.children_present = 0
+        self._nodes.clear()
+        self._transfers.clear()
+        for ledger in self._ledgers.values():
+            ledger.clear()
+
+    # -- pins and totals ----------------------------------------------------------------------
+
+    def pin(self, node: Node, tier: Tier) -> None:
+        """Forbid evicting `node` and its ancestors from `tier`; a root takes no pins."""
+        if not node.is_root:
+            self._require_known(node)
+            self._ledgers[tier].pin(node)
+
+    def unpin(self, node: Node, tier: Tier) -> None:
+        """Take back one `pin`. A node that `clear` dropped has no pins left: nothing to do."""
+        if node.is_root or node not in self:
+            return
+        if node.records[tier].pins < 1:
+            raise IntegrityError(f"Node {node.node_id} has no pin in {tier.name} to take back.")
+        self._ledgers[tier].unpin(node)
+        self._prune(node)
+
+    def evictable_tokens(self, tier: Tier) -> int:
+        """Tokens of nodes that are RESIDENT in `tier` and not pinned there."""
+        return self._ledgers[tier].evictable_tokens
+
+    def protected_tokens(self, tier: Tier) -> int:
+        """Tokens of nodes that hold slots in `tier` and are pinned there or in transfer."""
+        return self._ledgers[tier].protected_tokens
+
+    def resident_tokens(self, tier: Tier) -> int:
+        """Tokens of nodes that are RESIDENT in `tier`, pinned or not."""
+        return self._ledgers[tier].resident_tokens
+
+    def leaves(self, tier: Tier) -> KeysView[Node]:
+        """Nodes that may be evicted from `tier` now, as a live set in a deterministic order."""
+        return self._ledgers[tier].leaves
+
+    def leaf_sequence(self, tier: Tier) -> int:
+        """A number that grows whenever `leaves(tier)` gains a node."""
+        return self._ledgers[tier].leaf_sequence
+
+    def leaves_after(self, tier: Tier, sequence: int) -> Iterator[Node]:
+        """Nodes that joined `leaves(tier)` after `leaf_sequence(tier)` was `sequence`."""
+        return self._ledgers[tier].leaves_after(sequence)
+
+    # -- inspection ---------------------------------------------------------------------------
+
+    def check_integrity(self, *, deep: bool = False) -> None:
+        """Recompute everything that is kept incrementally; raises IntegrityError if it differs.
+
+        O(nodes); `deep` also recomputes every page hash.
+        """
+        integrity.check(
+            self.page_size, self.tiers, self.roots(), self._nodes, self._ledgers, self._transfers
+        )
+        if deep:
+            integrity.check_hashes(self.page_size, self._nodes.values())
+
+    def view(self) -> ForestView:
+        """A frozen picture of all nodes, for tests and debugging."""
+        return view_of(self.page_size, self.tiers, self._nodes.values())
+
+    # -- for Forest ---------------------------------------------------------------------------
+
+    def _descend(self, start: Node, tokens: Tokens, end: int) -> tuple[list[Node], int]:
+        """Follow `tokens[:end]` below `start`, split where they part, touch the path."""
+        path, position, partial, common = descend(start, tokens, end, self.page_size)
+        if partial is not None:
+            path.append(self.split(partial, common // self.page_size)[0])
+            position += common
+        tick = self._clock.tick()
+        for node in path:
+            node.last_access = tick
+        return path, position
+
+    def _touch_ancestors(self, node: Node) -> None:
+        tick = self._clock.now()
+        current: Node | None = node
+        while current is not None:
+            current.last_access = tick
+            current = current.parent
+
+    def _add_node(self, parent: Node, tokens: Tokens) -> Node:
+        """A new node of `tokens`, which it owns from now on."""
+        hashes = page_hashes(parent.last_page_hash, tokens, self.page_size)
+        node = self._new_node(parent, tokens, hashes)
+        node.last_access = self._clock.now()
+        parent.children[self._key(node)] = node
+        return node
+
+    def _prune(self, node: Node) -> None:
+        """Forget `node`, then its ancestors, as long as nothing needs them."""
+        while not node.is_root and not node.children and self._is_unneeded(node):
+            parent = _parent(node)
+            for tier in self.tiers:
+                if node.records[tier].state is not _ABSENT:
+                    self._ledgers[tier].change_state(node, _ABSENT)
+            del parent.children[self._key(node)]
+            del self._nodes[node.node_id]
+            node.parent = None
+            node = parent
+
+    def _require_known(self, node: Node) -> None:
+        if node not in self:
+            raise IntegrityError(f"{node!r} is not in the forest.")
+
+    # -- internals ----------------------------------------------------------------------------
+
+    def _new_node(self, parent: Node, tokens: Tokens, hashes: list[bytes]) -> Node:
+        self._n_ids += 1
+        end = parent.end + len(tokens)
+        node = Node(self._n_ids, parent, tokens, hashes, end, self._n_records)
+        self._nodes[node.node_id] = node
+        return node
+
+    def _key(self, node: Node) -> bytes:
+        return node.tokens[: self.page_size].tobytes()
+
+    def _split_record(self, upper: Node, lower: Node, tier: Tier, n_pages: int) -> None:
+        above, below = upper.records[tier], lower.records[tier]
+        above.state, above.pins = below.state, below.pins
+        above.children_present = int(below.state is not _ABSENT)
+        slots = below.slots
+        if slots is not None:
+            cut = n_pages * (len(slots) // lower.n_pages)
+            above.slots, below.slots = slots[:cut], slots[cut:]
+        if below.op is not None:
+            self._transfers.add(below.op, tier, upper)
+
+    def _is_unneeded(self, node: Node) -> bool:
+        for tier in self.tiers:
+            record = node.records[tier]
+            if record.pins or record.op is not None:
+                return False
+            if tier <= Tier.HOST and record.state is not _ABSENT:
+                return False
+        return True
 
 
-def _equal(run: Tokens, tokens: Tokens, begin: int, first: int, last: int) -> bool:
-    return run[first:last] == tokens[begin + first : begin + last]
+def _parent(node: Node) -> Node:
+    assert node.parent is not None, "a node in the forest has a parent"
+    return node.parent

@@ -1,0 +1,31 @@
+"""The eviction policy's interface, and the policies by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.core.registry import Registry
+from tiered_kv.forest.forest import Forest
+from tiered_kv.forest.node import Node
+
+
+class EvictionPolicy(Protocol):
+    """Chooses what leaves a tier. Made for one forest; asked about each of its tiers."""
+
+    def victims(self, tier: Tier, n_pages: int) -> list[Node]:
+        """Nodes to evict from `tier`, which together have at least `n_pages` if possible.
+
+        Evicting them in this order must be legal: each is one of `forest.leaves(tier)` or becomes
+        one once those before it are gone. The last one is needed: without it there would be less
+        than `n_pages`. Nothing in the forest is changed. The choice may depend only on what all
+        tensor-parallel ranks share.
+        """
+        ...
+
+
+PolicyFactory: TypeAlias = Callable[[Forest], EvictionPolicy]
+
+eviction_policies: Registry[PolicyFactory] = Registry("eviction policy")
+eviction_policies.register("lru", "tiered_kv.memory.lru:LruEviction")
