@@ -1,0 +1,1 @@
+"""What the server reports about itself: the names, in one table."""

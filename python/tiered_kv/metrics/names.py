@@ -1,0 +1,103 @@
+"""Every metric of the project: name, kind, labels and meaning. `docs/operations.md` lists them.
+
+Names follow the engine's own (prefix `sglang:`), since they are scraped from the same endpoint.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Kind(enum.Enum):
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """`labels` are the metric's own, beside those the engine puts on all of its metrics."""
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    help: str
+
+
+HIT_TOKENS = Metric(
+    "sglang:tiered_kv_hit_tokens_total",
+    Kind.COUNTER,
+    ("tier",),
+    "Prompt tokens of finished requests whose KV came from this tier.",
+)
+PROMPT_TOKENS = Metric(
+    "sglang:tiered_kv_prompt_tokens_total",
+    Kind.COUNTER,
+    (),
+    "Prompt tokens of finished requests, cached or not.",
+)
+TRANSFER_BYTES = Metric(
+    "sglang:tiered_kv_transfer_bytes_total",
+    Kind.COUNTER,
+    ("source", "target"),
+    "KV bytes moved from one tier to another.",
+)
+TRANSFER_SECONDS = Metric(
+    "sglang:tiered_kv_transfer_seconds",
+    Kind.HISTOGRAM,
+    ("source", "target"),
+    "Time from asking for a transfer to its end, queueing included.",
+)
+RESIDENT_TOKENS = Metric(
+    "sglang:tiered_kv_resident_tokens",
+    Kind.GAUGE,
+    ("tier",),
+    "Tokens whose KV can be read from this tier now.",
+)
+CAPACITY_TOKENS = Metric(
+    "sglang:tiered_kv_capacity_tokens",
+    Kind.GAUGE,
+    ("tier",),
+    "Tokens that this tier has room for.",
+)
+QUEUE_DEPTH = Metric(
+    "sglang:tiered_kv_queue_depth",
+    Kind.GAUGE,
+    ("source", "target"),
+    "Transfers asked for and not acknowledged yet.",
+)
+DEFERRED_NODES = Metric(
+    "sglang:tiered_kv_deferred_nodes",
+    Kind.GAUGE,
+    (),
+    "Runs of pages that wait for room before they are written to host or disk.",
+)
+DISK_BYTES = Metric(
+    "sglang:tiered_kv_disk_bytes",
+    Kind.GAUGE,
+    (),
+    "Bytes that the disk tier occupies, index included.",
+)
+DISK_DEGRADED = Metric(
+    "sglang:tiered_kv_disk_degraded",
+    Kind.GAUGE,
+    (),
+    "1 while the disk tier takes no writes because of an error (disk full, I/O error), else 0.",
+)
+
+ALL: tuple[Metric, ...] = (
+    HIT_TOKENS,
+    PROMPT_TOKENS,
+    TRANSFER_BYTES,
+    TRANSFER_SECONDS,
+    RESIDENT_TOKENS,
+    CAPACITY_TOKENS,
+    QUEUE_DEPTH,
+    DEFERRED_NODES,
+    DISK_BYTES,
+    DISK_DEGRADED,
+)
+
+#: Upper bounds of the histogram's buckets, seconds.
+TRANSFER_SECONDS_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)

@@ -1,0 +1,65 @@
+"""The engine's KV pool and allocator, as the tiers need to see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+from tiered_kv.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBuffers:
+    """Token-major buffers (slots, ...) in the order of a page's bytes; layers[i] uses buffers[i]."""
+
+    layers: tuple[int, ...]
+    buffers: tuple[torch.Tensor, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+
+def buffers_of(pool: Any) -> DeviceBuffers:
+    """The buffers of an MHA/GQA or MLA pool, layer by layer (mem_cache/memory_pool.py).
+
+    Raises ConfigError for a pool whose slots are not rows that can be copied byte by byte.
+    """
+    if isinstance(pool, MHATokenToKVPool):
+        if pool.kv_cache_layout != "nhd" or pool.is_quantized_kv_cache:
+            raise ConfigError(
+                f"--tiered-kv cannot copy a KV cache in the {pool.kv_cache_layout} layout with "
+                f"{type(pool.quant_method).__name__}; use the default layout and an unquantised or "
+                "fp8 --kv-cache-dtype."
+            )
+        pairs = list(zip(pool.k_buffer, pool.v_buffer, strict=True))
+        return DeviceBuffers(
+            tuple(layer for layer in range(len(pairs)) for _ in range(2)),
+            tuple(buffer for pair in pairs for buffer in pair),
+        )
+    if isinstance(pool, MLATokenToKVPool):
+        return DeviceBuffers(tuple(range(len(pool.kv_buffer))), tuple(pool.kv_buffer))
+    raise ConfigError(
+        f"--tiered-kv does not know the KV pool {type(pool).__name__} of this model; start without "
+        "--tiered-kv."
+    )
+
+
+class EngineAllocator:
+    """The engine's page allocator behind the tiers' `DeviceAllocator` interface."""
+
+    def __init__(self, allocator: Any) -> None:
+        self._allocator = allocator
+
+    def available(self) -> int:
+        return int(self._allocator.available_size())
+
+    def alloc(self, n_tokens: int) -> torch.Tensor | None:
+        slots: torch.Tensor | None = self._allocator.alloc(n_tokens)
+        return slots
+
+    def free(self, slots: torch.Tensor) -> None:
+        self._allocator.free_segment(slots, start_pos=0)

@@ -1,0 +1,126 @@
+"""What the pipelines between the tiers share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import torch
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.forest import Forest
+from tiered_kv.forest.node import Node
+from tiered_kv.memory.manager import MemoryManager
+from tiered_kv.tiers.device import After, DeviceSlots, PageCopier
+from tiered_kv.tiers.disk import DiskNamespace
+from tiered_kv.tiers.host import HostPool
+from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.transfer import Collective, SingleRank
+
+
+def host_pages_of(node: Node) -> PageIds:
+    """The host slots of a node: page ids, as `HostPool.alloc` gave them to the forest."""
+    return cast(PageIds, node.slots(Tier.HOST))
+
+
+def device_slots_of(node: Node) -> torch.Tensor:
+    """The device slots of a node: int64 token slots, as the engine gave them to the forest."""
+    return cast(DeviceSlots, node.slots(Tier.DEVICE)).tensor
+
+
+class DeviceAllocator(Protocol):
+    """The engine's allocator of device token slots (int64 tensors, whole pages)."""
+
+    def available(self) -> int: ...
+
+    def alloc(self, n_tokens: int) -> torch.Tensor | None: ...
+
+    def free(self, slots: torch.Tensor) -> None: ...
+
+
+class TierListener(Protocol):
+    """Is told when a node's pages became readable in a tier, or left it."""
+
+    def stored(self, node: Node, tier: Tier) -> None: ...
+
+    def removed(self, node: Node, tier: Tier) -> None: ...
+
+
+class TransferObserver(Protocol):
+    """Is told of every acknowledged transfer (for metrics)."""
+
+    def transferred(
+        self, source: Tier, target: Tier, n_pages: int, n_bytes: int, seconds: float
+    ) -> None: ...
+
+
+class _Silent:
+    def stored(self, node: Node, tier: Tier) -> None:
+        pass
+
+    def removed(self, node: Node, tier: Tier) -> None:
+        pass
+
+    def transferred(
+        self, source: Tier, target: Tier, n_pages: int, n_bytes: int, seconds: float
+    ) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class TierContext:
+    """The tiers and the forest, for the one thread that owns them.
+
+    order_after: the points in the device's streams that a copy started now must wait for.
+    """
+
+    forest: Forest
+    manager: MemoryManager
+    copier: PageCopier
+    allocator: DeviceAllocator
+    host: HostPool
+    disk: DiskNamespace | None = None
+    collective: Collective = field(default_factory=SingleRank)
+    listener: TierListener = field(default_factory=_Silent)
+    observer: TransferObserver = field(default_factory=_Silent)
+    order_after: Callable[[], After] = tuple
+    _ops: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+
+    def next_op(self) -> int:
+        return next(self._ops)
+
+    @property
+    def page_size(self) -> int:
+        return self.forest.page_size
+
+    def alloc_host(self, n_pages: int, keep: Node) -> PageIds | None:
+        """Host slots for pages below `keep`, whose own path is not evicted to make room."""
+        shortage = n_pages - self.host.n_free
+        if shortage > 0:
+            self.forest.pin(keep, Tier.HOST)
+            self.evict_host(shortage)
+            self.forest.unpin(keep, Tier.HOST)
+        return self.host.alloc(n_pages)
+
+    def evict_host(self, n_pages: int) -> None:
+        for drop in self.manager.on_pressure(Tier.HOST, n_pages):
+            node = self.forest.node(drop.node_id)
+            self.host.free(cast(PageIds, self.forest.evict(node, Tier.HOST)))
+            self.listener.removed(node, Tier.HOST)
+
+    def evict_device(self, n_tokens: int) -> int:
+        """Frees device slots, least recently used leaves first; returns the tokens freed."""
+        freed = 0
+        for drop in self.manager.on_pressure(Tier.DEVICE, -(-n_tokens // self.page_size)):
+            node = self.forest.node(drop.node_id)
+            slots = cast(DeviceSlots, self.forest.evict(node, Tier.DEVICE)).tensor
+            self.allocator.free(slots)
+            freed += len(slots)
+            self.listener.removed(node, Tier.DEVICE)
+        return freed
+
+    def stored(self, nodes: Sequence[Node], tier: Tier) -> None:
+        for node in nodes:
+            self.listener.stored(node, tier)

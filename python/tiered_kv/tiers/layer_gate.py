@@ -1,0 +1,90 @@
+"""The gate a forward pass waits at: layer i may run when layer i of its loaded pages is there.
+
+The engine calls `set_consumer(index)` before a batch runs and `wait_until(layer)` when a layer
+reads its KV (mem_cache/memory_pool.py: get_key_buffer); index -1 means nothing to wait for.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Protocol
+
+
+class LayerEvent(Protocol):
+    """A point in a device stream (torch.cuda.Event)."""
+
+    def wait(self) -> None: ...
+
+
+class LoadBatch:
+    """The progress of one load: layers [0, layers_done) have arrived, or are ordered by events."""
+
+    def __init__(self, index: int, n_layers: int) -> None:
+        self.index = index
+        self.n_layers = n_layers
+        self._layers_done = 0
+        self._events: list[LayerEvent | None] = [None] * n_layers
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def layer_done(self, layer: int, event: LayerEvent | None = None) -> None:
+        with self._changed:
+            self._events[layer] = event
+            self._layers_done = layer + 1
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Wakes the waiter with an error: a batch must not run on KV that never arrived."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+    @property
+    def finished(self) -> bool:
+        return self._layers_done == self.n_layers
+
+    def wait(self, layer: int) -> None:
+        if self._layers_done <= layer:
+            with self._changed:
+                self._changed.wait_for(lambda: self._layers_done > layer or self._error is not None)
+        if self._error is not None:
+            raise RuntimeError(
+                f"KV pages could not be copied to the device: {self._error}"
+            ) from self._error
+        event = self._events[layer]
+        if event is not None:
+            event.wait()
+
+
+class LayerGate:
+    """Hands out load batches and makes the batch that runs wait for its own."""
+
+    def __init__(self, n_layers: int) -> None:
+        self.n_layers = n_layers
+        self._next_index = 0
+        self._open: dict[int, LoadBatch] = {}
+        self._consumed: LoadBatch | None = None
+
+    def open(self) -> LoadBatch:
+        batch = LoadBatch(self._next_index, self.n_layers)
+        self._next_index += 1
+        self._open[batch.index] = batch
+        return batch
+
+    def close(self, batch: LoadBatch) -> None:
+        """The load is complete and acknowledged; later consumers need not wait."""
+        self._open.pop(batch.index, None)
+
+    def newest_open(self) -> int:
+        """The index of the newest load still open, or -1.
+
+        Loads run one after the other, so whoever waits for the newest waits for all of them.
+        """
+        return next(reversed(self._open), -1)
+
+    def set_consumer(self, index: int) -> None:
+        self._consumed = self._open.get(index) if index >= 0 else None
+
+    def wait_until(self, layer: int) -> None:
+        if self._consumed is not None:
+            self._consumed.wait(layer)

@@ -1,0 +1,153 @@
+"""Demand loads host -> device, layer by layer under the forward pass that needs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.node import Node
+from tiered_kv.forest.residency import Residency
+from tiered_kv.tiers.context import TierContext, host_pages_of
+from tiered_kv.tiers.device import After, DeviceSlots
+from tiered_kv.tiers.layer_gate import LayerEvent, LayerGate, LoadBatch
+from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.transfer import Completion, TransferQueue
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """One request's pages on their way: nodes that carry `op`, the last of them pinned."""
+
+    op: int
+    last: Node
+    host_pages: PageIds
+    device_slots: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLoad:
+    """The loads of one batch, as one job: a layer is done when it is done for all of them."""
+
+    loads: tuple[Loading, ...]
+    batch: LoadBatch
+    after: After
+
+    @property
+    def n_pages(self) -> int:
+        return sum(len(load.host_pages) for load in self.loads)
+
+
+class LoadBack:
+    """Reserves device pages at admission, copies when the batch is formed, acknowledges on poll."""
+
+    def __init__(self, context: TierContext) -> None:
+        self._context = context
+        self.gate = LayerGate(context.copier.page_format.n_layers)
+        self.queue: TransferQueue[DeviceLoad] = TransferQueue("host-to-device", self._copy)
+        self._pending: list[Loading] = []
+
+    @property
+    def n_open(self) -> int:
+        return len(self._pending) + self.queue.in_flight
+
+    def load(self, last: Node) -> tuple[torch.Tensor, Node] | None:
+        """Takes the host-resident run that ends at `last` to the device.
+
+        Returns (device token slots of the run, its last node), or None when there is nothing to
+        load or no room for it. Pages are LOADING until the load is acknowledged; whoever runs a
+        batch over them must first wait at the gate.
+        """
+        context = self._context
+        nodes = self._host_run(last)
+        if not nodes:
+            return None
+        last = nodes[-1]
+        n_tokens = sum(node.n_tokens for node in nodes)
+        context.forest.pin(last, Tier.HOST)
+        parent = nodes[0].parent
+        assert parent is not None
+        slots = self._alloc_device(n_tokens, keep=parent)
+        if slots is None:
+            context.forest.unpin(last, Tier.HOST)
+            return None
+        op = context.next_op()
+        at = 0
+        for node in nodes:
+            part = DeviceSlots(slots)[at : at + node.n_tokens]
+            context.forest.start_transfer(node, Tier.DEVICE, Residency.LOADING, part, op)
+            at += node.n_tokens
+        context.forest.pin(last, Tier.DEVICE)
+        host_pages = np.concatenate([host_pages_of(node) for node in nodes])
+        self._pending.append(Loading(op, last, host_pages, slots))
+        return slots, last
+
+    @staticmethod
+    def _host_run(last: Node) -> list[Node]:
+        """The nodes between the device-resident prefix and `last`, as far as host has them all."""
+        run: list[Node] = []
+        at: Node | None = last
+        while at is not None and not at.is_root and at.state(Tier.DEVICE) is Residency.ABSENT:
+            run.append(at)
+            at = at.parent
+        run.reverse()
+        for i, node in enumerate(run):
+            if node.state(Tier.HOST) is not Residency.RESIDENT:
+                return run[:i]
+        return run
+
+    def _alloc_device(self, n_tokens: int, keep: Node) -> torch.Tensor | None:
+        context = self._context
+        shortage = n_tokens - context.allocator.available()
+        if shortage > 0:
+            context.forest.pin(keep, Tier.DEVICE)
+            context.evict_device(shortage)
+            context.forest.unpin(keep, Tier.DEVICE)
+        return context.allocator.alloc(n_tokens)
+
+    def start(self) -> int:
+        """Starts what has been reserved; returns the gate index that a batch must wait for.
+
+        That is the newest load still open, even if none is new: pages of an earlier load may be in
+        this batch too, and loads finish in order. -1 when there is nothing to wait for.
+        """
+        if self._pending:
+            batch = self.gate.open()
+            loads, self._pending = tuple(self._pending), []
+            self.queue.submit(DeviceLoad(loads, batch, self._context.order_after()))
+        return self.gate.newest_open()
+
+    def _copy(self, job: DeviceLoad) -> int:
+        def layer_done(layer: int, event: LayerEvent | None) -> None:
+            job.batch.layer_done(layer, event)
+
+        try:
+            self._context.copier.to_device(
+                np.concatenate([load.host_pages for load in job.loads]),
+                torch.cat([load.device_slots for load in job.loads]),
+                job.after,
+                layer_done,
+            )
+        except Exception as error:
+            job.batch.fail(error)
+            raise
+        return job.n_pages
+
+    def loaded(self, completion: Completion[DeviceLoad]) -> None:
+        context, job = self._context, completion.job
+        if completion.n_done < job.n_pages:
+            # The batch that waits for these pages has failed at the gate; going on would serve
+            # whatever lies in the slots.
+            raise RuntimeError("KV pages could not be copied to the device; see the log above")
+        self.gate.close(job.batch)
+        for load in job.loads:
+            nodes = context.forest.finish_transfer(load.op, Tier.DEVICE)
+            context.forest.unpin(load.last, Tier.DEVICE)
+            context.forest.unpin(load.last, Tier.HOST)
+            context.stored(nodes, Tier.DEVICE)
+        n_bytes = job.n_pages * context.copier.page_format.page_bytes
+        context.observer.transferred(
+            Tier.HOST, Tier.DEVICE, job.n_pages, n_bytes, completion.seconds
+        )

@@ -1,0 +1,122 @@
+"""Asynchronous transfer jobs: one FIFO queue and one thread per edge between two tiers.
+
+The thread that owns the forest submits jobs and polls for completions; it never waits for I/O.
+Because every queue finishes its jobs in the order of submission, "how many are done" says which:
+tensor-parallel ranks agree on completions by one minimum over those counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+logger = logging.getLogger(__name__)
+
+
+class Job(Protocol):
+    @property
+    def n_pages(self) -> int: ...
+
+
+J = TypeVar("J", bound=Job)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion(Generic[J]):
+    """What became of a job: its leading `n_done` pages arrived; `seconds` from submit to end."""
+
+    job: J
+    n_done: int
+    seconds: float
+
+
+class Collective(Protocol):
+    """Agreement between tensor-parallel ranks: element-wise minimum; all ranks make the call."""
+
+    def minimum(self, values: list[int]) -> list[int]: ...
+
+
+class SingleRank:
+    def minimum(self, values: list[int]) -> list[int]:
+        return values
+
+
+class TransferQueue(Generic[J]):
+    """Runs jobs one after the other on a thread of its own.
+
+    run: does one job and returns how many leading pages arrived. An exception counts as 0 pages,
+    is logged, and never ends the thread.
+    """
+
+    def __init__(self, name: str, run: Callable[[J], int]) -> None:
+        self.name = name
+        self._run = run
+        self._jobs: queue.SimpleQueue[tuple[J, float] | None] = queue.SimpleQueue()
+        self._finished: deque[Completion[J]] = deque()
+        self._n_submitted = 0
+        self._n_finished = 0
+        self._n_acknowledged = 0
+        self._pages_in_flight = 0
+        self._progress = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name=f"tiered-kv-{name}", daemon=True)
+        self._thread.start()
+
+    # -- the owner's side ---------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        """Jobs submitted and not yet acknowledged: the same number on every rank."""
+        return self._n_submitted - self._n_acknowledged
+
+    @property
+    def pages_in_flight(self) -> int:
+        return self._pages_in_flight
+
+    @property
+    def n_ready(self) -> int:
+        """Jobs finished on this rank and not yet acknowledged."""
+        return self._n_finished - self._n_acknowledged
+
+    def submit(self, job: J) -> None:
+        self._n_submitted += 1
+        self._pages_in_flight += job.n_pages
+        self._jobs.put((job, time.perf_counter()))
+
+    def acknowledge(self, n: int) -> list[Completion[J]]:
+        """Takes the next `n` completions (n <= n_ready), in the order of submission."""
+        taken = [self._finished.popleft() for _ in range(n)]
+        self._n_acknowledged += n
+        self._pages_in_flight -= sum(c.job.n_pages for c in taken)
+        return taken
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Blocks until every submitted job has finished; False if the time ran out."""
+        with self._progress:
+            return self._progress.wait_for(lambda: self._n_finished == self._n_submitted, timeout_s)
+
+    def close(self) -> None:
+        """Ends the thread after the jobs already submitted."""
+        self._jobs.put(None)
+        self._thread.join(timeout=30)
+
+    # -- the worker's side --------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, submitted_at = item
+            try:
+                n_done = self._run(job)
+            except Exception:
+                logger.exception("Tiered KV: a %s transfer failed, its pages are lost", self.name)
+                n_done = 0
+            completion = Completion(job, n_done, time.perf_counter() - submitted_at)
+            with self._progress:
+                self._finished.append(completion)
+                self._n_finished += 1
+                self._progress.notify_all()

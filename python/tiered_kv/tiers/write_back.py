@@ -1,0 +1,209 @@
+"""Write-through: device -> host -> disk, in the background, so that eviction is only a free.
+
+A page is written as soon as it is in the tree. What finds no room (the queue is full, or every host
+page is in use) waits in a bounded list; what is evicted before its turn is lost to the tiers below
+and would be computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.node import Node
+from tiered_kv.forest.residency import Residency
+from tiered_kv.tiers.context import TierContext, device_slots_of, host_pages_of
+from tiered_kv.tiers.device import After
+from tiered_kv.tiers.disk import DiskNamespace
+from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.transfer import Completion, TransferQueue
+
+#: Disk writes hold their host pages: they may have at most this share of the host pool in flight,
+#: so that a slow disk never stops the host tier from taking new pages.
+DISK_WRITE_SHARE = 0.5
+MAX_DEFERRED = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class HostWrite:
+    op: int
+    node: Node
+    device_slots: torch.Tensor
+    host_pages: PageIds
+    after: After
+
+    @property
+    def n_pages(self) -> int:
+        return len(self.host_pages)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskWrite:
+    op: int
+    disk: DiskNamespace
+    node: Node
+    hashes: list[bytes]
+    host_pages: PageIds
+
+    @property
+    def n_pages(self) -> int:
+        return len(self.hashes)
+
+
+class WriteBack:
+    """Carries out the manager's WriteBack actions."""
+
+    def __init__(self, context: TierContext) -> None:
+        self._context = context
+        self.to_host: TransferQueue[HostWrite] = TransferQueue("device-to-host", self._copy)
+        self.to_disk: TransferQueue[DiskWrite] = TransferQueue("host-to-disk", self._write)
+        # Insertion-ordered sets: what is still to be written, oldest first.
+        self._host_deferred: dict[Node, None] = {}
+        self._disk_deferred: dict[Node, None] = {}
+
+    @property
+    def n_deferred(self) -> int:
+        return len(self._host_deferred) + len(self._disk_deferred)
+
+    def inserted(self, nodes: Iterable[Node]) -> None:
+        """`nodes` have just become readable on the device."""
+        for action in self._context.manager.on_insert(tuple(nodes)):
+            self._defer(self._host_deferred, action.node_id)
+        self._start_host_writes()
+
+    def resident_on_host(self, nodes: Iterable[Node]) -> None:
+        if self._context.disk is None:
+            return
+        for action in self._context.manager.on_host_resident(tuple(nodes)):
+            self._defer(self._disk_deferred, action.node_id)
+        self._start_disk_writes()
+
+    def advance(self) -> None:
+        """Starts what had to wait, as far as there is room now."""
+        if self._host_deferred:
+            self._start_host_writes()
+        if self._disk_deferred:
+            self._start_disk_writes()
+
+    def clear(self) -> None:
+        """Forgets what has not been started (the tree is being emptied)."""
+        self._host_deferred.clear()
+        self._disk_deferred.clear()
+
+    def _defer(self, deferred: dict[Node, None], node_id: int) -> None:
+        if len(deferred) < MAX_DEFERRED:
+            deferred[self._context.forest.node(node_id)] = None
+
+    # -- device -> host -----------------------------------------------------------------------
+
+    def _start_host_writes(self) -> None:
+        while self._host_deferred:
+            node = next(iter(self._host_deferred))
+            for part in self._unwritten_path(node):
+                if not self._start_host_write(part):
+                    if self.to_host.in_flight == 0 and self.to_disk.in_flight == 0:
+                        # Nothing will make room any more: it does not fit beside what is in use.
+                        del self._host_deferred[node]
+                    return
+            del self._host_deferred[node]
+
+    @staticmethod
+    def _unwritten_path(node: Node) -> list[Node]:
+        """The node and those above it that lack a host copy (it may have been split), top first."""
+        path = []
+        at: Node | None = node
+        while at is not None and not at.is_root and at.state(Tier.HOST) is Residency.ABSENT:
+            if at.state(Tier.DEVICE) is Residency.RESIDENT:
+                path.append(at)
+            at = at.parent
+        return path[::-1]
+
+    def _start_host_write(self, node: Node) -> bool:
+        context = self._context
+        assert node.parent is not None
+        host_pages = context.alloc_host(node.n_pages, keep=node.parent)
+        if host_pages is None:
+            return False
+        op = context.next_op()
+        slots = device_slots_of(node)
+        context.forest.start_transfer(node, Tier.HOST, Residency.WRITING_BACK, host_pages, op)
+        context.forest.pin(node, Tier.DEVICE)
+        self.to_host.submit(HostWrite(op, node, slots, host_pages, context.order_after()))
+        return True
+
+    def _copy(self, job: HostWrite) -> int:
+        self._context.copier.to_host(job.device_slots, job.host_pages, job.after)
+        return job.n_pages
+
+    def host_written(self, completion: Completion[HostWrite]) -> None:
+        context, job = self._context, completion.job
+        context.forest.unpin(job.node, Tier.DEVICE)
+        if completion.n_done < job.n_pages:
+            for _, slots in context.forest.abort_transfer(job.op, Tier.HOST):
+                context.host.free(cast(PageIds, slots))
+            return
+        nodes = context.forest.finish_transfer(job.op, Tier.HOST)
+        self._observe(Tier.DEVICE, Tier.HOST, completion.n_done, completion.seconds)
+        context.stored(nodes, Tier.HOST)
+        self.resident_on_host(nodes)
+
+    # -- host -> disk -------------------------------------------------------------------------
+
+    def _start_disk_writes(self) -> None:
+        limit = max(1, int(self._context.host.n_pages * DISK_WRITE_SHARE))
+        while self._disk_deferred:
+            in_flight = self.to_disk.pages_in_flight
+            node = next(iter(self._disk_deferred))
+            if in_flight and in_flight + node.n_pages > limit:
+                return
+            del self._disk_deferred[node]
+            for part in self._undurable_path(node):
+                self._start_disk_write(part)
+
+    @staticmethod
+    def _undurable_path(node: Node) -> list[Node]:
+        path = []
+        at: Node | None = node
+        while (
+            at is not None
+            and not at.is_root
+            and at.state(Tier.HOST) is Residency.RESIDENT
+            and at.state(Tier.DISK) is Residency.ABSENT
+        ):
+            path.append(at)
+            at = at.parent
+        return path[::-1]
+
+    def _start_disk_write(self, node: Node) -> None:
+        context = self._context
+        if context.disk is None:
+            return
+        op = context.next_op()
+        host_pages = host_pages_of(node)
+        context.forest.start_transfer(node, Tier.DISK, Residency.WRITING_BACK, None, op)
+        context.forest.pin(node, Tier.HOST)
+        self.to_disk.submit(DiskWrite(op, context.disk, node, list(node.page_hashes), host_pages))
+
+    def _write(self, job: DiskWrite) -> int:
+        job.disk.write_pages(job.hashes, self._context.host.views(job.host_pages))
+        return job.disk.count_prefix(job.hashes)
+
+    def disk_written(self, completion: Completion[DiskWrite]) -> None:
+        context, job = self._context, completion.job
+        context.forest.unpin(job.node, Tier.HOST)
+        if completion.n_done < job.n_pages:
+            # The tier is degraded or full: the pages stay where they are, and may be tried again
+            # when they are computed or loaded the next time.
+            context.forest.abort_transfer(job.op, Tier.DISK)
+            return
+        nodes = context.forest.finish_transfer(job.op, Tier.DISK)
+        self._observe(Tier.HOST, Tier.DISK, completion.n_done, completion.seconds)
+        context.stored(nodes, Tier.DISK)
+
+    def _observe(self, source: Tier, target: Tier, n_pages: int, seconds: float) -> None:
+        n_bytes = n_pages * self._context.copier.page_format.page_bytes
+        self._context.observer.transferred(source, target, n_pages, n_bytes, seconds)
