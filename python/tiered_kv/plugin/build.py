@@ -23,7 +23,8 @@ from tiered_kv.plugin.kv_events import KvEvents
 from tiered_kv.plugin.metrics_adapter import MetricsRecorder, PrometheusRecorder
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import After, CpuPageCopier, PageCopier, TorchPageCopier, buffer_format
-from tiered_kv.tiers.disk import DiskNamespace, DiskStore
+from tiered_kv.tiers.disk.namespace import DiskNamespace
+from tiered_kv.tiers.disk.store import DiskStore
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.page_format import PageFormat

@@ -10,7 +10,7 @@ from tiered_kv.metrics import names
 from tiered_kv.metrics.names import Kind, Metric
 
 if TYPE_CHECKING:
-    from tiered_kv.tiers.disk import DiskStore
+    from tiered_kv.tiers.disk.store import DiskStore
     from tiered_kv.tiers.hierarchy import KVHierarchy
 
 #: Gauges change with every page; scrapes come every few seconds.

@@ -14,7 +14,7 @@ from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.tiers.device import After, DeviceSlots, PageCopier
-from tiered_kv.tiers.disk import DiskNamespace
+from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Collective, SingleRank

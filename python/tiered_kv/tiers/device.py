@@ -56,7 +56,7 @@ class DeviceSlots:
         self.tensor = tensor
 
     def __len__(self) -> int:
-        return self.tensor.shape[0]
+        return int(self.tensor.shape[0])
 
     def __getitem__(self, index: slice, /) -> DeviceSlots:
         return DeviceSlots(self.tensor[index].clone())

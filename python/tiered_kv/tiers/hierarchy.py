@@ -20,7 +20,7 @@ from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import InsertResult
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import DeviceSlots
-from tiered_kv.tiers.disk import DiskNamespace
+from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.prefetch import Prefetch
 from tiered_kv.tiers.transfer import Completion, J, SingleRank

@@ -16,7 +16,7 @@ from tiered_kv.forest.key import page_hashes
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.context import TierContext
-from tiered_kv.tiers.disk import DiskNamespace
+from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 

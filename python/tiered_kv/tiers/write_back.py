@@ -18,7 +18,7 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.context import TierContext, device_slots_of, host_pages_of
 from tiered_kv.tiers.device import After
-from tiered_kv.tiers.disk import DiskNamespace
+from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 
