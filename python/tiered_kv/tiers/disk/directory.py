@@ -1,0 +1,146 @@
+"""The directory of a disk tier: its owner's lock, its format version, its permissions."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+
+from tiered_kv.core.errors import DiskTierError
+from tiered_kv.tiers.disk.index import index_files
+from tiered_kv.tiers.disk.io_ops import DIRECTORY_MODE, FILE_MODE
+from tiered_kv.tiers.disk.record import FORMAT_VERSION
+
+LOCK_NAME = "LOCK"
+FORMAT_NAME = "FORMAT"
+SEGMENTS_NAME = "segments"
+CORRUPT_INDEX_NAME = "index.sqlite.corrupt"
+_FORMAT_KIND = "tiered-kv-disk"
+_KNOWN_NAMES = frozenset({LOCK_NAME, FORMAT_NAME, f"{FORMAT_NAME}.new", SEGMENTS_NAME})
+
+
+class OwnerLock:
+    """An flock held for as long as the store is open; the kernel drops it when the process dies."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises DiskTierError, naming the owner, if another store has the directory open."""
+        self._fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = read_owner(directory)
+            os.close(self._fd)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise DiskTierError(
+                f"The disk tier directory {directory} is in use by {owner}: stop that server or "
+                "give this one another directory."
+            ) from None
+        contents = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, json.dumps(contents).encode() + b"\n", 0)
+
+    def release(self) -> None:
+        os.close(self._fd)
+
+
+def read_owner(directory: Path) -> str:
+    """Who holds (or held last) the directory, in words."""
+    try:
+        owner = json.loads((directory / LOCK_NAME).read_text())
+        return f"process {owner['pid']} on {owner['host']} (since {owner['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def is_owned(directory: Path) -> bool:
+    """True while some store has the directory open."""
+    try:
+        fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def prepare_directory(directory: Path) -> None:
+    """Make the directory if needed and check that it may be used; raises DiskTierError or OSError.
+
+    Does not touch a directory that holds anything else.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise DiskTierError(f"{directory} is not a directory: name one for the disk tier.")
+    directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+    if not (directory / FORMAT_NAME).exists():
+        foreign = sorted(p.name for p in directory.iterdir() if p.name not in _KNOWN_NAMES)
+        if foreign:
+            raise DiskTierError(
+                f"{directory} has no {FORMAT_NAME} file but holds other things ({foreign[0]}): "
+                "give the disk tier an empty directory."
+            )
+    directory.chmod(DIRECTORY_MODE)
+
+
+def check_format(directory: Path) -> None:
+    """Raises DiskTierError if the directory was written in another format. Creates nothing."""
+    path = directory / FORMAT_NAME
+    remedy = "delete it or name another directory, the pages in it are only a cache"
+    try:
+        found = json.loads(path.read_text())
+        kind, version = found["format"], found["version"]
+    except FileNotFoundError:
+        raise DiskTierError(f"{directory} is not a disk tier directory.") from None
+    except (ValueError, KeyError, TypeError):
+        raise DiskTierError(f"{path} is damaged: {remedy}.") from None
+    if kind != _FORMAT_KIND or version != FORMAT_VERSION:
+        raise DiskTierError(
+            f"{directory} was written in format {kind} version {version}, this is "
+            f"{_FORMAT_KIND} version {FORMAT_VERSION}: {remedy}."
+        )
+
+
+def write_format(directory: Path) -> None:
+    """Mark the directory as ours, with this version, in one step. No-op if it is marked."""
+    path = directory / FORMAT_NAME
+    if path.exists():
+        return
+    new = directory / f"{FORMAT_NAME}.new"
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
+    try:
+        os.write(fd, json.dumps({"format": _FORMAT_KIND, "version": FORMAT_VERSION}).encode())
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    new.replace(path)
+
+
+def segments_directory(directory: Path) -> Path:
+    path = directory / SEGMENTS_NAME
+    path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+    path.chmod(DIRECTORY_MODE)
+    return path
+
+
+def set_index_aside(directory: Path) -> Path:
+    """Rename a damaged index, replacing one set aside earlier; returns where it is now."""
+    index, *logs = index_files(directory)
+    aside = directory / CORRUPT_INDEX_NAME
+    with contextlib.suppress(FileNotFoundError):
+        index.replace(aside)
+    for log in logs:
+        log.unlink(missing_ok=True)
+    return aside

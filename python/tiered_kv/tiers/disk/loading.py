@@ -1,0 +1,209 @@
+"""Start-up: the index into memory, or, if the index is damaged, the segments' headers into both."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
+from tiered_kv.tiers.disk.directory import set_index_aside
+from tiered_kv.tiers.disk.index import NamespaceRow, PageIndex, PageRow, SegmentRow
+from tiered_kv.tiers.disk.record import BLOCK_BYTES, RecordHeader
+from tiered_kv.tiers.disk.scan import ScannedSegment, scan_segments
+from tiered_kv.tiers.disk.segment import (
+    MAX_SLOTS,
+    SLOT_BITS,
+    Segment,
+    SegmentState,
+    location,
+)
+from tiered_kv.tiers.disk.segment_files import SEGMENT_SUFFIX, SegmentFiles
+
+logger = logging.getLogger(__name__)
+
+_COMMIT_ROWS = 10_000
+
+
+# Primary result codes that speak of the machine's state, not of damage in the file.
+_NOT_DAMAGE = frozenset(
+    {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL}
+)
+
+
+def open_index(
+    directory: Path, files: SegmentFiles, make_index: Callable[[], PageIndex]
+) -> tuple[PageIndex, Catalog]:
+    """Open the index and load it; if it is damaged, set it aside and rebuild it.
+
+    Raises sqlite3.Error or OSError if a fresh index cannot be written either.
+    """
+    index = None
+    try:
+        index = make_index()
+        index.check()
+        return index, _load(index, files)
+    except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
+        # Flipped bytes in a row may come back as values of another type or range.
+        if index is not None:
+            index.close()
+        code = getattr(error, "sqlite_errorcode", None)
+        if code is not None and code & 0xFF in _NOT_DAMAGE:
+            raise
+        aside = set_index_aside(directory)
+        logger.warning(
+            "The disk tier's index in %s is damaged (%s): set aside as %s, rebuilding it from the "
+            "segment files.",
+            directory,
+            error,
+            aside.name,
+        )
+    index = make_index()
+    return index, _rebuild(index, files)
+
+
+def _load(index: PageIndex, files: SegmentFiles) -> Catalog:
+    catalog = Catalog()
+    for ns in index.namespaces():
+        catalog.namespaces[ns.number] = NamespaceEntries(*ns)
+    lost = _load_segments(index, files, catalog)
+    for rows in index.page_batches():
+        _load_pages(catalog, rows)
+    for segment in catalog.segments.values():
+        _set_loaded_state(segment)
+    if lost:
+        logger.warning(
+            "Disk tier: %d segment files are missing or have the wrong size; their pages are "
+            "forgotten.",
+            len(lost),
+        )
+        for number in lost:
+            index.replace_segment(number, [], forget=True)
+    _delete_strays(files, catalog)
+    return catalog
+
+
+def _load_segments(index: PageIndex, files: SegmentFiles, catalog: Catalog) -> list[int]:
+    """Returns the numbers of segments whose file is not as the index says."""
+    lost: list[int] = []
+    for row in index.segments():
+        catalog.next_segment = max(catalog.next_segment, row.number + 1)
+        path = files.path(row.number)
+        if is_file_of(path, row.record_bytes, row.slots):
+            catalog.segments[row.number] = Segment(row.number, path, row.record_bytes, row.slots)
+        else:
+            lost.append(row.number)
+    return lost
+
+
+def is_file_of(path: Path, record_bytes: int, slots: int) -> bool:
+    """Does the file have exactly the size of a segment of this geometry?"""
+    if not (0 < slots <= MAX_SLOTS and record_bytes > BLOCK_BYTES):
+        return False
+    try:
+        return path.stat().st_size == BLOCK_BYTES + slots * record_bytes
+    except FileNotFoundError:
+        return False
+
+
+def _load_pages(catalog: Catalog, rows: list[tuple[int, int, bytes, int]]) -> None:
+    namespaces = catalog.namespaces
+    segments = catalog.segments
+    clock = catalog.clock << 1
+    slot_mask = MAX_SLOTS - 1
+    for loc, number, page_hash, access in rows:
+        entries = namespaces.get(number)
+        segment = segments.get(loc >> SLOT_BITS)
+        slot = loc & slot_mask
+        if entries is None or segment is None or slot >= segment.slots:
+            continue
+        if segment.record_bytes != entries.record_bytes:
+            continue
+        clock = max(clock, access)
+        if page_hash in entries.locations:
+            catalog.put(entries, page_hash, segment, slot, access)
+        else:
+            segment.put(slot, number, page_hash, access)
+            entries.locations[page_hash] = loc
+    catalog.clock = (clock >> 1) + 1
+
+
+def _set_loaded_state(segment: Segment) -> None:
+    if segment.live == 0:
+        segment.state = SegmentState.FREE
+    elif segment.free_slots == 0:
+        segment.state = SegmentState.SEALED
+
+
+def _delete_strays(files: SegmentFiles, catalog: Catalog) -> None:
+    """Files that a crash left between creation and their row in the index."""
+    for path in files.directory.iterdir():
+        if path.suffix == SEGMENT_SUFFIX and path.stem.isdigit():
+            number = int(path.stem)
+            catalog.next_segment = max(catalog.next_segment, number + 1)
+            if number not in catalog.segments:
+                path.unlink()
+
+
+def _rebuild(index: PageIndex, files: SegmentFiles) -> Catalog:
+    catalog = Catalog()
+    started = time.monotonic()
+    for scanned in scan_segments(files.directory):
+        _add_scanned(index, files, catalog, scanned)
+    for segment in catalog.segments.values():
+        _set_loaded_state(segment)
+    _write_rows(index, catalog)
+    _delete_strays(files, catalog)
+    logger.warning(
+        "Disk tier: index rebuilt in %.1f s, %d pages in %d segments.",
+        time.monotonic() - started,
+        catalog.n_pages(),
+        len(catalog.segments),
+    )
+    return catalog
+
+
+def _add_scanned(
+    index: PageIndex, files: SegmentFiles, catalog: Catalog, scanned: ScannedSegment
+) -> None:
+    header = scanned.header
+    segment = Segment(header.number, files.path(header.number), header.record_bytes, header.slots)
+    catalog.segments[header.number] = segment
+    for slot, record in scanned.records:
+        entries = _namespace_of(index, catalog, record)
+        if entries.record_bytes != segment.record_bytes:
+            continue
+        known = catalog.locate(entries, record.page_hash)
+        access = record.sequence << 1
+        if known is None or known[0].access[known[1]] < access:
+            catalog.put(entries, record.page_hash, segment, slot, access)
+        catalog.clock = max(catalog.clock, record.sequence + 1)
+
+
+def _namespace_of(index: PageIndex, catalog: Catalog, record: RecordHeader) -> NamespaceEntries:
+    entries = catalog.find_namespace(record.namespace_id)
+    if entries is None:
+        row = NamespaceRow(
+            len(catalog.namespaces) + 1, record.namespace_id, record.payload_bytes, ""
+        )
+        index.put_namespace(row)
+        entries = catalog.namespaces[row.number] = NamespaceEntries(*row)
+    return entries
+
+
+def _write_rows(index: PageIndex, catalog: Catalog) -> None:
+    rows: list[PageRow] = []
+    for segment in catalog.segments.values():
+        index.put_segment(SegmentRow(segment.number, segment.record_bytes, segment.slots))
+        for slot, page_hash in enumerate(segment.page_hashes):
+            if page_hash is None:
+                continue
+            loc = location(segment.number, slot)
+            rows.append(PageRow(loc, segment.owners[slot], page_hash, segment.access[slot]))
+            if len(rows) == _COMMIT_ROWS:
+                index.put_pages(rows)
+                rows.clear()
+    if rows:
+        index.put_pages(rows)

@@ -1,0 +1,117 @@
+"""`DiskNamespace`: what the transfer threads and the scheduler see of the disk tier."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+
+from tiered_kv.tiers.disk.buffers import as_bytes
+from tiered_kv.tiers.disk.catalog import NamespaceEntries
+from tiered_kv.tiers.disk.reader import PageReader
+from tiered_kv.tiers.disk.record import ID_BYTES
+from tiered_kv.tiers.disk.writer import PageWriter
+
+
+class Operations:
+    """Reads and writes of an open store; counts those under way so that closing can wait."""
+
+    def __init__(self, reader: PageReader, writer: PageWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self._idle = threading.Condition()
+        self._under_way = 0
+        self._is_shut = False
+
+    @contextlib.contextmanager
+    def enter(self) -> Iterator[bool]:
+        """Yields False if the store is closed."""
+        with self._idle:
+            is_open = not self._is_shut
+            self._under_way += is_open
+        try:
+            yield is_open
+        finally:
+            if is_open:
+                with self._idle:
+                    self._under_way -= 1
+                    self._idle.notify_all()
+
+    def shut(self) -> bool:
+        """Refuse new operations and wait for those under way; False if it was shut before."""
+        with self._idle:
+            if self._is_shut:
+                return False
+            self._is_shut = True
+            self._idle.wait_for(lambda: self._under_way == 0)
+            return True
+
+
+class DiskNamespace:
+    """The pages of one model, dtype, layout and tenant. Every method is thread-safe.
+
+    Buffers are contiguous memoryviews, `page_bytes` or `slot_bytes` long. Those that start at a
+    multiple of 4096 bytes are read and written in place, others through a copy.
+    """
+
+    def __init__(self, entries: NamespaceEntries, operations: Operations) -> None:
+        self.namespace_id = entries.namespace_id
+        self.page_bytes = entries.page_bytes
+        """Payload bytes of a page."""
+        self.slot_bytes = entries.slot_bytes
+        """`page_bytes` rounded up to a multiple of 4096: a buffer this long needs no copy at all;
+        what it holds after `page_bytes` is written too, and undefined after a read."""
+        self._entries = entries
+        self._operations = operations
+
+    def __len__(self) -> int:
+        """Pages stored."""
+        return len(self._entries.locations)
+
+    def contains(self, page_hash: bytes) -> bool:
+        """Is the page stored? A dict lookup: never waits."""
+        return page_hash in self._entries.locations
+
+    def count_prefix(self, hashes: Sequence[bytes]) -> int:
+        """How many leading pages are stored. Dict lookups: never waits."""
+        locations = self._entries.locations
+        for position, page_hash in enumerate(hashes):
+            if page_hash not in locations:
+                return position
+        return len(hashes)
+
+    def write_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> int:
+        """Store pages; returns how many this call newly acknowledged.
+
+        Pages already stored are skipped; one that another thread is writing is waited for. An
+        operating error never raises: the store then stops writing for a while (`stats().degraded`).
+        Raises ValueError for buffers of the wrong length.
+        """
+        views = self._check(hashes, buffers)
+        with self._operations.enter() as is_open:
+            return self._operations.writer.write(self._entries, hashes, views) if is_open else 0
+
+    def read_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> int:
+        """Fill buffers; returns the number of leading pages read and verified.
+
+        A page that is missing, damaged or unreadable ends the prefix; buffers after it hold
+        anything. An operating error never raises. Raises ValueError for buffers of the wrong
+        length.
+        """
+        views = self._check(hashes, buffers)
+        with self._operations.enter() as is_open:
+            return self._operations.reader.read(self._entries, hashes, views) if is_open else 0
+
+    def _check(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> list[memoryview]:
+        if len(hashes) != len(buffers):
+            raise ValueError(f"{len(hashes)} hashes but {len(buffers)} buffers")
+        views = [as_bytes(buffer) for buffer in buffers]
+        for page_hash, view in zip(hashes, views, strict=True):
+            if len(page_hash) != ID_BYTES:
+                raise ValueError(f"a page hash has {ID_BYTES} bytes, not {len(page_hash)}")
+            if len(view) not in (self.page_bytes, self.slot_bytes):
+                raise ValueError(
+                    f"a buffer has {len(view)} bytes, a page {self.page_bytes} (or padded "
+                    f"{self.slot_bytes})"
+                )
+        return views

@@ -1,0 +1,145 @@
+"""`read_pages`: find, pin, read, verify, and forget what turned out to be damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+
+from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
+from tiered_kv.tiers.disk.index import PageIndex
+from tiered_kv.tiers.disk.io_pool import IoPool
+from tiered_kv.tiers.disk.page_io import Outcome, PageIo, PageKind, PageTransfer, plan_runs
+from tiered_kv.tiers.disk.segment import location
+from tiered_kv.tiers.disk.space import SpaceManager
+from tiered_kv.tiers.disk.stats import Counters
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 3
+_REMEMBERED_FAILURES = 100_000
+
+
+class PageReader:
+    """Thread-safe; one batch uses all I/O threads."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        index: PageIndex,
+        space: SpaceManager,
+        page_io: PageIo,
+        pool: IoPool,
+        counters: Counters,
+    ) -> None:
+        self._catalog = catalog
+        self._index = index
+        self._space = space
+        self._page_io = page_io
+        self._pool = pool
+        self._counters = counters
+        self._lock = threading.Lock()
+        self._failed_locations: set[int] = set()
+
+    def read(
+        self, entries: NamespaceEntries, hashes: Sequence[bytes], buffers: Sequence[memoryview]
+    ) -> int:
+        """Fill the buffers; returns how many leading pages were read and verified."""
+        done = 0
+        for _ in range(_ATTEMPTS):
+            transfers = self._find(entries, hashes[done:], buffers[done:])
+            n_read = self._read_found(entries, transfers)
+            done += n_read
+            if n_read == len(transfers) or not self._was_moved(entries, transfers[n_read]):
+                break
+        self._counters.add(
+            reads=done, read_bytes=done * entries.page_bytes, read_misses=len(hashes) - done
+        )
+        return done
+
+    def _find(
+        self, entries: NamespaceEntries, hashes: Sequence[bytes], buffers: Sequence[memoryview]
+    ) -> list[PageTransfer]:
+        """The leading pages that are stored; each transfer pins its segment's file."""
+        transfers: list[PageTransfer] = []
+        with self._catalog.lock:
+            clock = self._catalog.tick()
+            for position, page_hash in enumerate(hashes):
+                found = self._catalog.locate(entries, page_hash)
+                if found is None:
+                    break
+                segment, slot = found
+                segment.touch(slot, clock)
+                segment.readers += 1
+                transfers.append(
+                    PageTransfer(position, page_hash, buffers[position], segment, slot)
+                )
+        return transfers
+
+    def _read_found(self, entries: NamespaceEntries, transfers: Sequence[PageTransfer]) -> int:
+        kind = PageKind(entries.namespace_id, entries.page_bytes)
+        try:
+            runs = plan_runs(transfers, self._pool.io_threads)
+            self._pool.run([self._job(kind, run) for run in runs])
+        finally:
+            self._space.unpin_readers(t.segment for t in transfers)
+        bad = [t for t in transfers if t.outcome is not Outcome.DONE]
+        if not bad:
+            return len(transfers)
+        self._forget_bad(entries, bad)
+        return bad[0].position
+
+    def _was_moved(self, entries: NamespaceEntries, transfer: PageTransfer) -> bool:
+        """Did a reclaim carry the page to another slot while it was being read?"""
+        loc = entries.locations.get(transfer.page_hash)
+        return loc is not None and loc != location(transfer.segment.number, transfer.slot)
+
+    def _job(self, kind: PageKind, run: Sequence[PageTransfer]) -> Callable[[], None]:
+        def read() -> None:
+            try:
+                self._page_io.read_run(kind, run)
+            except OSError:
+                # One bad block must not cost its neighbours.
+                for transfer in run if len(run) > 1 else ():
+                    with contextlib.suppress(OSError):
+                        self._page_io.read_run(kind, [transfer])
+
+        return read
+
+    def _forget_bad(self, entries: NamespaceEntries, bad: Sequence[PageTransfer]) -> None:
+        """Drop damaged pages at once, unreadable ones when they fail a second time."""
+        dropped: list[tuple[int, bytes]] = []
+        n_failed = n_damaged = 0
+        for transfer in bad:
+            loc = location(transfer.segment.number, transfer.slot)
+            if transfer.outcome is Outcome.FAILED:
+                n_failed += 1
+                if not self._failed_before(loc):
+                    continue
+            with self._catalog.lock:
+                if not self._catalog.drop(entries, transfer.page_hash, loc):
+                    continue  # Moved or given up meanwhile: the slot was somebody else's.
+            dropped.append((loc, transfer.page_hash))
+            n_damaged += transfer.outcome is Outcome.DAMAGED
+        self._counters.add(io_errors=n_failed, checksum_failures=n_damaged)
+        if dropped:
+            logger.warning(
+                "Disk tier: dropped %d pages that cannot be read back (%d damaged, %d unreadable).",
+                len(dropped),
+                n_damaged,
+                len(dropped) - n_damaged,
+            )
+            with contextlib.suppress(sqlite3.Error):
+                self._index.delete_pages(dropped)
+
+    def _failed_before(self, loc: int) -> bool:
+        with self._lock:
+            if loc in self._failed_locations:
+                self._failed_locations.discard(loc)
+                return True
+            if len(self._failed_locations) >= _REMEMBERED_FAILURES:
+                self._failed_locations.clear()
+            self._failed_locations.add(loc)
+            return False

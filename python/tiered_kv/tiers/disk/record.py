@@ -1,0 +1,123 @@
+"""Bytes on disk: the header blocks of segments and of page records.
+
+A segment file is one header block, then records of one fixed size. A record is one header block,
+then the page's payload, padded to whole blocks:
+
+    [segment header 4096] ([record header 4096] [payload, padded to 4096])*
+
+Headers carry their own checksum and that of the payload (XXH3-128, by PyPI `xxhash`, which hashes
+tens of GB/s and releases the GIL). Integers are little-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import xxhash
+
+BLOCK_BYTES = 4096
+"""Alignment of everything: a multiple of what O_DIRECT asks of any common disk."""
+
+FORMAT_VERSION = 1
+ID_BYTES = 32
+
+RECORD_MAGIC = b"TKVPAGE1"
+SEGMENT_MAGIC = b"TKVSEGM1"
+
+ENCODING_PLAIN = 0
+"""The payload is the page itself. Other encodings (encryption) get other numbers; a reader that
+does not know a record's encoding treats the record as missing, never as page bytes."""
+
+_CHECKSUM_BYTES = 16
+# magic, version, encoding, payload bytes, sequence, namespace id, page hash, payload checksum
+_RECORD = struct.Struct("<8sIIQQ32s32s16s")
+# magic, version, reserved, segment number, record bytes, slots
+_SEGMENT = struct.Struct("<8sIIQQQ")
+
+
+def round_up(n_bytes: int) -> int:
+    """The next multiple of BLOCK_BYTES."""
+    return (n_bytes + BLOCK_BYTES - 1) & -BLOCK_BYTES
+
+
+def checksum(data: memoryview | bytes) -> bytes:
+    """16 bytes; for large buffers the GIL is released meanwhile."""
+    return xxhash.xxh3_128_digest(data)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordHeader:
+    """What a record says about its payload."""
+
+    namespace_id: bytes
+    page_hash: bytes
+    payload_bytes: int
+    sequence: int
+    payload_checksum: bytes
+    encoding: int = ENCODING_PLAIN
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentHeader:
+    """What a segment file says about its slots."""
+
+    number: int
+    record_bytes: int
+    slots: int
+
+
+def pack_record(block: memoryview, header: RecordHeader) -> None:
+    """Write a record header into the start of a 4096-byte block."""
+    _RECORD.pack_into(
+        block,
+        0,
+        RECORD_MAGIC,
+        FORMAT_VERSION,
+        header.encoding,
+        header.payload_bytes,
+        header.sequence,
+        header.namespace_id,
+        header.page_hash,
+        header.payload_checksum,
+    )
+    _seal(block, _RECORD.size)
+
+
+def unpack_record(block: memoryview | bytes) -> RecordHeader | None:
+    """The header in this block, or None if it is not one, is damaged or of another version."""
+    if not _is_sealed(block, _RECORD.size):
+        return None
+    magic, version, encoding, payload_bytes, sequence, namespace_id, page_hash, digest = (
+        _RECORD.unpack_from(block)
+    )
+    if magic != RECORD_MAGIC or version != FORMAT_VERSION:
+        return None
+    return RecordHeader(namespace_id, page_hash, payload_bytes, sequence, digest, encoding)
+
+
+def pack_segment(block: memoryview, header: SegmentHeader) -> None:
+    """Write a segment header into the start of a 4096-byte block."""
+    _SEGMENT.pack_into(
+        block, 0, SEGMENT_MAGIC, FORMAT_VERSION, 0, header.number, header.record_bytes, header.slots
+    )
+    _seal(block, _SEGMENT.size)
+
+
+def unpack_segment(block: memoryview | bytes) -> SegmentHeader | None:
+    """The header in this block, or None if it is not one, is damaged or of another version."""
+    if not _is_sealed(block, _SEGMENT.size):
+        return None
+    magic, version, _, number, record_bytes, slots = _SEGMENT.unpack_from(block)
+    if magic != SEGMENT_MAGIC or version != FORMAT_VERSION:
+        return None
+    return SegmentHeader(number, record_bytes, slots)
+
+
+def _seal(block: memoryview, size: int) -> None:
+    block[size : size + _CHECKSUM_BYTES] = checksum(block[:size])
+
+
+def _is_sealed(block: memoryview | bytes, size: int) -> bool:
+    end = size + _CHECKSUM_BYTES
+    return len(block) >= end and checksum(block[:size]) == bytes(block[size:end])

@@ -1,0 +1,95 @@
+"""Reads the headers of segment files without an index: for rebuilding one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiered_kv.tiers.disk.record import (
+    BLOCK_BYTES,
+    RecordHeader,
+    SegmentHeader,
+    round_up,
+    unpack_record,
+    unpack_segment,
+)
+from tiered_kv.tiers.disk.segment import MAX_SLOTS
+from tiered_kv.tiers.disk.segment_files import SEGMENT_SUFFIX
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedSegment:
+    """A segment file whose size agrees with its header, and the intact record headers in it.
+
+    Payloads are not read here: each is verified when it is asked for.
+    """
+
+    header: SegmentHeader
+    records: list[tuple[int, RecordHeader]]
+
+
+def scan_segments(directory: Path) -> Iterator[ScannedSegment]:
+    """Every usable segment file; one that cannot be read or makes no sense is skipped."""
+    paths = sorted(
+        p for p in directory.iterdir() if p.suffix == SEGMENT_SUFFIX and p.stem.isdigit()
+    )
+    logged = time.monotonic()
+    for n_done, path in enumerate(paths):
+        if time.monotonic() - logged > _PROGRESS_S:
+            logged = time.monotonic()
+            logger.warning("Disk tier: scanned %d of %d segment files.", n_done, len(paths))
+        try:
+            scanned = _scan_file(path)
+        except OSError as error:
+            logger.warning("Disk tier: segment file %s is skipped (%s).", path.name, error)
+            continue
+        if scanned is not None:
+            yield scanned
+
+
+def _scan_file(path: Path) -> ScannedSegment | None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # Headers lie far apart: reading ahead would read the payloads too.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        file_bytes = os.fstat(fd).st_size
+        number = int(path.stem)
+        header = unpack_segment(os.pread(fd, BLOCK_BYTES, 0))
+        if header is None or header.number != number:
+            header = _guess_header(fd, number, file_bytes)
+        if header is None or BLOCK_BYTES + header.slots * header.record_bytes != file_bytes:
+            return None
+        records = []
+        for slot in range(header.slots):
+            offset = BLOCK_BYTES + slot * header.record_bytes
+            record = unpack_record(os.pread(fd, BLOCK_BYTES, offset))
+            if record is not None and _record_bytes(record) == header.record_bytes:
+                records.append((slot, record))
+        return ScannedSegment(header, records)
+    finally:
+        os.close(fd)
+
+
+def _record_bytes(record: RecordHeader) -> int:
+    return BLOCK_BYTES + round_up(record.payload_bytes)
+
+
+def _guess_header(fd: int, number: int, file_bytes: int) -> SegmentHeader | None:
+    """With the segment's header gone, the first intact record tells the size of all of them."""
+    for offset in range(BLOCK_BYTES, file_bytes, BLOCK_BYTES):
+        record = unpack_record(os.pread(fd, BLOCK_BYTES, offset))
+        if record is not None:
+            record_bytes = _record_bytes(record)
+            slots = (file_bytes - BLOCK_BYTES) // record_bytes
+            if (offset - BLOCK_BYTES) % record_bytes == 0 and 0 < slots <= MAX_SLOTS:
+                return SegmentHeader(number, record_bytes, slots)
+            return None
+    return None

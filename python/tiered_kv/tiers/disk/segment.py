@@ -1,0 +1,140 @@
+"""One segment file as the process sees it: which page is in which slot, and how lately used."""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from pathlib import Path
+
+from tiered_kv.tiers.disk.record import BLOCK_BYTES, SegmentHeader
+
+SLOT_BITS = 24
+MAX_SLOTS = 1 << SLOT_BITS
+_SLOT_MASK = MAX_SLOTS - 1
+
+
+def location(number: int, slot: int) -> int:
+    """One integer for (segment number, slot): the value of the page dicts, the key of the index."""
+    return number << SLOT_BITS | slot
+
+
+def segment_of(loc: int) -> int:
+    return loc >> SLOT_BITS
+
+
+def slot_of(loc: int) -> int:
+    return loc & _SLOT_MASK
+
+
+class SegmentState(enum.Enum):
+    """Life of a segment file."""
+
+    FILLING = enum.auto()
+    """New records are appended."""
+    SEALED = enum.auto()
+    """Full; may be chosen for reclaim."""
+    RECLAIMING = enum.auto()
+    """Its pages are being moved on or given up; reads still work."""
+    FREE = enum.auto()
+    """Holds no pages; the file waits for reuse."""
+    DELETED = enum.auto()
+    """The file is gone; a late reader or writer of it must not count."""
+
+
+class Segment:
+    """Slots of one file. Guarded by the catalog's lock, except `record_offset`.
+
+    `access[slot]` packs (logical time of last use) << 1 | (was read since written or moved): the
+    low bit is the second chance of the clock algorithm.
+    """
+
+    __slots__ = (
+        "access",
+        "access_sum",
+        "fds",
+        "live",
+        "next_slot",
+        "number",
+        "owners",
+        "page_hashes",
+        "path",
+        "readers",
+        "record_bytes",
+        "slots",
+        "state",
+        "touched",
+        "writers",
+    )
+
+    def __init__(self, number: int, path: Path, record_bytes: int, slots: int) -> None:
+        self.number = number
+        self.path = path
+        self.record_bytes = record_bytes
+        self.slots = slots
+        self.state = SegmentState.FILLING
+        self.fds: dict[bool, int] = {}
+        self.page_hashes: list[bytes | None] = [None] * slots
+        self.owners = array("I", bytes(4 * slots))
+        self.access = array("Q", bytes(8 * slots))
+        self.access_sum = 0
+        self.next_slot = 0
+        self.live = 0
+        self.readers = 0
+        self.writers = 0
+        self.touched = False
+
+    @property
+    def file_bytes(self) -> int:
+        return BLOCK_BYTES + self.slots * self.record_bytes
+
+    @property
+    def header(self) -> SegmentHeader:
+        return SegmentHeader(self.number, self.record_bytes, self.slots)
+
+    @property
+    def free_slots(self) -> int:
+        return self.slots - self.next_slot
+
+    def record_offset(self, slot: int) -> int:
+        return BLOCK_BYTES + slot * self.record_bytes
+
+    def put(self, slot: int, owner: int, page_hash: bytes, access: int) -> None:
+        self.page_hashes[slot] = page_hash
+        self.owners[slot] = owner
+        self.access[slot] = access
+        self.access_sum += access
+        self.live += 1
+        if slot >= self.next_slot:
+            self.next_slot = slot + 1
+
+    def drop(self, slot: int) -> None:
+        self.page_hashes[slot] = None
+        self.access_sum -= self.access[slot]
+        self.access[slot] = 0
+        self.live -= 1
+
+    def touch(self, slot: int, clock: int) -> None:
+        """Note a read at logical time `clock`."""
+        access = clock << 1 | 1
+        self.access_sum += access - self.access[slot]
+        self.access[slot] = access
+        self.touched = True
+
+    def access_rows(self) -> list[tuple[int, int]]:
+        """(access, location) of every live page."""
+        return [
+            (self.access[slot], location(self.number, slot))
+            for slot, page_hash in enumerate(self.page_hashes)
+            if page_hash is not None
+        ]
+
+    def reset(self) -> None:
+        """Forget every page: the file is about to be filled anew."""
+        slots = self.slots
+        self.page_hashes = [None] * slots
+        self.access = array("Q", bytes(8 * slots))
+        self.access_sum = 0
+        self.next_slot = 0
+        self.live = 0
+        self.touched = False
+        self.state = SegmentState.FILLING

@@ -1,0 +1,272 @@
+"""Which bytes of the directory may be used: allocates slots, reclaims segments, keeps the budget.
+
+Locks are taken in the order: `SpaceManager._structure` (creating, reclaiming or deleting segments;
+held across I/O) > `PageIndex.lock` > `Catalog.lock`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+
+from tiered_kv.tiers.disk.budget import Budget
+from tiered_kv.tiers.disk.catalog import Catalog
+from tiered_kv.tiers.disk.index import PageIndex, PageRow, SegmentRow
+from tiered_kv.tiers.disk.page_mover import PageMover
+from tiered_kv.tiers.disk.reclaim import MOVED_FRACTION, choose_survivors, choose_victim
+from tiered_kv.tiers.disk.segment import Segment, SegmentState
+from tiered_kv.tiers.disk.segment_files import SegmentFiles
+from tiered_kv.tiers.disk.stats import Counters
+
+logger = logging.getLogger(__name__)
+
+
+class SpaceManager:
+    """Hands out slots of the segments being filled; makes room when the budget is used up."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        index: PageIndex,
+        files: SegmentFiles,
+        mover: PageMover,
+        budget: Budget,
+        counters: Counters,
+    ) -> None:
+        self._catalog = catalog
+        self._index = index
+        self._files = files
+        self._mover = mover
+        self._budget = budget
+        self._counters = counters
+        self._structure = threading.Lock()
+        self._filling: dict[int, Segment] = {}
+
+    # -- slots for new pages
+
+    def allocate(self, record_bytes: int, count: int) -> list[tuple[Segment, int]]:
+        """Up to `count` slots, fewer if there is no room even after reclaiming.
+
+        Every segment returned counts the slots as `writers` until `finish_writes`. Raises OSError
+        or sqlite3.Error if a segment cannot be created or reclaimed.
+        """
+        slots: list[tuple[Segment, int]] = []
+        try:
+            while len(slots) < count:
+                taken = self._take(record_bytes, count - len(slots))
+                slots += taken
+                if not taken and not self._advance(record_bytes):
+                    break
+        except BaseException:
+            self.finish_writes(slots)
+            raise
+        return slots
+
+    def finish_writes(self, slots: Iterable[tuple[Segment, int]]) -> None:
+        with self._catalog.lock:
+            for segment, _ in slots:
+                segment.writers -= 1
+                self._close_if_gone(segment)
+
+    def unpin_readers(self, segments: Iterable[Segment]) -> None:
+        with self._catalog.lock:
+            for segment in segments:
+                segment.readers -= 1
+                self._close_if_gone(segment)
+
+    def _take(self, record_bytes: int, count: int) -> list[tuple[Segment, int]]:
+        with self._catalog.lock:
+            segment = self._filling.get(record_bytes)
+            if segment is None:
+                return []
+            n_taken = min(count, segment.free_slots)
+            first = segment.next_slot
+            segment.next_slot += n_taken
+            segment.writers += n_taken
+            return [(segment, slot) for slot in range(first, first + n_taken)]
+
+    # -- segments
+
+    def _advance(self, record_bytes: int) -> bool:
+        """Give this record size a segment with free slots; False if there is no room for one."""
+        with self._structure:
+            with self._catalog.lock:
+                current = self._filling.get(record_bytes)
+                if current is not None:
+                    if current.free_slots:
+                        return True
+                    current.state = SegmentState.SEALED
+                    del self._filling[record_bytes]
+                if self._adopt_partial(record_bytes):
+                    return True
+            slots = self._budget.slots_per_segment(record_bytes)
+            cost = self._budget.cost(record_bytes, slots)
+            while True:
+                segment = self._reuse(record_bytes, slots)
+                if segment is None and self._delete_free_until(cost):
+                    segment = self._create(record_bytes, slots)
+                if segment is not None:
+                    with self._catalog.lock:
+                        self._filling[record_bytes] = segment
+                    return True
+                if not self._reclaim_one():
+                    return False
+
+    def reclaim_ahead(self, record_bytes: int) -> None:
+        """Reclaim a segment while the one being filled still has room for the survivors."""
+        segment = self._filling.get(record_bytes)
+        if segment is None or segment.free_slots > segment.slots * MOVED_FRACTION:
+            return
+        if not self._structure.acquire(blocking=False):
+            return
+        try:
+            if not self._has_spare(record_bytes):
+                self._reclaim_one()
+        finally:
+            self._structure.release()
+
+    def _adopt_partial(self, record_bytes: int) -> bool:
+        """Go on filling a segment left partly filled by an earlier run."""
+        for segment in self._catalog.segments_in(SegmentState.FILLING):
+            if segment.record_bytes == record_bytes and segment.free_slots:
+                self._filling[record_bytes] = segment
+                return True
+        return False
+
+    def _reuse(self, record_bytes: int, slots: int) -> Segment | None:
+        with self._catalog.lock:
+            for segment in self._catalog.segments_in(SegmentState.FREE):
+                if segment.record_bytes == record_bytes and segment.slots == slots:
+                    segment.reset()
+                    return segment
+        return None
+
+    def _create(self, record_bytes: int, slots: int) -> Segment:
+        with self._catalog.lock:
+            number = self._catalog.next_segment
+            self._catalog.next_segment += 1
+        segment = self._files.create(number, record_bytes, slots)
+        try:
+            self._index.put_segment(SegmentRow(number, record_bytes, slots))
+        except BaseException:
+            self._files.close(segment)
+            self._files.delete(segment)
+            raise
+        with self._catalog.lock:
+            self._catalog.segments[number] = segment
+        return segment
+
+    # -- budget
+
+    def _used(self) -> int:
+        with self._catalog.lock:
+            segments = list(self._catalog.segments.values())
+        return sum(self._budget.cost(s.record_bytes, s.slots) for s in segments)
+
+    def _fits(self, cost: int) -> bool:
+        return self._used() + cost <= self._budget.segment_space
+
+    def _has_spare(self, record_bytes: int) -> bool:
+        """Can a segment be had without reclaiming one?"""
+        cost = self._budget.cost(record_bytes, self._budget.slots_per_segment(record_bytes))
+        with self._catalog.lock:
+            free = self._catalog.segments_in(SegmentState.FREE)
+        return self._fits(cost - sum(self._budget.cost(s.record_bytes, s.slots) for s in free))
+
+    def _delete_free_until(self, cost: int) -> bool:
+        """True if `cost` more bytes fit, after deleting free files of other sizes as needed."""
+        while not self._fits(cost):
+            with self._catalog.lock:
+                free = self._catalog.segments_in(SegmentState.FREE)
+            if not free:
+                return False
+            self._delete(free[0])
+        return True
+
+    def shrink_to_budget(self) -> None:
+        """Give up segments until the budget holds (it may be smaller than in an earlier run)."""
+        with self._structure:
+            while not self._fits(0):
+                with self._catalog.lock:
+                    victim = choose_victim(
+                        self._catalog.segments.values(), self._catalog.clock << 1
+                    )
+                if victim is None:
+                    return
+                self._empty(victim, [], forget=True)
+
+    # -- reclaim (the caller holds `_structure`)
+
+    def _reclaim_one(self) -> bool:
+        """Turn the least valuable segment into a free one; False if none can be spared."""
+        with self._catalog.lock:
+            idle = [s for s in self._catalog.segments_in(SegmentState.SEALED) if not s.writers]
+            # Only if there is no other: one that another record size is still filling.
+            filling = self._catalog.segments_in(SegmentState.FILLING)
+            idle = idle or [s for s in filling if not s.writers]
+            victim = choose_victim(idle, self._catalog.clock << 1)
+            if victim is None:
+                return False
+            previous_state = victim.state
+            victim.state = SegmentState.RECLAIMING
+            if self._filling.get(victim.record_bytes) is victim:
+                del self._filling[victim.record_bytes]
+            target = self._filling.get(victim.record_bytes)
+            survivors = choose_survivors(victim, target.free_slots if target else 0)
+        try:
+            moved = self._move(victim, survivors)
+            self._empty(victim, moved, forget=False)
+        except BaseException:
+            with self._catalog.lock:
+                victim.state = previous_state
+            raise
+        self._counters.add(reclaimed_segments=1)
+        return True
+
+    def _move(self, victim: Segment, survivors: Sequence[int]) -> list[PageRow]:
+        if not survivors:
+            return []
+        slots = self._take(victim.record_bytes, len(survivors))
+        try:
+            return self._mover.copy(victim, survivors, slots)
+        finally:
+            self.finish_writes(slots)
+
+    def _empty(self, victim: Segment, moved: Sequence[PageRow], *, forget: bool) -> None:
+        """Commit the moves, forget all other pages of the victim, free or delete its file."""
+        self._index.replace_segment(victim.number, moved, forget=forget)
+        with self._catalog.lock:
+            n_moved = self._mover.rebind(victim, moved)
+            n_dropped = self._catalog.drop_segment(victim)
+            victim.state = SegmentState.FREE
+        self._counters.add(moved_pages=n_moved, dropped_pages=n_dropped)
+        if forget:
+            self._remove_file(victim)
+
+    def _delete(self, segment: Segment) -> None:
+        self._index.replace_segment(segment.number, [], forget=True)
+        self._remove_file(segment)
+
+    def _remove_file(self, segment: Segment) -> None:
+        self._files.delete(segment)
+        with self._catalog.lock:
+            del self._catalog.segments[segment.number]
+            segment.state = SegmentState.DELETED
+            self._close_if_gone(segment)
+
+    def _close_if_gone(self, segment: Segment) -> None:
+        if segment.state is SegmentState.DELETED and not segment.readers and not segment.writers:
+            self._files.close(segment)
+
+    def clear(self) -> None:
+        """Delete every segment; pages being written meanwhile are not acknowledged."""
+        with self._structure, self._index.lock:
+            self._index.clear()
+            with self._catalog.lock:
+                segments = list(self._catalog.segments.values())
+                for segment in segments:
+                    self._catalog.drop_segment(segment)
+                self._filling.clear()
+            for segment in segments:
+                self._remove_file(segment)

@@ -1,0 +1,249 @@
+"""The disk tier's front door: open a directory, take namespaces from it, close it."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Self
+
+from tiered_kv.core.errors import DiskTierError
+from tiered_kv.tiers.disk.budget import Budget
+from tiered_kv.tiers.disk.buffers import ScratchPool
+from tiered_kv.tiers.disk.catalog import NamespaceEntries
+from tiered_kv.tiers.disk.directory import (
+    OwnerLock,
+    check_format,
+    prepare_directory,
+    segments_directory,
+    write_format,
+)
+from tiered_kv.tiers.disk.index import NamespaceRow, PageIndex, index_files
+from tiered_kv.tiers.disk.io_ops import IoOps
+from tiered_kv.tiers.disk.io_path import FixedPath, choose_direct_io
+from tiered_kv.tiers.disk.io_pool import IoPool
+from tiered_kv.tiers.disk.loading import open_index
+from tiered_kv.tiers.disk.namespace import DiskNamespace, Operations
+from tiered_kv.tiers.disk.page_io import PageIo
+from tiered_kv.tiers.disk.page_mover import PageMover
+from tiered_kv.tiers.disk.reader import PageReader
+from tiered_kv.tiers.disk.record import ID_BYTES
+from tiered_kv.tiers.disk.segment_files import SegmentFiles
+from tiered_kv.tiers.disk.space import SpaceManager
+from tiered_kv.tiers.disk.stats import Counters, DiskStats
+from tiered_kv.tiers.disk.write_gate import WriteGate
+from tiered_kv.tiers.disk.writer import PageWriter
+
+logger = logging.getLogger(__name__)
+
+_CAPACITY = "capacity_bytes"
+_ACCESS_ROWS_PER_COMMIT = 5_000
+
+
+class DiskStore:
+    """Pages of many namespaces in one directory, owned by one process at a time."""
+
+    def __init__(
+        self,
+        directory: Path,
+        lock: OwnerLock,
+        *,
+        capacity_bytes: int,
+        io_threads: int,
+        direct: bool,
+        sync_writes: bool,
+        io_ops: IoOps,
+    ) -> None:
+        """Use `open`. Raises OSError or sqlite3.Error."""
+        self.directory = directory
+        self._lock = lock
+        self._direct = direct
+        self._budget = Budget(capacity_bytes)
+        self._counters = Counters()
+        self._gate = WriteGate(str(directory))
+        self._files = SegmentFiles(segments_directory(directory), io_ops, sync_writes=sync_writes)
+        self._index, self._catalog = open_index(
+            directory,
+            self._files,
+            lambda: PageIndex(
+                directory, wal_blocks=self._budget.wal_blocks, sync_commits=sync_writes
+            ),
+        )
+        self._index.set_meta(_CAPACITY, capacity_bytes)
+        page_io = PageIo(self._files, io_ops, FixedPath(direct=direct), ScratchPool())
+        mover = PageMover(self._catalog, page_io)
+        self._space = SpaceManager(
+            self._catalog, self._index, self._files, mover, self._budget, self._counters
+        )
+        self._space.shrink_to_budget()
+        self._pool = IoPool(io_threads)
+        reader = PageReader(
+            self._catalog, self._index, self._space, page_io, self._pool, self._counters
+        )
+        writer = PageWriter(
+            self._catalog,
+            self._index,
+            self._space,
+            page_io,
+            self._pool,
+            self._gate,
+            self._counters,
+            self._files.sync if sync_writes else None,
+        )
+        self._operations = Operations(reader, writer)
+        self._namespace_lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        *,
+        capacity_bytes: int,
+        io_threads: int = 4,
+        direct_io: bool | None = None,
+        sync_writes: bool = False,
+        io_ops: IoOps | None = None,
+    ) -> Self:
+        """Open (or make) a disk tier.
+
+        capacity_bytes: hard limit on everything below `directory`.
+        io_threads: I/Os in flight per batch.
+        direct_io: past the page cache (True), through it (False), or past it if the file system
+            can (None).
+        sync_writes: acknowledge a page only once it would survive a power loss.
+        io_ops: the system calls to use (tests replace them).
+
+        Raises DiskTierError: in use by another process, another format, not a disk tier's
+        directory, not writable, capacity too small.
+        """
+        directory = Path(directory).absolute()
+        io_ops = io_ops or IoOps()
+        if io_threads < 1:
+            raise DiskTierError(f"The disk tier needs at least 1 I/O thread, not {io_threads}.")
+        if Budget(capacity_bytes).segment_space == 0:
+            raise DiskTierError(
+                f"The disk tier's capacity of {capacity_bytes} bytes is too small to hold any "
+                "page: give it some megabytes at least."
+            )
+        try:
+            prepare_directory(directory)
+            lock = OwnerLock(directory)
+            try:
+                write_format(directory)
+                check_format(directory)
+                direct = choose_direct_io(directory, io_ops, wanted=direct_io)
+                return cls(
+                    directory,
+                    lock,
+                    capacity_bytes=capacity_bytes,
+                    io_threads=io_threads,
+                    direct=direct,
+                    sync_writes=sync_writes,
+                    io_ops=io_ops,
+                )
+            except BaseException:
+                lock.release()
+                raise
+        except (OSError, sqlite3.Error) as error:
+            raise DiskTierError(
+                f"Cannot open a disk tier in {directory}: {error}; make the directory writable or "
+                "name another."
+            ) from error
+
+    def namespace(
+        self, namespace_id: bytes, page_bytes: int, description: str = ""
+    ) -> DiskNamespace:
+        """The pages of one namespace, which is made if it is new.
+
+        namespace_id: 32 bytes. page_bytes: payload bytes of every page in it.
+        Raises DiskTierError if the namespace has another page size, or the capacity is too small.
+        """
+        if len(namespace_id) != ID_BYTES:
+            raise ValueError(f"a namespace id has {ID_BYTES} bytes, not {len(namespace_id)}")
+        if page_bytes < 1:
+            raise ValueError(f"a page has at least 1 byte, not {page_bytes}")
+        with self._namespace_lock:
+            known = self._catalog.find_namespace(namespace_id)
+            if known is not None and known.page_bytes != page_bytes:
+                raise DiskTierError(
+                    f"Namespace {namespace_id.hex()[:16]} in {self.directory} holds pages of "
+                    f"{known.page_bytes} bytes, not {page_bytes}: two layouts must not share one "
+                    "namespace id."
+                )
+            number = known.number if known else max(self._catalog.namespaces, default=0) + 1
+            entries = known or NamespaceEntries(number, namespace_id, page_bytes, description)
+            self._budget.slots_per_segment(entries.record_bytes)
+            if known is None or (description and description != known.description):
+                entries.description = description
+                try:
+                    self._index.put_namespace(
+                        NamespaceRow(number, namespace_id, page_bytes, description)
+                    )
+                except sqlite3.Error as error:
+                    raise DiskTierError(
+                        f"Cannot write the index of the disk tier in {self.directory}: {error}."
+                    ) from error
+                with self._catalog.lock:
+                    self._catalog.namespaces[number] = entries
+            return DiskNamespace(entries, self._operations)
+
+    def stats(self) -> DiskStats:
+        with self._catalog.lock:
+            segments = list(self._catalog.segments.values())
+            pages, payload_bytes = self._catalog.n_pages(), self._catalog.payload_bytes()
+        on_disk = sum(segment.file_bytes for segment in segments)
+        for path in index_files(self.directory):
+            try:
+                on_disk += path.stat().st_size
+            except FileNotFoundError:
+                continue
+        return DiskStats(
+            pages=pages,
+            bytes_used=payload_bytes,
+            bytes_on_disk=on_disk,
+            capacity=self._budget.capacity_bytes,
+            segments=len(segments),
+            degraded=self._gate.is_degraded,
+            direct_io=self._direct,
+            **self._counters.snapshot(),
+        )
+
+    def clear(self) -> None:
+        """Delete every page. Raises DiskTierError if the index cannot be written."""
+        try:
+            self._space.clear()
+        except (OSError, sqlite3.Error) as error:
+            raise DiskTierError(f"Cannot clear the disk tier {self.directory}: {error}.") from error
+
+    def close(self) -> None:
+        """Finish the operations under way, save what is known about use, give up ownership.
+
+        Later reads and writes do nothing and return 0. Closing twice is harmless.
+        """
+        if not self._operations.shut():
+            return
+        self._pool.close()
+        try:
+            self._save_access()
+            self._index.compact()
+        except sqlite3.Error as error:
+            logger.warning("Disk tier: the order of use was not saved (%s).", error)
+        self._index.close()
+        for segment in self._catalog.segments.values():
+            self._files.close(segment)
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _save_access(self) -> None:
+        """The next run shall know which pages were used lately."""
+        rows: list[tuple[int, int]] = []
+        for segment in self._catalog.segments.values():
+            rows += segment.access_rows() if segment.touched else []
+        for start in range(0, len(rows), _ACCESS_ROWS_PER_COMMIT):
+            self._index.save_access(rows[start : start + _ACCESS_ROWS_PER_COMMIT])

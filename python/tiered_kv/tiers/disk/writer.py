@@ -1,0 +1,158 @@
+"""`write_pages`: claim, allocate, write data, commit index rows, acknowledge."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+
+from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
+from tiered_kv.tiers.disk.index import PageIndex, PageRow
+from tiered_kv.tiers.disk.io_pool import IoPool
+from tiered_kv.tiers.disk.page_io import Outcome, PageIo, PageKind, PageTransfer, plan_runs
+from tiered_kv.tiers.disk.segment import Segment, SegmentState, location
+from tiered_kv.tiers.disk.space import SpaceManager
+from tiered_kv.tiers.disk.stats import Counters
+from tiered_kv.tiers.disk.write_gate import WriteGate
+
+CHUNK_BYTES = 64 << 20
+"""Bytes written between two acknowledgements of one batch."""
+
+
+class PageWriter:
+    """Thread-safe; one batch uses all I/O threads."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        index: PageIndex,
+        space: SpaceManager,
+        page_io: PageIo,
+        pool: IoPool,
+        gate: WriteGate,
+        counters: Counters,
+        sync: Callable[[Segment], None] | None,
+    ) -> None:
+        """`sync` puts a segment's data on the device before its pages are acknowledged."""
+        self._catalog = catalog
+        self._index = index
+        self._space = space
+        self._page_io = page_io
+        self._pool = pool
+        self._gate = gate
+        self._counters = counters
+        self._sync = sync
+
+    def write(
+        self, entries: NamespaceEntries, hashes: Sequence[bytes], buffers: Sequence[memoryview]
+    ) -> int:
+        """Store the pages that are not stored yet; returns how many this call acknowledged.
+
+        A page that another thread is writing is waited for, not written twice.
+        """
+        with self._catalog.lock:
+            mine, others = self._catalog.claim(entries, hashes)
+        written = 0
+        try:
+            if mine and self._gate.try_enter():
+                written = self._write_claimed(entries, hashes, buffers, mine)
+        finally:
+            with self._catalog.lock:
+                self._catalog.release(entries, [hashes[position] for position in mine])
+        if others:
+            with self._catalog.lock:
+                self._catalog.wait_for_others(entries, others)
+        return written
+
+    def _write_claimed(
+        self,
+        entries: NamespaceEntries,
+        hashes: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        positions: Sequence[int],
+    ) -> int:
+        chunk_pages = max(CHUNK_BYTES // entries.record_bytes, 1)
+        written = 0
+        error: Exception | None = None
+        for start in range(0, len(positions), chunk_pages):
+            chunk = positions[start : start + chunk_pages]
+            try:
+                n_written, error = self._write_chunk(entries, hashes, buffers, chunk)
+                written += n_written
+                self._space.reclaim_ahead(entries.record_bytes)
+            except (OSError, sqlite3.Error) as raised:
+                error = raised
+            except BaseException as raised:
+                self._gate.fail(raised)
+                raise
+            if error is not None:
+                self._counters.add(io_errors=1)
+                break
+        if error is None:
+            self._gate.succeed()
+        else:
+            self._gate.fail(error)
+        self._counters.add(writes=written, write_bytes=written * entries.page_bytes)
+        return written
+
+    def _write_chunk(
+        self,
+        entries: NamespaceEntries,
+        hashes: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        positions: Sequence[int],
+    ) -> tuple[int, Exception | None]:
+        """Returns pages acknowledged, and the first error of a data write."""
+        slots = self._space.allocate(entries.record_bytes, len(positions))
+        try:
+            transfers = [
+                PageTransfer(position, hashes[position], buffers[position], segment, slot)
+                for position, (segment, slot) in zip(positions, slots, strict=False)
+            ]
+            error = self._write_data(entries, transfers)
+            done = [t for t in transfers if t.outcome is Outcome.DONE]
+            return self._acknowledge(entries, done), error
+        finally:
+            self._space.finish_writes(slots)
+
+    def _write_data(
+        self, entries: NamespaceEntries, transfers: Sequence[PageTransfer]
+    ) -> OSError | None:
+        kind = PageKind(entries.namespace_id, entries.page_bytes)
+        with self._catalog.lock:
+            sequence = self._catalog.tick()
+        errors: list[OSError] = []
+
+        def job(run: Sequence[PageTransfer]) -> Callable[[], None]:
+            def write() -> None:
+                try:
+                    self._page_io.write_run(kind, run, sequence)
+                except OSError as error:
+                    errors.append(error)
+
+            return write
+
+        self._pool.run([job(run) for run in plan_runs(transfers, self._pool.io_threads)])
+        return errors[0] if errors else None
+
+    def _acknowledge(self, entries: NamespaceEntries, done: Sequence[PageTransfer]) -> int:
+        if not done:
+            return 0
+        if self._sync is not None:
+            segments: dict[int, Segment] = {t.segment.number: t.segment for t in done}
+            for segment in segments.values():
+                self._sync(segment)
+        # The index lock spans commit and catalog, so that `clear` sees both or neither.
+        with self._index.lock:
+            alive = [t for t in done if t.segment.state is not SegmentState.DELETED]
+            with self._catalog.lock:
+                access = self._catalog.tick() << 1
+            self._index.put_pages(
+                [
+                    PageRow(location(t.segment.number, t.slot), entries.number, t.page_hash, access)
+                    for t in alive
+                ]
+            )
+            with self._catalog.lock:
+                for t in alive:
+                    self._catalog.put(entries, t.page_hash, t.segment, t.slot, access)
+        return len(alive)

@@ -1,0 +1,47 @@
+"""Fixtures of the disk tier's tests; plain builders are in `disk_builders`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tiered_kv.tiers.disk.store import DiskStore
+
+# Test modules are imported by path (importlib mode), so their neighbours need this to be found.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from disk_builders import MIB
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "disk"
+
+
+@pytest.fixture(params=[True, False], ids=["direct", "buffered"])
+def direct_io(request: pytest.FixtureRequest, tmp_path: Path) -> bool:
+    """Both paths; the direct one is skipped where the file system has none."""
+    if request.param:
+        with DiskStore.open(tmp_path / "probe", capacity_bytes=8 * MIB) as store:
+            if not store.stats().direct_io:
+                pytest.skip("no direct I/O on this file system")
+    return bool(request.param)
+
+
+@pytest.fixture
+def open_store(directory: Path) -> Iterator[Callable[..., DiskStore]]:
+    """Opens stores in `directory` and closes what the test left open."""
+    stores: list[DiskStore] = []
+
+    def open_one(**options: object) -> DiskStore:
+        options.setdefault("capacity_bytes", 64 * MIB)
+        store = DiskStore.open(directory, **options)  # type: ignore[arg-type]
+        stores.append(store)
+        return store
+
+    yield open_one
+    for store in stores:
+        store.close()
