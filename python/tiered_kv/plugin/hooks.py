@@ -42,6 +42,8 @@ class Hook:
     """What would be wrong without it."""
 
 
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+
 HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.__init__",
@@ -50,6 +52,16 @@ HOOKS: tuple[Hook, ...] = (
         process=Process.SCHEDULER,
         why="the scheduler only prefetches from disk if its enable_hicache_storage is set, and "
         "SGLang derives that from --hicache-storage-backend alone",
+    ),
+    *(
+        Hook(
+            target=f"{_UPDATER}.update_weights_from_{source}",
+            kind="before",
+            function="tiered_kv.plugin.weight_updates:before_update",
+            process=Process.SCHEDULER,
+            why="KV computed with the old weights would be served after an update",
+        )
+        for source in ("disk", "distributed", "tensor", "ipc")
     ),
 )
 

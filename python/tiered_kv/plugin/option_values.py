@@ -46,6 +46,22 @@ def size_bytes(option: str, value: str | int | float) -> int:
     return n_bytes
 
 
+def number(option: str, value: str | float) -> float:
+    """`value` as a float. Raises ConfigError if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{option} must be a number, not {value!r}.") from None
+
+
+def integer(option: str, value: str | int) -> int:
+    """`value` as an int. Raises ConfigError if it is none."""
+    as_float = number(option, value)
+    if not as_float.is_integer():
+        raise ConfigError(f"{option} must be a whole number, not {value!r}.")
+    return int(as_float)
+
+
 def direct_io(option: str, value: str | bool | None) -> bool | None:
     """Whether the disk tier bypasses the page cache; None lets it choose.
 

@@ -10,5 +10,5 @@ def announce_disk_tier(result: None, scheduler: Any, *args: Any, **kwargs: Any) 
 
     AFTER `Scheduler.__init__`; everything that reads `enable_hicache_storage` reads it later.
     """
-    if scheduler.server_args.tiered_kv:
+    if getattr(scheduler.server_args, "tiered_kv", False):
         scheduler.enable_hicache_storage = scheduler.tree_cache.enable_storage

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from typing import Any, Optional, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from sglang.srt import server_args as upstream_server_args
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
@@ -53,13 +53,13 @@ class ServerArgs(upstream_server_args.ServerArgs):
         Arg(
             no_cli=True,
             help="Keep the KV cache of past prompts in three tiers: device, host memory and disk. "
-            f"Sets --page-size to {PAGE_SIZE_DEFAULT} unless it is given, and --enable-cache-report "
-            "so that usage says how many prompt tokens were cached.",
+            f"Makes --page-size {PAGE_SIZE_DEFAULT} unless it is given, and --enable-cache-report "
+            "the default, so that a response's usage says how many prompt tokens were cached.",
         ),
         NS("memory"),
     ] = False
     tiered_kv_host_size: A[
-        Optional[str],
+        str | None,
         Arg(
             no_cli=True,
             type_parser=_size,
@@ -78,7 +78,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
         NS("memory"),
     ] = 2.0
     tiered_kv_disk_dir: A[
-        Optional[str],
+        str | None,
         Arg(
             no_cli=True,
             help="Directory of the disk tier, kept across restarts; 'none' switches the tier off. "
@@ -87,7 +87,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
         NS("memory"),
     ] = None
     tiered_kv_disk_size: A[
-        Optional[str],
+        str | None,
         Arg(
             no_cli=True,
             type_parser=_size,
@@ -174,29 +174,31 @@ class ServerArgs(upstream_server_args.ServerArgs):
 
     def to_config(self) -> TieredKVConfig:
         """Our options for one rank, as the layers below take them. Raises ConfigError."""
+        values = option_values
         host_size = None
         if self.tiered_kv_host_size is not None:
-            host_size = option_values.size_bytes("--tiered-kv-host-size", self.tiered_kv_host_size)
-        directory = option_values.disk_directory("--tiered-kv-disk-dir", self.tiered_kv_disk_dir)
+            host_size = values.size_bytes("--tiered-kv-host-size", self.tiered_kv_host_size)
         disk_size = None
-        if directory is not None:
-            assert self.tiered_kv_disk_size is not None, "set by __post_init__"
+        if self.tiered_kv_disk_size is not None:
             ranks = max(1, self.tp_size // self.nnodes)
             disk_size = (
-                option_values.size_bytes("--tiered-kv-disk-size", self.tiered_kv_disk_size) // ranks
+                values.size_bytes("--tiered-kv-disk-size", self.tiered_kv_disk_size) // ranks
             )
         return TieredKVConfig(
             page_size=self.page_size,
             eviction_policy=self.radix_eviction_policy,
-            host=HostConfig(size_bytes=host_size, ratio=self.tiered_kv_host_ratio),
+            host=HostConfig(
+                size_bytes=host_size,
+                ratio=values.number("--tiered-kv-host-ratio", self.tiered_kv_host_ratio),
+            ),
             disk=DiskConfig(
-                directory=directory,
+                directory=values.disk_directory("--tiered-kv-disk-dir", self.tiered_kv_disk_dir),
                 size_bytes=disk_size,
-                io_threads=self.tiered_kv_disk_io_threads,
-                direct_io=option_values.direct_io(
-                    "--tiered-kv-direct-io", self.tiered_kv_direct_io
+                io_threads=values.integer(
+                    "--tiered-kv-disk-io-threads", self.tiered_kv_disk_io_threads
                 ),
-                clear_on_start=self.tiered_kv_clear_disk and directory is not None,
+                direct_io=values.direct_io("--tiered-kv-direct-io", self.tiered_kv_direct_io),
+                clear_on_start=self.tiered_kv_clear_disk,
             ),
         )
 
