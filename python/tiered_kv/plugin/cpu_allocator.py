@@ -78,7 +78,7 @@ class CpuPagedTokenToKVPoolAllocator(PagedTokenToKVPoolAllocator):
         free = self._free_pages_for(int(needs_page.sum()))
         if free is None:
             return None
-        slots = last_loc + 1
+        slots = last_loc.to(torch.int64) + 1  # req_to_token, where it comes from, is int32
         slots[needs_page] = free * page
         return slots
 
