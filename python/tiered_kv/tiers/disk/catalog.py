@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+from tiered_kv.tiers.disk.index import NamespaceRow
 from tiered_kv.tiers.disk.record import BLOCK_BYTES, round_up
 from tiered_kv.tiers.disk.segment import Segment, SegmentState, location, segment_of, slot_of
 
@@ -26,6 +27,10 @@ class NamespaceEntries:
         self.record_bytes = BLOCK_BYTES + self.slot_bytes
         self.locations: dict[bytes, int] = {}
         self.claims: set[bytes] = set()
+
+    @property
+    def row(self) -> NamespaceRow:
+        return NamespaceRow(self.number, self.namespace_id, self.page_bytes, self.description)
 
 
 class Catalog:

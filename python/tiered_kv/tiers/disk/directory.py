@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import errno
 import fcntl
@@ -12,14 +11,12 @@ import socket
 from pathlib import Path
 
 from tiered_kv.core.errors import DiskTierError
-from tiered_kv.tiers.disk.index import index_files
 from tiered_kv.tiers.disk.io_ops import DIRECTORY_MODE, FILE_MODE
 from tiered_kv.tiers.disk.record import FORMAT_VERSION
 
 LOCK_NAME = "LOCK"
 FORMAT_NAME = "FORMAT"
 SEGMENTS_NAME = "segments"
-CORRUPT_INDEX_NAME = "index.sqlite.corrupt"
 _FORMAT_KIND = "tiered-kv-disk"
 _KNOWN_NAMES = frozenset({LOCK_NAME, FORMAT_NAME, f"{FORMAT_NAME}.new", SEGMENTS_NAME})
 
@@ -133,14 +130,3 @@ def segments_directory(directory: Path) -> Path:
     path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
     path.chmod(DIRECTORY_MODE)
     return path
-
-
-def set_index_aside(directory: Path) -> Path:
-    """Rename a damaged index, replacing one set aside earlier; returns where it is now."""
-    index, *logs = index_files(directory)
-    aside = directory / CORRUPT_INDEX_NAME
-    with contextlib.suppress(FileNotFoundError):
-        index.replace(aside)
-    for log in logs:
-        log.unlink(missing_ok=True)
-    return aside

@@ -20,6 +20,7 @@ from tiered_kv.tiers.disk.record import checksum
 from tiered_kv.tiers.disk.segment import location
 
 INDEX_NAME = "index.sqlite"
+CORRUPT_INDEX_NAME = "index.sqlite.corrupt"
 _SUFFIXES = ("", "-wal", "-shm")
 _FETCH_ROWS = 20_000
 
@@ -64,6 +65,34 @@ def index_files(directory: Path) -> list[Path]:
     return [directory / f"{INDEX_NAME}{suffix}" for suffix in _SUFFIXES]
 
 
+def set_index_aside(directory: Path) -> Path:
+    """Rename a damaged index, replacing one set aside earlier; returns where it is now."""
+    index, *logs = index_files(directory)
+    aside = directory / CORRUPT_INDEX_NAME
+    with contextlib.suppress(FileNotFoundError):
+        index.replace(aside)
+    for log in logs:
+        log.unlink(missing_ok=True)
+    return aside
+
+
+def size_of_aside(directory: Path) -> int:
+    """Bytes of a damaged index kept for inspection."""
+    try:
+        return (directory / CORRUPT_INDEX_NAME).stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Does this error of an open index mean that the index itself is broken?"""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
+    # ProgrammingError: an earlier attempt to start afresh left the connection closed.
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or isinstance(
+        error, sqlite3.ProgrammingError
+    )
+
+
 def _row_checksum(row: NamespaceRow) -> bytes:
     return checksum(repr(tuple(row)).encode())
 
@@ -73,21 +102,36 @@ class PageIndex:
 
     def __init__(self, directory: Path, *, wal_blocks: int, sync_commits: bool) -> None:
         """Open or create. `wal_blocks`: 4 KiB blocks in the write-ahead log before a checkpoint."""
-        self.path = directory / INDEX_NAME
+        self.directory = directory
         self.lock = threading.RLock()
+        self._wal_blocks = wal_blocks
+        self._sync_commits = sync_commits
+        self._db = self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        path = self.directory / INDEX_NAME
         # Created by us so that SQLite's files (the log inherits the mode) are private.
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
-        self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
+        db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
-            self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute(f"PRAGMA synchronous={'FULL' if sync_commits else 'NORMAL'}")
-            self._db.execute(f"PRAGMA wal_autocheckpoint={wal_blocks}")
-            self._db.execute(f"PRAGMA journal_size_limit={wal_blocks * 4096}")
-            self._db.executescript(_SCHEMA)
+            db.execute("PRAGMA auto_vacuum=INCREMENTAL")
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute(f"PRAGMA synchronous={'FULL' if self._sync_commits else 'NORMAL'}")
+            db.execute(f"PRAGMA wal_autocheckpoint={self._wal_blocks}")
+            db.execute(f"PRAGMA journal_size_limit={self._wal_blocks * 4096}")
+            db.executescript(_SCHEMA)
         except sqlite3.Error:
-            self._db.close()
+            db.close()
             raise
+        return db
+
+    def start_afresh(self) -> Path:
+        """Set the index's file aside and go on with an empty one; returns where the old one is."""
+        with self.lock:
+            self._db.close()
+            aside = set_index_aside(self.directory)
+            self._db = self._connect()
+            return aside
 
     def close(self) -> None:
         with self.lock:

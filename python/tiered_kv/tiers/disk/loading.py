@@ -9,8 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
-from tiered_kv.tiers.disk.directory import set_index_aside
-from tiered_kv.tiers.disk.index import NamespaceRow, PageIndex, PageRow, SegmentRow
+from tiered_kv.tiers.disk.index import (
+    PageIndex,
+    PageRow,
+    SegmentRow,
+    set_index_aside,
+)
 from tiered_kv.tiers.disk.record import BLOCK_BYTES, RecordHeader
 from tiered_kv.tiers.disk.scan import ScannedSegment, scan_segments
 from tiered_kv.tiers.disk.segment import (
@@ -18,7 +22,7 @@ from tiered_kv.tiers.disk.segment import (
     SLOT_BITS,
     Segment,
     SegmentState,
-    location,
+    slot_of,
 )
 from tiered_kv.tiers.disk.segment_files import SEGMENT_SUFFIX, SegmentFiles
 
@@ -185,25 +189,35 @@ def _add_scanned(
 def _namespace_of(index: PageIndex, catalog: Catalog, record: RecordHeader) -> NamespaceEntries:
     entries = catalog.find_namespace(record.namespace_id)
     if entries is None:
-        row = NamespaceRow(
+        entries = NamespaceEntries(
             len(catalog.namespaces) + 1, record.namespace_id, record.payload_bytes, ""
         )
-        index.put_namespace(row)
-        entries = catalog.namespaces[row.number] = NamespaceEntries(*row)
+        index.put_namespace(entries.row)
+        catalog.namespaces[entries.number] = entries
     return entries
 
 
+def refill_index(index: PageIndex, catalog: Catalog) -> None:
+    """Write a fresh index from memory, after the old one failed while in use. Never raises."""
+    try:
+        with index.lock:
+            aside = index.start_afresh()
+            for entries in list(catalog.namespaces.values()):
+                index.put_namespace(entries.row)
+            _write_rows(index, catalog)
+        logger.warning("Disk tier: the index was damaged; written anew, old one in %s.", aside)
+    except (OSError, sqlite3.Error) as error:
+        logger.warning("Disk tier: the index is damaged and cannot be written anew (%s).", error)
+
+
 def _write_rows(index: PageIndex, catalog: Catalog) -> None:
-    rows: list[PageRow] = []
-    for segment in catalog.segments.values():
+    """All segments and pages of the catalog. The caller holds the index lock, or is alone."""
+    for segment in list(catalog.segments.values()):
         index.put_segment(SegmentRow(segment.number, segment.record_bytes, segment.slots))
-        for slot, page_hash in enumerate(segment.page_hashes):
-            if page_hash is None:
-                continue
-            loc = location(segment.number, slot)
-            rows.append(PageRow(loc, segment.owners[slot], page_hash, segment.access[slot]))
-            if len(rows) == _COMMIT_ROWS:
-                index.put_pages(rows)
-                rows.clear()
-    if rows:
-        index.put_pages(rows)
+        with catalog.lock:
+            rows = [
+                PageRow(loc, segment.owners[slot_of(loc)], page_hash, access)
+                for access, loc, page_hash in segment.access_rows()
+            ]
+        for start in range(0, len(rows), _COMMIT_ROWS):
+            index.put_pages(rows[start : start + _COMMIT_ROWS])

@@ -6,7 +6,7 @@ import enum
 import errno
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tiered_kv.tiers.disk.buffers import MAX_PAGES_PER_IO, Scratch, ScratchPool, is_aligned
@@ -134,6 +134,12 @@ class PageIo:
                 header = unpack_record(scratch.header(position))
                 good = header is not None and _is_page(header, kind, transfer)
                 transfer.outcome = Outcome.DONE if good else Outcome.DAMAGED
+
+    def sync(self, written: Iterable[PageTransfer]) -> None:
+        """Put written pages on the device, if the store promises that. Raises OSError."""
+        if self._files.sync_writes:
+            for segment in {t.segment.number: t.segment for t in written}.values():
+                self._files.sync(segment)
 
 
 def _is_page(header: RecordHeader, kind: PageKind, transfer: PageTransfer) -> bool:

@@ -120,10 +120,10 @@ class Segment:
         self.access[slot] = access
         self.touched = True
 
-    def access_rows(self) -> list[tuple[int, int]]:
-        """(access, location) of every live page."""
+    def access_rows(self) -> list[tuple[int, int, bytes]]:
+        """(access, location, page hash) of every live page."""
         return [
-            (self.access[slot], location(self.number, slot))
+            (self.access[slot], location(self.number, slot), page_hash)
             for slot, page_hash in enumerate(self.page_hashes)
             if page_hash is not None
         ]

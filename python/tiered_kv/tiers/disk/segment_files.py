@@ -20,7 +20,8 @@ class SegmentFiles:
 
     def __init__(self, directory: Path, io_ops: IoOps, *, sync_writes: bool = False) -> None:
         self.directory = directory
-        self._sync_writes = sync_writes
+        self.sync_writes = sync_writes
+        """Data and names of files reach the device before a page is acknowledged."""
         self._io = io_ops
         self._lock = threading.Lock()
 
@@ -35,7 +36,7 @@ class SegmentFiles:
             segment.fds[False] = fd
             self._io.allocate(fd, segment.file_bytes)
             self.write_header(segment)
-            if self._sync_writes:
+            if self.sync_writes:
                 self._io.fdatasync(fd)
                 self._io.sync_directory(self.directory)
         except OSError:

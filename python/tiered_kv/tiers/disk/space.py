@@ -6,7 +6,6 @@ held across I/O) > `PageIndex.lock` > `Catalog.lock`.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterable, Sequence
 
@@ -19,7 +18,8 @@ from tiered_kv.tiers.disk.segment import Segment, SegmentState
 from tiered_kv.tiers.disk.segment_files import SegmentFiles
 from tiered_kv.tiers.disk.stats import Counters
 
-logger = logging.getLogger(__name__)
+BATCH_BYTES = 64 << 20
+"""Bytes written between two acknowledgements of one large batch."""
 
 
 class SpaceManager:
@@ -33,7 +33,11 @@ class SpaceManager:
         mover: PageMover,
         budget: Budget,
         counters: Counters,
+        *,
+        other_bytes: int = 0,
     ) -> None:
+        """`other_bytes`: taken from the budget by files that are not ours to reuse."""
+        self._other_bytes = other_bytes
         self._catalog = catalog
         self._index = index
         self._files = files
@@ -44,6 +48,13 @@ class SpaceManager:
         self._filling: dict[int, Segment] = {}
 
     # -- slots for new pages
+
+    def pages_per_batch(self, record_bytes: int) -> int:
+        """Pages to allocate at a time: slots that wait for their data cannot be reclaimed, so one
+        large batch must not claim the whole budget at once."""
+        return max(
+            min(BATCH_BYTES // record_bytes, self._budget.slots_per_segment(record_bytes)), 1
+        )
 
     def allocate(self, record_bytes: int, count: int) -> list[tuple[Segment, int]]:
         """Up to `count` slots, fewer if there is no room even after reclaiming.
@@ -147,14 +158,15 @@ class SpaceManager:
             number = self._catalog.next_segment
             self._catalog.next_segment += 1
         segment = self._files.create(number, record_bytes, slots)
-        try:
-            self._index.put_segment(SegmentRow(number, record_bytes, slots))
-        except BaseException:
-            self._files.close(segment)
-            self._files.delete(segment)
-            raise
-        with self._catalog.lock:
-            self._catalog.segments[number] = segment
+        with self._index.lock:
+            try:
+                self._index.put_segment(SegmentRow(number, record_bytes, slots))
+            except BaseException:
+                self._files.close(segment)
+                self._files.delete(segment)
+                raise
+            with self._catalog.lock:
+                self._catalog.segments[number] = segment
         return segment
 
     # -- budget
@@ -162,7 +174,7 @@ class SpaceManager:
     def _used(self) -> int:
         with self._catalog.lock:
             segments = list(self._catalog.segments.values())
-        return sum(self._budget.cost(s.record_bytes, s.slots) for s in segments)
+        return self._other_bytes + sum(self._budget.cost(s.record_bytes, s.slots) for s in segments)
 
     def _fits(self, cost: int) -> bool:
         return self._used() + cost <= self._budget.segment_space
@@ -187,14 +199,17 @@ class SpaceManager:
     def shrink_to_budget(self) -> None:
         """Give up segments until the budget holds (it may be smaller than in an earlier run)."""
         with self._structure:
+            if self._fits(0):
+                return
             while not self._fits(0):
                 with self._catalog.lock:
                     victim = choose_victim(
                         self._catalog.segments.values(), self._catalog.clock << 1
                     )
                 if victim is None:
-                    return
+                    break
                 self._empty(victim, [], forget=True)
+            self._index.compact()
 
     # -- reclaim (the caller holds `_structure`)
 
@@ -235,11 +250,12 @@ class SpaceManager:
 
     def _empty(self, victim: Segment, moved: Sequence[PageRow], *, forget: bool) -> None:
         """Commit the moves, forget all other pages of the victim, free or delete its file."""
-        self._index.replace_segment(victim.number, moved, forget=forget)
-        with self._catalog.lock:
-            n_moved = self._mover.rebind(victim, moved)
-            n_dropped = self._catalog.drop_segment(victim)
-            victim.state = SegmentState.FREE
+        with self._index.lock:
+            self._index.replace_segment(victim.number, moved, forget=forget)
+            with self._catalog.lock:
+                n_moved = self._mover.rebind(victim, moved)
+                n_dropped = self._catalog.drop_segment(victim)
+                victim.state = SegmentState.FREE
         self._counters.add(moved_pages=n_moved, dropped_pages=n_dropped)
         if forget:
             self._remove_file(victim)

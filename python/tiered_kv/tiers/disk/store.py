@@ -19,11 +19,11 @@ from tiered_kv.tiers.disk.directory import (
     segments_directory,
     write_format,
 )
-from tiered_kv.tiers.disk.index import NamespaceRow, PageIndex, index_files
+from tiered_kv.tiers.disk.index import PageIndex, index_files, size_of_aside
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.io_path import FixedPath, choose_direct_io
 from tiered_kv.tiers.disk.io_pool import IoPool
-from tiered_kv.tiers.disk.loading import open_index
+from tiered_kv.tiers.disk.loading import open_index, refill_index
 from tiered_kv.tiers.disk.namespace import DiskNamespace, Operations
 from tiered_kv.tiers.disk.page_io import PageIo
 from tiered_kv.tiers.disk.page_mover import PageMover
@@ -74,7 +74,13 @@ class DiskStore:
         page_io = PageIo(self._files, io_ops, FixedPath(direct=direct), ScratchPool())
         mover = PageMover(self._catalog, page_io)
         self._space = SpaceManager(
-            self._catalog, self._index, self._files, mover, self._budget, self._counters
+            self._catalog,
+            self._index,
+            self._files,
+            mover,
+            self._budget,
+            self._counters,
+            other_bytes=size_of_aside(directory),
         )
         self._space.shrink_to_budget()
         self._pool = IoPool(io_threads)
@@ -89,7 +95,7 @@ class DiskStore:
             self._pool,
             self._gate,
             self._counters,
-            self._files.sync if sync_writes else None,
+            lambda: refill_index(self._index, self._catalog),
         )
         self._operations = Operations(reader, writer)
         self._namespace_lock = threading.Lock()
@@ -177,9 +183,7 @@ class DiskStore:
             if known is None or (description and description != known.description):
                 entries.description = description
                 try:
-                    self._index.put_namespace(
-                        NamespaceRow(number, namespace_id, page_bytes, description)
-                    )
+                    self._index.put_namespace(entries.row)
                 except sqlite3.Error as error:
                     raise DiskTierError(
                         f"Cannot write the index of the disk tier in {self.directory}: {error}."
@@ -244,6 +248,6 @@ class DiskStore:
         """The next run shall know which pages were used lately."""
         rows: list[tuple[int, int]] = []
         for segment in self._catalog.segments.values():
-            rows += segment.access_rows() if segment.touched else []
+            rows += [row[:2] for row in segment.access_rows()] if segment.touched else []
         for start in range(0, len(rows), _ACCESS_ROWS_PER_COMMIT):
             self._index.save_access(rows[start : start + _ACCESS_ROWS_PER_COMMIT])

@@ -6,16 +6,13 @@ import sqlite3
 from collections.abc import Callable, Sequence
 
 from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
-from tiered_kv.tiers.disk.index import PageIndex, PageRow
+from tiered_kv.tiers.disk.index import PageIndex, PageRow, is_damage
 from tiered_kv.tiers.disk.io_pool import IoPool
 from tiered_kv.tiers.disk.page_io import Outcome, PageIo, PageKind, PageTransfer, plan_runs
-from tiered_kv.tiers.disk.segment import Segment, SegmentState, location
+from tiered_kv.tiers.disk.segment import SegmentState, location
 from tiered_kv.tiers.disk.space import SpaceManager
 from tiered_kv.tiers.disk.stats import Counters
 from tiered_kv.tiers.disk.write_gate import WriteGate
-
-CHUNK_BYTES = 64 << 20
-"""Bytes written between two acknowledgements of one batch."""
 
 
 class PageWriter:
@@ -30,9 +27,10 @@ class PageWriter:
         pool: IoPool,
         gate: WriteGate,
         counters: Counters,
-        sync: Callable[[Segment], None] | None,
+        mend_index: Callable[[], None],
     ) -> None:
-        """`sync` puts a segment's data on the device before its pages are acknowledged."""
+        """`mend_index` is called when the index turns out to be damaged."""
+        self._mend_index = mend_index
         self._catalog = catalog
         self._index = index
         self._space = space
@@ -40,7 +38,6 @@ class PageWriter:
         self._pool = pool
         self._gate = gate
         self._counters = counters
-        self._sync = sync
 
     def write(
         self, entries: NamespaceEntries, hashes: Sequence[bytes], buffers: Sequence[memoryview]
@@ -70,7 +67,7 @@ class PageWriter:
         buffers: Sequence[memoryview],
         positions: Sequence[int],
     ) -> int:
-        chunk_pages = max(CHUNK_BYTES // entries.record_bytes, 1)
+        chunk_pages = self._space.pages_per_batch(entries.record_bytes)
         written = 0
         error: Exception | None = None
         for start in range(0, len(positions), chunk_pages):
@@ -86,6 +83,8 @@ class PageWriter:
                 raise
             if error is not None:
                 self._counters.add(io_errors=1)
+                if isinstance(error, sqlite3.Error) and is_damage(error):
+                    self._mend_index()
                 break
         if error is None:
             self._gate.succeed()
@@ -137,10 +136,7 @@ class PageWriter:
     def _acknowledge(self, entries: NamespaceEntries, done: Sequence[PageTransfer]) -> int:
         if not done:
             return 0
-        if self._sync is not None:
-            segments: dict[int, Segment] = {t.segment.number: t.segment for t in done}
-            for segment in segments.values():
-                self._sync(segment)
+        self._page_io.sync(done)
         # The index lock spans commit and catalog, so that `clear` sees both or neither.
         with self._index.lock:
             alive = [t for t in done if t.segment.state is not SegmentState.DELETED]
