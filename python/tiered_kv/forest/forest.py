@@ -100,10 +100,7 @@ class Forest(Trees):
         _require_in_transfer(state)
         path, position = self._descend(parent, tokens, end)
         for node in path:
-            if node.records[tier].state is not _ABSENT:
-                raise IntegrityError(
-                    f"Node {node.node_id} is already {node.state(tier).name} in {tier.name}."
-                )
+            _require_absent(node, tier)
         self._touch_ancestors(parent)
         if position < end:
             path.append(self._add_node(path[-1] if path else parent, tokens[position:end]))
@@ -203,7 +200,8 @@ class Forest(Trees):
     # -- internals ----------------------------------------------------------------------------
 
     def _settle(self, node: Node, tier: Tier, state: Residency, slots: Sliceable | None) -> None:
-        """`node`, ABSENT in `tier`, gets `slots` there."""
+        """`node`, which must be ABSENT in `tier`, gets `slots` there."""
+        _require_absent(node, tier)
         self._ledgers[tier].change_state(node, state)
         node.records[tier].slots = slots
 
@@ -255,6 +253,12 @@ def _require_no_dependents(nodes: list[Node], op: int) -> None:
                 raise IntegrityError(
                     f"Transfer {op} can't be aborted: node {child.node_id} builds on its bytes."
                 )
+
+
+def _require_absent(node: Node, tier: Tier) -> None:
+    state = node.records[tier].state
+    if state is not _ABSENT:
+        raise IntegrityError(f"Node {node.node_id} is already {state.name} in {tier.name}.")
 
 
 def _require_in_transfer(state: Residency) -> None:

@@ -223,8 +223,8 @@ class Trees:
 
     def _prune(self, node: Node) -> None:
         """Forget `node`, then its ancestors, as long as nothing needs them."""
-        while not node.is_root and not node.children and self._is_unneeded(node):
-            parent = _parent(node)
+        # Without a parent it is a root, or was forgotten with one of its descendants just before.
+        while (parent := node.parent) is not None and not node.children and self._is_unneeded(node):
             for tier in self.tiers:
                 if node.records[tier].state is not _ABSENT:
                     self._ledgers[tier].change_state(node, _ABSENT)
