@@ -53,6 +53,13 @@ HOOKS: tuple[Hook, ...] = (
         why="the scheduler only prefetches from disk if its enable_hicache_storage is set, and "
         "SGLang derives that from --hicache-storage-backend alone",
     ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.on_idle",
+        kind="before",
+        function="tiered_kv.plugin.scheduler_hooks:check_integrity_when_idle",
+        process=Process.SCHEDULER,
+        why="--tiered-kv-debug-integrity checks the cache's bookkeeping between requests",
+    ),
     *(
         Hook(
             target=f"{_UPDATER}.update_weights_from_{source}",

@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 #: How long a shutdown waits for pages that are still on their way to the disk.
 CLOSE_TIMEOUT_S = 5.0
 
+#: An idle scheduler comes by thousands of times a second.
+INTEGRITY_CHECK_S = 1.0
+
 
 class TieredPrefixCache(RadixCache):
     """Node handles are `forest.Node`; device indices are int64 token slots on the device."""
@@ -62,6 +65,7 @@ class TieredPrefixCache(RadixCache):
         self.cache_controller = parts.controller_report
         self.root_node = self.hierarchy.root()
         self._weights_changed = False
+        self._checked_at = 0.0
 
     # -- lookup -------------------------------------------------------------------------------
 
@@ -269,6 +273,13 @@ class TieredPrefixCache(RadixCache):
         self.hierarchy.close(CLOSE_TIMEOUT_S)
         if self._parts.disk_store is not None:
             self._parts.disk_store.close()
+
+    def check_integrity(self) -> None:
+        """Recomputes the forest's books, at most once a second; raises IntegrityError."""
+        now = time.monotonic()
+        if now - self._checked_at >= INTEGRITY_CHECK_S:
+            self._checked_at = now
+            self.hierarchy.context.forest.check_integrity()
 
     def pretty_print(self) -> None:
         print(self.hierarchy.context.forest.view())  # noqa: T201
