@@ -41,12 +41,13 @@ def create_tree_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     Raises UpstreamError if a hook is missing or SGLang is not the release we know, and ConfigError
     for models that are not supported: this is the last point at which a start can be refused.
     """
-    from tiered_kv.plugin import build, hooks, refusals, upstream
+    from tiered_kv.plugin import hooks, refusals, upstream
+    from tiered_kv.plugin.build import build_tree_cache
 
     upstream.verify()
     hooks.verify_installed(hooks.Process.SCHEDULER)
     refusals.check_model(ctx)
-    return build.build_tree_cache(ctx)
+    return build_tree_cache(ctx)
 
 
 def _replace_server_args() -> None:

@@ -169,7 +169,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
         try:
             return super().from_cli_args(args)
         except TieredKVError as error:
-            print(f"sglang serve: error: {error}", file=sys.stderr)  # noqa: T201
+            sys.stderr.write(f"sglang serve: error: {error}\n")
             sys.exit(2)
 
     def to_config(self) -> TieredKVConfig:
@@ -211,8 +211,8 @@ class ServerArgs(upstream_server_args.ServerArgs):
             self.tiered_kv_disk_dir = str(directory)
             if self.tiered_kv_disk_size is None:
                 self.tiered_kv_disk_size = f"{option_values.default_disk_bytes(directory)}B"
-        if self.page_size is None:
-            self.page_size = PAGE_SIZE_DEFAULT
+        given: int | None = vars(self)["page_size"]
+        self.page_size = PAGE_SIZE_DEFAULT if given is None else given
         self.to_config()
 
     def _select_cache(self) -> None:

@@ -308,7 +308,7 @@ def _has_attribute(owner: Any, name: str) -> bool:
 @functools.cache
 def _set_on_self(owner: type) -> frozenset[str]:
     """Names of the attributes that the methods of `owner` assign."""
-    names = set()
+    names: set[str] = set()
     for value in vars(owner).values():
         code = getattr(inspect.unwrap(value) if callable(value) else value, "__code__", None)
         if code is not None:
