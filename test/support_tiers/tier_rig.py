@@ -1,0 +1,567 @@
+"""A hierarchy over a small pretend engine, in which every page's bytes are known in advance.
+
+The KV of a page is a pure function of its chained hash (`page_kv`), so a page that was mixed up,
+torn, or served before it arrived is seen at once, in whatever tier. `Rig` plays the engine: it
+admits requests the way SGLang's scheduler does (match, lock, load back, allocate, start, run layer
+by layer behind the gate, insert), and accounts for every slot of both pools.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import threading
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from tiered_kv.core.config import MemoryConfig
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.forest import Forest
+from tiered_kv.forest.key import namespace_hash, page_hashes
+from tiered_kv.forest.node import Node
+from tiered_kv.forest.residency import Residency
+from tiered_kv.memory.manager import MemoryManager
+from tiered_kv.tiers.context import TierContext, device_slots_of, host_pages_of
+from tiered_kv.tiers.device import After, CpuPageCopier, LayerDone, byte_pages
+from tiered_kv.tiers.hierarchy import KVHierarchy
+from tiered_kv.tiers.host import HostPool
+from tiered_kv.tiers.in_memory import InMemoryStore
+from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.transfer import Collective, SingleRank
+
+PAGE_SIZE = 4
+N_LAYERS = 3
+SLOT_BYTES = 4096
+NAMESPACE = namespace_hash("a model")
+
+#: No wait of a test should take longer; with it a hang becomes a failure with a stack.
+PATIENCE_S = 20.0
+
+
+def tokens_of(*pages: int, page_size: int = PAGE_SIZE, tail: int = 0) -> array[int]:
+    """A prompt of whole pages, page p being the tokens (p * 1000, p * 1000 + 1, ...)."""
+    run = [page * 1000 + i for page in pages for i in range(page_size)]
+    return array("q", run + [7] * tail)
+
+
+@lru_cache(maxsize=1 << 16)
+def page_kv(page_hash: bytes, page_bytes: int) -> bytes:
+    """What a forward pass computes for the page of this hash: `page_bytes` pseudo-random bytes."""
+    return hashlib.shake_128(page_hash).digest(page_bytes)
+
+
+class PagedAllocator:
+    """Like upstream's paged allocator: a free list of pages, page 0 never handed out."""
+
+    def __init__(self, n_pages: int, page_size: int) -> None:
+        self.n_pages = n_pages
+        self.page_size = page_size
+        self.free_pages = list(range(1, n_pages + 1))
+
+    def available(self) -> int:
+        return len(self.free_pages) * self.page_size
+
+    def alloc(self, n_tokens: int) -> torch.Tensor | None:
+        assert n_tokens % self.page_size == 0
+        n = n_tokens // self.page_size
+        if n > len(self.free_pages):
+            return None
+        taken, self.free_pages = self.free_pages[:n], self.free_pages[n:]
+        pages = torch.tensor(taken, dtype=torch.int64)
+        return (pages[:, None] * self.page_size + torch.arange(self.page_size)).reshape(-1)
+
+    def free(self, slots: torch.Tensor) -> None:
+        pages = self.pages_of(slots)
+        assert not set(pages) & set(self.free_pages), f"pages {pages} are freed twice"
+        self.free_pages += pages
+
+    def pages_of(self, slots: torch.Tensor) -> list[int]:
+        """The pages of whole pages of slots, which must be in order."""
+        rows = slots.reshape(-1, self.page_size)
+        pages = rows[:, 0] // self.page_size
+        expected = pages[:, None] * self.page_size + torch.arange(self.page_size)
+        assert torch.equal(rows, expected), "these slots are not whole pages"
+        return pages.tolist()
+
+
+class Faults:
+    """When a transfer of one kind is slow, held back, or fails; set by tests, read by workers."""
+
+    def __init__(self) -> None:
+        self.delay: Callable[[], float] = float
+        self.error: Exception | None = None
+        self._open = threading.Event()
+        self._open.set()
+
+    def hold(self) -> None:
+        """Transfers stop here until `release`."""
+        self._open.clear()
+
+    def release(self) -> None:
+        self._open.set()
+
+    def pass_through(self) -> None:
+        """A transfer comes by."""
+        assert self._open.wait(PATIENCE_S), "a transfer was held back and never released"
+        delay_s = self.delay()
+        if delay_s:
+            time.sleep(delay_s)
+        if self.error is not None:
+            raise self.error
+
+
+class FaultyCopier(CpuPageCopier):
+    """The CPU copier with `Faults` before each copy, and a delay before each layer of a load."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.up = Faults()
+        self.down = Faults()
+        self.fail_at_layer: int | None = None
+
+    def to_host(self, device_slots: torch.Tensor, host_pages: PageIds, after: After) -> None:
+        self.down.pass_through()
+        super().to_host(device_slots, host_pages, after)
+
+    def to_device(
+        self,
+        host_pages: PageIds,
+        device_slots: torch.Tensor,
+        after: After,
+        layer_done: LayerDone,
+    ) -> None:
+        self.up.pass_through()
+
+        def slow_layer_done(layer: int, event: Any) -> None:
+            if layer == self.fail_at_layer:
+                raise OSError("the bus is gone")
+            layer_done(layer, event)
+            delay_s = self.up.delay()
+            if delay_s:
+                time.sleep(delay_s / 4)
+
+        super().to_device(host_pages, device_slots, after, slow_layer_done)
+
+
+class FaultyDisk:
+    """A namespace with `Faults`, and with limits on how many leading pages of a call succeed."""
+
+    def __init__(self, namespace: Any) -> None:
+        self.namespace = namespace
+        self.page_bytes = namespace.page_bytes
+        self.reads = Faults()
+        self.writes = Faults()
+        self.pages_per_read: int | None = None
+        self.pages_per_write: int | None = None
+        self.n_read_calls = 0
+
+    def __len__(self) -> int:
+        return len(self.namespace)
+
+    def contains(self, page_hash: bytes) -> bool:
+        return bool(self.namespace.contains(page_hash))
+
+    def count_prefix(self, hashes: Sequence[bytes]) -> int:
+        return int(self.namespace.count_prefix(hashes))
+
+    def write_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> int:
+        self.writes.pass_through()
+        n = self.pages_per_write
+        return int(self.namespace.write_pages(hashes[:n], buffers[:n]))
+
+    def read_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> int:
+        self.n_read_calls += 1
+        self.reads.pass_through()
+        n = self.pages_per_read
+        return int(self.namespace.read_pages(hashes[:n], buffers[:n]))
+
+
+class BarrierMinimum:
+    """The minimum over rank threads; every rank must make the same calls in the same order."""
+
+    def __init__(self, n_ranks: int) -> None:
+        self._n_ranks = n_ranks
+        self._values: list[list[int]] = [[] for _ in range(n_ranks)]
+        self._barrier = threading.Barrier(n_ranks, timeout=PATIENCE_S)
+
+    def rank(self, index: int) -> Collective:
+        return _BarrierRank(self, index)
+
+    def abort(self) -> None:
+        """A rank has failed: wake the others with BrokenBarrierError."""
+        self._barrier.abort()
+
+    def minimum(self, index: int, values: list[int]) -> list[int]:
+        self._values[index] = list(values)
+        self._barrier.wait()
+        columns = list(zip(*self._values, strict=True))  # raises if ranks ask different things
+        self._barrier.wait()
+        return [min(column) for column in columns]
+
+
+@dataclass(frozen=True, slots=True)
+class _BarrierRank:
+    parent: BarrierMinimum
+    index: int
+
+    def minimum(self, values: list[int]) -> list[int]:
+        return self.parent.minimum(self.index, values)
+
+
+@dataclass(eq=False)
+class Request:
+    """A running request: its lock, and its slots (the prefix's, then its own whole pages)."""
+
+    tokens: array[int]
+    root: Node
+    locked: Node
+    slots: torch.Tensor
+    n_protected: int
+    n_device: int
+    n_host: int
+    gate_index: int = -1
+
+
+@dataclass
+class Events:
+    """Records what the hierarchy reports, page by page."""
+
+    held: dict[Tier, list[bytes]] = field(default_factory=dict)
+    moved: list[tuple[Tier, Tier, int]] = field(default_factory=list)
+
+    def stored(self, node: Node, tier: Tier) -> None:
+        self.held.setdefault(tier, []).extend(node.page_hashes)
+
+    def removed(self, node: Node, tier: Tier) -> None:
+        for page_hash in node.page_hashes:
+            self.held[tier].remove(page_hash)
+
+    def transferred(
+        self, source: Tier, target: Tier, n_pages: int, n_bytes: int, seconds: float
+    ) -> None:
+        assert n_bytes > 0 or n_pages == 0
+        assert seconds >= 0
+        self.moved.append((source, target, n_pages))
+
+
+class Rig:
+    """An engine with `n_device_pages`, over `n_host_pages` and `disk` (None: no disk tier)."""
+
+    def __init__(
+        self,
+        n_device_pages: int = 32,
+        n_host_pages: int = 32,
+        disk: Any = None,
+        *,
+        page_size: int = PAGE_SIZE,
+        collective: Collective | None = None,
+        namespace: bytes = NAMESPACE,
+        shard: int = 0,
+    ) -> None:
+        self.page_size = page_size
+        layers = [layer for layer in range(N_LAYERS) for _ in range(2)]
+        n_slots = (n_device_pages + 1) * page_size
+        self.buffers = [torch.zeros(n_slots, 2, 4, dtype=torch.bfloat16) for _ in layers]
+        self._pages = [byte_pages(buffer, page_size).numpy() for buffer in self.buffers]
+        page_format = FaultyCopier(page_size, layers, self.buffers, np.zeros((1, 1))).page_format
+        self.page_format = page_format
+        self.shard = shard
+        self.host = HostPool(page_format, n_host_pages * page_format.slot_bytes)
+        self.copier = FaultyCopier(page_size, layers, self.buffers, self.host.pages)
+        self.allocator = PagedAllocator(n_device_pages, page_size)
+        self.forest = Forest(page_size)
+        self.events = Events()
+        self.disk = disk
+        manager = MemoryManager(self.forest, MemoryConfig())
+        self.context = TierContext(
+            self.forest,
+            manager,
+            self.copier,
+            self.allocator,
+            self.host,
+            disk,
+            collective or SingleRank(),
+            self.events,
+            self.events,
+        )
+        self.hierarchy = KVHierarchy(self.context, namespace)
+        self.requests: list[Request] = []
+        #: Every page hash this rig has met, for looking at the disk.
+        self.known_hashes: set[bytes] = set()
+        self._rids = itertools.count()
+
+    # -- what the model computes --------------------------------------------------------------
+
+    def kv(self, page_hash: bytes) -> bytes:
+        """The page's bytes on this rig's shard."""
+        self.known_hashes.add(page_hash)
+        if self.shard:
+            page_hash = page_hash + bytes([self.shard])
+        return page_kv(page_hash, self.page_format.page_bytes)
+
+    def hashes(self, root: Node, tokens: array[int]) -> list[bytes]:
+        return page_hashes(root.last_page_hash, tokens, self.page_size)
+
+    # -- a request's life ---------------------------------------------------------------------
+
+    def admit(
+        self, tokens: array[int], extra_key: str | None = None, *, run: bool = True
+    ) -> Request | None:
+        """Match, lock, load back, allocate; None (and nothing held) if there is no room."""
+        hierarchy, forest = self.hierarchy, self.forest
+        root = hierarchy.root(extra_key)
+        prefix = hierarchy.match(root, tokens, len(tokens) - 1)
+        locked = prefix.last_device
+        device = [device_slots_of(node) for node in prefix.device]
+        n_device = sum(len(slots) for slots in device)
+        n_host = 0
+        forest.pin(locked, Tier.DEVICE)
+        if prefix.host:
+            loaded = hierarchy.load_back.load(prefix.last)
+            if loaded is not None:
+                slots, last = loaded
+                n_host = len(slots)
+                device.append(slots)
+                forest.pin(last, Tier.DEVICE)
+                forest.unpin(locked, Tier.DEVICE)
+                locked = last
+        missing = -(-(len(tokens) - n_device - n_host) // self.page_size) * self.page_size
+        if missing > self.allocator.available():
+            hierarchy.evict_device(missing - self.allocator.available())
+        own = self.allocator.alloc(missing)
+        if own is None:
+            forest.unpin(locked, Tier.DEVICE)
+            return None
+        request = Request(
+            tokens, root, locked, torch.cat([*device, own]), n_device + n_host, n_device, n_host
+        )
+        self.requests.append(request)
+        request.gate_index = hierarchy.load_back.start()
+        if run:
+            self.forward(request)
+        return request
+
+    def forward(self, request: Request) -> None:
+        """Runs all layers: each reads the prefix's KV behind the gate and writes its own."""
+        gate = self.hierarchy.load_back.gate
+        gate.set_consumer(request.gate_index)
+        hashes = self.hashes(request.root, request.tokens)
+        pages = self.allocator.pages_of(request.slots)
+        n_prefix = request.n_protected // self.page_size
+        for layer in range(N_LAYERS):
+            gate.wait_until(layer)
+            for position, (page_hash, page) in enumerate(zip(hashes, pages, strict=False)):
+                kv = self.kv(page_hash)
+                for segment, buffer in zip(self.page_format.segments, self._pages, strict=True):
+                    if segment.layer != layer:
+                        continue
+                    part = kv[segment.offset : segment.offset + segment.n_bytes]
+                    if position < n_prefix:
+                        assert buffer[page].tobytes() == part, (
+                            f"layer {layer} of page {position} is not what was computed"
+                        )
+                    else:
+                        buffer[page] = np.frombuffer(part, dtype=np.uint8)
+            # What the partial page at the end holds is nobody's business.
+
+    def stash(self, request: Request, n_tokens: int | None = None) -> None:
+        """Like `cache_unfinished_req`: the whole pages so far join the tree, the request goes on."""
+        hierarchy = self.hierarchy
+        end = len(request.tokens) // self.page_size * self.page_size
+        if n_tokens is not None:
+            end = min(end, n_tokens // self.page_size * self.page_size)
+        key = request.tokens[:end]
+        result = hierarchy.insert(request.root, key, request.slots[:end].clone())
+        if request.n_protected < result.resident_tokens:
+            self.allocator.free(request.slots[request.n_protected : result.resident_tokens])
+        prefix = hierarchy.match(request.root, key)
+        slots = [device_slots_of(node) for node in prefix.device]
+        shared = torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64)
+        assert len(shared) == end, "what was inserted is not on the device"
+        request.slots = torch.cat([shared, request.slots[end:]])
+        self.forest.pin(prefix.last_device, Tier.DEVICE)
+        self.forest.unpin(request.locked, Tier.DEVICE)
+        request.locked, request.n_protected = prefix.last_device, end
+
+    def finish(self, request: Request) -> None:
+        """Like `cache_finished_req`: whole pages join the tree, the rest is freed."""
+        end = len(request.tokens) // self.page_size * self.page_size
+        result = self.hierarchy.insert(
+            request.root, request.tokens[:end], request.slots[:end].clone()
+        )
+        if request.n_protected < result.resident_tokens:
+            self.allocator.free(request.slots[request.n_protected : result.resident_tokens])
+        self.allocator.free(request.slots[end:])
+        self.forest.unpin(request.locked, Tier.DEVICE)
+        self.requests.remove(request)
+
+    def abort(self, request: Request) -> None:
+        """The request goes away without an insert (retraction, abort)."""
+        self.allocator.free(request.slots[request.n_protected :])
+        self.forest.unpin(request.locked, Tier.DEVICE)
+        self.requests.remove(request)
+
+    def serve(self, tokens: array[int], extra_key: str | None = None) -> Request:
+        """One request from its arrival to its end; there must be room for it."""
+        request = self.admit(tokens, extra_key)
+        assert request is not None, "there is no room on the device"
+        self.finish(request)
+        return request
+
+    def arrive(self, rid: str, tokens: array[int], extra_key: str | None = None) -> None:
+        """Like `_prefetch_kvcache` at enqueue: looks at the disk below what can be used now."""
+        root = self.hierarchy.root(extra_key)
+        prefix = self.hierarchy.match(root, tokens, len(tokens) - 1)
+        self.hierarchy.prefetch.request(rid, prefix.last, tokens[prefix.last.end :])
+
+    # -- waiting ------------------------------------------------------------------------------
+
+    def poll_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, f"not reached: {self.forest.view()}"
+            self.hierarchy.poll()
+            time.sleep(0.0005)
+
+    @property
+    def in_flight(self) -> int:
+        hierarchy = self.hierarchy
+        return (
+            hierarchy.write_back.to_host.in_flight
+            + hierarchy.write_back.to_disk.in_flight
+            + hierarchy.write_back.n_deferred
+            + hierarchy.load_back.n_open
+            + hierarchy.prefetch.queue.in_flight
+        )
+
+    def drain(self) -> None:
+        """Polls until nothing is on its way; the server would then be idle."""
+        self.poll_until(lambda: self.in_flight == 0)
+
+    def prefetch(self, rid: str, tokens: array[int], extra_key: str | None = None) -> int:
+        """The whole prefetch of a request; returns the tokens it brought."""
+        self.arrive(rid, tokens, extra_key)
+        self.poll_until(lambda: self.hierarchy.prefetch.done(rid))
+        n_tokens = self.hierarchy.prefetch.loaded_tokens(rid)
+        self.hierarchy.prefetch.release(rid)
+        return n_tokens
+
+    # -- looking ------------------------------------------------------------------------------
+
+    def usable(self, tokens: array[int], extra_key: str | None = None) -> tuple[int, int]:
+        """(pages on the device, further pages on the host) that a request could use now."""
+        prefix = self.hierarchy.match(self.hierarchy.root(extra_key), tokens)
+        return sum(node.n_pages for node in prefix.device), sum(n.n_pages for n in prefix.host)
+
+    def stored_pages(self, tokens: array[int], extra_key: str | None = None) -> int:
+        """Leading pages of `tokens` on disk."""
+        return int(self.disk.count_prefix(self.hashes(self.hierarchy.root(extra_key), tokens)))
+
+    def drop_from_device(self) -> None:
+        self.hierarchy.evict_device(self.allocator.n_pages * self.page_size)
+
+    def drop_from_host(self) -> None:
+        self.context.evict_host(self.host.n_pages)
+
+    def check(self) -> None:
+        """Everything that must hold between any two calls, whatever is in flight."""
+        self.forest.check_integrity()
+        self._check_device_slots()
+        self._check_host_slots()
+        self._check_bytes()
+
+    def _check_device_slots(self) -> None:
+        held: list[int] = list(self.allocator.free_pages)
+        for node in self.forest.nodes():
+            if node.state(Tier.DEVICE) is not Residency.ABSENT:
+                held += self.allocator.pages_of(device_slots_of(node))
+        for request in self.requests:
+            held += self.allocator.pages_of(request.slots[request.n_protected :])
+        assert sorted(held) == list(range(1, self.allocator.n_pages + 1)), (
+            "device pages were lost or handed out twice"
+        )
+
+    def _check_host_slots(self) -> None:
+        held: list[int] = []
+        for node in self.forest.nodes():
+            if node.state(Tier.HOST) is not Residency.ABSENT:
+                held += host_pages_of(node).tolist()
+        assert len(set(held)) == len(held), "a host page belongs to two nodes"
+        assert len(held) + self.host.n_free == self.host.n_pages, "host pages were lost"
+
+    def _check_bytes(self) -> None:
+        for node in self.forest.nodes():
+            if node.state(Tier.DEVICE) is Residency.RESIDENT:
+                pages = self.allocator.pages_of(device_slots_of(node))
+                for page_hash, page in zip(node.page_hashes, pages, strict=True):
+                    found = b"".join(buffer[page].tobytes() for buffer in self._pages)
+                    assert found == self.kv(page_hash), f"{node!r} is wrong on the device"
+            if node.state(Tier.HOST) is Residency.RESIDENT:
+                n_bytes = self.page_format.page_bytes
+                for page_hash, page in zip(node.page_hashes, host_pages_of(node), strict=True):
+                    found = self.host.pages[page, :n_bytes].tobytes()
+                    assert found == self.kv(page_hash), f"{node!r} is wrong on the host"
+
+    def check_disk(self) -> None:
+        """Every page this rig has met and the disk claims to have is right."""
+        namespace = getattr(self.disk, "namespace", self.disk)
+        for page_hash in sorted(self.known_hashes):
+            if namespace.contains(page_hash):
+                buffer = memoryview(bytearray(self.page_format.page_bytes))
+                assert namespace.read_pages([page_hash], [buffer]) == 1
+                assert bytes(buffer) == self.kv(page_hash), "a page is wrong on disk"
+
+    def check_idle(self) -> None:
+        """With no request and nothing in flight, nothing is pinned or half done."""
+        self.check()
+        assert self.in_flight == 0
+        assert not self.requests
+        for node in self.forest.nodes():
+            for tier in self.forest.tiers:
+                assert node.pins(tier) == 0, f"{node!r} is still pinned in {tier.name}"
+                assert node.op(tier) is None, f"{node!r} is still on its way to {tier.name}"
+        for tier in (Tier.DEVICE, Tier.HOST):
+            assert self.forest.protected_tokens(tier) == 0
+            assert sorted(self.events.held.get(tier, [])) == sorted(
+                page_hash
+                for node in self.forest.nodes()
+                if node.state(tier) is Residency.RESIDENT
+                for page_hash in node.page_hashes
+            ), f"the events about {tier.name} do not add up"
+
+    def close(self) -> None:
+        """Ends the threads, whatever they are doing."""
+        for faults in (self.copier.up, self.copier.down):
+            faults.release()
+        if isinstance(self.disk, FaultyDisk):
+            self.disk.reads.release()
+            self.disk.writes.release()
+        hierarchy = self.hierarchy
+        for queue in (
+            hierarchy.write_back.to_host,
+            hierarchy.write_back.to_disk,
+            hierarchy.load_back.queue,
+            hierarchy.prefetch.queue,
+        ):
+            queue.close()
+
+
+def new_disk(store: InMemoryStore | None = None, namespace: bytes = NAMESPACE) -> FaultyDisk:
+    """A disk tier in memory, for the rig's page format."""
+    page_bytes = PAGE_SIZE * 2 * 4 * 2 * 2 * N_LAYERS
+    return FaultyDisk((store or InMemoryStore()).namespace(namespace, page_bytes))
+
+
+def random_delays(seed: int, longest_s: float) -> Callable[[], float]:
+    """Delays for `Faults`: half of them none, the others up to `longest_s`."""
+    rng = random.Random(seed)
+    return lambda: rng.random() * longest_s if rng.random() < 0.5 else 0.0
+

@@ -1,0 +1,66 @@
+"""The three tiers working together, one story per test, over a pretend engine.
+
+Every page's bytes are a function of its chained hash, so "the right bytes" is checked everywhere:
+by each request's layers as they read their prefix, and over all tiers by `Rig.check`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+from tier_rig import NAMESPACE, N_LAYERS, FaultyDisk, Rig, new_disk, tokens_of
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.key import namespace_hash
+from tiered_kv.forest.residency import Residency
+from tiered_kv.tiers.in_memory import InMemoryStore
+
+pytestmark = pytest.mark.timeout(60)
+
+MakeRig = Callable[..., Rig]
+
+
+# -- the way down and up ---------------------------------------------------------------------------
+
+
+def test_a_served_prompt_reaches_host_and_disk(make_rig: MakeRig) -> None:
+    rig = make_rig(disk=new_disk())
+    prompt = tokens_of(1, 2, 3, tail=2)
+    rig.serve(prompt)
+    rig.drain()
+    (node,) = rig.forest.nodes()
+    assert [node.state(tier) for tier in rig.forest.tiers] == [Residency.RESIDENT] * 3
+    assert rig.stored_pages(prompt) == 3
+    rig.check_idle()
+    rig.check_disk()
+
+
+def test_device_to_host_to_device(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    prompt = tokens_of(1, 2, 3, tail=1)
+    rig.serve(prompt)
+    rig.drain()
+    rig.drop_from_device()
+    assert rig.usable(prompt) == (0, 3)
+    request = rig.serve(prompt)
+    assert (request.n_device, request.n_host) == (0, 12)
+    rig.drain()
+    assert rig.usable(prompt) == (3, 3 - 3)
+    rig.check_idle()
+
+
+def test_device_to_disk_to_host_to_device(make_rig: MakeRig) -> None:
+    rig = make_rig(disk=new_disk())
+    prompt = tokens_of(1, 2, 3, tail=1)
+    rig.serve(prompt)
+    rig.drain()
+    rig.drop_from_device()
+    rig.drop_from_host()
+    assert rig.usable(prompt) == (0, 0)
+    assert rig.prefetch("r", prompt) == 12
+    assert rig.usable(prompt) == (0, 3)
+    assert rig.serve(prompt).n_host == 12
+    rig.drain()
+    rig.check_idle()
