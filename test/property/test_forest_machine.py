@@ -1,0 +1,595 @@
+"""The forest against a naive model, over random histories of every operation it has.
+
+The model is a dict from page to its state, slots and transfer per tier, where a page is named by
+its namespace and all pages up to it. It knows no nodes, so it can't share the forest's mistakes
+about splitting. After every step the forest must
+
+* pass its own check_integrity, hashes included;
+* hold, page by page, exactly what the model holds: states, slots, transfers and pins;
+* agree on totals, on what may be evicted, and on which operations are refused;
+* have every slot it was given either in a page or handed back, exactly once.
+
+TIERED_KV_PROPERTY_EXAMPLES raises the number of histories per page size (default 120).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tiered_kv.core.config import MemoryConfig
+from tiered_kv.core.errors import IntegrityError
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.forest import Forest
+from tiered_kv.forest.key import namespace_hash
+from tiered_kv.forest.node import Node
+from tiered_kv.forest.residency import Residency
+from tiered_kv.memory.manager import MemoryManager
+
+ABSENT, RESIDENT = Residency.ABSENT, Residency.RESIDENT
+TIERS = (Tier.DEVICE, Tier.HOST, Tier.DISK)
+SETTINGS = settings(
+    max_examples=int(os.environ.get("TIERED_KV_PROPERTY_EXAMPLES", "120")),
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+# A prompt is a few of three pages that differ in their first or in their last token only, and a
+# tail that fills no page. Few pages, so that prompts share prefixes.
+SYMBOLS = st.lists(st.sampled_from([0, 0, 1, 2]), max_size=7).map(tuple)
+ROOTS = st.integers(min_value=0, max_value=1)
+CHOICE = st.integers(min_value=0, max_value=10**6)
+TIER = st.sampled_from(TIERS)
+IN_TRANSFER = st.sampled_from([Residency.LOADING, Residency.WRITING_BACK])
+SLOT_KIND = st.sampled_from(["list", "range", "numpy"])
+
+Page = tuple[int, tuple[int, ...]]  # namespace, pages up to and with this one
+
+
+@dataclass
+class InTier:
+    state: Residency = ABSENT
+    slots: tuple[int, ...] = ()
+    op: int | None = None
+
+
+def absent_everywhere() -> dict[Tier, InTier]:
+    return {tier: InTier() for tier in TIERS}
+
+
+@dataclass
+class Model:
+    pages: dict[Page, dict[Tier, InTier]] = field(default_factory=dict)
+    pins: list[tuple[Page, Tier]] = field(default_factory=list)
+
+    def n_pins(self, page: Page, tier: Tier) -> int:
+        return sum(
+            pinned_tier is tier and is_prefix(page, pinned) for pinned, pinned_tier in self.pins
+        )
+
+    def children(self, page: Page) -> list[Page]:
+        return [other for other in self.pages if parent(other) == page]
+
+    def present_children(self, page: Page, tier: Tier) -> list[Page]:
+        return [c for c in self.children(page) if self.pages[c][tier].state is not ABSENT]
+
+    def may_come(self, page: Page, tier: Tier) -> bool:
+        """Whether DEVICE would stay prefix-closed with `page` there."""
+        above = parent(page)
+        in_root = not above[1]
+        return tier is not Tier.DEVICE or in_root or self.pages[above][tier].state is not ABSENT
+
+    def leaf_pages(self, tier: Tier) -> set[Page]:
+        return {
+            page
+            for page, tiers in self.pages.items()
+            if tiers[tier].state is RESIDENT
+            and not self.n_pins(page, tier)
+            and not self.present_children(page, tier)
+        }
+
+    def known(self, root: int, symbols: Sequence[int]) -> int:
+        """How many leading pages are known."""
+        n = 0
+        while n < len(symbols) and (root, tuple(symbols[: n + 1])) in self.pages:
+            n += 1
+        return n
+
+    def path(self, root: int, symbols: Sequence[int]) -> list[Page]:
+        return [(root, tuple(symbols[: n + 1])) for n in range(len(symbols))]
+
+    def of_op(self, op: int, tier: Tier) -> list[Page]:
+        pages = [page for page, tiers in self.pages.items() if tiers[tier].op == op]
+        return sorted(pages, key=lambda page: len(page[1]))
+
+    def prune(self) -> None:
+        needed: set[Page] = set()
+        for page, tiers in self.pages.items():
+            held = any(tiers[tier].state is not ABSENT for tier in (Tier.DEVICE, Tier.HOST))
+            moving = any(tiers[tier].op is not None for tier in TIERS)
+            pinned = any(self.n_pins(page, tier) for tier in TIERS)
+            if held or moving or pinned:
+                needed.update(self.path(*page))
+        self.pages = {page: tiers for page, tiers in self.pages.items() if page in needed}
+
+    def freeable(self, tier: Tier) -> int:
+        """Pages that evicting leaves, again and again, would free."""
+        left = {page for page, tiers in self.pages.items() if tiers[tier].state is not ABSENT}
+        n_before = len(left)
+        progress = True
+        while progress:
+            progress = False
+            for page in sorted(left, key=lambda page: -len(page[1])):
+                alone = not any(child in left for child in self.children(page))
+                mine = self.pages[page][tier]
+                if alone and mine.state is RESIDENT and not self.n_pins(page, tier):
+                    left.discard(page)
+                    progress = True
+        return n_before - len(left)
+
+
+def parent(page: Page) -> Page:
+    return page[0], page[1][:-1]
+
+
+def is_prefix(page: Page, of: Page) -> bool:
+    return page[0] == of[0] and of[1][: len(page[1])] == page[1]
+
+
+class ForestMachine(RuleBasedStateMachine):
+    page_size = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forest = Forest(self.page_size)
+        self.manager = MemoryManager(self.forest, MemoryConfig())
+        self.roots = [self.forest.root(namespace_hash("model", i)) for i in range(2)]
+        self.model = Model()
+        self.n_slots = 0
+        self.n_ops = 0
+        self.given_back: set[int] = set()
+        self.held: list[tuple[Node, Page, Tier]] = []
+        self.held_before_clear: list[tuple[Node, Tier]] = []
+        self.patterns = self.page_patterns()
+
+    def page_patterns(self) -> list[list[int]]:
+        if self.page_size == 1:
+            return [[0], [1], [2]]
+        zeros = [0] * (self.page_size - 1)
+        return [[0, *zeros], [*zeros, 1], [1, *zeros]]
+
+    # -- translation --------------------------------------------------------------------------
+
+    def tokens(self, symbols: Iterable[int], tail: int = 0) -> array[int]:
+        tokens = [token for symbol in symbols for token in self.patterns[symbol]]
+        return array("q", tokens + [0] * (tail % self.page_size))
+
+    def symbols_of(self, node: Node) -> list[int]:
+        size, tokens = self.page_size, node.tokens.tolist()
+        return [self.patterns.index(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+
+    def page_of(self, node: Node) -> Page:
+        """The last page of `node`."""
+        symbols: list[int] = []
+        while not node.is_root:
+            symbols[:0] = self.symbols_of(node)
+            assert node.parent is not None
+            node = node.parent
+        return self.roots.index(node), tuple(symbols)
+
+    def pages_of(self, node: Node) -> list[Page]:
+        root, symbols = self.page_of(node)
+        return self.model.path(root, symbols)[-node.n_pages :]
+
+    def a_node(self, choice: int) -> Node | None:
+        nodes = self.forest.nodes()
+        return nodes[choice % len(nodes)] if nodes else None
+
+    def an_op(self, choice: int) -> tuple[int, Tier] | None:
+        ops = sorted(
+            {
+                (in_tier.op, tier)
+                for tiers in self.model.pages.values()
+                for tier, in_tier in tiers.items()
+                if in_tier.op is not None
+            }
+        )
+        return ops[choice % len(ops)] if ops else None
+
+    def new_slots(self, n_pages: int, tier: Tier, kind: str) -> Any:
+        """Slots never given out before: one per token on DEVICE, one per page on HOST."""
+        if tier > Tier.HOST:
+            return None
+        n = n_pages * self.page_size if tier is Tier.DEVICE else n_pages
+        ids = range(self.n_slots, self.n_slots + n)
+        self.n_slots += n
+        return {"list": list, "range": range_of, "numpy": np.array}[kind](ids)
+
+    def cut(self, slots: Any, n_pages: int, index: int) -> tuple[int, ...]:
+        if slots is None:
+            return ()
+        unit = len(slots) // n_pages
+        return tuple(int(slot) for slot in slots[index * unit : (index + 1) * unit])
+
+    def take_back(self, slots: Any, expected: Iterable[int]) -> None:
+        ids = [] if slots is None else [int(slot) for slot in slots]
+        assert ids == list(expected)
+        assert self.given_back.isdisjoint(ids)
+        assert len(set(ids)) == len(ids)
+        self.given_back.update(ids)
+
+    def settle(self, page: Page, tier: Tier, state: Residency, slots: Any, op: Any = None) -> None:
+        self.model.pages.setdefault(page, absent_everywhere())[tier] = InTier(state, slots, op)
+
+    def vacate(self, page: Page, tier: Tier) -> tuple[int, ...]:
+        slots = self.model.pages[page][tier].slots
+        self.model.pages[page][tier] = InTier()
+        return slots
+
+    # -- prefixes -----------------------------------------------------------------------------
+
+    @rule(root=ROOTS, symbols=SYMBOLS, tail=CHOICE, cap=st.none() | st.integers(-1, 120))
+    def match(self, root: int, symbols: tuple[int, ...], tail: int, cap: int | None) -> None:
+        tokens = self.tokens(symbols, tail)
+        n_considered = len(symbols) if cap is None else min(len(symbols), max(cap, 0))
+        limit = None if cap is None else cap * self.page_size + tail % self.page_size
+        n_known = self.model.known(root, symbols[:n_considered])
+        n_tokens = self.forest.prefix_length(self.roots[root], tokens, limit)
+        assert n_tokens == n_known * self.page_size
+        found = self.forest.match(self.roots[root], tokens, limit)
+        assert found.n_tokens == n_tokens
+        assert sum(node.n_tokens for node in found.path) == n_tokens
+        assert self.page_of(found.last) == (root, symbols[:n_known])
+        for above, below in zip((found.root, *found.path), found.path, strict=False):
+            assert below.parent is above
+            assert below.last_access == found.last.last_access
+
+    @rule(
+        root=ROOTS,
+        symbols=SYMBOLS,
+        tail=CHOICE,
+        tier=st.sampled_from([Tier.DEVICE, Tier.DEVICE, Tier.HOST]),
+        kind=SLOT_KIND,
+    )
+    def insert(self, root: int, symbols: tuple[int, ...], tail: int, tier: Tier, kind: str) -> None:
+        path = self.model.path(root, symbols)
+        slots = self.new_slots(len(path), tier, kind)
+        tokens = self.tokens(symbols, tail)
+        present = [
+            page in self.model.pages and self.model.pages[page][tier].state is not ABSENT
+            for page in path
+        ]
+        n_resident = present.index(False) if False in present else len(present)
+        if any(present[n_resident:]):
+            with pytest.raises(IntegrityError):
+                self.forest.insert(self.roots[root], tokens, slots, tier=tier)
+            self.take_back(slots, slots)
+            return
+        result = self.forest.insert(self.roots[root], tokens, slots, tier=tier)
+        tokens[:] = array("q", [-1] * len(tokens))  # the caller's array goes on living
+        assert result.resident_tokens == n_resident * self.page_size
+        unit = self.page_size if tier is Tier.DEVICE else 1
+        own = slots[: n_resident * unit]
+        self.take_back(own, own)
+        for index, page in enumerate(path[n_resident:], start=n_resident):
+            self.settle(page, tier, RESIDENT, self.cut(slots, len(path), index))
+        assert self.page_of(result.last) == (root, symbols)
+        adopted = [page for node in result.adopted for page in self.pages_of(node)]
+        assert adopted == path[n_resident:]
+
+    @rule(
+        choice=CHOICE,
+        below_root=ROOTS,
+        symbols=SYMBOLS,
+        tier=TIER,
+        state=IN_TRANSFER,
+        kind=SLOT_KIND,
+    )
+    def extend(
+        self,
+        choice: int,
+        below_root: int,
+        symbols: tuple[int, ...],
+        tier: Tier,
+        state: Residency,
+        kind: str,
+    ) -> None:
+        node = self.a_node(choice)
+        anchor = self.roots[below_root] if node is None or choice % 3 == 0 else node
+        root, above = self.page_of(anchor)
+        run = self.model.path(root, above + symbols)[len(above) :]
+        slots = self.new_slots(len(run), tier, kind)
+        tokens = self.tokens(symbols)
+        self.n_ops += 1
+        legal = (
+            bool(run)
+            and self.model.may_come(run[0], tier)
+            and all(
+                page not in self.model.pages or self.model.pages[page][tier].state is ABSENT
+                for page in run
+            )
+        )
+        if not legal:
+            with pytest.raises(IntegrityError):
+                self.forest.extend(anchor, tokens, tier, state, slots, self.n_ops)
+            self.take_back(slots, [] if slots is None else slots)
+            return
+        nodes = self.forest.extend(anchor, tokens, tier, state, slots, self.n_ops)
+        assert [page for node in nodes for page in self.pages_of(node)] == run
+        for index, page in enumerate(run):
+            self.settle(page, tier, state, self.cut(slots, len(run), index), self.n_ops)
+
+    @rule(choice=CHOICE, at=CHOICE)
+    def split(self, choice: int, at: int) -> None:
+        node = self.a_node(choice)
+        if node is None:
+            return
+        n_pages = at % (node.n_pages + 1)
+        if n_pages in (0, node.n_pages):
+            with pytest.raises(IntegrityError):
+                self.forest.split(node, n_pages)
+            return
+        last_page = self.page_of(node)
+        upper, lower = self.forest.split(node, n_pages)
+        assert lower is node
+        assert self.page_of(lower) == last_page
+        assert upper.n_pages == n_pages
+        assert (upper.last_access, upper.hits) == (lower.last_access, lower.hits)
+
+    @rule(chance=CHOICE)
+    def clear(self, chance: int) -> None:
+        if chance % 8:  # rarely: it ends a history
+            return
+        dropped = [
+            slot for tiers in self.model.pages.values() for t in TIERS for slot in tiers[t].slots
+        ]
+        self.take_back(dropped, dropped)
+        self.forest.clear()
+        self.held_before_clear += [(node, tier) for node, _, tier in self.held]
+        self.held.clear()
+        self.model = Model()
+
+    # -- residency and transfers --------------------------------------------------------------
+
+    @rule(choice=CHOICE, tier=TIER)
+    def evict(self, choice: int, tier: Tier) -> None:
+        """Any node: it must go, or be refused, as the model says."""
+        node = self.a_node(choice)
+        if node is None:
+            return
+        pages = self.pages_of(node)
+        last = pages[-1]
+        legal = (
+            self.model.pages[last][tier].state is RESIDENT
+            and not self.model.n_pins(last, tier)
+            and (tier is Tier.DISK or not self.model.present_children(last, tier))
+        )
+        if not legal:
+            with pytest.raises(IntegrityError):
+                self.forest.evict(node, tier)
+            return
+        slots = self.forest.evict(node, tier)
+        self.take_back(slots, [slot for page in pages for slot in self.vacate(page, tier)])
+
+    @rule(tier=TIER, n_pages=st.integers(0, 12))
+    def relieve_pressure(self, tier: Tier, n_pages: int) -> None:
+        freeable = self.model.freeable(tier)
+        n_freed = 0
+        for drop in self.manager.on_pressure(tier, n_pages):
+            node = self.forest.node(drop.node_id)
+            pages = self.pages_of(node)
+            slots = self.forest.evict(node, tier)
+            self.take_back(slots, [slot for page in pages for slot in self.vacate(page, tier)])
+            n_freed += len(pages)
+            self.model.prune()
+        assert n_freed == min(n_pages, freeable)
+
+    @rule(choice=CHOICE, tier=TIER, kind=SLOT_KIND)
+    def set_resident(self, choice: int, tier: Tier, kind: str) -> None:
+        self.arrive(choice, tier, RESIDENT, kind, None)
+
+    @rule(choice=CHOICE, tier=TIER, state=IN_TRANSFER, kind=SLOT_KIND, join=st.booleans())
+    def start_transfer(
+        self, choice: int, tier: Tier, state: Residency, kind: str, join: bool
+    ) -> None:
+        if not join:
+            self.n_ops += 1
+        self.arrive(choice, tier, state, kind, max(self.n_ops, 1))
+
+    def arrive(self, choice: int, tier: Tier, state: Residency, kind: str, op: int | None) -> None:
+        node = self.a_node(choice)
+        if node is None:
+            return
+        pages = self.pages_of(node)
+        slots = self.new_slots(len(pages), tier, kind)
+        legal = self.model.pages[pages[0]][tier].state is ABSENT and self.model.may_come(
+            pages[0], tier
+        )
+
+        def call() -> None:
+            if op is None:
+                self.forest.set_resident(node, tier, slots)
+            else:
+                self.forest.start_transfer(node, tier, state, slots, op)
+
+        if not legal:
+            with pytest.raises(IntegrityError):
+                call()
+            self.take_back(slots, [] if slots is None else slots)
+            return
+        call()
+        for index, page in enumerate(pages):
+            self.settle(page, tier, state, self.cut(slots, len(pages), index), op)
+
+    @rule(choice=CHOICE)
+    def finish_transfer(self, choice: int) -> None:
+        chosen = self.an_op(choice)
+        if chosen is None:
+            assert self.forest.finish_transfer(self.n_ops + 1, Tier.HOST) == []
+            return
+        op, tier = chosen
+        pages = self.model.of_op(op, tier)
+        names = {node: self.pages_of(node) for node in self.forest.nodes_of(op)}
+        nodes = self.forest.finish_transfer(op, tier)
+        assert sorted(page for node in nodes for page in names[node]) == sorted(pages)
+        for page in pages:
+            self.settle(page, tier, RESIDENT, self.model.pages[page][tier].slots)
+
+    @rule(choice=CHOICE)
+    def abort_transfer(self, choice: int) -> None:
+        chosen = self.an_op(choice)
+        if chosen is None:
+            return
+        op, tier = chosen
+        self.fail(
+            op, tier, self.model.of_op(op, tier), lambda: self.forest.abort_transfer(op, tier)
+        )
+
+    @rule(choice=CHOICE, n_pages=st.integers(0, 7))
+    def finish_leading(self, choice: int, n_pages: int) -> None:
+        chosen = self.an_op(choice)
+        if chosen is None:
+            return
+        op, tier = chosen
+        pages = self.model.of_op(op, tier)
+        if not all(is_prefix(a, b) for a, b in itertools.pairwise(pages)):
+            return  # not on one path: the method makes no promise
+        came: list[Node] = []
+
+        def call() -> Any:
+            nodes, freed = self.forest.finish_leading(op, tier, n_pages)
+            came.extend(nodes)
+            return freed
+
+        if self.fail(op, tier, pages[n_pages:], call):
+            assert sum(node.n_pages for node in came) == len(pages[:n_pages])
+            for page in pages[:n_pages]:
+                self.settle(page, tier, RESIDENT, self.model.pages[page][tier].slots)
+
+    def fail(self, op: int, tier: Tier, pages: list[Page], call: Any) -> bool:
+        """`call` makes `pages` ABSENT, unless something on the device builds on them."""
+        dependents = [
+            child
+            for page in pages
+            for child in self.model.present_children(page, tier)
+            if self.model.pages[child][tier].op != op
+        ]
+        if tier is Tier.DEVICE and dependents:
+            with pytest.raises(IntegrityError):
+                call()
+            return False
+        expected = {page: self.vacate(page, tier) for page in pages}
+        freed = [slots for _, slots in call()]
+        ids = [int(slot) for slots in freed if slots is not None for slot in slots]
+        assert sorted(ids) == sorted(slot for slots in expected.values() for slot in slots)
+        self.take_back(ids, ids)
+        return True
+
+    # -- pins ---------------------------------------------------------------------------------
+
+    @rule(choice=CHOICE, tier=TIER)
+    def pin(self, choice: int, tier: Tier) -> None:
+        node = self.a_node(choice)
+        if node is None:
+            return
+        self.forest.pin(node, tier)
+        page = self.page_of(node)
+        self.held.append((node, page, tier))
+        self.model.pins.append((page, tier))
+
+    @rule(choice=CHOICE)
+    def unpin(self, choice: int) -> None:
+        if not self.held:
+            return
+        node, page, tier = self.held.pop(choice % len(self.held))
+        assert self.page_of(node) == page, "whoever holds a node still has the whole path"
+        self.forest.unpin(node, tier)
+        self.model.pins.remove((page, tier))
+
+    @rule(root=ROOTS, tier=TIER)
+    def pins_that_mean_nothing(self, root: int, tier: Tier) -> None:
+        self.forest.pin(self.roots[root], tier)
+        self.forest.unpin(self.roots[root], tier)
+        while self.held_before_clear:
+            self.forest.unpin(*self.held_before_clear.pop())
+
+    # -- after every step ---------------------------------------------------------------------
+
+    @initialize()
+    def start_empty(self) -> None:
+        assert len(self.forest) == 0
+
+    @invariant()
+    def forest_equals_model(self) -> None:
+        self.model.prune()
+        self.forest.check_integrity(deep=True)
+        seen: dict[Page, dict[Tier, InTier]] = {}
+        pins: dict[tuple[Page, Tier], int] = {}
+        for node in self.forest.nodes():
+            for index, page in enumerate(self.pages_of(node)):
+                assert page not in seen
+                seen[page] = {
+                    tier: InTier(
+                        node.state(tier),
+                        self.cut(node.slots(tier), node.n_pages, index),
+                        node.op(tier),
+                    )
+                    for tier in TIERS
+                }
+                pins.update({(page, tier): node.pins(tier) for tier in TIERS})
+        assert seen == self.model.pages
+        assert pins == {
+            (page, tier): self.model.n_pins(page, tier)
+            for page in self.model.pages
+            for tier in TIERS
+        }
+
+    @invariant()
+    def totals_equal_model(self) -> None:
+        for tier in TIERS:
+            mine = {page: tiers[tier] for page, tiers in self.model.pages.items()}
+            present = [page for page, in_tier in mine.items() if in_tier.state is not ABSENT]
+            resident = [page for page in present if mine[page].state is RESIDENT]
+            free = [page for page in resident if not self.model.n_pins(page, tier)]
+            size = self.page_size
+            assert self.forest.resident_tokens(tier) == len(resident) * size
+            assert self.forest.evictable_tokens(tier) == len(free) * size
+            assert self.forest.protected_tokens(tier) == (len(present) - len(free)) * size
+            leaves = [self.page_of(node) for node in self.forest.leaves(tier)]
+            assert len(leaves) == len(set(leaves))
+            assert set(leaves) == self.model.leaf_pages(tier)
+
+    @invariant()
+    def every_slot_is_somewhere_once(self) -> None:
+        held = [
+            slot for tiers in self.model.pages.values() for t in TIERS for slot in tiers[t].slots
+        ]
+        assert len(set(held)) == len(held)
+        assert self.given_back.isdisjoint(held)
+        assert self.given_back.union(held) == set(range(self.n_slots))
+
+
+def range_of(ids: range) -> range:
+    return ids
+
+
+def machine_for(page_size: int) -> Any:
+    machine = type(f"ForestMachine{page_size}", (ForestMachine,), {"page_size": page_size})
+    machine.TestCase.settings = SETTINGS
+    return machine.TestCase
+
+
+TestPageSize1 = machine_for(1)
+TestPageSize4 = machine_for(4)
+TestPageSize16 = machine_for(16)
