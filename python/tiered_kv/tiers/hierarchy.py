@@ -165,11 +165,11 @@ class KVHierarchy:
         self._disk_reads(self.prefetch.queue.in_flight)
 
     def _host_writes(self, n: int) -> None:
-        for completion in self.write_back.to_host.acknowledge(n):
+        for completion in self._agreed(self.write_back.to_host.acknowledge(n)):
             self.write_back.host_written(completion)
 
     def _loads(self, n: int) -> None:
-        for completion in self.load_back.queue.acknowledge(n):
+        for completion in self._agreed(self.load_back.queue.acknowledge(n)):
             self.load_back.loaded(completion)
 
     def _disk_writes(self, n: int) -> None:
