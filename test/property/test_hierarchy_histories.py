@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "support_tiers"))
 
 from random_history import History
-from tier_rig import BarrierMinimum, Rig, new_disk, random_delays
+from tier_rig import PATIENCE_S, BarrierMinimum, Rig, new_disk, random_delays
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.residency import Residency
+from tiered_kv.tiers.context import host_pages_of
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -58,3 +61,78 @@ def test_random_history(seed: int) -> None:
         raise
     finally:
         rig.close()
+
+
+class Lockstep:
+    """Runs one history per rank on a thread each; after every step all ranks must agree."""
+
+    def __init__(self, histories: list[History], barrier: BarrierMinimum) -> None:
+        self.histories = histories
+        self.barrier = barrier
+        self.decided: list[Any] = [None] * len(histories)
+        self.meeting = threading.Barrier(len(histories), timeout=PATIENCE_S)
+        self.errors: list[BaseException] = []
+
+    def run(self, n_steps: int) -> None:
+        threads = [
+            threading.Thread(target=self._run_rank, args=(rank, n_steps))
+            for rank in range(len(self.histories))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.errors:
+            print("\n".join(self.histories[0].log))
+            # A broken barrier is only how the other rank heard of it.
+            raise min(self.errors, key=lambda e: isinstance(e, threading.BrokenBarrierError))
+
+    def _run_rank(self, rank: int, n_steps: int) -> None:
+        history = self.histories[rank]
+        try:
+            for _ in range(n_steps):
+                history.step()
+                self._agree(rank)
+            history.finish()
+            self._agree(rank)
+        except BaseException as error:
+            self.errors.append(error)
+            self.barrier.abort()
+            self.meeting.abort()
+
+    def _agree(self, rank: int) -> None:
+        self.decided[rank] = decisions(self.histories[rank])
+        self.meeting.wait()
+        assert self.decided[rank] == self.decided[0], "the ranks have decided differently"
+        self.meeting.wait()
+
+
+def decisions(history: History) -> dict[str, Any]:
+    """Everything a scheduler could base its next step on."""
+    rig = history.rig
+    prefetch = rig.hierarchy.prefetch
+    return {
+        "log": history.log[-1],
+        "forest": rig.forest.view(),
+        "device": list(rig.allocator.free_pages),
+        "host": {
+            node.node_id: host_pages_of(node).tolist()
+            for node in rig.forest.nodes()
+            if node.state(Tier.HOST) is not Residency.ABSENT
+        },
+        "ready": {rid: prefetch.done(rid) for rid in history.waiting},
+        "loaded": {rid: prefetch.loaded_tokens(rid) for rid in history.waiting},
+        "in flight": rig.in_flight,
+    }
+
+
+@pytest.mark.parametrize("seed", range(N_HISTORIES))
+def test_two_ranks_decide_alike(seed: int) -> None:
+    barrier = BarrierMinimum(2)
+    rigs = [make_rig(seed, rank=rank, collective=barrier.rank(rank)) for rank in range(2)]
+    histories = [History(rig, seed, world=seed * 2 + rank) for rank, rig in enumerate(rigs)]
+    try:
+        Lockstep(histories, barrier).run(N_STEPS)
+    finally:
+        for rig in rigs:
+            rig.close()

@@ -471,6 +471,13 @@ class Rig:
     def drop_from_host(self) -> None:
         self.context.evict_host(self.host.n_pages)
 
+    def flush(self) -> None:
+        """Like `/flush_cache`, with no request left."""
+        assert not self.requests
+        self.hierarchy.flush()
+        self.allocator.free_pages = list(range(1, self.allocator.n_pages + 1))
+        self.events.held.clear()
+
     def check(self) -> None:
         """Everything that must hold between any two calls, whatever is in flight."""
         self.forest.check_integrity()

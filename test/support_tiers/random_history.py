@@ -1,0 +1,197 @@
+"""Random histories of everything an engine does to a hierarchy, while transfers are under way.
+
+A history is determined by its seed and by what the hierarchy answers; timing is not. So two
+tensor-parallel ranks with the same seed make the same calls for as long as, and only if, the
+hierarchy's decisions do not depend on how fast either of them is.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Callable
+
+from tier_rig import FaultyDisk, Request, Rig, tokens_of
+
+from tiered_kv.core.ids import Tier
+
+MAX_RUNNING = 4
+MAX_WAITING = 5
+MAX_PAGES = 9
+
+
+class History:
+    """Draws steps and carries them out on `rig`, checking it after each.
+
+    `world` may differ between ranks (faults, delays); `seed` may not.
+    """
+
+    def __init__(self, rig: Rig, seed: int, world: int) -> None:
+        self.rig = rig
+        self.rng = random.Random(seed)
+        self.world = random.Random(world)
+        self.waiting: dict[str, tuple[array[int], str | None]] = {}
+        self.n_arrived = 0
+        self.log: list[str] = []
+        self.steps: list[tuple[float, Callable[[], str]]] = [
+            (6, self._poll),
+            (5, self._admit),
+            (4, self._admit_waiting),
+            (3, self._arrive),
+            (3, self._finish),
+            (2, self._stash),
+            (1, self._abort),
+            (1, self._give_up_waiting),
+            (1, self._reserve_only),
+            (2, self._evict_device),
+            (1, self._evict_host),
+            (1, self._change_faults),
+            (0.3, self._flush),
+            (0.2, self._forget_disk),
+        ]
+
+    def step(self) -> None:
+        weights = [weight for weight, _ in self.steps]
+        (chosen,) = self.rng.choices([step for _, step in self.steps], weights)
+        self.log.append(chosen())
+        self.rig.check()
+
+    def finish(self) -> None:
+        """Ends every request, lets everything settle, and looks for anything left over."""
+        for request in list(self.rig.requests):
+            self.rig.finish(request)
+        for rid in list(self.waiting):
+            self.rig.hierarchy.prefetch.release(rid)
+        self.rig.drain()
+        self.rig.check_idle()
+        if self.rig.disk is not None:
+            self.rig.check_disk()
+
+    # -- drawing ------------------------------------------------------------------------------
+
+    def _prompt(self) -> tuple[array[int], str | None]:
+        """Few distinct pages, so that prompts share prefixes and part in the middle of nodes."""
+        n_pages = self.rng.randint(1, MAX_PAGES)
+        pages = [self.rng.choice((1, 1, 1, 2)) for _ in range(n_pages)]
+        tail = self.rng.choice((0, 0, 1, 3))
+        return tokens_of(*pages, tail=tail), self.rng.choice((None, None, "tenant"))
+
+    def _request(self) -> Request | None:
+        return self.rng.choice(self.rig.requests) if self.rig.requests else None
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def _poll(self) -> str:
+        self.rig.hierarchy.poll()
+        return "poll"
+
+    def _admit(self) -> str:
+        if len(self.rig.requests) >= MAX_RUNNING:
+            return "admit: enough are running"
+        prompt, key = self._prompt()
+        return self._admit_one(prompt, key)
+
+    def _admit_one(self, prompt: array[int], key: str | None) -> str:
+        request = self.rig.admit(prompt, key)
+        if request is None:
+            return f"admit {len(prompt)} tokens: no room"
+        return f"admit {len(prompt)} tokens: device {request.n_device} host {request.n_host}"
+
+    def _arrive(self) -> str:
+        if len(self.waiting) >= MAX_WAITING:
+            return "arrive: enough are waiting"
+        rid = f"r{self.n_arrived}"
+        self.n_arrived += 1
+        self.waiting[rid] = self._prompt()
+        self.rig.arrive(rid, *self.waiting[rid])
+        return f"arrive {rid}: {len(self.waiting[rid][0])} tokens"
+
+    def _admit_waiting(self) -> str:
+        prefetch = self.rig.hierarchy.prefetch
+        for rid, (prompt, key) in self.waiting.items():
+            if prefetch.done(rid):
+                if len(self.rig.requests) >= MAX_RUNNING:
+                    return "admit waiting: enough are running"
+                outcome = self._admit_one(prompt, key)
+                if "no room" not in outcome:
+                    prefetch.release(rid)
+                    del self.waiting[rid]
+                return f"{rid}: {outcome}"
+        return "admit waiting: none is ready"
+
+    def _give_up_waiting(self) -> str:
+        if not self.waiting:
+            return "give up: none is waiting"
+        rid = self.rng.choice(list(self.waiting))
+        del self.waiting[rid]
+        self.rig.hierarchy.prefetch.release(rid)
+        return f"give up {rid}"
+
+    def _finish(self) -> str:
+        request = self._request()
+        if request is None:
+            return "finish: none is running"
+        self.rig.finish(request)
+        return f"finish {len(request.tokens)} tokens"
+
+    def _stash(self) -> str:
+        request = self._request()
+        if request is None:
+            return "stash: none is running"
+        n_tokens = self.rng.randint(request.n_protected, len(request.tokens))
+        self.rig.stash(request, n_tokens)
+        return f"stash {n_tokens} of {len(request.tokens)} tokens"
+
+    def _abort(self) -> str:
+        request = self._request()
+        if request is None:
+            return "abort: none is running"
+        self.rig.abort(request)
+        return f"abort {len(request.tokens)} tokens"
+
+    def _reserve_only(self) -> str:
+        """A load that was reserved for a request which then did not fit into the batch."""
+        prompt, key = self._prompt()
+        hierarchy = self.rig.hierarchy
+        prefix = hierarchy.match(hierarchy.root(key), prompt)
+        if not prefix.host:
+            return "reserve: nothing on the host"
+        self.rig.forest.pin(prefix.last_device, Tier.DEVICE)
+        loaded = hierarchy.load_back.load(prefix.last)
+        self.rig.forest.unpin(prefix.last_device, Tier.DEVICE)
+        return f"reserve: {'no room' if loaded is None else len(loaded[0])}"
+
+    def _evict_device(self) -> str:
+        wanted = self.rng.randint(1, 6) * self.rig.page_size
+        return f"evict {wanted} from the device: {self.rig.hierarchy.evict_device(wanted)}"
+
+    def _evict_host(self) -> str:
+        wanted = self.rng.randint(1, 6)
+        self.rig.context.evict_host(wanted)
+        return f"evict {wanted} pages from the host"
+
+    def _change_faults(self) -> str:
+        """Differently on every rank: one disk may work while the other does not."""
+        disk, copier = self.rig.disk, self.rig.copier
+        copier.down.error = self.world.choice((None, None, None, OSError("no copy to the host")))
+        if isinstance(disk, FaultyDisk):
+            disk.pages_per_read = self.world.choice((None, None, 0, 1, 2))
+            disk.pages_per_write = self.world.choice((None, None, 0, 1, 2))
+            disk.reads.error = self.world.choice((None, None, None, OSError("no read")))
+            disk.writes.error = self.world.choice((None, None, None, OSError("no write")))
+        return "faults change"
+
+    def _flush(self) -> str:
+        if self.rig.requests:
+            return "flush: requests are running"
+        for rid in list(self.waiting):
+            self.rig.hierarchy.prefetch.release(rid)
+        self.waiting.clear()
+        self.rig.flush()
+        return "flush"
+
+    def _forget_disk(self) -> str:
+        if self.rig.disk is None:
+            return "forget the disk: there is none"
+        self.rig.hierarchy.forget_disk()
+        return "forget the disk"
