@@ -1,0 +1,227 @@
+"""The table of upstream symbols against the installed release, our code and the documentation.
+
+Guarantee: all that `tiered_kv.plugin` imports of SGLang, and every argument it reads, is in the
+table; the table is true of the installed release; `verify()` notices when it isn't.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
+
+import sglang.version
+
+import tiered_kv.plugin
+from tiered_kv.core.errors import UpstreamError
+from tiered_kv.plugin import hooks, refusals, upstream
+from tiered_kv.plugin.upstream_symbols import SYMBOLS, Symbol
+
+PLUGIN = Path(tiered_kv.plugin.__file__).parent
+MODULES = sorted(path.stem for path in PLUGIN.glob("*.py") if path.stem != "__init__")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "upstream_contract.md"
+SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+
+
+@pytest.mark.parametrize("symbol", SYMBOLS, ids=lambda symbol: symbol.name)
+def test_installed_release(symbol: Symbol) -> None:
+    assert upstream.difference_of(symbol) is None
+
+
+def test_verify_accepts_the_installed_release() -> None:
+    upstream.verify()
+
+
+# -- verify() notices --------------------------------------------------------------------------
+
+
+def test_a_renamed_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = importlib.import_module("sglang.srt.mem_cache.registry")
+    monkeypatch.delattr(registry, "register_radix_cache_backend")
+    with pytest.raises(UpstreamError, match=r"registry\.register_radix_cache_backend is missing"):
+        upstream.verify()
+
+
+def test_another_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
+    monkeypatch.setattr(RadixCache, "evict", lambda self, params, urgency: None)
+    with pytest.raises(
+        UpstreamError, match=r"RadixCache\.evict takes \(self, params, urgency\), not \(self, par"
+    ):
+        upstream.verify()
+
+
+def test_a_missing_attribute(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(self: Any, *args: Any) -> None:
+        self.tree_cache = None
+
+    init.__signature__ = inspect.signature(upstream.resolve(f"{SCHEDULER}.__init__"))  # type: ignore[attr-defined]
+    upstream._set_on_self.cache_clear()
+    monkeypatch.setattr(f"{SCHEDULER}.__init__", init)
+    try:
+        with pytest.raises(UpstreamError, match="Scheduler has no attribute server_args"):
+            upstream.verify()
+    finally:
+        upstream._set_on_self.cache_clear()
+
+
+def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang.version, "__version__", "0.5.18")
+    with pytest.raises(UpstreamError) as error:
+        upstream.verify()
+    assert str(error.value) == (
+        "--tiered-kv supports SGLang 0.5.17, but 0.5.18 is installed; install sglang==0.5.17 or "
+        "start without --tiered-kv."
+    )
+
+
+def test_a_local_build_of_the_version_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang.version, "__version__", "0.5.17+cu128")
+    upstream.verify_version()
+
+
+# -- the table is complete ---------------------------------------------------------------------
+
+
+def runtime_imports(path: Path) -> Iterator[str]:
+    """Dotted names that the module imports from sglang, for type checking only ones excepted."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("sglang"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_import_is_in_the_table(module: str) -> None:
+    for name in runtime_imports(PLUGIN / f"{module}.py"):
+        covering = [s for s in SYMBOLS if s.name == name or s.name.startswith(f"{name}.")]
+        assert any(module in symbol.users for symbol in covering), name
+
+
+def test_every_user_exists() -> None:
+    assert {user for symbol in SYMBOLS for user in symbol.users} <= set(MODULES)
+
+
+def test_every_hook_target_is_in_the_table() -> None:
+    assert {hook.target for hook in hooks.HOOKS} <= {symbol.name for symbol in SYMBOLS}
+
+
+class Recorder:
+    """Notes which attributes are read; every answer makes a rule go on to its next condition."""
+
+    def __init__(self) -> None:
+        self.read: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.read.add(name)
+        return 1
+
+
+def test_every_argument_that_a_refusal_reads_is_in_the_table() -> None:
+    recorder = Recorder()
+    for rule in refusals.SERVER_ARGS_RULES + refusals.RESOLVED_RULES:
+        rule.applies(recorder)
+    read = recorder.read | set(refusals.HICACHE_OPTIONS)
+    listed = {
+        attribute
+        for symbol in SYMBOLS
+        if symbol.name.endswith(".ServerArgs")
+        for attribute in symbol.attributes
+    }
+    assert read <= listed
+
+
+def test_every_argument_in_the_table_is_a_field() -> None:
+    stock = upstream.resolve("sglang.srt.server_args.ServerArgs")
+    for symbol in SYMBOLS:
+        if symbol.name.endswith(".ServerArgs"):
+            assert set(symbol.attributes) <= set(stock.__dataclass_fields__)
+
+
+# -- what we override --------------------------------------------------------------------------
+
+
+def overrides() -> Iterator[tuple[str, Any, list[Any]]]:
+    """(name, our function, SGLang's functions) of every method that a class of ours overrides."""
+    for module in MODULES:
+        for _, cls in inspect.getmembers(importlib.import_module(f"tiered_kv.plugin.{module}")):
+            if not isinstance(cls, type) or cls.__module__ != f"tiered_kv.plugin.{module}":
+                continue
+            bases = [vars(base) for base in cls.__mro__ if base.__module__.startswith("sglang.")]
+            for name, ours in vars(cls).items():
+                theirs = [base[name] for base in bases if inspect.isfunction(base.get(name))]
+                if inspect.isfunction(ours) and theirs and not name.startswith("__"):
+                    yield f"{cls.__qualname__}.{name}", ours, theirs
+
+
+def named_parameters(function: Any) -> list[str]:
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind not in variadic]
+
+
+def test_overrides_take_what_sglang_passes() -> None:
+    found = list(overrides())
+    assert len(found) > 15
+    for name, ours, theirs in found:
+        if "kwargs" in inspect.signature(ours).parameters:
+            continue
+        # SGLang's own classes do not always agree with one another on the names.
+        accepted = [named_parameters(function) for function in theirs]
+        assert any(named_parameters(ours)[: len(a)] == a for a in accepted), name
+
+
+# -- the documentation -------------------------------------------------------------------------
+
+
+def documented() -> dict[str, set[str]]:
+    """Symbol -> names, from the tables of docs/upstream_contract.md with three columns."""
+    rows: dict[str, set[str]] = {}
+    for line in DOCUMENT.read_text().splitlines():
+        cells = line.strip("|").split("|")
+        owner = re.fullmatch(r"`(sglang[\w.]+)`", cells[0].strip())
+        if len(cells) == 3 and owner:
+            rows.setdefault(owner[1], set()).update(re.findall(r"`(\w+)`", cells[1]))
+    return rows
+
+
+def test_the_documentation_lists_the_table() -> None:
+    table: dict[str, set[str]] = {}
+    for symbol in SYMBOLS:
+        owner, _, name = symbol.name.rpartition(".")
+        if symbol.parameters is None:
+            table.setdefault(symbol.name, set()).update(symbol.attributes)
+        else:
+            table.setdefault(owner, set()).add(name)
+    table["sglang.version"] = {"__version__"}
+    del table["sglang.version.__version__"]
+    assert documented() == table
+
+
+def test_the_documentation_lists_the_hooks() -> None:
+    text = DOCUMENT.read_text().split("\n## Hooks\n")[1]
+    rows = re.findall(r"^\| `([\w.]+)` \| (\w+) \| (\w+) \|", text, re.MULTILINE)
+    assert rows == [(h.target, h.kind, h.process.name.lower()) for h in hooks.HOOKS]
+
+
+def test_the_documentation_names_the_release() -> None:
+    assert f"**SGLang {upstream.SUPPORTED}**" in DOCUMENT.read_text()
