@@ -14,7 +14,7 @@ _FIXED_BYTES = 256 << 10
 _ROW_BYTES = 128
 # Extent blocks and the like that a file system charges to a file.
 _FILE_OVERHEAD_BYTES = 2 * BLOCK_BYTES
-_SMALLEST_SEGMENT_BYTES = 1 << 20
+_SMALLEST_SEGMENT_BYTES = 256 << 10
 _LARGEST_SEGMENT_BYTES = 1 << 30
 _SEGMENTS = 16
 _MANY_SEGMENTS = 256

@@ -24,11 +24,13 @@ from tiered_kv.tiers.disk.segment import (
     SegmentState,
     slot_of,
 )
-from tiered_kv.tiers.disk.segment_files import SEGMENT_SUFFIX, SegmentFiles
+from tiered_kv.tiers.disk.segment_files import SegmentFiles, segment_paths
 
 logger = logging.getLogger(__name__)
 
 _COMMIT_ROWS = 10_000
+_COMPLETE = "complete"
+"""Set in an index that knows every page: not before a rebuild is through."""
 
 
 # Primary result codes that speak of the machine's state, not of damage in the file.
@@ -48,7 +50,11 @@ def open_index(
     try:
         index = make_index()
         index.check()
-        return index, _load(index, files)
+        if not index.meta(_COMPLETE) and any(segment_paths(files.directory)):
+            raise ValueError("it was never completed, or is new although there are segments")
+        catalog = _load(index, files)
+        index.set_meta(_COMPLETE, 1)
+        return index, catalog
     except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
         # Flipped bytes in a row may come back as values of another type or range.
         if index is not None:
@@ -143,12 +149,11 @@ def _set_loaded_state(segment: Segment) -> None:
 
 def _delete_strays(files: SegmentFiles, catalog: Catalog) -> None:
     """Files that a crash left between creation and their row in the index."""
-    for path in files.directory.iterdir():
-        if path.suffix == SEGMENT_SUFFIX and path.stem.isdigit():
-            number = int(path.stem)
-            catalog.next_segment = max(catalog.next_segment, number + 1)
-            if number not in catalog.segments:
-                path.unlink()
+    for path in segment_paths(files.directory):
+        number = int(path.stem)
+        catalog.next_segment = max(catalog.next_segment, number + 1)
+        if number not in catalog.segments:
+            path.unlink()
 
 
 def _rebuild(index: PageIndex, files: SegmentFiles) -> Catalog:
@@ -160,6 +165,7 @@ def _rebuild(index: PageIndex, files: SegmentFiles) -> Catalog:
         _set_loaded_state(segment)
     _write_rows(index, catalog)
     _delete_strays(files, catalog)
+    index.set_meta(_COMPLETE, 1)
     logger.warning(
         "Disk tier: index rebuilt in %.1f s, %d pages in %d segments.",
         time.monotonic() - started,
@@ -205,6 +211,7 @@ def refill_index(index: PageIndex, catalog: Catalog) -> None:
             for entries in list(catalog.namespaces.values()):
                 index.put_namespace(entries.row)
             _write_rows(index, catalog)
+            index.set_meta(_COMPLETE, 1)
         logger.warning("Disk tier: the index was damaged; written anew, old one in %s.", aside)
     except (OSError, sqlite3.Error) as error:
         logger.warning("Disk tier: the index is damaged and cannot be written anew (%s).", error)

@@ -93,6 +93,7 @@ class PageMover:
         sequence = self._catalog.clock
         for run in plan_runs(good, 1):
             self._page_io.write_run(kind, run, sequence)
+        self._page_io.sync(good)
         return rows
 
     def _reserve(self, n_bytes: int) -> memoryview:

@@ -4,39 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tiered_kv.tiers.disk.segment import Segment
+import numpy as np
+import numpy.typing as npt
 
-MOVED_FRACTION = 0.25
-"""At most this share of a segment's slots is carried over: bounds write amplification to 4/3."""
-
-
-def segment_value(segment: Segment, base: int) -> int:
-    """Live pages, each weighted by how much later than `base` it was used last."""
-    return segment.access_sum - segment.live * base
+from tiered_kv.tiers.disk.segment import Segment, reserved_slots
 
 
 def choose_victim(candidates: Iterable[Segment], now: int) -> Segment | None:
-    """The segment with the least live value; of equals the one that was made first.
+    """The segment with the least live value per byte; of equals the one that was made first.
 
-    `now` is in units of `Segment.access`. Weights run from 1 for a page used now down to 1/9 for
-    the mean page of the least recently used segment: old pages count for little, not for nothing,
-    so that of two equally old segments the one with fewer live pages goes.
+    A page used `age` ago is worth tau / (tau + age), where tau is the mean age of all candidates'
+    pages: 1 for a page used now, 1/2 at the mean age, and never nothing, so that of two segments of
+    one age the one with fewer live pages goes. `now` is in units of `Segment.access`.
     """
     segments = list(candidates)
     if not segments:
         return None
-    means = [s.access_sum // s.live for s in segments if s.live]
-    oldest = min(means, default=now)
-    base = oldest - (now - oldest) // 8
-    return min(segments, key=lambda s: (segment_value(s, base), s.number))
+    ages = [_live_ages(segment, now) for segment in segments]
+    n_pages = sum(len(a) for a in ages)
+    tau = max(sum(float(a.sum()) for a in ages) / n_pages, 1.0) if n_pages else 1.0
+    values = [
+        float((tau / (tau + age)).sum()) * segment.record_bytes / segment.file_bytes
+        for segment, age in zip(segments, ages, strict=True)
+    ]
+    return min(zip(values, segments, strict=True), key=lambda vs: (vs[0], vs[1].number))[1]
+
+
+def _live_ages(segment: Segment, now: int) -> npt.NDArray[np.float64]:
+    access = np.frombuffer(segment.access, dtype=np.uint64).astype(np.float64)
+    return np.maximum(now - access[access > 0], 0.0)
 
 
 def choose_survivors(victim: Segment, room: int) -> list[int]:
     """Slots of the pages to carry over: read since they were written or moved, latest first.
 
-    `room`: free slots where they could go. Half of it stays free for new pages.
+    `room`: free slots where they could go.
     """
-    limit = min(int(victim.slots * MOVED_FRACTION), room // 2)
+    limit = min(reserved_slots(victim.slots), room)
     read_slots = [
         slot
         for slot, page_hash in enumerate(victim.page_hashes)

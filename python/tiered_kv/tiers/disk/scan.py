@@ -18,7 +18,7 @@ from tiered_kv.tiers.disk.record import (
     unpack_segment,
 )
 from tiered_kv.tiers.disk.segment import MAX_SLOTS
-from tiered_kv.tiers.disk.segment_files import SEGMENT_SUFFIX
+from tiered_kv.tiers.disk.segment_files import segment_paths
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,7 @@ class ScannedSegment:
 
 def scan_segments(directory: Path) -> Iterator[ScannedSegment]:
     """Every usable segment file; one that cannot be read or makes no sense is skipped."""
-    paths = sorted(
-        p for p in directory.iterdir() if p.suffix == SEGMENT_SUFFIX and p.stem.isdigit()
-    )
+    paths = segment_paths(directory)
     logged = time.monotonic()
     for n_done, path in enumerate(paths):
         if time.monotonic() - logged > _PROGRESS_S:

@@ -8,6 +8,10 @@ from pathlib import Path
 
 from tiered_kv.tiers.disk.record import BLOCK_BYTES, SegmentHeader
 
+RESERVED_FRACTION = 0.25
+"""Share of a segment that is kept for the survivors of the next reclaim: at most so many pages are
+carried over, which bounds write amplification to 4/3."""
+
 SLOT_BITS = 24
 MAX_SLOTS = 1 << SLOT_BITS
 _SLOT_MASK = MAX_SLOTS - 1
@@ -24,6 +28,11 @@ def segment_of(loc: int) -> int:
 
 def slot_of(loc: int) -> int:
     return loc & _SLOT_MASK
+
+
+def reserved_slots(slots: int) -> int:
+    """Slots at the end of a segment that wait for survivors."""
+    return int(slots * RESERVED_FRACTION)
 
 
 class SegmentState(enum.Enum):
@@ -45,12 +54,11 @@ class Segment:
     """Slots of one file. Guarded by the catalog's lock, except `record_offset`.
 
     `access[slot]` packs (logical time of last use) << 1 | (was read since written or moved): the
-    low bit is the second chance of the clock algorithm.
+    low bit is the second chance of the clock algorithm. 0 means that the slot holds no page.
     """
 
     __slots__ = (
         "access",
-        "access_sum",
         "fds",
         "live",
         "next_slot",
@@ -60,6 +68,7 @@ class Segment:
         "path",
         "readers",
         "record_bytes",
+        "reserved",
         "slots",
         "state",
         "touched",
@@ -76,8 +85,8 @@ class Segment:
         self.page_hashes: list[bytes | None] = [None] * slots
         self.owners = array("I", bytes(4 * slots))
         self.access = array("Q", bytes(8 * slots))
-        self.access_sum = 0
         self.next_slot = 0
+        self.reserved = reserved_slots(slots)
         self.live = 0
         self.readers = 0
         self.writers = 0
@@ -102,22 +111,18 @@ class Segment:
         self.page_hashes[slot] = page_hash
         self.owners[slot] = owner
         self.access[slot] = access
-        self.access_sum += access
         self.live += 1
         if slot >= self.next_slot:
             self.next_slot = slot + 1
 
     def drop(self, slot: int) -> None:
         self.page_hashes[slot] = None
-        self.access_sum -= self.access[slot]
         self.access[slot] = 0
         self.live -= 1
 
     def touch(self, slot: int, clock: int) -> None:
         """Note a read at logical time `clock`."""
-        access = clock << 1 | 1
-        self.access_sum += access - self.access[slot]
-        self.access[slot] = access
+        self.access[slot] = clock << 1 | 1
         self.touched = True
 
     def access_rows(self) -> list[tuple[int, int, bytes]]:
@@ -133,8 +138,8 @@ class Segment:
         slots = self.slots
         self.page_hashes = [None] * slots
         self.access = array("Q", bytes(8 * slots))
-        self.access_sum = 0
         self.next_slot = 0
+        self.reserved = reserved_slots(slots)
         self.live = 0
         self.touched = False
         self.state = SegmentState.FILLING

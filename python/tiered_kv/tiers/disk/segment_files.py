@@ -15,6 +15,15 @@ from tiered_kv.tiers.disk.segment import Segment
 SEGMENT_SUFFIX = ".seg"
 
 
+def segment_paths(directory: Path) -> list[Path]:
+    """Every segment file, by number."""
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.suffix == SEGMENT_SUFFIX and path.stem.isdecimal()
+    )
+
+
 class SegmentFiles:
     """Owns the file descriptors of every segment. Methods raise OSError."""
 

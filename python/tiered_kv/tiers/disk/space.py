@@ -13,7 +13,7 @@ from tiered_kv.tiers.disk.budget import Budget
 from tiered_kv.tiers.disk.catalog import Catalog
 from tiered_kv.tiers.disk.index import PageIndex, PageRow, SegmentRow
 from tiered_kv.tiers.disk.page_mover import PageMover
-from tiered_kv.tiers.disk.reclaim import MOVED_FRACTION, choose_survivors, choose_victim
+from tiered_kv.tiers.disk.reclaim import choose_survivors, choose_victim
 from tiered_kv.tiers.disk.segment import Segment, SegmentState
 from tiered_kv.tiers.disk.segment_files import SegmentFiles
 from tiered_kv.tiers.disk.stats import Counters
@@ -87,28 +87,24 @@ class SpaceManager:
                 self._close_if_gone(segment)
 
     def _take(self, record_bytes: int, count: int) -> list[tuple[Segment, int]]:
+        """Slots for new pages; what is reserved for survivors is left alone."""
         with self._catalog.lock:
             segment = self._filling.get(record_bytes)
             if segment is None:
                 return []
-            n_taken = min(count, segment.free_slots)
-            first = segment.next_slot
-            segment.next_slot += n_taken
-            segment.writers += n_taken
-            return [(segment, slot) for slot in range(first, first + n_taken)]
+            return _take_slots(segment, min(count, segment.free_slots - segment.reserved))
 
     # -- segments
 
     def _advance(self, record_bytes: int) -> bool:
         """Give this record size a segment with free slots; False if there is no room for one."""
         with self._structure:
+            if self._has_slots(record_bytes) or self._release_reserve(record_bytes):
+                return True
             with self._catalog.lock:
-                current = self._filling.get(record_bytes)
-                if current is not None:
-                    if current.free_slots:
-                        return True
-                    current.state = SegmentState.SEALED
-                    del self._filling[record_bytes]
+                full = self._filling.pop(record_bytes, None)
+                if full is not None:
+                    full.state = SegmentState.SEALED
                 if self._adopt_partial(record_bytes):
                     return True
             slots = self._budget.slots_per_segment(record_bytes)
@@ -124,18 +120,25 @@ class SpaceManager:
                 if not self._reclaim_one():
                     return False
 
-    def reclaim_ahead(self, record_bytes: int) -> None:
-        """Reclaim a segment while the one being filled still has room for the survivors."""
-        segment = self._filling.get(record_bytes)
-        if segment is None or segment.free_slots > segment.slots * MOVED_FRACTION:
-            return
-        if not self._structure.acquire(blocking=False):
-            return
-        try:
-            if not self._has_spare(record_bytes):
-                self._reclaim_one()
-        finally:
-            self._structure.release()
+    def _has_slots(self, record_bytes: int) -> bool:
+        with self._catalog.lock:
+            segment = self._filling.get(record_bytes)
+            return segment is not None and segment.free_slots > segment.reserved
+
+    def _release_reserve(self, record_bytes: int) -> bool:
+        """Reclaim now, while there is still room for the survivors; the rest is for new pages.
+
+        True if the segment being filled has free slots afterwards.
+        """
+        with self._catalog.lock:
+            segment = self._filling.get(record_bytes)
+        if segment is None or not segment.reserved:
+            return False
+        if not self._has_spare(record_bytes):
+            self._reclaim_one(spare=segment)
+        with self._catalog.lock:
+            segment.reserved = 0
+        return self._has_slots(record_bytes)
 
     def _adopt_partial(self, record_bytes: int) -> bool:
         """Go on filling a segment left partly filled by an earlier run."""
@@ -213,13 +216,16 @@ class SpaceManager:
 
     # -- reclaim (the caller holds `_structure`)
 
-    def _reclaim_one(self) -> bool:
-        """Turn the least valuable segment into a free one; False if none can be spared."""
+    def _reclaim_one(self, spare: Segment | None = None) -> bool:
+        """Turn the least valuable segment (never `spare`) into a free one; False if there is none.
+
+        A segment with writes under way cannot be reclaimed.
+        """
         with self._catalog.lock:
             idle = [s for s in self._catalog.segments_in(SegmentState.SEALED) if not s.writers]
             # Only if there is no other: one that another record size is still filling.
             filling = self._catalog.segments_in(SegmentState.FILLING)
-            idle = idle or [s for s in filling if not s.writers]
+            idle = idle or [s for s in filling if not s.writers and s is not spare]
             victim = choose_victim(idle, self._catalog.clock << 1)
             if victim is None:
                 return False
@@ -242,7 +248,8 @@ class SpaceManager:
     def _move(self, victim: Segment, survivors: Sequence[int]) -> list[PageRow]:
         if not survivors:
             return []
-        slots = self._take(victim.record_bytes, len(survivors))
+        with self._catalog.lock:
+            slots = _take_slots(self._filling[victim.record_bytes], len(survivors))
         try:
             return self._mover.copy(victim, survivors, slots)
         finally:
@@ -286,3 +293,11 @@ class SpaceManager:
                 self._filling.clear()
             for segment in segments:
                 self._remove_file(segment)
+
+
+def _take_slots(segment: Segment, count: int) -> list[tuple[Segment, int]]:
+    count = max(count, 0)
+    first = segment.next_slot
+    segment.next_slot += count
+    segment.writers += count
+    return [(segment, slot) for slot in range(first, first + count)]

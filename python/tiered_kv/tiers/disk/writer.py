@@ -75,7 +75,6 @@ class PageWriter:
             try:
                 n_written, error = self._write_chunk(entries, hashes, buffers, chunk)
                 written += n_written
-                self._space.reclaim_ahead(entries.record_bytes)
             except (OSError, sqlite3.Error) as raised:
                 error = raised
             except BaseException as raised:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import mmap
 import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tiered_kv.tiers.disk.namespace import DiskNamespace
 
 MIB = 1 << 20
 PAGE_BYTES = 64 << 10
@@ -30,3 +34,47 @@ def filled(seed: int, n_bytes: int, length: int | None = None) -> memoryview:
     view = aligned(length or n_bytes)
     view[:n_bytes] = page_payload(seed, n_bytes)
     return view
+
+
+def write(ns: DiskNamespace, seeds: Sequence[int]) -> int:
+    """Write the pages of these seeds."""
+    buffers = [filled(seed, ns.page_bytes) for seed in seeds]
+    return ns.write_pages([page_hash(seed) for seed in seeds], buffers)
+
+
+def read(ns: DiskNamespace, seeds: Sequence[int]) -> int:
+    """Read the pages of these seeds and compare each one returned; how many that were."""
+    buffers = [aligned(ns.page_bytes) for _ in seeds]
+    n_read = ns.read_pages([page_hash(seed) for seed in seeds], buffers)
+    for seed, buffer in zip(seeds[:n_read], buffers, strict=False):
+        assert buffer == page_payload(seed, ns.page_bytes), f"page {seed} differs"
+    return n_read
+
+
+def readable(ns: DiskNamespace, seeds: Iterable[int]) -> list[int]:
+    """Seeds whose page can be read (and is equal)."""
+    return [seed for seed in seeds if read(ns, [seed])]
+
+
+def segment_files(directory: Path) -> list[Path]:
+    return sorted((directory / "segments").glob("*.seg"))
+
+
+def flip(path: Path, offset: int, n_bytes: int = 1) -> None:
+    """Invert bytes in a file."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        old = file.read(n_bytes)
+        file.seek(offset)
+        file.write(bytes(byte ^ 0xFF for byte in old))
+
+
+def disk_usage(directory: Path) -> int:
+    """What `du` says: bytes of blocks that everything below the directory takes."""
+    total = 0
+    for path in [directory, *directory.rglob("*")]:
+        try:
+            total += path.lstat().st_blocks * 512
+        except FileNotFoundError:
+            continue
+    return total

@@ -1,0 +1,371 @@
+"""Damaged files: flipped bytes, truncated or missing segments, a broken index. Never a wrong page,
+never a crash: what cannot be read back, equal, is a miss."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from disk_builders import (
+    MIB,
+    NAMESPACE,
+    PAGE_BYTES,
+    aligned,
+    flip,
+    page_hash,
+    read,
+    readable,
+    segment_files,
+    write,
+)
+
+from tiered_kv.tiers.disk.namespace import DiskNamespace
+from tiered_kv.tiers.disk.record import BLOCK_BYTES
+from tiered_kv.tiers.disk.store import DiskStore
+
+OpenStore = Callable[..., DiskStore]
+RECORD_BYTES = BLOCK_BYTES + PAGE_BYTES
+
+
+def record_offset(slot: int) -> int:
+    return BLOCK_BYTES + slot * RECORD_BYTES
+
+
+@pytest.fixture
+def written(open_store: OpenStore, directory: Path) -> Path:
+    """A closed directory with pages 0..29, in slots 0..29 of its first segments."""
+    store = open_store()
+    write(store.namespace(NAMESPACE, PAGE_BYTES), range(30))
+    store.close()
+    return directory
+
+
+def reopen(open_store: OpenStore, **options: object) -> tuple[DiskStore, DiskNamespace]:
+    store = open_store(**options)
+    return store, store.namespace(NAMESPACE, PAGE_BYTES)
+
+
+# -- records
+
+
+@pytest.mark.parametrize(
+    "offset",
+    [0, 8, 16, 30, 70, 100, 120, BLOCK_BYTES, BLOCK_BYTES + 12_345, RECORD_BYTES - 1],
+)
+def test_flipped_byte_is_a_miss(
+    open_store: OpenStore, written: Path, direct_io: bool, offset: int
+) -> None:
+    """Header fields, header checksum, first, middle and last byte of the payload."""
+    flip(segment_files(written)[0], record_offset(3) + offset)
+    store, ns = reopen(open_store, direct_io=direct_io)
+    assert read(ns, range(30)) == 3
+    assert not ns.contains(page_hash(3))
+    assert ns.count_prefix([page_hash(seed) for seed in range(30)]) == 3
+    assert readable(ns, range(30)) == [seed for seed in range(30) if seed != 3]
+    assert store.stats().checksum_failures == 1
+    assert write(ns, [3]) == 1
+    assert read(ns, range(30)) == 30
+
+
+def test_damage_is_remembered(open_store: OpenStore, written: Path) -> None:
+    flip(segment_files(written)[0], record_offset(3) + BLOCK_BYTES)
+    store, ns = reopen(open_store)
+    assert read(ns, [3]) == 0
+    store.close()
+    _, ns = reopen(open_store)
+    assert not ns.contains(page_hash(3))
+
+
+def test_damage_under_a_running_store(open_store: OpenStore, directory: Path) -> None:
+    _, ns = reopen(open_store)
+    write(ns, range(10))
+    flip(segment_files(directory)[0], record_offset(5) + BLOCK_BYTES + 1)
+    assert readable(ns, range(10)) == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+
+
+def test_record_of_another_page_is_a_miss(open_store: OpenStore, written: Path) -> None:
+    """An intact record in the wrong slot: what an index row older than the data points to."""
+    path = segment_files(written)[0]
+    contents = path.read_bytes()
+    with path.open("r+b") as file:
+        file.seek(record_offset(2))
+        file.write(contents[record_offset(7) : record_offset(8)])
+    _, ns = reopen(open_store)
+    assert readable(ns, range(10)) == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_random_flips_never_give_a_wrong_page(open_store: OpenStore, written: Path) -> None:
+    choose = random.Random(11)
+    for path in segment_files(written):
+        for _ in range(40):
+            flip(path, choose.randrange(path.stat().st_size), choose.randint(1, 64))
+    _, ns = reopen(open_store)
+    good = readable(ns, range(30))
+    assert 0 < len(good) < 30
+    assert readable(ns, range(30)) == good
+    assert write(ns, range(30)) == 30 - len(good)
+    assert read(ns, range(30)) == 30
+
+
+# -- segment files
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 1, BLOCK_BYTES, record_offset(4) + 100])
+def test_truncated_segment_is_forgotten(
+    open_store: OpenStore, written: Path, keep_bytes: int
+) -> None:
+    first, *_ = segment_files(written)
+    with first.open("r+b") as file:
+        file.truncate(keep_bytes)
+    _, ns = reopen(open_store)
+    assert len(ns) == 0
+    assert write(ns, range(30)) == 30
+    assert read(ns, range(30)) == 30
+
+
+def test_missing_segment_drops_only_its_rows(open_store: OpenStore, directory: Path) -> None:
+    store, ns = reopen(open_store)
+    write(ns, range(200))
+    store.close()
+    first, second, *_ = segment_files(directory)
+    first.unlink()
+    store, ns = reopen(open_store)
+    assert 0 < len(ns) < 200
+    survivors = readable(ns, range(200))
+    assert len(survivors) == len(ns)
+    assert second in segment_files(directory)
+
+
+def test_segment_truncated_while_running(open_store: OpenStore, directory: Path) -> None:
+    store, ns = reopen(open_store)
+    write(ns, range(10))
+    with segment_files(directory)[0].open("r+b") as file:
+        file.truncate(record_offset(4))
+    assert read(ns, range(10)) == 4
+    assert readable(ns, range(10)) == [0, 1, 2, 3]
+    assert store.stats().io_errors > 0
+
+
+def test_stray_segment_file_is_removed(open_store: OpenStore, written: Path) -> None:
+    stray = written / "segments" / "00000077.seg"
+    stray.write_bytes(b"x" * 5000)
+    _, ns = reopen(open_store)
+    assert not stray.exists()
+    assert read(ns, range(30)) == 30
+
+
+# -- index
+
+
+def damage_header(path: Path) -> None:
+    flip(path, 0, 16)
+
+
+def damage_schema(path: Path) -> None:
+    flip(path, 100, 400)
+
+
+def damage_everything(path: Path) -> None:
+    path.write_bytes(random.Random(3).randbytes(path.stat().st_size))
+
+
+def truncate_to_nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def truncate_in_the_middle(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2 + 100)
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def write_text_over_it(path: Path) -> None:
+    path.write_text("this is not a database, but it is long enough to look like one" * 300)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_header, damage_schema, damage_everything, truncate_in_the_middle, write_text_over_it],
+)
+def test_damaged_index_is_rebuilt(
+    open_store: OpenStore,
+    written: Path,
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    damage(written / "index.sqlite")
+    with caplog.at_level(logging.WARNING, logger="tiered_kv"):
+        store, ns = reopen(open_store)
+    assert [
+        r for r in caplog.messages if "damaged" in r and "set aside as index.sqlite.corrupt" in r
+    ]
+    assert (written / "index.sqlite.corrupt").exists()
+    assert read(ns, range(30)) == 30
+    assert write(ns, range(25, 35)) == 5
+    store.close()
+    _, ns = reopen(open_store)
+    assert read(ns, range(35)) == 35
+
+
+@pytest.mark.parametrize("damage", [truncate_to_nothing, delete])
+def test_empty_or_missing_index_is_rebuilt(
+    open_store: OpenStore, written: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(written / "index.sqlite")
+    _, ns = reopen(open_store)
+    assert read(ns, range(30)) == 30
+
+
+def test_index_damaged_anywhere_never_crashes(open_store: OpenStore, written: Path) -> None:
+    """Flips at random places: the store opens, returns no wrong page, and takes new ones."""
+    index = written / "index.sqlite"
+    pristine = index.read_bytes()
+    for seed in range(30):
+        choose = random.Random(seed)
+        index.write_bytes(pristine)
+        for _ in range(choose.choice([1, 1, 3, 20])):
+            flip(index, choose.randrange(len(pristine)), choose.choice([1, 1, 4, 100]))
+        store, ns = reopen(open_store)
+        readable(ns, range(30))
+        write(ns, range(1000, 1005))
+        assert readable(ns, range(1000, 1005)) == list(range(1000, 1005)), seed
+        assert not store.stats().degraded
+        store.close()
+
+
+def test_wrong_values_in_the_index(open_store: OpenStore, written: Path) -> None:
+    """Well-formed rows that make no sense."""
+    with sqlite3.connect(written / "index.sqlite") as db:
+        db.execute("UPDATE pages SET namespace = 99 WHERE location = 0")
+        db.execute("UPDATE pages SET page_hash = x'0011' WHERE location = 1")
+        db.execute("UPDATE pages SET location = 16777215 WHERE location = 2")
+        db.execute("UPDATE pages SET location = location + (5 << 24) WHERE location = 3")
+        db.execute("INSERT INTO segments VALUES (9, 1, 1), (10, 69632, -4), (11, 69632, 1 << 60)")
+    db.close()
+    _, ns = reopen(open_store)
+    assert readable(ns, range(10)) == [4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("value", ["'text'", "NULL", "-5", "x'00'", "9e99"])
+@pytest.mark.parametrize("column", ["access", "namespace"])
+def test_values_of_wrong_type_in_the_index(
+    open_store: OpenStore, written: Path, column: str, value: str
+) -> None:
+    with sqlite3.connect(written / "index.sqlite") as db:
+        db.execute("CREATE TABLE loose AS SELECT * FROM pages")
+        db.execute("DROP TABLE pages")
+        db.execute(
+            "CREATE TABLE pages (location INTEGER PRIMARY KEY, namespace, page_hash, access)"
+        )
+        db.execute("INSERT INTO pages SELECT * FROM loose")
+        db.execute(f"UPDATE pages SET {column} = {value} WHERE location = 4")
+    db.close()
+    _, ns = reopen(open_store)
+    assert set(range(10)) - set(readable(ns, range(10))) <= {4}
+
+
+def test_namespace_row_with_another_page_size(open_store: OpenStore, written: Path) -> None:
+    """Must not lock the owner of the namespace out."""
+    with sqlite3.connect(written / "index.sqlite") as db:
+        db.execute("UPDATE namespaces SET page_bytes = 4096")
+    db.close()
+    _, ns = reopen(open_store)
+    assert read(ns, range(30)) == 30
+
+
+def test_index_damaged_while_running_is_written_anew(open_store: OpenStore, written: Path) -> None:
+    """The next write notices; after the pause the store takes pages again, and forgot none."""
+    store, ns = reopen(open_store)
+    store._gate._now = lambda: 0.0  # time stands still, so that the pause can be watched
+    store._index.compact()
+    damage_everything(written / "index.sqlite")
+    # SQLite would go on with the blocks it has cached.
+    store._index._db.execute("PRAGMA shrink_memory")
+    assert write(ns, [100]) == 0
+    assert store.stats().degraded
+    assert read(ns, range(30)) == 30
+    store._gate._now = lambda: 100.0
+    assert write(ns, [200]) == 1
+    assert not store.stats().degraded
+    store.close()
+    _, ns = reopen(open_store)
+    assert readable(ns, range(300)) == [*range(30), 200]
+
+
+# -- index and segments both
+
+
+def test_rebuild_with_damaged_segment_headers(open_store: OpenStore, written: Path) -> None:
+    """Without the index and without a segment's own header, its records tell its geometry."""
+    (written / "index.sqlite").unlink()
+    for path in segment_files(written):
+        flip(path, 0, 64)
+    flip(segment_files(written)[0], record_offset(0), 8)
+    _, ns = reopen(open_store)
+    assert readable(ns, range(30)) == list(range(1, 30))
+
+
+def test_damaged_segment_header_alone_is_harmless(open_store: OpenStore, written: Path) -> None:
+    for path in segment_files(written):
+        flip(path, 0, 64)
+    _, ns = reopen(open_store)
+    assert read(ns, range(30)) == 30
+
+
+def test_rebuild_after_random_flips(open_store: OpenStore, written: Path) -> None:
+    (written / "index.sqlite").unlink()
+    choose = random.Random(2)
+    for path in segment_files(written):
+        for _ in range(200):
+            flip(path, choose.randrange(path.stat().st_size), 8)
+    _, ns = reopen(open_store)
+    readable(ns, range(30))
+    assert write(ns, range(100, 110)) == 10
+    assert read(ns, range(100, 110)) == 10
+
+
+def test_rebuild_finds_every_namespace(open_store: OpenStore, directory: Path) -> None:
+    store = open_store(capacity_bytes=128 * MIB)
+    other_id = hashlib.sha256(b"other").digest()
+    write(store.namespace(NAMESPACE, PAGE_BYTES), range(20))
+    write(store.namespace(other_id, 23_040), range(20))
+    store.close()
+    (directory / "index.sqlite").unlink()
+    store = open_store(capacity_bytes=128 * MIB)
+    assert read(store.namespace(other_id, 23_040), range(20)) == 20
+    assert read(store.namespace(NAMESPACE, PAGE_BYTES), range(20)) == 20
+
+
+def test_record_of_unknown_encoding_is_a_miss(open_store: OpenStore, written: Path) -> None:
+    """A later version's encrypted record, say: intact by its checksums, yet not page bytes."""
+    from tiered_kv.tiers.disk.record import RecordHeader, pack_record, unpack_record
+
+    path = segment_files(written)[0]
+    block = aligned(BLOCK_BYTES)
+    with path.open("r+b") as file:
+        file.seek(record_offset(6))
+        header = unpack_record(file.read(BLOCK_BYTES))
+        assert header is not None
+        pack_record(
+            block,
+            RecordHeader(
+                header.namespace_id,
+                header.page_hash,
+                header.payload_bytes,
+                header.sequence,
+                header.payload_checksum,
+                encoding=7,
+            ),
+        )
+        file.seek(record_offset(6))
+        file.write(block[:256])
+    _, ns = reopen(open_store)
+    assert readable(ns, range(8)) == [0, 1, 2, 3, 4, 5, 7]

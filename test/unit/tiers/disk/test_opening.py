@@ -1,0 +1,220 @@
+"""Opening: restart, ownership, formats, foreign directories, permissions, too small a budget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from disk_builders import (
+    MIB,
+    NAMESPACE,
+    PAGE_BYTES,
+    page_hash,
+    read,
+    readable,
+    segment_files,
+    write,
+)
+
+from tiered_kv.core.errors import DiskTierError
+from tiered_kv.tiers.disk.store import DiskStore
+
+OpenStore = Callable[..., DiskStore]
+
+
+def test_pages_survive_a_restart(open_store: OpenStore, direct_io: bool) -> None:
+    store = open_store(direct_io=direct_io)
+    write(store.namespace(NAMESPACE, PAGE_BYTES), range(50))
+    store.close()
+    ns = open_store(direct_io=not direct_io).namespace(NAMESPACE, PAGE_BYTES)
+    assert ns.count_prefix([page_hash(seed) for seed in range(60)]) == 50
+    assert read(ns, range(50)) == 50
+
+
+def test_filling_goes_on_after_a_restart(open_store: OpenStore, directory: Path) -> None:
+    for first in range(0, 40, 10):
+        store = open_store()
+        ns = store.namespace(NAMESPACE, PAGE_BYTES)
+        assert write(ns, range(first, first + 10)) == 10
+        assert read(ns, range(first + 10)) == first + 10
+        store.close()
+    assert len(segment_files(directory)) == 1
+
+
+def test_order_of_use_survives_a_restart(open_store: OpenStore) -> None:
+    """The pages read in the first run are the ones kept when the second runs out of room."""
+    store = open_store(capacity_bytes=8 * MIB)
+    write(store.namespace(NAMESPACE, PAGE_BYTES), range(100))
+    kept = [seed for seed in range(100) if store.namespace(NAMESPACE, PAGE_BYTES).contains(
+        page_hash(seed))]  # fmt: skip
+    hot = kept[:2]
+    read(store.namespace(NAMESPACE, PAGE_BYTES), hot)
+    store.close()
+    ns = open_store(capacity_bytes=8 * MIB).namespace(NAMESPACE, PAGE_BYTES)
+    for seed in range(200, 200 + len(kept)):
+        write(ns, [seed])
+    assert readable(ns, hot) == hot
+
+
+def test_another_owner_is_named(open_store: OpenStore, directory: Path) -> None:
+    open_store()
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from tiered_kv.core.errors import DiskTierError\n"
+        "from tiered_kv.tiers.disk.store import DiskStore\n"
+        "try:\n"
+        "    DiskStore.open(Path(sys.argv[1]), capacity_bytes=1 << 26)\n"
+        "except DiskTierError as error:\n"
+        "    print(error)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(directory)], capture_output=True, text=True, check=True
+    )
+    assert f"process {os.getpid()} on " in run.stdout
+    assert str(directory) in run.stdout
+
+
+def test_two_stores_in_one_process(open_store: OpenStore) -> None:
+    store = open_store()
+    with pytest.raises(DiskTierError, match=f"in use by process {os.getpid()} "):
+        open_store()
+    store.close()
+    open_store()
+
+
+def test_a_dead_owner_is_no_owner(directory: Path, open_store: OpenStore) -> None:
+    program = (
+        "import os, sys; from pathlib import Path\n"
+        "from tiered_kv.tiers.disk.store import DiskStore\n"
+        "DiskStore.open(Path(sys.argv[1]), capacity_bytes=1 << 26)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(directory)], check=False)
+    open_store()
+
+
+def test_other_version_is_refused_and_untouched(open_store: OpenStore, directory: Path) -> None:
+    store = open_store()
+    write(store.namespace(NAMESPACE, PAGE_BYTES), [1])
+    store.close()
+    path = directory / "FORMAT"
+    contents = json.loads(path.read_text())
+    path.write_text(json.dumps({**contents, "version": 99}))
+    before = {p: p.stat().st_size for p in directory.rglob("*")}
+    with pytest.raises(DiskTierError, match=r"version 99.*delete it or name another"):
+        open_store()
+    assert {p: p.stat().st_size for p in directory.rglob("*")} == before
+    path.write_text(json.dumps(contents))
+    assert read(open_store().namespace(NAMESPACE, PAGE_BYTES), [1]) == 1
+
+
+@pytest.mark.parametrize("contents", ["", "{", "[]", '{"format": "tiered-kv-disk"}', "\x00\x01"])
+def test_damaged_format_file_is_refused(
+    open_store: OpenStore, directory: Path, contents: str
+) -> None:
+    open_store().close()
+    (directory / "FORMAT").write_text(contents)
+    with pytest.raises(DiskTierError, match="FORMAT is damaged"):
+        open_store()
+
+
+def test_foreign_directory_is_refused_and_untouched(open_store: OpenStore, directory: Path) -> None:
+    directory.mkdir(mode=0o755)
+    (directory / "thesis.txt").write_text("years of work")
+    with pytest.raises(DiskTierError, match=r"holds other things \(thesis.txt\)"):
+        open_store()
+    assert [p.name for p in directory.iterdir()] == ["thesis.txt"]
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o755
+
+
+def test_crash_before_the_format_was_written(open_store: OpenStore, directory: Path) -> None:
+    directory.mkdir()
+    (directory / "LOCK").touch()
+    (directory / "FORMAT.new").write_text("{")
+    assert write(open_store().namespace(NAMESPACE, PAGE_BYTES), [1]) == 1
+
+
+def test_path_that_cannot_be_a_directory(directory: Path, open_store: OpenStore) -> None:
+    directory.write_text("a file")
+    with pytest.raises(DiskTierError, match="is not a directory"):
+        open_store()
+    with pytest.raises(DiskTierError, match="Cannot open a disk tier"):
+        DiskStore.open(directory / "below", capacity_bytes=64 * MIB)
+
+
+def test_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(DiskTierError, match="make the directory writable"):
+        DiskStore.open(Path("/proc/disk-tier"), capacity_bytes=64 * MIB)
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    if os.geteuid() != 0:  # root may write anywhere
+        with pytest.raises(DiskTierError, match="make the directory writable"):
+            DiskStore.open(locked / "disk", capacity_bytes=64 * MIB)
+
+
+def test_direct_io_where_there_is_none(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiered_kv.tiers.disk.io_path._supports_direct_io", lambda *_, **__: False)
+    with pytest.raises(DiskTierError, match="does not support direct I/O"):
+        open_store(direct_io=True)
+    assert not open_store().stats().direct_io
+
+
+@pytest.mark.parametrize("capacity_bytes", [-1, 0, 1, 100_000])
+def test_too_small_for_anything(open_store: OpenStore, capacity_bytes: int) -> None:
+    with pytest.raises(DiskTierError, match="too small"):
+        open_store(capacity_bytes=capacity_bytes)
+
+
+def test_too_small_for_the_page_says_how_much_is_needed(open_store: OpenStore) -> None:
+    store = open_store(capacity_bytes=2 * MIB)
+    with pytest.raises(DiskTierError, match="at least ") as caught:
+        store.namespace(NAMESPACE, 1 * MIB)
+    store.close()
+    needed = int(str(caught.value).split("at least ")[1].split()[0])
+    ns = open_store(capacity_bytes=needed).namespace(NAMESPACE, 1 * MIB)
+    assert write(ns, [1]) == write(ns, [2]) == write(ns, [3]) == 1
+    assert readable(ns, [1, 2, 3]) == [2, 3]
+
+
+def test_no_threads(open_store: OpenStore) -> None:
+    with pytest.raises(DiskTierError, match="at least 1 I/O thread"):
+        open_store(io_threads=0)
+
+
+def test_only_the_owner_may_look(open_store: OpenStore, directory: Path) -> None:
+    directory.mkdir(mode=0o777)
+    old = os.umask(0)
+    try:
+        store = open_store()
+        ns = store.namespace(NAMESPACE, PAGE_BYTES)
+        write(ns, range(3))
+        everything = [directory, *directory.rglob("*")]
+        modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in everything}
+        assert len([p for p in everything if p.suffix == ".seg"]) == 1
+        assert "index.sqlite-wal" in modes
+        for path in everything:
+            assert modes[path.name] == (0o700 if path.is_dir() else 0o600), path
+    finally:
+        os.umask(old)
+
+
+def test_many_namespaces_survive(open_store: OpenStore) -> None:
+    store = open_store()
+    ids = [hashlib.sha256(b"%d" % i).digest() for i in range(5)]
+    for i, namespace_id in enumerate(ids):
+        write(store.namespace(namespace_id, 4096 * (i + 1), f"model {i}"), range(i + 1))
+    store.close()
+    store = open_store()
+    for i, namespace_id in enumerate(ids):
+        ns = store.namespace(namespace_id, 4096 * (i + 1))
+        assert len(ns) == i + 1
+        assert read(ns, range(i + 1)) == i + 1
