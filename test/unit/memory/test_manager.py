@@ -1,0 +1,187 @@
+"""The memory manager, decision by decision, read off the actions that it returns."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from tiered_kv.core.config import MemoryConfig
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.forest import Forest
+from tiered_kv.forest.key import namespace_hash
+from tiered_kv.forest.node import Node
+from tiered_kv.forest.residency import Residency
+from tiered_kv.memory.actions import Drop, Load, WriteBack
+from tiered_kv.memory.manager import MemoryManager
+
+DEVICE, HOST, DISK = Tier.DEVICE, Tier.HOST, Tier.DISK
+PROMPT = array("q", range(12))
+
+
+@pytest.fixture
+def forest() -> Forest:
+    return Forest(4)
+
+
+@pytest.fixture
+def root(forest: Forest) -> Node:
+    return forest.root(namespace_hash("model"))
+
+
+@pytest.fixture
+def path(forest: Forest, root: Node) -> list[Node]:
+    """Three nodes of one page each, one below the other, RESIDENT on the device."""
+    return [forest.insert(root, PROMPT[:n], list(range(n))).last for n in (4, 8, 12)]
+
+
+def carry_out(forest: Forest, drops: list[Drop]) -> list[int]:
+    """Evicts as told; returns the tokens of each drop."""
+    freed = []
+    for drop in drops:
+        node = forest.node(drop.node_id)
+        freed.append(node.n_tokens)
+        forest.evict(node, drop.tier)
+    return freed
+
+
+# -- write-through ----------------------------------------------------------------------------
+
+
+def test_new_device_nodes_are_written_to_the_host(forest: Forest, path: list[Node]) -> None:
+    manager = MemoryManager(forest, MemoryConfig())
+    forest.set_resident(path[0], HOST, [0])
+    forest.start_transfer(path[1], HOST, Residency.WRITING_BACK, [1], 1)
+    assert manager.on_insert(path) == [WriteBack(path[2].node_id, DEVICE, HOST)]
+
+
+def test_new_host_nodes_are_written_to_disk(forest: Forest, path: list[Node]) -> None:
+    manager = MemoryManager(forest, MemoryConfig())
+    forest.set_resident(path[0], HOST, [0])
+    forest.set_resident(path[0], DISK)
+    forest.set_resident(path[1], HOST, [1])
+    # path[2] isn't on the host: there is nothing to write from
+    assert manager.on_host_resident(path) == [WriteBack(path[1].node_id, HOST, DISK)]
+
+
+@pytest.mark.parametrize(
+    ("config", "to_host", "to_disk"),
+    [
+        (MemoryConfig(), True, True),
+        (MemoryConfig(disk_enabled=False), True, False),
+        (MemoryConfig(host_enabled=False, disk_enabled=False), False, False),
+    ],
+)
+def test_nothing_is_sent_to_a_tier_that_is_off(
+    forest: Forest, path: list[Node], config: MemoryConfig, to_host: bool, to_disk: bool
+) -> None:
+    manager = MemoryManager(forest, config)
+    assert bool(manager.on_insert(path)) is to_host is manager.is_enabled(HOST)
+    forest.set_resident(path[0], HOST, [0])
+    assert bool(manager.on_host_resident(path)) is to_disk is manager.is_enabled(DISK)
+
+
+def test_a_tier_may_fail_and_come_back(forest: Forest, path: list[Node]) -> None:
+    manager = MemoryManager(forest, MemoryConfig())
+    forest.set_resident(path[0], HOST, [0])
+    manager.disable(DISK)
+    assert manager.on_host_resident(path) == []
+    assert len(manager.on_insert(path)) == 2
+    manager.enable(DISK)
+    assert len(manager.on_host_resident(path)) == 1
+
+
+# -- loads ------------------------------------------------------------------------------------
+
+
+def test_what_the_host_has_below_the_device_is_loaded(
+    forest: Forest, root: Node, path: list[Node]
+) -> None:
+    manager = MemoryManager(forest, MemoryConfig())
+    for page, node in enumerate(path):
+        forest.set_resident(node, HOST, [page])
+    assert manager.on_match(forest.match(root, PROMPT)) is None
+    forest.evict(path[2], DEVICE)
+    forest.evict(path[1], DEVICE)
+    ids = (path[1].node_id, path[2].node_id)
+    assert manager.on_match(forest.match(root, PROMPT)) == Load(ids, HOST, DEVICE)
+    forest.start_transfer(path[1], DEVICE, Residency.LOADING, [0], 1)
+    assert manager.on_match(forest.match(root, PROMPT)) == Load(ids[1:], HOST, DEVICE)
+
+
+def test_a_load_ends_where_the_host_has_a_hole(
+    forest: Forest, root: Node, path: list[Node]
+) -> None:
+    manager = MemoryManager(forest, MemoryConfig())
+    for page in (0, 2):
+        forest.set_resident(path[page], HOST, [page])
+    for node in (path[2], path[1], path[0]):
+        forest.evict(node, DEVICE)
+    load = manager.on_match(forest.match(root, PROMPT))
+    assert load == Load((path[0].node_id,), HOST, DEVICE)
+
+
+def test_what_is_still_coming_to_the_host_is_not_loaded(forest: Forest, root: Node) -> None:
+    manager = MemoryManager(forest, MemoryConfig())
+    forest.extend(root, PROMPT, HOST, Residency.LOADING, [0, 1, 2], op=1)
+    assert manager.on_match(forest.match(root, PROMPT)) is None
+    forest.finish_transfer(1, HOST)
+    assert manager.on_match(forest.match(root, PROMPT)) is not None
+
+
+# -- pressure ---------------------------------------------------------------------------------
+
+
+def test_drops_go_up_a_path_in_legal_order(forest: Forest, path: list[Node]) -> None:
+    manager = MemoryManager(forest, MemoryConfig())
+    drops = manager.on_pressure(DEVICE, 2)
+    assert drops == [Drop(path[2].node_id, DEVICE), Drop(path[1].node_id, DEVICE)]
+    assert carry_out(forest, drops) == [4, 4]
+    assert forest.resident_tokens(DEVICE) == 4
+
+
+def test_no_more_is_dropped_than_needed(forest: Forest, root: Node) -> None:
+    manager = MemoryManager(forest, MemoryConfig())
+    prompt = array("q", range(40))
+    forest.insert(root, prompt, list(range(40)))
+    drops = manager.on_pressure(DEVICE, 3)
+    assert carry_out(forest, drops) == [12]
+    assert forest.match(root, prompt).n_tokens == 28  # the tail went, the prefix stays
+
+
+def test_asking_changes_nothing_but_splits(forest: Forest, path: list[Node]) -> None:
+    manager = MemoryManager(forest, MemoryConfig())
+    before = forest.view()
+    drops = manager.on_pressure(DEVICE, 2)
+    assert forest.view() == before
+    assert manager.on_pressure(DEVICE, 2) == drops
+
+
+@pytest.mark.parametrize("n_pages", [0, -3])
+def test_no_pressure_drops_nothing(forest: Forest, path: list[Node], n_pages: int) -> None:
+    assert MemoryManager(forest, MemoryConfig()).on_pressure(DEVICE, n_pages) == []
+
+
+def test_what_is_pinned_stays_and_the_rest_goes(forest: Forest, path: list[Node]) -> None:
+    manager = MemoryManager(forest, MemoryConfig())
+    forest.pin(path[1], DEVICE)
+    assert manager.on_pressure(DEVICE, 100) == [Drop(path[2].node_id, DEVICE)]
+    assert manager.on_pressure(HOST, 100) == []
+
+
+def test_tiers_are_under_pressure_separately(forest: Forest, path: list[Node]) -> None:
+    manager = MemoryManager(forest, MemoryConfig())
+    for page, node in enumerate(path):
+        forest.set_resident(node, HOST, [page])
+    forest.pin(path[2], DEVICE)
+    drops = manager.on_pressure(HOST, 3)
+    assert drops == [Drop(node.node_id, HOST) for node in reversed(path)]
+    carry_out(forest, drops)
+    assert forest.resident_tokens(DEVICE) == 12
+    forest.check_integrity()
+
+
+def test_an_unknown_policy_is_refused_by_name(forest: Forest) -> None:
+    with pytest.raises(ConfigError, match=r"no eviction policy 'mru'; the known ones are: lru"):
+        MemoryManager(forest, MemoryConfig(eviction_policy="mru"))
