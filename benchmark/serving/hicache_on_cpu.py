@@ -1,0 +1,90 @@
+"""Start upstream's own HiCache on a machine without a GPU: the baseline that tiering has to beat.
+
+    python benchmark/serving/hicache_on_cpu.py --model-path ... --device cpu \
+        --enable-hierarchical-cache --hicache-ratio 2 [--hicache-storage-backend file ...]
+
+SGLang 0.5.17 needs three things changed for that, all in its scheduler process and none in this
+project's product: host pools must not ask for pinned memory, the copy functions of sgl_kernel must
+exist without CUDA, and the fixed 10 GiB that every host pool leaves free must be smaller.
+Takes every flag of `sglang.launch_server`; sets the only I/O backend and layout that can work.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+HOST_RESERVE_BYTES = 1 << 30
+
+
+def copy_tokens(
+    src_layers: list[Any],
+    dst_layers: list[Any],
+    src_indices: Any,
+    dst_indices: Any,
+    page_size: int,
+) -> None:
+    """sgl_kernel's transfer_kv_direct on the CPU: rows by index, one buffer after the other."""
+    del page_size
+    for source, target in zip(src_layers, dst_layers, strict=True):
+        target[dst_indices] = source[src_indices]
+
+
+def patch_host_pools() -> None:
+    """To be called before the first host pool is built, in the process that builds it."""
+    from sglang.srt.mem_cache import memory_pool_host
+    from sglang.srt.mem_cache.pool_host import base, mha, mla
+
+    for module in (base, mha, mla, memory_pool_host):
+        if hasattr(module, "HICACHE_HOST_MEMORY_RESERVE_BYTES"):
+            module.HICACHE_HOST_MEMORY_RESERVE_BYTES = HOST_RESERVE_BYTES
+    for module in (mha, mla):
+        module.transfer_kv_direct = copy_tokens
+    original = base.HostKVCache.__init__
+
+    def init_unpinned(
+        self: Any,
+        device_pool: Any,
+        host_to_device_ratio: float,
+        host_size: int,
+        page_size: int,
+        layout: str,
+        pin_memory: bool,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        del pin_memory
+        ratio_and_size = (host_to_device_ratio, host_size, page_size, layout)
+        original(self, device_pool, *ratio_and_size, False, *args, **kwargs)
+
+    base.HostKVCache.__init__ = init_unpinned
+
+
+def run_scheduler(*args: Any, **kwargs: Any) -> None:
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    patch_host_pools()
+    run_scheduler_process(*args, **kwargs)
+
+
+def main() -> None:
+    if "-h" in sys.argv[1:] or "--help" in sys.argv[1:]:
+        print(__doc__)
+        return
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    fixed = ["--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"]
+    server_args = prepare_server_args([*sys.argv[1:], *fixed])
+    try:
+        launch_server(server_args, run_scheduler_process_func=run_scheduler)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main()
