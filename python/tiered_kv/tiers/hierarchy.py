@@ -143,6 +143,7 @@ class KVHierarchy:
             self._loads(n_ready[1])
             self._disk_writes(n_ready[2])
             self._disk_reads(n_ready[3])
+        self.load_back.advance()
         self.write_back.advance()
         self.prefetch.advance()
 

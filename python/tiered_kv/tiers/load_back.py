@@ -32,12 +32,14 @@ class DeviceLoad:
     """The loads of one batch, as one job: a layer is done when it is done for all of them."""
 
     loads: tuple[Loading, ...]
+    host_pages: PageIds
+    device_slots: torch.Tensor
     batch: LoadBatch
     after: After
 
     @property
     def n_pages(self) -> int:
-        return sum(len(load.host_pages) for load in self.loads)
+        return len(self.host_pages)
 
 
 class LoadBack:
@@ -48,6 +50,7 @@ class LoadBack:
         self.gate = LayerGate(context.copier.page_format.n_layers)
         self.queue: TransferQueue[DeviceLoad] = TransferQueue("host-to-device", self._copy)
         self._pending: list[Loading] = []
+        self._failure: Exception | None = None
 
     @property
     def n_open(self) -> int:
@@ -116,21 +119,34 @@ class LoadBack:
         if self._pending:
             batch = self.gate.open()
             loads, self._pending = tuple(self._pending), []
-            self.queue.submit(DeviceLoad(loads, batch, self._context.order_after()))
+            host_pages = np.concatenate([load.host_pages for load in loads])
+            # Before `order_after`: on a GPU the copy's stream must wait for this, too.
+            device_slots = torch.cat([load.device_slots for load in loads])
+            after = self._context.order_after()
+            self.queue.submit(DeviceLoad(loads, host_pages, device_slots, batch, after))
         return self.gate.newest_open()
+
+    def advance(self) -> None:
+        """Starts what was reserved for a batch that was not formed after all.
+
+        Its request may be gone, and nobody else would ever start it.
+        """
+        if self._pending:
+            self.start()
 
     def _copy(self, job: DeviceLoad) -> int:
         def layer_done(layer: int, event: LayerEvent | None) -> None:
             job.batch.layer_done(layer, event)
 
         try:
+            if self._failure is not None:
+                # Whoever waits for this load counts on all loads before it.
+                raise self._failure
             self._context.copier.to_device(
-                np.concatenate([load.host_pages for load in job.loads]),
-                torch.cat([load.device_slots for load in job.loads]),
-                job.after,
-                layer_done,
+                job.host_pages, job.device_slots, job.after, layer_done
             )
         except Exception as error:
+            self._failure = error
             job.batch.fail(error)
             raise
         return job.n_pages
