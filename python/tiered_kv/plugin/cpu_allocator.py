@@ -16,6 +16,8 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 class CpuPagedTokenToKVPoolAllocator(PagedTokenToKVPoolAllocator):
     """Hands out page-aligned slots; tensors are on the CPU and int64."""
 
+    free_pages: torch.Tensor  # ids of the pages that are free, in the order they are taken
+
     def alloc_extend(
         self,
         prefix_lens: torch.Tensor,
@@ -88,6 +90,6 @@ class CpuPagedTokenToKVPoolAllocator(PagedTokenToKVPoolAllocator):
             self.merge_and_sort_free()
         if num_pages > len(self.free_pages):
             return None
-        taken: torch.Tensor = self.free_pages[:num_pages]
+        taken = self.free_pages[:num_pages]
         self.free_pages = self.free_pages[num_pages:]
         return taken

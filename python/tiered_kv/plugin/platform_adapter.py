@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Packages that bring an accelerator which a plain torch does not know of.
 _ACCELERATOR_PACKAGES = ("torch_npu", "habana_frameworks", "torch_musa", "torchada")
-# Upstream sizes the KV pool to nearly all memory that is free, right for a GPU that nobody else uses.
+# Upstream sizes the KV pool to nearly all free memory, right for a GPU that nobody else uses.
 # A machine's RAM is shared, and upstream writes to the whole pool at start. This caps it only
 # where neither --max-total-tokens nor --mem-fraction-static is given.
 _DEFAULT_MAX_TOTAL_TOKENS = 65_536
@@ -66,7 +66,7 @@ def has_accelerator() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in _ACCELERATOR_PACKAGES)
 
 
-class TieredKVCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
+class TieredKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """A CPU on which every layer runs its native torch forward."""
 
     _enum = PlatformEnum.OOT
@@ -79,6 +79,9 @@ class TieredKVCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
             server_args.attention_backend = self.get_default_attention_backend()
         if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
             server_args.max_total_tokens = _DEFAULT_MAX_TOTAL_TOKENS
+        if server_args.grammar_backend is None:
+            # Upstream's default, xgrammar, allocates pinned memory, which needs a GPU.
+            server_args.grammar_backend = "llguidance"
 
     def get_device(self, device_id: int = 0) -> str:
         """A string, because `ServerArgs` takes `--device` from here when it isn't given."""

@@ -1,0 +1,21 @@
+"""Fixtures that every kind of test may need; what one kind needs lies beside it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo model's folder. scripts/test puts it there; the test is skipped without it."""
+    command = [sys.executable, str(ROOT / "scripts" / "get_demo_model"), "--where"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if found.returncode != 0:
+        pytest.skip("the demo model is not there: run scripts/get_demo_model")
+    return Path(found.stdout.strip())
