@@ -105,6 +105,10 @@ class Prefetch:
         self._queued.pop(rid, None)
         self._let_go(ticket)
 
+    def _hold(self, ticket: Ticket, pinned: Node, n_loaded_tokens: int) -> None:
+        ticket.pinned, ticket.n_loaded_tokens = pinned, n_loaded_tokens
+        self._n_held += n_loaded_tokens // self._context.page_size
+
     def _let_go(self, ticket: Ticket) -> None:
         if ticket.pinned is not None:
             self._context.forest.unpin(ticket.pinned, Tier.HOST)
@@ -130,18 +134,16 @@ class Prefetch:
     def _start(self, ticket: Ticket) -> bool:
         """False if there is no room to hold its pages yet; True when it need not queue longer."""
         context = self._context
+        path = context.forest.match(ticket.root, ticket.tokens).path
+        n_held = _count_held(path)
         last, n_loaded = ticket.root, 0
-        for node in context.forest.match(ticket.root, ticket.tokens).path:
-            host = node.state(Tier.HOST)
-            if host is Residency.LOADING:
-                op = node.op(Tier.HOST)
-                assert op is not None
+        for node in path[:n_held]:
+            op = node.op(Tier.HOST)
+            if op is not None and node.state(Tier.HOST) is Residency.LOADING:
                 ticket.waiting_for.add(op)
                 n_loaded += node.n_tokens
-            elif host is not Residency.RESIDENT and node.state(Tier.DEVICE) is Residency.ABSENT:
-                break
             last = node
-        rest = ticket.tokens[last.end :]
+        rest = ticket.tokens[last.end : _end_of_hole(path[n_held:], len(ticket.tokens))]
         hashes = self._stored_prefix(last, rest)
         budget = max(1, int(context.host.n_pages * HELD_SHARE)) - self._n_held
         if len(hashes) > budget and self._n_held > 0:
@@ -152,8 +154,7 @@ class Prefetch:
             n_loaded += last.end - parent.end
         if n_loaded:
             context.forest.pin(last, Tier.HOST)
-            ticket.pinned, ticket.n_loaded_tokens = last, n_loaded
-            self._n_held += n_loaded // context.page_size
+            self._hold(ticket, last, n_loaded)
         ticket.started = True
         return True
 
@@ -206,49 +207,61 @@ class Prefetch:
     def finished(self, completion: Completion[DiskRead]) -> None:
         """The leading pages that arrived become readable; the rest are a miss, and computed."""
         context, job = self._context, completion.job
-        failed = completion.n_done < job.n_pages
-        for ticket in self._tickets.values():
-            if job.op in ticket.waiting_for:
-                ticket.waiting_for.discard(job.op)
-                if failed:
-                    # Nothing below the page that failed can be pinned or counted.
-                    self._let_go(ticket)
-        if failed:
-            nodes = self._finish_leading(job, completion.n_done)
-        else:
-            nodes = context.forest.finish_transfer(job.op, Tier.HOST)
+        nodes, lost = context.forest.finish_leading(job.op, Tier.HOST, completion.n_done)
         for node in nodes:
             if node.state(Tier.DISK) is Residency.ABSENT:
                 context.forest.set_resident(node, Tier.DISK)
+        for node, slots in lost:
+            context.host.free(cast(PageIds, slots))
+            if node.state(Tier.DISK) is Residency.RESIDENT:
+                # So that it is written again when it is computed again.
+                context.forest.evict(node, Tier.DISK)
+        for ticket in self._tickets.values():
+            if job.op in ticket.waiting_for:
+                ticket.waiting_for.discard(job.op)
+                self._shorten(ticket, {node for node, _ in lost})
         context.forest.unpin(job.last, Tier.HOST)
         self._observe(completion)
         context.stored(nodes, Tier.HOST)
 
-    def _finish_leading(self, job: DiskRead, n_pages: int) -> list[Node]:
-        """The leading `n_pages` of the run are there, the rest goes back to ABSENT."""
-        forest = self._context.forest
-        at = 0
-        for node in forest.nodes_of(job.op):
-            if at < n_pages < at + node.n_pages:
-                forest.split(node, n_pages - at)
-                break
-            at += node.n_pages
-        arrived = []
-        # job.last is pinned, so no node of the run is forgotten between the two states.
-        for node, slots in forest.abort_transfer(job.op, Tier.HOST):
-            if n_pages > 0:
-                forest.set_resident(node, Tier.HOST, slots)
-                arrived.append(node)
-                n_pages -= node.n_pages
-            else:
-                self._context.host.free(cast(PageIds, slots))
-        return arrived
+    def _shorten(self, ticket: Ticket, lost: set[Node]) -> None:
+        """Nothing below a page that did not come can be used: hold only what is above it."""
+        keep, at = ticket.pinned, ticket.pinned
+        while at is not None and lost:
+            if at in lost:
+                keep = at.parent
+            at = at.parent
+        if ticket.pinned is None or keep is None or keep is ticket.pinned:
+            return
+        n_loaded = max(0, ticket.n_loaded_tokens - (ticket.pinned.end - keep.end))
+        if n_loaded:
+            self._context.forest.pin(keep, Tier.HOST)
+        self._let_go(ticket)
+        if n_loaded:
+            self._hold(ticket, keep, n_loaded)
 
     def _observe(self, completion: Completion[DiskRead]) -> None:
         n_bytes = completion.n_done * self._context.copier.page_format.page_bytes
         self._context.observer.transferred(
             Tier.DISK, Tier.HOST, completion.n_done, n_bytes, completion.seconds
         )
+
+
+def _count_held(path: tuple[Node, ...]) -> int:
+    """How many leading nodes the device or the host has, or is about to have."""
+    for position, node in enumerate(path):
+        host = node.state(Tier.HOST) in (Residency.RESIDENT, Residency.LOADING)
+        if not host and node.state(Tier.DEVICE) is Residency.ABSENT:
+            return position
+    return len(path)
+
+
+def _end_of_hole(nodes: tuple[Node, ...], end: int) -> int:
+    """Where the host has pages again, below a part that failed to be copied or read; or `end`."""
+    for node in nodes:
+        if node.state(Tier.HOST) is not Residency.ABSENT:
+            return node.start
+    return end
 
 
 def _prompt_of(node: Node, tokens: array[int]) -> tuple[Node, array[int]]:
