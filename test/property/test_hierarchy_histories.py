@@ -12,17 +12,13 @@ TIERED_KV_PROPERTY_EXAMPLES raises the number of histories.
 from __future__ import annotations
 
 import os
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support_tiers"))
-
-from random_history import History
-from tier_rig import PATIENCE_S, BarrierMinimum, Rig, new_disk, random_delays
+from support_tiers.random_history import History
+from support_tiers.tier_rig import PATIENCE_S, BarrierMinimum, Rig, new_disk, random_delays
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency

@@ -11,7 +11,7 @@ import random
 from array import array
 from collections.abc import Callable
 
-from tier_rig import FaultyDisk, Request, Rig, tokens_of
+from support_tiers.tier_rig import FaultyDisk, Request, Rig, tokens_of
 
 from tiered_kv.core.ids import Tier
 

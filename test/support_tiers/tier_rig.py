@@ -14,6 +14,7 @@ import random
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -161,6 +162,8 @@ class FaultyDisk:
         self.writes = Faults()
         self.pages_per_read: int | None = None
         self.pages_per_write: int | None = None
+        #: How many leading pages the next reads bring, one entry per read; then all of them.
+        self.reads_to_come: deque[int] = deque()
         self.n_read_calls = 0
 
     def __len__(self) -> int:
@@ -180,7 +183,7 @@ class FaultyDisk:
     def read_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> int:
         self.n_read_calls += 1
         self.reads.pass_through()
-        n = self.pages_per_read
+        n = self.reads_to_come.popleft() if self.reads_to_come else self.pages_per_read
         return int(self.namespace.read_pages(hashes[:n], buffers[:n]))
 
 

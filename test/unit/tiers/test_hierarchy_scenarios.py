@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from tier_rig import NAMESPACE, N_LAYERS, FaultyDisk, Rig, new_disk, tokens_of
+from support_tiers.tier_rig import NAMESPACE, N_LAYERS, FaultyDisk, Rig, new_disk, tokens_of
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import namespace_hash
@@ -62,5 +62,53 @@ def test_device_to_disk_to_host_to_device(make_rig: MakeRig) -> None:
     assert rig.prefetch("r", prompt) == 12
     assert rig.usable(prompt) == (0, 3)
     assert rig.serve(prompt).n_host == 12
+    rig.drain()
+    rig.check_idle()
+
+
+# -- loads that no batch takes ---------------------------------------------------------------------
+
+
+def test_a_load_whose_request_is_not_admitted_after_all_still_completes(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    prompt = tokens_of(1, 2, 3)
+    rig.serve(prompt)
+    rig.drain()
+    rig.drop_from_device()
+    prefix = rig.hierarchy.match(rig.hierarchy.root(), prompt)
+    assert rig.hierarchy.load_back.load(prefix.last) is not None
+    # The request did not fit into the batch, and was aborted: nobody calls `start`.
+    rig.drain()
+    assert rig.usable(prompt) == (3, 0)
+    rig.check_idle()
+
+
+# -- holes in the host tier ------------------------------------------------------------------------
+
+
+def test_prefetch_over_a_hole_above_pages_that_the_host_has(make_rig: MakeRig) -> None:
+    """The read of the upper part failed, another request's below it worked: the host has a hole."""
+    rig = make_rig(disk=new_disk())
+    disk: FaultyDisk = rig.disk
+    upper, whole = tokens_of(1, 2, 9), tokens_of(1, 2, 3, 4, 9)
+    rig.serve(whole)
+    rig.drain()
+    rig.drop_from_device()
+    rig.drop_from_host()
+    disk.reads.hold()
+    disk.reads_to_come.extend([0])  # the first fails, once
+    rig.arrive("a", upper)
+    rig.arrive("b", whole)
+    disk.reads.release()
+    rig.drain()
+    rig.hierarchy.prefetch.release("a")
+    rig.hierarchy.prefetch.release("b")
+    assert rig.usable(whole) == (0, 0)
+    rig.check_idle()
+    # The disk has the upper part still: the next request brings it, and can use all of it.
+    assert rig.prefetch("c", whole) == 8
+    assert rig.usable(whole) == (0, 5)
+    rig.check_idle()
+    rig.serve(whole)
     rig.drain()
     rig.check_idle()
