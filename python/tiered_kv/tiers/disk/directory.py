@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from pathlib import Path
 
 from tiered_kv.core.errors import DiskTierError
@@ -28,7 +29,7 @@ class OwnerLock:
         """Raises DiskTierError, naming the owner, if another store has the directory open."""
         self._fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._acquire()
         except OSError as error:
             owner = read_owner(directory)
             os.close(self._fd)
@@ -45,6 +46,14 @@ class OwnerLock:
         }
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, json.dumps(contents).encode() + b"\n", 0)
+
+    def _acquire(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # `is_owned` holds the lock for an instant: that is no owner.
+            time.sleep(0.05)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self) -> None:
         os.close(self._fd)

@@ -84,6 +84,12 @@ def size_of_aside(directory: Path) -> int:
         return 0
 
 
+def stored_meta(db: sqlite3.Connection, name: str) -> int | None:
+    """A number remembered under `name`."""
+    row = db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+    return None if row is None else int(row[0])
+
+
 def is_damage(error: sqlite3.Error) -> bool:
     """Does this error of an open index mean that the index itself is broken?"""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
@@ -180,8 +186,7 @@ class PageIndex:
             yield rows
 
     def meta(self, name: str) -> int | None:
-        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        return None if row is None else int(row[0])
+        return stored_meta(self._db, name)
 
     # -- writing
 

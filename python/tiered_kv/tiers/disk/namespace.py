@@ -102,6 +102,29 @@ class DiskNamespace:
         with self._operations.enter() as is_open:
             return self._operations.reader.read(self._entries, hashes, views) if is_open else 0
 
+    @property
+    def description(self) -> str:
+        """What the namespace is, in words, as its owner said."""
+        return self._entries.description
+
+    def hashes(self) -> list[bytes]:
+        """Every page stored now, neighbours on disk next to each other."""
+        locations = dict(self._entries.locations)
+        return sorted(locations, key=locations.__getitem__)
+
+    def check_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> list[bool]:
+        """Whether each page can be read back whole; changes nothing."""
+        views = self._check(hashes, buffers)
+        with self._operations.enter() as is_open:
+            if not is_open:
+                return [False] * len(hashes)
+            return self._operations.reader.check(self._entries, hashes, views)
+
+    def drop_pages(self, hashes: Sequence[bytes]) -> int:
+        """Forget pages; returns how many there were. Raises sqlite3.Error."""
+        with self._operations.enter() as is_open:
+            return self._operations.reader.drop(self._entries, hashes) if is_open else 0
+
     def _check(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> list[memoryview]:
         if len(hashes) != len(buffers):
             raise ValueError(f"{len(hashes)} hashes but {len(buffers)} buffers")

@@ -59,6 +59,34 @@ class PageReader:
         )
         return done
 
+    def check(
+        self, entries: NamespaceEntries, hashes: Sequence[bytes], buffers: Sequence[memoryview]
+    ) -> list[bool]:
+        """Whether each page can be read back whole. Changes nothing, not even the order of use."""
+        good = [False] * len(hashes)
+        transfers: list[PageTransfer] = []
+        with self._catalog.lock:
+            for position, page_hash in enumerate(hashes):
+                found = self._catalog.locate(entries, page_hash)
+                if found is not None:
+                    found[0].readers += 1
+                    transfers.append(PageTransfer(position, page_hash, buffers[position], *found))
+        self._transfer(entries, transfers)
+        for transfer in transfers:
+            good[transfer.position] = transfer.outcome is Outcome.DONE
+        return good
+
+    def drop(self, entries: NamespaceEntries, hashes: Sequence[bytes]) -> int:
+        """Forget pages; returns how many there were. Raises sqlite3.Error."""
+        dropped: list[tuple[int, bytes]] = []
+        with self._catalog.lock:
+            for page_hash in hashes:
+                loc = entries.locations.get(page_hash)
+                if loc is not None and self._catalog.drop(entries, page_hash, loc):
+                    dropped.append((loc, page_hash))
+        self._index.delete_pages(dropped)
+        return len(dropped)
+
     def _find(
         self, entries: NamespaceEntries, hashes: Sequence[bytes], buffers: Sequence[memoryview]
     ) -> list[PageTransfer]:
@@ -79,17 +107,21 @@ class PageReader:
         return transfers
 
     def _read_found(self, entries: NamespaceEntries, transfers: Sequence[PageTransfer]) -> int:
+        self._transfer(entries, transfers)
+        bad = [t for t in transfers if t.outcome is not Outcome.DONE]
+        if not bad:
+            return len(transfers)
+        self._forget_bad(entries, bad)
+        return bad[0].position
+
+    def _transfer(self, entries: NamespaceEntries, transfers: Sequence[PageTransfer]) -> None:
+        """Read the pages, note what became of each, and unpin their segments."""
         kind = PageKind(entries.namespace_id, entries.page_bytes)
         try:
             runs = plan_runs(transfers, self._pool.io_threads)
             self._pool.run([self._job(kind, run) for run in runs])
         finally:
             self._space.unpin_readers(t.segment for t in transfers)
-        bad = [t for t in transfers if t.outcome is not Outcome.DONE]
-        if not bad:
-            return len(transfers)
-        self._forget_bad(entries, bad)
-        return bad[0].position
 
     def _was_moved(self, entries: NamespaceEntries, transfer: PageTransfer) -> bool:
         """Did a reclaim carry the page to another slot while it was being read?"""

@@ -214,6 +214,18 @@ class SpaceManager:
                 self._empty(victim, [], forget=True)
             self._index.compact()
 
+    def delete_free(self) -> int:
+        """Give the files of segments without pages back; returns their bytes."""
+        freed = 0
+        with self._structure:
+            with self._catalog.lock:
+                free = self._catalog.segments_in(SegmentState.FREE)
+            for segment in free:
+                freed += segment.file_bytes
+                self._delete(segment)
+            self._index.compact()
+        return freed
+
     # -- reclaim (the caller holds `_structure`)
 
     def _reclaim_one(self, spare: Segment | None = None) -> bool:

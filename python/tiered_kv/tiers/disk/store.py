@@ -37,7 +37,9 @@ from tiered_kv.tiers.disk.writer import PageWriter
 
 logger = logging.getLogger(__name__)
 
-_CAPACITY = "capacity_bytes"
+CAPACITY_META = "capacity_bytes"
+"""Name under which the index remembers the budget of the last run."""
+
 _ACCESS_ROWS_PER_COMMIT = 5_000
 
 
@@ -70,7 +72,7 @@ class DiskStore:
                 directory, wal_blocks=self._budget.wal_blocks, sync_commits=sync_writes
             ),
         )
-        self._index.set_meta(_CAPACITY, capacity_bytes)
+        self._index.set_meta(CAPACITY_META, capacity_bytes)
         page_io = PageIo(self._files, io_ops, FixedPath(direct=direct), ScratchPool())
         mover = PageMover(self._catalog, page_io)
         self._space = SpaceManager(
@@ -212,6 +214,25 @@ class DiskStore:
             direct_io=self._direct,
             **self._counters.snapshot(),
         )
+
+    def namespaces(self) -> list[DiskNamespace]:
+        """Every namespace known, whether or not it holds pages now."""
+        return [
+            DiskNamespace(entries, self._operations)
+            for entries in list(self._catalog.namespaces.values())
+        ]
+
+    def collect_garbage(self) -> int:
+        """Delete segments that hold no page, compact the index; returns the bytes given back.
+
+        Raises DiskTierError if the index cannot be written.
+        """
+        before = self.stats().bytes_on_disk
+        try:
+            self._space.delete_free()
+        except (OSError, sqlite3.Error) as error:
+            raise DiskTierError(f"Cannot tidy the disk tier {self.directory}: {error}.") from error
+        return max(before - self.stats().bytes_on_disk, 0)
 
     def clear(self) -> None:
         """Delete every page. Raises DiskTierError if the index cannot be written."""

@@ -1,0 +1,182 @@
+"""Looks after a disk tier's directory: `python -m tiered_kv.disk inspect|verify|gc|clear DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from tiered_kv.core.errors import TieredKVError
+from tiered_kv.core.units import format_bytes, parse_bytes
+from tiered_kv.tiers.disk.maintenance import (
+    DirectoryReport,
+    inspect_directory,
+    open_for_maintenance,
+    verify,
+)
+
+EXIT_BAD_PAGES = 1
+EXIT_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 fine, 1 bad pages found, 2 could not run)."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except TieredKVError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tiered_kv.disk",
+        description="Look after the directory of a disk tier. All but `inspect` need the directory "
+        "for themselves: stop the server first.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    inspect = _add_command(commands, "inspect", _inspect, "show what is stored, per model")
+    inspect.description = "Show what is stored, per model. Works beside a running server."
+
+    check = _add_command(commands, "verify", _verify, "read every page back and check it")
+    check.add_argument(
+        "--repair",
+        action="store_true",
+        help="drop pages that cannot be read back (a server would do so when it meets them)",
+    )
+
+    gc = _add_command(commands, "gc", _gc, "give unused space back to the file system")
+    gc.add_argument(
+        "--capacity",
+        type=_size,
+        metavar="SIZE",
+        help="also shrink to this many bytes (such as 20GB), giving up the least recently used "
+        "pages; a server started later may grow again to its own limit",
+    )
+
+    clear = _add_command(commands, "clear", _clear, "delete every page")
+    clear.add_argument("--yes", action="store_true", help="do not ask")
+    return parser
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: object,
+    help_text: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help_text)
+    command.add_argument("directory", type=Path, metavar="DIR", help="the disk tier's directory")
+    command.set_defaults(run=run)
+    return command
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except TieredKVError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    sys.stdout.write(format_report(options.directory, inspect_directory(options.directory)))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    with open_for_maintenance(options.directory) as store:
+        bad = 0
+        with tqdm(total=store.stats().pages, unit=" pages", desc="verify", disable=None) as bar:
+
+            def show(n_checked: int, n_bad: int) -> None:
+                nonlocal bad
+                bad += n_bad
+                bar.update(n_checked)
+                bar.set_postfix(bad=bad)
+
+            report = verify(store, repair=options.repair, on_progress=show)
+    outcome = f"{report.pages} pages checked, {report.bad} bad"
+    if report.dropped:
+        outcome += f", {report.dropped} dropped"
+    elif report.bad:
+        outcome += " (--repair drops them)"
+    sys.stdout.write(outcome + ".\n")
+    return EXIT_BAD_PAGES if report.bad > report.dropped else 0
+
+
+def _gc(options: argparse.Namespace) -> int:
+    before = inspect_directory(options.directory).bytes_on_disk
+    with open_for_maintenance(options.directory, options.capacity) as store:
+        store.collect_garbage()
+    after = inspect_directory(options.directory).bytes_on_disk
+    sys.stdout.write(
+        f"{format_bytes(max(before - after, 0))} given back, {format_bytes(after)} on disk.\n"
+    )
+    return 0
+
+
+def _clear(options: argparse.Namespace) -> int:
+    with open_for_maintenance(options.directory) as store:
+        stats = store.stats()
+        if not options.yes:
+            question = (
+                f"Delete {stats.pages} pages ({format_bytes(stats.bytes_on_disk)}) in "
+                f"{options.directory}? [y/N] "
+            )
+            if not _is_confirmed(question):
+                sys.stdout.write("Nothing was deleted.\n")
+                return 0
+        store.clear()
+    sys.stdout.write(f"{stats.pages} pages deleted.\n")
+    return 0
+
+
+def _is_confirmed(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def format_report(directory: Path, report: DirectoryReport) -> str:
+    """The report as a table for people."""
+    rows = [("namespace", "pages", "page size", "bytes", "description")]
+    for namespace in report.namespaces:
+        rows.append(
+            (
+                namespace.namespace_id.hex()[:16],
+                f"{namespace.pages:,}",
+                format_bytes(namespace.page_bytes),
+                format_bytes(namespace.pages * namespace.page_bytes),
+                namespace.description or "-",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    used, capacity = format_bytes(report.bytes_on_disk), format_bytes(report.capacity_bytes)
+    lines = [
+        f"directory  {directory}",
+        f"in use by  {report.owner or 'nobody'}",
+        f"on disk    {used} of {capacity} in {report.segments} segments",
+        "",
+    ]
+    for name, pages, page_size, n_bytes, description in rows:
+        lines.append(
+            f"{name:<{widths[0]}}  {pages:>{widths[1]}}  {page_size:>{widths[2]}}  "
+            f"{n_bytes:>{widths[3]}}  {description}"
+        )
+    if not report.namespaces:
+        lines.append("(nothing stored yet)")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Looking after a disk tier's directory while no server uses it: inspect, verify, gc, clear."""
+
+from __future__ import annotations
+
+import mmap
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiered_kv.core.errors import DiskTierError
+from tiered_kv.tiers.disk.directory import check_format, is_owned, read_owner
+from tiered_kv.tiers.disk.index import INDEX_NAME, stored_meta
+from tiered_kv.tiers.disk.namespace import DiskNamespace
+from tiered_kv.tiers.disk.record import round_up
+from tiered_kv.tiers.disk.segment_files import segment_paths
+from tiered_kv.tiers.disk.store import CAPACITY_META, DiskStore
+
+_CHECK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceReport:
+    """What the index says about one namespace."""
+
+    namespace_id: bytes
+    description: str
+    page_bytes: int
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryReport:
+    """What lies in a disk tier's directory."""
+
+    owner: str | None
+    """The process that has it open now, in words."""
+    capacity_bytes: int
+    """The budget it was opened with last."""
+    bytes_on_disk: int
+    segments: int
+    namespaces: tuple[NamespaceReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """Outcome of reading everything back."""
+
+    pages: int
+    bad: int
+    dropped: int
+
+
+def inspect_directory(directory: Path) -> DirectoryReport:
+    """What is stored, from the index alone; works beside a running server, too.
+
+    Raises DiskTierError if it is no disk tier's directory or its index is damaged.
+    """
+    check_format(directory)
+    try:
+        db = sqlite3.connect(f"{(directory / INDEX_NAME).absolute().as_uri()}?mode=ro", uri=True)
+        try:
+            counts = dict(db.execute("SELECT namespace, count(*) FROM pages GROUP BY namespace"))
+            namespaces = tuple(
+                NamespaceReport(bytes(namespace_id), description, page_bytes, counts.get(number, 0))
+                for number, namespace_id, page_bytes, description in db.execute(
+                    "SELECT number, id, page_bytes, description FROM namespaces ORDER BY number"
+                )
+            )
+            capacity_bytes = stored_meta(db, CAPACITY_META) or 0
+        finally:
+            db.close()
+    except sqlite3.Error as error:
+        raise DiskTierError(
+            f"The index in {directory} cannot be read ({error}): `verify` rebuilds it."
+        ) from error
+    return DirectoryReport(
+        owner=read_owner(directory) if is_owned(directory) else None,
+        capacity_bytes=capacity_bytes,
+        bytes_on_disk=_file_bytes(directory),
+        segments=len(segment_paths(directory / "segments")),
+        namespaces=namespaces,
+    )
+
+
+def open_for_maintenance(directory: Path, capacity_bytes: int | None = None) -> DiskStore:
+    """Open an existing directory, by default with the budget it had last.
+
+    Raises DiskTierError if it is no disk tier's directory or a server has it open.
+    """
+    check_format(directory)
+    return DiskStore.open(directory, capacity_bytes=capacity_bytes or _last_capacity(directory))
+
+
+def verify(
+    store: DiskStore, *, repair: bool, on_progress: Callable[[int, int], None]
+) -> VerifyReport:
+    """Read every page back. `repair` drops the bad ones; without it nothing changes.
+
+    on_progress: called with (pages checked, pages found bad) since the call before.
+    """
+    pages = bad = dropped = 0
+    for namespace in store.namespaces():
+        hashes = namespace.hashes()
+        per_batch = max(_CHECK_BYTES // namespace.slot_bytes, 1)
+        buffers = _make_buffers(namespace, min(per_batch, len(hashes)))
+        for start in range(0, len(hashes), per_batch):
+            batch = hashes[start : start + per_batch]
+            good = namespace.check_pages(batch, buffers[: len(batch)])
+            bad_hashes = [h for h, is_good in zip(batch, good, strict=True) if not is_good]
+            if repair and bad_hashes:
+                dropped += namespace.drop_pages(bad_hashes)
+            pages += len(batch)
+            bad += len(bad_hashes)
+            on_progress(len(batch), len(bad_hashes))
+    return VerifyReport(pages, bad, dropped)
+
+
+def _make_buffers(namespace: DiskNamespace, count: int) -> list[memoryview]:
+    if count == 0:
+        return []
+    memory = memoryview(mmap.mmap(-1, count * namespace.slot_bytes))
+    step = namespace.slot_bytes
+    return [memory[i * step : (i + 1) * step] for i in range(count)]
+
+
+def _last_capacity(directory: Path) -> int:
+    """The budget of the last run or, if the index has lost it, what is there now and some room."""
+    try:
+        report = inspect_directory(directory)
+        if report.capacity_bytes > 0:
+            return report.capacity_bytes
+    except DiskTierError:
+        pass
+    return round_up(_file_bytes(directory) * 9 // 8 + (64 << 20))
+
+
+def _file_bytes(directory: Path) -> int:
+    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
