@@ -96,15 +96,20 @@ class TierContext:
         return self.forest.page_size
 
     def alloc_host(self, n_pages: int, keep: Node) -> PageIds | None:
-        """Host slots for pages below `keep`, whose own path is not evicted to make room."""
+        """Host slots for pages below `keep`, whose own path is not evicted to make room.
+
+        None, with nothing evicted, if there is not enough that may go.
+        """
         shortage = n_pages - self.host.n_free
         if shortage > 0:
             self.forest.pin(keep, Tier.HOST)
-            self.evict_host(shortage)
+            if self.forest.evictable_tokens(Tier.HOST) >= shortage * self.page_size:
+                self.evict_host(shortage)
             self.forest.unpin(keep, Tier.HOST)
         return self.host.alloc(n_pages)
 
     def evict_host(self, n_pages: int) -> None:
+        """Frees host slots, least recently used leaves first, as far as they may go."""
         for drop in self.manager.on_pressure(Tier.HOST, n_pages):
             node = self.forest.node(drop.node_id)
             self.host.free(cast(PageIds, self.forest.evict(node, Tier.HOST)))

@@ -106,7 +106,8 @@ class LoadBack:
         shortage = n_tokens - context.allocator.available()
         if shortage > 0:
             context.forest.pin(keep, Tier.DEVICE)
-            context.evict_device(shortage)
+            if context.forest.evictable_tokens(Tier.DEVICE) >= shortage:
+                context.evict_device(shortage)
             context.forest.unpin(keep, Tier.DEVICE)
         return context.allocator.alloc(n_tokens)
 
@@ -142,9 +143,7 @@ class LoadBack:
             if self._failure is not None:
                 # Whoever waits for this load counts on all loads before it.
                 raise self._failure
-            self._context.copier.to_device(
-                job.host_pages, job.device_slots, job.after, layer_done
-            )
+            self._context.copier.to_device(job.host_pages, job.device_slots, job.after, layer_done)
         except Exception as error:
             self._failure = error
             job.batch.fail(error)

@@ -59,6 +59,8 @@ class Prefetch:
         self._tickets: dict[str, Ticket] = {}
         self._queued: dict[str, None] = {}
         self._n_held = 0
+        # What was held when the first in the queue found no room: it needs less to be.
+        self._n_held_when_full: int | None = None
 
     @property
     def tickets(self) -> dict[str, Ticket]:
@@ -102,7 +104,9 @@ class Prefetch:
         ticket = self._tickets.pop(rid, None)
         if ticket is None:
             return
-        self._queued.pop(rid, None)
+        if rid in self._queued:
+            del self._queued[rid]
+            self._n_held_when_full = None
         self._let_go(ticket)
 
     def _hold(self, ticket: Ticket, pinned: Node, n_loaded_tokens: int) -> None:
@@ -126,8 +130,12 @@ class Prefetch:
     # -- starting -----------------------------------------------------------------------------
 
     def _start_queued(self) -> None:
+        if self._n_held_when_full is not None and self._n_held >= self._n_held_when_full:
+            return
+        self._n_held_when_full = None
         for rid in list(self._queued):
             if not self._start(self._tickets[rid]):
+                self._n_held_when_full = self._n_held
                 return
             del self._queued[rid]
 
