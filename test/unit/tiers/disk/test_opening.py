@@ -51,16 +51,18 @@ def test_filling_goes_on_after_a_restart(open_store: OpenStore, directory: Path)
 def test_order_of_use_survives_a_restart(open_store: OpenStore) -> None:
     """The pages read in the first run are the ones kept when the second runs out of room."""
     store = open_store(capacity_bytes=8 * MIB)
-    write(store.namespace(NAMESPACE, PAGE_BYTES), range(100))
-    kept = [seed for seed in range(100) if store.namespace(NAMESPACE, PAGE_BYTES).contains(
-        page_hash(seed))]  # fmt: skip
-    hot = kept[:2]
-    read(store.namespace(NAMESPACE, PAGE_BYTES), hot)
+    ns = store.namespace(NAMESPACE, PAGE_BYTES)
+    for seed in range(150):
+        write(ns, [seed])
+    kept = [seed for seed in range(150) if ns.contains(page_hash(seed))]
+    hot, cold = [kept[0], kept[20]], [kept[1], kept[21]]
+    read(ns, hot)
     store.close()
     ns = open_store(capacity_bytes=8 * MIB).namespace(NAMESPACE, PAGE_BYTES)
-    for seed in range(200, 200 + len(kept)):
+    for seed in range(200, 200 + len(kept) // 2):
         write(ns, [seed])
     assert readable(ns, hot) == hot
+    assert readable(ns, cold) == []
 
 
 def test_another_owner_is_named(open_store: OpenStore, directory: Path) -> None:
