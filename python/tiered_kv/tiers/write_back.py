@@ -7,7 +7,7 @@ and would be computed again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,6 +25,8 @@ from tiered_kv.tiers.transfer import Completion, TransferQueue
 #: Disk writes hold their host pages: they may have at most this share of the host pool in flight,
 #: so that a slow disk never stops the host tier from taking new pages.
 DISK_WRITE_SHARE = 0.5
+#: A node larger than this share of the host pool is written in parts: what fits is worth having.
+HOST_WRITE_SHARE = 0.25
 MAX_DEFERRED = 16384
 
 
@@ -103,12 +105,11 @@ class WriteBack:
     def _start_host_writes(self) -> None:
         while self._host_deferred:
             node = next(iter(self._host_deferred))
-            for part in self._unwritten_path(node):
-                if not self._start_host_write(part):
-                    if self.to_host.in_flight == 0 and self.to_disk.in_flight == 0:
-                        # Nothing will make room any more: it does not fit beside what is in use.
-                        del self._host_deferred[node]
-                    return
+            if not all(map(self._start_host_write, self._parts(self._unwritten_path(node)))):
+                if self._context.forest.protected_tokens(Tier.HOST) == 0:
+                    # Nothing is in use that could make room later: its own path fills the pool.
+                    del self._host_deferred[node]
+                return
             del self._host_deferred[node]
 
     @staticmethod
@@ -121,6 +122,14 @@ class WriteBack:
                 path.append(at)
             at = at.parent
         return path[::-1]
+
+    def _parts(self, nodes: list[Node]) -> Iterator[Node]:
+        """The nodes, split where one is too large to be written at once."""
+        limit = max(1, int(self._context.host.n_pages * HOST_WRITE_SHARE))
+        for node in nodes:
+            while node.n_pages > limit:
+                yield self._context.forest.split(node, limit)[0]
+            yield node
 
     def _start_host_write(self, node: Node) -> bool:
         context = self._context
@@ -143,13 +152,23 @@ class WriteBack:
         context, job = self._context, completion.job
         context.forest.unpin(job.node, Tier.DEVICE)
         if completion.n_done < job.n_pages:
-            for _, slots in context.forest.abort_transfer(job.op, Tier.HOST):
+            for node, slots in context.forest.abort_transfer(job.op, Tier.HOST):
                 context.host.free(cast(PageIds, slots))
+                self._give_up_below(node)
             return
         nodes = context.forest.finish_transfer(job.op, Tier.HOST)
         self._observe(Tier.DEVICE, Tier.HOST, completion.n_done, completion.seconds)
         context.stored(nodes, Tier.HOST)
         self.resident_on_host(nodes)
+
+    def _give_up_below(self, failed: Node) -> None:
+        """Without the pages above them, those below are of no use on the host."""
+        for node in list(self._host_deferred):
+            at: Node | None = node
+            while at is not None and at is not failed:
+                at = at.parent
+            if at is failed:
+                del self._host_deferred[node]
 
     # -- host -> disk -------------------------------------------------------------------------
 
