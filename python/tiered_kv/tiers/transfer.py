@@ -18,6 +18,9 @@ from typing import Generic, Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
 
+#: How long closing waits for the job under way before it leaves the thread to itself.
+LONGEST_JOB_S = 30.0
+
 
 class Job(Protocol):
     @property
@@ -63,6 +66,7 @@ class TransferQueue(Generic[J]):
         self._n_finished = 0
         self._n_acknowledged = 0
         self._pages_in_flight = 0
+        self._is_closing = False
         self._progress = threading.Condition()
         self._thread = threading.Thread(target=self._work, name=f"tiered-kv-{name}", daemon=True)
         self._thread.start()
@@ -101,22 +105,31 @@ class TransferQueue(Generic[J]):
             return self._progress.wait_for(lambda: self._n_finished == self._n_submitted, timeout_s)
 
     def close(self) -> None:
-        """Ends the thread after the jobs already submitted."""
+        """Ends the thread after the job under way; jobs not begun are dropped, as 0 pages."""
+        self._is_closing = True
         self._jobs.put(None)
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=LONGEST_JOB_S)
 
     # -- the worker's side --------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (item := self._jobs.get()) is not None:
-            job, submitted_at = item
-            try:
-                n_done = self._run(job)
-            except Exception:
-                logger.exception("Tiered KV: a %s transfer failed, its pages are lost", self.name)
-                n_done = 0
-            completion = Completion(job, n_done, time.perf_counter() - submitted_at)
-            with self._progress:
-                self._finished.append(completion)
-                self._n_finished += 1
-                self._progress.notify_all()
+        while self._finish_one():
+            pass
+
+    def _finish_one(self) -> bool:
+        """False when the queue is closed. (A function: no variable keeps a job after its turn.)"""
+        item = self._jobs.get()
+        if item is None:
+            return False
+        job, submitted_at = item
+        try:
+            n_done = 0 if self._is_closing else self._run(job)
+        except Exception:
+            logger.exception("Tiered KV: a %s transfer failed, its pages are lost", self.name)
+            n_done = 0
+        completion = Completion(job, n_done, time.perf_counter() - submitted_at)
+        with self._progress:
+            self._finished.append(completion)
+            self._n_finished += 1
+            self._progress.notify_all()
+        return True
