@@ -1,0 +1,72 @@
+"""Fresh Python processes, and a way to change SGLang beneath the plugin in all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 2048,
+    "torch_dtype": "float32",
+}
+
+Shim = Callable[[str], dict[str, str]]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> str:
+    """A Llama's configuration, for `--load-format dummy`."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return str(folder)
+
+
+@pytest.fixture
+def shim(tmp_path: Path) -> Shim:
+    """Has the given code run at the start of every Python process; returns the environment."""
+
+    def write(code: str) -> dict[str, str]:
+        folder = tmp_path / "shim"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(code)
+        inherited = os.environ.get("PYTHONPATH")
+        return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [inherited])])}
+
+    return write
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Run:
+    """Runs `python *argv` in a process of its own; output is text."""
+
+    def run(
+        *argv: str, env: dict[str, str] | None = None, timeout_s: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        # XDG_CACHE_HOME: the disk tier's default directory; the user's own is not for tests.
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **(env or {})}
+        return subprocess.run(
+            [sys.executable, *argv],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=environment,
+            check=False,
+        )
+
+    return run
