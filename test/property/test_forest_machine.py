@@ -48,6 +48,7 @@ SETTINGS = settings(
 # A prompt is a few of three pages that differ in their first or in their last token only, and a
 # tail that fills no page. Few pages, so that prompts share prefixes.
 SYMBOLS = st.lists(st.sampled_from([0, 0, 1, 2]), max_size=7).map(tuple)
+GROWN = st.lists(st.sampled_from([0, 1, 2]), min_size=3, max_size=7).map(tuple)
 ROOTS = st.integers(min_value=0, max_value=1)
 CHOICE = st.integers(min_value=0, max_value=10**6)
 TIER = st.sampled_from(TIERS)
@@ -263,6 +264,11 @@ class ForestMachine(RuleBasedStateMachine):
         kind=SLOT_KIND,
     )
     def insert(self, root: int, symbols: tuple[int, ...], tail: int, tier: Tier, kind: str) -> None:
+        self.insert_whole(root, symbols, tail, tier, kind)
+
+    def insert_whole(
+        self, root: int, symbols: tuple[int, ...], tail: int, tier: Tier, kind: str
+    ) -> None:
         path = self.model.path(root, symbols)
         slots = self.new_slots(len(path), tier, kind)
         tokens = self.tokens(symbols, tail)
@@ -349,7 +355,7 @@ class ForestMachine(RuleBasedStateMachine):
 
     @rule(chance=CHOICE)
     def clear(self, chance: int) -> None:
-        if chance % 8:  # rarely: it ends a history
+        if chance % 16 != 7:  # rarely: it ends a history
             return
         dropped = [
             slot for tiers in self.model.pages.values() for t in TIERS for slot in tiers[t].slots
@@ -382,7 +388,7 @@ class ForestMachine(RuleBasedStateMachine):
         slots = self.forest.evict(node, tier)
         self.take_back(slots, [slot for page in pages for slot in self.vacate(page, tier)])
 
-    @rule(tier=TIER, n_pages=st.integers(0, 12))
+    @rule(tier=TIER, n_pages=st.integers(0, 6))
     def relieve_pressure(self, tier: Tier, n_pages: int) -> None:
         freeable = self.model.freeable(tier)
         n_freed = 0
@@ -526,9 +532,11 @@ class ForestMachine(RuleBasedStateMachine):
 
     # -- after every step ---------------------------------------------------------------------
 
-    @initialize()
-    def start_empty(self) -> None:
-        assert len(self.forest) == 0
+    @initialize(prompts=st.lists(st.tuples(ROOTS, GROWN), min_size=2, max_size=8))
+    def start_grown(self, prompts: list[tuple[int, tuple[int, ...]]]) -> None:
+        """Most mistakes need a few nodes below each other."""
+        for root, symbols in prompts:
+            self.insert_whole(root, symbols, 0, Tier.DEVICE, "list")
 
     @invariant()
     def forest_equals_model(self) -> None:
