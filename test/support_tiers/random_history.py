@@ -12,7 +12,6 @@ from array import array
 from collections.abc import Callable
 
 from support_tiers.tier_rig import FaultyDisk, Request, Rig, tokens_of
-
 from tiered_kv.core.ids import Tier
 
 MAX_RUNNING = 4

@@ -574,4 +574,3 @@ def random_delays(seed: int, longest_s: float) -> Callable[[], float]:
     """Delays for `Faults`: half of them none, the others up to `longest_s`."""
     rng = random.Random(seed)
     return lambda: rng.random() * longest_s if rng.random() < 0.5 else 0.0
-

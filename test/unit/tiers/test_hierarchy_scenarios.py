@@ -6,16 +6,12 @@ by each request's layers as they read their prefix, and over all tiers by `Rig.c
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
-from support_tiers.tier_rig import NAMESPACE, N_LAYERS, FaultyDisk, Rig, new_disk, tokens_of
 
-from tiered_kv.core.ids import Tier
-from tiered_kv.forest.key import namespace_hash
+from support_tiers.tier_rig import FaultyDisk, Rig, new_disk, tokens_of
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers.in_memory import InMemoryStore
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -1,0 +1,158 @@
+"""The gate: nobody reads a layer before it is there, and nobody runs on a load that failed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tiered_kv.tiers.layer_gate import LayerGate
+
+pytestmark = pytest.mark.timeout(30)
+
+N_LAYERS = 4
+PATIENCE_S = 10.0
+#: Long enough for a thread that does not block to show it.
+A_MOMENT_S = 0.05
+
+
+class Waiter:
+    """Calls `wait` on a thread of its own; says whether it has returned, or raised."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.error: BaseException | None = None
+        self._wait = wait
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._wait()
+        except BaseException as error:
+            self.error = error
+
+    @property
+    def is_blocked(self) -> bool:
+        self._thread.join(A_MOMENT_S)
+        return self._thread.is_alive()
+
+    def join(self) -> None:
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive(), "nobody woke the waiter"
+
+
+class Event:
+    def __init__(self) -> None:
+        self.n_waits = 0
+
+    def wait(self) -> None:
+        self.n_waits += 1
+
+
+def test_wait_blocks_until_the_layer_is_done() -> None:
+    gate = LayerGate(N_LAYERS)
+    batch = gate.open()
+    gate.set_consumer(batch.index)
+    batch.layer_done(0)
+    gate.wait_until(0)
+    waiter = Waiter(lambda: gate.wait_until(2))
+    assert waiter.is_blocked
+    batch.layer_done(1)
+    assert waiter.is_blocked
+    batch.layer_done(2)
+    waiter.join()
+    assert waiter.error is None
+    assert not batch.finished
+    batch.layer_done(3)
+    assert batch.finished
+    for layer in range(N_LAYERS):
+        gate.wait_until(layer)
+
+
+def test_many_waiters_wake() -> None:
+    batch = LayerGate(N_LAYERS).open()
+    waiters = [Waiter(lambda layer=layer: batch.wait(layer)) for layer in range(N_LAYERS)]
+    for layer in range(N_LAYERS):
+        batch.layer_done(layer)
+    for waiter in waiters:
+        waiter.join()
+        assert waiter.error is None
+
+
+def test_consumer_minus_one_does_not_wait() -> None:
+    gate = LayerGate(N_LAYERS)
+    gate.wait_until(0)  # nobody ever called set_consumer
+    gate.set_consumer(gate.open().index)
+    gate.set_consumer(-1)
+    started = time.monotonic()
+    gate.wait_until(N_LAYERS - 1)
+    assert time.monotonic() - started < 1.0
+
+
+def test_newest_open_is_the_last_opened_of_those_not_closed() -> None:
+    gate = LayerGate(N_LAYERS)
+    assert gate.newest_open() == -1
+    first, second, third = gate.open(), gate.open(), gate.open()
+    assert len({first.index, second.index, third.index}) == 3
+    assert gate.newest_open() == third.index
+    gate.close(third)
+    assert gate.newest_open() == second.index
+    gate.close(first)
+    assert gate.newest_open() == second.index
+    gate.close(second)
+    gate.close(second)
+    assert gate.newest_open() == -1
+    assert gate.open().index > third.index
+
+
+def test_a_load_closed_before_its_consumer_runs_needs_no_wait() -> None:
+    """The poll between forming a batch and running it may acknowledge the load."""
+    gate = LayerGate(N_LAYERS)
+    batch = gate.open()
+    for layer in range(N_LAYERS):
+        batch.layer_done(layer)
+    gate.close(batch)
+    gate.set_consumer(batch.index)
+    gate.wait_until(N_LAYERS - 1)
+
+
+def test_a_consumer_that_already_waits_is_not_let_through_by_close() -> None:
+    gate = LayerGate(N_LAYERS)
+    batch = gate.open()
+    gate.set_consumer(batch.index)
+    gate.close(batch)
+    waiter = Waiter(lambda: gate.wait_until(0))
+    assert waiter.is_blocked
+    batch.layer_done(0)
+    waiter.join()
+
+
+def test_fail_raises_in_the_waiter() -> None:
+    gate = LayerGate(N_LAYERS)
+    batch = gate.open()
+    gate.set_consumer(batch.index)
+    batch.layer_done(0)
+    waiter = Waiter(lambda: gate.wait_until(1))
+    assert waiter.is_blocked
+    batch.fail(OSError("the bus is gone"))
+    waiter.join()
+    assert isinstance(waiter.error, RuntimeError)
+    assert "the bus is gone" in str(waiter.error)
+    # And in whoever comes later, the layers that did arrive included.
+    for layer in range(N_LAYERS):
+        with pytest.raises(RuntimeError, match="the bus is gone"):
+            gate.wait_until(layer)
+
+
+def test_a_layers_event_is_waited_for_in_the_consumers_stream() -> None:
+    gate = LayerGate(N_LAYERS)
+    batch = gate.open()
+    events = [Event() for _ in range(N_LAYERS)]
+    for layer, event in enumerate(events):
+        batch.layer_done(layer, event)
+    gate.set_consumer(batch.index)
+    gate.wait_until(1)
+    gate.wait_until(3)
+    assert [event.n_waits for event in events] == [0, 1, 0, 1]
