@@ -102,16 +102,17 @@ class KVHierarchy:
     def insert(self, root: Node, tokens: array[int], slots: torch.Tensor) -> InsertResult:
         """Takes over those device slots of `tokens` (whole pages) that the tree lacks.
 
-        They are written through to the other tiers from here on. The caller frees those of
-        `slots[:resident_tokens]` that are not the tree's own.
+        They are written through to the other tiers from here on; so is what an earlier attempt
+        left unwritten (the tier had failed, or was full), for as long as it is in use. The caller
+        frees those of `slots[:resident_tokens]` that are not the tree's own.
         """
         if self.load_back.n_open:
             # The tree's slots replace the caller's: they must hold the KV by then.
             self.settle_loads()
         result = self.context.forest.insert(root, tokens, DeviceSlots(slots))
         self.context.stored(result.adopted, Tier.DEVICE)
-        if result.adopted:
-            self.write_back.inserted(result.adopted)
+        self.write_back.inserted(result.adopted or (result.last,))
+        self.write_back.resident_on_host((result.last,))
         return result
 
     def evict_device(self, n_tokens: int) -> int:

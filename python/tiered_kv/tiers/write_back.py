@@ -72,12 +72,13 @@ class WriteBack:
         return len(self._host_deferred) + len(self._disk_deferred)
 
     def inserted(self, nodes: Iterable[Node]) -> None:
-        """`nodes` have just become readable on the device."""
+        """`nodes` are readable on the device: those that the host lacks are to be written."""
         for action in self._context.manager.on_insert(tuple(nodes)):
             self._defer(self._host_deferred, action.node_id)
         self._start_host_writes()
 
     def resident_on_host(self, nodes: Iterable[Node]) -> None:
+        """`nodes`, as far as they are readable on the host, are to be on disk as well."""
         if self._context.disk is None:
             return
         for action in self._context.manager.on_host_resident(tuple(nodes)):
@@ -215,8 +216,8 @@ class WriteBack:
         context, job = self._context, completion.job
         context.forest.unpin(job.node, Tier.HOST)
         if completion.n_done < job.n_pages:
-            # The tier is degraded or full: the pages stay where they are, and may be tried again
-            # when they are computed or loaded the next time.
+            # The tier is degraded or full: the pages stay where they are, and are tried again when
+            # they are used the next time.
             context.forest.abort_transfer(job.op, Tier.DISK)
             return
         nodes = context.forest.finish_transfer(job.op, Tier.DISK)
