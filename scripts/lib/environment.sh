@@ -79,21 +79,26 @@ check_free_space() {
 # uv installs these 9 GB several times faster than pip. It doesn't read pip's settings, though, so
 # where it fails (a mirror named in pip.conf, a proxy) pip gets its turn.
 install_project() {
-    local extras=$1 requirement="${REPOSITORY}[$1]"
+    local extras=$1 requirement="${REPOSITORY}[$1]" quiet=()
+    # Without a terminal there is no progress bar, only two hundred lines of package names.
+    if [[ ! -t 2 ]]; then quiet=(--quiet); fi
     if timed "install uv" "$PYTHON" -m pip install --quiet --disable-pip-version-check uv &&
         timed "install sglang and the project [$extras] (9 GB, several minutes)" \
-            "$PYTHON" -m uv pip install --python "$PYTHON" --editable "$requirement"; then
+            "$PYTHON" -m uv pip install "${quiet[@]}" --python "$PYTHON" --editable "$requirement"; then
         return
     fi
     say "uv did not manage; trying pip"
     timed "install sglang and the project [$extras] with pip" \
-        "$PYTHON" -m pip install --disable-pip-version-check --editable "$requirement"
+        "$PYTHON" -m pip install "${quiet[@]}" --disable-pip-version-check --editable "$requirement"
 }
 
 # Python would do this while the server starts for the first time; where PYTHONDONTWRITEBYTECODE is
 # set, it would do it again at every start, which doubles the time.
 compile_imports() {
-    env -u PYTHONDONTWRITEBYTECODE "$PYTHON" -W ignore - >/dev/null <<'PYTHON_END'
+    local log
+    log=$(mktemp)
+    # The log is shown only if this fails: SGLang has much to say about hardware that isn't there.
+    if ! env -u PYTHONDONTWRITEBYTECODE "$PYTHON" - >"$log" 2>&1 <<'PYTHON_END'; then
 import sglang.srt.entrypoints.http_server
 import sglang.srt.managers.detokenizer_manager
 import sglang.srt.managers.scheduler
@@ -101,6 +106,11 @@ import sglang.srt.models.registry
 
 sglang.srt.models.registry.import_model_classes("sglang.srt.models")
 PYTHON_END
+        cat "$log" >&2
+        rm -f "$log"
+        return 1
+    fi
+    rm -f "$log"
 }
 
 # What is installed is known by the file that says what to install, and where the code lies.
