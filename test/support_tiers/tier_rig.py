@@ -45,6 +45,8 @@ NAMESPACE = namespace_hash("a model")
 
 #: No wait of a test should take longer; with it a hang becomes a failure with a stack.
 PATIENCE_S = 20.0
+#: How long a transfer is held back from a call that must wait for it.
+A_MOMENT_S = 0.05
 
 
 def tokens_of(*pages: int, page_size: int = PAGE_SIZE, tail: int = 0) -> array[int]:
@@ -376,7 +378,7 @@ class Rig:
             # What the partial page at the end holds is nobody's business.
 
     def stash(self, request: Request, n_tokens: int | None = None) -> None:
-        """Like `cache_unfinished_req`: the whole pages so far join the tree, the request goes on."""
+        """Like `cache_unfinished_req`: whole pages join the tree, the request goes on."""
         hierarchy = self.hierarchy
         end = len(request.tokens) // self.page_size * self.page_size
         if n_tokens is not None:
@@ -456,6 +458,26 @@ class Rig:
         n_tokens = self.hierarchy.prefetch.loaded_tokens(rid)
         self.hierarchy.prefetch.release(rid)
         return n_tokens
+
+    def meanwhile(self, call: Callable[[], Any], *releases: Faults) -> Any:
+        """Calls what waits for transfers that are held back, and releases them meanwhile.
+
+        Fails if the call does not wait for them.
+        """
+        released = threading.Event()
+
+        def release() -> None:
+            time.sleep(A_MOMENT_S)
+            released.set()
+            for faults in releases:
+                faults.release()
+
+        thread = threading.Thread(target=release)
+        thread.start()
+        outcome = call()
+        assert released.is_set(), "it did not wait"
+        thread.join()
+        return outcome
 
     # -- looking ------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ accelerator's copier runs here without a stream, which is the same code on the C
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -216,7 +217,7 @@ def test_contiguous_runs_cover_both_lists_with_the_fewest_runs(
     a, b = ids([x for x, _ in pairs]), ids([y for _, y in pairs])
     runs = list(contiguous_runs(a, b))
     assert [(x + i, y + i) for x, y, n in runs for i in range(n)] == pairs
-    for (x, y, n), (next_x, next_y, _) in zip(runs, runs[1:], strict=False):
+    for (x, y, n), (next_x, next_y, _) in itertools.pairwise(runs):
         assert (next_x, next_y) != (x + n, y + n)
 
 

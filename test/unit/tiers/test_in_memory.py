@@ -1,4 +1,4 @@
-"""What the hierarchy expects of a disk tier, of the real one and of the reference in memory alike."""
+"""What the hierarchy expects of a disk tier: of the real one, and of the reference in memory."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_several_threads(store: Store) -> None:
     assert read(store, *range(50)) == (50, [payload(n) for n in range(50)])
 
 
-# -- the reference alone: exactly least recently used -----------------------------------------------
+# -- the reference alone: exactly least recently used ----------------------------------------------
 
 
 def test_the_page_used_longest_ago_makes_room() -> None:

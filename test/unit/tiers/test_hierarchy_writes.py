@@ -1,0 +1,319 @@
+"""Pages on their way down: device -> host -> disk, with slow, full and failing tiers.
+
+Every page's bytes are a function of its chained hash, so "the right bytes" is checked everywhere:
+by each request's layers as they read their prefix, and over all tiers by `Rig.check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from support_tiers.tier_rig import Rig, new_disk, tokens_of
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.residency import Residency
+from tiered_kv.tiers import transfer, write_back
+
+pytestmark = pytest.mark.timeout(60)
+
+MakeRig = Callable[..., Rig]
+RESIDENT, WRITING_BACK = Residency.RESIDENT, Residency.WRITING_BACK
+
+
+def states(rig: Rig, tier: Tier) -> list[Residency]:
+    """Of all nodes, from the roots down."""
+    return [node.state(tier) for node in sorted(rig.forest.nodes(), key=lambda n: n.end)]
+
+
+def test_a_served_prompt_reaches_host_and_disk(make_rig: MakeRig) -> None:
+    rig = make_rig(disk=new_disk())
+    prompt = tokens_of(1, 2, 3, tail=2)
+    rig.serve(prompt)
+    rig.drain()
+    (node,) = rig.forest.nodes()
+    assert [node.state(tier) for tier in rig.forest.tiers] == [RESIDENT] * 3
+    assert rig.stored_pages(prompt) == 3
+    assert rig.events.moved == [(Tier.DEVICE, Tier.HOST, 3), (Tier.HOST, Tier.DISK, 3)]
+    rig.check_idle()
+    rig.check_disk()
+
+
+def test_a_page_is_written_once(make_rig: MakeRig) -> None:
+    rig = make_rig(disk=new_disk())
+    for n_pages in (2, 4, 4, 3):
+        rig.serve(tokens_of(*range(n_pages), tail=1))
+        rig.drain()
+    assert sum(n for _, target, n in rig.events.moved if target is Tier.HOST) == 4
+    assert sum(n for _, target, n in rig.events.moved if target is Tier.DISK) == 4
+
+
+def test_chunks_are_written_while_the_request_runs(make_rig: MakeRig) -> None:
+    rig = make_rig(disk=new_disk())
+    request = rig.admit(tokens_of(1, 2, 3, 4))
+    assert request is not None
+    rig.stash(request, 8)
+    rig.drain()
+    assert rig.stored_pages(request.tokens) == 2
+    rig.stash(request)
+    rig.finish(request)
+    rig.drain()
+    assert rig.stored_pages(request.tokens) == 4
+    rig.check_idle()
+
+
+def test_without_a_disk_nothing_waits_for_one(make_rig: MakeRig) -> None:
+    rig = make_rig(disk=None)
+    rig.serve(tokens_of(1, 2))
+    rig.drain()
+    assert states(rig, Tier.HOST) == [RESIDENT]
+    rig.check_idle()
+
+
+# -- nodes that change under way -------------------------------------------------------------------
+
+
+def test_a_node_split_while_it_is_copied_to_the_host(make_rig: MakeRig) -> None:
+    rig = make_rig(disk=new_disk())
+    rig.copier.down.hold()
+    rig.serve(tokens_of(1, 2, 3, 4))
+    rig.serve(tokens_of(1, 2, 8))
+    rig.check()
+    assert states(rig, Tier.HOST)[:2] == [WRITING_BACK, WRITING_BACK]
+    rig.copier.down.release()
+    rig.drain()
+    assert states(rig, Tier.HOST) == states(rig, Tier.DISK) == [RESIDENT] * 3
+    rig.check_idle()
+    rig.check_disk()
+
+
+def test_a_node_split_while_it_is_written_to_disk(make_rig: MakeRig) -> None:
+    rig = make_rig(disk=new_disk())
+    rig.disk.writes.hold()
+    rig.serve(tokens_of(1, 2, 3, 4))
+    rig.poll_until(lambda: states(rig, Tier.DISK) == [WRITING_BACK])
+    rig.usable(tokens_of(1, 2))
+    assert states(rig, Tier.DISK) == [WRITING_BACK] * 2
+    rig.check()
+    rig.disk.writes.release()
+    rig.drain()
+    assert states(rig, Tier.DISK) == [RESIDENT] * 2
+    rig.check_idle()
+    rig.check_disk()
+
+
+def test_eviction_waits_for_the_copies_that_hold_pages(make_rig: MakeRig) -> None:
+    """Running out of device slots is fatal to the engine, and copies are short."""
+    rig = make_rig()
+    rig.copier.down.hold()
+    prompt = tokens_of(1, 2, 3)
+    rig.serve(prompt)
+    assert rig.meanwhile(lambda: rig.hierarchy.evict_device(8), rig.copier.down) == 8
+    assert rig.usable(prompt) == (1, 2)
+    rig.drain()
+    rig.check_idle()
+
+
+def test_eviction_does_not_wait_if_other_pages_will_do(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    rig.serve(tokens_of(1, 2))
+    rig.drain()
+    rig.copier.down.hold()
+    rig.serve(tokens_of(5, 6))
+    assert rig.hierarchy.evict_device(8) == 8
+    assert rig.usable(tokens_of(5, 6)) == (2, 0)
+    rig.copier.down.release()
+    rig.drain()
+    rig.check_idle()
+
+
+def test_locked_pages_are_not_evicted(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    request = rig.admit(tokens_of(1, 2, 3))
+    assert request is not None
+    rig.stash(request)
+    rig.drain()
+    assert rig.hierarchy.evict_device(100) == 0
+    rig.finish(request)
+    assert rig.hierarchy.evict_device(100) == 12
+    rig.check_idle()
+
+
+# -- little room -----------------------------------------------------------------------------------
+
+
+def test_a_node_larger_than_the_host_pool_leaves_its_head_there(make_rig: MakeRig) -> None:
+    rig = make_rig(32, 8, new_disk())
+    prompt = tokens_of(*range(1, 21))
+    rig.serve(prompt)
+    rig.drain()
+    assert rig.host.n_free <= 2
+    rig.drop_from_device()
+    assert rig.usable(prompt)[1] == rig.stored_pages(prompt) >= 6
+    rig.check_idle()
+    rig.serve(prompt)
+    rig.drain()
+    rig.check_idle()
+
+
+def test_a_host_pool_full_of_what_is_used_takes_new_pages_later(make_rig: MakeRig) -> None:
+    """Host pages held by slow disk writes: what finds no room waits, and is written in the end."""
+    rig = make_rig(32, 8, new_disk())
+    rig.disk.writes.hold()
+    prompts = [tokens_of(n, n + 1, n + 2) for n in (10, 20, 30)]
+    for prompt in prompts[:2]:
+        rig.serve(prompt)
+        rig.poll_until(lambda: rig.hierarchy.write_back.to_host.in_flight == 0)
+    # One write is under way, the second waits: both are not to be evicted for the third.
+    rig.forest.pin(rig.hierarchy.match(rig.hierarchy.root(), prompts[1]).last, Tier.HOST)
+    rig.serve(prompts[2])
+    for _ in range(5):
+        rig.hierarchy.poll()
+    assert rig.hierarchy.write_back.n_deferred > 0
+    rig.check()
+    rig.disk.writes.release()
+    rig.poll_until(lambda: rig.stored_pages(prompts[2]) == 3)
+    rig.forest.unpin(rig.hierarchy.match(rig.hierarchy.root(), prompts[1]).last, Tier.HOST)
+    rig.drain()
+    rig.check_idle()
+
+
+def test_disk_writes_in_flight_hold_a_bounded_share_of_the_host(make_rig: MakeRig) -> None:
+    rig = make_rig(64, 16, new_disk())
+    rig.disk.writes.hold()
+    for n in range(8):
+        rig.serve(tokens_of(100 + n, 200 + n))
+        rig.poll_until(lambda: rig.hierarchy.write_back.to_host.in_flight == 0)
+        assert rig.hierarchy.write_back.to_disk.pages_in_flight <= 8
+    # The last ones pushed out the first that were not under way: the host goes on taking pages.
+    assert rig.host.n_free == 0
+    assert rig.usable(tokens_of(107, 207)) == (2, 0)
+    assert rig.forest.evictable_tokens(Tier.HOST) == 8 * rig.page_size
+    rig.check()
+    rig.disk.writes.release()
+    rig.drain()
+    rig.check_idle()
+    rig.check_disk()
+
+
+def test_the_list_of_what_waits_is_bounded(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_back, "MAX_DEFERRED", 3)
+    rig = make_rig(64, 4, new_disk())
+    rig.copier.down.hold()
+    for n in range(12):
+        rig.serve(tokens_of(100 + n))
+    assert rig.hierarchy.write_back.to_host.in_flight == 4
+    assert rig.hierarchy.write_back.n_deferred == 3
+    rig.copier.down.release()
+    rig.drain()
+    rig.check_idle()
+
+
+def test_what_can_not_fit_evicts_nothing(make_rig: MakeRig) -> None:
+    rig = make_rig(64, 8)
+    old, busy, new = tokens_of(1), tokens_of(20, 21, 22, 23, 24), tokens_of(9, 8, 7, 6)
+    rig.serve(old)
+    rig.serve(busy)
+    rig.drain()
+    used = rig.hierarchy.match(rig.hierarchy.root(), busy).last
+    rig.forest.pin(used, Tier.HOST)
+    rig.serve(new)
+    rig.poll_until(lambda: rig.hierarchy.write_back.to_host.in_flight == 0)
+    rig.hierarchy.poll()
+    # Two of its pages fit into what was free. The other two would not, with `old` gone or not.
+    assert rig.hierarchy.match(rig.hierarchy.root(), old).last.state(Tier.HOST) is RESIDENT
+    assert rig.hierarchy.write_back.n_deferred == 1
+    rig.forest.unpin(used, Tier.HOST)
+    rig.drain()
+    rig.drop_from_device()
+    assert rig.usable(new) == (0, 4)
+    rig.check_idle()
+
+
+# -- copies and writes that fail -------------------------------------------------------------------
+
+
+def test_a_copy_to_the_host_that_raises_gives_its_pages_back(make_rig: MakeRig) -> None:
+    rig = make_rig(disk=new_disk())
+    rig.copier.down.error = OSError("no such luck")
+    prompt = tokens_of(1, 2, 3)
+    rig.serve(prompt)
+    rig.drain()
+    assert rig.host.n_free == rig.host.n_pages
+    assert rig.usable(prompt) == (3, 0)
+    rig.check_idle()
+    # The pages are still good on the device, and are tried again when they are used again.
+    rig.copier.down.error = None
+    rig.serve(prompt)
+    rig.drain()
+    assert rig.stored_pages(prompt) == 3
+    rig.check_idle()
+    rig.check_disk()
+
+
+def test_a_failing_copy_above_what_never_fits_does_not_go_on_for_ever(make_rig: MakeRig) -> None:
+    rig = make_rig(32, 4, new_disk())
+    rig.copier.down.error = OSError("no such luck")
+    rig.serve(tokens_of(1))
+    rig.serve(tokens_of(1, *range(2, 20)))
+    rig.drain()
+    rig.check_idle()
+
+
+@pytest.mark.parametrize("n_pages", [0, 1, 2])
+def test_a_write_that_the_disk_cuts_short(make_rig: MakeRig, n_pages: int) -> None:
+    rig = make_rig(disk=new_disk())
+    rig.disk.pages_per_write = n_pages
+    prompt = tokens_of(1, 2, 3)
+    rig.serve(prompt)
+    rig.drain()
+    assert rig.stored_pages(prompt) == n_pages
+    assert states(rig, Tier.DISK) == [Residency.ABSENT]
+    rig.check_idle()
+    rig.check_disk()
+    rig.disk.pages_per_write = None
+    rig.serve(prompt)
+    rig.drain()
+    assert rig.stored_pages(prompt) == 3
+    rig.check_idle()
+
+
+def test_a_degraded_disk_costs_nothing_but_itself(make_rig: MakeRig) -> None:
+    rig = make_rig(16, 8, new_disk())
+    rig.disk.writes.error = OSError("disk full")
+    for n in range(10):
+        rig.serve(tokens_of(n, n + 1, n + 2, tail=1))
+        rig.check()
+    rig.drain()
+    assert len(rig.disk) == 0
+    assert states(rig, Tier.DISK) == [Residency.ABSENT] * len(rig.forest)
+    rig.check_idle()
+
+
+# -- shutting down ---------------------------------------------------------------------------------
+
+
+def test_close_lets_what_waits_reach_the_disk(make_rig: MakeRig) -> None:
+    rig = make_rig(64, 16, new_disk())
+    rig.copier.down.delay = rig.disk.writes.delay = lambda: 0.002
+    prompts = [tokens_of(n, n + 1, n + 2) for n in (10, 20, 30, 40, 50)]
+    for prompt in prompts:
+        rig.serve(prompt)
+    assert rig.in_flight > 0
+    rig.hierarchy.close(timeout_s=20.0)
+    assert [rig.stored_pages(prompt) for prompt in prompts] == [3] * 5
+    rig.check_disk()
+
+
+def test_close_does_not_wait_for_a_disk_that_hangs(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "LONGEST_JOB_S", 0.05)
+    rig = make_rig(disk=new_disk())
+    rig.disk.writes.hold()
+    for n in range(5):
+        rig.serve(tokens_of(n))
+    rig.meanwhile(lambda: rig.hierarchy.close(timeout_s=0.3))
+    assert len(rig.disk) == 0
