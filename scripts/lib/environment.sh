@@ -159,7 +159,7 @@ sys.exit(not all(u.find_spec(name) for name in ("sglang", "tiered_kv")))' 2>/dev
     local stamp=$venv/.tiered_kv_installed
     has_stamp "$stamp" "$extras" && return
     mkdir -p "$venv" || die "cannot create $venv: set TIERED_KV_VENV to a folder that you may write."
-    exec {lock}>"$venv/.lock"
+    exec {lock}>"$venv/.tiered_kv_lock"  # uv has a .lock of its own there
     if command -v flock >/dev/null && ! flock --nonblock "$lock"; then
         say "waiting for another installation into $venv"
         flock "$lock"
