@@ -22,7 +22,7 @@ from tiered_kv.tiers.disk.segment import location
 INDEX_NAME = "index.sqlite"
 CORRUPT_INDEX_NAME = "index.sqlite.corrupt"
 _SUFFIXES = ("", "-wal", "-shm")
-_FETCH_ROWS = 20_000
+_FETCH_ROWS = 8_192
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from tiered_kv.tiers.disk.buffers import MAX_PAGES_PER_IO, Scratch, ScratchPool, is_aligned
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.io_path import PathPolicy
+from tiered_kv.tiers.disk.io_pool import InFlight
 from tiered_kv.tiers.disk.record import (
     BLOCK_BYTES,
     ENCODING_PLAIN,
@@ -25,7 +27,9 @@ from tiered_kv.tiers.disk.segment import Segment
 from tiered_kv.tiers.disk.segment_files import SegmentFiles
 
 SMALLEST_IO_BYTES = 1 << 20
-LARGEST_IO_BYTES = 8 << 20
+LARGEST_IO_BYTES = 4 << 20
+
+_UNLIMITED: InFlight = contextlib.nullcontext()
 
 
 class Outcome(enum.Enum):
@@ -98,7 +102,13 @@ class PageIo:
         self._paths = paths
         self._scratch = scratch
 
-    def write_run(self, kind: PageKind, run: Sequence[PageTransfer], sequence: int) -> None:
+    def write_run(
+        self,
+        kind: PageKind,
+        run: Sequence[PageTransfer],
+        sequence: int,
+        in_flight: InFlight = _UNLIMITED,
+    ) -> None:
         """Write records into adjacent slots. Raises OSError; then no page of the run counts."""
         segment = run[0].segment
         direct = self._paths.use_direct_write(len(run) * segment.record_bytes)
@@ -116,11 +126,14 @@ class PageIo:
                 layout.copy_in(position)
             fd = self._files.fd(segment, direct=direct)
             offset = segment.record_offset(run[0].slot)
-            transfer_all(self._io.pwritev, fd, layout.buffers, offset)
+            with in_flight:
+                transfer_all(self._io.pwritev, fd, layout.buffers, offset)
         for transfer in run:
             transfer.outcome = Outcome.DONE
 
-    def read_run(self, kind: PageKind, run: Sequence[PageTransfer]) -> None:
+    def read_run(
+        self, kind: PageKind, run: Sequence[PageTransfer], in_flight: InFlight = _UNLIMITED
+    ) -> None:
         """Read records from adjacent slots and verify them. Raises OSError."""
         segment = run[0].segment
         direct = self._paths.use_direct_read(len(run) * segment.record_bytes)
@@ -128,7 +141,8 @@ class PageIo:
             layout = _Layout(kind, run, scratch, direct=direct)
             fd = self._files.fd(segment, direct=direct)
             offset = segment.record_offset(run[0].slot)
-            transfer_all(self._io.preadv, fd, layout.buffers, offset)
+            with in_flight:
+                transfer_all(self._io.preadv, fd, layout.buffers, offset)
             for position, transfer in enumerate(run):
                 layout.copy_out(position)
                 header = unpack_record(scratch.header(position))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
 from tiered_kv.tiers.disk.index import PageIndex
-from tiered_kv.tiers.disk.io_pool import IoPool
+from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
 from tiered_kv.tiers.disk.page_io import Outcome, PageIo, PageKind, PageTransfer, plan_runs
 from tiered_kv.tiers.disk.segment import location
 from tiered_kv.tiers.disk.space import SpaceManager
@@ -128,15 +128,15 @@ class PageReader:
         loc = entries.locations.get(transfer.page_hash)
         return loc is not None and loc != location(transfer.segment.number, transfer.slot)
 
-    def _job(self, kind: PageKind, run: Sequence[PageTransfer]) -> Callable[[], None]:
-        def read() -> None:
+    def _job(self, kind: PageKind, run: Sequence[PageTransfer]) -> Callable[[InFlight], None]:
+        def read(in_flight: InFlight) -> None:
             try:
-                self._page_io.read_run(kind, run)
+                self._page_io.read_run(kind, run, in_flight)
             except OSError:
                 # One bad block must not cost its neighbours.
                 for transfer in run if len(run) > 1 else ():
                     with contextlib.suppress(OSError):
-                        self._page_io.read_run(kind, [transfer])
+                        self._page_io.read_run(kind, [transfer], in_flight)
 
         return read
 

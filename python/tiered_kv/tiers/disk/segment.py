@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 from tiered_kv.tiers.disk.record import BLOCK_BYTES, SegmentHeader
@@ -114,6 +115,18 @@ class Segment:
         self.live += 1
         if slot >= self.next_slot:
             self.next_slot = slot + 1
+
+    def put_adjacent(
+        self, first: int, owner: int, page_hashes: Sequence[bytes], accesses: Sequence[int]
+    ) -> None:
+        """`put` for slots from `first` on that hold nothing yet."""
+        end = first + len(page_hashes)
+        access = array("Q", accesses)
+        self.owners[first:end] = array("I", [owner]) * len(page_hashes)
+        self.access[first:end] = access
+        self.page_hashes[first:end] = page_hashes
+        self.live += len(page_hashes)
+        self.next_slot = max(self.next_slot, end)
 
     def drop(self, slot: int) -> None:
         self.page_hashes[slot] = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
 from tiered_kv.tiers.disk.index import PageIndex, PageRow, is_damage
-from tiered_kv.tiers.disk.io_pool import IoPool
+from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
 from tiered_kv.tiers.disk.page_io import Outcome, PageIo, PageKind, PageTransfer, plan_runs
 from tiered_kv.tiers.disk.segment import SegmentState, location
 from tiered_kv.tiers.disk.space import SpaceManager
@@ -120,10 +120,10 @@ class PageWriter:
             sequence = self._catalog.tick()
         errors: list[OSError] = []
 
-        def job(run: Sequence[PageTransfer]) -> Callable[[], None]:
-            def write() -> None:
+        def job(run: Sequence[PageTransfer]) -> Callable[[InFlight], None]:
+            def write(in_flight: InFlight) -> None:
                 try:
-                    self._page_io.write_run(kind, run, sequence)
+                    self._page_io.write_run(kind, run, sequence, in_flight)
                 except OSError as error:
                     errors.append(error)
 

@@ -12,7 +12,7 @@ import pytest
 from disk_builders import NAMESPACE, aligned, page_hash
 
 from tiered_kv.tiers.disk.buffers import MAX_PAGES_PER_IO, is_aligned
-from tiered_kv.tiers.disk.io_pool import IoPool
+from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
 from tiered_kv.tiers.disk.page_io import (
     LARGEST_IO_BYTES,
     PageTransfer,
@@ -141,34 +141,42 @@ def test_alignment() -> None:
     assert not is_aligned(area.toreadonly())
 
 
-def test_pool_runs_every_job_on_at_most_its_threads() -> None:
+def test_pool_keeps_at_most_its_threads_in_flight() -> None:
+    """Four threads work at a time, three of them inside a system call."""
     pool = IoPool(3)
     lock = threading.Lock()
-    running = [0, 0]
+    most = {"working": 0, "in flight": 0}
+    now = dict(most)
     done: list[int] = []
 
-    def job(number: int) -> None:
+    def step(what: str, change: int) -> None:
         with lock:
-            running[0] += 1
-            running[1] = max(running)
-        threading.Event().wait(0.002)
-        with lock:
-            running[0] -= 1
-            done.append(number)
+            now[what] += change
+            most[what] = max(most[what], now[what])
 
-    pool.run([lambda n=n: job(n) for n in range(30)])
+    def job(number: int, in_flight: InFlight) -> None:
+        step("working", 1)
+        with in_flight:
+            step("in flight", 1)
+            threading.Event().wait(0.002)
+            step("in flight", -1)
+        step("working", -1)
+        done.append(number)
+
+    pool.run([lambda limit, n=n: job(n, limit) for n in range(30)])
     pool.close()
     assert sorted(done) == list(range(30))
-    assert 1 < running[1] <= 3
+    assert 1 < most["in flight"] <= 3
+    assert most["working"] <= 4
 
 
 def test_pool_is_not_blocked_by_another_batch_that_is_stuck() -> None:
     pool = IoPool(2)
     release = threading.Event()
-    stuck = threading.Thread(target=lambda: pool.run([release.wait, release.wait]))
+    stuck = threading.Thread(target=lambda: pool.run([lambda _: release.wait()] * 4))
     stuck.start()
     done: list[int] = []
-    pool.run([lambda n=n: done.append(n) for n in range(5)])
+    pool.run([lambda _, n=n: done.append(n) for n in range(5)])
     assert done == list(range(5))
     release.set()
     stuck.join()
