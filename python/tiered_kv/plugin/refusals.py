@@ -71,6 +71,9 @@ SERVER_ARGS_RULES: tuple[Rule, ...] = (
     _option("--enable-streaming-session", lambda a: a.enable_streaming_session),
     _option("--dllm-algorithm", lambda a: a.dllm_algorithm is not None),
     _option("--is-embedding", lambda a: a.is_embedding),
+    # What these return per token is remembered by device slot, and a load fills other slots.
+    _option("--enable-return-routed-experts", lambda a: a.enable_return_routed_experts),
+    _option("--enable-return-indexer-topk", lambda a: a.enable_return_indexer_topk),
     # They walk one root of nodes shaped as upstream's; ours is a forest.
     _option("--schedule-policy dfs-weight", lambda a: a.schedule_policy == "dfs-weight"),
     _option("--kv-canary", lambda a: a.kv_canary != "none"),

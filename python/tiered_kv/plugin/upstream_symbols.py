@@ -67,6 +67,7 @@ ARGUMENTS = (
         "enable_pdmux encoder_only language_only use_ray enable_lmcache enable_flexkv "
         "enable_hisparse enable_unified_memory enable_page_major_kv_layout "
         "enable_session_radix_cache enable_streaming_session dllm_algorithm is_embedding "
+        "enable_return_routed_experts enable_return_indexer_topk "
         "schedule_policy kv_canary hicache_size hicache_ratio hicache_write_policy "
         "hicache_storage_backend hicache_storage_backend_extra_config "
         "hicache_storage_prefetch_policy device chunked_prefill_size model_path served_model_name",

@@ -56,6 +56,8 @@ class Arguments:
     enable_session_radix_cache: bool = False
     enable_streaming_session: bool = False
     is_embedding: bool = False
+    enable_return_routed_experts: bool = False
+    enable_return_indexer_topk: bool = False
     enable_mixed_chunk: bool = False
     hicache_size: int = 0
     hicache_ratio: float = 2.0
@@ -91,6 +93,8 @@ REFUSED: dict[str, Any] = {
     "enable_streaming_session": True,
     "dllm_algorithm": "LowConfidence",
     "is_embedding": True,
+    "enable_return_routed_experts": True,
+    "enable_return_indexer_topk": True,
     "schedule_policy": "dfs-weight",
     "kv_canary": "log",
     "radix_eviction_policy": "lfu",
