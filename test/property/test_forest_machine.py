@@ -9,7 +9,7 @@ about splitting. After every step the forest must
 * agree on totals, on what may be evicted, and on which operations are refused;
 * have every slot it was given either in a page or handed back, exactly once.
 
-TIERED_KV_PROPERTY_EXAMPLES raises the number of histories per page size (default 120).
+TIERED_KV_PROPERTY_EXAMPLES raises the number of histories per page size (default 100).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,7 @@ from tiered_kv.memory.manager import MemoryManager
 ABSENT, RESIDENT = Residency.ABSENT, Residency.RESIDENT
 TIERS = (Tier.DEVICE, Tier.HOST, Tier.DISK)
 SETTINGS = settings(
-    max_examples=int(os.environ.get("TIERED_KV_PROPERTY_EXAMPLES", "120")),
+    max_examples=int(os.environ.get("TIERED_KV_PROPERTY_EXAMPLES", "100")),
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -72,15 +73,18 @@ def absent_everywhere() -> dict[Tier, InTier]:
 @dataclass
 class Model:
     pages: dict[Page, dict[Tier, InTier]] = field(default_factory=dict)
-    pins: list[tuple[Page, Tier]] = field(default_factory=list)
+    pins: Counter[tuple[Page, Tier]] = field(default_factory=Counter)
+
+    def pin(self, page: Page, tier: Tier, n: int) -> None:
+        for above in self.path(*page):
+            self.pins[above, tier] += n
 
     def n_pins(self, page: Page, tier: Tier) -> int:
-        return sum(
-            pinned_tier is tier and is_prefix(page, pinned) for pinned, pinned_tier in self.pins
-        )
+        return self.pins[page, tier]
 
     def children(self, page: Page) -> list[Page]:
-        return [other for other in self.pages if parent(other) == page]
+        possible = [(page[0], (*page[1], symbol)) for symbol in (0, 1, 2)]
+        return [child for child in possible if child in self.pages]
 
     def present_children(self, page: Page, tier: Tier) -> list[Page]:
         return [c for c in self.children(page) if self.pages[c][tier].state is not ABSENT]
@@ -240,7 +244,7 @@ class ForestMachine(RuleBasedStateMachine):
 
     # -- prefixes -----------------------------------------------------------------------------
 
-    @rule(root=ROOTS, symbols=SYMBOLS, tail=CHOICE, cap=st.none() | st.integers(-1, 120))
+    @rule(root=ROOTS, symbols=SYMBOLS, tail=CHOICE, cap=st.none() | st.integers(-1, 8))
     def match(self, root: int, symbols: tuple[int, ...], tail: int, cap: int | None) -> None:
         tokens = self.tokens(symbols, tail)
         n_considered = len(symbols) if cap is None else min(len(symbols), max(cap, 0))
@@ -313,6 +317,25 @@ class ForestMachine(RuleBasedStateMachine):
     ) -> None:
         node = self.a_node(choice)
         anchor = self.roots[below_root] if node is None or choice % 3 == 0 else node
+        self.extend_below(anchor, symbols, tier, state, kind)
+
+    @rule(root=ROOTS, symbols=GROWN, tier=TIER, pin=st.booleans(), more=SYMBOLS)
+    def fetch_rest(
+        self, root: int, symbols: tuple[int, ...], tier: Tier, pin: bool, more: tuple[int, ...]
+    ) -> None:
+        """What a request does: match, start loading the rest, hold it, perhaps build on it."""
+        found = self.forest.match(self.roots[root], self.tokens(symbols))
+        rest = symbols[found.n_tokens // self.page_size :]
+        self.extend_below(found.last, rest, tier, Residency.LOADING, "list")
+        if pin:
+            last = self.forest.match(self.roots[root], self.tokens(symbols)).last
+            self.pin_node(last, tier)
+        if more:
+            self.insert_whole(root, symbols + more, 0, Tier.DEVICE, "list")
+
+    def extend_below(
+        self, anchor: Node, symbols: tuple[int, ...], tier: Tier, state: Residency, kind: str
+    ) -> None:
         root, above = self.page_of(anchor)
         run = self.model.path(root, above + symbols)[len(above) :]
         slots = self.new_slots(len(run), tier, kind)
@@ -507,12 +530,15 @@ class ForestMachine(RuleBasedStateMachine):
     @rule(choice=CHOICE, tier=TIER)
     def pin(self, choice: int, tier: Tier) -> None:
         node = self.a_node(choice)
-        if node is None:
-            return
+        if node is not None:
+            self.pin_node(node, tier)
+
+    def pin_node(self, node: Node, tier: Tier) -> None:
         self.forest.pin(node, tier)
-        page = self.page_of(node)
-        self.held.append((node, page, tier))
-        self.model.pins.append((page, tier))
+        if not node.is_root:
+            page = self.page_of(node)
+            self.held.append((node, page, tier))
+            self.model.pin(page, tier, 1)
 
     @rule(choice=CHOICE)
     def unpin(self, choice: int) -> None:
@@ -521,7 +547,7 @@ class ForestMachine(RuleBasedStateMachine):
         node, page, tier = self.held.pop(choice % len(self.held))
         assert self.page_of(node) == page, "whoever holds a node still has the whole path"
         self.forest.unpin(node, tier)
-        self.model.pins.remove((page, tier))
+        self.model.pin(page, tier, -1)
 
     @rule(root=ROOTS, tier=TIER)
     def pins_that_mean_nothing(self, root: int, tier: Tier) -> None:
@@ -532,11 +558,20 @@ class ForestMachine(RuleBasedStateMachine):
 
     # -- after every step ---------------------------------------------------------------------
 
-    @initialize(prompts=st.lists(st.tuples(ROOTS, GROWN), min_size=2, max_size=8))
-    def start_grown(self, prompts: list[tuple[int, tuple[int, ...]]]) -> None:
-        """Most mistakes need a few nodes below each other."""
+    @initialize(
+        prompts=st.lists(st.tuples(ROOTS, GROWN), min_size=2, max_size=6),
+        fetches=st.lists(st.tuples(ROOTS, GROWN, TIER, st.booleans(), SYMBOLS), max_size=3),
+    )
+    def start_grown(
+        self,
+        prompts: list[tuple[int, tuple[int, ...]]],
+        fetches: list[tuple[int, tuple[int, ...], Tier, bool, tuple[int, ...]]],
+    ) -> None:
+        """Most mistakes need a few nodes below each other, and transfers under way."""
         for root, symbols in prompts:
             self.insert_whole(root, symbols, 0, Tier.DEVICE, "list")
+        for fetch in fetches:
+            self.fetch_rest(*fetch)
 
     @invariant()
     def forest_equals_model(self) -> None:
