@@ -25,12 +25,13 @@ from tiered_kv.tiers.context import host_pages_of
 
 pytestmark = pytest.mark.timeout(120)
 
-N_HISTORIES = int(os.environ.get("TIERED_KV_PROPERTY_EXAMPLES", "25"))
-N_STEPS = 120
+N_HISTORIES = int(os.environ.get("TIERED_KV_PROPERTY_EXAMPLES", "12"))
+N_STEPS = 150
 LONGEST_DELAY_S = 0.004
 
-# (device pages, host pages, is there a disk): roomy, a tight host, a tight device, no disk.
-SIZES = [(24, 40, True), (24, 10, True), (12, 30, True), (16, 6, True), (16, 12, False)]
+# (device pages, host pages, is there a disk): roomy, a tight host, a tight device, a host smaller
+# than a prompt, no disk.
+SIZES = [(48, 40, True), (40, 14, True), (20, 40, True), (32, 6, True), (32, 20, False)]
 
 
 def make_rig(seed: int, *, rank: int = 0, **options: Any) -> Rig:

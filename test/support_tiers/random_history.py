@@ -44,7 +44,7 @@ class History:
             (1, self._reserve_only),
             (2, self._evict_device),
             (1, self._evict_host),
-            (1, self._change_faults),
+            (0.7, self._change_faults),
             (0.3, self._flush),
             (0.2, self._forget_disk),
         ]
@@ -161,23 +161,23 @@ class History:
         return f"reserve: {'no room' if loaded is None else len(loaded[0])}"
 
     def _evict_device(self) -> str:
-        wanted = self.rng.randint(1, 6) * self.rig.page_size
+        wanted = self.rng.randint(1, 16) * self.rig.page_size
         return f"evict {wanted} from the device: {self.rig.hierarchy.evict_device(wanted)}"
 
     def _evict_host(self) -> str:
-        wanted = self.rng.randint(1, 6)
+        wanted = self.rng.randint(1, 16)
         self.rig.context.evict_host(wanted)
         return f"evict {wanted} pages from the host"
 
     def _change_faults(self) -> str:
         """Differently on every rank: one disk may work while the other does not."""
         disk, copier = self.rig.disk, self.rig.copier
-        copier.down.error = self.world.choice((None, None, None, OSError("no copy to the host")))
+        copier.down.error = self.world.choice((*[None] * 5, OSError("no copy to the host")))
         if isinstance(disk, FaultyDisk):
-            disk.pages_per_read = self.world.choice((None, None, 0, 1, 2))
-            disk.pages_per_write = self.world.choice((None, None, 0, 1, 2))
-            disk.reads.error = self.world.choice((None, None, None, OSError("no read")))
-            disk.writes.error = self.world.choice((None, None, None, OSError("no write")))
+            disk.pages_per_read = self.world.choice((None, None, None, 0, 1, 2))
+            disk.pages_per_write = self.world.choice((None, None, None, 0, 2))
+            disk.reads.error = self.world.choice((*[None] * 5, OSError("no read")))
+            disk.writes.error = self.world.choice((*[None] * 5, OSError("no write")))
         return "faults change"
 
     def _flush(self) -> str:
