@@ -73,7 +73,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
         Arg(
             no_cli=True,
             type_parser=float,
-            help="Host memory for KV pages as a multiple of the device's KV pool.",
+            help="Host memory for KV pages as a multiple of the device's KV pool. Default: 2.",
         ),
         NS("memory"),
     ] = 2.0
@@ -91,8 +91,8 @@ class ServerArgs(upstream_server_args.ServerArgs):
         Arg(
             no_cli=True,
             type_parser=_size,
-            help="Most disk space that the tier may take, shared by the ranks of this machine. "
-            "Default: 32GB, but at most 80%% of the free space.",
+            help="Most disk space that the tier may take, shared by the ranks of this machine; written "
+            "as the host size is. Default: 32GB, but at most 80%% of the free space.",
         ),
         NS("memory"),
     ] = None
@@ -103,7 +103,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
     ] = False
     tiered_kv_disk_io_threads: A[
         int,
-        Arg(no_cli=True, help="Threads that read and write the disk tier, 1 to 64."),
+        Arg(no_cli=True, help="Threads that read and write the disk tier, 1 to 64. Default: 4."),
         NS("memory"),
     ] = 4
     tiered_kv_direct_io: A[
@@ -111,7 +111,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
         Arg(
             no_cli=True,
             type_parser=_direct_io,
-            help="Bypass the page cache in the disk tier (O_DIRECT): on, off, or auto.",
+            help="Bypass the page cache in the disk tier (O_DIRECT): on, off, or auto (default).",
         ),
         NS("memory"),
     ] = "auto"
