@@ -91,8 +91,8 @@ class ServerArgs(upstream_server_args.ServerArgs):
         Arg(
             no_cli=True,
             type_parser=_size,
-            help="Most disk space that the tier may take, shared by the ranks of this machine; written "
-            "as the host size is. Default: 32GB, but at most 80%% of the free space.",
+            help="Most disk space that the tier may take, shared by the ranks of this machine; "
+            "written as the host size is. Default: 32GB, but at most 80%% of the free space.",
         ),
         NS("memory"),
     ] = None
