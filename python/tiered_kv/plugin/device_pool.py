@@ -13,7 +13,7 @@ from tiered_kv.core.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class DeviceBuffers:
-    """Token-major buffers (slots, ...) in the order of a page's bytes; layers[i] uses buffers[i]."""
+    """Token-major buffers (slots, ...) in the order of a page, and the layer each one serves."""
 
     layers: tuple[int, ...]
     buffers: tuple[torch.Tensor, ...]

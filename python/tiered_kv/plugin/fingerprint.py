@@ -39,13 +39,13 @@ def namespace_of(
 
 
 def weights_checksum(model: torch.nn.Module) -> bytes:
-    """32 bytes over every parameter and buffer: names, shapes, dtypes and contents.
+    """32 bytes over every parameter and buffer (names, shapes, dtypes, contents) and KV scale.
 
     The contents enter through two 64-bit sums per tensor (plain, and weighted by position), which
     a device computes at memory speed. They catch any accidental difference; they are no defence
     against someone who forges weights, who could as well serve what he likes.
     """
-    names: list[str] = []
+    names: list[str] = [f"{name}|{value}" for name, value in _kv_scales(model)]
     sums: list[torch.Tensor] = []
     for name, tensor in sorted(_named_tensors(model), key=lambda item: item[0]):
         names.append(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}")
@@ -59,6 +59,18 @@ def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
         yield name, parameter.detach()
     for name, buffer in model.named_buffers():
         yield name, buffer.detach()
+
+
+def _kv_scales(model: torch.nn.Module) -> Iterator[tuple[str, float]]:
+    """The scales of an fp8 KV cache, which are plain numbers if they came from a file.
+
+    (layers/radix_attention.py, and models that have load_kv_cache_scales)
+    """
+    for module_name, module in model.named_modules():
+        for attribute in ("k_scale", "v_scale", "k_scale_float", "v_scale_float"):
+            value = module.__dict__.get(attribute)
+            if isinstance(value, float):
+                yield f"{module_name}.{attribute}", value
 
 
 def _content_sums(tensor: torch.Tensor) -> torch.Tensor:

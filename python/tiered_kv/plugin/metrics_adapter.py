@@ -97,7 +97,10 @@ class PrometheusRecorder(MetricsRecorder):
             )
             self._of(names.DISK_BYTES).set(stats.bytes_on_disk)
             self._of(names.DISK_DEGRADED).set(int(stats.degraded))
-        for metric, values in ((names.RESIDENT_TOKENS, resident), (names.CAPACITY_TOKENS, capacity)):
+        for metric, values in (
+            (names.RESIDENT_TOKENS, resident),
+            (names.CAPACITY_TOKENS, capacity),
+        ):
             for tier, n_tokens in values.items():
                 self._of(metric, tier=tier.name.lower()).set(n_tokens)
         write_back = hierarchy.write_back

@@ -169,11 +169,17 @@ class TieredPrefixCache(RadixCache):
         self.hierarchy.prefetch.release(req.rid)
         if is_insert:
             self._parts.metrics.finished(req)
+        is_insert = is_insert and is_named_by_tokens(req)
         super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
 
     def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
         self.hierarchy.prefetch.release(req.rid)
-        super().cache_unfinished_req(req, chunked)
+        if is_named_by_tokens(req):
+            super().cache_unfinished_req(req, chunked)
+            return
+        # The request goes on with slots of its own, as upstream's ChunkCache does it.
+        slots = self.req_to_token_pool.req_to_token[req.req_pool_idx, : len(req.get_fill_ids())]
+        req.prefix_indices = slots.to(dtype=torch.int64, copy=True)
 
     # -- eviction and locks -------------------------------------------------------------------
 
@@ -283,3 +289,12 @@ class TieredPrefixCache(RadixCache):
 
     def pretty_print(self) -> None:
         print(self.hierarchy.context.forest.view())  # noqa: T201
+
+
+def is_named_by_tokens(req: Req) -> bool:
+    """Whether a prompt's KV depends on its token ids alone, so that they may name it.
+
+    Embeddings given by the client override those of the tokens. Upstream does not match such
+    prompts, but inserts what they computed; on disk that would outlive the request's own error.
+    """
+    return req.positional_embed_overrides is None and req.input_embeds is None

@@ -56,6 +56,15 @@ def test_moving_a_value_within_a_tensor_changes_the_name() -> None:
     assert weights_checksum(model) != weights_checksum(make_model())
 
 
+def test_kv_scales_that_are_plain_numbers_count() -> None:
+    model = make_model()
+    model[1].k_scale = 0.5
+    other = make_model()
+    other[1].k_scale = 0.25
+    names = {weights_checksum(m) for m in (make_model(), model, other)}
+    assert len(names) == 3
+
+
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 5)])
 def test_tensors_whose_bytes_are_no_multiple_of_four_count_too(shape: tuple[int, ...]) -> None:
     def with_tail(value: float) -> torch.nn.Module:
