@@ -52,6 +52,7 @@ SYMBOLS = st.lists(st.sampled_from([0, 0, 1, 2]), max_size=7).map(tuple)
 GROWN = st.lists(st.sampled_from([0, 1, 2]), min_size=3, max_size=7).map(tuple)
 ROOTS = st.integers(min_value=0, max_value=1)
 CHOICE = st.integers(min_value=0, max_value=10**6)
+CAP = st.none() | st.integers(-1, 8)
 TIER = st.sampled_from(TIERS)
 IN_TRANSFER = st.sampled_from([Residency.LOADING, Residency.WRITING_BACK])
 SLOT_KIND = st.sampled_from(["list", "range", "numpy"])
@@ -244,8 +245,18 @@ class ForestMachine(RuleBasedStateMachine):
 
     # -- prefixes -----------------------------------------------------------------------------
 
-    @rule(root=ROOTS, symbols=SYMBOLS, tail=CHOICE, cap=st.none() | st.integers(-1, 8))
+    @rule(root=ROOTS, symbols=SYMBOLS, tail=CHOICE, cap=CAP)
     def match(self, root: int, symbols: tuple[int, ...], tail: int, cap: int | None) -> None:
+        self.match_prompt(root, symbols, tail, cap)
+
+    @rule(choice=CHOICE, more=SYMBOLS, tail=CHOICE, cap=CAP)
+    def match_known(self, choice: int, more: tuple[int, ...], tail: int, cap: int | None) -> None:
+        node = self.a_node(choice)
+        if node is not None:
+            root, symbols = self.page_of(node)
+            self.match_prompt(root, symbols + more, tail, cap)
+
+    def match_prompt(self, root: int, symbols: tuple[int, ...], tail: int, cap: int | None) -> None:
         tokens = self.tokens(symbols, tail)
         n_considered = len(symbols) if cap is None else min(len(symbols), max(cap, 0))
         limit = None if cap is None else cap * self.page_size + tail % self.page_size
@@ -485,6 +496,18 @@ class ForestMachine(RuleBasedStateMachine):
             op, tier, self.model.of_op(op, tier), lambda: self.forest.abort_transfer(op, tier)
         )
 
+    @rule(choice=CHOICE)
+    def abort_and_let_go(self, choice: int) -> None:
+        """What happens to a request whose load failed."""
+        chosen = self.an_op(choice)
+        if chosen is None:
+            return
+        op, tier = chosen
+        pages = self.model.of_op(op, tier)
+        self.fail(op, tier, pages, lambda: self.forest.abort_transfer(op, tier))
+        for hold in [hold for hold in self.held if hold[1] in pages]:
+            self.let_go(self.held.index(hold))
+
     @rule(choice=CHOICE, n_pages=st.integers(0, 7))
     def finish_leading(self, choice: int, n_pages: int) -> None:
         chosen = self.an_op(choice)
@@ -542,9 +565,11 @@ class ForestMachine(RuleBasedStateMachine):
 
     @rule(choice=CHOICE)
     def unpin(self, choice: int) -> None:
-        if not self.held:
-            return
-        node, page, tier = self.held.pop(choice % len(self.held))
+        if self.held:
+            self.let_go(choice % len(self.held))
+
+    def let_go(self, index: int) -> None:
+        node, page, tier = self.held.pop(index)
         assert self.page_of(node) == page, "whoever holds a node still has the whole path"
         self.forest.unpin(node, tier)
         self.model.pin(page, tier, -1)

@@ -32,8 +32,10 @@ STEPS = st.lists(
         st.integers(0, 100),
         st.sampled_from(TIERS),
     ),
+    min_size=10,
     max_size=40,
 )
+GROWN = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=4, max_size=8)
 
 
 def naive_victims(forest: Forest, tier: Tier, n_pages: int) -> list[Node]:
@@ -55,39 +57,58 @@ def naive_victims(forest: Forest, tier: Tier, n_pages: int) -> list[Node]:
     return victims
 
 
-@settings(max_examples=200, deadline=None)
-@given(steps=STEPS, page_size=st.sampled_from([1, 4]))
-def test_names_the_same_nodes_in_the_same_order(
-    steps: list[tuple[Kind, list[int], int, Tier]], page_size: int
-) -> None:
-    forest = Forest(page_size)
-    root = forest.root(namespace_hash("model"))
-    policy = LruEviction(forest)
-    pinned: list[tuple[Node, Tier]] = []
-    for kind, pages, number, tier in steps:
-        tokens = array("q", [page for page in pages for _ in range(page_size)])
+class History:
+    """A forest and what may happen to it."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.forest = Forest(page_size)
+        self.root = self.forest.root(namespace_hash("model"))
+        self.pinned: list[tuple[Node, Tier]] = []
+
+    def insert(self, pages: list[int]) -> None:
+        tokens = self.tokens(pages)
+        self.forest.insert(self.root, tokens, range(len(tokens)))
+
+    def tokens(self, pages: list[int]) -> array[int]:
+        return array("q", [page for page in pages for _ in range(self.page_size)])
+
+    def change(self, kind: Kind, pages: list[int], number: int, tier: Tier) -> None:
+        forest = self.forest
         nodes = forest.nodes()
         node = nodes[number % len(nodes)] if nodes else None
         if kind == "insert":
-            forest.insert(root, tokens, range(len(tokens)))
+            self.insert(pages)
         elif kind == "match":
-            forest.match(root, tokens)
+            forest.match(self.root, self.tokens(pages))
         elif kind == "write" and node is not None and node.state(Tier.HOST) is ABSENT:
             forest.set_resident(node, Tier.HOST, range(node.n_pages))
         elif kind == "pin" and node is not None:
             forest.pin(node, tier)
-            pinned.append((node, tier))
-        elif kind == "unpin" and pinned:
-            forest.unpin(*pinned.pop(number % len(pinned)))
-        elif kind == "propose":
-            assert policy.victims(tier, number % 9) == naive_victims(forest, tier, number % 9)
-        elif kind == "evict":
-            expected = naive_victims(forest, tier, number % 4)
-            assert policy.victims(tier, number % 4) == expected
-            for victim in expected:
-                forest.evict(victim, tier)
+            self.pinned.append((node, tier))
+        elif kind == "unpin" and self.pinned:
+            forest.unpin(*self.pinned.pop(number % len(self.pinned)))
         elif kind == "clear":
             forest.clear()
-            pinned.clear()
+            self.pinned.clear()
+
+
+@settings(max_examples=300, deadline=None)
+@given(grown=GROWN, steps=STEPS, page_size=st.sampled_from([1, 4]))
+def test_names_the_same_nodes_in_the_same_order(
+    grown: list[list[int]], steps: list[tuple[Kind, list[int], int, Tier]], page_size: int
+) -> None:
+    history = History(page_size)
+    forest, policy = history.forest, LruEviction(history.forest)
+    for pages in grown:
+        history.insert(pages)
+    for kind, pages, number, tier in steps:
+        history.change(kind, pages, number, tier)
+        if kind in ("propose", "evict"):
+            n_pages = number % 5
+            expected = naive_victims(forest, tier, n_pages)
+            assert policy.victims(tier, n_pages) == expected
+            for victim in expected if kind == "evict" else []:
+                forest.evict(victim, tier)
     for tier in TIERS:
         assert policy.victims(tier, 1000) == naive_victims(forest, tier, 1000)
