@@ -259,6 +259,23 @@ def test_a_prefix_that_left_the_host_before_it_was_loaded(make_rig: MakeRig) -> 
     rig.check_idle()
 
 
+def test_host_pages_being_loaded_stay_until_they_are_on_the_device(make_rig: MakeRig) -> None:
+    rig = make_rig(32, 6, new_disk())
+    other = tokens_of(20, 21, 22)
+    on_disk(rig, other)
+    on_host(rig, PROMPT)
+    rig.copier.up.hold()
+    request = rig.admit(PROMPT, run=False)
+    assert request is not None
+    rig.drop_from_host()
+    rig.prefetch("r", other)  # would overwrite them
+    rig.check()
+    rig.meanwhile(lambda: rig.forward(request), rig.copier.up)
+    rig.finish(request)
+    rig.drain()
+    rig.check_idle()
+
+
 # -- loads that fail: loudly, and nothing is served ------------------------------------------------
 
 

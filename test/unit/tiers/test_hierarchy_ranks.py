@@ -1,0 +1,209 @@
+"""Two tensor-parallel ranks whose tiers behave differently must go on deciding alike.
+
+Each rank is a rig with a thread of its own per step; agreement goes through a barrier, so a rank
+that makes one collective call too few or too many fails the test at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support_tiers.tier_rig import BarrierMinimum, Rig, new_disk, tokens_of
+
+from tiered_kv.core.ids import Tier
+
+pytestmark = pytest.mark.timeout(60)
+
+PROMPT = tokens_of(1, 2, 3, 4, tail=1)
+
+
+class Ranks:
+    """Two rigs, each with KV of its own shard, a host pool and a disk."""
+
+    def __init__(self) -> None:
+        self.barrier = BarrierMinimum(2)
+        self.rigs = [
+            Rig(32, 16, new_disk(), collective=self.barrier.rank(rank), shard=rank)
+            for rank in range(2)
+        ]
+
+    def __iter__(self) -> Iterator[Rig]:
+        return iter(self.rigs)
+
+    def each(self, step: Callable[[Rig], Any]) -> list[Any]:
+        """Carries the step out on both ranks at once; both must then see the same."""
+        outcomes: list[Any] = [None, None]
+        errors: list[Exception] = []
+
+        def run(rank: int) -> None:
+            try:
+                outcomes[rank] = step(self.rigs[rank])
+            except Exception as error:
+                errors.append(error)
+                self.barrier.abort()
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise min(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError))
+        self.check()
+        return outcomes
+
+    def check(self) -> None:
+        first, second = self.rigs
+        assert first.forest.view() == second.forest.view()
+        assert first.allocator.free_pages == second.allocator.free_pages
+        assert first.host.n_free == second.host.n_free
+        for rig in self.rigs:
+            rig.check()
+
+    def serve(self, prompt: Any) -> list[Any]:
+        return self.each(lambda rig: rig.serve(prompt))
+
+    def drain(self) -> None:
+        self.each(Rig.drain)
+
+    def on_disk(self, *prompts: Any) -> None:
+        """The prompts' pages are on both disks alone."""
+        for prompt in prompts:
+            self.serve(prompt)
+        self.drain()
+        self.each(Rig.drop_from_device)
+        self.each(Rig.drop_from_host)
+
+    def prefetch(self, rid: str, prompt: Any) -> list[int]:
+        return self.each(lambda rig: rig.prefetch(rid, prompt))
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    made = Ranks()
+    yield made
+    made.barrier.abort()
+    for rig in made:
+        rig.close()
+
+
+def test_a_transfer_counts_when_it_is_done_on_both(ranks: Ranks) -> None:
+    slow = ranks.rigs[1]
+    slow.copier.down.hold()
+    ranks.serve(PROMPT)
+    ranks.rigs[0].hierarchy.write_back.to_host.wait(10.0)
+    for _ in range(3):
+        ranks.each(lambda rig: rig.hierarchy.poll())
+    assert [rig.hierarchy.write_back.to_host.in_flight for rig in ranks] == [1, 1]
+    assert [rig.hierarchy.write_back.to_host.n_ready for rig in ranks] == [1, 0]
+    slow.copier.down.release()
+    ranks.drain()
+    assert [rig.stored_pages(PROMPT) for rig in ranks] == [4, 4]
+    ranks.each(Rig.check_idle)
+    ranks.each(Rig.check_disk)
+
+
+def test_a_copy_to_the_host_that_fails_on_one(ranks: Ranks) -> None:
+    ranks.rigs[1].copier.down.error = OSError("no such luck")
+    ranks.serve(PROMPT)
+    ranks.drain()
+    assert [rig.host.n_free for rig in ranks] == [16, 16]
+    ranks.each(Rig.check_idle)
+    ranks.rigs[1].copier.down.error = None
+    ranks.serve(PROMPT)
+    ranks.drain()
+    assert [rig.stored_pages(PROMPT) for rig in ranks] == [4, 4]
+
+
+def test_a_load_that_fails_on_one_fails_on_both(ranks: Ranks) -> None:
+    ranks.serve(PROMPT)
+    ranks.drain()
+    ranks.each(Rig.drop_from_device)
+    ranks.rigs[1].copier.up.error = OSError("no such luck")
+    for rig in ranks:
+        assert rig.admit(PROMPT, run=False) is not None
+    raised: list[str] = []
+
+    def drain(rig: Rig) -> None:
+        try:
+            rig.drain()
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    threads = [threading.Thread(target=drain, args=(rig,)) for rig in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(raised) == 2
+    assert all("could not be copied to the device" in sentence for sentence in raised)
+
+
+@pytest.mark.parametrize("n_pages", [0, 3])
+def test_a_disk_that_takes_less_on_one(ranks: Ranks, n_pages: int) -> None:
+    ranks.rigs[1].disk.pages_per_write = n_pages
+    ranks.serve(PROMPT)
+    ranks.drain()
+    assert [rig.stored_pages(PROMPT) for rig in ranks] == [4, n_pages]
+    ranks.each(Rig.check_idle)
+    ranks.each(Rig.drop_from_device)
+    ranks.each(Rig.drop_from_host)
+    assert ranks.prefetch("r", PROMPT) == [n_pages * 4] * 2
+    ranks.serve(PROMPT)
+    ranks.drain()
+    ranks.each(Rig.check_idle)
+
+
+@pytest.mark.parametrize("n_pages", [0, 1, 3])
+def test_a_disk_that_reads_less_on_one(ranks: Ranks, n_pages: int) -> None:
+    ranks.on_disk(PROMPT)
+    ranks.rigs[0].disk.pages_per_read = n_pages
+    assert ranks.prefetch("r", PROMPT) == [n_pages * 4] * 2
+    assert [rig.usable(PROMPT) for rig in ranks] == [(0, n_pages)] * 2
+    ranks.serve(PROMPT)
+    ranks.drain()
+    ranks.each(Rig.check_idle)
+
+
+def test_a_disk_that_lost_everything_on_one(ranks: Ranks) -> None:
+    ranks.on_disk(PROMPT)
+    ranks.rigs[1].disk.namespace = new_disk().namespace
+    ranks.each(lambda rig: rig.arrive("r", PROMPT))
+    assert [len(rig.hierarchy.prefetch.tickets) for rig in ranks] == [0, 0]
+    ranks.serve(PROMPT)
+    ranks.drain()
+    assert [rig.stored_pages(PROMPT) for rig in ranks] == [4, 4]
+    ranks.each(Rig.check_idle)
+
+
+def test_eviction_that_waits_on_one(ranks: Ranks) -> None:
+    ranks.rigs[1].copier.down.delay = lambda: 0.03
+    ranks.serve(PROMPT)
+    assert ranks.each(lambda rig: rig.hierarchy.evict_device(8)) == [8, 8]
+    ranks.drain()
+    ranks.each(Rig.check_idle)
+
+
+def test_flush_with_transfers_that_are_done_on_one(ranks: Ranks) -> None:
+    other = tokens_of(7, 8, 9)
+    ranks.on_disk(PROMPT)
+    slow = ranks.rigs[0]
+    slow.disk.reads.delay = slow.disk.writes.delay = slow.copier.down.delay = lambda: 0.02
+    ranks.serve(other)
+    ranks.each(lambda rig: rig.arrive("r", PROMPT))
+    ranks.each(Rig.flush)
+    assert [len(rig.forest) for rig in ranks] == [0, 0]
+    ranks.each(Rig.check_idle)
+    assert ranks.prefetch("r", other) == [12, 12]
+    ranks.each(Rig.check_disk)
+
+
+def test_close_needs_no_agreement(ranks: Ranks) -> None:
+    """Ranks shut down on their own: a rank alone must not wait for the others."""
+    ranks.serve(PROMPT)
+    ranks.rigs[0].hierarchy.close(5.0)
+    assert ranks.rigs[0].stored_pages(PROMPT) == 4
+    assert ranks.rigs[0].forest.resident_tokens(Tier.DISK) == 16
