@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TieredKVError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_ERROR
+    except OSError as error:
+        sys.stderr.write(f"Cannot {options.command} {options.directory}: {error}.\n")
+        return EXIT_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         return 130

@@ -83,6 +83,7 @@ def possibly_written(first_seed: int, acknowledged: list[int]) -> list[int]:
     return list(range(first_seed, last + 4 * THREADS * BATCH_PAGES))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60 + 10 * ROUNDS)
 @pytest.mark.parametrize("capacity_mib", [512, 12], ids=["ample", "churn"])
 def test_kill_rounds(tmp_path: Path, capacity_mib: int) -> None:

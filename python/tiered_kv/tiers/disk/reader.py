@@ -146,15 +146,17 @@ class PageReader:
         n_failed = n_damaged = 0
         for transfer in bad:
             loc = location(transfer.segment.number, transfer.slot)
+            if entries.locations.get(transfer.page_hash) != loc:
+                continue  # Moved or given up meanwhile: the slot was somebody else's.
             if transfer.outcome is Outcome.FAILED:
                 n_failed += 1
                 if not self._failed_before(loc):
                     continue
             with self._catalog.lock:
-                if not self._catalog.drop(entries, transfer.page_hash, loc):
-                    continue  # Moved or given up meanwhile: the slot was somebody else's.
-            dropped.append((loc, transfer.page_hash))
-            n_damaged += transfer.outcome is Outcome.DAMAGED
+                is_dropped = self._catalog.drop(entries, transfer.page_hash, loc)
+            if is_dropped:
+                dropped.append((loc, transfer.page_hash))
+                n_damaged += transfer.outcome is Outcome.DAMAGED
         self._counters.add(io_errors=n_failed, checksum_failures=n_damaged)
         if dropped:
             logger.warning(

@@ -267,8 +267,12 @@ class DiskStore:
 
     def _save_access(self) -> None:
         """The next run shall know which pages were used lately."""
-        rows: list[tuple[int, int]] = []
-        for segment in self._catalog.segments.values():
-            rows += [row[:2] for row in segment.access_rows()] if segment.touched else []
+        rows = [
+            (access, loc)
+            for segment in self._catalog.segments.values()
+            if segment.touched
+            for access, loc, _ in segment.access_rows()
+            if access & 1  # What was not read is in the index as it is.
+        ]
         for start in range(0, len(rows), _ACCESS_ROWS_PER_COMMIT):
             self._index.save_access(rows[start : start + _ACCESS_ROWS_PER_COMMIT])

@@ -100,6 +100,15 @@ def test_what_is_not_a_disk_tier_is_left_alone(
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
 
 
+def test_system_errors_are_one_line(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (written / "FORMAT").unlink()
+    (written / "FORMAT").mkdir()
+    assert main(["verify", str(written)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"Cannot verify {written}: ")
+    assert error.count("\n") == 1
+
+
 def test_verify(open_store: OpenStore, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(written)]) == 0
     assert "230 pages checked, 0 bad." in capsys.readouterr().out

@@ -44,7 +44,7 @@ def test_readers_and_writers_while_segments_are_reused(
     ns = store.namespace(NAMESPACE, PAGE_BYTES)
     universe = 1200
     payloads = [page_payload(seed, PAGE_BYTES) for seed in range(universe)]
-    deadline = time.monotonic() + 4.0
+    deadline = time.monotonic() + 3.0
     n_read = [0]
 
     def write_some(worker: int) -> None:
@@ -214,10 +214,10 @@ def test_threads_and_descriptors_are_given_back(open_store: OpenStore, directory
     for first in range(0, 50, 10):
         store = open_store(capacity_bytes=8 * MIB)
         ns = store.namespace(NAMESPACE, PAGE_BYTES)
-        write(ns, range(first, first + 300))
+        write(ns, range(first, first + 150))
         read(ns, range(first, first + 10))
         store.clear()
-        write(ns, range(first, first + 300))
+        write(ns, range(first, first + 150))
         store.close()
     assert threading.active_count() == n_threads
     assert len(list(descriptors.iterdir())) == n_fds

@@ -228,7 +228,7 @@ def test_index_damaged_anywhere_never_crashes(open_store: OpenStore, written: Pa
     """Flips at random places: the store opens, returns no wrong page, and takes new ones."""
     index = written / "index.sqlite"
     pristine = index.read_bytes()
-    for seed in range(30):
+    for seed in range(16):
         choose = random.Random(seed)
         index.write_bytes(pristine)
         for _ in range(choose.choice([1, 1, 3, 20])):

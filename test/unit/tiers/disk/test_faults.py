@@ -261,12 +261,14 @@ def test_closing_waits_for_operations_under_way(
     assert results == [1]
 
 
-def test_index_that_cannot_be_written(store: DiskStore, ns: DiskNamespace, clock: Time) -> None:
+def test_index_that_cannot_be_written(store: DiskStore, clock: Time) -> None:
     """A full disk meets SQLite, too: its pages are not acknowledged."""
+    ns = store.namespace(NAMESPACE, 100)
+    write(ns, range(20))
     db = store._index._db
     (blocks,) = db.execute("PRAGMA page_count").fetchone()
     db.execute(f"PRAGMA max_page_count={blocks}")
-    n_written = [write(ns, range(first, first + 30)) for first in range(1000, 4000, 30)]
+    n_written = [write(ns, range(first, first + 50)) for first in range(1000, 2000, 50)]
     assert 0 in n_written
     assert store.stats().degraded
     assert len(ns) == 20 + sum(n_written)
@@ -282,7 +284,7 @@ def test_errors_during_reclaim_lose_no_page_silently(
     store = open_store(io_ops=io, capacity_bytes=8 * MIB)
     store._gate._now = clock
     ns = store.namespace(NAMESPACE, PAGE_BYTES)
-    for step in range(400):
+    for step in range(200):
         io.write_error = errno.EIO if step % 7 == 0 else None
         io.read_error = errno.EIO if step % 5 == 0 else None
         write(ns, [step, step + 1, step + 2])

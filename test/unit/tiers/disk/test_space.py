@@ -28,6 +28,7 @@ from tiered_kv.tiers.disk.segment import Segment
 from tiered_kv.tiers.disk.store import DiskStore
 
 OpenStore = Callable[..., DiskStore]
+SMALL_PAGE_BYTES = 12 << 10
 
 
 class UsageWatch:
@@ -55,7 +56,7 @@ class UsageWatch:
         self._thread.join()
 
 
-@pytest.mark.parametrize("capacity_bytes", [3 * MIB, 16 * MIB, 40 * MIB + 12_345])
+@pytest.mark.parametrize("capacity_bytes", [3 * MIB, 9 * MIB, 20 * MIB + 12_345])
 @pytest.mark.parametrize("page_bytes", [1000, 23_040, 300_000])
 def test_budget_holds_under_churn(
     open_store: OpenStore, directory: Path, capacity_bytes: int, page_bytes: int
@@ -85,7 +86,7 @@ def test_budget_holds_under_churn(
 
 def test_budget_holds_with_mixed_page_sizes(open_store: OpenStore, directory: Path) -> None:
     """Segments change their record size when another model needs the room."""
-    capacity_bytes = 24 * MIB
+    capacity_bytes = 12 * MIB
     store = open_store(capacity_bytes=capacity_bytes)
     spaces = [
         store.namespace(hashlib.sha256(b"%d" % n).digest(), n) for n in (4096, 50_000, 400_000)
@@ -93,8 +94,8 @@ def test_budget_holds_with_mixed_page_sizes(open_store: OpenStore, directory: Pa
     choose = random.Random(9)
     written: list[int] = []
     with UsageWatch(directory) as usage:
-        for step in range(150):
-            ns = spaces[(step // 30) % 3]
+        for step in range(90):
+            ns = spaces[(step // 18) % 3]
             seeds = range(step * 1000, step * 1000 + choose.randint(1, 2_000_000 // ns.page_bytes))
             write(ns, seeds)
             written += seeds
@@ -121,8 +122,8 @@ def test_a_batch_larger_than_the_budget(open_store: OpenStore, directory: Path) 
 
 def test_pages_that_are_read_stay(open_store: OpenStore) -> None:
     """Hot pages lie scattered among pages that nobody wants: they are carried over."""
-    store = open_store(capacity_bytes=24 * MIB)
-    ns = store.namespace(NAMESPACE, PAGE_BYTES)
+    store = open_store(capacity_bytes=6 * MIB)
+    ns = store.namespace(NAMESPACE, SMALL_PAGE_BYTES)
     hot = list(range(10))
     for seed in hot:
         write(ns, [seed, *range(100 * seed + 100, 100 * seed + 119)])
@@ -134,8 +135,8 @@ def test_pages_that_are_read_stay(open_store: OpenStore) -> None:
 
 
 def test_the_least_recently_used_go_first(open_store: OpenStore) -> None:
-    store = open_store(capacity_bytes=24 * MIB)
-    ns = store.namespace(NAMESPACE, PAGE_BYTES)
+    store = open_store(capacity_bytes=6 * MIB)
+    ns = store.namespace(NAMESPACE, SMALL_PAGE_BYTES)
     for seed in range(1000):
         write(ns, [seed])
     kept = readable(ns, range(1000))
@@ -169,12 +170,12 @@ def test_larger_budget_on_reopen(open_store: OpenStore) -> None:
 
 
 def test_damaged_pages_are_not_carried_over(open_store: OpenStore, directory: Path) -> None:
-    store = open_store(capacity_bytes=24 * MIB)
-    ns = store.namespace(NAMESPACE, PAGE_BYTES)
+    store = open_store(capacity_bytes=6 * MIB)
+    ns = store.namespace(NAMESPACE, SMALL_PAGE_BYTES)
     write(ns, range(5))
     read(ns, range(5))
     with segment_files(directory)[0].open("r+b") as file:
-        file.seek(BLOCK_BYTES + 2 * (BLOCK_BYTES + PAGE_BYTES) + BLOCK_BYTES)
+        file.seek(BLOCK_BYTES + 2 * (BLOCK_BYTES + SMALL_PAGE_BYTES) + BLOCK_BYTES)
         file.write(b"damage")
     for seed in range(100, 600):
         write(ns, [seed])
