@@ -67,10 +67,10 @@ def flags_of_server(environment: dict[str, str], *flags: str) -> list[str]:
 
 def test_defaults(environment: dict[str, str]) -> None:
     words = flags_of_server(environment)
-    assert words[:10] == [
+    assert words[:11] == [
         *("--tiered-kv", "--host", "127.0.0.1"),
         *("--model-path", DEMO, "--served-model-name", "SmolLM2-135M-Instruct"),
-        *("--max-total-tokens", "16384", "--skip-server-warmup"),
+        *("--max-total-tokens", "16384", "--skip-server-warmup", "--sleep-on-idle"),
     ]
 
 

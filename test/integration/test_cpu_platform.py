@@ -1,0 +1,82 @@
+"""Stock SGLang on the CPU platform, without --tiered-kv: everything a scheduler does works there.
+
+The plugin isn't loaded, only the platform is. In float32, where a request's answer doesn't depend
+on what runs beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from support.client import generate, generate_all
+from support.prompts import PromptMaker
+from support.server import FLOAT32, Server
+from tiered_kv.plugin.platform_adapter import has_accelerator
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.slow,
+    pytest.mark.skipif(has_accelerator(), reason="needs a machine without an accelerator"),
+]
+
+ONLY_PLATFORM = {"SGLANG_PLUGINS": "tiered_kv_cpu"}
+PROMPT_TOKENS = 100
+NEW_TOKENS = 100
+# Room for three requests at their longest, while more are admitted: some must be retracted.
+POOL_TOKENS = 768
+
+
+@pytest.fixture(scope="module", params=[1, 64])
+def server(make_server: Callable[..., Server], request: pytest.FixtureRequest) -> Iterator[Server]:
+    flags = ["--page-size", request.param, "--max-total-tokens", POOL_TOKENS]
+    # The prompts take two chunks; low conservativeness admits more than the pool can finish.
+    flags += ["--chunked-prefill-size", 64, "--schedule-conservativeness", 0.01]
+    name = f"cpu_platform_page_{request.param}"
+    with make_server(name, *FLOAT32, *flags, env=ONLY_PLATFORM) as server:
+        yield server
+
+
+def test_answers_survive_chunks_company_and_retraction(
+    server: Server, prompts: PromptMaker
+) -> None:
+    tokens = [prompts.tokens(f"cpu-{number}", PROMPT_TOKENS) for number in range(8)]
+    alone = [generate(server, prompt, NEW_TOKENS).output_ids for prompt in tokens]
+    server.flush_cache()
+    together = generate_all(server, tokens, NEW_TOKENS, concurrency=8)
+    assert [answer.output_ids for answer in together] == alone
+    assert sum(answer.meta_info["num_retractions"] for answer in together) > 0
+
+
+def test_a_prefix_is_found_again_and_flushed(server: Server, prompts: PromptMaker) -> None:
+    prompt = prompts.tokens("cpu-prefix", 150)
+    server.flush_cache()
+    assert generate(server, prompt).cached_tokens == 0
+    assert generate(server, prompt).cached_tokens >= 128  # whole pages, and never the last token
+    server.flush_cache()
+    assert generate(server, prompt).cached_tokens == 0
+
+
+def test_a_json_schema_is_kept_to(server: Server) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"population": {"type": "integer", "minimum": 0, "maximum": 999}},
+        "required": ["population"],
+        "additionalProperties": False,
+    }
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": "The population of Paris as JSON."}],
+        "max_tokens": 64,
+        "temperature": 0,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "city", "schema": schema},
+        },
+    }
+    response = server.post("/v1/chat/completions", body)
+    assert response.status_code == 200, response.text
+    answer = json.loads(response.json()["choices"][0]["message"]["content"])
+    assert 0 <= answer["population"] <= 999
