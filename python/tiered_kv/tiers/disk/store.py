@@ -85,16 +85,17 @@ class DiskStore:
             other_bytes=size_of_aside(directory),
         )
         self._space.shrink_to_budget()
-        self._pool = IoPool(io_threads)
+        # One pool each: a request that waits for its pages must not queue behind write-backs.
+        self._read_pool, self._write_pool = IoPool(io_threads), IoPool(io_threads)
         reader = PageReader(
-            self._catalog, self._index, self._space, page_io, self._pool, self._counters
+            self._catalog, self._index, self._space, page_io, self._read_pool, self._counters
         )
         writer = PageWriter(
             self._catalog,
             self._index,
             self._space,
             page_io,
-            self._pool,
+            self._write_pool,
             self._gate,
             self._counters,
             lambda: refill_index(self._index, self._catalog),
@@ -116,7 +117,7 @@ class DiskStore:
         """Open (or make) a disk tier.
 
         capacity_bytes: hard limit on everything below `directory`.
-        io_threads: I/Os in flight per batch.
+        io_threads: I/Os in flight per batch of reads or writes.
         direct_io: past the page cache (True), through it (False), or past it if the file system
             can (None).
         sync_writes: acknowledge a page only once it would survive a power loss.
@@ -248,7 +249,8 @@ class DiskStore:
         """
         if not self._operations.shut():
             return
-        self._pool.close()
+        self._read_pool.close()
+        self._write_pool.close()
         try:
             self._save_access()
             self._index.compact()
