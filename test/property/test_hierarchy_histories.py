@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from support_tiers.doubles import PATIENCE_S, BarrierMinimum, random_delays
 from support_tiers.random_history import History
-from support_tiers.tier_rig import PATIENCE_S, BarrierMinimum, Rig, new_disk, random_delays
+from support_tiers.tier_rig import Rig, new_disk
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.context import host_pages_of

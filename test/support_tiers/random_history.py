@@ -11,7 +11,8 @@ import random
 from array import array
 from collections.abc import Callable
 
-from support_tiers.tier_rig import FaultyDisk, Request, Rig, tokens_of
+from support_tiers.doubles import FaultyDisk
+from support_tiers.tier_rig import Request, Rig, tokens_of
 from tiered_kv.core.ids import Tier
 
 MAX_RUNNING = 4

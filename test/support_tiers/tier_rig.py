@@ -9,13 +9,10 @@ by layer behind the gate, insert), and accounts for every slot of both pools.
 from __future__ import annotations
 
 import hashlib
-import itertools
-import random
 import threading
 import time
 from array import array
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -23,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from support_tiers.doubles import PATIENCE_S, Faults, FaultyCopier, FaultyDisk, PagedAllocator
 from tiered_kv.core.config import MemoryConfig
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
@@ -31,20 +29,16 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.tiers.context import TierContext, device_slots_of, host_pages_of
-from tiered_kv.tiers.device import After, CpuPageCopier, LayerDone, byte_pages
+from tiered_kv.tiers.device import byte_pages
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.in_memory import InMemoryStore
-from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Collective, SingleRank
 
 PAGE_SIZE = 4
 N_LAYERS = 3
-SLOT_BYTES = 4096
 NAMESPACE = namespace_hash("a model")
 
-#: No wait of a test should take longer; with it a hang becomes a failure with a stack.
-PATIENCE_S = 20.0
 #: How long a transfer is held back from a call that must wait for it.
 A_MOMENT_S = 0.05
 
@@ -59,166 +53,6 @@ def tokens_of(*pages: int, page_size: int = PAGE_SIZE, tail: int = 0) -> array[i
 def page_kv(page_hash: bytes, page_bytes: int) -> bytes:
     """What a forward pass computes for the page of this hash: `page_bytes` pseudo-random bytes."""
     return hashlib.shake_128(page_hash).digest(page_bytes)
-
-
-class PagedAllocator:
-    """Like upstream's paged allocator: a free list of pages, page 0 never handed out."""
-
-    def __init__(self, n_pages: int, page_size: int) -> None:
-        self.n_pages = n_pages
-        self.page_size = page_size
-        self.free_pages = list(range(1, n_pages + 1))
-
-    def available(self) -> int:
-        return len(self.free_pages) * self.page_size
-
-    def alloc(self, n_tokens: int) -> torch.Tensor | None:
-        assert n_tokens % self.page_size == 0
-        n = n_tokens // self.page_size
-        if n > len(self.free_pages):
-            return None
-        taken, self.free_pages = self.free_pages[:n], self.free_pages[n:]
-        pages = torch.tensor(taken, dtype=torch.int64)
-        return (pages[:, None] * self.page_size + torch.arange(self.page_size)).reshape(-1)
-
-    def free(self, slots: torch.Tensor) -> None:
-        pages = self.pages_of(slots)
-        assert not set(pages) & set(self.free_pages), f"pages {pages} are freed twice"
-        self.free_pages += pages
-
-    def pages_of(self, slots: torch.Tensor) -> list[int]:
-        """The pages of whole pages of slots, which must be in order."""
-        rows = slots.reshape(-1, self.page_size)
-        pages = rows[:, 0] // self.page_size
-        expected = pages[:, None] * self.page_size + torch.arange(self.page_size)
-        assert torch.equal(rows, expected), "these slots are not whole pages"
-        return pages.tolist()
-
-
-class Faults:
-    """When a transfer of one kind is slow, held back, or fails; set by tests, read by workers."""
-
-    def __init__(self) -> None:
-        self.delay: Callable[[], float] = float
-        self.error: Exception | None = None
-        self._open = threading.Event()
-        self._open.set()
-
-    def hold(self) -> None:
-        """Transfers stop here until `release`."""
-        self._open.clear()
-
-    def release(self) -> None:
-        self._open.set()
-
-    def pass_through(self) -> None:
-        """A transfer comes by."""
-        assert self._open.wait(PATIENCE_S), "a transfer was held back and never released"
-        delay_s = self.delay()
-        if delay_s:
-            time.sleep(delay_s)
-        if self.error is not None:
-            raise self.error
-
-
-class FaultyCopier(CpuPageCopier):
-    """The CPU copier with `Faults` before each copy, and a delay before each layer of a load."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.up = Faults()
-        self.down = Faults()
-        self.fail_at_layer: int | None = None
-
-    def to_host(self, device_slots: torch.Tensor, host_pages: PageIds, after: After) -> None:
-        self.down.pass_through()
-        super().to_host(device_slots, host_pages, after)
-
-    def to_device(
-        self,
-        host_pages: PageIds,
-        device_slots: torch.Tensor,
-        after: After,
-        layer_done: LayerDone,
-    ) -> None:
-        self.up.pass_through()
-
-        def slow_layer_done(layer: int, event: Any) -> None:
-            if layer == self.fail_at_layer:
-                raise OSError("the bus is gone")
-            layer_done(layer, event)
-            delay_s = self.up.delay()
-            if delay_s:
-                time.sleep(delay_s / 4)
-
-        super().to_device(host_pages, device_slots, after, slow_layer_done)
-
-
-class FaultyDisk:
-    """A namespace with `Faults`, and with limits on how many leading pages of a call succeed."""
-
-    def __init__(self, namespace: Any) -> None:
-        self.namespace = namespace
-        self.page_bytes = namespace.page_bytes
-        self.reads = Faults()
-        self.writes = Faults()
-        self.pages_per_read: int | None = None
-        self.pages_per_write: int | None = None
-        #: How many leading pages the next reads bring, one entry per read; then all of them.
-        self.reads_to_come: deque[int] = deque()
-        self.n_read_calls = 0
-
-    def __len__(self) -> int:
-        return len(self.namespace)
-
-    def contains(self, page_hash: bytes) -> bool:
-        return bool(self.namespace.contains(page_hash))
-
-    def count_prefix(self, hashes: Sequence[bytes]) -> int:
-        return int(self.namespace.count_prefix(hashes))
-
-    def write_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> int:
-        self.writes.pass_through()
-        n = self.pages_per_write
-        return int(self.namespace.write_pages(hashes[:n], buffers[:n]))
-
-    def read_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> int:
-        self.n_read_calls += 1
-        self.reads.pass_through()
-        n = self.reads_to_come.popleft() if self.reads_to_come else self.pages_per_read
-        return int(self.namespace.read_pages(hashes[:n], buffers[:n]))
-
-
-class BarrierMinimum:
-    """The minimum over rank threads; every rank must make the same calls in the same order."""
-
-    def __init__(self, n_ranks: int) -> None:
-        self._n_ranks = n_ranks
-        self._values: list[list[int]] = [[] for _ in range(n_ranks)]
-        self._barrier = threading.Barrier(n_ranks, timeout=PATIENCE_S)
-
-    def rank(self, index: int) -> Collective:
-        return _BarrierRank(self, index)
-
-    def abort(self) -> None:
-        """A rank has failed: wake the others with BrokenBarrierError."""
-        self._barrier.abort()
-
-    def minimum(self, index: int, values: list[int]) -> list[int]:
-        self._values[index] = list(values)
-        self._barrier.wait()
-        columns = list(zip(*self._values, strict=True))  # raises if ranks ask different things
-        self._barrier.wait()
-        return [min(column) for column in columns]
-
-
-@dataclass(frozen=True, slots=True)
-class _BarrierRank:
-    parent: BarrierMinimum
-    index: int
-
-    def minimum(self, values: list[int]) -> list[int]:
-        return self.parent.minimum(self.index, values)
 
 
 @dataclass(eq=False)
@@ -301,7 +135,6 @@ class Rig:
         self.requests: list[Request] = []
         #: Every page hash this rig has met, for looking at the disk.
         self.known_hashes: set[bytes] = set()
-        self._rids = itertools.count()
 
     # -- what the model computes --------------------------------------------------------------
 
@@ -592,7 +425,16 @@ def new_disk(store: InMemoryStore | None = None, namespace: bytes = NAMESPACE) -
     return FaultyDisk((store or InMemoryStore()).namespace(namespace, page_bytes))
 
 
-def random_delays(seed: int, longest_s: float) -> Callable[[], float]:
-    """Delays for `Faults`: half of them none, the others up to `longest_s`."""
-    rng = random.Random(seed)
-    return lambda: rng.random() * longest_s if rng.random() < 0.5 else 0.0
+def on_host(rig: Rig, *prompts: array[int]) -> None:
+    """Serves the prompts and leaves them on the host (and the disk, if there is one) alone."""
+    for prompt in prompts:
+        rig.serve(prompt)
+    rig.drain()
+    rig.drop_from_device()
+
+
+def on_disk(rig: Rig, *prompts: array[int]) -> None:
+    """Serves the prompts and leaves them on the disk alone."""
+    on_host(rig, *prompts)
+    rig.drop_from_host()
+    assert len(rig.forest) == 0

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support_tiers.tier_rig import BarrierMinimum, Rig, new_disk, tokens_of
 
+from support_tiers.doubles import BarrierMinimum
+from support_tiers.tier_rig import Rig, new_disk, tokens_of
 from tiered_kv.core.ids import Tier
 
 pytestmark = pytest.mark.timeout(60)
