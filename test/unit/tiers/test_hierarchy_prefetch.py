@@ -7,13 +7,15 @@ request is served, by its layers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from support_tiers.doubles import FaultyDisk
-from support_tiers.tier_rig import Rig, new_disk, on_disk, on_host, tokens_of
+from support_tiers.tier_rig import NAMESPACE, Rig, new_disk, on_disk, on_host, tokens_of
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
+from tiered_kv.tiers.disk.store import DiskStore
 from tiered_kv.tiers.in_memory import InMemoryStore
 
 pytestmark = pytest.mark.timeout(60)
@@ -53,6 +55,23 @@ def test_restart(make_rig: MakeRig) -> None:
     assert [m for m in second.events.moved if m[1] is Tier.DISK] == [(Tier.HOST, Tier.DISK, 1)]
     second.check_idle()
     second.check_disk()
+
+
+def test_restart_over_files(make_rig: MakeRig, tmp_path: Path) -> None:
+    """The same with the real disk tier, which another process would have written."""
+    page_bytes = new_disk().page_bytes
+    with DiskStore.open(tmp_path / "disk", capacity_bytes=64 << 20) as store:
+        first = make_rig(disk=store.namespace(NAMESPACE, page_bytes))
+        first.serve(PROMPT)
+        first.hierarchy.close(10.0)
+    with DiskStore.open(tmp_path / "disk", capacity_bytes=64 << 20) as store:
+        second = make_rig(disk=store.namespace(NAMESPACE, page_bytes))
+        assert second.prefetch("r", PROMPT) == 16
+        assert second.serve(PROMPT).n_host == 16
+        second.drain()
+        second.check_idle()
+        second.check_disk()
+        second.close()
 
 
 def test_a_miss_leaves_no_ticket(make_rig: MakeRig) -> None:
