@@ -14,9 +14,10 @@ import pytest
 import requests
 
 from support.client import Answer, generate, generate_all
-from support.damage import copy_with_other_weights, damage_index, damage_segments
+from support.damage import damage_index, damage_segments
 from support.demo_model import host_size
 from support.metrics import wait_for_disk
+from support.models import copy_with_other_weights
 from support.oracle import Oracle
 from support.prompts import PromptMaker
 from support.server import FLOAT32, Server

@@ -19,11 +19,11 @@ from support.server import FLOAT32, Server
 from support.workload import differences, mixed_requests, serve
 from tiered_kv.metrics import names
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 N_REQUESTS = 300
 CONCURRENCY = 16
-DEVICE_TOKENS = 1024
+DEVICE_TOKENS = 640
 #: Little, so that more requests are admitted than fit and some must be retracted.
 CONSERVATIVENESS = 0.05
 CORRUPT_HOST = Path(__file__).parents[1] / "support" / "corrupt_host"
@@ -33,7 +33,7 @@ def tight(disk: Path) -> list[object]:
     return [
         *FLOAT32, "--page-size", 16, "--chunked-prefill-size", 64,
         "--max-total-tokens", DEVICE_TOKENS, "--schedule-conservativeness", CONSERVATIVENESS,
-        "--tiered-kv", "--tiered-kv-host-size", host_size(1536),
+        "--tiered-kv", "--tiered-kv-host-size", host_size(1024),
         "--tiered-kv-disk-dir", disk, "--tiered-kv-disk-size", "500MB",
         "--tiered-kv-debug-integrity", "--enable-metrics",
     ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 
@@ -31,16 +30,3 @@ def damage_segments(disk: Path) -> int:
 def damage_index(disk: Path) -> int:
     """Flips bytes in every index below `disk`, the header left alone so that it still opens."""
     return sum(flip_bytes(path, every=61, first=4096) for path in disk.rglob("index.sqlite"))
-
-
-def copy_with_other_weights(model: Path, to: Path) -> Path:
-    """A model of the same name, shapes and tokenizer whose last layer was, say, fine-tuned."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors"))
-    (weights,) = model.glob("*.safetensors")
-    tensors = load_file(weights)
-    name = max(n for n in tensors if n.endswith("mlp.down_proj.weight"))
-    tensors[name] = tensors[name] * 1.01
-    save_file(tensors, to / weights.name, metadata={"format": "pt"})
-    return to

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 LAYERS = 30
+HIDDEN = 576
+Q_HEADS = 9
 KV_HEADS = 3
 HEAD_DIM = 64
 

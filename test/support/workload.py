@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import requests
@@ -26,20 +26,25 @@ class Request:
     max_new_tokens: int
     give_up: str | None = None
     patience_s: float = 0.0
+    extra_key: str | None = None
+
+    def alone(self, key: str) -> Request:
+        """The same, under a key of its own and by a client that waits."""
+        return replace(self, give_up=None, extra_key=key)
 
 
 def mixed_requests(prompts: PromptMaker, n: int, seed: int) -> list[Request]:
     """`n` requests: a dozen families, each a tree of prefixes; one in six gives up."""
     rng = random.Random(seed)
-    trunks = [prompts.tokens(f"family {seed} {i}", rng.randrange(60, 220)) for i in range(12)]
+    trunks = [prompts.tokens(f"family {seed} {i}", rng.randrange(48, 160)) for i in range(12)]
     load = []
     for i in range(n):
         trunk = rng.choice(trunks)
         shared = trunk[: rng.randrange(len(trunk) // 3, len(trunk) + 1)]
-        tail = prompts.tokens(f"tail {seed} {i}", rng.randrange(4, 60))
+        tail = prompts.tokens(f"tail {seed} {i}", rng.randrange(4, 40))
         if rng.random() < 0.1:
             tail = ()  # exactly a prefix of others, and sometimes the same prompt again
-        long_answer = rng.random() < 0.15
+        long_answer = rng.random() < 0.12
         n_new = rng.randrange(40, 64) if long_answer else rng.randrange(2, 16)
         give_up = rng.choice(["disconnect", "abort"]) if rng.random() < 1 / 6 else None
         load.append(Request((*shared, *tail), n_new, give_up, rng.uniform(0.02, 2.0)))
@@ -53,7 +58,8 @@ def serve(server: Server, load: Sequence[Request], concurrency: int) -> list[Ans
 
 def _serve_one(server: Server, request: Request) -> Answer | None:
     if request.give_up is None:
-        return generate(server, request.prompt, request.max_new_tokens)
+        extra = {} if request.extra_key is None else {"extra_key": request.extra_key}
+        return generate(server, request.prompt, request.max_new_tokens, **extra)
     rid = uuid.uuid4().hex
     body = request_body(request.prompt, request.max_new_tokens, rid=rid, stream=True)
     if request.give_up == "abort":

@@ -1,0 +1,73 @@
+"""Models beside the demo model: one that looks the same, one that two ranks can share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+
+def copy_with_other_weights(model: Path, to: Path) -> Path:
+    """A model of the same name, shapes and tokenizer whose last layer was, say, fine-tuned."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors"))
+    (weights,) = model.glob("*.safetensors")
+    tensors = load_file(weights)
+    name = max(n for n in tensors if n.endswith("mlp.down_proj.weight"))
+    tensors[name] = tensors[name] * 1.01
+    save_file(tensors, to / weights.name, metadata={"format": "pt"})
+    return to
+
+
+def tiny_model_for_two_ranks(model: Path, to: Path) -> Path:
+    """Random weights, an even number of heads (the demo model has nine), `model`'s tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    theirs = json.loads((model / "config.json").read_text())
+    config = LlamaConfig(
+        vocab_size=theirs["vocab_size"],
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        # Wide enough that answers depend on the prompt and the best token stands out.
+        initializer_range=0.1,
+        bos_token_id=theirs["bos_token_id"],
+        eos_token_id=theirs["eos_token_id"],
+        dtype="float32",
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(to)
+    return to
+
+
+def random_lora_adapter(to: Path, seed: int) -> Path:
+    """A PEFT adapter of rank 4 for the demo model's queries and values, strong enough to matter."""
+    import torch
+    from safetensors.torch import save_file
+
+    from support.demo_model import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, Q_HEADS
+
+    generator = torch.Generator().manual_seed(seed)
+    outputs = {"q_proj": Q_HEADS * HEAD_DIM, "v_proj": KV_HEADS * HEAD_DIM}
+    tensors = {}
+    for layer in range(LAYERS):
+        for name, n_outputs in outputs.items():
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, HIDDEN, generator=generator) * 0.05
+            tensors[f"{prefix}.lora_B.weight"] = (
+                torch.randn(n_outputs, 4, generator=generator) * 0.05
+            )
+    to.mkdir()
+    save_file(tensors, to / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none",
+        "lora_dropout": 0.0, "target_modules": sorted(outputs), "base_model_name_or_path": "demo",
+    }  # fmt: skip
+    (to / "adapter_config.json").write_text(json.dumps(config))
+    return to
