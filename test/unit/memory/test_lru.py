@@ -73,7 +73,16 @@ def test_what_was_pinned_and_released_competes_again_once(forest: Forest, root: 
         forest.pin(first, DEVICE)
         assert policy.victims(DEVICE, 9) == [second]
         forest.unpin(first, DEVICE)
-        assert policy.victims(DEVICE, 9) == [first, second]
+        assert policy.victims(DEVICE, 2) == [first, second]
+
+
+def test_a_node_that_became_a_leaf_twice_counts_once(forest: Forest, root: Node) -> None:
+    policy = LruEviction(forest)
+    first, second = add(forest, root, 1), add(forest, root, 2)
+    assert policy.victims(DEVICE, 1) == [first]
+    forest.pin(first, DEVICE)
+    forest.unpin(first, DEVICE)
+    assert policy.victims(DEVICE, 2) == [first, second]
 
 
 def test_forgotten_nodes_are_not_kept_in_memory_or_proposed(forest: Forest, root: Node) -> None:
