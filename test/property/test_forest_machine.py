@@ -17,28 +17,20 @@ from __future__ import annotations
 import itertools
 import os
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import initialize, rule
 
-from tiered_kv.core.config import MemoryConfig
+from support_forest.compared import ComparedForest
+from support_forest.model import ABSENT, RESIDENT, TIERS, Model, Page, is_prefix
 from tiered_kv.core.errors import IntegrityError
 from tiered_kv.core.ids import Tier
-from tiered_kv.forest.forest import Forest
-from tiered_kv.forest.key import namespace_hash
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
-from tiered_kv.memory.manager import MemoryManager
 
-ABSENT, RESIDENT = Residency.ABSENT, Residency.RESIDENT
-TIERS = (Tier.DEVICE, Tier.HOST, Tier.DISK)
 SETTINGS = settings(
     max_examples=int(os.environ.get("TIERED_KV_PROPERTY_EXAMPLES", "100")),
     stateful_step_count=40,
@@ -57,192 +49,8 @@ TIER = st.sampled_from(TIERS)
 IN_TRANSFER = st.sampled_from([Residency.LOADING, Residency.WRITING_BACK])
 SLOT_KIND = st.sampled_from(["list", "range", "numpy"])
 
-Page = tuple[int, tuple[int, ...]]  # namespace, pages up to and with this one
 
-
-@dataclass
-class InTier:
-    state: Residency = ABSENT
-    slots: tuple[int, ...] = ()
-    op: int | None = None
-
-
-def absent_everywhere() -> dict[Tier, InTier]:
-    return {tier: InTier() for tier in TIERS}
-
-
-@dataclass
-class Model:
-    pages: dict[Page, dict[Tier, InTier]] = field(default_factory=dict)
-    pins: Counter[tuple[Page, Tier]] = field(default_factory=Counter)
-
-    def pin(self, page: Page, tier: Tier, n: int) -> None:
-        for above in self.path(*page):
-            self.pins[above, tier] += n
-
-    def n_pins(self, page: Page, tier: Tier) -> int:
-        return self.pins[page, tier]
-
-    def children(self, page: Page) -> list[Page]:
-        possible = [(page[0], (*page[1], symbol)) for symbol in (0, 1, 2)]
-        return [child for child in possible if child in self.pages]
-
-    def present_children(self, page: Page, tier: Tier) -> list[Page]:
-        return [c for c in self.children(page) if self.pages[c][tier].state is not ABSENT]
-
-    def may_come(self, page: Page, tier: Tier) -> bool:
-        """Whether DEVICE would stay prefix-closed with `page` there."""
-        above = parent(page)
-        in_root = not above[1]
-        return tier is not Tier.DEVICE or in_root or self.pages[above][tier].state is not ABSENT
-
-    def leaf_pages(self, tier: Tier) -> set[Page]:
-        return {
-            page
-            for page, tiers in self.pages.items()
-            if tiers[tier].state is RESIDENT
-            and not self.n_pins(page, tier)
-            and not self.present_children(page, tier)
-        }
-
-    def known(self, root: int, symbols: Sequence[int]) -> int:
-        """How many leading pages are known."""
-        n = 0
-        while n < len(symbols) and (root, tuple(symbols[: n + 1])) in self.pages:
-            n += 1
-        return n
-
-    def path(self, root: int, symbols: Sequence[int]) -> list[Page]:
-        return [(root, tuple(symbols[: n + 1])) for n in range(len(symbols))]
-
-    def of_op(self, op: int, tier: Tier) -> list[Page]:
-        pages = [page for page, tiers in self.pages.items() if tiers[tier].op == op]
-        return sorted(pages, key=lambda page: len(page[1]))
-
-    def prune(self) -> None:
-        needed: set[Page] = set()
-        for page, tiers in self.pages.items():
-            held = any(tiers[tier].state is not ABSENT for tier in (Tier.DEVICE, Tier.HOST))
-            moving = any(tiers[tier].op is not None for tier in TIERS)
-            pinned = any(self.n_pins(page, tier) for tier in TIERS)
-            if held or moving or pinned:
-                needed.update(self.path(*page))
-        self.pages = {page: tiers for page, tiers in self.pages.items() if page in needed}
-
-    def freeable(self, tier: Tier) -> int:
-        """Pages that evicting leaves, again and again, would free."""
-        left = {page for page, tiers in self.pages.items() if tiers[tier].state is not ABSENT}
-        n_before = len(left)
-        progress = True
-        while progress:
-            progress = False
-            for page in sorted(left, key=lambda page: -len(page[1])):
-                alone = not any(child in left for child in self.children(page))
-                mine = self.pages[page][tier]
-                if alone and mine.state is RESIDENT and not self.n_pins(page, tier):
-                    left.discard(page)
-                    progress = True
-        return n_before - len(left)
-
-
-def parent(page: Page) -> Page:
-    return page[0], page[1][:-1]
-
-
-def is_prefix(page: Page, of: Page) -> bool:
-    return page[0] == of[0] and of[1][: len(page[1])] == page[1]
-
-
-class ForestMachine(RuleBasedStateMachine):
-    page_size = 1
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forest = Forest(self.page_size)
-        self.manager = MemoryManager(self.forest, MemoryConfig())
-        self.roots = [self.forest.root(namespace_hash("model", i)) for i in range(2)]
-        self.model = Model()
-        self.n_slots = 0
-        self.n_ops = 0
-        self.given_back: set[int] = set()
-        self.held: list[tuple[Node, Page, Tier]] = []
-        self.held_before_clear: list[tuple[Node, Tier]] = []
-        self.patterns = self.page_patterns()
-
-    def page_patterns(self) -> list[list[int]]:
-        if self.page_size == 1:
-            return [[0], [1], [2]]
-        zeros = [0] * (self.page_size - 1)
-        return [[0, *zeros], [*zeros, 1], [1, *zeros]]
-
-    # -- translation --------------------------------------------------------------------------
-
-    def tokens(self, symbols: Iterable[int], tail: int = 0) -> array[int]:
-        tokens = [token for symbol in symbols for token in self.patterns[symbol]]
-        return array("q", tokens + [0] * (tail % self.page_size))
-
-    def symbols_of(self, node: Node) -> list[int]:
-        size, tokens = self.page_size, node.tokens.tolist()
-        return [self.patterns.index(tokens[i : i + size]) for i in range(0, len(tokens), size)]
-
-    def page_of(self, node: Node) -> Page:
-        """The last page of `node`."""
-        symbols: list[int] = []
-        while not node.is_root:
-            symbols[:0] = self.symbols_of(node)
-            assert node.parent is not None
-            node = node.parent
-        return self.roots.index(node), tuple(symbols)
-
-    def pages_of(self, node: Node) -> list[Page]:
-        root, symbols = self.page_of(node)
-        return self.model.path(root, symbols)[-node.n_pages :]
-
-    def a_node(self, choice: int) -> Node | None:
-        nodes = self.forest.nodes()
-        return nodes[choice % len(nodes)] if nodes else None
-
-    def an_op(self, choice: int) -> tuple[int, Tier] | None:
-        ops = sorted(
-            {
-                (in_tier.op, tier)
-                for tiers in self.model.pages.values()
-                for tier, in_tier in tiers.items()
-                if in_tier.op is not None
-            }
-        )
-        return ops[choice % len(ops)] if ops else None
-
-    def new_slots(self, n_pages: int, tier: Tier, kind: str) -> Any:
-        """Slots never given out before: one per token on DEVICE, one per page on HOST."""
-        if tier > Tier.HOST:
-            return None
-        n = n_pages * self.page_size if tier is Tier.DEVICE else n_pages
-        ids = range(self.n_slots, self.n_slots + n)
-        self.n_slots += n
-        return {"list": list, "range": range_of, "numpy": np.array}[kind](ids)
-
-    def cut(self, slots: Any, n_pages: int, index: int) -> tuple[int, ...]:
-        if slots is None:
-            return ()
-        unit = len(slots) // n_pages
-        return tuple(int(slot) for slot in slots[index * unit : (index + 1) * unit])
-
-    def take_back(self, slots: Any, expected: Iterable[int]) -> None:
-        ids = [] if slots is None else [int(slot) for slot in slots]
-        assert ids == list(expected)
-        assert self.given_back.isdisjoint(ids)
-        assert len(set(ids)) == len(ids)
-        self.given_back.update(ids)
-
-    def settle(self, page: Page, tier: Tier, state: Residency, slots: Any, op: Any = None) -> None:
-        self.model.pages.setdefault(page, absent_everywhere())[tier] = InTier(state, slots, op)
-
-    def vacate(self, page: Page, tier: Tier) -> tuple[int, ...]:
-        slots = self.model.pages[page][tier].slots
-        self.model.pages[page][tier] = InTier()
-        return slots
-
+class ForestMachine(ComparedForest):
     # -- prefixes -----------------------------------------------------------------------------
 
     @rule(root=ROOTS, symbols=SYMBOLS, tail=CHOICE, cap=CAP)
@@ -597,59 +405,6 @@ class ForestMachine(RuleBasedStateMachine):
             self.insert_whole(root, symbols, 0, Tier.DEVICE, "list")
         for fetch in fetches:
             self.fetch_rest(*fetch)
-
-    @invariant()
-    def forest_equals_model(self) -> None:
-        self.model.prune()
-        self.forest.check_integrity(deep=True)
-        seen: dict[Page, dict[Tier, InTier]] = {}
-        pins: dict[tuple[Page, Tier], int] = {}
-        for node in self.forest.nodes():
-            for index, page in enumerate(self.pages_of(node)):
-                assert page not in seen
-                seen[page] = {
-                    tier: InTier(
-                        node.state(tier),
-                        self.cut(node.slots(tier), node.n_pages, index),
-                        node.op(tier),
-                    )
-                    for tier in TIERS
-                }
-                pins.update({(page, tier): node.pins(tier) for tier in TIERS})
-        assert seen == self.model.pages
-        assert pins == {
-            (page, tier): self.model.n_pins(page, tier)
-            for page in self.model.pages
-            for tier in TIERS
-        }
-
-    @invariant()
-    def totals_equal_model(self) -> None:
-        for tier in TIERS:
-            mine = {page: tiers[tier] for page, tiers in self.model.pages.items()}
-            present = [page for page, in_tier in mine.items() if in_tier.state is not ABSENT]
-            resident = [page for page in present if mine[page].state is RESIDENT]
-            free = [page for page in resident if not self.model.n_pins(page, tier)]
-            size = self.page_size
-            assert self.forest.resident_tokens(tier) == len(resident) * size
-            assert self.forest.evictable_tokens(tier) == len(free) * size
-            assert self.forest.protected_tokens(tier) == (len(present) - len(free)) * size
-            leaves = [self.page_of(node) for node in self.forest.leaves(tier)]
-            assert len(leaves) == len(set(leaves))
-            assert set(leaves) == self.model.leaf_pages(tier)
-
-    @invariant()
-    def every_slot_is_somewhere_once(self) -> None:
-        held = [
-            slot for tiers in self.model.pages.values() for t in TIERS for slot in tiers[t].slots
-        ]
-        assert len(set(held)) == len(held)
-        assert self.given_back.isdisjoint(held)
-        assert self.given_back.union(held) == set(range(self.n_slots))
-
-
-def range_of(ids: range) -> range:
-    return ids
 
 
 def machine_for(page_size: int) -> Any:

@@ -1,0 +1,1 @@
+"""What the forest's property tests are made of."""
