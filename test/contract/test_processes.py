@@ -17,7 +17,7 @@ psutil = pytest.importorskip("psutil")
 
 from support.server import Server  # noqa: E402
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.long]
 
 # Reports, once a second, what of the plugin is there in this process.
 REPORTER = """
