@@ -18,7 +18,7 @@ from support.oracle import Oracle
 from support.prompts import PromptMaker
 from support.server import FLOAT32, SGLANG_SERVE, Server
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
 
 ENGINE_PROGRAM = Path(__file__).parents[1] / "support" / "engine_program.py"
 

@@ -22,7 +22,7 @@ from support.oracle import Oracle
 from support.prompts import PromptMaker
 from support.server import FLOAT32, Server
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
 
 N_TOKENS = 400
 N_REUSABLE = 384

@@ -18,7 +18,7 @@ from support.server import START_TIMEOUT_S, free_port
 
 SERVE = Path(__file__).parents[2] / "scripts" / "serve"
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.long]
 
 
 @dataclass

@@ -19,7 +19,7 @@ from support.server import FLOAT32, Server
 from support.workload import differences, mixed_requests, serve
 from tiered_kv.metrics import names
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(1800)]
 
 N_REQUESTS = 300
 CONCURRENCY = 16
