@@ -13,28 +13,25 @@ from typing import Any
 
 from tiered_kv.core.errors import ConfigError
 
+# fmt: off
 _UNGATED_MLP = frozenset(
-    [
-        "gpt2",
-        "gpt_neox",
-        "gptj",
-        "gpt_bigcode",
-        "opt",
-        "bloom",
-        "falcon",
-        "phi",
-        "starcoder2",
-        "codegen",
-        "mpt",
-        "nemotron",
-    ]
+    {
+        "gpt2", "gpt_neox", "gptj", "gpt_bigcode", "opt", "bloom", "falcon", "phi",
+        "starcoder2", "codegen", "mpt", "nemotron",
+    }
 )
 _QKV_BIAS = frozenset(
-    ["qwen", "qwen2", "qwen2_moe", "qwen2_vl", "gpt2", "gpt_neox", "gpt_bigcode", "opt", "phi"]
+    {
+        "qwen", "qwen2", "qwen2_moe", "qwen2_vl", "gpt2", "gpt_neox", "gpt_bigcode", "opt",
+        "phi",
+    }
 )
 _TIED_BY_DEFAULT = frozenset(
-    ["gpt2", "gpt_bigcode", "gemma", "gemma2", "gemma3", "gemma3_text", "cohere"]
+    {
+        "gpt2", "gpt_bigcode", "gemma", "gemma2", "gemma3", "gemma3_text", "cohere",
+    }
 )
+# fmt: on
 _WITHOUT_ATTENTION = frozenset({"linear_attention", "mamba", "recurrent", "conv"})
 
 
