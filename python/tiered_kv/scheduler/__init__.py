@@ -1,0 +1,1 @@
+"""Who runs next, and what it costs: predictions and plans as values, carried out elsewhere."""
