@@ -61,6 +61,12 @@ CAPACITY_TOKENS = Metric(
     ("tier",),
     "Tokens that this tier has room for.",
 )
+PINNED_TOKENS = Metric(
+    "sglang:tiered_kv_pinned_tokens",
+    Kind.GAUGE,
+    ("tier",),
+    "Tokens that may not be evicted from this tier now: a request or a transfer uses them.",
+)
 QUEUE_DEPTH = Metric(
     "sglang:tiered_kv_queue_depth",
     Kind.GAUGE,
@@ -93,6 +99,7 @@ ALL: tuple[Metric, ...] = (
     TRANSFER_SECONDS,
     RESIDENT_TOKENS,
     CAPACITY_TOKENS,
+    PINNED_TOKENS,
     QUEUE_DEPTH,
     DEFERRED_NODES,
     DISK_BYTES,

@@ -84,10 +84,9 @@ class PrometheusRecorder(MetricsRecorder):
             return
         self._refreshed_at = now
         context, page_size = hierarchy.context, hierarchy.context.page_size
-        resident = {
-            Tier.DEVICE: context.forest.resident_tokens(Tier.DEVICE),
-            Tier.HOST: context.forest.resident_tokens(Tier.HOST),
-        }
+        forest, held = context.forest, (Tier.DEVICE, Tier.HOST)
+        resident = {tier: forest.resident_tokens(tier) for tier in held}
+        pinned = {tier: forest.protected_tokens(tier) for tier in held}
         capacity = {Tier.DEVICE: device_tokens, Tier.HOST: context.host.n_pages * page_size}
         if disk is not None:
             stats = disk.stats()
@@ -100,6 +99,7 @@ class PrometheusRecorder(MetricsRecorder):
         for metric, values in (
             (names.RESIDENT_TOKENS, resident),
             (names.CAPACITY_TOKENS, capacity),
+            (names.PINNED_TOKENS, pinned),
         ):
             for tier, n_tokens in values.items():
                 self._of(metric, tier=tier.name.lower()).set(n_tokens)
