@@ -1,0 +1,174 @@
+"""The load of multiturn.py: conversations in rounds, and the client that times their answers.
+
+Token ids are drawn at random, so a prompt's length is exact and no two conversations share more
+than chance lets them. Every system gets the same ids in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import requests
+
+#: Ordinary tokens of every vocabulary we use; the first thousand holds the special ones.
+FIRST_TOKEN, LAST_TOKEN = 1000, 40000
+REQUEST_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the conversations look like, in tokens.
+
+    first_tokens: of the first turn's prompt. turn_tokens: new user tokens of every later turn.
+    answer_tokens: of every answer, which belongs to the next turn's prompt. remembers: later turns
+    repeat what came before; without it every prompt is new (no reuse at all).
+    """
+
+    conversations: int
+    turns: int
+    first_tokens: int
+    turn_tokens: int
+    answer_tokens: int
+    remembers: bool = True
+
+    def prompt_tokens(self, turn: int) -> int:
+        return self.first_tokens + turn * (self.turn_tokens + self.answer_tokens)
+
+    @property
+    def longest_tokens(self) -> int:
+        return self.prompt_tokens(self.turns - 1) + self.answer_tokens
+
+    @property
+    def working_set_tokens(self) -> int:
+        return self.conversations * self.longest_tokens
+
+    @property
+    def requests(self) -> int:
+        return self.conversations * self.turns
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answered request. Times in seconds; counts of the prompt's tokens, by the KV's tier."""
+
+    turn: int
+    prompt_tokens: int
+    cached: int
+    device: int
+    host: int
+    disk: int
+    ttft_s: float
+    e2e_s: float
+    output_ids: tuple[int, ...] = field(repr=False)
+
+
+@dataclass
+class Conversation:
+    shape: Shape
+    rng: random.Random
+    history: list[int] = field(default_factory=list)
+    turn: int = 0
+
+    def next_prompt(self) -> list[int]:
+        shape = self.shape
+        if not shape.remembers:
+            self.history = []
+            return self._draw(shape.prompt_tokens(self.turn))
+        self.history += self._draw(shape.turn_tokens if self.turn else shape.first_tokens)
+        return self.history
+
+    def _draw(self, n: int) -> list[int]:
+        return [self.rng.randrange(FIRST_TOKEN, LAST_TOKEN) for _ in range(n)]
+
+    def ask(self, url: str, session: requests.Session) -> Sample:
+        sample = stream(url, session, self.next_prompt(), self.shape.answer_tokens, self.turn)
+        # What the next turn repeats is drawn, not what was answered: in bf16 answers may differ
+        # between systems, and their loads would with them.
+        self.history += self._draw(self.shape.answer_tokens)
+        self.turn += 1
+        return sample
+
+
+def stream(
+    url: str, session: requests.Session, prompt: list[int], new_tokens: int, turn: int = 0
+) -> Sample:
+    """One streamed request to /generate. Raises requests.RequestException or RuntimeError."""
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    body = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
+    first_s, last, began = 0.0, "", time.perf_counter()
+    with session.post(
+        f"{url}/generate", json=body, stream=True, timeout=REQUEST_TIMEOUT_S
+    ) as response:
+        response.raise_for_status()
+        for line in response.iter_lines(chunk_size=None, decode_unicode=True):
+            if line.startswith("data: {"):
+                first_s = first_s or time.perf_counter() - began
+                last = line
+    ended_s = time.perf_counter() - began
+    if not last:
+        raise RuntimeError("the server closed the stream without an answer")
+    answer = json.loads(last[len("data: ") :])
+    if "error" in answer:
+        raise RuntimeError(f"the server answered with an error: {answer['error']}")
+    meta = answer["meta_info"]
+    details = meta.get("cached_tokens_details") or {}
+    cached = int(meta["cached_tokens"])
+    host, disk = int(details.get("host") or 0), int(details.get("storage") or 0)
+    output_ids = tuple(answer.get("output_ids") or ())
+    counts = (int(meta["prompt_tokens"]), cached, cached - host - disk, host, disk)
+    return Sample(turn, *counts, first_s, ended_s, output_ids)
+
+
+@dataclass(frozen=True)
+class Load:
+    """concurrency: requests in flight at most. gap_s: mean pause before a request (exponential)."""
+
+    shape: Shape
+    concurrency: int
+    gap_s: float
+    seed: int
+
+    def run(self, url: str, on_answer: Callable[[Sample], None]) -> tuple[list[Sample], float]:
+        """Every conversation's turns, round by round; the samples and the seconds it took.
+
+        Within a round the order is shuffled; the next turn of a conversation never overtakes the
+        one before it, because a round ends before the next begins.
+        """
+        rng = random.Random(self.seed)
+        everyone = [
+            Conversation(self.shape, random.Random(f"{self.seed}/{number}"))
+            for number in range(self.shape.conversations)
+        ]
+        samples: list[Sample] = []
+        lock = threading.Lock()
+        local = threading.local()
+
+        def one(work: tuple[Conversation, float]) -> None:
+            conversation, pause_s = work
+            if not hasattr(local, "session"):
+                local.session = requests.Session()
+            time.sleep(pause_s)
+            sample = conversation.ask(url, local.session)
+            with lock:
+                samples.append(sample)
+                on_answer(sample)
+
+        began = time.perf_counter()
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            for _ in range(self.shape.turns):
+                for _ in pool.map(one, self._round(everyone, rng)):
+                    pass
+        return samples, time.perf_counter() - began
+
+    def _round(
+        self, everyone: list[Conversation], rng: random.Random
+    ) -> Iterator[tuple[Conversation, float]]:
+        order = rng.sample(everyone, len(everyone))
+        for conversation in order:
+            yield conversation, rng.expovariate(1 / self.gap_s) if self.gap_s else 0.0

@@ -1,0 +1,192 @@
+"""Conversations in rounds on plain SGLang, on HiCache, on three tiers, and on a device that never
+fills: the limit. Prints a table; writes it, the samples as JSON and a plot.
+
+    python benchmark/serving/multiturn.py --model-path MODEL      chat: 360 new tokens a turn
+    python benchmark/serving/multiturn.py ... --load agent        95% of a prompt is the turn before
+    python benchmark/serving/multiturn.py ... --load unique       no prompt shares anything
+    python benchmark/serving/multiturn.py ... --concurrency 8 --conversations 48
+
+The device's pool is an eighth of the working set (what all conversations have at their end), the
+host's is twice the device's, the disk takes everything. Systems take turns: every repeat runs all
+of them, every other repeat in the opposite order. Needs a machine without an accelerator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conversations import Load, Sample, Shape, stream
+from multiturn_report import Run, machine, plot, row, table
+from systems import SYSTEMS, Sizes, System, attention_per_linear, kv_token_bytes
+from tqdm import tqdm
+
+SHAPES = {
+    # 360 new tokens a turn, as in a chat with retrieved passages.
+    "chat": {"turns": 5, "first_tokens": 360, "turn_tokens": 344, "remembers": True},
+    # Every prompt is the one before and 5% more, as coding agents send them.
+    "agent": {"turns": 6, "first_tokens": 2400, "turn_tokens": 112, "remembers": True},
+    "unique": {"turns": 5, "first_tokens": 360, "turn_tokens": 344, "remembers": False},
+}
+ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def arguments() -> argparse.Namespace:
+    about = (__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        description=about[0],
+        epilog="\n\n".join(about[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model-path", type=Path, required=True)
+    add("--load", choices=SHAPES, default="chat")
+    add("--conversations", type=int, default=12)
+    add("--turns", type=int, help="instead of the load's own")
+    add("--answer-tokens", type=int, default=16)
+    add("--concurrency", type=int, default=1, help="requests in flight at most (default: 1)")
+    add("--gap", type=float, default=0.05, help="mean seconds before a request (default: 0.05)")
+    add("--repeats", type=int, default=2)
+    add("--seed", type=int, default=1)
+    add("--dtype", choices=ELEMENT_BYTES, default="bfloat16")
+    add("--page-size", type=int, default=64)
+    add("--host-ratio", type=float, default=2.0, help="host pool / device pool (default: 2)")
+    add("--device-share", type=float, default=1 / 8, help="device pool / working set")
+    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME",
+        help=f"which to run, of: {', '.join(SYSTEMS)}")  # fmt: skip
+    add("--scratch", type=Path, help="where disk tiers live meanwhile (default: the temp folder)")
+    default = "benchmark/results/multiturn_LOAD_cCONCURRENCY"
+    add("--output", type=Path, help=f"path of the results without suffix (default: {default})")
+    return parser.parse_args()
+
+
+def pool_sizes(options: argparse.Namespace, shape: Shape) -> Sizes:
+    """In whole pages; the device takes at least one conversation at its longest, and a chunk."""
+    page = options.page_size
+
+    def pages(tokens: float) -> int:
+        return -(-int(tokens) // page) * page
+
+    device = pages(
+        max(shape.working_set_tokens * options.device_share, shape.longest_tokens + 8 * page)
+    )
+    limit = pages(1.25 * shape.working_set_tokens * (1 if shape.remembers else shape.turns))
+    token_bytes = kv_token_bytes(options.model_path, ELEMENT_BYTES[options.dtype])
+    return Sizes(page, device, pages(device * options.host_ratio), limit, token_bytes)
+
+
+def common_flags(options: argparse.Namespace) -> list[object]:
+    flags: list[object] = ["--device", "cpu", "--attention-backend", "torch_native"]
+    flags += ["--dtype", options.dtype, "--page-size", options.page_size]
+    flags += ["--chunked-prefill-size", 2048, "--max-running-requests", 16]
+    return [*flags, "--skip-server-warmup", "--sleep-on-idle"]
+
+
+def measure(
+    options: argparse.Namespace, system: System, sizes: Sizes, load: Load, repeat: int, logs: Path
+) -> Run:
+    log = logs / f"{system.name}_{repeat}.log"
+    bar = tqdm(total=load.shape.requests, desc=f"{repeat + 1}: {system.name}", unit="req")
+    with tempfile.TemporaryDirectory(prefix="tiered_kv_bench_", dir=options.scratch) as scratch:
+        server = system.server(options.model_path, common_flags(options), sizes, Path(scratch), log)
+        with bar, server:
+            warm_up(server.url, load)
+            server.flush_cache()
+            samples, seconds = load.run(server.url, lambda _: bar.update() and None)
+            return Run(system.name, repeat, samples, seconds, server.start_seconds)
+
+
+def warm_up(url: str, load: Load) -> None:
+    """Threads, allocators and lazily imported code of the server; prompts that are never reused."""
+    import requests
+
+    shape = load.shape
+    with requests.Session() as session:
+        for length in (shape.first_tokens, shape.longest_tokens, shape.first_tokens):
+            stream(url, session, [length % 500 + 400] * length, 4)
+
+
+def as_json(
+    options: argparse.Namespace, sizes: Sizes, shape: Shape, rows: Any, runs: Sequence[Run]
+) -> dict[str, Any]:
+    def sample(s: Sample) -> list[float]:
+        return [s.turn, s.prompt_tokens, s.device, s.host, s.disk, round(s.ttft_s, 5),
+                round(s.e2e_s, 5)]  # fmt: skip
+
+    return {
+        "machine": machine(),
+        "model": options.model_path.name,
+        "dtype": options.dtype,
+        "load": options.load,
+        "concurrency": options.concurrency,
+        "gap_s": options.gap,
+        "seed": options.seed,
+        "shape": asdict(shape),
+        "pools_tokens": asdict(sizes),
+        "systems": rows,
+        "sample_fields": ["turn", "prompt_tokens", "device", "host", "disk", "ttft_s", "e2e_s"],
+        "runs": [
+            {
+                "system": run.system,
+                "repeat": run.repeat,
+                "seconds": run.seconds,
+                "start_seconds": run.start_seconds,
+                "samples": [sample(s) for s in run.samples],
+            }
+            for run in runs
+        ],
+    }
+
+
+def headline(options: argparse.Namespace, sizes: Sizes, shape: Shape) -> str:
+    return (
+        f"{options.load}: {shape.conversations} conversations x {shape.turns} turns, prompts of "
+        f"{shape.prompt_tokens(0):,} to {shape.prompt_tokens(shape.turns - 1):,} tokens, "
+        f"{shape.answer_tokens} answer tokens, concurrency {options.concurrency}; device "
+        f"{sizes.device:,} tokens, host {sizes.host:,}, working set {shape.working_set_tokens:,}; "
+        f"{options.model_path.name}, {options.dtype}, page {sizes.page}; {machine()}."
+    )
+
+
+def main() -> int:
+    options = arguments()
+    fields = dict(SHAPES[options.load])
+    if options.turns:
+        fields["turns"] = options.turns
+    shape = Shape(options.conversations, answer_tokens=options.answer_tokens, **fields)
+    sizes = pool_sizes(options, shape)
+    load = Load(shape, options.concurrency, options.gap, options.seed)
+    text = headline(options, sizes, shape)
+    print(text, file=sys.stderr)
+
+    logs = Path(tempfile.mkdtemp(prefix="tiered_kv_bench_logs_"))
+    print(f"logs: {logs}", file=sys.stderr)
+    runs: list[Run] = []
+    for repeat in range(options.repeats):
+        order = options.systems if repeat % 2 == 0 else options.systems[::-1]
+        runs += [measure(options, SYSTEMS[name], sizes, load, repeat, logs) for name in order]
+
+    per_linear = attention_per_linear(options.model_path)
+    rows = [row([r for r in runs if r.system == name], per_linear) for name in options.systems]
+    output = options.output or RESULTS / f"multiturn_{options.load}_c{options.concurrency}"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    document = as_json(options, sizes, shape, rows, runs)
+    output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    report = (
+        f"{text}\nTTFT of the turns after the first, {options.repeats} repeats.\n\n{table(rows)}\n"
+    )
+    output.with_suffix(".md").write_text(report)
+    plot(rows, runs, options.load, output.with_suffix(".png"))
+    print(f"\n{report}\nwritten: {output}.json, .md, .png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The servers that multiturn.py compares: the same model and flags, and what each adds to them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "test"))
+
+from support.server import Server  # noqa: E402
+
+PREFETCH_POLICIES = ("best_effort", "timeout", "wait_complete")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Room for KV, in tokens, and what a token's KV takes, in bytes."""
+
+    page: int
+    device: int
+    host: int
+    limit: int
+    token_bytes: int
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to serve. flags: of the server, given the sizes and a scratch directory for disk."""
+
+    name: str
+    what: str
+    flags: Callable[[Sizes, Path], Sequence[object]]
+    is_hicache: bool = False
+
+    def server(
+        self, model: Path, common: Sequence[object], sizes: Sizes, scratch: Path, log: Path
+    ) -> Server:
+        disk = scratch / "disk"
+        disk.mkdir()
+        extra: dict[str, Any] = {}
+        if self.is_hicache:
+            extra["launcher"] = (str(HERE / "hicache_on_cpu.py"),)
+            extra["env"] = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(disk)}
+        flags = [*common, *self.flags(sizes, disk)]
+        return Server([str(flag) for flag in flags], log, model, **extra)
+
+
+def _device(tokens: int) -> list[object]:
+    return ["--max-total-tokens", tokens]
+
+
+def _plain(sizes: Sizes, _disk: Path) -> list[object]:
+    return _device(sizes.device)
+
+
+def _limit(sizes: Sizes, _disk: Path) -> list[object]:
+    return _device(sizes.limit)
+
+
+def _hicache(sizes: Sizes, _disk: Path) -> list[object]:
+    ratio = sizes.host / sizes.device
+    return [*_device(sizes.device), "--enable-hierarchical-cache", "--hicache-ratio", ratio]
+
+
+def _hicache_file(policy: str) -> Callable[[Sizes, Path], list[object]]:
+    def flags(sizes: Sizes, disk: Path) -> list[object]:
+        storage = ["--hicache-storage-backend", "file", "--hicache-storage-prefetch-policy", policy]
+        return [*_hicache(sizes, disk), *storage]
+
+    return flags
+
+
+def _tiered(*more: object) -> Callable[[Sizes, Path], list[object]]:
+    def flags(sizes: Sizes, disk: Path) -> list[object]:
+        host = f"{sizes.host * sizes.token_bytes}B"
+        tiers = ["--tiered-kv", "--tiered-kv-host-size", host, "--tiered-kv-disk-dir", disk]
+        return [*_device(sizes.device), *tiers, "--tiered-kv-disk-size", "64GB", *more]
+
+    return flags
+
+
+SYSTEMS = {
+    system.name: system
+    for system in (
+        System("limit", "plain SGLang, everything fits on the device", _limit),
+        System("plain", "plain SGLang", _plain),
+        System("hicache", "HiCache, device and host", _hicache, is_hicache=True),
+        *(
+            System(
+                f"hicache_file_{policy}",
+                f"HiCache, device, host and files, prefetch {policy}",
+                _hicache_file(policy),
+                is_hicache=True,
+            )
+            for policy in PREFETCH_POLICIES
+        ),
+        System("tiered", "--tiered-kv: device, host and disk", _tiered()),
+    )
+}
+
+
+def kv_token_bytes(model: Path, element_bytes: int) -> int:
+    """Bytes that one token's K and V take over all layers, from the model's config.json."""
+    config = json.loads((model / "config.json").read_text())
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return int(2 * config["num_hidden_layers"] * heads * head_dim * element_bytes)
+
+
+def attention_per_linear(model: Path) -> float:
+    """FLOPs of attending to one token of context, per FLOP of all else that a token costs.
+
+    Per layer and token: QKVO and MLP matrices at 2 FLOPs a parameter; QK and PV at 2 each per
+    query channel and context token.
+    """
+    config = json.loads((model / "config.json").read_text())
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    kv = (config.get("num_key_value_heads") or heads) * head_dim
+    q = heads * head_dim
+    matrices = hidden * (2 * q + 2 * kv) + 3 * hidden * config["intermediate_size"]
+    return 4 * q / (2 * matrices)
