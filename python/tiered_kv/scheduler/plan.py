@@ -1,0 +1,23 @@
+"""What a scheduling policy decides: a frozen value that the server or the simulator carries out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionPlan:
+    """Whom to admit next, in which order.
+
+    The one who carries it out admits from the front, as long as memory and the iteration's token
+    budget last, and stops at the first request that does not fit.
+    """
+
+    order: tuple[int, ...]
+    """Request ids, first to be admitted first: the head of the order, as long as was asked for."""
+
+    prefill_tokens: int | None = None
+    """Most tokens to compute in this iteration; None: the configured chunk size. 0: no prefill."""
+
+    relegated: frozenset[int] = frozenset()
+    """Ids in `order` that were put behind the others because their deadline is beyond hope."""

@@ -1,0 +1,1 @@
+"""Request orders of other systems, as baselines: one file each, with its source."""

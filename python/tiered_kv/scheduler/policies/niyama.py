@@ -1,0 +1,99 @@
+"""Niyama (arXiv 2503.22562): hybrid EDF and shortest-remaining-processing, relegation, chunks by
+slack.
+
+- Order: deadline + alpha * predicted seconds of work left. alpha = 0 is EDF; a larger one favours
+  short work, as SRPF does. Requests without a TTFT objective count with `BATCH_TTFT_S`.
+- Relegation: a request that would miss its deadline even if it ran now goes behind all that can
+  still meet theirs. It is not dropped.
+- Chunks: the largest prefill that keeps the running requests' next tokens in time. It needs
+  iterations that mix prefill and decode.
+
+Work left is the prefill's, by the cost model, plus, for requests without a token objective, the
+decoding of a typical output: the mean of past lengths plus two standard deviations.
+"""
+
+from __future__ import annotations
+
+import math
+from heapq import nsmallest
+
+from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.request import QueuedRequest
+from tiered_kv.scheduler.request_policy import QuietPolicy, SchedulerState
+
+BATCH_TTFT_S = 600.0
+MIN_CHUNK_TOKENS = 256
+
+
+class Niyama(QuietPolicy):
+    """Keeps the first two moments of past output lengths."""
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        self._alpha = alpha
+        self._n_finished = 0
+        self._sum = 0.0
+        self._sum_squares = 0.0
+
+    def on_finish(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
+        """One more output length is known."""
+        self._n_finished += 1
+        self._sum += request.output_tokens
+        self._sum_squares += request.output_tokens**2
+
+    def plan(self, state: SchedulerState, limit: int) -> AdmissionPlan:
+        """See `RequestPolicy.plan`."""
+        costs, now_s = state.costs, state.now_s
+        decode_s = self._output_estimate() * costs.iteration_s(
+            (), state.decode_context_tokens, len(state.running) + 1
+        )
+        hopeless: set[int] = set()
+
+        def key(request: QueuedRequest) -> tuple[bool, float]:
+            left_s = costs.prefill_s(request.uncached_tokens, request.cached_tokens)
+            deadline_s = request.deadline_s
+            if math.isinf(deadline_s):
+                deadline_s = request.arrival_s + BATCH_TTFT_S
+            is_late = not request.output_tokens and now_s + left_s > deadline_s
+            if is_late:
+                hopeless.add(request.request_id)
+            if request.slo.tbt_s is None:
+                left_s += decode_s
+            return is_late, deadline_s + self._alpha * left_s
+
+        order = tuple(r.request_id for r in nsmallest(limit, state.candidates(), key=key))
+        return AdmissionPlan(
+            order, self._chunk_tokens(state), frozenset(hopeless.intersection(order))
+        )
+
+    def _output_estimate(self) -> float:
+        if not self._n_finished:
+            return 0.0
+        mean = self._sum / self._n_finished
+        variance = max(0.0, self._sum_squares / self._n_finished - mean * mean)
+        return mean + 2.0 * math.sqrt(variance)
+
+    def _chunk_tokens(self, state: SchedulerState) -> int:
+        """The most prefill tokens with which no running request's next token comes late."""
+        due_s = math.inf
+        for request in state.running:
+            tbt_s = request.slo.tbt_s
+            if tbt_s is not None:
+                # A request that is late already cannot be helped by stopping everyone else.
+                due_s = min(due_s, max(request.next_token_deadline_s, state.now_s + tbt_s))
+        slack_s = due_s - state.now_s
+        low, high = MIN_CHUNK_TOKENS, max(state.chunk_tokens, MIN_CHUNK_TOKENS)
+        if self._mixed_s(state, high) <= slack_s:
+            return high
+        while high - low > 64:
+            middle = (low + high) // 2
+            if self._mixed_s(state, middle) <= slack_s:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    @staticmethod
+    def _mixed_s(state: SchedulerState, n_tokens: int) -> float:
+        return state.costs.iteration_s(
+            ((n_tokens, 0),), state.decode_context_tokens, len(state.running)
+        )

@@ -1,0 +1,105 @@
+"""The request-level policy's interface: who is admitted next. And the policies by name.
+
+A policy is told of every change (arrivals, admissions, finishes, and what became or ceased to be
+cached), so it can keep its order incrementally, and is asked for the head of the order when there
+is room. Time is passed in: the same objects serve the simulator and the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from tiered_kv.core.registry import Registry
+from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.request import QueuedRequest
+from tiered_kv.scheduler.waiting import WaitingQueue
+
+
+@dataclass(slots=True)
+class SchedulerState:
+    """What a policy may look at when it plans. It belongs to the caller: read only."""
+
+    now_s: float
+    waiting: WaitingQueue
+    """All who wait, in queue order."""
+    held: Collection[int]
+    """Ids of waiting requests that cannot start yet because their pages are on their way."""
+    running: Collection[QueuedRequest]
+    """Requests that decode."""
+    decode_context_tokens: int
+    """Sum of the running requests' contexts."""
+    processed_prefill_tokens: int
+    """Prefill tokens computed since the start."""
+    chunk_tokens: int
+    """Most prefill tokens of one iteration, as configured."""
+    costs: CostModel
+    """Predictions, in seconds."""
+
+    def candidates(self) -> list[QueuedRequest]:
+        """Those who wait and may start, in queue order."""
+        held = self.held
+        if not held:
+            return list(self.waiting)
+        return [request for request in self.waiting if request.request_id not in held]
+
+
+class RequestPolicy(Protocol):
+    """Orders waiting requests. One object per scheduler; hooks come in the order of events."""
+
+    def on_arrival(self, request: QueuedRequest, now_s: float) -> None:
+        """`request` joined the queue: new, or retracted (then it has output tokens)."""
+        ...
+
+    def on_cached_change(self, request: QueuedRequest, now_s: float) -> None:
+        """More or less of waiting `request` is cached than before, or elsewhere."""
+        ...
+
+    def on_admission(self, request: QueuedRequest, now_s: float) -> None:
+        """`request` left the queue to run."""
+        ...
+
+    def on_finish(self, request: QueuedRequest, now_s: float) -> None:
+        """`request` produced its last token; `request.output_tokens` says how many there were."""
+        ...
+
+    def plan(self, state: SchedulerState, limit: int) -> AdmissionPlan:
+        """The first `limit` of the order, or all if there are fewer. Requests held are left out.
+
+        Must not change `state`. Called again, with a larger limit, if all of them were admitted.
+        """
+        ...
+
+
+class QuietPolicy:
+    """A base for policies that only need `plan`: hears of everything and remembers nothing."""
+
+    def on_arrival(self, request: QueuedRequest, now_s: float) -> None:
+        """Nothing to remember."""
+
+    def on_cached_change(self, request: QueuedRequest, now_s: float) -> None:
+        """Nothing to remember."""
+
+    def on_admission(self, request: QueuedRequest, now_s: float) -> None:
+        """Nothing to remember."""
+
+    def on_finish(self, request: QueuedRequest, now_s: float) -> None:
+        """Nothing to remember."""
+
+
+PolicyFactory: TypeAlias = Callable[[], RequestPolicy]
+
+request_policies: Registry[PolicyFactory] = Registry("request policy")
+for _name, _target in {
+    "fcfs": "fcfs:FirstComeFirstServed",
+    "lpm": "lpm:LongestPrefixMatch",
+    "dfs-weight": "dfs_weight:DepthFirstWeight",
+    "priority": "priority:PriorityFirst",
+    "hrrn": "hrrn:HighestResponseRatio",
+    "k-lpm": "k_lpm:OldestThenLongestPrefix",
+    "edf": "edf:EarliestDeadlineFirst",
+    "niyama": "niyama:Niyama",
+}.items():
+    request_policies.register(_name, f"tiered_kv.scheduler.policies.{_target}")
