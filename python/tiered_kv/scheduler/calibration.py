@@ -1,0 +1,167 @@
+"""Learns what the roofline does not know, from the step and transfer times a server observes.
+
+Observed seconds are fitted as `fixed + scale * predicted` by least squares over relative errors,
+with older observations forgotten exponentially. A step that stalled (another process, a garbage
+collection) is pulled in to what the recent scatter makes plausible, and no single observation may
+move a parameter by more than a factor; so the fit is neither thrown off by outliers nor kept from
+following a change. Deterministic: equal observations give equal parameters on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.scheduler.cost_model import Correction, CostModel
+
+#: An observation counts half after about 45 more: `0.985 ** 45 == 0.5`.
+FORGETTING = 0.985
+#: Old observations go quicker while half of the recent ones miss by more than this logarithm.
+FORGETTING_WHEN_WRONG = 0.8
+WRONG = 0.3
+#: How much the fit clings to what it believed before, in observations.
+INERTIA = 0.1
+#: No update moves a parameter by more than this factor.
+STEP_MAX = 1.5
+#: Observations further off than this many times the median recent deviation are pulled in ...
+PLAUSIBLE_DEVIATIONS = 4.0
+#: ... but never those within this (natural) logarithm of the prediction.
+DEVIATION_MIN = 0.1
+#: Times outside teach nothing: below is the noise of a clock, above is not a step.
+SECONDS_MIN, SECONDS_MAX = 1e-6, 1e4
+#: A pass counts as one kind if that kind makes up this share of its roofline.
+PURE_SHARE = 0.9
+
+
+class AffineFit:
+    """observed = fixed + scale * predicted, both non-negative; `scale` stays positive.
+
+    fixed, scale: what is believed before anything was observed. fixed_step_s: the least amount by
+    which one update may change `fixed`, so that it can leave zero.
+    """
+
+    def __init__(self, fixed_s: float, scale: float = 1.0, *, fixed_step_s: float = 1e-5) -> None:
+        self.fixed_s = fixed_s
+        self.scale = scale
+        self.n_observations = 0
+        self._fixed_step_s = fixed_step_s
+        # Weighted sums of 1, x, y, x*x, x*y, each over y*y: errors count relative to y.
+        self._sums = [0.0] * 5
+        self._deviations: deque[float] = deque(maxlen=15)
+
+    def predict(self, predicted_s: float) -> float:
+        """Seconds, for a model that predicts `predicted_s`."""
+        return self.fixed_s + self.scale * predicted_s
+
+    def observe(self, predicted_s: float, observed_s: float) -> None:
+        """One observation. Those that are not times of a step or transfer are ignored."""
+        # Written so that a NaN fails it.
+        if not (
+            SECONDS_MIN <= observed_s <= SECONDS_MAX and SECONDS_MIN <= predicted_s <= SECONDS_MAX
+        ):
+            return
+        x, y = predicted_s, self._plausible(predicted_s, observed_s)
+        weight = 1.0 / (y * y)
+        terms = (weight, weight * x, weight * y, weight * x * x, weight * x * y)
+        keep = FORGETTING if median(self._deviations) < WRONG else FORGETTING_WHEN_WRONG
+        self._sums = [keep * old + new for old, new in zip(self._sums, terms, strict=True)]
+        fixed_s, scale = self._solve(weight, x)
+        limit = max(self.fixed_s * (STEP_MAX - 1.0), self._fixed_step_s)
+        self.fixed_s = min(max(fixed_s, self.fixed_s - limit, 0.0), self.fixed_s + limit)
+        self.scale = min(max(scale, self.scale / STEP_MAX), self.scale * STEP_MAX)
+        self.n_observations += 1
+
+    def _plausible(self, x: float, y: float) -> float:
+        """`y`, pulled in to what the scatter of late makes plausible."""
+        expected = max(self.predict(x), SECONDS_MIN)
+        deviation = math.log(y / expected)
+        limit = DEVIATION_MIN
+        if self._deviations:
+            limit = max(limit, PLAUSIBLE_DEVIATIONS * median(self._deviations))
+        else:
+            limit = math.inf
+        self._deviations.append(abs(deviation))
+        return expected * math.exp(min(max(deviation, -limit), limit))
+
+    def _solve(self, weight: float, x: float) -> tuple[float, float]:
+        """The least squares, drawn a little to the present parameters: (fixed_s, scale)."""
+        n, sx, sy, sxx, sxy = self._sums
+        # Without scatter in x, only the sum of both terms is known: inertia decides their share.
+        pull_fixed, pull_scale = INERTIA * weight, INERTIA * weight * x * x
+        a11, a12, a22 = n + pull_fixed, sx, sxx + pull_scale
+        b1, b2 = sy + pull_fixed * self.fixed_s, sxy + pull_scale * self.scale
+        determinant = a11 * a22 - a12 * a12
+        if determinant <= 1e-12 * a11 * a22:
+            return self.fixed_s, (sxy - self.fixed_s * sx) / sxx
+        fixed_s = (b1 * a22 - b2 * a12) / determinant
+        scale = (a11 * b2 - a12 * b1) / determinant
+        if fixed_s < 0:
+            fixed_s, scale = 0.0, b2 / a22
+        elif scale <= 0:
+            fixed_s, scale = b1 / a11, 0.0
+        return fixed_s, scale
+
+
+@dataclass(frozen=True, slots=True)
+class StepObservation:
+    """One forward pass: its chunks as (new, cached) tokens, its decodes, and how long it took."""
+
+    prefills: tuple[tuple[int, int], ...]
+    decode_contexts_tokens: int
+    n_decodes: int
+    seconds: float
+
+
+class Calibrator:
+    """Keeps a cost model in line with what is observed."""
+
+    def __init__(self, model: CostModel) -> None:
+        self._model = model
+        self._prefill = AffineFit(model.prefill_correction.fixed_s, model.prefill_correction.scale)
+        self._decode = AffineFit(model.decode_correction.fixed_s, model.decode_correction.scale)
+        self._edges: dict[tuple[Tier, Tier], tuple[AffineFit, float]] = {}
+
+    @property
+    def n_prefills(self) -> int:
+        """Prefills learned from."""
+        return self._prefill.n_observations
+
+    def observe_step(
+        self,
+        prefills: Sequence[tuple[int, int]],
+        decode_contexts_tokens: int,
+        n_decodes: int,
+        seconds: float,
+    ) -> None:
+        """A forward pass took `seconds`. Passes of both kinds at once say little about either."""
+        model = self._model
+        whole_s = model.roofline_s(prefills, decode_contexts_tokens, n_decodes)
+        if not prefills:
+            self._decode.observe(whole_s, seconds)
+            model.correct(decode=Correction(self._decode.fixed_s, self._decode.scale))
+            return
+        alone_s = model.roofline_s(prefills, 0, 0)
+        if n_decodes and alone_s < PURE_SHARE * whole_s:
+            return
+        self._prefill.observe(whole_s, seconds)
+        model.correct(prefill=Correction(self._prefill.fixed_s, self._prefill.scale))
+
+    def observe_transfer(self, source: Tier, target: Tier, n_bytes: int, seconds: float) -> None:
+        """One job of `n_bytes` took `seconds` of the edge, time in its queue not included.
+
+        Raises ConfigError for an edge that the model does not know.
+        """
+        known = self._edges.get((source, target))
+        if known is None:
+            cost = self._model.edge(source, target)
+            known = AffineFit(cost.latency_s), cost.bandwidth
+            self._edges[source, target] = known
+        fit, seed_bandwidth = known
+        fit.observe(n_bytes / seed_bandwidth, seconds)
+        self._model.correct_edge(
+            source, target, bandwidth=seed_bandwidth / fit.scale, latency_s=fit.fixed_s
+        )
