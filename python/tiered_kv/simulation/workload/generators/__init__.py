@@ -1,0 +1,1 @@
+"""Made-up work of a stated shape, the same for the same seed."""
