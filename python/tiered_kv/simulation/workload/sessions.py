@@ -120,8 +120,9 @@ class SessionWorkload:
         starts_s: Sequence[float],
         *,
         users: int = 0,
+        slo_classes: Sequence[str] | None = None,
     ) -> None:
-        """`starts_s` has each session's start, ascending.
+        """`starts_s` has each session's start, ascending; `slo_classes` its class, else `standard`.
 
         With `users` > 0 only the first `users` sessions start by themselves; each later one starts
         when the session `users` places before it ends: a user's next conversation.
@@ -137,6 +138,7 @@ class SessionWorkload:
         self.sessions = sessions
         self._starts_s = starts_s
         self._users = users
+        self._slo_classes = slo_classes
         self._first_ids = list(accumulate((len(session) for session in sessions), initial=0))
 
     @property
@@ -169,8 +171,8 @@ class SessionWorkload:
             blocks=call.blocks,
             input_tokens=call.input_tokens,
             output_tokens=call.output_tokens,
-            session=session,
-            slo_class="standard",
+            session=session if len(self.sessions[session]) > 1 else None,
+            slo_class=self._slo_classes[session] if self._slo_classes else "standard",
             ttft_slo_s=None,
             tbt_slo_s=None,
             output_blocks=call.output_blocks,
