@@ -20,6 +20,8 @@ from support.server import FLOAT32, SGLANG_SERVE, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
 
+#: "Story page 1" and the like.
+N_SHARED = 6
 ENGINE_PROGRAM = Path(__file__).parents[1] / "support" / "engine_program.py"
 
 
@@ -64,7 +66,10 @@ def test_engine_with_and_without_the_flag(
 
 
 def use_all_tiers(server: Server, prompts: PromptMaker, oracle: Oracle, page_size: int) -> None:
-    """The device has room for 1,024 tokens, the host for more."""
+    """The device has room for 1,024 tokens, the host for more.
+
+    Prompts share their first few tokens; with small pages those may come from a nearer tier.
+    """
     asked = [prompts.tokens(f"page {page_size} {i}", 300) for i in range(5)]
     truths = oracle.all_output_ids([(prompt, 8) for prompt in asked])
     n_reusable = 299 // page_size * page_size
@@ -75,9 +80,10 @@ def use_all_tiers(server: Server, prompts: PromptMaker, oracle: Oracle, page_siz
     server.flush_cache()
     from_disk = generate_all(server, asked, concurrency=3)
 
-    assert [answer.cached_tokens for answer in computed] == [0] * 5
-    assert from_host.host == n_reusable
-    assert [answer.disk for answer in from_disk] == [n_reusable] * 5
+    assert all(answer.cached_tokens <= N_SHARED for answer in computed)
+    assert [a.cached_tokens for a in (from_host, *from_disk)] == [n_reusable] * 6
+    assert from_host.host >= n_reusable - N_SHARED
+    assert all(answer.disk >= n_reusable - N_SHARED for answer in from_disk)
     given = [answer.output_ids for answer in (*computed, from_host, *from_disk)]
     assert given == [*truths, truths[0], *truths]
 

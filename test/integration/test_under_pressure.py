@@ -12,6 +12,7 @@ import pytest
 
 from support.client import generate
 from support.demo_model import host_size
+from support.injection import injected
 from support.metrics import scrape, wait_for_disk
 from support.oracle import Oracle
 from support.prompts import PromptMaker
@@ -26,7 +27,6 @@ CONCURRENCY = 16
 DEVICE_TOKENS = 640
 #: Little, so that more requests are admitted than fit and some must be retracted.
 CONSERVATIVENESS = 0.05
-CORRUPT_HOST = Path(__file__).parents[1] / "support" / "corrupt_host"
 
 
 def tight(disk: Path) -> list[object]:
@@ -66,8 +66,8 @@ def test_wrong_bytes_from_host_would_be_noticed(
     load = [r for r in mixed_requests(prompts, 60, seed=2) if r.give_up is None]
     truths = oracle.all_output_ids([(r.prompt, r.max_new_tokens) for r in load], CONCURRENCY)
 
-    corrupted = {"PYTHONPATH": str(CORRUPT_HOST)}
-    with make_server("corrupt_host", *tight(tmp_path), env=corrupted) as server:
+    env = injected("corrupt_host")
+    with make_server("corrupt_host", *tight(tmp_path), env=env) as server:
         answers = serve(server, load, CONCURRENCY)
         assert "corrupt_host: host -> device copies deliver wrong bytes" in server.log_text()
         hits = scrape(server).of(names.HIT_TOKENS, tier="host")

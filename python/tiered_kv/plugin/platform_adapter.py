@@ -66,6 +66,20 @@ def has_accelerator() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in _ACCELERATOR_PACKAGES)
 
 
+def cores_by_rank(n_ranks: int) -> str:
+    """This process's cores in equal shares, as SGLANG_CPU_OMP_THREADS_BIND takes them ("0,1|2,3").
+
+    Upstream has ranks share a core only if they are told to, so with fewer cores than ranks they
+    take turns.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // n_ranks)
+    shares = [
+        [cores[(rank * share + i) % len(cores)] for i in range(share)] for rank in range(n_ranks)
+    ]
+    return "|".join(",".join(map(str, own)) for own in shares)
+
+
 class TieredKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """A CPU on which every layer runs its native torch forward."""
 
@@ -82,6 +96,11 @@ class TieredKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.grammar_backend is None:
             # Upstream's default, xgrammar, allocates pinned memory, which needs a GPU.
             server_args.grammar_backend = "llguidance"
+        if server_args.tp_size > 1:
+            # Ranks talk over gloo. Upstream takes the NCCL library that comes with torch for a
+            # sign of GPUs and opens it on this device; one that cannot be loaded is left alone.
+            os.environ.setdefault("SGLANG_NCCL_SO_PATH", "no NCCL on a CPU")
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_by_rank(server_args.tp_size))
 
     def get_device(self, device_id: int = 0) -> str:
         """A string, because `ServerArgs` takes `--device` from here when it isn't given."""

@@ -1,0 +1,131 @@
+"""A disk that fails under a running server: no request fails, no answer changes, it comes back.
+
+The faults are injected below the disk tier's file calls (support/inject/disk_faults.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from support.client import Answer, generate_all
+from support.demo_model import host_size
+from support.injection import injected
+from support.metrics import scrape, wait_for_disk
+from support.oracle import Oracle
+from support.prompts import PromptMaker
+from support.server import FLOAT32, Server, ServerError
+from tiered_kv.metrics import names
+
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
+
+N_TOKENS, N_REUSABLE = 300, 288
+RECOVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class FaultyServer:
+    server: Server
+    control: Path
+
+    def break_disk(self, fault: str) -> None:
+        self.control.write_text(fault)
+
+    def wait_until_writing(self, poke: Callable[[], object]) -> float:
+        """Seconds until the tier writes again; `poke` gives it something to write."""
+        began = time.monotonic()
+        while time.monotonic() < began + RECOVERY_S:
+            if not scrape(self.server).of(names.DISK_DEGRADED):
+                return time.monotonic() - began
+            poke()
+            time.sleep(1)
+        raise ServerError(f"the disk tier did not come back{self.server.tail()}")
+
+
+@pytest.fixture(scope="module")
+def faulty(
+    make_server: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[FaultyServer]:
+    folder = tmp_path_factory.mktemp("faulty")
+    control = folder / "fault"
+    args = ["--page-size", 16, "--max-total-tokens", 1024, "--chunked-prefill-size", 512]
+    args += ["--tiered-kv", "--tiered-kv-host-size", host_size(2048)]
+    args += ["--tiered-kv-disk-dir", folder / "disk", "--tiered-kv-disk-size", "1GB"]
+    watch = ["--enable-metrics", "--tiered-kv-debug-integrity"]
+    env = injected("disk_faults", TIERED_KV_TEST_FAULT=control)
+    with make_server("disk_faults", *FLOAT32, *args, *watch, env=env) as server:
+        assert "disk_faults: the disk tier's system calls" in server.log_text()
+        yield FaultyServer(server, control)
+
+
+@pytest.mark.parametrize(
+    ("fault", "stops_writes", "loses_reads"),
+    [
+        ("eio_on_write", True, False),
+        ("disk_full", True, False),
+        ("eio_on_read", False, True),
+        ("short_reads", False, True),
+        ("bit_flips", False, True),
+        ("stall", False, False),
+    ],
+)
+def test_requests_outlive_a_fault_and_the_tier_recovers(
+    faulty: FaultyServer,
+    oracle: Oracle,
+    prompts: PromptMaker,
+    fault: str,
+    stops_writes: bool,
+    loses_reads: bool,
+) -> None:
+    server = faulty.server
+
+    def prompts_of(what: str) -> list[tuple[int, ...]]:
+        return [prompts.tokens(f"{fault} {what} {i}", N_TOKENS) for i in range(3)]
+
+    def ask(asked: list[tuple[int, ...]]) -> list[Answer]:
+        answers = generate_all(server, asked, concurrency=3)
+        truths = oracle.all_output_ids([(prompt, 8) for prompt in asked])
+        assert [answer.output_ids for answer in answers] == truths
+        return answers
+
+    known, new, later = prompts_of("known"), prompts_of("new"), prompts_of("later")
+    ask(known)
+    wait_for_disk(server)
+    server.flush_cache()
+    lines = len(server.log_text().splitlines())
+
+    faulty.break_disk(fault)
+    while_broken = ask(known)
+    ask(new)
+    if stops_writes:
+        wait_for_degraded(server)
+    faulty.break_disk("none")
+
+    if not loses_reads:
+        assert [answer.disk for answer in while_broken] == [N_REUSABLE] * 3
+    elif fault == "bit_flips":
+        # The last page of every read is damaged; what came before it may be used.
+        assert all(answer.disk < N_REUSABLE for answer in while_broken)
+    else:
+        assert [answer.disk for answer in while_broken] == [0] * 3
+    faulty.wait_until_writing(lambda: ask([prompts.tokens(f"{fault} poke {time.time()}", 64)]))
+    ask(later)
+    wait_for_disk(server)
+    server.flush_cache()
+    assert [answer.disk for answer in ask(later)] == [N_REUSABLE] * 3
+    told = [line for line in server.log_text().splitlines()[lines:] if "Disk tier" in line]
+    if stops_writes:
+        assert sum("stops writing" in line for line in told) == 1, told
+        assert sum("writes again" in line for line in told) == 1, told
+
+
+def wait_for_degraded(server: Server) -> None:
+    deadline = time.monotonic() + RECOVERY_S
+    while not scrape(server).of(names.DISK_DEGRADED):
+        if time.monotonic() > deadline:
+            raise ServerError(f"no metric tells that the disk tier is degraded{server.tail()}")
+        time.sleep(0.3)

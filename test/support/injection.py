@@ -1,0 +1,14 @@
+"""Servers with a part that is broken on purpose: the environment that makes them so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+INJECT = Path(__file__).with_name("inject")
+
+
+def injected(name: str, **settings: object) -> dict[str, str]:
+    """The environment for a Server in whose processes inject/`name`.py is at work."""
+    assert (INJECT / f"{name}.py").is_file(), name
+    variables = {key: str(value) for key, value in settings.items()}
+    return {"PYTHONPATH": str(INJECT), "TIERED_KV_TEST_INJECT": name, **variables}
