@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 INJECT = Path(__file__).with_name("inject")
@@ -11,4 +12,5 @@ def injected(name: str, **settings: object) -> dict[str, str]:
     """The environment for a Server in whose processes inject/`name`.py is at work."""
     assert (INJECT / f"{name}.py").is_file(), name
     variables = {key: str(value) for key, value in settings.items()}
-    return {"PYTHONPATH": str(INJECT), "TIERED_KV_TEST_INJECT": name, **variables}
+    path = os.pathsep.join(filter(None, (str(INJECT), os.environ.get("PYTHONPATH"))))
+    return {"PYTHONPATH": path, "TIERED_KV_TEST_INJECT": name, **variables}
