@@ -1,0 +1,95 @@
+"""Evict what is needed farthest in the future, for whoever can say when that is."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from typing import Protocol
+
+from tiered_kv.core.config import MemoryConfig
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.forest import Forest
+from tiered_kv.forest.node import Node
+from tiered_kv.memory.eviction import EvictionPolicy
+from tiered_kv.memory.leaf_walk import MayGo, NewLeaves, find_victims
+from tiered_kv.memory.manager import MemoryManager
+from tiered_kv.simulation.live import LiveRequest
+
+
+class Foresight(Protocol):
+    """Knows, or expects, when a node's pages are asked for again."""
+
+    def next_use_s(self, node: Node) -> float:
+        """Time of the next use of the node's last page; infinity if none is known."""
+        ...
+
+    def on_admission(self, live: LiveRequest) -> None:
+        """`live` has made the use of its prefix that was ahead."""
+        ...
+
+    def on_finish(self, live: LiveRequest, forest: Forest, now_s: float) -> None:
+        """`live`, whose prefix is still pinned, is done."""
+        ...
+
+
+class FarthestUseEviction:
+    """The leaf whose next use is farthest; among equals the least recently used one."""
+
+    def __init__(self, forest: Forest, foresight: Foresight) -> None:
+        self._forest = forest
+        self._orders = {tier: _FarthestFirst(forest, tier, foresight) for tier in forest.tiers}
+
+    def victims(self, tier: Tier, n_pages: int) -> list[Node]:
+        """See `EvictionPolicy.victims`."""
+        return find_victims(self._forest, tier, self._orders[tier], n_pages)
+
+
+class ForesightManager(MemoryManager):
+    """The server's memory manager around an eviction policy that is not in its registry."""
+
+    def __init__(self, forest: Forest, config: MemoryConfig, eviction: EvictionPolicy) -> None:
+        super().__init__(forest, config)
+        self._eviction = eviction
+
+
+class _FarthestFirst:
+    """The leaves of one tier by next use; may hold stale and double entries."""
+
+    _SLACK = 64
+
+    def __init__(self, forest: Forest, tier: Tier, foresight: Foresight) -> None:
+        self._forest = forest
+        self._tier = tier
+        self._foresight = foresight
+        self._entries: list[tuple[float, int, int]] = []
+        self._new = NewLeaves(forest, tier)
+
+    def refresh(self) -> None:
+        # A node in use is no leaf, so its next use changes while it is none: it comes anew.
+        for node in self._new.take():
+            self.add(node)
+        leaves = self._forest.leaves(self._tier)
+        if len(self._entries) > 2 * len(leaves) + self._SLACK:
+            self._entries = [self._entry(node) for node in leaves]
+            heapq.heapify(self._entries)
+
+    def add(self, node: Node) -> None:
+        heapq.heappush(self._entries, self._entry(node))
+
+    def put_back(self, victims: Iterable[Node]) -> None:
+        for node in victims:
+            self.add(node)
+
+    def pop(self, may_go: MayGo) -> Node | None:
+        while self._entries:
+            entry = heapq.heappop(self._entries)
+            node = self._forest.find(entry[2])
+            if node is None or not may_go(node):
+                continue
+            if self._entry(node) <= entry:
+                return node
+            self.add(node)
+        return None
+
+    def _entry(self, node: Node) -> tuple[float, int, int]:
+        return -self._foresight.next_use_s(node), node.last_access, node.node_id

@@ -1,0 +1,499 @@
+"""One server under the virtual clock: upstream's scheduling loop around the real policies.
+
+What it takes over from SGLang 0.5.17 (managers/scheduler.py, schedule_batch.py): prefill before
+decode, chunked prefill with one unfinished prompt at a time, the flag that stops admission until
+somebody finishes, reservation by new-token ratio, and retraction when decoding runs out of memory.
+
+Decode passes between two events are simulated in one go: `_DecodeRun` knows when each would end,
+and is cut short at a pass's end when an arrival or a finished transfer could start a prefill.
+"""
+
+from __future__ import annotations
+
+import bisect
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.node import Tokens
+from tiered_kv.scheduler.request import QueuedRequest, Slo
+from tiered_kv.scheduler.request_policy import RequestPolicy, SchedulerState
+from tiered_kv.scheduler.waiting import WaitingQueue
+from tiered_kv.simulation.admission import Added, NewTokenRatio, PrefillAdder, PrefillBatch
+from tiered_kv.simulation.cache import ManagerFactory, TieredCache
+from tiered_kv.simulation.cache_policies.farthest_use import Foresight
+from tiered_kv.simulation.events import EventQueue
+from tiered_kv.simulation.execution import Execution, FloatArray
+from tiered_kv.simulation.live import LiveRequest, RequestRecord
+from tiered_kv.simulation.settings import InstanceSettings
+from tiered_kv.simulation.timeline import Timeline
+from tiered_kv.simulation.workload.request import Request, whole_blocks
+
+#: Room for this many decode passes is made at a time when memory is short.
+DECODE_STEPS_AHEAD = 32
+#: An idle server whose memory is held by transfers looks again after this many seconds.
+RETRY_S = 1e-3
+#: Requests asked of the policy at first; more if all of them are admitted.
+PLAN_LIMIT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """The decisions of one instance; policies keep state, so each instance has its own."""
+
+    request: RequestPolicy
+    make_manager: ManagerFactory
+    foresight: Foresight | None = None
+
+
+@dataclass(slots=True)
+class _DecodeRun:
+    """Decode passes in a row over the same requests."""
+
+    ends_s: FloatArray
+    start_s: float
+    event: int
+
+
+class Instance:
+    """Takes requests with `arrive`, gives them back through `on_finish`."""
+
+    def __init__(
+        self,
+        settings: InstanceSettings,
+        block_tokens: int,
+        events: EventQueue,
+        policies: Policies,
+        on_finish: Callable[[LiveRequest, float], None],
+        *,
+        seed: int = 0,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self.settings = settings
+        self.policy = policies.request
+        observer = None if timeline is None else _transfer_spans(timeline)
+        self.cache = TieredCache(
+            settings, block_tokens, events, policies.make_manager, self._on_ready, observer
+        )
+        self.waiting = WaitingQueue(self.cache.forest, tokens_per_unit=block_tokens)
+        self.n_iterations = 0
+        self.busy_s = 0.0
+        self.processed_prefill_tokens = 0
+        self.n_retracted = 0
+        self._events = events
+        self._execution = Execution(settings.costs(), noise=settings.noise, seed=seed)
+        self._on_finish = on_finish
+        self._foresight = policies.foresight
+        self._timeline = timeline
+        self._live: dict[int, LiveRequest] = {}
+        self._held: set[int] = set()
+        self._running: dict[int, LiveRequest] = {}
+        self._context_tokens = 0
+        self._unfinished: LiveRequest | None = None
+        self._is_full = False
+        self._ratio = NewTokenRatio(settings)
+        self._is_busy = False
+        self._run: _DecodeRun | None = None
+        self._step_ends_s = array("d")
+        self._own_ids = -1
+
+    @property
+    def n_running(self) -> int:
+        return len(self._running)
+
+    # -- arrivals -----------------------------------------------------------------------------
+
+    def arrive(self, request: Request, now_s: float) -> None:
+        """`request` reaches the queue. One that cannot fit is refused at once, as upstream does."""
+        block_tokens = self.cache.block_tokens
+        limit = self.settings.max_new_tokens
+        queued = QueuedRequest(
+            request_id=request.request_id,
+            arrival_s=request.arrival_s,
+            root=self.cache.root,
+            tokens=whole_blocks(request, block_tokens),
+            prompt_tokens=request.input_tokens,
+            max_new_tokens=max(request.output_tokens, limit or 0),
+            slo=Slo(request.slo_class, request.ttft_slo_s, request.tbt_slo_s),
+            priority=request.priority,
+            queued_s=now_s,
+            processed_at_arrival=self.processed_prefill_tokens,
+        )
+        live = LiveRequest(request, queued, _new_record(request))
+        most = request.input_tokens + request.output_tokens + self.settings.page_tokens
+        if most >= self.cache.capacity_tokens:
+            self._on_finish(live, now_s)
+            return
+        if limit is not None:
+            # Upstream admits nobody whose limit exceeds the pool.
+            room = self.cache.capacity_tokens - request.input_tokens - 2 * self.settings.page_tokens
+            queued.max_new_tokens = max(request.output_tokens, min(queued.max_new_tokens, room))
+        self._live[request.request_id] = live
+        self.cache.prefetch(live)
+        self.waiting.add(queued)
+        self.policy.on_arrival(queued, now_s)
+        self._hold(live, now_s)
+        self._wake(now_s)
+
+    def _hold(self, live: LiveRequest, now_s: float) -> None:
+        """Keep `live` out of plans while it waits for pages from disk, as long as it wants to."""
+        if not live.waits_for or live.give_up_s <= now_s:
+            return
+        self._held.add(live.queued.request_id)
+        if live.give_up_s < float("inf"):
+            self._events.schedule(live.give_up_s, lambda _: self._let_go(live))
+
+    def _on_ready(self, live: LiveRequest) -> None:
+        if not live.waits_for:
+            self._let_go(live)
+
+    def _let_go(self, live: LiveRequest) -> None:
+        if live.queued.request_id in self._held:
+            self._held.discard(live.queued.request_id)
+            self._wake(self._events.now())
+
+    def _wake(self, now_s: float) -> None:
+        """Something could be admitted: start, or cut a run of decode passes short."""
+        if not self._is_busy:
+            # Not at once: whoever calls may be in the middle of an iteration's end.
+            self._is_busy = True
+            self._events.schedule(now_s, self._step)
+        elif self._run is not None and not self._is_full:
+            self._cut_run(now_s)
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def _step(self, now_s: float) -> None:
+        """Start the next iteration, if there is anything to do."""
+        batch = self._next_prefill(now_s)
+        if batch is not None:
+            self._start_prefill(batch, now_s)
+        elif self._running and self._make_decode_room(now_s):
+            self._start_decodes(now_s)
+        else:
+            self._is_busy = False
+            if len(self.waiting) > len(self._held):
+                # Memory is held by copies under way; upstream's loop would spin until they end.
+                self._events.schedule(now_s + RETRY_S, self._wake)
+
+    def _next_prefill(self, now_s: float) -> PrefillBatch | None:
+        settings, unfinished = self.settings, self._unfinished
+        if (self._is_full or not self.waiting) and unfinished is None:
+            return None
+        for changed in self.waiting.changed(self.cache.take_changes()):
+            self.policy.on_cached_change(changed, now_s)
+        state = self._state(now_s)
+        plan = self.policy.plan(state, PLAN_LIMIT)
+        chunk_tokens = settings.chunk_tokens
+        if plan.prefill_tokens is not None:
+            chunk_tokens = min(chunk_tokens, plan.prefill_tokens)
+        n_mixed = len(self._running) if settings.mixed_chunk else 0
+        if chunk_tokens <= n_mixed:
+            return None
+        adder = PrefillAdder(
+            settings,
+            self.cache,
+            self._running.values(),
+            self._ratio.current,
+            chunk_tokens,
+            n_mixed,
+        )
+        if unfinished is not None:
+            adder.add_unfinished(unfinished)
+        if unfinished is None or adder.batch.unfinished is None:
+            self._admit(adder, state, plan.order, now_s)
+        batch = adder.batch
+        self._unfinished = batch.unfinished
+        return batch if batch.chunks else None
+
+    def _admit(
+        self, adder: PrefillAdder, state: SchedulerState, order: tuple[int, ...], now_s: float
+    ) -> None:
+        """Admit in `order`, asking the policy for more when that is used up."""
+        limit = PLAN_LIMIT
+        while True:
+            for request_id in order:
+                if len(adder.batch.chunks) >= self.settings.max_running - len(self._running):
+                    self._is_full = True
+                    return
+                live = self._live[request_id]
+                if live.waits_for:
+                    self.cache.stop_prefetch(live)
+                added = adder.add(live)
+                if added is Added.NO_MEMORY:
+                    self._is_full = bool(adder.batch.chunks or self._running)
+                    return
+                if added is Added.NO_BUDGET:
+                    return
+                self._leave_queue(live, now_s)
+                if added is Added.LAST:
+                    return
+            if len(order) < limit:
+                return
+            # All of them were admitted, and left the queue: the next plan starts after them.
+            limit *= 2
+            order = self.policy.plan(state, limit).order
+
+    def _leave_queue(self, live: LiveRequest, now_s: float) -> None:
+        queued = live.queued
+        self.waiting.remove(queued)
+        self.policy.on_admission(queued, now_s)
+        if live.record.admitted_s is None:
+            live.record.admitted_s = now_s
+            if self._foresight is not None:
+                self._foresight.on_admission(live)
+
+    def _state(self, now_s: float) -> SchedulerState:
+        return SchedulerState(
+            now_s=now_s,
+            waiting=self.waiting,
+            held=self._held,
+            running=[live.queued for live in self._running.values()],
+            decode_context_tokens=self._context_tokens,
+            processed_prefill_tokens=self.processed_prefill_tokens,
+            chunk_tokens=self.settings.chunk_tokens,
+            costs=self._execution.costs,
+        )
+
+    # -- prefill ------------------------------------------------------------------------------
+
+    def _start_prefill(self, batch: PrefillBatch, now_s: float) -> None:
+        """Start one iteration over the chunks, and over the running requests if it is mixed."""
+        for live, new, _ in batch.chunks:
+            self.cache.take_private(live, new)
+        is_mixed = self.settings.mixed_chunk and bool(self._running)
+        if not self.cache.make_room(len(self._running) if is_mixed else 0):
+            # The prompt that was begun went on although memory was short.
+            self._make_decode_room(now_s)
+        n_decodes = len(self._running) if is_mixed else 0
+        prefills = [(new, before) for _, new, before in batch.chunks]
+        compute_s = self._execution.iteration_s(
+            prefills, self._context_tokens if n_decodes else 0, n_decodes
+        )
+        end_s = now_s + compute_s
+        if batch.ready_s > now_s:
+            # Layer by layer: when the last layer's pages are there, that layer is left to compute.
+            last_layer_s = compute_s / self.settings.model.n_layers
+            end_s = max(end_s, batch.ready_s + last_layer_s)
+        self._events.schedule(end_s, lambda at_s: self._end_prefill(batch, now_s, at_s, n_decodes))
+
+    def _end_prefill(
+        self, batch: PrefillBatch, start_s: float, now_s: float, n_decodes: int
+    ) -> None:
+        n_new = sum(new for _, new, _ in batch.chunks)
+        self._count(start_s, now_s, 1, "prefill", new_tokens=n_new, decodes=n_decodes)
+        self.processed_prefill_tokens += n_new
+        if n_decodes:
+            self._end_decodes(np.array([now_s]))
+        for live, new, before in batch.chunks:
+            queued = live.queued
+            queued.prefilled_tokens = before + new
+            self.cache.commit(live, queued.tokens, queued.prefilled_tokens)
+            if live is not batch.unfinished:
+                self._first_token(live, now_s)
+        self._step(now_s)
+
+    def _first_token(self, live: LiveRequest, now_s: float) -> None:
+        """The prompt is computed, which gives a token (after a retraction: one more)."""
+        queued = live.queued
+        queued.output_tokens += 1
+        if queued.first_token_s is None:
+            queued.first_token_s = live.record.first_token_s = now_s
+        live.token_times_s.append(array("d", [now_s]))
+        if queued.output_tokens >= live.request.output_tokens:
+            self._finish(live, now_s)
+            self._is_full = False
+            return
+        live.first_step = len(self._step_ends_s)
+        self._running[queued.request_id] = live
+        self._context_tokens += queued.prefilled_tokens
+
+    # -- decode -------------------------------------------------------------------------------
+
+    def _start_decodes(self, now_s: float) -> None:
+        n = len(self._running)
+        n_steps = min(
+            live.request.output_tokens - live.queued.output_tokens
+            for live in self._running.values()
+        )
+        free = self.cache.free_tokens
+        if free < n * n_steps:
+            wanted = min(n_steps, DECODE_STEPS_AHEAD)
+            self.cache.make_room(n * wanted)
+            n_steps = max(1, min(n_steps, self.cache.free_tokens // n))
+        ends_s = self._execution.decode_ends_s(now_s, self._context_tokens, n, n_steps)
+        event = self._events.schedule(float(ends_s[-1]), self._end_run)
+        self._run = _DecodeRun(ends_s, now_s, event)
+
+    def _cut_run(self, now_s: float) -> None:
+        """End the run after the pass that is under way."""
+        run = self._run
+        assert run is not None
+        n_steps = bisect.bisect_left(run.ends_s, now_s) + 1
+        if n_steps < len(run.ends_s):
+            run.ends_s = run.ends_s[:n_steps]
+            self._events.cancel(run.event)
+            run.event = self._events.schedule(float(run.ends_s[-1]), self._end_run)
+
+    def _end_run(self, now_s: float) -> None:
+        run = self._run
+        assert run is not None
+        self._run = None
+        n_steps = len(run.ends_s)
+        self._count(run.start_s, now_s, n_steps, "decode", decodes=len(self._running))
+        self._ratio.decay(n_steps)
+        self._end_decodes(run.ends_s)
+        self._step(now_s)
+
+    def _end_decodes(self, ends_s: FloatArray) -> None:
+        """Every running request got one token at each of `ends_s`."""
+        n_steps, now_s = len(ends_s), float(ends_s[-1])
+        self._step_ends_s.frombytes(ends_s.tobytes())
+        finished = []
+        for live in self._running.values():
+            queued = live.queued
+            queued.output_tokens += n_steps
+            queued.prefilled_tokens += n_steps
+            live.private_tokens += n_steps
+            if queued.output_tokens >= live.request.output_tokens:
+                finished.append(live)
+        self.cache.private_tokens += n_steps * len(self._running)
+        self._context_tokens += n_steps * len(self._running)
+        for live in finished:
+            self._stop_running(live)
+            self._finish(live, now_s)
+        if finished:
+            self._is_full = False
+
+    def _stop_running(self, live: LiveRequest) -> None:
+        del self._running[live.queued.request_id]
+        self._context_tokens -= live.queued.prefilled_tokens
+        live.token_times_s.append(self._step_ends_s[live.first_step :])
+
+    def _make_decode_room(self, now_s: float) -> bool:
+        """Memory for one more token of each running request; retracts if need be.
+
+        False if nobody is left running.
+        """
+        if self.cache.make_room(len(self._running)):
+            return True
+        # Fewest output tokens go first, and among those the longest prompts.
+        order = sorted(
+            self._running.values(),
+            key=lambda live: (live.queued.output_tokens, -live.queued.prompt_tokens),
+        )
+        while len(order) > (1 if self._unfinished is None else 0):
+            self._retract(order.pop(0), now_s)
+            if self.cache.make_room(len(self._running)):
+                break
+        self._ratio.after_retraction(self._running.values())
+        self._is_full = False
+        if order and not self.cache.make_room(len(self._running)):
+            (live,) = order
+            self._stop_running(live)
+            self._give_up(live, now_s)
+        return bool(self._running)
+
+    def _retract(self, live: LiveRequest, now_s: float) -> None:
+        """Back to the queue: its generated KV is lost, as upstream does it."""
+        self._stop_running(live)
+        self.cache.release(live)
+        queued = live.queued
+        queued.prefilled_tokens = 0
+        queued.n_retractions += 1
+        queued.queued_s = now_s
+        queued.processed_at_arrival = self.processed_prefill_tokens
+        self.n_retracted += 1
+        self.waiting.add(queued)
+        self.policy.on_arrival(queued, now_s)
+
+    # -- the end of a request -----------------------------------------------------------------
+
+    def _finish(self, live: LiveRequest, now_s: float) -> None:
+        queued, record = live.queued, live.record
+        queued.last_token_s = record.finish_s = now_s
+        _record_gaps(live)
+        self.cache.commit(live, self._all_blocks(live), queued.prefilled_tokens)
+        if self._foresight is not None:
+            self._foresight.on_finish(live, self.cache.forest, now_s)
+        self.cache.release(live)
+        self.policy.on_finish(queued, now_s)
+        del self._live[queued.request_id]
+        self._on_finish(live, now_s)
+
+    def _give_up(self, live: LiveRequest, now_s: float) -> None:
+        """Abort: it does not fit even alone."""
+        self.cache.release(live)
+        del self._live[live.queued.request_id]
+        self._on_finish(live, now_s)
+
+    def _all_blocks(self, live: LiveRequest) -> Tokens:
+        """Ids of the whole blocks of prompt and output.
+
+        An output that nobody asks for again fills the cache like any other: it gets ids of its own.
+        """
+        request, prompt = live.request, live.queued.tokens
+        n_blocks = live.queued.prefilled_tokens // self.cache.block_tokens
+        n_new = n_blocks - len(prompt)
+        if n_new <= 0:
+            return prompt
+        known = request.output_blocks[:n_new]
+        n_own = n_new - len(known)
+        own = array("q", range(self._own_ids, self._own_ids - n_own, -1))
+        self._own_ids -= n_own
+        return prompt + known + own
+
+    def _count(self, start_s: float, end_s: float, n_steps: int, name: str, **args: float) -> None:
+        self.n_iterations += n_steps
+        self.busy_s += end_s - start_s
+        if self._timeline is None:
+            return
+        self._timeline.span("forward", name, start_s, end_s, steps=n_steps, **args)
+        self._timeline.counters(
+            "requests", end_s, {"waiting": len(self.waiting), "running": len(self._running)}
+        )
+        forest, scale = self.cache.forest, self.cache.block_tokens
+        cached = {
+            tier.name.lower(): float(forest.resident_tokens(tier) * scale)
+            for tier in (Tier.DEVICE, Tier.HOST)
+        }
+        self._timeline.counters("cached tokens", end_s, cached)
+
+
+def _new_record(request: Request) -> RequestRecord:
+    return RequestRecord(
+        request_id=request.request_id,
+        session=request.session,
+        slo_class=request.slo_class,
+        ttft_slo_s=request.ttft_slo_s,
+        tbt_slo_s=request.tbt_slo_s,
+        arrival_s=request.arrival_s,
+        input_tokens=request.input_tokens,
+        output_tokens=request.output_tokens,
+    )
+
+
+def _record_gaps(live: LiveRequest) -> None:
+    record = live.record
+    record.n_retractions = live.queued.n_retractions
+    times = array("d")
+    for part in live.token_times_s:
+        times.extend(part)
+    if len(times) < 2:
+        return
+    gaps = np.diff(np.frombuffer(times))
+    record.mean_tbt_s = float(times[-1] - times[0]) / len(gaps)
+    gaps.sort()
+    record.max_tbt_s = float(gaps[-1])
+    # The nearest rank: a tail of whole gaps, not a value between two of them.
+    record.p99_tbt_s = float(gaps[-(-99 * len(gaps) // 100) - 1])
+
+
+def _transfer_spans(timeline: Timeline) -> Callable[[str, float, float, int], None]:
+    def observe(link: str, start_s: float, end_s: float, n_bytes: int) -> None:
+        timeline.span(link, f"{n_bytes / 1e6:.0f} MB", start_s, end_s, n_bytes=n_bytes)
+
+    return observe

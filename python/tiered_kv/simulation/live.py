@@ -1,0 +1,87 @@
+"""A request while it is simulated, and the record that remains of it."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from dataclasses import dataclass, field
+
+from tiered_kv.forest.node import Node
+from tiered_kv.scheduler.request import QueuedRequest
+from tiered_kv.simulation.transfers import Transfer
+from tiered_kv.simulation.workload.request import Request
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What happened to one request; times in seconds since the start, lengths in tokens."""
+
+    request_id: int
+    session: int | None
+    slo_class: str
+    ttft_slo_s: float | None
+    tbt_slo_s: float | None
+    arrival_s: float
+    input_tokens: int
+    output_tokens: int
+    admitted_s: float | None = None
+    """First admission."""
+    first_token_s: float | None = None
+    finish_s: float | None = None
+    """None: it was refused or aborted."""
+    device_hit_tokens: int = 0
+    host_hit_tokens: int = 0
+    """Host hits that had not come from disk for this request."""
+    disk_hit_tokens: int = 0
+    mean_tbt_s: float | None = None
+    """Mean time between tokens; None with a single one."""
+    p99_tbt_s: float | None = None
+    max_tbt_s: float | None = None
+    n_retractions: int = 0
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Arrival to first token."""
+        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+
+
+@dataclass(slots=True)
+class Prefetch:
+    """Pages on their way from disk for one request."""
+
+    op: int
+    transfer: Transfer
+    last: Node
+    n_units: int
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    """One request in an instance."""
+
+    request: Request
+    queued: QueuedRequest
+    record: RequestRecord
+    pinned: Node | None = None
+    """The last node of its prefix, pinned on the device while it runs."""
+    committed_units: int = 0
+    """Leading units that are in the forest on the device and pinned."""
+    private_tokens: int = 0
+    """Tokens of KV it holds besides."""
+    host_pinned: Node | None = None
+    """The last node brought from disk for it, pinned on the host until it is admitted."""
+    prefetch: Prefetch | None = None
+    prefetched_tokens: int = 0
+    waits_for: set[int] = field(default_factory=set)
+    """Transfers from disk to host that hold it back,"""
+    give_up_s: float = math.inf
+    """until this time at most."""
+    first_step: int = 0
+    """Number of the first decode step it takes part in, since it last joined the batch."""
+    token_times_s: list[array[float]] = field(default_factory=list)
+    """Times of its tokens up to its last retraction, and of the first one after a prefill."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV on the device."""
+        return self.queued.prefilled_tokens

@@ -1,0 +1,149 @@
+"""What is simulated: an instance of the server, its tiers and the policies in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tiered_kv.core.device_spec import DeviceSpec
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.core.ids import Tier
+from tiered_kv.core.model_spec import ModelSpec
+from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
+
+GB = 10**9
+
+STOP_POLICIES = ("best_effort", "timeout", "wait_complete")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSpec:
+    """Local storage, as several large reads and writes in flight reach it."""
+
+    read_bandwidth: float = 6.0e9
+    """Bytes/s: a data-centre NVMe drive (PCIe 4.0 x4) by its data sheets, slightly derated."""
+
+    write_bandwidth: float = 3.0e9
+    """Bytes/s, likewise."""
+
+    latency_s: float = 2e-4
+    """Seconds per transfer before the first byte."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSettings:
+    """Sizes and rules of the tiers. Sizes are bytes of KV; None for `device_bytes` derives it."""
+
+    device_bytes: int | None = None
+    """KV pool on the device; None: `memory_fraction` of its memory less the weights."""
+
+    memory_fraction: float = 0.88
+    """As upstream's --mem-fraction-static."""
+
+    host_bytes: int = 0
+    """0: no host tier."""
+
+    disk_bytes: int = 0
+    """0: no disk tier; it needs a host tier."""
+
+    disk: DiskSpec = DiskSpec()
+    """Speed of the disk tier."""
+
+    eviction: str = "lru"
+    """Name of an eviction policy, or of a simulated one: belady, kvflow."""
+
+    stop_policy: str = "wait_complete"
+    """When a request stops waiting for its pages from disk; as HiCache's three."""
+
+    prefetch_threshold_tokens: int = 256
+    """Shorter hits on disk are not fetched, as in HiCache."""
+
+    timeout_base_s: float = 2.0
+    """For the stop policy timeout: a fixed part,"""
+
+    timeout_per_1024_tokens_s: float = 0.1
+    """a part that grows with what is fetched,"""
+
+    timeout_max_s: float = 30.0
+    """and at most this; HiCache's defaults."""
+
+    def __post_init__(self) -> None:
+        if self.stop_policy not in STOP_POLICIES:
+            raise ConfigError(
+                f"There is no stop policy {self.stop_policy!r}; the known ones are "
+                f"{', '.join(STOP_POLICIES)}."
+            )
+        if self.disk_bytes and not self.host_bytes:
+            raise ConfigError("The disk tier is reached through the host tier; give it a size.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceSettings:
+    """One server. Defaults are upstream's for a device of 60 to 160 GB."""
+
+    model: ModelSpec
+    device: DeviceSpec
+    cache: CacheSettings = CacheSettings()
+    policy: str = "fcfs"
+    """Name of a request policy."""
+
+    chunk_tokens: int = 8192
+    """--chunked-prefill-size."""
+
+    max_prefill_tokens: int = 16384
+    """--max-prefill-tokens."""
+
+    max_running: int = 256
+    """--max-running-requests."""
+
+    page_tokens: int = 64
+    """--page-size: only its roundings; blocks of the workload are what is cached."""
+
+    mixed_chunk: bool = False
+    """--enable-mixed-chunk: prefill chunks and decodes share an iteration."""
+
+    max_new_tokens: int | None = 2048
+    """What clients set as limit where it is not below the true output; None: exactly the output."""
+
+    clip_max_new_tokens: int = 4096
+    """Upstream's SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION."""
+
+    init_new_token_ratio: float = 0.7
+    """Share of the limit that admission reserves for running requests, at first; upstream's."""
+
+    min_new_token_ratio_factor: float = 0.14
+    """It decays to this share of the first value,"""
+
+    new_token_ratio_decay_steps: int = 600
+    """in so many decode steps without retraction."""
+
+    noise: float = 0.0
+    """Standard deviation of the logarithm of a forward pass's duration."""
+
+    def device_tokens(self) -> int:
+        """KV tokens that the device holds. Raises ConfigError if the weights leave no room."""
+        n_bytes = self.cache.device_bytes
+        if n_bytes is None:
+            static = self.device.memory_bytes * self.cache.memory_fraction
+            n_bytes = int(static - self.model.weight_bytes)
+        tokens = int(n_bytes // self.model.kv_bytes_per_token)
+        if tokens <= 0:
+            raise ConfigError(
+                f"{self.model.name} leaves no room for KV on {self.device.name}; take a larger "
+                "device or a tensor-parallel group such as 4xH200-141."
+            )
+        return tokens
+
+    def costs(self) -> CostModel:
+        """The cost model of this model, device and disk."""
+        link = EdgeCost(self.device.host_link_bandwidth, self.device.host_link_latency_s)
+        disk = self.cache.disk
+        return CostModel(
+            self.model,
+            self.device,
+            {
+                (Tier.HOST, Tier.DEVICE): link,
+                (Tier.DEVICE, Tier.HOST): link,
+                (Tier.DISK, Tier.HOST): EdgeCost(disk.read_bandwidth, disk.latency_s),
+                (Tier.HOST, Tier.DISK): EdgeCost(disk.write_bandwidth, disk.latency_s),
+            },
+        )
