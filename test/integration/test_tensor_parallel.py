@@ -33,7 +33,7 @@ def test_two_ranks_stay_in_step(
     asked = [prompts.tokens(f"ranks {i}", 300) for i in range(5)]
 
     with make_server("two_ranks", *FLOAT32, *args, *watch, model=model) as server:
-        computed = generate_all(server, asked, concurrency=4)
+        computed = generate_all(server, asked, concurrency=1)
         from_host = generate_all(server, asked[:2], concurrency=1)
         wait_for_disk(server)
         server.flush_cache()
