@@ -17,6 +17,7 @@ from tiered_kv.tiers.disk.maintenance import (
     open_for_maintenance,
     verify,
 )
+from tiered_kv.tiers.disk.store import DiskStore
 
 EXIT_BAD_PAGES = 1
 EXIT_ERROR = 2
@@ -80,7 +81,23 @@ def _add_command(
     command = commands.add_parser(name, help=help_text)
     command.add_argument("directory", type=Path, metavar="DIR", help="the disk tier's directory")
     command.set_defaults(run=run)
+    if run is not _inspect:
+        command.add_argument(
+            "--key-file",
+            type=Path,
+            metavar="FILE",
+            help="the key of an encrypted directory, the server's --tiered-kv-disk-key-file",
+        )
     return command
+
+
+def _open(options: argparse.Namespace, capacity_bytes: int | None = None) -> DiskStore:
+    key = None
+    if options.key_file is not None:
+        from tiered_kv.tiers.disk.encryption import read_key_file
+
+        key = read_key_file(options.key_file)
+    return open_for_maintenance(options.directory, capacity_bytes, key)
 
 
 def _size(text: str) -> int:
@@ -96,7 +113,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    with open_for_maintenance(options.directory) as store:
+    with _open(options) as store:
         bad = 0
         with tqdm(total=store.stats().pages, unit=" pages", desc="verify", disable=None) as bar:
 
@@ -118,7 +135,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _gc(options: argparse.Namespace) -> int:
     before = inspect_directory(options.directory).bytes_on_disk
-    with open_for_maintenance(options.directory, options.capacity) as store:
+    with _open(options, options.capacity) as store:
         store.collect_garbage()
     after = inspect_directory(options.directory).bytes_on_disk
     sys.stdout.write(
@@ -128,7 +145,7 @@ def _gc(options: argparse.Namespace) -> int:
 
 
 def _clear(options: argparse.Namespace) -> int:
-    with open_for_maintenance(options.directory) as store:
+    with _open(options) as store:
         stats = store.stats()
         if not options.yes:
             question = (
@@ -169,6 +186,7 @@ def format_report(directory: Path, report: DirectoryReport) -> str:
         f"directory  {directory}",
         f"in use by  {report.owner or 'nobody'}",
         f"on disk    {used} of {capacity} in {report.segments} segments",
+        f"encrypted  {report.cipher or 'no'}",
         "",
     ]
     for name, pages, page_size, n_bytes, description in rows:

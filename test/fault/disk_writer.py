@@ -16,6 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
+from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.store import DiskStore
 
@@ -61,7 +62,7 @@ def read_for_ever(ns: DiskNamespace, first_seed: int) -> None:
 def main() -> None:
     directory, first_seed, capacity_bytes, page_bytes, path = sys.argv[1:]
     store = DiskStore.open(
-        Path(directory), capacity_bytes=int(capacity_bytes), direct_io=path == "direct"
+        Path(directory), capacity_bytes=int(capacity_bytes), io_mode=IoMode(path)
     )
     ns = store.namespace(NAMESPACE, int(page_bytes))
     os.write(1, b"ready\n")

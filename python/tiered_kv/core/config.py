@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tiered_kv.core.errors import ConfigError
 
+DISK_IO_MODES = ("auto", "direct", "buffered")
+
 
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
@@ -55,8 +57,12 @@ class DiskConfig:
     io_threads: int = 4
     """Threads that read and write segments; two to four saturate a local disk."""
 
-    direct_io: bool | None = None
-    """True bypasses the page cache (O_DIRECT), False uses it, None lets the store choose."""
+    io_mode: str = "auto"
+    """"direct" bypasses the page cache (O_DIRECT), "buffered" uses it, "auto" lets the store decide
+    by memory pressure and expected reuse."""
+
+    key_file: Path | None = None
+    """File with the key that pages are encrypted with on disk; None stores them as they are."""
 
     clear_on_start: bool = False
     """True deletes all stored pages when the server starts."""
@@ -74,6 +80,16 @@ class DiskConfig:
         _require(
             not self.clear_on_start or self.directory is not None,
             "The disk tier is to be cleared but has no directory; name a directory.",
+        )
+        _require(
+            self.key_file is None or self.directory is not None,
+            "The disk tier was given a key file but no directory; name a directory or drop the key "
+            "file.",
+        )
+        _require(
+            self.io_mode in DISK_IO_MODES,
+            f"The disk tier's I/O mode must be one of {', '.join(DISK_IO_MODES)}, not "
+            f"{self.io_mode!r}.",
         )
         _require(
             1 <= self.io_threads <= 64,

@@ -23,6 +23,8 @@ from tiered_kv.plugin.kv_events import KvEvents
 from tiered_kv.plugin.metrics_adapter import MetricsRecorder, PrometheusRecorder
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import After, CpuPageCopier, PageCopier, TorchPageCopier, buffer_format
+from tiered_kv.tiers.disk.encryption import read_key_file
+from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.store import DiskStore
 from tiered_kv.tiers.hierarchy import KVHierarchy
@@ -203,7 +205,8 @@ def open_disk(config: TieredKVConfig, tp_rank: int, tp_size: int) -> DiskStore |
         config.disk.directory / f"shard-{tp_rank}-of-{tp_size}",
         capacity_bytes=config.disk.size_bytes,
         io_threads=config.disk.io_threads,
-        direct_io=config.disk.direct_io,
+        io_mode=IoMode(config.disk.io_mode),
+        key=None if config.disk.key_file is None else read_key_file(config.disk.key_file),
     )
     if config.disk.clear_on_start:
         store.clear()

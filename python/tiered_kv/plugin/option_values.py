@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+from tiered_kv.core.config import DISK_IO_MODES
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.units import parse_bytes
 
@@ -19,8 +20,6 @@ NO_DISK = "none"
 
 DISK_BYTES_DEFAULT = 32 * 10**9
 DISK_FREE_SHARE_MAX = 0.8
-
-_DIRECT_IO = {"auto": None, "on": True, "off": False, "true": True, "false": False}
 
 
 def size_bytes(option: str, value: str | int | float) -> int:
@@ -62,15 +61,28 @@ def integer(option: str, value: str | int) -> int:
     return int(as_float)
 
 
-def direct_io(option: str, value: str | bool | None) -> bool | None:
-    """Whether the disk tier bypasses the page cache; None lets it choose.
+def disk_io_mode(option: str, value: str | None) -> str:
+    """How the disk tier reads and writes: auto, direct or buffered.
 
-    Raises ConfigError for anything but auto, on and off (and the booleans YAML makes of them).
+    Raises ConfigError for anything else.
     """
-    text = "auto" if value is None else str(value).lower()
-    if text not in _DIRECT_IO:
-        raise ConfigError(f"{option} must be auto, on or off, not {value!r}.")
-    return _DIRECT_IO[text]
+    mode = "auto" if value is None else str(value).strip().lower()
+    if mode not in DISK_IO_MODES:
+        raise ConfigError(f"{option} must be one of {', '.join(DISK_IO_MODES)}, not {value!r}.")
+    return mode
+
+
+def key_file(option: str, value: str | os.PathLike[str] | None) -> Path | None:
+    """The disk tier's key file, an absolute path. Raises ConfigError if there is no such file."""
+    if value is None or not str(value).strip():
+        return None
+    path = Path(value).expanduser().absolute()
+    if not path.is_file():
+        raise ConfigError(
+            f"{option} names {path}, which is no file; write a key with "
+            f"`(umask 077; openssl rand -hex 32 > {path})`."
+        )
+    return path
 
 
 def disk_directory(option: str, value: str | os.PathLike[str] | None) -> Path | None:

@@ -34,12 +34,11 @@ def _size(text: str) -> str:
     return text
 
 
-def _direct_io(text: str) -> str:
+def _disk_io_mode(text: str) -> str:
     try:
-        option_values.direct_io("the value", text)
+        return option_values.disk_io_mode("the value", text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 # The fields are declared `no_cli` because SGLang would list them among its four hundred options;
@@ -106,15 +105,26 @@ class ServerArgs(upstream_server_args.ServerArgs):
         Arg(no_cli=True, help="Threads that read and write the disk tier, 1 to 64. Default: 4."),
         NS("memory"),
     ] = 4
-    tiered_kv_direct_io: A[
+    tiered_kv_disk_io: A[
         str,
         Arg(
             no_cli=True,
-            type_parser=_direct_io,
-            help="Bypass the page cache in the disk tier (O_DIRECT): on, off, or auto (default).",
+            type_parser=_disk_io_mode,
+            help="How the disk tier reads and writes: 'direct' bypasses the page cache (O_DIRECT), "
+            "'buffered' uses it, 'auto' uses it for pages wanted again soon while memory is "
+            "plentiful. Default: auto.",
         ),
         NS("memory"),
     ] = "auto"
+    tiered_kv_disk_key_file: A[
+        str | None,
+        Arg(
+            no_cli=True,
+            help="Encrypt the pages on disk with the key in this file: 32 bytes, or 64 hexadecimal "
+            "digits; only its owner may have access to it. Default: not encrypted.",
+        ),
+        NS("memory"),
+    ] = None
     tiered_kv_debug_integrity: A[
         bool,
         Arg(
@@ -197,7 +207,8 @@ class ServerArgs(upstream_server_args.ServerArgs):
                 io_threads=values.integer(
                     "--tiered-kv-disk-io-threads", self.tiered_kv_disk_io_threads
                 ),
-                direct_io=values.direct_io("--tiered-kv-direct-io", self.tiered_kv_direct_io),
+                io_mode=values.disk_io_mode("--tiered-kv-disk-io", self.tiered_kv_disk_io),
+                key_file=values.key_file("--tiered-kv-disk-key-file", self.tiered_kv_disk_key_file),
                 clear_on_start=self.tiered_kv_clear_disk,
             ),
         )

@@ -42,20 +42,25 @@ def test_a_size_that_is_none_is_refused_by_name(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "meaning"),
-    [
-        *[("auto", None), (None, None), ("on", True), ("off", False), ("OFF", False)],
-        # YAML 1.1 reads an unquoted on or off as a boolean, which SGLang writes as true or false.
-        *[("true", True), ("false", False), (True, True), (False, False)],
-    ],
+    ("value", "mode"),
+    [("auto", "auto"), (None, "auto"), ("direct", "direct"), (" Buffered", "buffered")],
 )
-def test_direct_io(value: str | bool | None, meaning: bool | None) -> None:
-    assert option_values.direct_io("--direct", value) is meaning
+def test_disk_io_mode(value: str | None, mode: str) -> None:
+    assert option_values.disk_io_mode("--io", value) == mode
 
 
-def test_direct_io_names_what_is_allowed() -> None:
-    with pytest.raises(ConfigError, match="--direct must be auto, on or off, not 'maybe'"):
-        option_values.direct_io("--direct", "maybe")
+def test_disk_io_mode_names_what_is_allowed() -> None:
+    with pytest.raises(ConfigError, match="--io must be one of auto, direct, buffered, not 'on'"):
+        option_values.disk_io_mode("--io", "on")
+
+
+def test_key_file(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    with pytest.raises(ConfigError, match=r"--key-file names .*key, which is no file; write a key"):
+        option_values.key_file("--key-file", path)
+    path.touch()
+    assert option_values.key_file("--key-file", str(path)) == path
+    assert option_values.key_file("--key-file", None) is None
 
 
 def test_numbers() -> None:

@@ -132,19 +132,23 @@ def test_defaults_and_derived_values(model: str, cache_home: Path) -> None:
 
 
 def test_every_option_reaches_the_configuration(model: str, tmp_path: Path) -> None:
+    key_file = tmp_path / "key"
+    key_file.touch()
     args = parse(
         model,
         *("--tiered-kv", "--page-size", "16", "--tiered-kv-host-size", "1GiB"),
         *("--tiered-kv-host-ratio", "3", "--tiered-kv-disk-dir", str(tmp_path / "kv")),
         *("--tiered-kv-disk-size", "5GB", "--tiered-kv-clear-disk"),
-        *("--tiered-kv-disk-io-threads", "2", "--tiered-kv-direct-io", "off"),
+        *("--tiered-kv-disk-io-threads", "2", "--tiered-kv-disk-io", "buffered"),
+        *("--tiered-kv-disk-key-file", str(key_file)),
         "--tiered-kv-debug-integrity",
     )
     config = args.to_config()
     assert config.page_size == 16
     assert (config.host.size_bytes, config.host.ratio) == (1 << 30, 3.0)
     assert (config.disk.directory, config.disk.size_bytes) == (tmp_path / "kv", 5 * 10**9)
-    assert (config.disk.io_threads, config.disk.direct_io) == (2, False)
+    assert (config.disk.io_threads, config.disk.io_mode) == (2, "buffered")
+    assert config.disk.key_file == key_file
     assert config.disk.clear_on_start
     assert args.tiered_kv_debug_integrity
 
@@ -163,12 +167,13 @@ def test_no_disk(model: str) -> None:
 def test_yaml_file(model: str, tmp_path: Path) -> None:
     yaml = tmp_path / "server.yaml"
     yaml.write_text(
-        "tiered-kv: true\ntiered-kv-host-size: 8\ntiered-kv-disk-dir: ~\ntiered-kv-direct-io: on\n"
+        "tiered-kv: true\ntiered-kv-host-size: 8\ntiered-kv-disk-dir: ~\n"
+        "tiered-kv-disk-io: direct\n"
     )
     config = parse(model, "--config", str(yaml)).to_config()
     assert config.host.size_bytes == 8 * 10**9
     assert not config.disk.enabled  # SGLang writes YAML's null as None
-    assert config.disk.direct_io is True
+    assert config.disk.io_mode == "direct"
 
 
 def test_python_values_as_sgl_engine_passes_them(model: str) -> None:
@@ -253,7 +258,7 @@ def test_no_option_of_sglangs_is_shadowed_or_abbreviated_differently() -> None:
         (["--tiered-kv", "--tiered-kv-host-size", "0GB"], "must be a positive size"),
         (["--tiered-kv", "--tiered-kv-host-ratio", "two"], "invalid float value: 'two'"),
         (["--tiered-kv", "--tiered-kv-host-ratio", "-1"], "must be a positive number, not -1"),
-        (["--tiered-kv", "--tiered-kv-direct-io", "maybe"], "must be auto, on or off"),
+        (["--tiered-kv", "--tiered-kv-disk-io", "maybe"], "must be one of auto, direct, buffered"),
         (["--tiered-kv", "--tiered-kv-disk-io-threads", "0"], "between 1 and 64 I/O threads"),
         (["--tiered-kv", "--tiered-kv-disk-dir", "/dev/null/kv"], "/dev/null is a file"),
         (

@@ -14,6 +14,9 @@ from tiered_kv.tiers.disk.index import NamespaceRow
 from tiered_kv.tiers.disk.record import BLOCK_BYTES, round_up
 from tiered_kv.tiers.disk.segment import Segment, SegmentState, location, segment_of, slot_of
 
+MAX_DROPPED = 65_536
+"""Names of dropped pages that a namespace remembers until they are asked for."""
+
 
 class NamespaceEntries:
     """The pages of one namespace."""
@@ -27,6 +30,22 @@ class NamespaceEntries:
         self.record_bytes = BLOCK_BYTES + self.slot_bytes
         self.locations: dict[bytes, int] = {}
         self.claims: set[bytes] = set()
+        self._dropped: list[bytes] | None = []
+
+    def note_dropped(self, page_hash: bytes) -> None:
+        """The page is gone. The caller holds the catalog's lock."""
+        if self._dropped is not None:
+            self._dropped.append(page_hash)
+            if len(self._dropped) > MAX_DROPPED:
+                self._dropped = None
+
+    def drain_dropped(self) -> list[bytes] | None:
+        """Pages dropped since the last call and not stored again; None if they were too many to
+        remember. The caller holds the catalog's lock."""
+        dropped, self._dropped = self._dropped, []
+        if dropped is None:
+            return None
+        return [h for h in dict.fromkeys(dropped) if h not in self.locations]
 
     @property
     def row(self) -> NamespaceRow:
@@ -78,6 +97,7 @@ class Catalog:
         if entries.locations.get(page_hash) != loc:
             return False
         del entries.locations[page_hash]
+        entries.note_dropped(page_hash)
         self.segments[segment_of(loc)].drop(slot_of(loc))
         return True
 

@@ -10,16 +10,33 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from tiered_kv.core.errors import DiskTierError
 from tiered_kv.tiers.disk.io_ops import DIRECTORY_MODE, FILE_MODE
 from tiered_kv.tiers.disk.record import FORMAT_VERSION
 
+if TYPE_CHECKING:
+    from tiered_kv.tiers.disk.encryption import PageCipher
+
 LOCK_NAME = "LOCK"
 FORMAT_NAME = "FORMAT"
 SEGMENTS_NAME = "segments"
 _FORMAT_KIND = "tiered-kv-disk"
+_SEALED_VERSION = 2
+"""Version of an encrypted directory, so that what cannot decrypt refuses it."""
+AES = "AES-256-GCM"
+CHACHA20 = "ChaCha20-Poly1305"
 _KNOWN_NAMES = frozenset({LOCK_NAME, FORMAT_NAME, f"{FORMAT_NAME}.new", SEGMENTS_NAME})
+
+
+class EncryptionHeader(NamedTuple):
+    """What an encrypted directory says about itself, in the clear."""
+
+    cipher: str
+    """AES or CHACHA20."""
+    salt: bytes
+    key_check: bytes
 
 
 class OwnerLock:
@@ -101,37 +118,91 @@ def prepare_directory(directory: Path) -> None:
     directory.chmod(DIRECTORY_MODE)
 
 
-def check_format(directory: Path) -> None:
-    """Raises DiskTierError if the directory was written in another format. Creates nothing."""
+def read_format(directory: Path) -> EncryptionHeader | None:
+    """What the directory's pages are encrypted with; None if they are not. Creates nothing.
+
+    Raises DiskTierError if it is no disk tier's directory, or one of another format.
+    """
     path = directory / FORMAT_NAME
     remedy = "delete it or name another directory, the pages in it are only a cache"
     try:
         found = json.loads(path.read_text())
         kind, version = found["format"], found["version"]
+        encryption = _parse_encryption(found["encryption"]) if version == _SEALED_VERSION else None
     except FileNotFoundError:
         raise DiskTierError(f"{directory} is not a disk tier directory.") from None
     except (ValueError, KeyError, TypeError):
         raise DiskTierError(f"{path} is damaged: {remedy}.") from None
-    if kind != _FORMAT_KIND or version != FORMAT_VERSION:
+    if kind != _FORMAT_KIND or version not in (FORMAT_VERSION, _SEALED_VERSION):
         raise DiskTierError(
             f"{directory} was written in format {kind} version {version}, this is "
-            f"{_FORMAT_KIND} version {FORMAT_VERSION}: {remedy}."
+            f"{_FORMAT_KIND} version {FORMAT_VERSION} or {_SEALED_VERSION}: {remedy}."
         )
+    return encryption
 
 
-def write_format(directory: Path) -> None:
-    """Mark the directory as ours, with this version, in one step. No-op if it is marked."""
-    path = directory / FORMAT_NAME
-    if path.exists():
-        return
+def _parse_encryption(found: dict[str, str]) -> EncryptionHeader:
+    cipher, salt, key_check = found["cipher"], found["salt"], found["key_check"]
+    if cipher not in (AES, CHACHA20):
+        raise ValueError(f"unknown cipher {cipher}")
+    return EncryptionHeader(cipher, bytes.fromhex(salt), bytes.fromhex(key_check))
+
+
+def write_format(directory: Path, encryption: EncryptionHeader | None = None) -> None:
+    """Mark the directory as ours, with this version, in one step."""
+    contents: dict[str, object] = {"format": _FORMAT_KIND, "version": FORMAT_VERSION}
+    if encryption is not None:
+        contents["version"] = _SEALED_VERSION
+        contents["encryption"] = {
+            "cipher": encryption.cipher,
+            "salt": encryption.salt.hex(),
+            "key_check": encryption.key_check.hex(),
+        }
     new = directory / f"{FORMAT_NAME}.new"
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
     try:
-        os.write(fd, json.dumps({"format": _FORMAT_KIND, "version": FORMAT_VERSION}).encode())
+        os.write(fd, json.dumps(contents).encode())
         os.fsync(fd)
     finally:
         os.close(fd)
-    new.replace(path)
+    new.replace(directory / FORMAT_NAME)
+
+
+def open_cipher(directory: Path, key: bytes | None) -> PageCipher | None:
+    """The cipher of this directory's pages; a directory that has no format yet is given one.
+
+    Raises DiskTierError if the key is wrong or missing, or there is one and the pages are plain.
+    """
+    if not (directory / FORMAT_NAME).exists():
+        write_format(directory, None if key is None else _new_header(key))
+    header = read_format(directory)
+    remedy = "name another directory or delete this one, the pages in it are only a cache"
+    if header is None:
+        if key is not None:
+            raise DiskTierError(
+                f"The pages in {directory} are not encrypted but a key was given: {remedy}."
+            )
+        return None
+    if key is None:
+        raise DiskTierError(
+            f"The pages in {directory} are encrypted: give the key file they were written with, or "
+            f"{remedy}."
+        )
+    from tiered_kv.tiers.disk.encryption import cipher_of
+
+    cipher = cipher_of(header, key)
+    if cipher is None:
+        raise DiskTierError(
+            f"The key is not the one that the pages in {directory} were encrypted with: give that "
+            f"one, or {remedy}."
+        )
+    return cipher
+
+
+def _new_header(key: bytes) -> EncryptionHeader:
+    from tiered_kv.tiers.disk.encryption import new_header
+
+    return new_header(key)
 
 
 def segments_directory(directory: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import errno
 import os
 from pathlib import Path
@@ -10,17 +11,40 @@ from typing import Protocol
 from tiered_kv.core.errors import DiskTierError
 from tiered_kv.tiers.disk.buffers import AlignedBuffer
 from tiered_kv.tiers.disk.io_ops import IoOps
+from tiered_kv.tiers.disk.memory_pressure import MemoryPressure
 from tiered_kv.tiers.disk.record import BLOCK_BYTES
 
 _PROBE_NAME = "direct-io.probe"
 
 
+class IoMode(enum.StrEnum):
+    """What the user asked for."""
+
+    AUTO = "auto"
+    """Decided from I/O to I/O, see `AdaptivePath`; buffered where there is no direct I/O."""
+    DIRECT = "direct"
+    BUFFERED = "buffered"
+
+
+class Reuse(enum.Enum):
+    """When the pages of a call will be read from disk next, as far as the caller knows."""
+
+    UNKNOWN = enum.auto()
+    """A write counts as LATER; a read as SOON if its pages were read from disk lately before."""
+    SOON = enum.auto()
+    """Within a minute or so: worth a place in the page cache if memory is plentiful."""
+    LATER = enum.auto()
+    """Not soon, or the host tier is going to keep the page: a second copy would be wasted."""
+
+
 class PathPolicy(Protocol):
-    """Chooses the path of one I/O; free to answer differently from call to call."""
+    """Chooses the path of one I/O; free to answer differently from call to call.
 
-    def use_direct_read(self, n_bytes: int) -> bool: ...
+    A page may be written by one path and read by the other: the kernel writes dirty cache pages
+    back before a direct read, and drops cached pages after a direct write.
+    """
 
-    def use_direct_write(self, n_bytes: int) -> bool: ...
+    def use_direct(self, reuse: Reuse) -> bool: ...
 
 
 class FixedPath:
@@ -29,27 +53,40 @@ class FixedPath:
     def __init__(self, *, direct: bool) -> None:
         self._direct = direct
 
-    def use_direct_read(self, n_bytes: int) -> bool:  # noqa: ARG002
-        return self._direct
-
-    def use_direct_write(self, n_bytes: int) -> bool:  # noqa: ARG002
+    def use_direct(self, reuse: Reuse) -> bool:  # noqa: ARG002
         return self._direct
 
 
-def choose_direct_io(directory: Path, io_ops: IoOps, *, wanted: bool | None) -> bool:
-    """True if pages shall bypass the page cache: as wanted, or (None) if the file system can.
+class AdaptivePath:
+    """Through the page cache when memory is plentiful and reuse is near, past it otherwise.
 
-    Raises DiskTierError if it is wanted and the file system cannot.
+    After DUAL-BLADE (arXiv 2604.26557). `pressure` brings the hysteresis: the answer for pages
+    wanted soon changes at most every few seconds.
     """
-    if wanted is False:
-        return False
+
+    def __init__(self, pressure: MemoryPressure) -> None:
+        self._pressure = pressure
+
+    def use_direct(self, reuse: Reuse) -> bool:
+        return reuse is not Reuse.SOON or not self._pressure.is_plentiful()
+
+
+def choose_path(
+    directory: Path, io_ops: IoOps, *, mode: IoMode, pressure: MemoryPressure | None = None
+) -> tuple[PathPolicy, bool]:
+    """The policy for this mode, and whether direct I/O can be used at all.
+
+    Raises DiskTierError if direct I/O is demanded and the file system has none.
+    """
     supported = _supports_direct_io(directory, io_ops)
-    if wanted and not supported:
+    if mode is IoMode.DIRECT and not supported:
         raise DiskTierError(
             f"The file system of {directory} does not support direct I/O: leave the choice to the "
-            "disk tier (direct_io=None) or use another directory."
+            "disk tier (auto) or use another directory."
         )
-    return supported
+    if mode is IoMode.AUTO and supported:
+        return AdaptivePath(pressure or MemoryPressure()), True
+    return FixedPath(direct=mode is IoMode.DIRECT), supported
 
 
 def _supports_direct_io(directory: Path, io_ops: IoOps) -> bool:

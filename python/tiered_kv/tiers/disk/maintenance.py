@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiered_kv.core.errors import DiskTierError
-from tiered_kv.tiers.disk.directory import check_format, is_owned, read_owner
+from tiered_kv.tiers.disk.directory import is_owned, read_format, read_owner
 from tiered_kv.tiers.disk.index import INDEX_NAME, stored_meta
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.record import round_up
@@ -39,6 +39,8 @@ class DirectoryReport:
     """The budget it was opened with last."""
     bytes_on_disk: int
     segments: int
+    cipher: str | None
+    """What the pages are encrypted with; None if they are not."""
     namespaces: tuple[NamespaceReport, ...]
 
 
@@ -56,7 +58,7 @@ def inspect_directory(directory: Path) -> DirectoryReport:
 
     Raises DiskTierError if it is no disk tier's directory or its index is damaged.
     """
-    check_format(directory)
+    encryption = read_format(directory)
     try:
         db = sqlite3.connect(f"{(directory / INDEX_NAME).absolute().as_uri()}?mode=ro", uri=True)
         try:
@@ -79,17 +81,23 @@ def inspect_directory(directory: Path) -> DirectoryReport:
         capacity_bytes=capacity_bytes,
         bytes_on_disk=_file_bytes(directory),
         segments=len(segment_paths(directory / "segments")),
+        cipher=None if encryption is None else encryption.cipher,
         namespaces=namespaces,
     )
 
 
-def open_for_maintenance(directory: Path, capacity_bytes: int | None = None) -> DiskStore:
+def open_for_maintenance(
+    directory: Path, capacity_bytes: int | None = None, key: bytes | None = None
+) -> DiskStore:
     """Open an existing directory, by default with the budget it had last.
 
-    Raises DiskTierError if it is no disk tier's directory or a server has it open.
+    Raises DiskTierError if it is no disk tier's directory, a server has it open, or the key is not
+    that of its pages.
     """
-    check_format(directory)
-    return DiskStore.open(directory, capacity_bytes=capacity_bytes or _last_capacity(directory))
+    read_format(directory)
+    return DiskStore.open(
+        directory, capacity_bytes=capacity_bytes or _last_capacity(directory), key=key
+    )
 
 
 def verify(

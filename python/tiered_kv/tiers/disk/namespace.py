@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from tiered_kv.tiers.disk.buffers import as_bytes
 from tiered_kv.tiers.disk.catalog import NamespaceEntries
+from tiered_kv.tiers.disk.io_path import Reuse
 from tiered_kv.tiers.disk.reader import PageReader
 from tiered_kv.tiers.disk.record import ID_BYTES
 from tiered_kv.tiers.disk.writer import PageWriter
@@ -80,27 +81,51 @@ class DiskNamespace:
                 return position
         return len(hashes)
 
-    def write_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> int:
+    def write_pages(
+        self,
+        hashes: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        reuse: Reuse = Reuse.UNKNOWN,
+    ) -> int:
         """Store pages; returns how many this call newly acknowledged.
 
         Pages already stored are skipped; one that another thread is writing is waited for. An
         operating error never raises: the store then stops writing for a while (`stats().degraded`).
+        reuse: when the pages will be read from disk next; chooses the path (`io_path`).
         Raises ValueError for buffers of the wrong length.
         """
         views = self._check(hashes, buffers)
         with self._operations.enter() as is_open:
-            return self._operations.writer.write(self._entries, hashes, views) if is_open else 0
+            if not is_open:
+                return 0
+            return self._operations.writer.write(self._entries, hashes, views, reuse)
 
-    def read_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> int:
+    def read_pages(
+        self,
+        hashes: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        reuse: Reuse = Reuse.UNKNOWN,
+    ) -> int:
         """Fill buffers; returns the number of leading pages read and verified.
 
         A page that is missing, damaged or unreadable ends the prefix; buffers after it hold
-        anything. An operating error never raises. Raises ValueError for buffers of the wrong
-        length.
+        anything. An operating error never raises, and a disk that does not answer is a miss.
+        reuse: when the pages will be read from disk again; chooses the path (`io_path`).
+        Raises ValueError for buffers of the wrong length.
         """
         views = self._check(hashes, buffers)
         with self._operations.enter() as is_open:
-            return self._operations.reader.read(self._entries, hashes, views) if is_open else 0
+            if not is_open:
+                return 0
+            return self._operations.reader.read(self._entries, hashes, views, reuse)
+
+    def drain_dropped(self) -> list[bytes] | None:
+        """Pages that were stored and no longer are, whatever the reason, since the last call.
+
+        None if there were more than 65,536: then ask `contains` for what matters. Of several
+        callers each drop reaches only one. Costs nothing until pages are dropped.
+        """
+        return self._operations.reader.drain_dropped(self._entries)
 
     @property
     def description(self) -> str:

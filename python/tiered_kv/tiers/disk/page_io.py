@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
-import errno
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tiered_kv.tiers.disk.buffers import MAX_PAGES_PER_IO, Scratch, ScratchPool, is_aligned
+from tiered_kv.tiers.disk.buffers import MAX_PAGES_PER_IO, Scratch, ScratchPool
 from tiered_kv.tiers.disk.io_ops import IoOps
-from tiered_kv.tiers.disk.io_path import PathPolicy
+from tiered_kv.tiers.disk.io_path import PathPolicy, Reuse
 from tiered_kv.tiers.disk.io_pool import InFlight
 from tiered_kv.tiers.disk.record import (
-    BLOCK_BYTES,
+    DIGEST_BYTES,
     ENCODING_PLAIN,
+    SALT_BYTES,
     RecordHeader,
     checksum,
     pack_record,
-    round_up,
+    record_fields,
     unpack_record,
 )
+from tiered_kv.tiers.disk.record_layout import RecordLayout, SealedLayout, transfer_all
 from tiered_kv.tiers.disk.segment import Segment
 from tiered_kv.tiers.disk.segment_files import SegmentFiles
+from tiered_kv.tiers.disk.stall_watch import StallWatch
+from tiered_kv.tiers.disk.stats import Counters
+
+if TYPE_CHECKING:
+    from tiered_kv.tiers.disk.encryption import PageCipher
 
 SMALLEST_IO_BYTES = 1 << 20
 LARGEST_IO_BYTES = 4 << 20
@@ -92,15 +100,30 @@ def plan_runs(transfers: Sequence[PageTransfer], io_threads: int) -> list[list[P
 
 
 class PageIo:
-    """Reads and writes runs of records; outcomes are noted in the transfers."""
+    """Reads and writes runs of records; outcomes are noted in the transfers. Thread-safe."""
 
     def __init__(
-        self, files: SegmentFiles, io_ops: IoOps, paths: PathPolicy, scratch: ScratchPool
+        self,
+        files: SegmentFiles,
+        io_ops: IoOps,
+        paths: PathPolicy,
+        scratch: ScratchPool,
+        counters: Counters,
+        *,
+        stalls: StallWatch,
+        cipher: PageCipher | None = None,
+        can_reread: bool = False,
     ) -> None:
+        """`can_reread`: there is direct I/O, so that a page that comes damaged out of the page
+        cache can be looked at on the device itself."""
+        self.stalls = stalls
         self._files = files
         self._io = io_ops
         self._paths = paths
         self._scratch = scratch
+        self._counters = counters
+        self._cipher = cipher
+        self._can_reread = can_reread
 
     def write_run(
         self,
@@ -108,133 +131,151 @@ class PageIo:
         run: Sequence[PageTransfer],
         sequence: int,
         in_flight: InFlight = _UNLIMITED,
+        reuse: Reuse = Reuse.LATER,
     ) -> None:
         """Write records into adjacent slots. Raises OSError; then no page of the run counts."""
         segment = run[0].segment
-        direct = self._paths.use_direct_write(len(run) * segment.record_bytes)
+        direct = self._paths.use_direct(reuse)
         with self._scratch.borrow() as scratch:
-            layout = _Layout(kind, run, scratch, direct=direct)
-            for position, transfer in enumerate(run):
-                header = RecordHeader(
-                    kind.namespace_id,
-                    transfer.page_hash,
-                    kind.page_bytes,
-                    sequence,
-                    checksum(transfer.buffer[: kind.page_bytes]),
-                )
-                pack_record(scratch.header(position), header)
-                layout.copy_in(position)
+            if self._cipher is None:
+                buffers = _pack_plain(kind, run, sequence, scratch, direct=direct)
+            else:
+                buffers = _pack_sealed(kind, run, sequence, scratch, self._cipher)
             fd = self._files.fd(segment, direct=direct)
-            offset = segment.record_offset(run[0].slot)
-            with in_flight:
-                transfer_all(self._io.pwritev, fd, layout.buffers, offset)
+            with in_flight, self.stalls.watch():
+                transfer_all(self._io.pwritev, fd, buffers, segment.record_offset(run[0].slot))
+        self._count("direct_write_bytes" if direct else "buffered_write_bytes", run)
         for transfer in run:
             transfer.outcome = Outcome.DONE
 
     def read_run(
-        self, kind: PageKind, run: Sequence[PageTransfer], in_flight: InFlight = _UNLIMITED
+        self,
+        kind: PageKind,
+        run: Sequence[PageTransfer],
+        in_flight: InFlight = _UNLIMITED,
+        reuse: Reuse = Reuse.LATER,
     ) -> None:
         """Read records from adjacent slots and verify them. Raises OSError."""
+        direct = self._paths.use_direct(reuse)
+        self._read(kind, run, in_flight, direct=direct)
+        if not direct and self._can_reread and any(t.outcome is not Outcome.DONE for t in run):
+            # What the page cache holds may be damaged, or stale, while the device has it right.
+            self._files.drop_cached(run[0].segment, run[0].slot, len(run))
+            self._read(kind, run, in_flight, direct=True)
+
+    def _read(
+        self, kind: PageKind, run: Sequence[PageTransfer], in_flight: InFlight, *, direct: bool
+    ) -> None:
         segment = run[0].segment
-        direct = self._paths.use_direct_read(len(run) * segment.record_bytes)
         with self._scratch.borrow() as scratch:
-            layout = _Layout(kind, run, scratch, direct=direct)
+            payloads = [t.buffer for t in run]
+            plain = sealed = None
+            if self._cipher is None:
+                plain = RecordLayout(kind.page_bytes, payloads, scratch, direct=direct)
+            else:
+                sealed = SealedLayout(kind.page_bytes, len(run), scratch)
+            layout = plain or sealed
+            assert layout is not None
             fd = self._files.fd(segment, direct=direct)
-            offset = segment.record_offset(run[0].slot)
-            with in_flight:
-                transfer_all(self._io.preadv, fd, layout.buffers, offset)
+            with in_flight, self.stalls.watch():
+                transfer_all(
+                    self._io.preadv, fd, layout.buffers, segment.record_offset(run[0].slot)
+                )
             for position, transfer in enumerate(run):
-                layout.copy_out(position)
-                header = unpack_record(scratch.header(position))
-                good = header is not None and _is_page(header, kind, transfer)
+                block = scratch.header(position)
+                if plain is not None:
+                    plain.copy_out(position)
+                    good = _is_page(block, kind, transfer)
+                else:
+                    assert sealed is not None
+                    assert self._cipher is not None
+                    good = _unseal(block, kind, transfer, sealed.sealed(position), self._cipher)
                 transfer.outcome = Outcome.DONE if good else Outcome.DAMAGED
+        self._count("direct_read_bytes" if direct else "buffered_read_bytes", run)
 
     def sync(self, written: Iterable[PageTransfer]) -> None:
         """Put written pages on the device, if the store promises that. Raises OSError."""
         if self._files.sync_writes:
             for segment in {t.segment.number: t.segment for t in written}.values():
-                self._files.sync(segment)
+                with self.stalls.watch():
+                    self._files.sync(segment)
+
+    def _count(self, counter: str, run: Sequence[PageTransfer]) -> None:
+        self._counters.add(**{counter: len(run) * run[0].segment.record_bytes})
 
 
-def _is_page(header: RecordHeader, kind: PageKind, transfer: PageTransfer) -> bool:
+def _pack_plain(
+    kind: PageKind, run: Sequence[PageTransfer], sequence: int, scratch: Scratch, *, direct: bool
+) -> Sequence[memoryview]:
+    layout = RecordLayout(kind.page_bytes, [t.buffer for t in run], scratch, direct=direct)
+    for position, transfer in enumerate(run):
+        digest = checksum(transfer.buffer[: kind.page_bytes])
+        header = RecordHeader(
+            kind.namespace_id, transfer.page_hash, kind.page_bytes, sequence, digest
+        )
+        pack_record(scratch.header(position), header)
+        layout.copy_in(position)
+    return layout.buffers
+
+
+def _pack_sealed(
+    kind: PageKind,
+    run: Sequence[PageTransfer],
+    sequence: int,
+    scratch: Scratch,
+    cipher: PageCipher,
+) -> Sequence[memoryview]:
+    layout = SealedLayout(kind.page_bytes, len(run), scratch)
+    for position, transfer in enumerate(run):
+        header = RecordHeader(
+            kind.namespace_id,
+            transfer.page_hash,
+            kind.page_bytes,
+            sequence,
+            bytes(DIGEST_BYTES),
+            cipher.encoding,
+            os.urandom(SALT_BYTES),
+        )
+        tag = cipher.encrypt(
+            record_fields(header),
+            header.salt,
+            transfer.buffer[: kind.page_bytes],
+            layout.sealed(position),
+        )
+        pack_record(scratch.header(position), dataclasses.replace(header, payload_checksum=tag))
+    return layout.buffers
+
+
+def _is_page(block: memoryview, kind: PageKind, transfer: PageTransfer) -> bool:
     """Is the payload that was read with this header the whole page that was asked for?"""
+    header = unpack_record(block)
     return (
-        header.page_hash == transfer.page_hash
-        and header.namespace_id == kind.namespace_id
-        and header.payload_bytes == kind.page_bytes
-        and header.encoding == ENCODING_PLAIN
+        header is not None
+        and _is_of(header, kind, transfer, ENCODING_PLAIN)
         and header.payload_checksum == checksum(transfer.buffer[: kind.page_bytes])
     )
 
 
-class _Layout:
-    """The buffers of one I/O: per page its header block, then memory for its padded payload.
-
-    A payload goes straight to or from the caller's memory. If it ends inside a block, its tail
-    takes the way through a scratch block, so that nothing is written past the caller's view;
-    if direct I/O cannot use the caller's memory at all, the whole payload does.
-    """
-
-    def __init__(
-        self, kind: PageKind, run: Sequence[PageTransfer], scratch: Scratch, *, direct: bool
-    ) -> None:
-        self._page_bytes = kind.page_bytes
-        slot_bytes = round_up(kind.page_bytes)
-        self.buffers: list[memoryview] = []
-        # Per page: (part of the caller's memory, scratch memory it is copied through).
-        self._copies: list[tuple[memoryview, memoryview] | None] = []
-        bounced = [direct and not is_aligned(t.buffer) for t in run]
-        bounce = scratch.bounce(sum(bounced) * slot_bytes) if any(bounced) else None
-        for position, transfer in enumerate(run):
-            self.buffers.append(scratch.header(position))
-            buffer = transfer.buffer
-            if bounced[position]:
-                assert bounce is not None
-                through, bounce = bounce[:slot_bytes], bounce[slot_bytes:]
-                self.buffers.append(through)
-                self._copies.append((buffer[: kind.page_bytes], through))
-            elif len(buffer) == slot_bytes:
-                self.buffers.append(buffer)
-                self._copies.append(None)
-            else:
-                whole = kind.page_bytes & -BLOCK_BYTES
-                tail = scratch.tail(position)
-                self.buffers += [buffer[:whole], tail] if whole else [tail]
-                self._copies.append((buffer[whole:], tail))
-
-    def copy_in(self, position: int) -> None:
-        copy = self._copies[position]
-        if copy is not None:
-            ours, through = copy
-            through[: len(ours)] = ours
-
-    def copy_out(self, position: int) -> None:
-        copy = self._copies[position]
-        if copy is not None:
-            ours, through = copy
-            ours[:] = through[: len(ours)]
+def _unseal(
+    block: memoryview,
+    kind: PageKind,
+    transfer: PageTransfer,
+    sealed: memoryview,
+    cipher: PageCipher,
+) -> bool:
+    """Decrypt into the caller's memory; False if this is not the page that was asked for."""
+    header = unpack_record(block)
+    if header is None or not _is_of(header, kind, transfer, cipher.encoding):
+        return False
+    sealed[kind.page_bytes :] = header.payload_checksum
+    payload = transfer.buffer[: kind.page_bytes]
+    return cipher.decrypt(record_fields(header), header.salt, sealed, payload)
 
 
-def transfer_all(
-    call: Callable[[int, Sequence[memoryview], int], int],
-    fd: int,
-    buffers: Sequence[memoryview],
-    offset: int,
-) -> None:
-    """Repeat a short read or write until everything went through; OSError if it gets stuck."""
-    remaining = list(buffers)
-    while remaining:
-        done = call(fd, remaining, offset)
-        expected = sum(map(len, remaining))
-        if done >= expected:
-            return
-        # Direct I/O can only go on from a block boundary.
-        done &= -BLOCK_BYTES
-        if done <= 0:
-            raise OSError(errno.EIO, f"short transfer, {os.strerror(errno.EIO)}")
-        offset += done
-        while done >= len(remaining[0]):
-            done -= len(remaining[0])
-            del remaining[0]
-        if done:
-            remaining[0] = remaining[0][done:]
+def _is_of(header: RecordHeader, kind: PageKind, transfer: PageTransfer, encoding: int) -> bool:
+    return (
+        header.page_hash == transfer.page_hash
+        and header.namespace_id == kind.namespace_id
+        and header.payload_bytes == kind.page_bytes
+        and header.encoding == encoding
+    )

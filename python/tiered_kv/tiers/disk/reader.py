@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
 from tiered_kv.tiers.disk.index import PageIndex
+from tiered_kv.tiers.disk.io_path import Reuse
 from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
 from tiered_kv.tiers.disk.page_io import Outcome, PageIo, PageKind, PageTransfer, plan_runs
 from tiered_kv.tiers.disk.segment import location
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
 _REMEMBERED_FAILURES = 100_000
+_REREAD_TICKS = 1_000
+"""Two reads of a page within so many operations of the store tell that a third is near."""
 
 
 class PageReader:
@@ -44,13 +47,24 @@ class PageReader:
         self._failed_locations: set[int] = set()
 
     def read(
-        self, entries: NamespaceEntries, hashes: Sequence[bytes], buffers: Sequence[memoryview]
+        self,
+        entries: NamespaceEntries,
+        hashes: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        reuse: Reuse,
     ) -> int:
-        """Fill the buffers; returns how many leading pages were read and verified."""
+        """Fill the buffers; returns how many leading pages were read and verified.
+
+        While the disk does not answer, all are misses at once.
+        """
         done = 0
         for _ in range(_ATTEMPTS):
-            transfers = self._find(entries, hashes[done:], buffers[done:])
-            n_read = self._read_found(entries, transfers)
+            if self._page_io.stalls.is_stalled():
+                break
+            transfers, is_reread = self._find(entries, hashes[done:], buffers[done:])
+            if reuse is Reuse.UNKNOWN:
+                reuse = Reuse.SOON if is_reread else Reuse.LATER
+            n_read = self._read_found(entries, transfers, reuse)
             done += n_read
             if n_read == len(transfers) or not self._was_moved(entries, transfers[n_read]):
                 break
@@ -71,7 +85,7 @@ class PageReader:
                 if found is not None:
                     found[0].readers += 1
                     transfers.append(PageTransfer(position, page_hash, buffers[position], *found))
-        self._transfer(entries, transfers)
+        self._transfer(entries, transfers, Reuse.LATER)
         for transfer in transfers:
             good[transfer.position] = transfer.outcome is Outcome.DONE
         return good
@@ -87,11 +101,17 @@ class PageReader:
         self._index.delete_pages(dropped)
         return len(dropped)
 
+    def drain_dropped(self, entries: NamespaceEntries) -> list[bytes] | None:
+        with self._catalog.lock:
+            return entries.drain_dropped()
+
     def _find(
         self, entries: NamespaceEntries, hashes: Sequence[bytes], buffers: Sequence[memoryview]
-    ) -> list[PageTransfer]:
-        """The leading pages that are stored; each transfer pins its segment's file."""
+    ) -> tuple[list[PageTransfer], bool]:
+        """The leading pages that are stored, each with its segment's file pinned; and whether most
+        of them were read lately already: then no tier above keeps them, and they come again."""
         transfers: list[PageTransfer] = []
+        n_reread = 0
         with self._catalog.lock:
             clock = self._catalog.tick()
             for position, page_hash in enumerate(hashes):
@@ -99,27 +119,33 @@ class PageReader:
                 if found is None:
                     break
                 segment, slot = found
+                access = segment.access[slot]
+                n_reread += access & 1 and clock - (access >> 1) <= _REREAD_TICKS
                 segment.touch(slot, clock)
                 segment.readers += 1
                 transfers.append(
                     PageTransfer(position, page_hash, buffers[position], segment, slot)
                 )
-        return transfers
+        return transfers, 2 * n_reread > len(transfers)
 
-    def _read_found(self, entries: NamespaceEntries, transfers: Sequence[PageTransfer]) -> int:
-        self._transfer(entries, transfers)
+    def _read_found(
+        self, entries: NamespaceEntries, transfers: Sequence[PageTransfer], reuse: Reuse
+    ) -> int:
+        self._transfer(entries, transfers, reuse)
         bad = [t for t in transfers if t.outcome is not Outcome.DONE]
         if not bad:
             return len(transfers)
         self._forget_bad(entries, bad)
         return bad[0].position
 
-    def _transfer(self, entries: NamespaceEntries, transfers: Sequence[PageTransfer]) -> None:
+    def _transfer(
+        self, entries: NamespaceEntries, transfers: Sequence[PageTransfer], reuse: Reuse
+    ) -> None:
         """Read the pages, note what became of each, and unpin their segments."""
         kind = PageKind(entries.namespace_id, entries.page_bytes)
         try:
             runs = plan_runs(transfers, self._pool.io_threads)
-            self._pool.run([self._job(kind, run) for run in runs])
+            self._pool.run([self._job(kind, run, reuse) for run in runs])
         finally:
             self._space.unpin_readers(t.segment for t in transfers)
 
@@ -128,15 +154,17 @@ class PageReader:
         loc = entries.locations.get(transfer.page_hash)
         return loc is not None and loc != location(transfer.segment.number, transfer.slot)
 
-    def _job(self, kind: PageKind, run: Sequence[PageTransfer]) -> Callable[[InFlight], None]:
+    def _job(
+        self, kind: PageKind, run: Sequence[PageTransfer], reuse: Reuse
+    ) -> Callable[[InFlight], None]:
         def read(in_flight: InFlight) -> None:
             try:
-                self._page_io.read_run(kind, run, in_flight)
+                self._page_io.read_run(kind, run, in_flight, reuse)
             except OSError:
                 # One bad block must not cost its neighbours.
                 for transfer in run if len(run) > 1 else ():
                     with contextlib.suppress(OSError):
-                        self._page_io.read_run(kind, [transfer], in_flight)
+                        self._page_io.read_run(kind, [transfer], in_flight, reuse)
 
         return read
 

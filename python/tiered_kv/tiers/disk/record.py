@@ -6,7 +6,8 @@ then the page's payload, padded to whole blocks:
     [segment header 4096] ([record header 4096] [payload, padded to 4096])*
 
 Headers carry their own checksum and that of the payload (XXH3-128, by PyPI `xxhash`, which hashes
-tens of GB/s and releases the GIL). Integers are little-endian.
+tens of GB/s and releases the GIL); an encrypted payload has the cipher's tag instead. Integers are
+little-endian.
 """
 
 from __future__ import annotations
@@ -26,14 +27,20 @@ RECORD_MAGIC = b"TKVPAGE1"
 SEGMENT_MAGIC = b"TKVSEGM1"
 
 ENCODING_PLAIN = 0
-"""The payload is the page itself. Other encodings (encryption) get other numbers; a reader that
-does not know a record's encoding treats the record as missing, never as page bytes."""
+"""The payload is the page itself. Other encodings get other numbers; a reader that does not know a
+record's encoding treats the record as missing, never as page bytes."""
+ENCODING_AES_256_GCM = 1
+ENCODING_CHACHA20_POLY1305 = 2
+"""The payload is encrypted, the payload's checksum is the cipher's tag: see `encryption`."""
 
-_CHECKSUM_BYTES = 16
+DIGEST_BYTES = 16
+SALT_BYTES = 16
 # magic, version, encoding, payload bytes, sequence, namespace id, page hash, payload checksum
 _RECORD = struct.Struct("<8sIIQQ32s32s16s")
 # magic, version, reserved, segment number, record bytes, slots
 _SEGMENT = struct.Struct("<8sIIQQQ")
+# Behind the record header's own checksum.
+_SALT_OFFSET = _RECORD.size + DIGEST_BYTES
 
 
 def round_up(n_bytes: int) -> int:
@@ -56,6 +63,8 @@ class RecordHeader:
     sequence: int
     payload_checksum: bytes
     encoding: int = ENCODING_PLAIN
+    salt: bytes = bytes(SALT_BYTES)
+    """What the record's key is derived from, if it is encrypted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +78,15 @@ class SegmentHeader:
 
 def pack_record(block: memoryview, header: RecordHeader) -> None:
     """Write a record header into the start of a 4096-byte block."""
-    _RECORD.pack_into(
-        block,
-        0,
+    block[: _RECORD.size] = record_fields(header, header.payload_checksum)
+    _seal(block, _RECORD.size)
+    block[_SALT_OFFSET : _SALT_OFFSET + SALT_BYTES] = header.salt
+
+
+def record_fields(header: RecordHeader, digest: bytes = bytes(DIGEST_BYTES)) -> bytes:
+    """The header as it is stored but for seal and salt; with no digest, what a cipher
+    authenticates (the salt is authenticated by being the key's)."""
+    return _RECORD.pack(
         RECORD_MAGIC,
         FORMAT_VERSION,
         header.encoding,
@@ -79,9 +94,8 @@ def pack_record(block: memoryview, header: RecordHeader) -> None:
         header.sequence,
         header.namespace_id,
         header.page_hash,
-        header.payload_checksum,
+        digest,
     )
-    _seal(block, _RECORD.size)
 
 
 def unpack_record(block: memoryview | bytes) -> RecordHeader | None:
@@ -93,7 +107,8 @@ def unpack_record(block: memoryview | bytes) -> RecordHeader | None:
     )
     if magic != RECORD_MAGIC or version != FORMAT_VERSION:
         return None
-    return RecordHeader(namespace_id, page_hash, payload_bytes, sequence, digest, encoding)
+    salt = bytes(block[_SALT_OFFSET : _SALT_OFFSET + SALT_BYTES])
+    return RecordHeader(namespace_id, page_hash, payload_bytes, sequence, digest, encoding, salt)
 
 
 def pack_segment(block: memoryview, header: SegmentHeader) -> None:
@@ -115,9 +130,9 @@ def unpack_segment(block: memoryview | bytes) -> SegmentHeader | None:
 
 
 def _seal(block: memoryview, size: int) -> None:
-    block[size : size + _CHECKSUM_BYTES] = checksum(block[:size])
+    block[size : size + DIGEST_BYTES] = checksum(block[:size])
 
 
 def _is_sealed(block: memoryview | bytes, size: int) -> bool:
-    end = size + _CHECKSUM_BYTES
+    end = size + DIGEST_BYTES
     return len(block) >= end and checksum(block[:size]) == bytes(block[size:end])

@@ -74,6 +74,16 @@ class SegmentFiles:
     def sync(self, segment: Segment) -> None:
         self._io.fdatasync(self.fd(segment, direct=False))
 
+    def drop_cached(self, segment: Segment, first_slot: int, n_slots: int) -> None:
+        """Forget what the page cache holds of these slots (what is dirty is kept). Never raises."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(
+                self.fd(segment, direct=False),
+                segment.record_offset(first_slot),
+                n_slots * segment.record_bytes,
+                os.POSIX_FADV_DONTNEED,
+            )
+
     def delete(self, segment: Segment) -> None:
         """Remove the file. The caller closes it once no reader or writer is left."""
         self._io.delete(segment.path)

@@ -18,7 +18,7 @@ from tiered_kv.tiers.disk.segment import Segment, SegmentState
 from tiered_kv.tiers.disk.segment_files import SegmentFiles
 from tiered_kv.tiers.disk.stats import Counters
 
-BATCH_BYTES = 64 << 20
+BATCH_BYTES = 128 << 20
 """Bytes written between two acknowledgements of one large batch."""
 
 
@@ -36,8 +36,8 @@ class SpaceManager:
         *,
         other_bytes: int = 0,
     ) -> None:
-        """`other_bytes`: taken from the budget by files that are not ours to reuse."""
-        self._other_bytes = other_bytes
+        self.other_bytes = other_bytes
+        """Taken from the budget by files that are not ours to reuse."""
         self._catalog = catalog
         self._index = index
         self._files = files
@@ -177,7 +177,7 @@ class SpaceManager:
     def _used(self) -> int:
         with self._catalog.lock:
             segments = list(self._catalog.segments.values())
-        return self._other_bytes + sum(self._budget.cost(s.record_bytes, s.slots) for s in segments)
+        return self.other_bytes + sum(self._budget.cost(s.record_bytes, s.slots) for s in segments)
 
     def _fits(self, cost: int) -> bool:
         return self._used() + cost <= self._budget.segment_space

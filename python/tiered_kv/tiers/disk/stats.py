@@ -21,9 +21,14 @@ class DiskStats:
     segments: int
     """Segment files, in use or free."""
     degraded: bool
-    """True while writes pause after an operating error."""
+    """True while writes pause after an operating error, or the disk does not answer."""
+    stalled: bool
+    """True while some I/O has been under way for more than 2 s: reads are misses meanwhile."""
     direct_io: bool
-    """True if pages bypass the page cache."""
+    """Whether a page that is not wanted again soon bypasses the page cache now."""
+    direct_io_soon: bool
+    """The same for a page that is: in the mode "auto" it tells whether memory is scarce."""
+    encrypted: bool
     reads: int
     """Pages read and verified."""
     read_bytes: int
@@ -41,6 +46,11 @@ class DiskStats:
     """Pages carried over from a reclaimed segment because they had been read lately."""
     dropped_pages: int
     """Pages given up to make room."""
+    direct_read_bytes: int
+    """Bytes of records read past the page cache; likewise the next three."""
+    buffered_read_bytes: int
+    direct_write_bytes: int
+    buffered_write_bytes: int
 
 
 class Counters:
@@ -57,6 +67,10 @@ class Counters:
         "reclaimed_segments",
         "moved_pages",
         "dropped_pages",
+        "direct_read_bytes",
+        "buffered_read_bytes",
+        "direct_write_bytes",
+        "buffered_write_bytes",
     )
 
     def __init__(self) -> None:

@@ -14,14 +14,13 @@ from tiered_kv.tiers.disk.buffers import ScratchPool
 from tiered_kv.tiers.disk.catalog import NamespaceEntries
 from tiered_kv.tiers.disk.directory import (
     OwnerLock,
-    check_format,
+    open_cipher,
     prepare_directory,
     segments_directory,
-    write_format,
 )
 from tiered_kv.tiers.disk.index import PageIndex, index_files, size_of_aside
 from tiered_kv.tiers.disk.io_ops import IoOps
-from tiered_kv.tiers.disk.io_path import FixedPath, choose_direct_io
+from tiered_kv.tiers.disk.io_path import IoMode, Reuse, choose_path
 from tiered_kv.tiers.disk.io_pool import IoPool
 from tiered_kv.tiers.disk.loading import open_index, refill_index
 from tiered_kv.tiers.disk.namespace import DiskNamespace, Operations
@@ -31,6 +30,7 @@ from tiered_kv.tiers.disk.reader import PageReader
 from tiered_kv.tiers.disk.record import ID_BYTES
 from tiered_kv.tiers.disk.segment_files import SegmentFiles
 from tiered_kv.tiers.disk.space import SpaceManager
+from tiered_kv.tiers.disk.stall_watch import StallWatch
 from tiered_kv.tiers.disk.stats import Counters, DiskStats
 from tiered_kv.tiers.disk.write_gate import WriteGate
 from tiered_kv.tiers.disk.writer import PageWriter
@@ -53,14 +53,17 @@ class DiskStore:
         *,
         capacity_bytes: int,
         io_threads: int,
-        direct: bool,
+        io_mode: IoMode,
         sync_writes: bool,
         io_ops: IoOps,
+        key: bytes | None,
     ) -> None:
-        """Use `open`. Raises OSError or sqlite3.Error."""
+        """Use `open`. Raises DiskTierError, OSError or sqlite3.Error."""
         self.directory = directory
         self._lock = lock
-        self._direct = direct
+        cipher = open_cipher(directory, key)
+        self._is_encrypted = cipher is not None
+        self._paths, has_direct = choose_path(directory, io_ops, mode=io_mode)
         self._budget = Budget(capacity_bytes)
         self._counters = Counters()
         self._gate = WriteGate(str(directory))
@@ -73,7 +76,17 @@ class DiskStore:
             ),
         )
         self._index.set_meta(CAPACITY_META, capacity_bytes)
-        page_io = PageIo(self._files, io_ops, FixedPath(direct=direct), ScratchPool())
+        self._stalls = StallWatch(str(directory))
+        page_io = PageIo(
+            self._files,
+            io_ops,
+            self._paths,
+            ScratchPool(),
+            self._counters,
+            stalls=self._stalls,
+            cipher=cipher,
+            can_reread=has_direct,
+        )
         mover = PageMover(self._catalog, page_io)
         self._space = SpaceManager(
             self._catalog,
@@ -98,7 +111,7 @@ class DiskStore:
             self._write_pool,
             self._gate,
             self._counters,
-            lambda: refill_index(self._index, self._catalog),
+            self._mend_index,
         )
         self._operations = Operations(reader, writer)
         self._namespace_lock = threading.Lock()
@@ -110,21 +123,22 @@ class DiskStore:
         *,
         capacity_bytes: int,
         io_threads: int = 4,
-        direct_io: bool | None = None,
+        io_mode: IoMode = IoMode.AUTO,
         sync_writes: bool = False,
         io_ops: IoOps | None = None,
+        key: bytes | None = None,
     ) -> Self:
         """Open (or make) a disk tier.
 
         capacity_bytes: hard limit on everything below `directory`.
         io_threads: I/Os in flight per batch of reads or writes.
-        direct_io: past the page cache (True), through it (False), or past it if the file system
-            can (None).
+        io_mode: past the page cache, through it, or decided from I/O to I/O (see `io_path`).
         sync_writes: acknowledge a page only once it would survive a power loss.
         io_ops: the system calls to use (tests replace them).
+        key: 32 bytes to encrypt pages with (`encryption.read_key_file`); None for plain pages.
 
         Raises DiskTierError: in use by another process, another format, not a disk tier's
-        directory, not writable, capacity too small.
+        directory, not writable, capacity too small, no or the wrong key for its pages.
         """
         directory = Path(directory).absolute()
         io_ops = io_ops or IoOps()
@@ -139,17 +153,15 @@ class DiskStore:
             prepare_directory(directory)
             lock = OwnerLock(directory)
             try:
-                write_format(directory)
-                check_format(directory)
-                direct = choose_direct_io(directory, io_ops, wanted=direct_io)
                 return cls(
                     directory,
                     lock,
                     capacity_bytes=capacity_bytes,
                     io_threads=io_threads,
-                    direct=direct,
+                    io_mode=io_mode,
                     sync_writes=sync_writes,
                     io_ops=io_ops,
+                    key=key,
                 )
             except BaseException:
                 lock.release()
@@ -205,14 +217,18 @@ class DiskStore:
                 on_disk += path.stat().st_size
             except FileNotFoundError:
                 continue
+        is_stalled = self._stalls.is_stalled()
         return DiskStats(
             pages=pages,
             bytes_used=payload_bytes,
             bytes_on_disk=on_disk,
             capacity=self._budget.capacity_bytes,
             segments=len(segments),
-            degraded=self._gate.is_degraded,
-            direct_io=self._direct,
+            degraded=self._gate.is_degraded or is_stalled,
+            stalled=is_stalled,
+            direct_io=self._paths.use_direct(Reuse.LATER),
+            direct_io_soon=self._paths.use_direct(Reuse.SOON),
+            encrypted=self._is_encrypted,
             **self._counters.snapshot(),
         )
 
@@ -266,6 +282,11 @@ class DiskStore:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _mend_index(self) -> None:
+        refill_index(self._index, self._catalog)
+        # The damaged file was set aside, and takes room from now on.
+        self._space.other_bytes = size_of_aside(self.directory)
 
     def _save_access(self) -> None:
         """The next run shall know which pages were used lately."""

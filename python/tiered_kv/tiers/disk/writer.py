@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sqlite3
 from collections.abc import Callable, Sequence
 
 from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
 from tiered_kv.tiers.disk.index import PageIndex, PageRow, is_damage
+from tiered_kv.tiers.disk.io_path import Reuse
 from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
 from tiered_kv.tiers.disk.page_io import Outcome, PageIo, PageKind, PageTransfer, plan_runs
 from tiered_kv.tiers.disk.segment import SegmentState, location
@@ -40,18 +43,25 @@ class PageWriter:
         self._counters = counters
 
     def write(
-        self, entries: NamespaceEntries, hashes: Sequence[bytes], buffers: Sequence[memoryview]
+        self,
+        entries: NamespaceEntries,
+        hashes: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        reuse: Reuse,
     ) -> int:
         """Store the pages that are not stored yet; returns how many this call acknowledged.
 
-        A page that another thread is writing is waited for, not written twice.
+        A page that another thread is writing is waited for, not written twice. While the disk does
+        not answer, nothing is written.
         """
+        if self._page_io.stalls.is_stalled():
+            return 0
         with self._catalog.lock:
             mine, others = self._catalog.claim(entries, hashes)
         written = 0
         try:
             if mine and self._gate.try_enter():
-                written = self._write_claimed(entries, hashes, buffers, mine)
+                written = self._write_claimed(entries, hashes, buffers, mine, reuse)
         finally:
             with self._catalog.lock:
                 self._catalog.release(entries, [hashes[position] for position in mine])
@@ -66,14 +76,13 @@ class PageWriter:
         hashes: Sequence[bytes],
         buffers: Sequence[memoryview],
         positions: Sequence[int],
+        reuse: Reuse,
     ) -> int:
-        chunk_pages = self._space.pages_per_batch(entries.record_bytes)
         written = 0
         error: Exception | None = None
-        for start in range(0, len(positions), chunk_pages):
-            chunk = positions[start : start + chunk_pages]
+        for chunk in _even_chunks(positions, self._space.pages_per_batch(entries.record_bytes)):
             try:
-                n_written, error = self._write_chunk(entries, hashes, buffers, chunk)
+                n_written, error = self._write_chunk(entries, hashes, buffers, chunk, reuse)
                 written += n_written
             except (OSError, sqlite3.Error) as raised:
                 error = raised
@@ -98,6 +107,7 @@ class PageWriter:
         hashes: Sequence[bytes],
         buffers: Sequence[memoryview],
         positions: Sequence[int],
+        reuse: Reuse,
     ) -> tuple[int, Exception | None]:
         """Returns pages acknowledged, and the first error of a data write."""
         slots = self._space.allocate(entries.record_bytes, len(positions))
@@ -106,14 +116,14 @@ class PageWriter:
                 PageTransfer(position, hashes[position], buffers[position], segment, slot)
                 for position, (segment, slot) in zip(positions, slots, strict=False)
             ]
-            error = self._write_data(entries, transfers)
+            error = self._write_data(entries, transfers, reuse)
             done = [t for t in transfers if t.outcome is Outcome.DONE]
             return self._acknowledge(entries, done), error
         finally:
             self._space.finish_writes(slots)
 
     def _write_data(
-        self, entries: NamespaceEntries, transfers: Sequence[PageTransfer]
+        self, entries: NamespaceEntries, transfers: Sequence[PageTransfer], reuse: Reuse
     ) -> OSError | None:
         kind = PageKind(entries.namespace_id, entries.page_bytes)
         with self._catalog.lock:
@@ -123,7 +133,7 @@ class PageWriter:
         def job(run: Sequence[PageTransfer]) -> Callable[[InFlight], None]:
             def write(in_flight: InFlight) -> None:
                 try:
-                    self._page_io.write_run(kind, run, sequence, in_flight)
+                    self._page_io.write_run(kind, run, sequence, in_flight, reuse)
                 except OSError as error:
                     errors.append(error)
 
@@ -151,3 +161,11 @@ class PageWriter:
                 for t in alive:
                     self._catalog.put(entries, t.page_hash, t.segment, t.slot, access)
         return len(alive)
+
+
+def _even_chunks(positions: Sequence[int], most: int) -> list[Sequence[int]]:
+    """Split into the fewest parts of at most `most`, of one size: a small last part would be one
+    more round trip to the disk with nothing to do beside it."""
+    n_chunks = math.ceil(len(positions) / most)
+    bounds = [len(positions) * i // n_chunks for i in range(n_chunks + 1)]
+    return [positions[start:end] for start, end in itertools.pairwise(bounds)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.store import DiskStore
 
 # Test modules are imported by path (importlib mode), so their neighbours need this to be found.
@@ -21,14 +22,14 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "disk"
 
 
-@pytest.fixture(params=[True, False], ids=["direct", "buffered"])
-def direct_io(request: pytest.FixtureRequest, tmp_path: Path) -> bool:
+@pytest.fixture(params=[IoMode.DIRECT, IoMode.BUFFERED])
+def io_mode(request: pytest.FixtureRequest, tmp_path: Path) -> IoMode:
     """Both paths; the direct one is skipped where the file system has none."""
-    if request.param:
+    if request.param is IoMode.DIRECT:
         with DiskStore.open(tmp_path / "probe", capacity_bytes=8 * MIB) as store:
             if not store.stats().direct_io:
                 pytest.skip("no direct I/O on this file system")
-    return bool(request.param)
+    return IoMode(request.param)
 
 
 @pytest.fixture

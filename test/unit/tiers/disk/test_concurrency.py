@@ -11,6 +11,7 @@ from pathlib import Path
 from disk_builders import MIB, NAMESPACE, aligned, filled, page_hash, page_payload, read, write
 
 from tiered_kv.tiers.disk.io_ops import IoOps
+from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.store import DiskStore
 
 OpenStore = Callable[..., DiskStore]
@@ -37,10 +38,10 @@ def run_threads(jobs: Sequence[Callable[[], None]]) -> None:
 
 
 def test_readers_and_writers_while_segments_are_reused(
-    open_store: OpenStore, direct_io: bool
+    open_store: OpenStore, io_mode: IoMode
 ) -> None:
     """Every page that a read returns is the right one, though slots change owners all the time."""
-    store = open_store(capacity_bytes=6 * MIB, direct_io=direct_io)
+    store = open_store(capacity_bytes=6 * MIB, io_mode=io_mode)
     ns = store.namespace(NAMESPACE, PAGE_BYTES)
     universe = 1200
     payloads = [page_payload(seed, PAGE_BYTES) for seed in range(universe)]
@@ -96,10 +97,10 @@ class SlowReads(IoOps):
         return super().preadv(fd, buffers, offset)
 
 
-def test_read_that_lost_its_slot_is_a_miss(open_store: OpenStore, direct_io: bool) -> None:
+def test_read_that_lost_its_slot_is_a_miss(open_store: OpenStore, io_mode: IoMode) -> None:
     """The slot is given to another page after the read was planned and before it is done."""
     io = SlowReads()
-    store = open_store(capacity_bytes=4 * MIB, direct_io=direct_io, io_ops=io)
+    store = open_store(capacity_bytes=4 * MIB, io_mode=io_mode, io_ops=io)
     ns = store.namespace(NAMESPACE, PAGE_BYTES)
     write(ns, range(5))
     io.hold.clear()
@@ -121,9 +122,9 @@ def test_read_that_lost_its_slot_is_a_miss(open_store: OpenStore, direct_io: boo
     assert store.stats().checksum_failures == 0, "a lost race is no damage"
 
 
-def test_read_follows_a_page_that_was_moved(open_store: OpenStore, direct_io: bool) -> None:
+def test_read_follows_a_page_that_was_moved(open_store: OpenStore, io_mode: IoMode) -> None:
     io = SlowReads()
-    store = open_store(capacity_bytes=4 * MIB, direct_io=direct_io, io_ops=io)
+    store = open_store(capacity_bytes=4 * MIB, io_mode=io_mode, io_ops=io)
     ns = store.namespace(NAMESPACE, PAGE_BYTES)
     write(ns, range(20))
     results: list[int] = []

@@ -24,6 +24,7 @@ from disk_builders import (
     write,
 )
 
+from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.record import BLOCK_BYTES
 from tiered_kv.tiers.disk.store import DiskStore
@@ -58,11 +59,11 @@ def reopen(open_store: OpenStore, **options: object) -> tuple[DiskStore, DiskNam
     [0, 8, 16, 30, 70, 100, 120, BLOCK_BYTES, BLOCK_BYTES + 12_345, RECORD_BYTES - 1],
 )
 def test_flipped_byte_is_a_miss(
-    open_store: OpenStore, written: Path, direct_io: bool, offset: int
+    open_store: OpenStore, written: Path, io_mode: IoMode, offset: int
 ) -> None:
     """Header fields, header checksum, first, middle and last byte of the payload."""
     flip(segment_files(written)[0], record_offset(3) + offset)
-    store, ns = reopen(open_store, direct_io=direct_io)
+    store, ns = reopen(open_store, io_mode=io_mode)
     assert read(ns, range(30)) == 3
     assert not ns.contains(page_hash(3))
     assert ns.count_prefix([page_hash(seed) for seed in range(30)]) == 3

@@ -14,6 +14,7 @@ import pytest
 from disk_builders import MIB, NAMESPACE, PAGE_BYTES, disk_usage, page_hash, read, readable, write
 
 from tiered_kv.tiers.disk.io_ops import IoOps
+from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.record import BLOCK_BYTES
 from tiered_kv.tiers.disk.store import DiskStore
@@ -88,8 +89,8 @@ def clock() -> Time:
 
 
 @pytest.fixture
-def store(open_store: OpenStore, io: FaultyIo, clock: Time, direct_io: bool) -> DiskStore:
-    store = open_store(io_ops=io, direct_io=direct_io)
+def store(open_store: OpenStore, io: FaultyIo, clock: Time, io_mode: IoMode) -> DiskStore:
+    store = open_store(io_ops=io, io_mode=io_mode)
     store._gate._now = clock
     return store
 
@@ -194,10 +195,10 @@ def test_page_that_fails_twice_is_dropped(
 
 @pytest.mark.parametrize("most_bytes", [4096, 12_288, 70_000, 100_001])
 def test_short_transfers_are_completed(
-    store: DiskStore, ns: DiskNamespace, io: FaultyIo, most_bytes: int, direct_io: bool
+    store: DiskStore, ns: DiskNamespace, io: FaultyIo, most_bytes: int, io_mode: IoMode
 ) -> None:
     # The kernel never cuts direct I/O off a block boundary.
-    io.most_bytes = most_bytes & -BLOCK_BYTES if direct_io else most_bytes
+    io.most_bytes = most_bytes & -BLOCK_BYTES if io_mode is IoMode.DIRECT else most_bytes
     assert write(ns, range(100, 120)) == 20
     assert read(ns, range(20)) == 20
     io.most_bytes = None

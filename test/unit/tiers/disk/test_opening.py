@@ -24,16 +24,18 @@ from disk_builders import (
 )
 
 from tiered_kv.core.errors import DiskTierError
+from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.store import DiskStore
 
 OpenStore = Callable[..., DiskStore]
 
 
-def test_pages_survive_a_restart(open_store: OpenStore, direct_io: bool) -> None:
-    store = open_store(direct_io=direct_io)
+def test_pages_survive_a_restart(open_store: OpenStore, io_mode: IoMode) -> None:
+    store = open_store(io_mode=io_mode)
     write(store.namespace(NAMESPACE, PAGE_BYTES), range(50))
     store.close()
-    ns = open_store(direct_io=not direct_io).namespace(NAMESPACE, PAGE_BYTES)
+    other = IoMode.BUFFERED if io_mode is IoMode.DIRECT else IoMode.DIRECT
+    ns = open_store(io_mode=other).namespace(NAMESPACE, PAGE_BYTES)
     assert ns.count_prefix([page_hash(seed) for seed in range(60)]) == 50
     assert read(ns, range(50)) == 50
 
@@ -166,7 +168,7 @@ def test_direct_io_where_there_is_none(
 ) -> None:
     monkeypatch.setattr("tiered_kv.tiers.disk.io_path._supports_direct_io", lambda *_, **__: False)
     with pytest.raises(DiskTierError, match="does not support direct I/O"):
-        open_store(direct_io=True)
+        open_store(io_mode=IoMode.DIRECT)
     assert not open_store().stats().direct_io
 
 

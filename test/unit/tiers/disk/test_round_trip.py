@@ -20,6 +20,7 @@ from disk_builders import (
 )
 
 from tiered_kv.core.errors import DiskTierError
+from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.store import DiskStore
 
 OpenStore = Callable[..., DiskStore]
@@ -27,8 +28,8 @@ OpenStore = Callable[..., DiskStore]
 
 @pytest.mark.parametrize("page_bytes", [1, 100, 4095, 4096, 4097, 23_040, 64 << 10, 1_000_001])
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "exact"])
-def test_round_trip(open_store: OpenStore, direct_io: bool, page_bytes: int, padded: bool) -> None:
-    ns = open_store(direct_io=direct_io).namespace(NAMESPACE, page_bytes)
+def test_round_trip(open_store: OpenStore, io_mode: IoMode, page_bytes: int, padded: bool) -> None:
+    ns = open_store(io_mode=io_mode).namespace(NAMESPACE, page_bytes)
     length = ns.slot_bytes if padded else page_bytes
     hashes = [page_hash(seed) for seed in range(17)]
     buffers = [filled(seed, page_bytes, length) for seed in range(17)]
@@ -42,9 +43,9 @@ def test_round_trip(open_store: OpenStore, direct_io: bool, page_bytes: int, pad
         assert view[:page_bytes] == page_payload(i, page_bytes)
 
 
-def test_random_sizes_in_one_directory(open_store: OpenStore, direct_io: bool) -> None:
+def test_random_sizes_in_one_directory(open_store: OpenStore, io_mode: IoMode) -> None:
     choose = random.Random(5)
-    store = open_store(direct_io=direct_io, capacity_bytes=256 * MIB)
+    store = open_store(io_mode=io_mode, capacity_bytes=256 * MIB)
     written = []
     for number in range(12):
         page_bytes = choose.randint(1, 300_000)
@@ -57,10 +58,10 @@ def test_random_sizes_in_one_directory(open_store: OpenStore, direct_io: bool) -
     assert store.stats().pages == 12 * 9
 
 
-def test_buffers_at_odd_addresses(open_store: OpenStore, direct_io: bool) -> None:
+def test_buffers_at_odd_addresses(open_store: OpenStore, io_mode: IoMode) -> None:
     """A read must not write past the view it was given."""
     page_bytes = 23_040
-    ns = open_store(direct_io=direct_io).namespace(NAMESPACE, page_bytes)
+    ns = open_store(io_mode=io_mode).namespace(NAMESPACE, page_bytes)
     hashes = [page_hash(seed) for seed in range(6)]
     area = aligned(7 * page_bytes)
     area[:] = b"\xee" * len(area)
@@ -76,17 +77,17 @@ def test_buffers_at_odd_addresses(open_store: OpenStore, direct_io: bool) -> Non
     assert area[:13] == b"\xee" * 13
 
 
-def test_read_only_and_typed_buffers_can_be_written(open_store: OpenStore, direct_io: bool) -> None:
-    ns = open_store(direct_io=direct_io).namespace(NAMESPACE, 8192)
+def test_read_only_and_typed_buffers_can_be_written(open_store: OpenStore, io_mode: IoMode) -> None:
+    ns = open_store(io_mode=io_mode).namespace(NAMESPACE, 8192)
     assert ns.write_pages([page_hash(1)], [memoryview(page_payload(1, 8192))]) == 1
     typed = filled(2, 8192).cast("Q").cast("B").cast("h")
     assert ns.write_pages([page_hash(2)], [typed]) == 1
     assert read(ns, [1, 2]) == 2
 
 
-def test_large_batch_is_coalesced_and_split(open_store: OpenStore, direct_io: bool) -> None:
+def test_large_batch_is_coalesced_and_split(open_store: OpenStore, io_mode: IoMode) -> None:
     """More pages than one system call takes, more bytes than one acknowledgement covers."""
-    store = open_store(direct_io=direct_io, capacity_bytes=256 * MIB)
+    store = open_store(io_mode=io_mode, capacity_bytes=256 * MIB)
     ns = store.namespace(NAMESPACE, 5000)
     seeds = list(range(1500))
     assert write(ns, seeds) == 1500
@@ -159,8 +160,8 @@ def test_callers_mistakes_raise(open_store: OpenStore) -> None:
         store.namespace(b"short", PAGE_BYTES)
 
 
-def test_statistics(open_store: OpenStore, direct_io: bool) -> None:
-    store = open_store(direct_io=direct_io)
+def test_statistics(open_store: OpenStore, io_mode: IoMode) -> None:
+    store = open_store(io_mode=io_mode)
     ns = store.namespace(NAMESPACE, PAGE_BYTES)
     write(ns, range(10))
     read(ns, range(4))
@@ -168,7 +169,7 @@ def test_statistics(open_store: OpenStore, direct_io: bool) -> None:
     assert (stats.pages, stats.bytes_used) == (10, 10 * PAGE_BYTES)
     assert (stats.writes, stats.write_bytes) == (10, 10 * PAGE_BYTES)
     assert (stats.reads, stats.read_bytes, stats.read_misses) == (4, 4 * PAGE_BYTES, 0)
-    assert stats.direct_io is direct_io
+    assert stats.direct_io is (io_mode is IoMode.DIRECT)
     assert stats.segments == 1
     assert 0 < stats.bytes_on_disk <= stats.capacity == 64 * MIB
     assert not stats.degraded
@@ -199,7 +200,7 @@ def test_closed_store_does_nothing(open_store: OpenStore) -> None:
 
 
 @pytest.mark.parametrize("sync_writes", [True, False])
-def test_sync_writes(open_store: OpenStore, direct_io: bool, sync_writes: bool) -> None:
-    ns = open_store(direct_io=direct_io, sync_writes=sync_writes).namespace(NAMESPACE, PAGE_BYTES)
+def test_sync_writes(open_store: OpenStore, io_mode: IoMode, sync_writes: bool) -> None:
+    ns = open_store(io_mode=io_mode, sync_writes=sync_writes).namespace(NAMESPACE, PAGE_BYTES)
     assert write(ns, range(5)) == 5
     assert read(ns, range(5)) == 5
