@@ -20,6 +20,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -137,20 +138,28 @@ def lru_hits(work: Accesses, n_pages: int, *, leaves_first: bool = False) -> int
 def belady_hits(work: Accesses, n_pages: int) -> int:
     """Hit pages of a cache of `n_pages` that evicts the page whose next use is the farthest."""
     upcoming = _next_uses(work)
-    # The next use of each cached page, and a heap of (-next use, -depth, page), partly outdated.
+    # The next use of each cached page, and a heap of runs of pages with equal next uses:
+    # (-next use, -depth after the run's last page, access, depth of its first). Runs of pages that
+    # were used again since are outdated, which shows when they are evicted.
     cache: dict[int, int] = {}
-    farthest: list[tuple[int, int, int]] = []
+    farthest: list[tuple[int, int, int, int]] = []
     hits = 0
-    for access, next_uses in zip(work.accesses, upcoming, strict=True):
+    for index, (access, next_uses) in enumerate(zip(work.accesses, upcoming, strict=True)):
         hits += _leading(access, cache)
-        for depth, (page, next_use) in enumerate(zip(access.pages, next_uses, strict=True)):
-            cache[page] = next_use
-            # Among equals the deepest first, which keeps what is cached a prefix.
-            heapq.heappush(farthest, (-next_use, -depth, page))
+        cache.update(zip(access.pages, next_uses, strict=True))
+        begin = 0
+        for next_use, run in groupby(next_uses):
+            end = begin + sum(1 for _ in run)
+            heapq.heappush(farthest, (-next_use, -end, index, begin))
+            begin = end
         while len(cache) > n_pages:
-            next_use, _, page = heapq.heappop(farthest)
-            if cache.get(page) == -next_use:
+            negative_use, negative_end, source, begin = heapq.heappop(farthest)
+            # Among equals the deepest first, which keeps what is cached a prefix.
+            page = work.accesses[source].pages[-negative_end - 1]
+            if cache.get(page) == -negative_use:
                 del cache[page]
+            if -negative_end - 1 > begin:
+                heapq.heappush(farthest, (negative_use, negative_end + 1, source, begin))
     return hits
 
 
