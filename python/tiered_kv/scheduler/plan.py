@@ -19,5 +19,8 @@ class AdmissionPlan:
     prefill_tokens: int | None = None
     """Most tokens to compute in this iteration; None: the configured chunk size. 0: no prefill."""
 
+    mix_decodes: bool = False
+    """Whether running requests decode in the same iteration, even where that is not configured."""
+
     relegated: frozenset[int] = frozenset()
     """Ids in `order` that were put behind the others because their deadline is beyond hope."""

@@ -36,6 +36,8 @@ class PrefillBatch:
     """(request, new tokens, tokens before them)."""
     unfinished: LiveRequest | None = None
     """The request whose prompt goes on in the next iteration."""
+    is_mixed: bool = False
+    """Whether the running requests decode in the same iteration."""
     ready_s: float = 0.0
     """When all prefixes that are being loaded have arrived."""
 

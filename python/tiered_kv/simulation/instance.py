@@ -190,7 +190,8 @@ class Instance:
         chunk_tokens = settings.chunk_tokens
         if plan.prefill_tokens is not None:
             chunk_tokens = min(chunk_tokens, plan.prefill_tokens)
-        n_mixed = len(self._running) if settings.mixed_chunk else 0
+        is_mixed = bool(self._running) and (settings.mixed_chunk or plan.mix_decodes)
+        n_mixed = len(self._running) if is_mixed else 0
         if chunk_tokens <= n_mixed:
             return None
         adder = PrefillAdder(
@@ -206,6 +207,7 @@ class Instance:
         if unfinished is None or adder.batch.unfinished is None:
             self._admit(adder, state, plan.order, now_s)
         batch = adder.batch
+        batch.is_mixed = is_mixed
         self._unfinished = batch.unfinished
         return batch if batch.chunks else None
 
@@ -264,11 +266,10 @@ class Instance:
         """Start one iteration over the chunks, and over the running requests if it is mixed."""
         for live, new, _ in batch.chunks:
             self.cache.take_private(live, new)
-        is_mixed = self.settings.mixed_chunk and bool(self._running)
-        if not self.cache.make_room(len(self._running) if is_mixed else 0):
+        if not self.cache.make_room(len(self._running) if batch.is_mixed else 0):
             # The prompt that was begun went on although memory was short.
             self._make_decode_room(now_s)
-        n_decodes = len(self._running) if is_mixed else 0
+        n_decodes = len(self._running) if batch.is_mixed else 0
         prefills = [(new, before) for _, new, before in batch.chunks]
         compute_s = self._execution.iteration_s(
             prefills, self._context_tokens if n_decodes else 0, n_decodes

@@ -62,7 +62,10 @@ class Niyama(QuietPolicy):
 
         order = tuple(r.request_id for r in nsmallest(limit, state.candidates(), key=key))
         return AdmissionPlan(
-            order, self._chunk_tokens(state), frozenset(hopeless.intersection(order))
+            order,
+            prefill_tokens=self._chunk_tokens(state),
+            mix_decodes=True,
+            relegated=frozenset(hopeless.intersection(order)),
         )
 
     def _output_estimate(self) -> float:

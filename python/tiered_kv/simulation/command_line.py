@@ -1,0 +1,128 @@
+"""The options that describe a simulation, shared by the commands."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tiered_kv.core.device_spec import DEVICES, find_device
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.core.model_spec import MODELS, find_model
+from tiered_kv.core.units import parse_bytes
+from tiered_kv.memory.eviction import eviction_policies
+from tiered_kv.scheduler.request_policy import request_policies
+from tiered_kv.simulation.jobs import Job, WorkloadChoice
+from tiered_kv.simulation.settings import STOP_POLICIES, CacheSettings, InstanceSettings
+from tiered_kv.simulation.statistics import TBT_CRITERIA
+from tiered_kv.simulation.workload import catalog
+
+FORESIGHTED = ("belady", "kvflow")
+
+
+def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `job_from` reads."""
+    catalog.add_arguments(parser)
+    parser.add_argument(
+        "--spread",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="delay each arrival by up to S seconds at random; 3 undoes the resolution of "
+        "Mooncake's traces",
+    )
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--model", default="Llama-3.1-8B", help=f"one of {', '.join(sorted(MODELS))}"
+    )
+    server.add_argument(
+        "--device",
+        default="H200-141",
+        help=f"one of {', '.join(sorted(DEVICES))}, or a tensor-parallel group as 4xH200-141",
+    )
+    server.add_argument(
+        "--policy",
+        default="fcfs",
+        help=f"order of waiting requests: {', '.join(request_policies.names())}",
+    )
+    server.add_argument("--chunk", type=int, default=8192, help="prefill tokens per iteration")
+    server.add_argument("--max-running", type=int, default=256, help="requests decoding at once")
+    server.add_argument(
+        "--mixed-chunk", action="store_true", help="decode in the iterations that prefill"
+    )
+    server.add_argument(
+        "--max-new-tokens",
+        default="2048",
+        metavar="N|exact",
+        help="the limit that clients set; exact: the length of the answer, which then is known",
+    )
+    server.add_argument(
+        "--noise", type=float, default=0.0, help="relative noise of forward passes, such as 0.05"
+    )
+    _add_cache_arguments(parser)
+    parser.add_argument(
+        "--tbt-criterion",
+        choices=sorted(TBT_CRITERIA),
+        default="mean",
+        help="which time between a request's tokens must meet its objective",
+    )
+
+
+def _add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    cache = parser.add_argument_group("cache")
+    cache.add_argument(
+        "--eviction",
+        default="lru",
+        help=f"{', '.join([*eviction_policies.names(), *FORESIGHTED])}; belady knows the future, "
+        "kvflow when each session's next call is expected",
+    )
+    cache.add_argument("--device-kv", type=parse_bytes, metavar="SIZE", help="KV pool, as 80GB")
+    cache.add_argument("--host", type=parse_bytes, default=0, metavar="SIZE", help="host tier")
+    cache.add_argument("--disk", type=parse_bytes, default=0, metavar="SIZE", help="disk tier")
+    cache.add_argument(
+        "--stop-policy",
+        choices=STOP_POLICIES,
+        default="wait_complete",
+        help="when a request stops waiting for its pages from disk (HiCache's three)",
+    )
+
+
+def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
+    """The job that parsed options describe. Raises ConfigError for unknown names."""
+    limit = arguments.max_new_tokens
+    if limit != "exact" and not limit.isdigit():
+        raise ConfigError(f"The limit of new tokens is a number or exact, not {limit!r}.")
+    if arguments.eviction not in FORESIGHTED:
+        eviction_policies.get(arguments.eviction)
+    request_policies.get(arguments.policy)
+    return Job(
+        workload=WorkloadChoice(
+            spec=arguments.workload,
+            rate=arguments.rate,
+            length=arguments.length,
+            pause=arguments.pause,
+            limit=arguments.limit,
+            spread_s=arguments.spread,
+            slo_mix=arguments.slo_mix,
+            seed=arguments.seed,
+        ),
+        settings=InstanceSettings(
+            model=find_model(arguments.model),
+            device=find_device(arguments.device),
+            policy=arguments.policy,
+            chunk_tokens=arguments.chunk,
+            max_running=arguments.max_running,
+            mixed_chunk=arguments.mixed_chunk,
+            max_new_tokens=None if limit == "exact" else int(limit),
+            noise=arguments.noise,
+            cache=CacheSettings(
+                device_bytes=arguments.device_kv,
+                host_bytes=arguments.host,
+                disk_bytes=arguments.disk,
+                eviction=arguments.eviction,
+                stop_policy=arguments.stop_policy,
+            ),
+        ),
+        seed=arguments.seed,
+        criterion=arguments.tbt_criterion,
+        labels=labels,
+    )

@@ -1,0 +1,134 @@
+"""What a simulation showed, in figures: latencies, objectives met, hits per tier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.simulation.engine import SimulationResult
+from tiered_kv.simulation.live import RequestRecord
+
+TBT_CRITERIA: dict[str, Callable[[RequestRecord], float | None]] = {
+    "mean": lambda record: record.mean_tbt_s,
+    "p99": lambda record: record.p99_tbt_s,
+    "max": lambda record: record.max_tbt_s,
+}
+"""Which time between a request's tokens is held against its objective."""
+
+CDF_SHARES = (
+    *(percent / 100.0 for percent in range(100)),
+    *(0.99 + step / 1000.0 for step in range(1, 10)),
+    1.0,
+)
+"""Shares at which distributions are kept: every percent, and every tenth of one above 99."""
+
+
+def meets_slo(record: RequestRecord, criterion: str = "mean") -> bool:
+    """Whether it was answered, with TTFT and TBT within its objectives where it has any.
+
+    Raises ConfigError for an unknown criterion.
+    """
+    if criterion not in TBT_CRITERIA:
+        raise ConfigError(
+            f"There is no TBT criterion {criterion!r}; the known ones are "
+            f"{', '.join(TBT_CRITERIA)}."
+        )
+    if record.finish_s is None:
+        return False
+    ttft_s, tbt_s = record.ttft_s, TBT_CRITERIA[criterion](record)
+    if record.ttft_slo_s is not None and (ttft_s is None or ttft_s > record.ttft_slo_s):
+        return False
+    return record.tbt_slo_s is None or tbt_s is None or tbt_s <= record.tbt_slo_s
+
+
+def summarize(result: SimulationResult, *, criterion: str = "mean") -> dict[str, Any]:
+    """The figures of one run as JSON values; see `schema.py` for their meaning."""
+    records = result.records
+    finished = [record for record in records if record.finish_s is not None]
+    span_s = max(result.end_s, 1e-9)
+    met = sum(meets_slo(record, criterion) for record in records)
+    return {
+        "n_requests": len(records),
+        "n_finished": len(finished),
+        "duration_s": result.end_s,
+        "tbt_criterion": criterion,
+        "attainment": met / len(records) if records else None,
+        "goodput_rps": met / span_s,
+        "throughput_rps": len(finished) / span_s,
+        "output_tokens_per_s": sum(record.output_tokens for record in finished) / span_s,
+        "classes": {name: _class_summary(group, criterion) for name, group in _classes(records)},
+        "ttft_s": distribution(record.ttft_s for record in finished),
+        "wait_s": distribution(_wait_s(record) for record in finished),
+        "mean_tbt_s": distribution(record.mean_tbt_s for record in finished),
+        "p99_tbt_s": distribution(record.p99_tbt_s for record in finished),
+        "hits": hit_tokens(records),
+        "retracted_share": sum(r.n_retractions > 0 for r in records) / max(1, len(records)),
+        "n_retractions": result.n_retractions,
+        "n_iterations": result.n_iterations,
+        "busy_share": result.busy_s / span_s,
+        "prefill_tokens": result.processed_prefill_tokens,
+        "links": {
+            name: {"n_bytes": use.n_bytes, "busy_share": use.busy_s / span_s}
+            for name, use in result.links.items()
+        },
+    }
+
+
+def distribution(values: Iterable[float | None]) -> dict[str, Any]:
+    """Mean, usual quantiles and the whole curve at `CDF_SHARES`; None where there is no value."""
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    if not len(known):
+        return {"n": 0, "mean": None, "p50": None, "p90": None, "p99": None, "max": None, "cdf": []}
+    p50, p90, p99 = np.quantile(known, (0.5, 0.9, 0.99))
+    return {
+        "n": len(known),
+        "mean": float(known.mean()),
+        "p50": float(p50),
+        "p90": float(p90),
+        "p99": float(p99),
+        "max": float(known.max()),
+        "cdf": [float(value) for value in np.quantile(known, CDF_SHARES)],
+    }
+
+
+def hit_tokens(records: Sequence[RequestRecord]) -> dict[str, int]:
+    """Prompt tokens by where their KV came from, over all requests that were admitted."""
+    admitted = [record for record in records if record.admitted_s is not None]
+    tiers = {
+        "device": sum(record.device_hit_tokens for record in admitted),
+        "host": sum(record.host_hit_tokens for record in admitted),
+        "disk": sum(record.disk_hit_tokens for record in admitted),
+    }
+    total = sum(record.input_tokens for record in admitted)
+    return {**tiers, "computed": total - sum(tiers.values()), "input": total}
+
+
+def _classes(records: Sequence[RequestRecord]) -> list[tuple[str, list[RequestRecord]]]:
+    groups: dict[str, list[RequestRecord]] = {}
+    for record in records:
+        groups.setdefault(record.slo_class, []).append(record)
+    return sorted(groups.items())
+
+
+def _class_summary(records: list[RequestRecord], criterion: str) -> dict[str, Any]:
+    ttft = [record.ttft_s for record in records]
+    on_time = [
+        ttft_s is not None and (record.ttft_slo_s is None or ttft_s <= record.ttft_slo_s)
+        for record, ttft_s in zip(records, ttft, strict=True)
+    ]
+    return {
+        "n_requests": len(records),
+        "ttft_slo_s": records[0].ttft_slo_s,
+        "tbt_slo_s": records[0].tbt_slo_s,
+        "attainment": sum(meets_slo(record, criterion) for record in records) / len(records),
+        "ttft_attainment": sum(on_time) / len(records),
+        "ttft_s": distribution(ttft),
+        "mean_tbt_s": distribution(record.mean_tbt_s for record in records),
+    }
+
+
+def _wait_s(record: RequestRecord) -> float | None:
+    return None if record.admitted_s is None else record.admitted_s - record.arrival_s
