@@ -14,6 +14,9 @@ from tiered_kv.core.errors import ConfigError
 DISK_IO_MODES = ("auto", "direct", "buffered")
 
 
+LOAD_POLICIES = ("cost", "always", "never")
+
+
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
         raise ConfigError(sentence)
@@ -115,7 +118,14 @@ class MemoryConfig:
     disk_enabled: bool = True
     """Whether pages that are in host memory are written through to disk."""
 
+    load_policy: str = "cost"
+    """Whether pages in a farther tier are loaded: cost (as many as pay), always or never."""
+
     def __post_init__(self) -> None:
+        _require(
+            self.load_policy in LOAD_POLICIES,
+            f"The load policy must be one of {', '.join(LOAD_POLICIES)}, not {self.load_policy!r}.",
+        )
         _require(
             bool(self.eviction_policy),
             "The eviction policy's name must not be empty; use lru.",
@@ -142,6 +152,9 @@ class TieredKVConfig:
     eviction_policy: str = "lru"
     """Name of a registered eviction policy, used in every tier."""
 
+    load_policy: str = "cost"
+    """Whether pages in a farther tier are loaded: cost (as many as pay), always or never."""
+
     def __post_init__(self) -> None:
         _require(
             self.page_size > 0, f"The page size must be at least 1 token, not {self.page_size}."
@@ -158,4 +171,5 @@ class TieredKVConfig:
             eviction_policy=self.eviction_policy,
             host_enabled=self.host.enabled,
             disk_enabled=self.disk.enabled,
+            load_policy=self.load_policy,
         )

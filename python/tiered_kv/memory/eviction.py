@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.registry import Registry
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
+from tiered_kv.memory.costs import Costs
+from tiered_kv.memory.demand import DemandForecast
 
 
 class EvictionPolicy(Protocol):
@@ -25,7 +27,23 @@ class EvictionPolicy(Protocol):
         ...
 
 
+@runtime_checkable
+class InformedPolicy(Protocol):
+    """What an eviction policy may offer besides: it uses costs and forecasts."""
+
+    def inform(self, costs: Costs) -> None:
+        """Use these costs from now on."""
+        ...
+
+    def on_forecast(self, forecast: DemandForecast) -> None:
+        """This replaces the last forecast."""
+        ...
+
+
 PolicyFactory: TypeAlias = Callable[[Forest], EvictionPolicy]
 
 eviction_policies: Registry[PolicyFactory] = Registry("eviction policy")
 eviction_policies.register("lru", "tiered_kv.memory.lru:LruEviction")
+eviction_policies.register("slru", "tiered_kv.memory.slru:SlruEviction")
+eviction_policies.register("s3fifo", "tiered_kv.memory.s3fifo:S3FifoEviction")
+eviction_policies.register("value", "tiered_kv.memory.value:ValueEviction")

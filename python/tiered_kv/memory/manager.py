@@ -1,12 +1,13 @@
 """What moves between the tiers, and when: the one place that decides it.
 
 Every method looks at the forest and returns actions; none moves bytes or changes residency. (The
-one thing it does to the forest is to split a node of which only a part is to go.)
+one thing it does to the forest is to split a node of which only a part is to go, or to come.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from tiered_kv.core.config import MemoryConfig
 from tiered_kv.core.ids import Tier
@@ -15,16 +16,27 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import Match
 from tiered_kv.memory.actions import Drop, Load, WriteBack
-from tiered_kv.memory.eviction import eviction_policies
+from tiered_kv.memory.costs import Costs, EqualCosts
+from tiered_kv.memory.demand import DemandForecast
+from tiered_kv.memory.eviction import InformedPolicy, eviction_policies
+from tiered_kv.memory.load_policy import LoadPolicy, LoadQuestion, pages_to_load
+
+#: What is expected later than this, or is less probable, is not loaded ahead.
+LOAD_AHEAD_S = 10.0
+LOAD_AHEAD_PROBABILITY = 0.5
 
 
 class MemoryManager:
-    """Write-through to host and disk, eviction by policy, loads on demand."""
+    """Write-through to host and disk, eviction by policy, loads on demand and ahead of it."""
 
-    def __init__(self, forest: Forest, config: MemoryConfig) -> None:
-        """Raises ConfigError if `config` names an eviction policy that is not registered."""
+    def __init__(self, forest: Forest, config: MemoryConfig, costs: Costs | None = None) -> None:
+        """Without `costs`, whatever can be loaded is. Raises ConfigError for an unknown policy."""
         self._forest = forest
+        self._costs = costs if costs is not None else EqualCosts()
         self._eviction = eviction_policies.get(config.eviction_policy)(forest)
+        if costs is not None and isinstance(self._eviction, InformedPolicy):
+            self._eviction.inform(costs)
+        self._load_policy = LoadPolicy(config.load_policy)
         self._enabled = {
             Tier.DEVICE: True,
             Tier.HOST: config.host_enabled,
@@ -46,6 +58,8 @@ class MemoryManager:
         """
         self._enabled[tier] = False
 
+    # -- downwards ----------------------------------------------------------------------------
+
     def on_insert(self, adopted: Iterable[Node]) -> list[WriteBack]:
         """`adopted` became RESIDENT on the device: those the host lacks are written through."""
         return self._write_through(adopted, Tier.DEVICE, Tier.HOST)
@@ -54,19 +68,14 @@ class MemoryManager:
         """`nodes` became RESIDENT on the host: those the disk lacks are written through."""
         return self._write_through(nodes, Tier.HOST, Tier.DISK)
 
-    def on_match(self, match: Match) -> Load | None:
-        """The nodes on the host that continue what the device has of `match`, if there are any.
+    def write_value(self, node: Node) -> float:
+        """What a copy of `node` farther down is worth: seconds per token to compute it again.
 
-        Nodes that are LOADING on the device count as being there.
+        Where not everything can be written, the most valuable goes first: what was used before,
+        and what is deep in its prompt.
         """
-        wanted = []
-        for node in match.path:
-            if node.state(Tier.DEVICE) is not Residency.ABSENT:
-                continue
-            if node.state(Tier.HOST) is not Residency.RESIDENT:
-                break
-            wanted.append(node.node_id)
-        return Load(tuple(wanted), Tier.HOST, Tier.DEVICE) if wanted else None
+        uses = 1.0 + min(node.hits, 8)
+        return uses * self._costs.recompute_s(node.start, node.end) / node.n_tokens
 
     def on_pressure(self, tier: Tier, n_pages: int) -> list[Drop]:
         """Drops that free `n_pages` pages of `tier`, or all that can be freed if that is less.
@@ -81,6 +90,141 @@ class MemoryManager:
             self._forest.split(victims[-1], surplus)
         return [Drop(node.node_id, tier) for node in victims]
 
+    # -- upwards ------------------------------------------------------------------------------
+
+    def on_match(
+        self, match: Match, *, prompt_tokens: int | None = None, queued_bytes: int = 0
+    ) -> Load | None:
+        """Those nodes on the host that continue what the device has of `match` and pay to load.
+
+        Nodes that are LOADING on the device count as being there. prompt_tokens: the length of the
+        whole prompt, if it goes on after `match`. queued_bytes: what is ahead on the way to the
+        device. The node in which the boundary falls is split there.
+        """
+        run = _host_run(match.path)
+        if not run:
+            return None
+        n_tokens = max(prompt_tokens or 0, match.n_tokens)
+        n_pages = self._worth_loading(
+            Tier.HOST,
+            Tier.DEVICE,
+            n_pages=sum(node.n_pages for node in run),
+            start=run[0].start,
+            prompt_tokens=n_tokens,
+            queued_bytes=queued_bytes,
+        )
+        wanted = self._leading(run, n_pages)
+        return Load(tuple(wanted), Tier.HOST, Tier.DEVICE) if wanted else None
+
+    def pages_from_disk(
+        self,
+        n_pages: int,
+        start: int,
+        prompt_tokens: int,
+        *,
+        queued_bytes: int = 0,
+        wait_s: float = 0.0,
+    ) -> int:
+        """How many of `n_pages` pages on disk, from token `start` of a prompt on, to bring nearer.
+
+        They reach the host before the request runs. wait_s: how long it would wait in any case.
+        """
+        return self._worth_loading(
+            Tier.DISK,
+            Tier.HOST,
+            n_pages=n_pages,
+            start=start,
+            prompt_tokens=max(prompt_tokens, start + n_pages * self._forest.page_size),
+            queued_bytes=queued_bytes,
+            wait_s=wait_s,
+        )
+
+    def patience_s(self, n_pages: int, start: int, queued_bytes: int = 0) -> float:
+        """How long a request may wait for such pages before computing them is the better bet.
+
+        Twice as long as loading should take, and at least as long as computing does: then the loss
+        is bounded by what the load was to save, and a slow moment costs no page.
+        """
+        if self._load_policy is not LoadPolicy.COST:
+            return float("inf")
+        n_tokens = n_pages * self._forest.page_size
+        n_bytes = int(n_tokens * self._costs.bytes_per_token)
+        load_s = self._costs.load_s(Tier.DISK, Tier.HOST, n_bytes, queued_bytes)
+        return max(2.0 * load_s, self._costs.recompute_s(start, start + n_tokens))
+
+    def on_forecast(self, forecast: DemandForecast, device_pages_free: int) -> list[Load]:
+        """Protects what is expected, and loads it ahead into device pages that are free anyway.
+
+        Soonest first; nothing is evicted for it.
+        """
+        if isinstance(self._eviction, InformedPolicy):
+            self._eviction.on_forecast(forecast)
+        loads: list[Load] = []
+        if self._load_policy is LoadPolicy.NEVER:
+            return loads
+        soonest = sorted(forecast.next_use.items(), key=lambda item: (item[1].starts_in_s, item[0]))
+        taken: set[int] = set()
+        for node_id, expected in soonest:
+            if expected.starts_in_s > LOAD_AHEAD_S or device_pages_free <= 0:
+                break
+            node = self._forest.find(node_id)
+            if node is None or expected.probability < LOAD_AHEAD_PROBABILITY:
+                continue
+            run = [n for n in _host_run(_path_to(node)) if n.node_id not in taken]
+            wanted = self._leading(run, min(device_pages_free, sum(n.n_pages for n in run)))
+            if wanted:
+                loads.append(Load(wanted, Tier.HOST, Tier.DEVICE))
+                taken.update(wanted)
+                device_pages_free -= sum(self._forest.node(n).n_pages for n in wanted)
+        return loads
+
+    # -- internals ----------------------------------------------------------------------------
+
+    def _worth_loading(
+        self,
+        source: Tier,
+        target: Tier,
+        *,
+        n_pages: int,
+        start: int,
+        prompt_tokens: int,
+        queued_bytes: int,
+        wait_s: float = 0.0,
+    ) -> int:
+        if self._load_policy is LoadPolicy.NEVER:
+            return 0
+        if self._load_policy is LoadPolicy.ALWAYS:
+            return n_pages
+        costs, page_bytes = self._costs, self._forest.page_size * self._costs.bytes_per_token
+
+        def load_s(queued: int, k: int) -> float:
+            return costs.load_s(source, target, int(k * page_bytes), queued)
+
+        return pages_to_load(
+            LoadQuestion(
+                n_pages=n_pages,
+                page_tokens=self._forest.page_size,
+                start=start,
+                prompt_tokens=prompt_tokens,
+                load_s=partial(load_s, queued_bytes),
+                recompute_s=costs.recompute_s,
+                overlapped=target is Tier.DEVICE,
+                wait_s=wait_s,
+            )
+        )
+
+    def _leading(self, run: list[Node], n_pages: int) -> tuple[int, ...]:
+        """The ids of the nodes that make up the first `n_pages` pages of `run`."""
+        wanted: list[int] = []
+        for node in run:
+            if n_pages <= 0:
+                break
+            if node.n_pages > n_pages:
+                node = self._forest.split(node, n_pages)[0]  # noqa: PLW2901
+            wanted.append(node.node_id)
+            n_pages -= node.n_pages
+        return tuple(wanted)
+
     def _write_through(self, nodes: Iterable[Node], source: Tier, target: Tier) -> list[WriteBack]:
         if not self.is_enabled(target):
             return []
@@ -89,3 +233,24 @@ class MemoryManager:
             for node in nodes
             if node.state(source) is Residency.RESIDENT and node.state(target) is Residency.ABSENT
         ]
+
+
+def _host_run(path: Iterable[Node]) -> list[Node]:
+    """The nodes that the host can add to what the device has of a path."""
+    run: list[Node] = []
+    for node in path:
+        if node.state(Tier.DEVICE) is not Residency.ABSENT:
+            continue
+        if node.state(Tier.HOST) is not Residency.RESIDENT:
+            break
+        run.append(node)
+    return run
+
+
+def _path_to(node: Node) -> list[Node]:
+    path: list[Node] = []
+    at: Node | None = node
+    while at is not None and not at.is_root:
+        path.append(at)
+        at = at.parent
+    return path[::-1]

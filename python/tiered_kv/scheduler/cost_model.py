@@ -248,3 +248,26 @@ class CostModel:
             max(self.prefill_correction.fixed_s, self.decode_correction.fixed_s),
             share * self.prefill_correction.scale + (1.0 - share) * self.decode_correction.scale,
         )
+
+
+class PlacementCosts:
+    """A cost model as placement sees it (`memory.costs.Costs`).
+
+    tokens_per_unit: how many tokens one token of the forest stands for; a simulation may run the
+    forest over blocks.
+    """
+
+    def __init__(self, model: CostModel, tokens_per_unit: int = 1) -> None:
+        self._model = model
+        self._tokens_per_unit = tokens_per_unit
+
+    @property
+    def bytes_per_token(self) -> float:
+        return float(self._model.model.kv_bytes_per_token * self._tokens_per_unit)
+
+    def recompute_s(self, start: int, end: int) -> float:
+        unit = self._tokens_per_unit
+        return self._model.marginal_prefill_s((end - start) * unit, start * unit)
+
+    def load_s(self, source: Tier, target: Tier, n_bytes: int, queued_bytes: int = 0) -> float:
+        return self._model.load_s(source, target, n_bytes, queued_bytes)

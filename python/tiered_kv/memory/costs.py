@@ -1,0 +1,37 @@
+"""What placement has to know about costs; the scheduler's cost model provides it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tiered_kv.core.ids import Tier
+
+
+class Costs(Protocol):
+    """Seconds; the same on all tensor-parallel ranks. Tokens are the forest's."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """KV bytes of one token in all layers."""
+        ...
+
+    def recompute_s(self, start: int, end: int) -> float:
+        """To compute tokens [start, end) of a prompt whose first `start` tokens are there."""
+        ...
+
+    def load_s(self, source: Tier, target: Tier, n_bytes: int, queued_bytes: int = 0) -> float:
+        """Until `n_bytes` from `source` are in `target`, behind what is queued."""
+        ...
+
+
+class EqualCosts:
+    """For want of a model: every token costs the same to compute, a hundredth of it to load."""
+
+    bytes_per_token = 1.0
+    _LOAD_SHARE = 0.01
+
+    def recompute_s(self, start: int, end: int) -> float:
+        return float(end - start)
+
+    def load_s(self, source: Tier, target: Tier, n_bytes: int, queued_bytes: int = 0) -> float:
+        return (n_bytes + queued_bytes) * self._LOAD_SHARE * (target.value != source.value)
