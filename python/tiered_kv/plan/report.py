@@ -1,0 +1,117 @@
+"""Plans as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.plan.capacity import ContextMemory, TierCapacity
+from tiered_kv.plan.costs import DecodeSplit, HitCost, LongContextCost
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are numbers."""
+    lines = [_row(header), "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *map(_row, rows)])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def context_table(rows: Iterable[ContextMemory], memory_bytes: float) -> str:
+    """KV of one context per model, in decimal GB."""
+    header = ("model", "context", "KV per layer", "KV, all layers", "weights", "fit in ")
+    return table(
+        (*header[:-1], f"fit in {gigabytes(memory_bytes, 0)}"),
+        (
+            (
+                row.model,
+                f"{row.context_tokens:,}",
+                gigabytes(row.kv_bytes_per_layer),
+                gigabytes(row.kv_bytes),
+                gigabytes(row.weight_bytes),
+                str(row.concurrency),
+            )
+            for row in rows
+        ),
+    )
+
+
+def capacity_table(rows: Iterable[TierCapacity], context_tokens: int) -> str:
+    """Tokens and requests per tier."""
+    return table(
+        ("tier", "for KV", "tokens", f"requests of {context_tokens:,}"),
+        (
+            (row.tier.name.lower(), gigabytes(row.kv_bytes), f"{row.tokens:,}", f"{row.requests:,}")
+            for row in rows
+        ),
+    )
+
+
+def hit_table(rows: Iterable[HitCost]) -> str:
+    """Hits against recompute."""
+    return table(
+        ("hit in", "load", "first token", "without", "speed-up", "pays from"),
+        (
+            (
+                row.tier.name.lower(),
+                duration(row.load_s),
+                duration(row.hit_s),
+                duration(row.recompute_s),
+                f"{row.recompute_s / row.hit_s:.1f}x",
+                "never" if row.break_even_tokens is None else f"{row.break_even_tokens:,} tokens",
+            )
+            for row in rows
+        ),
+    )
+
+
+def long_context_table(rows: Sequence[LongContextCost]) -> str:
+    """The four costs by context length."""
+    tiers: list[Tier] = list(rows[0].load_s) if rows else []
+    loads = [f"load from {tier.name.lower()}" for tier in tiers]
+    return table(
+        ("context", "prefill", "KV", "fit on device", "decode, per token", *loads),
+        (
+            (
+                f"{row.context_tokens:,}",
+                duration(row.prefill_s),
+                gigabytes(row.kv_bytes),
+                f"{row.concurrency:,}",
+                duration(row.decode_s),
+                *(duration(row.load_s[tier]) for tier in tiers),
+            )
+            for row in rows
+        ),
+    )
+
+
+def split_table(rows: Iterable[DecodeSplit]) -> str:
+    """The decode iteration's parts by context length."""
+    return table(
+        ("batch x context", "linear", "attention", "fixed", "attention's share"),
+        (
+            (
+                f"{row.batch} x {row.context_tokens:,}",
+                duration(row.linear_s),
+                duration(row.attention_s),
+                duration(row.fixed_s),
+                f"{row.attention_s / (row.linear_s + row.attention_s + row.fixed_s):.0%}",
+            )
+            for row in rows
+        ),
+    )
+
+
+def gigabytes(n_bytes: float, digits: int = 2) -> str:
+    """Decimal gigabytes."""
+    return f"{n_bytes / 1e9:.{digits}f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, milliseconds or microseconds, three digits."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
+    return "0" if seconds == 0 else f"{seconds * 1e6:.2g} us"
