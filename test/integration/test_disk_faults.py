@@ -23,7 +23,7 @@ from tiered_kv.metrics import names
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 
-N_TOKENS, N_REUSABLE = 300, 288
+N_TOKENS, N_REUSABLE, N_PROMPTS = 100, 96, 2
 RECOVERY_S = 30.0
 
 
@@ -84,10 +84,10 @@ def test_requests_outlive_a_fault_and_the_tier_recovers(
     server = faulty.server
 
     def prompts_of(what: str) -> list[tuple[int, ...]]:
-        return [prompts.tokens(f"{fault} {what} {i}", N_TOKENS) for i in range(3)]
+        return [prompts.tokens(f"{fault} {what} {i}", N_TOKENS) for i in range(N_PROMPTS)]
 
     def ask(asked: list[tuple[int, ...]]) -> list[Answer]:
-        answers = generate_all(server, asked, concurrency=3)
+        answers = generate_all(server, asked, concurrency=N_PROMPTS)
         truths = oracle.all_output_ids([(prompt, 8) for prompt in asked])
         assert [answer.output_ids for answer in answers] == truths
         return answers
@@ -106,17 +106,17 @@ def test_requests_outlive_a_fault_and_the_tier_recovers(
     faulty.break_disk("none")
 
     if not loses_reads:
-        assert [answer.disk for answer in while_broken] == [N_REUSABLE] * 3
+        assert [answer.disk for answer in while_broken] == [N_REUSABLE] * N_PROMPTS
     elif fault == "bit_flips":
         # The last page of every read is damaged; what came before it may be used.
         assert all(answer.disk < N_REUSABLE for answer in while_broken)
     else:
-        assert [answer.disk for answer in while_broken] == [0] * 3
+        assert [answer.disk for answer in while_broken] == [0] * N_PROMPTS
     faulty.wait_until_writing(lambda: ask([prompts.tokens(f"{fault} poke {time.time()}", 64)]))
     ask(later)
     wait_for_disk(server)
     server.flush_cache()
-    assert [answer.disk for answer in ask(later)] == [N_REUSABLE] * 3
+    assert [answer.disk for answer in ask(later)] == [N_REUSABLE] * N_PROMPTS
     told = [line for line in server.log_text().splitlines()[lines:] if "Disk tier" in line]
     if stops_writes:
         assert sum("stops writing" in line for line in told) == 1, told
