@@ -1,6 +1,6 @@
 """A process that writes pages as fast as it can and prints the ones acknowledged: to be killed.
 
-Usage: disk_writer.py DIRECTORY FIRST_SEED CAPACITY_BYTES PAGE_BYTES direct|buffered
+Usage: disk_writer.py DIRECTORY FIRST_SEED CAPACITY_BYTES PAGE_BYTES IO_MODE [KEY_HEX]
 
 Prints `ready` once the store is open, then one line of seeds per acknowledged batch. Two threads
 write and a third reads, so that a kill can fall into allocation, data, commit, read and reclaim.
@@ -16,7 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
-from tiered_kv.tiers.disk.io_path import IoMode
+from tiered_kv.tiers.disk.io_path import IoMode, Reuse
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.store import DiskStore
 
@@ -43,7 +43,9 @@ def write_for_ever(ns: DiskNamespace, seed: int) -> None:
         seed += THREADS * len(seeds)
         for buffer, each in zip(buffers, seeds, strict=False):
             buffer[: ns.page_bytes] = page_payload(each, ns.page_bytes)
-        n_written = ns.write_pages([page_hash(s) for s in seeds], buffers[: len(seeds)])
+        # In mode "auto" the hint decides: pages written by one path are written over by the other.
+        reuse = choose.choice(list(Reuse))
+        n_written = ns.write_pages([page_hash(s) for s in seeds], buffers[: len(seeds)], reuse)
         if n_written == len(seeds):
             os.write(1, (" ".join(map(str, seeds)) + "\n").encode())
 
@@ -60,9 +62,12 @@ def read_for_ever(ns: DiskNamespace, first_seed: int) -> None:
 
 
 def main() -> None:
-    directory, first_seed, capacity_bytes, page_bytes, path = sys.argv[1:]
+    directory, first_seed, capacity_bytes, page_bytes, path, *keys = sys.argv[1:]
     store = DiskStore.open(
-        Path(directory), capacity_bytes=int(capacity_bytes), io_mode=IoMode(path)
+        Path(directory),
+        capacity_bytes=int(capacity_bytes),
+        io_mode=IoMode(path),
+        key=bytes.fromhex(keys[0]) if keys else None,
     )
     ns = store.namespace(NAMESPACE, int(page_bytes))
     os.write(1, b"ready\n")

@@ -2,8 +2,9 @@
 
 After every kill the directory is opened again. Guaranteed: every page that was acknowledged is
 there and equal; no page that is returned differs from what was written; where the budget is small,
-an acknowledged page may have made room for another, but is never returned torn. The number of
-rounds is 12 (TIERED_KV_KILL_ROUNDS changes it).
+an acknowledged page may have made room for another, but is never returned torn. Rounds take
+turns between the I/O paths; half of the runs are encrypted. The number of rounds of each run is 8
+(TIERED_KV_KILL_ROUNDS changes it).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from disk_writer import BATCH_PAGES, NAMESPACE, SEEDS_PER_ROUND, THREADS, page_hash, page_payload
 
 MIB = 1 << 20
-ROUNDS = int(os.environ.get("TIERED_KV_KILL_ROUNDS", "12"))
+ROUNDS = int(os.environ.get("TIERED_KV_KILL_ROUNDS", "8"))
 PAGE_BYTES = 23_040
 LONGEST_ROUND_S = 0.25
 
@@ -38,9 +39,11 @@ def supports_direct_io(directory: Path) -> bool:
 
 
 def run_and_kill(directory: Path, first_seed: int, capacity_bytes: int, choose: random.Random,
-                 path: str) -> list[int]:  # fmt: skip
+                 path: str, key: bytes | None) -> list[int]:  # fmt: skip
     """Seeds acknowledged before the kill."""
     arguments = [str(directory), str(first_seed), str(capacity_bytes), str(PAGE_BYTES), path]
+    if key is not None:
+        arguments.append(key.hex())
     writer = subprocess.Popen(
         [sys.executable, str(Path(__file__).parent / "disk_writer.py"), *arguments],
         stdout=subprocess.PIPE,
@@ -85,10 +88,13 @@ def possibly_written(first_seed: int, acknowledged: list[int]) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(60 + 10 * ROUNDS)
+@pytest.mark.parametrize("key", [None, bytes(range(32))], ids=["plain", "encrypted"])
 @pytest.mark.parametrize("capacity_mib", [512, 12], ids=["ample", "churn"])
-def test_kill_rounds(tmp_path: Path, capacity_mib: int) -> None:
+def test_kill_rounds(tmp_path: Path, capacity_mib: int, key: bytes | None) -> None:
     directory = tmp_path / "disk"
-    paths = ["direct", "buffered"] if supports_direct_io(tmp_path / "probe") else ["buffered"]
+    paths = ["auto", "buffered"]
+    if supports_direct_io(tmp_path / "probe"):
+        paths.append("direct")
     choose = random.Random(capacity_mib)
     is_ample = capacity_mib > 100
     kept: list[int] = []
@@ -96,11 +102,11 @@ def test_kill_rounds(tmp_path: Path, capacity_mib: int) -> None:
     for round_number in range(ROUNDS):
         first_seed = round_number * SEEDS_PER_ROUND
         acknowledged = run_and_kill(
-            directory, first_seed, capacity_mib * MIB, choose, choose.choice(paths)
+            directory, first_seed, capacity_mib * MIB, choose, choose.choice(paths), key
         )
         total += len(acknowledged)
         kept += acknowledged
-        with DiskStore.open(directory, capacity_bytes=capacity_mib * MIB) as store:
+        with DiskStore.open(directory, capacity_bytes=capacity_mib * MIB, key=key) as store:
             ns = store.namespace(NAMESPACE, PAGE_BYTES)
             check_pages(ns, possibly_written(first_seed, acknowledged))
             older = choose.sample(kept, len(kept) // 10)

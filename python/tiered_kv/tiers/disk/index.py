@@ -11,7 +11,7 @@ import contextlib
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,15 +65,21 @@ def index_files(directory: Path) -> list[Path]:
     return [directory / f"{INDEX_NAME}{suffix}" for suffix in _SUFFIXES]
 
 
-def set_index_aside(directory: Path) -> Path:
-    """Rename a damaged index, replacing one set aside earlier; returns where it is now."""
+def set_index_aside(directory: Path, has_room: Callable[[int], bool]) -> Path | None:
+    """Rename a damaged index, replacing one set aside earlier; returns where it is now.
+
+    None if it was deleted instead, because `has_room` said of its size that it would not fit.
+    """
     index, *logs = index_files(directory)
     aside = directory / CORRUPT_INDEX_NAME
+    aside.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
-        index.replace(aside)
+        if has_room(index.stat().st_size):
+            index.replace(aside)
+        index.unlink(missing_ok=True)
     for log in logs:
         log.unlink(missing_ok=True)
-    return aside
+    return aside if aside.exists() else None
 
 
 def size_of_aside(directory: Path) -> int:
@@ -106,8 +112,17 @@ def _row_checksum(row: NamespaceRow) -> bytes:
 class PageIndex:
     """One connection, used by many threads one at a time. Methods raise sqlite3.Error."""
 
-    def __init__(self, directory: Path, *, wal_blocks: int, sync_commits: bool) -> None:
-        """Open or create. `wal_blocks`: 4 KiB blocks in the write-ahead log before a checkpoint."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        wal_blocks: int,
+        sync_commits: bool,
+        has_room: Callable[[int], bool] = lambda _: True,
+    ) -> None:
+        """Open or create. `wal_blocks`: 4 KiB blocks in the write-ahead log before a checkpoint;
+        `has_room`: may a damaged index of this size be kept for inspection?"""
+        self._has_room = has_room
         self.directory = directory
         self.lock = threading.RLock()
         self._wal_blocks = wal_blocks
@@ -131,11 +146,11 @@ class PageIndex:
             raise
         return db
 
-    def start_afresh(self) -> Path:
+    def start_afresh(self) -> Path | None:
         """Set the index's file aside and go on with an empty one; returns where the old one is."""
         with self.lock:
             self._db.close()
-            aside = set_index_aside(self.directory)
+            aside = set_index_aside(self.directory, self._has_room)
             self._db = self._connect()
             return aside
 

@@ -44,10 +44,14 @@ _NOT_DAMAGE = frozenset(
 
 
 def open_index(
-    directory: Path, files: SegmentFiles, make_index: Callable[[], PageIndex]
+    directory: Path,
+    files: SegmentFiles,
+    make_index: Callable[[], PageIndex],
+    has_room: Callable[[int], bool],
 ) -> tuple[PageIndex, Catalog]:
     """Open the index and load it; if it is damaged, set it aside and rebuild it.
 
+    has_room: may a damaged index of this size be kept?
     Raises sqlite3.Error or OSError if a fresh index cannot be written either.
     """
     index = None
@@ -67,13 +71,13 @@ def open_index(
         code = getattr(error, "sqlite_errorcode", None)
         if code is not None and code & 0xFF in _NOT_DAMAGE:
             raise
-        aside = set_index_aside(directory)
+        aside = set_index_aside(directory, has_room)
         logger.warning(
-            "The disk tier's index in %s is damaged (%s): set aside as %s, rebuilding it from the "
-            "segment files.",
+            "The disk tier's index in %s is damaged (%s): %s, rebuilding it from the segment "
+            "files.",
             directory,
             error,
-            aside.name,
+            _fate(aside),
         )
     index = make_index()
     return index, _rebuild(index, files)
@@ -259,9 +263,13 @@ def refill_index(index: PageIndex, catalog: Catalog) -> None:
                 index.put_namespace(entries.row)
             _write_rows(index, catalog)
             index.set_meta(_COMPLETE, 1)
-        logger.warning("Disk tier: the index was damaged; written anew, old one in %s.", aside)
+        logger.warning("Disk tier: the index was damaged: %s, written anew.", _fate(aside))
     except (OSError, sqlite3.Error) as error:
         logger.warning("Disk tier: the index is damaged and cannot be written anew (%s).", error)
+
+
+def _fate(aside: Path | None) -> str:
+    return "deleted for want of room" if aside is None else f"set aside as {aside.name}"
 
 
 def _write_rows(index: PageIndex, catalog: Catalog) -> None:

@@ -28,7 +28,7 @@ from tiered_kv.tiers.disk.page_io import PageIo
 from tiered_kv.tiers.disk.page_mover import PageMover
 from tiered_kv.tiers.disk.reader import PageReader
 from tiered_kv.tiers.disk.record import ID_BYTES
-from tiered_kv.tiers.disk.segment_files import SegmentFiles
+from tiered_kv.tiers.disk.segment_files import SegmentFiles, segment_paths
 from tiered_kv.tiers.disk.space import SpaceManager
 from tiered_kv.tiers.disk.stall_watch import StallWatch
 from tiered_kv.tiers.disk.stats import Counters, DiskStats
@@ -72,8 +72,12 @@ class DiskStore:
             directory,
             self._files,
             lambda: PageIndex(
-                directory, wal_blocks=self._budget.wal_blocks, sync_commits=sync_writes
+                directory,
+                wal_blocks=self._budget.wal_blocks,
+                sync_commits=sync_writes,
+                has_room=self._has_room_aside,
             ),
+            self._has_room_aside,
         )
         self._index.set_meta(CAPACITY_META, capacity_bytes)
         self._stalls = StallWatch(str(directory))
@@ -282,6 +286,11 @@ class DiskStore:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _has_room_aside(self, n_bytes: int) -> bool:
+        """May a damaged index of this size stay beside the segments and a new index as large?"""
+        segments = sum(path.stat().st_size for path in segment_paths(self._files.directory))
+        return segments + 3 * n_bytes <= self._budget.segment_space
 
     def _mend_index(self) -> None:
         refill_index(self._index, self._catalog)

@@ -88,9 +88,15 @@ def clock() -> Time:
     return Time()
 
 
-@pytest.fixture
-def store(open_store: OpenStore, io: FaultyIo, clock: Time, io_mode: IoMode) -> DiskStore:
-    store = open_store(io_ops=io, io_mode=io_mode)
+@pytest.fixture(params=[None, bytes(range(32))], ids=["plain", "encrypted"])
+def store(
+    request: pytest.FixtureRequest,
+    open_store: OpenStore,
+    io: FaultyIo,
+    clock: Time,
+    io_mode: IoMode,
+) -> DiskStore:
+    store = open_store(io_ops=io, io_mode=io_mode, key=request.param)
     store._gate._now = clock
     return store
 

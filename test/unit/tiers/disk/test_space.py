@@ -184,6 +184,30 @@ def test_damaged_pages_are_not_carried_over(open_store: OpenStore, directory: Pa
     assert store.stats().moved_pages > 0
 
 
+def test_budget_holds_with_a_damaged_index_set_aside(
+    open_store: OpenStore, directory: Path
+) -> None:
+    """A copy is kept for inspection only where there is room for it."""
+    capacity_bytes = 4 * MIB
+    store = open_store(capacity_bytes=capacity_bytes)
+    ns = store.namespace(NAMESPACE, 1000)
+    for first in range(0, 600, 20):
+        write(ns, range(first, first + 20))
+    store._gate._now = lambda: 0.0
+    store._index.compact()
+    index = directory / "index.sqlite"
+    # Far larger than an index of this budget would be, so that ignoring it would show.
+    index.write_bytes(random.Random(3).randbytes(MIB))
+    store._index._db.execute("PRAGMA shrink_memory")
+    assert write(ns, range(5000, 5020)) == 0
+    store._gate._now = lambda: 100.0
+    for first in range(1000, 3000, 20):
+        write(ns, range(first, first + 20))
+    assert not (directory / "index.sqlite.corrupt").exists()
+    assert disk_usage(directory) <= capacity_bytes
+    assert len(readable(ns, range(3000))) == len(ns) > 50
+
+
 # -- policy
 
 
