@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 SHAPES = {
     # 256 new tokens a turn, as in a chat with retrieved passages.
-    "chat": {"turns": 5, "first_tokens": 256, "turn_tokens": 240, "remembers": True},
+    "chat": {"turns": 5, "first_tokens": 256, "turn_tokens": 252, "remembers": True},
     # Every prompt is the one before and 5% more, as coding agents send them.
-    "agent": {"turns": 5, "first_tokens": 1280, "turn_tokens": 48, "remembers": True},
-    "unique": {"turns": 5, "first_tokens": 256, "turn_tokens": 240, "remembers": False},
+    "agent": {"turns": 5, "first_tokens": 1280, "turn_tokens": 60, "remembers": True},
+    "unique": {"turns": 5, "first_tokens": 256, "turn_tokens": 252, "remembers": False},
 }
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 RESULTS = Path(__file__).parents[1] / "results"
@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     add("--load", choices=SHAPES, default="chat")
     add("--conversations", type=int, default=10)
     add("--turns", type=int, help="instead of the load's own")
-    add("--answer-tokens", type=int, default=16)
+    add("--answer-tokens", type=int, default=4)
     add("--concurrency", type=int, default=1, help="requests in flight at most (default: 1)")
     add("--gap", type=float, default=0.05, help="mean seconds before a request (default: 0.05)")
     add("--repeats", type=int, default=2)
