@@ -61,17 +61,17 @@ class AdaptedWorkload:
             )
         self.name = inner.name
         self.block_tokens = int(scaled)
-        self._inner = inner
+        self.inner = inner
         self._change = adaptation
 
     def initial(self) -> Iterator[Request]:
         """The first `limit` initial requests, sooner and shorter."""
-        for request in islice(self._inner.initial(), self._change.limit):
+        for request in islice(self.inner.initial(), self._change.limit):
             yield self._adapted(request, request.arrival_s / self._change.rate)
 
     def follow_up(self, finished: Request, finish_s: float) -> Request | None:
         """What the inner workload says, sooner and shorter."""
-        request = self._inner.follow_up(finished, finish_s)
+        request = self.inner.follow_up(finished, finish_s)
         if request is None:
             return None
         pause_s = (request.arrival_s - finish_s) * self._change.pause

@@ -1,0 +1,1 @@
+"""Replays workloads against any server that speaks OpenAI's API: `python -m benchmark.replay`."""
