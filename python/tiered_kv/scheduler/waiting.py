@@ -2,7 +2,7 @@
 
 Matching every waiting request against the tree in every step is what makes upstream give up cache-
 aware orders above 128 requests (managers/schedule_policy.py). Here a request is matched when it
-arrives, and again only when something changed at or below the node where its known prefix ends.
+arrives, and again only when something changed on its known prefix or just below that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ON_HOST = frozenset({Residency.RESIDENT, Residency.LOADING})
 
 
 class WaitingQueue:
-    """Requests by id in the order in which they joined, and by the node where their prefix ends."""
+    """Requests by id in the order in which they joined, and by the nodes of their prefixes."""
 
     def __init__(self, forest: Forest, *, tokens_per_unit: int = 1) -> None:
         """`tokens_per_unit`: prompt tokens that one token of the forest stands for.
@@ -31,6 +31,7 @@ class WaitingQueue:
         self._forest = forest
         self._requests: dict[int, QueuedRequest] = {}
         # By node id: a node that left the forest must not be kept alive.
+        self._through: dict[int, dict[int, QueuedRequest]] = {}
         self._ending_at: dict[int, dict[int, QueuedRequest]] = {}
 
     @property
@@ -60,37 +61,36 @@ class WaitingQueue:
     def changed(self, nodes: Iterable[Node]) -> list[QueuedRequest]:
         """`nodes` were added or changed tier; returns the requests this concerns, looked up again.
 
-        A node that left the forest is passed with the place it had: requests that ended there or
-        below are found by its id.
+        A request is concerned by the nodes of its path, in the forest or not any more, and by a
+        node that continues it. O(those requests), however many wait.
+
+        If a node of its path was split since, the part above is not known to be on it; but a tier
+        gives up the part below first, so nothing counts as cached that is not.
         """
         concerned: dict[int, QueuedRequest] = {}
         if not self._requests:
             return []
         for node in nodes:
+            concerned.update(self._through.get(node.node_id, ()))
             parent = node.parent
             if parent is not None:
                 for request in self._ending_at.get(parent.node_id, {}).values():
                     if _continues(request, node):
                         concerned[request.request_id] = request
-            self._collect_below(node, concerned)
         requests = list(concerned.values())
         for request in requests:
             self._forget_place(request)
             self._look_up(request)
         return requests
 
-    def _collect_below(self, node: Node, concerned: dict[int, QueuedRequest]) -> None:
-        pending = [node]
-        while pending:
-            at = pending.pop()
-            concerned.update(self._ending_at.get(at.node_id, ()))
-            pending.extend(at.children.values())
-
     def _look_up(self, request: QueuedRequest) -> None:
         match = self._forest.match(request.root, request.tokens)
         self.place(request, match.path)
+        through, request_id = self._through, request.request_id
+        for node in request.path:
+            through.setdefault(node.node_id, {})[request_id] = request
         last = request.path[-1] if request.path else request.root
-        self._ending_at.setdefault(last.node_id, {})[request.request_id] = request
+        self._ending_at.setdefault(last.node_id, {})[request_id] = request
 
     def place(self, request: QueuedRequest, path: tuple[Node, ...]) -> None:
         """Set what is cached of `request` from the nodes that its prompt matched, top down.
@@ -117,12 +117,18 @@ class WaitingQueue:
         )
 
     def _forget_place(self, request: QueuedRequest) -> None:
-        last = request.path[-1] if request.path else request.root
-        at = self._ending_at.get(last.node_id)
-        if at is not None:
-            at.pop(request.request_id, None)
-            if not at:
-                del self._ending_at[last.node_id]
+        for node in request.path:
+            _take_out(self._through, node, request)
+        _take_out(self._ending_at, request.path[-1] if request.path else request.root, request)
+
+
+def _take_out(
+    index: dict[int, dict[int, QueuedRequest]], node: Node, request: QueuedRequest
+) -> None:
+    requests = index[node.node_id]
+    del requests[request.request_id]
+    if not requests:
+        del index[node.node_id]
 
 
 def _continues(request: QueuedRequest, node: Node) -> bool:

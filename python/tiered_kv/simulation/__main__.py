@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -99,7 +100,7 @@ def _run(options: argparse.Namespace) -> None:
     timeline = Timeline() if options.timeline else None
     job = job_from(options)
     with tqdm(unit=" requests", desc=job.settings.policy) as bar:
-        run = run_job(job, progress=bar.update, timeline=timeline)
+        run = run_job(job, progress=lambda n: _advance(bar, n), timeline=timeline)
     sys.stdout.write(tables.results_table([run]))
     if options.out:
         schema.write_results(options.out, [run])
@@ -120,7 +121,7 @@ def _sweep(options: argparse.Namespace) -> None:
         sys.stdout.write(f"capacity: {found.best} sustains {found.rate:.3g} times the rate\n")
     planned = [job.at_rate(rate) for rate in rates for job in jobs.values()]
     with tqdm(total=len(planned), unit=" runs", desc="sweep") as bar:
-        runs = run_jobs(planned, n_workers=options.workers, progress=bar.update)
+        runs = run_jobs(planned, n_workers=options.workers, progress=lambda: _advance(bar, 1))
     schema.write_results(options.out, runs, capacity)
     sys.stdout.write(tables.results_table(runs))
 
@@ -158,6 +159,10 @@ def _report(options: argparse.Namespace) -> None:
 
     runs = [run for path in options.results for run in schema.read_results(path)["runs"]]
     sys.stdout.write(f"{write_report(runs, options.out)}\n")
+
+
+def _advance(bar: tqdm[NoReturn], n: int) -> None:
+    bar.update(n)
 
 
 def _list(text: str | None, default: str) -> list[str]:
