@@ -277,6 +277,7 @@ class Rig:
             + hierarchy.write_back.to_disk.in_flight
             + hierarchy.write_back.n_deferred
             + hierarchy.load_back.n_open
+            + hierarchy.prefetch.lookups.in_flight
             + hierarchy.prefetch.queue.in_flight
         )
 
@@ -414,6 +415,7 @@ class Rig:
             hierarchy.write_back.to_host,
             hierarchy.write_back.to_disk,
             hierarchy.load_back.queue,
+            hierarchy.prefetch.lookups,
             hierarchy.prefetch.queue,
         ):
             queue.close()

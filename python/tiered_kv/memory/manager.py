@@ -37,6 +37,8 @@ class MemoryManager:
         if costs is not None and isinstance(self._eviction, InformedPolicy):
             self._eviction.inform(costs)
         self._load_policy = LoadPolicy(config.load_policy)
+        if costs is None and self._load_policy is LoadPolicy.COST:
+            self._load_policy = LoadPolicy.ALWAYS
         self._enabled = {
             Tier.DEVICE: True,
             Tier.HOST: config.host_enabled,

@@ -12,12 +12,14 @@ import torch
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
+from tiered_kv.forest.results import Match
 from tiered_kv.memory.manager import MemoryManager
+from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.tiers.device import After, DeviceSlots, PageCopier
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.slots import PageIds
-from tiered_kv.tiers.transfer import Collective, SingleRank
+from tiered_kv.tiers.transfer import Collective, Completion, J, SingleRank
 
 
 def host_pages_of(node: Node) -> PageIds:
@@ -28,6 +30,18 @@ def host_pages_of(node: Node) -> PageIds:
 def device_slots_of(node: Node) -> torch.Tensor:
     """The device slots of a node: int64 token slots, as the engine gave them to the forest."""
     return cast(DeviceSlots, node.slots(Tier.DEVICE)).tensor
+
+
+def match_of(last: Node) -> Match | None:
+    """The path from the root to `last` as a match, or None if `last` has left the forest."""
+    path: list[Node] = []
+    at = last
+    while not at.is_root:
+        path.append(at)
+        if at.parent is None:
+            return None
+        at = at.parent
+    return Match(at, tuple(reversed(path)), last.end)
 
 
 class DeviceAllocator(Protocol):
@@ -74,6 +88,9 @@ class TierContext:
     """The tiers and the forest, for the one thread that owns them.
 
     order_after: the points in the device's streams that a copy started now must wait for.
+    calibrator: learns from transfers; None where nothing asks for costs.
+    now_s: time as all ranks agree on it, of the last poll with a transfer under way.
+    evicted: called with a node that left a tier, and its parent then.
     """
 
     forest: Forest
@@ -86,6 +103,9 @@ class TierContext:
     listener: TierListener = field(default_factory=_Silent)
     observer: TransferObserver = field(default_factory=_Silent)
     order_after: Callable[[], After] = tuple
+    calibrator: Calibrator | None = None
+    now_s: float = 0.0
+    evicted: Callable[[Node, Node, Tier], None] | None = None
     _ops: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def next_op(self) -> int:
@@ -109,22 +129,37 @@ class TierContext:
         return self.host.alloc(n_pages)
 
     def evict_host(self, n_pages: int) -> None:
-        """Frees host slots, least recently used leaves first, as far as they may go."""
+        """Frees host slots, as far as they may go, in the order that the policy says."""
         for drop in self.manager.on_pressure(Tier.HOST, n_pages):
             node = self.forest.node(drop.node_id)
-            self.host.free(cast(PageIds, self.forest.evict(node, Tier.HOST)))
-            self.listener.removed(node, Tier.HOST)
+            self.host.free(cast(PageIds, self._evict(node, Tier.HOST)))
 
     def evict_device(self, n_tokens: int) -> int:
-        """Frees device slots, least recently used leaves first; returns the tokens freed."""
+        """Frees device slots in the order that the policy says; returns the tokens freed."""
         freed = 0
         for drop in self.manager.on_pressure(Tier.DEVICE, -(-n_tokens // self.page_size)):
             node = self.forest.node(drop.node_id)
-            slots = cast(DeviceSlots, self.forest.evict(node, Tier.DEVICE)).tensor
+            slots = cast(DeviceSlots, self._evict(node, Tier.DEVICE)).tensor
             self.allocator.free(slots)
             freed += len(slots)
-            self.listener.removed(node, Tier.DEVICE)
         return freed
+
+    def _evict(self, node: Node, tier: Tier) -> object:
+        parent = node.parent
+        assert parent is not None
+        slots = self.forest.evict(node, tier)
+        self.listener.removed(node, tier)
+        if self.evicted is not None:
+            self.evicted(node, parent, tier)
+        return slots
+
+    def transferred(self, source: Tier, target: Tier, completion: Completion[J]) -> None:
+        """A transfer was acknowledged: tell whoever counts it, and learn from it if all came."""
+        n_done = completion.n_done
+        n_bytes = n_done * self.copier.page_format.page_bytes
+        self.observer.transferred(source, target, n_done, n_bytes, completion.seconds)
+        if self.calibrator is not None and n_done == completion.job.n_pages:
+            self.calibrator.observe_transfer(source, target, n_bytes, completion.service_s)
 
     def stored(self, nodes: Sequence[Node], tier: Tier) -> None:
         for node in nodes:

@@ -1,7 +1,7 @@
 """The three tiers as one cache: what the engine's prefix cache calls.
 
 One thread owns a hierarchy (the scheduler's). Every call returns without waiting for I/O, but for
-`settle_*`, which wait for memory copies that are already running.
+`settle_*`, which wait for memory copies that are already running, and not for ever.
 """
 
 from __future__ import annotations
@@ -10,21 +10,36 @@ import time
 from array import array
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
+from tiered_kv.core.errors import TieredKVError
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import InsertResult
+from tiered_kv.memory.demand import DemandForecast
+from tiered_kv.scheduler.calibration import StepObservation
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import DeviceSlots
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.prefetch import Prefetch
-from tiered_kv.tiers.transfer import Completion, J, SingleRank
+from tiered_kv.tiers.transfer import Completion, J, SingleRank, TransferQueue
 from tiered_kv.tiers.write_back import WriteBack
+
+#: A copy between memories takes milliseconds; one that takes this long will never end.
+SETTLE_TIMEOUT_S = 60.0
+#: How long a flush waits for what is still to be written to the disk.
+FLUSH_TIMEOUT_S = 10.0
+#: Observed forward passes that may wait to be learned from.
+STEPS_MAX = 16
+
+
+class TransferTimeoutError(TieredKVError, RuntimeError):
+    """A transfer hangs; its pages can be neither used nor freed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +81,8 @@ class KVHierarchy:
         self.load_back = LoadBack(context)
         self.prefetch = Prefetch(context)
         self._namespace = namespace
+        self._started_at = time.monotonic()
+        self._steps: list[StepObservation] = []
 
     # -- trees --------------------------------------------------------------------------------
 
@@ -125,6 +142,14 @@ class KVHierarchy:
             freed += self.context.evict_device(n_tokens - freed)
         return freed
 
+    def forecast(self, forecast: DemandForecast) -> None:
+        """What is expected to be needed is protected, and brought nearer into room that is free."""
+        context = self.context
+        free = context.allocator.available() // context.page_size
+        for action in context.manager.on_forecast(forecast, free):
+            if self.load_back.carry_out(action) is None:
+                break
+
     # -- progress -----------------------------------------------------------------------------
 
     def poll(self) -> None:
@@ -136,35 +161,74 @@ class KVHierarchy:
             self.write_back.to_host,
             self.load_back.queue,
             self.write_back.to_disk,
+            self.prefetch.lookups,
             self.prefetch.queue,
         )
         if any(queue.in_flight for queue in queues):
-            n_ready = self.context.collective.minimum([queue.n_ready for queue in queues])
+            n_ready = self._agree([queue.n_ready for queue in queues])
             self._host_writes(n_ready[0])
             self._loads(n_ready[1])
             self._disk_writes(n_ready[2])
-            self._disk_reads(n_ready[3])
+            self._lookups(n_ready[3])
+            self._disk_reads(n_ready[4])
         self.load_back.advance()
         self.write_back.advance()
         self.prefetch.advance()
 
+    def _agree(self, n_ready: list[int]) -> list[int]:
+        """One minimum over the ranks for all that a poll has to agree on.
+
+        Besides the transfers that are done: the time, and how long the forward passes took that
+        were observed since; as negative values, so that the slowest rank's count.
+        """
+        context = self.context
+        steps, self._steps = self._steps, []
+        now_us = int((time.monotonic() - self._started_at) * 1e6)
+        step_us = [-int(step.seconds * 1e6) for step in steps]
+        agreed = context.collective.minimum([*n_ready, now_us, *step_us])
+        context.now_s = agreed[len(n_ready)] / 1e6
+        if context.calibrator is not None:
+            for step, negative_us in zip(steps, agreed[len(n_ready) + 1 :], strict=True):
+                context.calibrator.observe_step(
+                    step.prefills, step.decode_contexts_tokens, step.n_decodes, -negative_us / 1e6
+                )
+        return agreed[: len(n_ready)]
+
+    def observe_step(self, step: StepObservation) -> None:
+        """A forward pass was observed, in the same order on every rank.
+
+        It is learned from at the next poll with a transfer under way: there is no need before.
+        """
+        if self.context.calibrator is not None:
+            self._steps.append(step)
+            del self._steps[:-STEPS_MAX]
+
     def settle_host_writes(self) -> None:
-        """Waits for the device -> host copies under way."""
-        self.write_back.to_host.wait()
+        """Waits for the device -> host copies under way. Raises TransferTimeoutError."""
+        self._settle(self.write_back.to_host)
         self._host_writes(self.write_back.to_host.in_flight)
 
     def settle_loads(self) -> None:
-        """Waits for the host -> device copies asked for."""
+        """Waits for the host -> device copies asked for. Raises TransferTimeoutError."""
         self.load_back.start()
-        self.load_back.queue.wait()
+        self._settle(self.load_back.queue)
         self._loads(self.load_back.queue.in_flight)
 
     def settle_disk(self) -> None:
-        """Waits for all disk I/O under way."""
-        self.write_back.to_disk.wait()
+        """Waits for all disk I/O under way. Raises TransferTimeoutError."""
+        self._settle(self.write_back.to_disk)
         self._disk_writes(self.write_back.to_disk.in_flight)
-        self.prefetch.queue.wait()
+        self._settle(self.prefetch.lookups)
+        self._lookups(self.prefetch.lookups.in_flight)
+        self._settle(self.prefetch.queue)
         self._disk_reads(self.prefetch.queue.in_flight)
+
+    def _settle(self, queue: TransferQueue[Any]) -> None:
+        if not queue.wait(SETTLE_TIMEOUT_S):
+            raise TransferTimeoutError(
+                f"A {queue.name} transfer did not end within {SETTLE_TIMEOUT_S:.0f} s: the device "
+                "or the disk hangs; look at the kernel's log and restart the server."
+            )
 
     def _host_writes(self, n: int) -> None:
         for completion in self._agreed(self.write_back.to_host.acknowledge(n)):
@@ -182,23 +246,48 @@ class KVHierarchy:
         for completion in self._agreed(self.prefetch.queue.acknowledge(n)):
             self.prefetch.finished(completion)
 
+    def _lookups(self, n: int) -> None:
+        for completion in self._agreed(self.prefetch.lookups.acknowledge(n)):
+            self.prefetch.looked_up(completion)
+
     def _agreed(self, completions: list[Completion[J]]) -> list[Completion[J]]:
-        """A page counts as moved only if it moved on every rank."""
+        """A page counts as moved only if it moved on every rank, a job as long as on the slowest.
+
+        Both in one minimum: what is learned from the times decides, so ranks must learn alike.
+        """
         if not completions:
             return completions
-        n_done = self.context.collective.minimum([c.n_done for c in completions])
-        return [replace(c, n_done=n) for c, n in zip(completions, n_done, strict=True)]
+        counts = [c.n_done for c in completions]
+        times_us = [-int(c.service_s * 1e6) for c in completions]
+        agreed = self.context.collective.minimum([*counts, *times_us])
+        n = len(completions)
+        return [
+            replace(c, n_done=n_done, service_s=-negative_us / 1e6)
+            for c, n_done, negative_us in zip(completions, agreed[:n], agreed[n:], strict=True)
+        ]
 
     # -- whole-cache operations ---------------------------------------------------------------
 
     def flush(self) -> None:
-        """Empties device and host bookkeeping; the disk keeps its pages.
+        """Empties device and host bookkeeping; the disk keeps its pages, and gets what waits.
 
-        The caller has no request in flight, and resets the engine's allocator itself.
+        The caller has no request in flight, and resets the engine's allocator itself. Raises
+        TransferTimeoutError if a transfer hangs.
         """
-        self.settle_host_writes()
         self.settle_loads()
-        self.settle_disk()
+        self.prefetch.clear()
+        deadline = time.monotonic() + FLUSH_TIMEOUT_S
+        while True:
+            self.settle_host_writes()
+            self.settle_disk()
+            n_waiting = self.write_back.n_deferred
+            # Whether time is up must be agreed: ranks that part here would wait for each other.
+            (more,) = self.context.collective.minimum([int(time.monotonic() < deadline)])
+            if not (n_waiting and more):
+                break
+            self.write_back.advance()
+            if not (self.write_back.to_host.in_flight or self.write_back.to_disk.in_flight):
+                break
         self.write_back.clear()
         self.prefetch.clear()
         self.context.forest.clear()
@@ -223,7 +312,12 @@ class KVHierarchy:
             self.poll()
             if not any(queue.in_flight for queue in queues) and not self.write_back.n_deferred:
                 break
-        for open_queue in (*queues, self.load_back.queue, self.prefetch.queue):
+        for open_queue in (
+            *queues,
+            self.load_back.queue,
+            self.prefetch.lookups,
+            self.prefetch.queue,
+        ):
             open_queue.close()
 
 

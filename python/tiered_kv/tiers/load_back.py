@@ -10,7 +10,8 @@ import torch
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers.context import TierContext, host_pages_of
+from tiered_kv.memory.actions import Load
+from tiered_kv.tiers.context import TierContext, host_pages_of, match_of
 from tiered_kv.tiers.device import After, DeviceSlots
 from tiered_kv.tiers.layer_gate import LayerEvent, LayerGate, LoadBatch
 from tiered_kv.tiers.slots import PageIds
@@ -56,21 +57,34 @@ class LoadBack:
     def n_open(self) -> int:
         return len(self._pending) + self.queue.in_flight
 
-    def load(self, last: Node) -> tuple[torch.Tensor, Node] | None:
-        """Takes the host-resident run that ends at `last` to the device.
+    def load(
+        self, last: Node, prompt_tokens: int | None = None
+    ) -> tuple[torch.Tensor, Node] | None:
+        """Takes the host-resident run that ends at `last` to the device, as far as that pays.
 
         Returns (device token slots of the run, its last node), or None when there is nothing to
         load or no room for it. Pages are LOADING until the load is acknowledged; whoever runs a
-        batch over them must first wait at the gate.
+        batch over them must first wait at the gate. prompt_tokens: the prompt's whole length, if
+        more is to be computed than what follows from `last`.
         """
         context = self._context
-        nodes = self._host_run(last)
-        if not nodes:
+        match = match_of(last)
+        if match is None:
             return None
-        last = nodes[-1]
+        action = context.manager.on_match(
+            match,
+            prompt_tokens=prompt_tokens,
+            queued_bytes=self._pages_ahead * context.copier.page_format.page_bytes,
+        )
+        return None if action is None else self.carry_out(action)
+
+    def carry_out(self, action: Load) -> tuple[torch.Tensor, Node] | None:
+        """Reserves what `action` names; see `load`."""
+        context = self._context
+        nodes = [context.forest.node(node_id) for node_id in action.node_ids]
+        last, parent = nodes[-1], nodes[0].parent
         n_tokens = sum(node.n_tokens for node in nodes)
         context.forest.pin(last, Tier.HOST)
-        parent = nodes[0].parent
         assert parent is not None
         slots = self._alloc_device(n_tokens, keep=parent)
         if slots is None:
@@ -87,19 +101,10 @@ class LoadBack:
         self._pending.append(Loading(op, last, host_pages, slots))
         return slots, last
 
-    @staticmethod
-    def _host_run(last: Node) -> list[Node]:
-        """The nodes between the device-resident prefix and `last`, as far as host has them all."""
-        run: list[Node] = []
-        at: Node | None = last
-        while at is not None and not at.is_root and at.state(Tier.DEVICE) is Residency.ABSENT:
-            run.append(at)
-            at = at.parent
-        run.reverse()
-        for i, node in enumerate(run):
-            if node.state(Tier.HOST) is not Residency.RESIDENT:
-                return run[:i]
-        return run
+    @property
+    def _pages_ahead(self) -> int:
+        """Pages on their way to the device, or about to be."""
+        return self.queue.pages_in_flight + sum(len(load.host_pages) for load in self._pending)
 
     def _alloc_device(self, n_tokens: int, keep: Node) -> torch.Tensor | None:
         context = self._context
@@ -162,7 +167,4 @@ class LoadBack:
             context.forest.unpin(load.last, Tier.DEVICE)
             context.forest.unpin(load.last, Tier.HOST)
             context.stored(nodes, Tier.DEVICE)
-        n_bytes = job.n_pages * context.copier.page_format.page_bytes
-        context.observer.transferred(
-            Tier.HOST, Tier.DEVICE, job.n_pages, n_bytes, completion.seconds
-        )
+        context.transferred(Tier.HOST, Tier.DEVICE, completion)

@@ -1,8 +1,10 @@
 """Disk -> host, ahead of admission: while a request waits, its pages come nearer.
 
-A lookup that misses costs one hash and one dictionary probe. Requests that need a page already on
-its way share that transfer. The pages a request waits for stay pinned on the host until it is
-admitted or gone, within a bounded share of the pool; beyond it, requests queue here in order.
+A lookup that misses costs one hash and one dictionary probe; a long prompt that hits is hashed and
+looked up on a thread of its own. Requests that need a page already on its way share that transfer.
+How much is read, and how long a request waits for it, is for the costs to say. The pages a request
+waits for stay pinned on the host until it is admitted or gone, within a bounded share of the pool;
+beyond it, requests queue here in order. What nobody waits for any more is not read on.
 """
 
 from __future__ import annotations
@@ -17,12 +19,25 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.disk.namespace import DiskNamespace
+from tiered_kv.tiers.disk_lookup import DiskLookup, Stored, look_up, prompt_of
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 
 #: Pages held for waiting requests may take at most this share of the host pool: the rest keeps
 #: taking what is being computed.
 HELD_SHARE = 0.5
+#: Up to this many pages are hashed and looked up at once, on the scheduler's thread: a few
+#: microseconds each, where a thread's answer comes a scheduling pass later.
+INLINE_LOOKUP_PAGES = 32
+#: Between stretches of this many pages, a read looks whether it is still wanted.
+READ_STRETCH_PAGES = 64
+
+
+@dataclass(slots=True)
+class Wanted:
+    """Set to False by the owner when nobody waits for a read any more; read by the worker."""
+
+    by_anyone: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +47,7 @@ class DiskRead:
     last: Node
     hashes: list[bytes]
     host_pages: PageIds
+    wanted: Wanted
 
     @property
     def n_pages(self) -> int:
@@ -44,8 +60,13 @@ class Ticket:
 
     root: Node
     tokens: array[int]
+    prompt_tokens: int = 0
     started: bool = False
+    looking_up: bool = False
+    stored: Stored | None = None
     waiting_for: set[int] = field(default_factory=set)
+    patience_s: float = float("inf")
+    waits_since_s: float | None = None
     pinned: Node | None = None
     n_loaded_tokens: int = 0
 
@@ -56,6 +77,8 @@ class Prefetch:
     def __init__(self, context: TierContext) -> None:
         self._context = context
         self.queue: TransferQueue[DiskRead] = TransferQueue("disk-to-host", self._read)
+        self.lookups: TransferQueue[DiskLookup] = TransferQueue("disk-lookup", look_up)
+        self._reads: dict[int, Wanted] = {}
         self._tickets: dict[str, Ticket] = {}
         self._queued: dict[str, None] = {}
         self._n_held = 0
@@ -75,8 +98,48 @@ class Prefetch:
             return
         if not self._may_hit(anchor, tokens[:size]):
             return
-        root, prompt = _prompt_of(anchor, tokens)
-        self._tickets[rid] = Ticket(root, prompt[: len(prompt) // size * size])
+        root, prompt = prompt_of(anchor, tokens)
+        n_tokens = len(prompt)
+        ticket = Ticket(root, prompt[: n_tokens // size * size], n_tokens)
+        self._tickets[rid] = ticket
+        if (len(ticket.tokens) - anchor.end) // size > INLINE_LOOKUP_PAGES:
+            self._submit_lookup(rid, ticket, anchor.end // size)
+        else:
+            self._enqueue(rid)
+
+    def _submit_lookup(self, rid: str, ticket: Ticket, first_page: int) -> None:
+        assert self._context.disk is not None
+        ticket.looking_up = True
+        root_hash = ticket.root.last_page_hash
+        self.lookups.submit(
+            DiskLookup(
+                rid,
+                self._context.disk,
+                root_hash,
+                ticket.tokens,
+                self._context.page_size,
+                first_page,
+                [],
+            )
+        )
+
+    def looked_up(self, completion: Completion[DiskLookup]) -> None:
+        """A lookup is done: start what its request needs, unless that has gone."""
+        job = completion.job
+        ticket = self._tickets.get(job.rid)
+        # Another request may have come with the same name: tickets are told by their tokens.
+        if ticket is None or ticket.tokens is not job.tokens:
+            return
+        ticket.looking_up = False
+        end = job.first_page + completion.n_done
+        # A lookup that failed leaves the list empty.
+        if len(job.hashes) >= end:
+            ticket.stored = Stored(job.first_page, end, job.hashes)
+        else:
+            ticket.stored = Stored(job.first_page, job.first_page, [])
+        self._enqueue(job.rid)
+
+    def _enqueue(self, rid: str) -> None:
         self._queued[rid] = None
         self._start_queued()
 
@@ -108,6 +171,10 @@ class Prefetch:
             del self._queued[rid]
             self._n_held_when_full = None
         self._let_go(ticket)
+        still_wanted = set().union(*(other.waiting_for for other in self._tickets.values()))
+        for op in ticket.waiting_for - still_wanted:
+            if op in self._reads:
+                self._reads[op].by_anyone = False
 
     def _hold(self, ticket: Ticket, pinned: Node, n_loaded_tokens: int) -> None:
         ticket.pinned, ticket.n_loaded_tokens = pinned, n_loaded_tokens
@@ -126,6 +193,23 @@ class Prefetch:
     def advance(self) -> None:
         if self._queued:
             self._start_queued()
+        if self._reads:
+            self._lose_patience()
+
+    def _lose_patience(self) -> None:
+        """Requests that have waited longer than computing would take wait no more.
+
+        By the time that ranks agree on. What is on its way still arrives, for whoever comes next.
+        """
+        now_s = self._context.now_s
+        for ticket in self._tickets.values():
+            if not ticket.waiting_for:
+                continue
+            if ticket.waits_since_s is None:
+                ticket.waits_since_s = now_s
+            elif now_s - ticket.waits_since_s > ticket.patience_s:
+                ticket.waiting_for.clear()
+                self._let_go(ticket)
 
     # -- starting -----------------------------------------------------------------------------
 
@@ -152,7 +236,7 @@ class Prefetch:
                 n_loaded += node.n_tokens
             last = node
         rest = ticket.tokens[last.end : _end_of_hole(path[n_held:], len(ticket.tokens))]
-        hashes = self._stored_prefix(last, rest)
+        hashes = self._worth_reading(ticket, last, self._stored_prefix(ticket, last, rest))
         budget = max(1, int(context.host.n_pages * HELD_SHARE)) - self._n_held
         if len(hashes) > budget and self._n_held > 0:
             ticket.waiting_for.clear()
@@ -163,18 +247,40 @@ class Prefetch:
         if n_loaded:
             context.forest.pin(last, Tier.HOST)
             self._hold(ticket, last, n_loaded)
+            ticket.patience_s = context.manager.patience_s(
+                n_loaded // context.page_size, last.end - n_loaded, self._queued_bytes
+            )
         ticket.started = True
         return True
+
+    @property
+    def _queued_bytes(self) -> int:
+        return self.queue.pages_in_flight * self._context.copier.page_format.page_bytes
+
+    def _worth_reading(self, ticket: Ticket, parent: Node, hashes: list[bytes]) -> list[bytes]:
+        """The leading part of what the disk has that is sooner read than computed."""
+        if not hashes:
+            return hashes
+        n_pages = self._context.manager.pages_from_disk(
+            len(hashes), parent.end, ticket.prompt_tokens, queued_bytes=self._queued_bytes
+        )
+        return hashes[:n_pages]
 
     def _next_hash(self, parent_hash: bytes, page: array[int]) -> bytes:
         return page_hashes(parent_hash, page, self._context.page_size)[0]
 
-    def _stored_prefix(self, parent: Node, tokens: array[int]) -> list[bytes]:
+    def _stored_prefix(self, ticket: Ticket, parent: Node, tokens: array[int]) -> list[bytes]:
         """The hashes of the leading pages of `tokens` that the disk has (on every rank)."""
         context = self._context
         hashes: list[bytes] = []
         if context.disk is None:  # suspended since the request came
             return hashes
+        if ticket.stored is not None:
+            first = parent.end // context.page_size
+            if first < ticket.stored.first:  # what was above has left the host meanwhile
+                return hashes
+            n_pages = len(tokens) // context.page_size
+            return ticket.stored.hashes[first : min(ticket.stored.end, first + n_pages)]
         parent_hash, size = parent.last_page_hash, context.page_size
         for at in range(0, len(tokens), size):
             parent_hash = self._next_hash(parent_hash, tokens[at : at + size])
@@ -204,24 +310,35 @@ class Prefetch:
         context.forest.pin(last, Tier.HOST)
         ticket.waiting_for.add(op)
         assert context.disk is not None
-        self.queue.submit(DiskRead(op, context.disk, last, hashes, host_pages))
+        wanted = self._reads[op] = Wanted()
+        self.queue.submit(DiskRead(op, context.disk, last, hashes, host_pages, wanted))
         return last
 
     def _read(self, job: DiskRead) -> int:
-        return job.disk.read_pages(job.hashes, self._context.host.views(job.host_pages))
+        views = self._context.host.views(job.host_pages)
+        for at in range(0, job.n_pages, READ_STRETCH_PAGES):
+            if not job.wanted.by_anyone:
+                return at
+            stretch = slice(at, at + READ_STRETCH_PAGES)
+            hashes = job.hashes[stretch]
+            n_read = job.disk.read_pages(hashes, views[stretch])
+            if n_read < len(hashes):
+                return at + n_read
+        return job.n_pages
 
     # -- finishing ----------------------------------------------------------------------------
 
     def finished(self, completion: Completion[DiskRead]) -> None:
         """The leading pages that arrived become readable; the rest are a miss, and computed."""
         context, job = self._context, completion.job
+        was_wanted = self._reads.pop(job.op).by_anyone
         nodes, lost = context.forest.finish_leading(job.op, Tier.HOST, completion.n_done)
         for node in nodes:
             if node.state(Tier.DISK) is Residency.ABSENT:
                 context.forest.set_resident(node, Tier.DISK)
         for node, slots in lost:
             context.host.free(cast(PageIds, slots))
-            if node.state(Tier.DISK) is Residency.RESIDENT:
+            if was_wanted and node.state(Tier.DISK) is Residency.RESIDENT:
                 # So that it is written again when it is computed again.
                 context.forest.evict(node, Tier.DISK)
         for ticket in self._tickets.values():
@@ -229,7 +346,7 @@ class Prefetch:
                 ticket.waiting_for.discard(job.op)
                 self._shorten(ticket, {node for node, _ in lost})
         context.forest.unpin(job.last, Tier.HOST)
-        self._observe(completion)
+        context.transferred(Tier.DISK, Tier.HOST, completion)
         context.stored(nodes, Tier.HOST)
 
     def _shorten(self, ticket: Ticket, lost: set[Node]) -> None:
@@ -248,12 +365,6 @@ class Prefetch:
         if n_loaded:
             self._hold(ticket, keep, n_loaded)
 
-    def _observe(self, completion: Completion[DiskRead]) -> None:
-        n_bytes = completion.n_done * self._context.copier.page_format.page_bytes
-        self._context.observer.transferred(
-            Tier.DISK, Tier.HOST, completion.n_done, n_bytes, completion.seconds
-        )
-
 
 def _count_held(path: tuple[Node, ...]) -> int:
     """How many leading nodes the device or the host has, or is about to have."""
@@ -270,17 +381,3 @@ def _end_of_hole(nodes: tuple[Node, ...], end: int) -> int:
         if node.state(Tier.HOST) is not Residency.ABSENT:
             return node.start
     return end
-
-
-def _prompt_of(node: Node, tokens: array[int]) -> tuple[Node, array[int]]:
-    """The root above `node`, and all tokens from there: those of the path, then `tokens`."""
-    path = []
-    at = node
-    while at.parent is not None:
-        path.append(at.tokens)
-        at = at.parent
-    prompt = array("q")
-    for run in reversed(path):
-        prompt.extend(run)
-    prompt.extend(tokens)
-    return at, prompt

@@ -32,11 +32,14 @@ J = TypeVar("J", bound=Job)
 
 @dataclass(frozen=True, slots=True)
 class Completion(Generic[J]):
-    """What became of a job: its leading `n_done` pages arrived; `seconds` from submit to end."""
+    """What became of a job: its leading `n_done` pages arrived."""
 
     job: J
     n_done: int
     seconds: float
+    """From submit to end, time in the queue included."""
+    service_s: float
+    """Time that the job itself took."""
 
 
 class Collective(Protocol):
@@ -122,12 +125,14 @@ class TransferQueue(Generic[J]):
         if item is None:
             return False
         job, submitted_at = item
+        begun_at = time.perf_counter()
         try:
             n_done = 0 if self._is_closing else self._run(job)
         except Exception:
             logger.exception("Tiered KV: a %s transfer failed, its pages are lost", self.name)
             n_done = 0
-        completion = Completion(job, n_done, time.perf_counter() - submitted_at)
+        ended_at = time.perf_counter()
+        completion = Completion(job, n_done, ended_at - submitted_at, ended_at - begun_at)
         with self._progress:
             self._finished.append(completion)
             self._n_finished += 1

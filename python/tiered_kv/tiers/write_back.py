@@ -1,8 +1,9 @@
 """Write-through: device -> host -> disk, in the background, so that eviction is only a free.
 
 A page is written as soon as it is in the tree. What finds no room (the queue is full, or every host
-page is in use) waits in a bounded list; what is evicted before its turn is lost to the tiers below
-and would be computed again.
+page is in use) waits in a bounded list, the most valuable first; what is evicted before its turn is
+lost to the tiers below and would be computed again. A prompt larger than the host pool streams
+through it: its leading pages stay, the others make room for the next ones once the disk has them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.context import TierContext, device_slots_of, host_pages_of
+from tiered_kv.tiers.deferred import DeferredNodes
 from tiered_kv.tiers.device import After
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.slots import PageIds
@@ -27,6 +29,8 @@ from tiered_kv.tiers.transfer import Completion, TransferQueue
 DISK_WRITE_SHARE = 0.5
 #: A node larger than this share of the host pool is written in parts: what fits is worth having.
 HOST_WRITE_SHARE = 0.25
+#: Of a prompt larger than the host pool, this share of the pool keeps the head.
+STREAM_HEAD_SHARE = 0.5
 MAX_DEFERRED = 16384
 
 
@@ -63,9 +67,10 @@ class WriteBack:
         self._context = context
         self.to_host: TransferQueue[HostWrite] = TransferQueue("device-to-host", self._copy)
         self.to_disk: TransferQueue[DiskWrite] = TransferQueue("host-to-disk", self._write)
-        # Insertion-ordered sets: what is still to be written, oldest first.
-        self._host_deferred: dict[Node, None] = {}
-        self._disk_deferred: dict[Node, None] = {}
+        value = context.manager.write_value
+        self._host_deferred = DeferredNodes(value, lambda: MAX_DEFERRED)
+        self._disk_deferred = DeferredNodes(value, lambda: MAX_DEFERRED)
+        context.evicted = self._evicted
 
     @property
     def n_deferred(self) -> int:
@@ -87,39 +92,64 @@ class WriteBack:
 
     def advance(self) -> None:
         """Starts what had to wait, as far as there is room now."""
-        if self._host_deferred:
-            self._start_host_writes()
         if self._disk_deferred:
             self._start_disk_writes()
+        if self._host_deferred:
+            self._start_host_writes()
 
     def clear(self) -> None:
         """Forgets what has not been started (the tree is being emptied)."""
         self._host_deferred.clear()
         self._disk_deferred.clear()
 
-    def _defer(self, deferred: dict[Node, None], node_id: int) -> None:
-        if len(deferred) < MAX_DEFERRED:
-            deferred[self._context.forest.node(node_id)] = None
+    def _defer(self, deferred: DeferredNodes, node_id: int) -> None:
+        deferred.add(self._context.forest.node(node_id))
+
+    def _evicted(self, node: Node, parent: Node, tier: Tier) -> None:
+        """What waited and is gone cannot be written; what is left of its path still can.
+
+        A node that waits may be split: only its lower half is still in the list, and goes first.
+        """
+        deferred = {Tier.DEVICE: self._host_deferred, Tier.HOST: self._disk_deferred}.get(tier)
+        if deferred is None or node not in deferred:
+            return
+        deferred.discard(node)
+        target = Tier.HOST if tier is Tier.DEVICE else Tier.DISK
+        if (
+            not parent.is_root
+            and parent.state(tier) is Residency.RESIDENT
+            and parent.state(target) is Residency.ABSENT
+        ):
+            deferred.add(parent)
 
     # -- device -> host -----------------------------------------------------------------------
 
     def _start_host_writes(self) -> None:
         while self._host_deferred:
-            node = next(iter(self._host_deferred))
+            node = self._host_deferred.first()
             if not all(map(self._start_host_write, self._parts(self._unwritten_path(node)))):
-                if self._context.forest.protected_tokens(Tier.HOST) == 0:
+                protected = self._context.forest.protected_tokens(Tier.HOST)
+                if protected == 0 and not self._disk_deferred:
                     # Nothing is in use that could make room later: its own path fills the pool.
-                    del self._host_deferred[node]
+                    self._host_deferred.discard(node)
                 return
-            del self._host_deferred[node]
+            self._host_deferred.discard(node)
 
-    @staticmethod
-    def _unwritten_path(node: Node) -> list[Node]:
-        """The node and those above it that lack a host copy (it may have been split), top first."""
+    def _unwritten_path(self, node: Node) -> list[Node]:
+        """The node and those above it that lack a host copy (it may have been split), top first.
+
+        Of a path that does not fit, those that the disk has are not written to the host again.
+        """
+        is_streamed = node.end > self._context.host.n_pages * self._context.page_size
         path = []
         at: Node | None = node
-        while at is not None and not at.is_root and at.state(Tier.HOST) is Residency.ABSENT:
-            if at.state(Tier.DEVICE) is Residency.RESIDENT:
+        while at is not None and not at.is_root:
+            if at.state(Tier.HOST) is not Residency.ABSENT:
+                if not is_streamed:
+                    break
+            elif at.state(Tier.DEVICE) is Residency.RESIDENT and not (
+                is_streamed and at.state(Tier.DISK) is Residency.RESIDENT
+            ):
                 path.append(at)
             at = at.parent
         return path[::-1]
@@ -134,8 +164,7 @@ class WriteBack:
 
     def _start_host_write(self, node: Node) -> bool:
         context = self._context
-        assert node.parent is not None
-        host_pages = context.alloc_host(node.n_pages, keep=node.parent)
+        host_pages = context.alloc_host(node.n_pages, keep=self._needed_above(node))
         if host_pages is None:
             return False
         op = context.next_op()
@@ -144,6 +173,22 @@ class WriteBack:
         context.forest.pin(node, Tier.DEVICE)
         self.to_host.submit(HostWrite(op, node, slots, host_pages, context.order_after()))
         return True
+
+    def _needed_above(self, node: Node) -> Node:
+        """The lowest node above `node` whose host pages must not make room for it.
+
+        Those that the disk has may, if its path does not fit as a whole, but for its head.
+        """
+        assert node.parent is not None
+        at = node.parent
+        n_tokens = self._context.host.n_pages * self._context.page_size
+        if node.end > n_tokens:
+            while at.end > n_tokens * STREAM_HEAD_SHARE and (
+                at.state(Tier.HOST) is Residency.ABSENT or at.state(Tier.DISK) is Residency.RESIDENT
+            ):
+                assert at.parent is not None
+                at = at.parent
+        return at
 
     def _copy(self, job: HostWrite) -> int:
         self._context.copier.to_host(job.device_slots, job.host_pages, job.after)
@@ -158,18 +203,18 @@ class WriteBack:
                 self._give_up_below(node)
             return
         nodes = context.forest.finish_transfer(job.op, Tier.HOST)
-        self._observe(Tier.DEVICE, Tier.HOST, completion.n_done, completion.seconds)
+        context.transferred(Tier.DEVICE, Tier.HOST, completion)
         context.stored(nodes, Tier.HOST)
         self.resident_on_host(nodes)
 
     def _give_up_below(self, failed: Node) -> None:
         """Without the pages above them, those below are of no use on the host."""
-        for node in list(self._host_deferred):
+        for node in self._host_deferred.nodes():
             at: Node | None = node
             while at is not None and at is not failed:
                 at = at.parent
             if at is failed:
-                del self._host_deferred[node]
+                self._host_deferred.discard(node)
 
     # -- host -> disk -------------------------------------------------------------------------
 
@@ -177,10 +222,10 @@ class WriteBack:
         limit = max(1, int(self._context.host.n_pages * DISK_WRITE_SHARE))
         while self._disk_deferred:
             in_flight = self.to_disk.pages_in_flight
-            node = next(iter(self._disk_deferred))
+            node = self._disk_deferred.first()
             if in_flight and in_flight + node.n_pages > limit:
                 return
-            del self._disk_deferred[node]
+            self._disk_deferred.discard(node)
             for part in self._undurable_path(node):
                 self._start_disk_write(part)
 
@@ -221,9 +266,5 @@ class WriteBack:
             context.forest.abort_transfer(job.op, Tier.DISK)
             return
         nodes = context.forest.finish_transfer(job.op, Tier.DISK)
-        self._observe(Tier.HOST, Tier.DISK, completion.n_done, completion.seconds)
+        context.transferred(Tier.HOST, Tier.DISK, completion)
         context.stored(nodes, Tier.DISK)
-
-    def _observe(self, source: Tier, target: Tier, n_pages: int, seconds: float) -> None:
-        n_bytes = n_pages * self._context.copier.page_format.page_bytes
-        self._context.observer.transferred(source, target, n_pages, n_bytes, seconds)

@@ -250,6 +250,7 @@ def test_a_request_that_gives_up_while_its_pages_are_read(make_rig: MakeRig) -> 
     on_disk(rig, PROMPT)
     rig.disk.reads.hold()
     rig.arrive("r", PROMPT)
+    rig.poll_until(lambda: rig.disk.n_read_calls == 1)
     rig.hierarchy.prefetch.release("r")
     rig.check()
     rig.disk.reads.release()

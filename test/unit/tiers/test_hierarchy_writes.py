@@ -7,6 +7,7 @@ by each request's layers as they read their prefix, and over all tiers by `Rig.c
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -142,18 +143,90 @@ def test_locked_pages_are_not_evicted(make_rig: MakeRig) -> None:
 # -- little room -----------------------------------------------------------------------------------
 
 
-def test_a_node_larger_than_the_host_pool_leaves_its_head_there(make_rig: MakeRig) -> None:
+def test_a_prompt_larger_than_the_host_pool_streams_through_it_to_the_disk(
+    make_rig: MakeRig,
+) -> None:
     rig = make_rig(32, 8, new_disk())
     prompt = tokens_of(*range(1, 21))
     rig.serve(prompt)
     rig.drain()
-    assert rig.host.n_free <= 2
+    assert rig.stored_pages(prompt) == 20
+    rig.check_disk()
     rig.drop_from_device()
-    assert rig.usable(prompt)[1] == rig.stored_pages(prompt) >= 6
+    # Its head stayed on the host, the others made room for each other.
+    assert 4 <= rig.usable(prompt)[1] <= 8
     rig.check_idle()
     rig.serve(prompt)
     rig.drain()
+    assert rig.stored_pages(prompt) == 20
     rig.check_idle()
+
+
+def test_without_a_disk_such_a_prompt_leaves_its_head_on_the_host(make_rig: MakeRig) -> None:
+    rig = make_rig(32, 8)
+    prompt = tokens_of(*range(1, 21))
+    rig.serve(prompt)
+    rig.drain()
+    rig.drop_from_device()
+    assert rig.usable(prompt)[1] >= 6
+    rig.check_idle()
+
+
+def test_what_waits_is_written_before_a_flush_forgets_it(make_rig: MakeRig) -> None:
+    """Disk writes in flight may hold half of the host pool: the others wait for them."""
+    rig = make_rig(64, 16, new_disk())
+    prompts = [tokens_of(*range(n, n + 6)) for n in (10, 20)]
+    rig.disk.writes.hold()
+    for prompt in prompts:
+        rig.serve(prompt)
+        rig.poll_until(lambda: rig.hierarchy.write_back.to_host.in_flight == 0)
+    assert rig.hierarchy.write_back.n_deferred > 0
+    rig.meanwhile(rig.flush, rig.disk.writes)
+    assert [rig.stored_pages(prompt) for prompt in prompts] == [6, 6]
+    rig.check_idle()
+
+
+def test_what_is_left_of_a_node_that_waits_is_written(make_rig: MakeRig) -> None:
+    """It is split, and its lower half, which alone is in the list, is evicted before its turn."""
+    rig = make_rig(32, 32, new_disk())
+    rig.disk.writes.hold()
+    blocker, prompt = tokens_of(*range(50, 66)), tokens_of(*range(1, 7))
+    rig.serve(blocker)
+    rig.poll_until(lambda: rig.hierarchy.write_back.to_disk.in_flight > 0)
+    rig.serve(prompt)
+    rig.poll_until(lambda: rig.hierarchy.write_back.to_host.in_flight == 0)
+    assert rig.hierarchy.write_back.n_deferred > 0
+    rig.drop_from_device()
+    rig.context.evict_host(2)
+    assert rig.usable(prompt) == (0, 4)
+    rig.disk.writes.release()
+    rig.drain()
+    assert rig.stored_pages(prompt) == 4
+    rig.check_idle()
+
+
+def test_the_most_valuable_is_written_first(make_rig: MakeRig) -> None:
+    rig = make_rig(64, 32, new_disk())
+    rig.disk.writes.hold()
+    rig.serve(tokens_of(*range(50, 66)))
+    rig.poll_until(lambda: rig.hierarchy.write_back.to_disk.in_flight > 0)
+    seldom, often = tokens_of(1, 2, tail=1), tokens_of(3, 4, tail=1)
+    for prompt in (seldom, often, often, often):
+        rig.serve(prompt)
+    rig.poll_until(lambda: rig.hierarchy.write_back.to_host.in_flight == 0)
+    written = rig.disk.namespace.write_pages
+    order: list[bytes] = []
+
+    def write_pages(hashes: Any, buffers: Any) -> int:
+        order.extend(hashes)
+        return int(written(hashes, buffers))
+
+    rig.disk.namespace.write_pages = write_pages
+    rig.disk.writes.release()
+    rig.drain()
+    root = rig.hierarchy.root()
+    names = [rig.hashes(root, prompt)[0] for prompt in (often, seldom)]
+    assert [page_hash for page_hash in order if page_hash in names] == names
 
 
 def test_a_host_pool_full_of_what_is_used_takes_new_pages_later(make_rig: MakeRig) -> None:

@@ -1,0 +1,89 @@
+"""Lookups of long prompts beside the scheduler, and reads that nobody needs any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from support_tiers.tier_rig import Rig, new_disk, on_disk, tokens_of
+from tiered_kv.tiers.prefetch import INLINE_LOOKUP_PAGES, READ_STRETCH_PAGES
+
+pytestmark = pytest.mark.timeout(60)
+
+MakeRig = Callable[..., Rig]
+PROMPT = tokens_of(1, 2, 3, 4, tail=1)
+
+
+def test_a_read_that_nobody_waits_for_any_more_is_not_begun(make_rig: MakeRig) -> None:
+    rig = make_rig(disk=new_disk())
+    other = tokens_of(7, 8)
+    on_disk(rig, PROMPT, other)
+    rig.disk.reads.hold()
+    for rid, prompt in (("ahead", other), ("gone", PROMPT), ("shared", PROMPT)):
+        rig.arrive(rid, prompt)
+    rig.hierarchy.prefetch.release("gone")
+    assert not rig.hierarchy.prefetch.done("shared"), "the other one waits for it still"
+    rig.hierarchy.prefetch.release("shared")
+    rig.disk.reads.release()
+    rig.drain()
+    assert rig.disk.n_read_calls == 1
+    assert (rig.usable(other), rig.usable(PROMPT)) == ((0, 2), (0, 0))
+    rig.hierarchy.prefetch.release("ahead")
+    rig.check_idle()
+    assert rig.prefetch("again", PROMPT) == 16
+
+
+def test_a_long_read_stops_between_stretches(make_rig: MakeRig) -> None:
+    rig = make_rig(n_device_pages=300, n_host_pages=300, disk=new_disk())
+    prompt = tokens_of(*range(1, 130))
+    on_disk(rig, prompt)
+    rig.disk.reads.hold()
+    rig.arrive("r", prompt)
+    rig.poll_until(lambda: rig.disk.n_read_calls == 1)
+    rig.hierarchy.prefetch.release("r")
+    rig.disk.reads.release()
+    rig.drain()
+    assert rig.disk.n_read_calls == 1
+    assert rig.usable(prompt) == (0, READ_STRETCH_PAGES)
+    assert rig.stored_pages(prompt) == 129
+    rig.check_idle()
+
+
+def test_a_long_prompt_is_looked_up_on_another_thread(make_rig: MakeRig) -> None:
+    rig = make_rig(n_device_pages=100, n_host_pages=200, disk=new_disk())
+    prompt = tokens_of(*range(1, INLINE_LOOKUP_PAGES + 20), tail=2)
+    on_disk(rig, prompt)
+    rig.arrive("r", prompt)
+    prefetch = rig.hierarchy.prefetch
+    assert prefetch.lookups.in_flight == 1
+    assert not prefetch.done("r")
+    rig.poll_until(lambda: prefetch.done("r"))
+    assert rig.usable(prompt) == (0, INLINE_LOOKUP_PAGES + 19)
+    prefetch.release("r")
+    rig.check_idle()
+
+
+def test_a_request_that_is_gone_before_its_lookup_is_done(make_rig: MakeRig) -> None:
+    rig = make_rig(n_device_pages=100, n_host_pages=200, disk=new_disk())
+    prompt = tokens_of(*range(1, INLINE_LOOKUP_PAGES + 20))
+    on_disk(rig, prompt)
+    rig.arrive("r", prompt)
+    rig.hierarchy.prefetch.release("r")
+    rig.poll_until(lambda: rig.hierarchy.prefetch.lookups.in_flight == 0)
+    rig.drain()
+    assert rig.disk.n_read_calls == 0
+    rig.check_idle()
+
+
+def test_a_lookup_whose_disk_fails_is_a_miss(make_rig: MakeRig) -> None:
+    rig = make_rig(n_device_pages=100, n_host_pages=200, disk=new_disk())
+    prompt = tokens_of(*range(1, INLINE_LOOKUP_PAGES + 20))
+    on_disk(rig, prompt)
+
+    def fail(hashes: object) -> int:
+        raise OSError("the index is gone")
+
+    rig.disk.count_prefix = fail
+    assert rig.prefetch("r", prompt) == 0
+    rig.check_idle()
