@@ -22,6 +22,7 @@ from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.errors import TieredKVError
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.simulation.spread import SpreadWorkload
 from tiered_kv.simulation.workload.adapt import AdaptedWorkload
 from tiered_kv.simulation.workload.catalog import add_arguments, from_arguments
 from tiered_kv.simulation.workload.readers.chat_log import ChatLog
@@ -66,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         "--in-flight", type=int, default=0, metavar="N",
         help="closed loop: ignore arrival times and keep N sessions under way (default: open)",
     )  # fmt: skip
+    loop.add_argument(
+        "--spread", type=float, default=0.0, metavar="S",
+        help="delay each arrival by up to S seconds at random; 3 undoes the resolution of "
+        "Mooncake's traces",
+    )  # fmt: skip
     out = parser.add_argument_group("output")
     out.add_argument("--json", type=Path, metavar="FILE", help="write all records there")
     out.add_argument(
@@ -93,6 +99,10 @@ def _chat_log(workload: Workload) -> ChatLog | None:
     """The log behind a workload that has texts."""
     inner = workload.inner if isinstance(workload, AdaptedWorkload) else workload
     return inner if isinstance(inner, ChatLog) else None
+
+
+def _spread(workload: Workload, chosen: argparse.Namespace) -> Workload:
+    return SpreadWorkload(workload, chosen.spread, chosen.seed) if chosen.spread else workload
 
 
 async def _prompts(
@@ -141,7 +151,11 @@ async def _run(chosen: argparse.Namespace, workload: Workload) -> list[Record]:
                 bar.update()
 
             return await replay(
-                workload, client.send, prompt_of, in_flight=chosen.in_flight, done=advance
+                _spread(workload, chosen),
+                client.send,
+                prompt_of,
+                in_flight=chosen.in_flight,
+                done=advance,
             )
 
 
@@ -174,6 +188,8 @@ def _settings(chosen: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     chosen = _parser().parse_args(arguments)
+    if chosen.in_flight < 0 or chosen.spread < 0:
+        _parser().error("--in-flight and --spread must be at least 0")
     try:
         cost = _cost_model(chosen)
         workload = from_arguments(chosen)
