@@ -156,6 +156,30 @@ def headline(options: argparse.Namespace, sizes: Sizes, shape: Shape) -> str:
     )
 
 
+def output_path(options: argparse.Namespace) -> Path:
+    name = f"multiturn_{options.load}_c{options.concurrency}"
+    path: Path = options.output or RESULTS / name
+    return path
+
+
+def write(
+    options: argparse.Namespace, sizes: Sizes, shape: Shape, runs: Sequence[Run], text: str
+) -> str:
+    """Writes what has been measured so far; returns the table with its headline."""
+    per_linear = attention_per_linear(options.model_path)
+    names = [name for name in options.systems if any(run.system == name for run in runs)]
+    rows = [row([run for run in runs if run.system == name], per_linear) for name in names]
+    output = output_path(options)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    document = as_json(options, sizes, shape, rows, runs)
+    output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    repeats = "1 repeat" if options.repeats == 1 else f"{options.repeats} repeats"
+    report = f"{text}\nTTFT of the turns after the first, {repeats}.\n\n{table(rows)}\n"
+    output.with_suffix(".md").write_text(report)
+    plot(rows, runs, options.load, output.with_suffix(".png"))
+    return report
+
+
 def main() -> int:
     options = arguments()
     fields = dict(SHAPES[options.load])
@@ -172,20 +196,11 @@ def main() -> int:
     runs: list[Run] = []
     for repeat in range(options.repeats):
         order = options.systems if repeat % 2 == 0 else options.systems[::-1]
-        runs += [measure(options, SYSTEMS[name], sizes, load, repeat, logs) for name in order]
-
-    per_linear = attention_per_linear(options.model_path)
-    rows = [row([r for r in runs if r.system == name], per_linear) for name in options.systems]
-    output = options.output or RESULTS / f"multiturn_{options.load}_c{options.concurrency}"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    document = as_json(options, sizes, shape, rows, runs)
-    output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    report = (
-        f"{text}\nTTFT of the turns after the first, {options.repeats} repeats.\n\n{table(rows)}\n"
-    )
-    output.with_suffix(".md").write_text(report)
-    plot(rows, runs, options.load, output.with_suffix(".png"))
-    print(f"\n{report}\nwritten: {output}.json, .md, .png")
+        for name in order:
+            runs.append(measure(options, SYSTEMS[name], sizes, load, repeat, logs))
+            # After every run: an hour's work shouldn't be lost to a Ctrl-C.
+            report = write(options, sizes, shape, runs, text)
+    print(f"\n{report}\nwritten: {output_path(options)}.json, .md, .png")
     return 0
 
 
