@@ -185,10 +185,14 @@ class _Reader:
 
 
 def _kv_heads(reader: _Reader, n_heads: int) -> int:
+    config = reader.config
+    if config.get("model_type") == "falcon" and not config.get("new_decoder_architecture"):
+        # Its first generation says num_kv_heads too, but doesn't mean it.
+        return 1 if config.get("multi_query") else n_heads
     kv_heads = reader.take("num_key_value_heads", "multi_query_group_num", "num_kv_heads")
     if kv_heads:
         return kv_heads
-    return 1 if reader.config.get("multi_query") else n_heads
+    return 1 if config.get("multi_query") else n_heads
 
 
 def _latent_attention(reader: _Reader) -> dict[str, int]:

@@ -68,6 +68,16 @@ QWEN_7B = {
     "num_attention_heads": 32,
     "kv_channels": 128,
 }
+FALCON_7B = {
+    "model_type": "falcon",
+    "vocab_size": 65024,
+    "hidden_size": 4544,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 71,
+    "num_kv_heads": 71,
+    "multi_query": True,
+    "new_decoder_architecture": False,
+}
 QWEN25_7B = {
     "model_type": "qwen2",
     "vocab_size": 152064,
@@ -120,6 +130,9 @@ def test_counts_an_ungated_mlp_and_tied_embeddings() -> None:
         (GEMMA, "MHA", 2 * 16 * 256 * 2),
         (DEEPSEEK_V3, "MLA", (512 + 64) * 2),
         ({**LLAMA_8B, "num_key_value_heads": 1}, "MQA", 2 * 128 * 2),
+        ({**GPT2, "model_type": "gpt_bigcode", "multi_query": True}, "MQA", 2 * 64 * 2),
+        (FALCON_7B, "MQA", 2 * 64 * 2),
+        ({**FALCON_7B, "new_decoder_architecture": True}, "MHA", 2 * 71 * 64 * 2),
     ],
 )
 def test_kv_bytes_of_each_kind_of_attention(

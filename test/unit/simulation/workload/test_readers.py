@@ -113,9 +113,9 @@ def test_sub_agents_are_sessions_of_their_own(tmp_path: Path) -> None:
     }
     session = agent_session(agent_call(0, 64, 1, 0, [1, 1]), sub, agent_call(9, 128, 1, 1, [2, 1]))
     workload = read_agent_sessions(jsonl(tmp_path / "a.jsonl", session))
-    main, helper = workload.initial()
-    assert helper.arrival_s == main.arrival_s + 5.0
-    assert (len(play(workload, main)), len(play(workload, helper))) == (2, 1)
+    main, sub_agent = workload.initial()
+    assert sub_agent.arrival_s == main.arrival_s + 5.0
+    assert (len(play(workload, main)), len(play(workload, sub_agent))) == (2, 1)
 
 
 def test_calls_asked_out_of_order_are_the_same(tmp_path: Path) -> None:
