@@ -22,7 +22,7 @@ from support.oracle import Oracle
 from support.prompts import PromptMaker
 from support.server import FLOAT32, Server
 
-pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 
 N_TOKENS = 400
 N_REUSABLE = 384
@@ -140,6 +140,7 @@ def kill_under_load(server: Server, load: list[tuple[int, ...]], n_completed: in
     return n_answered
 
 
+@pytest.mark.long
 def test_a_second_server_on_the_directory_is_refused(
     server: Server,
     make_server: Callable[..., Server],
@@ -155,6 +156,7 @@ def test_a_second_server_on_the_directory_is_refused(
     assert len(generate(server, prompts.tokens("second", 50)).output_ids) == 8
 
 
+@pytest.mark.long
 def test_damaged_segments_are_slower_but_right(
     server: Server, disk: Path, oracle: Oracle, prompts: PromptMaker
 ) -> None:
@@ -176,6 +178,7 @@ def test_damaged_segments_are_slower_but_right(
     server.check_log()
 
 
+@pytest.mark.long
 def test_a_damaged_index_is_rebuilt(
     server: Server, disk: Path, oracle: Oracle, prompts: PromptMaker
 ) -> None:
@@ -197,6 +200,7 @@ def test_a_damaged_index_is_rebuilt(
     server.check_log()
 
 
+@pytest.mark.long
 def test_another_dtype_on_the_directory_finds_nothing_and_works(
     server: Server,
     make_server: Callable[..., Server],
@@ -221,6 +225,7 @@ def test_another_dtype_on_the_directory_finds_nothing_and_works(
     assert sum(equal) >= 3, equal
 
 
+@pytest.mark.long
 def test_other_weights_on_the_directory_find_nothing_and_work(
     server: Server,
     make_server: Callable[..., Server],
