@@ -18,9 +18,13 @@ from tiered_kv.core.errors import ConfigError
 from tiered_kv.forest.forest import Forest
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.plugin import fingerprint, weight_updates
+from tiered_kv.plugin.costs import build_cost_model
 from tiered_kv.plugin.device_pool import DeviceBuffers, EngineAllocator, buffers_of
 from tiered_kv.plugin.kv_events import KvEvents
 from tiered_kv.plugin.metrics_adapter import MetricsRecorder, PrometheusRecorder
+from tiered_kv.plugin.step_times import StepTimes
+from tiered_kv.scheduler.calibration import Calibrator
+from tiered_kv.scheduler.cost_model import PlacementCosts
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import After, CpuPageCopier, PageCopier, TorchPageCopier, buffer_format
 from tiered_kv.tiers.disk.encryption import read_key_file
@@ -77,6 +81,7 @@ class CacheParts:
     host_report: HostReport
     name_weights: Callable[[], tuple[bytes, DiskNamespace | None]]
     """Names the weights in use now, and opens their namespace on disk."""
+    step_times: StepTimes
 
     @property
     def controller_report(self) -> SimpleNamespace:
@@ -121,10 +126,16 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     events = KvEvents(params.page_size, params.enable_kv_cache_events)
     metrics = make_metrics(ctx)
     forest = Forest(params.page_size)
+    cost_model = build_cost_model(ctx, pool, page_format)
+    costs = None
+    if cost_model is not None:
+        costs = PlacementCosts(
+            cost_model, bytes_per_token=page_format.page_bytes / page_format.page_size
+        )
     runner = ctx.tp_worker.model_runner
     context = TierContext(
         forest=forest,
-        manager=MemoryManager(forest, config.memory),
+        manager=MemoryManager(forest, config.memory, costs),
         copier=copier,
         allocator=EngineAllocator(allocator),
         host=host,
@@ -132,16 +143,19 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         collective=make_collective(ctx),
         listener=events,
         observer=metrics,
+        calibrator=None if cost_model is None else Calibrator(cost_model),
         order_after=tuple if on_cpu else lambda: launched_so_far(runner.forward_stream),
     )
     log_sizes(host, pool.size, store)
+    hierarchy = KVHierarchy(context, namespace)
     return CacheParts(
-        hierarchy=KVHierarchy(context, namespace),
+        hierarchy=hierarchy,
         disk_store=store,
         events=events,
         metrics=metrics,
         host_report=HostReport(host),
         name_weights=name_weights,
+        step_times=StepTimes(hierarchy, synchronous=on_cpu),
     )
 
 

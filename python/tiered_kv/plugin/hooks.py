@@ -60,6 +60,20 @@ HOOKS: tuple[Hook, ...] = (
         process=Process.SCHEDULER,
         why="--tiered-kv-debug-integrity checks the cache's bookkeeping between requests",
     ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.run_batch",
+        kind="after",
+        function="tiered_kv.plugin.step_times:after_run_batch",
+        process=Process.SCHEDULER,
+        why="how long prefills take decides what is loaded and what is computed",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        kind="after",
+        function="tiered_kv.plugin.step_times:after_batch_result",
+        process=Process.SCHEDULER,
+        why="how long prefills take decides what is loaded and what is computed",
+    ),
     *(
         Hook(
             target=f"{_UPDATER}.update_weights_from_{source}",

@@ -59,6 +59,8 @@ class TieredPrefixCache(RadixCache):
         self.hierarchy: KVHierarchy = parts.hierarchy
         self._hierarchy = parts.hierarchy
         self._parts = parts
+        # Read by the hooks in step_times.py.
+        self.step_times = parts.step_times
         self.enable_storage: bool = parts.disk_store is not None
         # Read by the metrics reporter and by the output streamer.
         self.token_to_kv_pool_host = parts.host_report
@@ -107,12 +109,14 @@ class TieredPrefixCache(RadixCache):
     def init_load_back(self, params: InitLoadBackParams) -> tuple[torch.Tensor, Node]:
         """Brings the host part of a prefix to the device, under a lock on its device part.
 
-        The copy itself starts with the batch (`ready_to_load_host_cache`). Without room nothing is
-        loaded, and the request is told so: SGLang would keep counting the host hit.
+        As much of it as is sooner loaded than computed. The copy itself starts with the batch
+        (`ready_to_load_host_cache`). Without room nothing is loaded, and the request is told so:
+        SGLang would keep counting the host hit.
         """
         last: Node = params.best_match_node
-        loaded = self.hierarchy.load_back.load(last)
         req = params.req
+        n_tokens = None if req is None else len(req.origin_input_ids) + len(req.output_ids)
+        loaded = self.hierarchy.load_back.load(last, n_tokens)
         if loaded is not None:
             slots, last = loaded
             if req is not None:

@@ -15,8 +15,9 @@ from typing import Any, get_args, get_type_hints
 from sglang.srt import server_args as upstream_server_args
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
-from tiered_kv.core.config import DiskConfig, HostConfig, TieredKVConfig
+from tiered_kv.core.config import LOAD_POLICIES, DiskConfig, HostConfig, TieredKVConfig
 from tiered_kv.core.errors import ConfigError, TieredKVError
+from tiered_kv.memory.eviction import eviction_policies
 from tiered_kv.plugin import option_values, process_carrier, refusals
 
 PAGE_SIZE_DEFAULT = 64
@@ -39,6 +40,21 @@ def _disk_io_mode(text: str) -> str:
         return option_values.disk_io_mode("the value", text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _eviction_policy(text: str) -> str:
+    try:
+        eviction_policies.get(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _load_policy(text: str) -> str:
+    if text not in LOAD_POLICIES:
+        known = ", ".join(LOAD_POLICIES)
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}.")
+    return text
 
 
 # The fields are declared `no_cli` because SGLang would list them among its four hundred options;
@@ -125,6 +141,26 @@ class ServerArgs(upstream_server_args.ServerArgs):
         ),
         NS("memory"),
     ] = None
+    tiered_kv_eviction_policy: A[
+        str,
+        Arg(
+            no_cli=True,
+            type_parser=_eviction_policy,
+            help="What leaves a tier that is full: lru (least recently used, the default), value "
+            "(least cost to bring back times probability of reuse per byte), slru or s3fifo.",
+        ),
+        NS("memory"),
+    ] = "lru"
+    tiered_kv_load_policy: A[
+        str,
+        Arg(
+            no_cli=True,
+            type_parser=_load_policy,
+            help="Whether KV found in host memory or on disk is loaded: cost (default: as much as "
+            "is sooner loaded than computed, by measured times), always or never.",
+        ),
+        NS("memory"),
+    ] = "cost"
     tiered_kv_debug_integrity: A[
         bool,
         Arg(
@@ -196,7 +232,8 @@ class ServerArgs(upstream_server_args.ServerArgs):
             )
         return TieredKVConfig(
             page_size=self.page_size,
-            eviction_policy=self.radix_eviction_policy,
+            eviction_policy=self.tiered_kv_eviction_policy,
+            load_policy=self.tiered_kv_load_policy,
             host=HostConfig(
                 size_bytes=host_size,
                 ratio=values.number("--tiered-kv-host-ratio", self.tiered_kv_host_ratio),

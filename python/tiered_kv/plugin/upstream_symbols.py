@@ -101,6 +101,24 @@ SCHEDULER = (
         "scheduler_hooks prefix_cache",
     ),
     _function(f"{_SRT}.managers.scheduler.Scheduler.on_idle", "self", "scheduler_hooks"),
+    _function(
+        f"{_SRT}.managers.scheduler.Scheduler.run_batch",
+        "self batch pp_proxy_tensors",
+        "step_times",
+    ),
+    _function(
+        f"{_SRT}.managers.scheduler.Scheduler.process_batch_result",
+        "self batch result",
+        "step_times",
+    ),
+    _object(
+        f"{_SRT}.managers.schedule_batch.ScheduleBatch",
+        "forward_mode launch_ts extend_lens prefix_lens hicache_consumer_index",
+        "step_times",
+    ),
+    _object(
+        f"{_SRT}.model_executor.forward_batch_info.ForwardMode", "is_extend is_mixed", "step_times"
+    ),
     _object("sglang.srt.managers.tokenizer_manager.TokenizerManager", "server_args", "hooks"),
     _object(
         "sglang.srt.managers.detokenizer_manager.run_detokenizer_process", "", "process_carrier"
@@ -219,8 +237,8 @@ POOLS = (
     ),
     _object(
         f"{_SRT}.configs.model_config.ModelConfig",
-        "hf_config context_len is_multimodal is_encoder_decoder is_generation",
-        "fingerprint refusals",
+        "hf_config context_len is_multimodal is_encoder_decoder is_generation dtype",
+        "fingerprint refusals costs",
     ),
     _object(f"{_SRT}.managers.tp_worker.TpModelWorker", "model_runner", "build"),
     _object(f"{_SRT}.model_executor.model_runner.ModelRunner", "model forward_stream", "build"),
@@ -229,7 +247,7 @@ POOLS = (
 REQUESTS_AND_EVENTS = (
     _object(
         f"{_SRT}.managers.schedule_batch.Req",
-        "rid origin_input_ids host_hit_length cached_tokens_device cached_tokens_host "
+        "rid origin_input_ids output_ids host_hit_length cached_tokens_device cached_tokens_host "
         "cached_tokens_storage",
         "prefix_cache metrics_adapter",
     ),

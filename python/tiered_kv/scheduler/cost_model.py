@@ -254,16 +254,24 @@ class PlacementCosts:
     """A cost model as placement sees it (`memory.costs.Costs`).
 
     tokens_per_unit: how many tokens one token of the forest stands for; a simulation may run the
-    forest over blocks.
+    forest over blocks. bytes_per_token: of such a unit, where it is not what the model says, as on
+    one rank of several.
     """
 
-    def __init__(self, model: CostModel, tokens_per_unit: int = 1) -> None:
+    def __init__(
+        self, model: CostModel, tokens_per_unit: int = 1, *, bytes_per_token: float | None = None
+    ) -> None:
         self._model = model
         self._tokens_per_unit = tokens_per_unit
+        self._bytes_per_token = float(
+            model.model.kv_bytes_per_token * tokens_per_unit
+            if bytes_per_token is None
+            else bytes_per_token
+        )
 
     @property
     def bytes_per_token(self) -> float:
-        return float(self._model.model.kv_bytes_per_token * self._tokens_per_unit)
+        return self._bytes_per_token
 
     def recompute_s(self, start: int, end: int) -> float:
         unit = self._tokens_per_unit

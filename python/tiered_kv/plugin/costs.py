@@ -1,0 +1,78 @@
+"""The cost model of the model and machine being served, before anything was measured."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tiered_kv.core.device_spec import DeviceSpec, find_device
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.core.ids import Tier
+from tiered_kv.core.model_spec import ModelSpec
+from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
+from tiered_kv.tiers.page_format import PageFormat
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+
+logger = logging.getLogger(__name__)
+
+#: What a local NVMe drive gives; the first reads and writes correct it.
+DISK_READ = EdgeCost(bandwidth=2e9, latency_s=2e-4)
+DISK_WRITE = EdgeCost(bandwidth=1e9, latency_s=2e-4)
+
+#: Parts of the names that torch gives to devices, and the preset that is nearest.
+_PRESETS = (("H200", "H200-141"), ("H100", "H100-80"), ("L40", "L40S"), ("A10", "A10"))
+_OTHER_GPU = "H100-80"
+
+
+def build_cost_model(
+    ctx: TreeCacheBuildContext, pool: Any, page_format: PageFormat
+) -> CostModel | None:
+    """None for a model whose configuration does not say how large its parts are.
+
+    Seen as one device: a tensor-parallel group computes together, but each rank moves its own part
+    of a page, so the edges are one rank's.
+    """
+    hf_config = ctx.model_config.hf_config
+    dtype: torch.dtype = ctx.tp_worker.model_runner.model_config.dtype
+    try:
+        model = ModelSpec.from_hf_config(
+            hf_config.to_dict(),
+            name=str(ctx.server_args.model_path),
+            weight_bytes_per_parameter=float(dtype.itemsize),
+            kv_bytes_per_element=float(pool.dtype.itemsize),
+        )
+    except ConfigError as error:
+        logger.warning("Tiered KV: no cost model (%s); what can be loaded is loaded.", error)
+        return None
+    device = nearest_device().scaled(ctx.tp_size)
+    link = EdgeCost(device.host_link_bandwidth / ctx.tp_size, device.host_link_latency_s)
+    logger.info(
+        "Tiered KV: costs start from the figures of %s, %.0f bytes of KV per token and rank.",
+        device.name,
+        page_format.page_bytes / page_format.page_size,
+    )
+    return CostModel(
+        model,
+        device,
+        {
+            (Tier.HOST, Tier.DEVICE): link,
+            (Tier.DEVICE, Tier.HOST): link,
+            (Tier.DISK, Tier.HOST): DISK_READ,
+            (Tier.HOST, Tier.DISK): DISK_WRITE,
+        },
+    )
+
+
+def nearest_device() -> DeviceSpec:
+    """The preset most like the device in use."""
+    if not torch.cuda.is_available():
+        return find_device("CPU-2")
+    name = torch.cuda.get_device_name()
+    for part, preset in _PRESETS:
+        if part in name:
+            return find_device(preset)
+    return find_device(_OTHER_GPU)
