@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from tiered_kv.core.errors import TieredKVError
 from tiered_kv.core.units import parse_bytes
@@ -161,7 +160,7 @@ def _report(options: argparse.Namespace) -> None:
     sys.stdout.write(f"{write_report(runs, options.out)}\n")
 
 
-def _advance(bar: tqdm[NoReturn], n: int) -> None:
+def _advance(bar: tqdm, n: int) -> None:
     bar.update(n)
 
 

@@ -47,7 +47,7 @@ def best_capacity(
 
     Most jobs need one run: one that fails at the best rate so far cannot be the best. The others
     go on by bisection, on the assumption that attainment falls with load. Raises ConfigError if
-    even `low` is too much for all.
+    even `low` is too much for all, or `high` for nobody.
     """
     trials: list[tuple[str, float, float]] = []
 
@@ -68,7 +68,12 @@ def best_capacity(
         best = name
         while True:
             lower, upper = upper, upper * 2.0
-            if lower >= high or attainment(name, upper) < target:
+            if lower >= high:
+                raise ConfigError(
+                    f"{name} sustains even {lower:.3g} times the workload's rate; make the "
+                    "workload heavier."
+                )
+            if attainment(name, upper) < target:
                 break
         while upper / lower > 1.0 + tolerance:
             middle = (lower * upper) ** 0.5
@@ -81,9 +86,5 @@ def best_capacity(
         raise ConfigError(
             f"At {low} times the workload's rate nobody keeps {KEPT_SHARE:.0%} of the unloaded "
             "attainment; slow the workload down."
-        )
-    if best_rate >= high:
-        raise ConfigError(
-            f"{best} sustains even {high} times the workload's rate; make the workload heavier."
         )
     return Capacity(best, best_rate, target, unloaded, tuple(trials))

@@ -1,0 +1,106 @@
+"""What any eviction policy can reach at most: Belady below, an infinite cache above."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from support_simulation.builders import BLOCK_TOKENS, call, random_requests, recorded, server
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.simulation.engine import Simulation
+from tiered_kv.simulation.settings import InstanceSettings
+from tiered_kv.simulation.statistics import hit_tokens
+from tiered_kv.simulation.workload.generators.agents import Agents
+from tiered_kv.simulation.workload.request import RecordedWorkload, Workload
+
+
+def found(workload: Workload, settings: InstanceSettings) -> int:
+    """Prompt tokens found in any tier."""
+    hits = hit_tokens(Simulation(workload, settings).run().records)
+    return hits["input"] - hits["computed"]
+
+
+def zipf_documents(seed: int, n: int = 400) -> RecordedWorkload:
+    """Documents by popularity, one at a time, so that arrivals decide the order of uses."""
+    random = np.random.default_rng(seed)
+    requests = []
+    for index in range(n):
+        document = int(min(random.zipf(1.3), 60))
+        length = int(random.integers(5, 25))
+        blocks = [1000 * document + at for at in range(length)] + [10**6 + index]
+        requests.append(call(index, 5.0 * index, blocks, output_tokens=2))
+    return recorded(requests)
+
+
+def unlimited(workload: RecordedWorkload) -> int:
+    """Tokens found if nothing were ever forgotten, counted without the simulator."""
+    known: set[tuple[int, ...]] = set()
+    total = 0
+    for request in workload.initial():
+        blocks = tuple(request.blocks)
+        hit = 0
+        while hit < len(blocks) and blocks[: hit + 1] in known:
+            hit += 1
+        total += min(hit * BLOCK_TOKENS, request.input_tokens - 1)
+        known.update(blocks[: end + 1] for end in range(len(blocks)))
+    return total
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tiers", [{}, {"host_blocks": 60}])
+def test_belady_finds_most_and_an_infinite_cache_all(seed: int, tiers: dict[str, int]) -> None:
+    workload = zipf_documents(seed)
+    by_policy = {
+        eviction: found(workload, server(device_blocks=80, eviction=eviction, **tiers))
+        for eviction in ("lru", "slru", "belady", "kvflow")
+    }
+    best = unlimited(workload)
+    assert by_policy["belady"] == max(by_policy.values())
+    assert by_policy["belady"] > by_policy["lru"]
+    assert by_policy["belady"] < best
+    assert found(workload, server(device_blocks=20_000)) == best
+    assert found(workload, server(device_blocks=80, host_blocks=20_000)) == best
+
+
+def test_without_hints_kvflow_is_lru() -> None:
+    workload = zipf_documents(9)
+    lru, kvflow = (
+        found(workload, server(device_blocks=80, eviction=eviction))
+        for eviction in ("lru", "kvflow")
+    )
+    assert lru == kvflow
+
+
+def test_knowing_when_sessions_return_finds_more_than_recency() -> None:
+    # Two kinds of session: the one returns in a second, the other in a hundred, for as long.
+    requests = []
+    for turn in range(40):
+        for session in range(12):
+            is_fast = session < 3
+            if is_fast or turn % 10 == 0:
+                hint_s = 1.0 if is_fast else 10.0
+                blocks = [1000 * (session + 1) + at for at in range(20)]
+                at_s = turn + session * 0.05
+                requests.append(
+                    call(len(requests), at_s, blocks, 2, session=session, next_use_hint_s=hint_s)
+                )
+    workload = recorded(requests)
+    lru, kvflow = (
+        found(workload, server(device_blocks=85, eviction=eviction))
+        for eviction in ("lru", "kvflow")
+    )
+    assert kvflow > 1.1 * lru
+
+
+def test_belady_refuses_arrivals_that_depend_on_answers() -> None:
+    workload = Agents().build(0)
+    with pytest.raises(ConfigError, match="kvflow"):
+        Simulation(workload, server(eviction="belady"))
+
+
+def test_nobody_finds_more_than_an_infinite_cache_under_load() -> None:
+    workload = recorded(random_requests(2, 200))
+    infinite = found(workload, server(device_blocks=300, host_blocks=100_000))
+    for eviction in ("lru", "belady"):
+        small = server(device_blocks=300, host_blocks=100, eviction=eviction)
+        assert found(workload, small) <= infinite

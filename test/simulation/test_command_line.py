@@ -1,0 +1,136 @@
+"""`python -m tiered_kv.simulation` from arguments to files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiered_kv.simulation import schema
+from tiered_kv.simulation.__main__ import main
+from tiered_kv.simulation.capacity import best_capacity
+from tiered_kv.simulation.command_line import FORESIGHTED
+
+CHAT = ["--workload", "chat", "--limit", "20"]
+RAG = ["--workload", "rag", "--limit", "120"]
+MIX = "interactive:0.6:0.5:0.05,standard:0.3:2:0.1,batch:0.1:30:-"
+
+
+def test_help_names_policies_and_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "examples" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    shown = capsys.readouterr().out
+    for name in ("hrrn", "k-lpm", "niyama", *FORESIGHTED, "H200-141"):
+        assert name in shown
+
+
+def test_run_prints_a_table_and_writes_result_and_timeline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, trace = tmp_path / "run.json", tmp_path / "trace.json"
+    tiers = ["--device-kv", "4GB", "--host", "4GB", "--disk", "20GB"]
+    code = main(["run", *CHAT, *tiers, "--out", str(out), "--timeline", str(trace)])
+    assert code == 0
+    assert capsys.readouterr().out.startswith("| policy | eviction |")
+    (run,) = schema.read_results(out)["runs"]
+    assert run["n_finished"] == run["n_requests"] >= 20
+    events = json.loads(trace.read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {"prefill", "decode"} <= {event["name"] for event in spans}
+    assert all(event["dur"] >= 0 for event in spans)
+    forward = sorted(
+        (event["ts"], event["dur"]) for event in spans if event["name"] in {"prefill", "decode"}
+    )
+    for (start, duration), (following, _) in itertools.pairwise(forward):
+        assert start + duration <= following * (1 + 1e-12) + 1e-3
+    assert {"requests", "cached tokens"} <= {
+        event["name"] for event in events if event["ph"] == "C"
+    }
+
+
+def test_sweep_finds_the_capacity_and_report_and_compare_read_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep.json"
+    load = ["--slo-mix", MIX, "--loads", "0.8,1.2"]
+    assert main(["sweep", *RAG, *load, "--policies", "fcfs,edf", "--out", str(out)]) == 0
+    data = schema.read_results(out)
+    assert [run["labels"]["name"] for run in data["runs"]] == ["fcfs", "edf", "fcfs", "edf"]
+    rates = [run["workload"]["rate"] for run in data["runs"]]
+    assert rates[2] / rates[0] == pytest.approx(1.5, rel=1e-4)
+    assert rates[0] / data["capacity"]["rate"] == pytest.approx(0.8, rel=1e-4)
+    capsys.readouterr()
+    assert main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / "report" / line.split("](")[1][:-1]).stat().st_size > 1000
+    assert "goodput.png" in text
+    capsys.readouterr()
+    assert main(["compare", str(out), str(out)]) == 0
+    assert capsys.readouterr().out.count("1.000") >= 4 * 6
+
+
+def test_two_workers_give_what_one_does(tmp_path: Path) -> None:
+    results = []
+    for workers in ("1", "2"):
+        out = tmp_path / f"{workers}.json"
+        command = [sys.executable, "-m", "tiered_kv.simulation", "sweep", *CHAT]
+        command += ["--policies", "fcfs,lpm", "--rates", "1,4", "--workers", workers]
+        subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, timeout=300)
+        runs = schema.read_results(out)["runs"]
+        for run in runs:
+            del run["wall_s"]
+        results.append(runs)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [
+        (["--policy", "nope"], "fcfs"),
+        (["--eviction", "nope"], "lru"),
+        (["--model", "nope"], "Llama-3.1-8B"),
+        (["--device", "nope"], "H200-141"),
+        (["--disk", "1GB"], "host"),
+        (["--max-new-tokens", "many"], "exact"),
+        (["--model", "Llama-3.1-70B", "--device", "A10"], "larger"),
+    ],
+)
+def test_what_cannot_be_simulated_is_said_in_one_sentence(
+    arguments: list[str], known: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *CHAT, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert known in error
+
+
+def test_the_best_capacity_is_the_crossing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Attainment falls linearly to a half at each job's own rate: the best crosses 0.9 at 4 / 5.
+    limits = {"a": 1.0, "b": 4.0, "c": 2.0}
+
+    class FakeJob:
+        def __init__(self, name: str, rate: float = 1.0) -> None:
+            self.name, self.rate = name, rate
+
+        def at_rate(self, rate: float) -> FakeJob:
+            return FakeJob(self.name, rate)
+
+    def fake_run(job: FakeJob) -> dict[str, float]:
+        return {"attainment": max(0.0, 1.0 - 0.5 * job.rate / limits[job.name])}
+
+    monkeypatch.setattr("tiered_kv.simulation.capacity.run_job", fake_run)
+    found = best_capacity({name: FakeJob(name) for name in limits}, tolerance=0.01)
+    unloaded = 1.0 - 0.5 * 0.02 / 4.0
+    assert found.best == "b"
+    assert found.target == pytest.approx(0.9 * unloaded)
+    assert found.rate == pytest.approx((1.0 - found.target) * 2 * 4.0, rel=0.02)
+    assert len(found.trials) < 20
