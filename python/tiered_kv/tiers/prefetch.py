@@ -100,7 +100,8 @@ class Prefetch:
             return
         root, prompt = prompt_of(anchor, tokens)
         n_tokens = len(prompt)
-        ticket = Ticket(root, prompt[: n_tokens // size * size], n_tokens)
+        del prompt[n_tokens // size * size :]
+        ticket = Ticket(root, prompt, n_tokens)
         self._tickets[rid] = ticket
         if (len(ticket.tokens) - anchor.end) // size > INLINE_LOOKUP_PAGES:
             self._submit_lookup(rid, ticket, anchor.end // size)
