@@ -27,6 +27,7 @@ from tiered_kv.tiers.device import DeviceSlots
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.prefetch import Prefetch
+from tiered_kv.tiers.swap import Swap
 from tiered_kv.tiers.transfer import Completion, J, SingleRank, TransferQueue
 from tiered_kv.tiers.write_back import WriteBack
 
@@ -80,6 +81,7 @@ class KVHierarchy:
         self.write_back = WriteBack(context)
         self.load_back = LoadBack(context)
         self.prefetch = Prefetch(context)
+        self.swap = Swap(context)
         self._namespace = namespace
         self._started_at = time.monotonic()
         self._steps: list[StepObservation] = []
@@ -163,6 +165,7 @@ class KVHierarchy:
             self.write_back.to_disk,
             self.prefetch.lookups,
             self.prefetch.queue,
+            self.swap.queue,
         )
         if any(queue.in_flight for queue in queues):
             n_ready = self._agree([queue.n_ready for queue in queues])
@@ -171,6 +174,7 @@ class KVHierarchy:
             self._disk_writes(n_ready[2])
             self._lookups(n_ready[3])
             self._disk_reads(n_ready[4])
+            self._swaps(n_ready[5])
         self.load_back.advance()
         self.write_back.advance()
         self.prefetch.advance()
@@ -250,6 +254,10 @@ class KVHierarchy:
         for completion in self._agreed(self.prefetch.lookups.acknowledge(n)):
             self.prefetch.looked_up(completion)
 
+    def _swaps(self, n: int) -> None:
+        for completion in self._agreed(self.swap.queue.acknowledge(n)):
+            self.swap.acknowledged(completion)
+
     def _agreed(self, completions: list[Completion[J]]) -> list[Completion[J]]:
         """A page counts as moved only if it moved on every rank, a job as long as on the slowest.
 
@@ -275,6 +283,8 @@ class KVHierarchy:
         TransferTimeoutError if a transfer hangs.
         """
         self.settle_loads()
+        self._settle(self.swap.queue)
+        self._swaps(self.swap.queue.in_flight)
         self.prefetch.clear()
         deadline = time.monotonic() + FLUSH_TIMEOUT_S
         while True:
@@ -289,7 +299,7 @@ class KVHierarchy:
             if not (self.write_back.to_host.in_flight or self.write_back.to_disk.in_flight):
                 break
         self.write_back.clear()
-        self.prefetch.clear()
+        self.swap.clear()
         self.context.forest.clear()
         self.context.host.clear()
 
@@ -317,6 +327,7 @@ class KVHierarchy:
             self.load_back.queue,
             self.prefetch.lookups,
             self.prefetch.queue,
+            self.swap.queue,
         ):
             open_queue.close()
 
