@@ -114,6 +114,13 @@ class TieredCache:
         live.private_tokens += n_tokens
         self.private_tokens += n_tokens
 
+    def resident_tokens(self) -> dict[str, float]:
+        """Tokens cached on device and host, for a timeline."""
+        return {
+            tier.name.lower(): float(self.forest.resident_tokens(tier) * self.block_tokens)
+            for tier in (Tier.DEVICE, Tier.HOST)
+        }
+
     # -- a request's KV -----------------------------------------------------------------------
 
     def pin_prefix(self, live: LiveRequest, max_tokens: int) -> Prefix:

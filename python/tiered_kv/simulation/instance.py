@@ -17,19 +17,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiered_kv.core.ids import Tier
-from tiered_kv.forest.node import Tokens
 from tiered_kv.scheduler.request import QueuedRequest, Slo
 from tiered_kv.scheduler.request_policy import RequestPolicy, SchedulerState
 from tiered_kv.scheduler.waiting import WaitingQueue
 from tiered_kv.simulation.admission import Added, NewTokenRatio, PrefillAdder, PrefillBatch
 from tiered_kv.simulation.cache import ManagerFactory, TieredCache
 from tiered_kv.simulation.cache_policies.farthest_use import Foresight
+from tiered_kv.simulation.decode_batch import DecodeBatch, record_gaps
 from tiered_kv.simulation.events import EventQueue
 from tiered_kv.simulation.execution import Execution, FloatArray
-from tiered_kv.simulation.live import LiveRequest, RequestRecord
+from tiered_kv.simulation.live import AnswerBlocks, LiveRequest, new_record
 from tiered_kv.simulation.settings import InstanceSettings
-from tiered_kv.simulation.timeline import Timeline
+from tiered_kv.simulation.timeline import Timeline, transfer_spans
 from tiered_kv.simulation.workload.request import Request, whole_blocks
 
 #: Room for this many decode passes is made at a time when memory is short.
@@ -74,7 +73,7 @@ class Instance:
     ) -> None:
         self.settings = settings
         self.policy = policies.request
-        observer = None if timeline is None else _transfer_spans(timeline)
+        observer = None if timeline is None else transfer_spans(timeline)
         self.cache = TieredCache(
             settings, block_tokens, events, policies.make_manager, self._on_ready, observer
         )
@@ -90,15 +89,13 @@ class Instance:
         self._timeline = timeline
         self._live: dict[int, LiveRequest] = {}
         self._held: set[int] = set()
-        self._running: dict[int, LiveRequest] = {}
-        self._context_tokens = 0
+        self._running = DecodeBatch(self.cache)
         self._unfinished: LiveRequest | None = None
         self._is_full = False
         self._ratio = NewTokenRatio(settings)
         self._is_busy = False
         self._run: _DecodeRun | None = None
-        self._step_ends_s = array("d")
-        self._own_ids = -1
+        self._answers = AnswerBlocks(block_tokens)
 
     @property
     def n_running(self) -> int:
@@ -108,35 +105,38 @@ class Instance:
 
     def arrive(self, request: Request, now_s: float) -> None:
         """`request` reaches the queue. One that cannot fit is refused at once, as upstream does."""
-        block_tokens = self.cache.block_tokens
-        limit = self.settings.max_new_tokens
-        queued = QueuedRequest(
-            request_id=request.request_id,
-            arrival_s=request.arrival_s,
-            root=self.cache.root,
-            tokens=whole_blocks(request, block_tokens),
-            prompt_tokens=request.input_tokens,
-            max_new_tokens=max(request.output_tokens, limit or 0),
-            slo=Slo(request.slo_class, request.ttft_slo_s, request.tbt_slo_s),
-            priority=request.priority,
-            queued_s=now_s,
-            processed_at_arrival=self.processed_prefill_tokens,
-        )
-        live = LiveRequest(request, queued, _new_record(request))
+        queued = self._queued(request, now_s)
+        live = LiveRequest(request, queued, new_record(request))
         most = request.input_tokens + request.output_tokens + self.settings.page_tokens
         if most >= self.cache.capacity_tokens:
             self._on_finish(live, now_s)
             return
-        if limit is not None:
-            # Upstream admits nobody whose limit exceeds the pool.
-            room = self.cache.capacity_tokens - request.input_tokens - 2 * self.settings.page_tokens
-            queued.max_new_tokens = max(request.output_tokens, min(queued.max_new_tokens, room))
         self._live[request.request_id] = live
         self.cache.prefetch(live)
         self.waiting.add(queued)
         self.policy.on_arrival(queued, now_s)
         self._hold(live, now_s)
         self._wake(now_s)
+
+    def _queued(self, request: Request, now_s: float) -> QueuedRequest:
+        """What policies see of `request`."""
+        max_new_tokens, page = request.output_tokens, self.settings.page_tokens
+        if (limit := self.settings.max_new_tokens) is not None:
+            # Upstream admits nobody whose limit exceeds the pool.
+            room = self.cache.capacity_tokens - request.input_tokens - 2 * page
+            max_new_tokens = max(max_new_tokens, min(limit, room))
+        return QueuedRequest(
+            request_id=request.request_id,
+            arrival_s=request.arrival_s,
+            root=self.cache.root,
+            tokens=whole_blocks(request, self.cache.block_tokens),
+            prompt_tokens=request.input_tokens,
+            max_new_tokens=max_new_tokens,
+            slo=Slo(request.slo_class, request.ttft_slo_s, request.tbt_slo_s),
+            priority=request.priority,
+            queued_s=now_s,
+            processed_at_arrival=self.processed_prefill_tokens,
+        )
 
     def _hold(self, live: LiveRequest, now_s: float) -> None:
         """Keep `live` out of plans while it waits for pages from disk, as long as it wants to."""
@@ -197,7 +197,7 @@ class Instance:
         adder = PrefillAdder(
             settings,
             self.cache,
-            self._running.values(),
+            self._running.requests,
             self._ratio.current,
             chunk_tokens,
             n_mixed,
@@ -253,8 +253,8 @@ class Instance:
             now_s=now_s,
             waiting=self.waiting,
             held=self._held,
-            running=[live.queued for live in self._running.values()],
-            decode_context_tokens=self._context_tokens,
+            running=[live.queued for live in self._running.requests],
+            decode_context_tokens=self._running.context_tokens,
             processed_prefill_tokens=self.processed_prefill_tokens,
             chunk_tokens=self.settings.chunk_tokens,
             costs=self._execution.costs,
@@ -272,7 +272,7 @@ class Instance:
         n_decodes = len(self._running) if batch.is_mixed else 0
         prefills = [(new, before) for _, new, before in batch.chunks]
         compute_s = self._execution.iteration_s(
-            prefills, self._context_tokens if n_decodes else 0, n_decodes
+            prefills, self._running.context_tokens if n_decodes else 0, n_decodes
         )
         end_s = now_s + compute_s
         if batch.ready_s > now_s:
@@ -308,24 +308,19 @@ class Instance:
             self._finish(live, now_s)
             self._is_full = False
             return
-        live.first_step = len(self._step_ends_s)
-        self._running[queued.request_id] = live
-        self._context_tokens += queued.prefilled_tokens
+        self._running.add(live)
 
     # -- decode -------------------------------------------------------------------------------
 
     def _start_decodes(self, now_s: float) -> None:
         n = len(self._running)
-        n_steps = min(
-            live.request.output_tokens - live.queued.output_tokens
-            for live in self._running.values()
-        )
+        n_steps = self._running.passes_until_a_finish()
         free = self.cache.free_tokens
         if free < n * n_steps:
             wanted = min(n_steps, DECODE_STEPS_AHEAD)
             self.cache.make_room(n * wanted)
             n_steps = max(1, min(n_steps, self.cache.free_tokens // n))
-        ends_s = self._execution.decode_ends_s(now_s, self._context_tokens, n, n_steps)
+        ends_s = self._execution.decode_ends_s(now_s, self._running.context_tokens, n, n_steps)
         event = self._events.schedule(float(ends_s[-1]), self._end_run)
         self._run = _DecodeRun(ends_s, now_s, event)
 
@@ -351,28 +346,12 @@ class Instance:
 
     def _end_decodes(self, ends_s: FloatArray) -> None:
         """Every running request got one token at each of `ends_s`."""
-        n_steps, now_s = len(ends_s), float(ends_s[-1])
-        self._step_ends_s.frombytes(ends_s.tobytes())
-        finished = []
-        for live in self._running.values():
-            queued = live.queued
-            queued.output_tokens += n_steps
-            queued.prefilled_tokens += n_steps
-            live.private_tokens += n_steps
-            if queued.output_tokens >= live.request.output_tokens:
-                finished.append(live)
-        self.cache.private_tokens += n_steps * len(self._running)
-        self._context_tokens += n_steps * len(self._running)
+        finished = self._running.advance(ends_s)
         for live in finished:
-            self._stop_running(live)
-            self._finish(live, now_s)
+            self._running.remove(live)
+            self._finish(live, float(ends_s[-1]))
         if finished:
             self._is_full = False
-
-    def _stop_running(self, live: LiveRequest) -> None:
-        del self._running[live.queued.request_id]
-        self._context_tokens -= live.queued.prefilled_tokens
-        live.token_times_s.append(self._step_ends_s[live.first_step :])
 
     def _make_decode_room(self, now_s: float) -> bool:
         """Memory for one more token of each running request; retracts if need be.
@@ -381,26 +360,22 @@ class Instance:
         """
         if self.cache.make_room(len(self._running)):
             return True
-        # Fewest output tokens go first, and among those the longest prompts.
-        order = sorted(
-            self._running.values(),
-            key=lambda live: (live.queued.output_tokens, -live.queued.prompt_tokens),
-        )
+        order = self._running.retraction_order()
         while len(order) > (1 if self._unfinished is None else 0):
             self._retract(order.pop(0), now_s)
             if self.cache.make_room(len(self._running)):
                 break
-        self._ratio.after_retraction(self._running.values())
+        self._ratio.after_retraction(self._running.requests)
         self._is_full = False
         if order and not self.cache.make_room(len(self._running)):
             (live,) = order
-            self._stop_running(live)
+            self._running.remove(live)
             self._give_up(live, now_s)
         return bool(self._running)
 
     def _retract(self, live: LiveRequest, now_s: float) -> None:
         """Back to the queue: its generated KV is lost, as upstream does it."""
-        self._stop_running(live)
+        self._running.remove(live)
         self.cache.release(live)
         queued = live.queued
         queued.prefilled_tokens = 0
@@ -416,8 +391,9 @@ class Instance:
     def _finish(self, live: LiveRequest, now_s: float) -> None:
         queued, record = live.queued, live.record
         queued.last_token_s = record.finish_s = now_s
-        _record_gaps(live)
-        self.cache.commit(live, self._all_blocks(live), queued.prefilled_tokens)
+        record.n_retractions = queued.n_retractions
+        record_gaps(live)
+        self.cache.commit(live, self._answers.blocks(live), queued.prefilled_tokens)
         if self._foresight is not None:
             self._foresight.on_finish(live, self.cache.forest, now_s)
         self.cache.release(live)
@@ -431,70 +407,13 @@ class Instance:
         del self._live[live.queued.request_id]
         self._on_finish(live, now_s)
 
-    def _all_blocks(self, live: LiveRequest) -> Tokens:
-        """Ids of the whole blocks of prompt and output.
-
-        An output that nobody asks for again fills the cache like any other: it gets ids of its own.
-        """
-        request, prompt = live.request, live.queued.tokens
-        n_blocks = live.queued.prefilled_tokens // self.cache.block_tokens
-        n_new = n_blocks - len(prompt)
-        if n_new <= 0:
-            return prompt
-        known = request.output_blocks[:n_new]
-        n_own = n_new - len(known)
-        own = array("q", range(self._own_ids, self._own_ids - n_own, -1))
-        self._own_ids -= n_own
-        return prompt + known + own
-
     def _count(self, start_s: float, end_s: float, n_steps: int, name: str, **args: float) -> None:
         self.n_iterations += n_steps
         self.busy_s += end_s - start_s
-        if self._timeline is None:
+        timeline = self._timeline
+        if timeline is None:
             return
-        self._timeline.span("forward", name, start_s, end_s, steps=n_steps, **args)
-        self._timeline.counters(
-            "requests", end_s, {"waiting": len(self.waiting), "running": len(self._running)}
-        )
-        forest, scale = self.cache.forest, self.cache.block_tokens
-        cached = {
-            tier.name.lower(): float(forest.resident_tokens(tier) * scale)
-            for tier in (Tier.DEVICE, Tier.HOST)
-        }
-        self._timeline.counters("cached tokens", end_s, cached)
-
-
-def _new_record(request: Request) -> RequestRecord:
-    return RequestRecord(
-        request_id=request.request_id,
-        session=request.session,
-        slo_class=request.slo_class,
-        ttft_slo_s=request.ttft_slo_s,
-        tbt_slo_s=request.tbt_slo_s,
-        arrival_s=request.arrival_s,
-        input_tokens=request.input_tokens,
-        output_tokens=request.output_tokens,
-    )
-
-
-def _record_gaps(live: LiveRequest) -> None:
-    record = live.record
-    record.n_retractions = live.queued.n_retractions
-    times = array("d")
-    for part in live.token_times_s:
-        times.extend(part)
-    if len(times) < 2:
-        return
-    gaps = np.diff(np.frombuffer(times))
-    record.mean_tbt_s = float(times[-1] - times[0]) / len(gaps)
-    gaps.sort()
-    record.max_tbt_s = float(gaps[-1])
-    # The nearest rank: a tail of whole gaps, not a value between two of them.
-    record.p99_tbt_s = float(gaps[-(-99 * len(gaps) // 100) - 1])
-
-
-def _transfer_spans(timeline: Timeline) -> Callable[[str, float, float, int], None]:
-    def observe(link: str, start_s: float, end_s: float, n_bytes: int) -> None:
-        timeline.span(link, f"{n_bytes / 1e6:.0f} MB", start_s, end_s, n_bytes=n_bytes)
-
-    return observe
+        timeline.span("forward", name, start_s, end_s, steps=n_steps, **args)
+        queues = {"waiting": float(len(self.waiting)), "running": float(len(self._running))}
+        timeline.counters("requests", end_s, queues)
+        timeline.counters("cached tokens", end_s, self.cache.resident_tokens())

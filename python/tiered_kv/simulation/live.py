@@ -6,7 +6,7 @@ import math
 from array import array
 from dataclasses import dataclass, field
 
-from tiered_kv.forest.node import Node
+from tiered_kv.forest.node import Node, Tokens
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.simulation.transfers import Transfer
 from tiered_kv.simulation.workload.request import Request
@@ -81,7 +81,40 @@ class LiveRequest:
     token_times_s: list[array[float]] = field(default_factory=list)
     """Times of its tokens up to its last retraction, and of the first one after a prefill."""
 
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens of KV on the device."""
-        return self.queued.prefilled_tokens
+
+def new_record(request: Request) -> RequestRecord:
+    """The record of a request of which nothing is known but what it is."""
+    return RequestRecord(
+        request_id=request.request_id,
+        session=request.session,
+        slo_class=request.slo_class,
+        ttft_slo_s=request.ttft_slo_s,
+        tbt_slo_s=request.tbt_slo_s,
+        arrival_s=request.arrival_s,
+        input_tokens=request.input_tokens,
+        output_tokens=request.output_tokens,
+    )
+
+
+class AnswerBlocks:
+    """Ids of the blocks that prompt and answer fill.
+
+    An answer that nobody asks for again fills the cache like any other: its blocks get ids of
+    their own, negative ones, so that they match nothing.
+    """
+
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._next = -1
+
+    def blocks(self, live: LiveRequest) -> Tokens:
+        """Ids of all whole blocks of `live`'s KV."""
+        prompt = live.queued.tokens
+        n_new = live.queued.prefilled_tokens // self._block_tokens - len(prompt)
+        if n_new <= 0:
+            return prompt
+        known = live.request.output_blocks[:n_new]
+        n_own = n_new - len(known)
+        own = array("q", range(self._next, self._next - n_own, -1))
+        self._next -= n_own
+        return prompt + known + own

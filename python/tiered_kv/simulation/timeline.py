@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -50,3 +51,12 @@ class Timeline:
             self._events.append(event)
         else:
             self.truncated = True
+
+
+def transfer_spans(timeline: Timeline) -> Callable[[str, float, float, int], None]:
+    """An observer of links that draws each transfer on the link's own row."""
+
+    def observe(link: str, start_s: float, end_s: float, n_bytes: int) -> None:
+        timeline.span(link, f"{n_bytes / 1e6:.0f} MB", start_s, end_s, n_bytes=n_bytes)
+
+    return observe

@@ -1,0 +1,87 @@
+"""The requests that decode together, and when each of their tokens came."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import ValuesView
+
+import numpy as np
+
+from tiered_kv.simulation.cache import TieredCache
+from tiered_kv.simulation.execution import FloatArray
+from tiered_kv.simulation.live import LiveRequest
+
+
+class DecodeBatch:
+    """Everyone in it gets one token in every decode pass.
+
+    So the times of passes are kept once, and a request knows the number of its first.
+    """
+
+    def __init__(self, cache: TieredCache) -> None:
+        self._cache = cache
+        self._requests: dict[int, LiveRequest] = {}
+        self._pass_ends_s = array("d")
+        self.context_tokens = 0
+        """Sum of the requests' contexts."""
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def requests(self) -> ValuesView[LiveRequest]:
+        return self._requests.values()
+
+    def add(self, live: LiveRequest) -> None:
+        """`live` decodes from the next pass on."""
+        live.first_step = len(self._pass_ends_s)
+        self._requests[live.queued.request_id] = live
+        self.context_tokens += live.queued.prefilled_tokens
+
+    def remove(self, live: LiveRequest) -> None:
+        """`live` is done, or goes back to the queue."""
+        del self._requests[live.queued.request_id]
+        self.context_tokens -= live.queued.prefilled_tokens
+        live.token_times_s.append(self._pass_ends_s[live.first_step :])
+
+    def passes_until_a_finish(self) -> int:
+        """Passes after which the first of them has its last token."""
+        return min(live.request.output_tokens - live.queued.output_tokens for live in self.requests)
+
+    def advance(self, ends_s: FloatArray) -> list[LiveRequest]:
+        """Passes ended at `ends_s`: a token each for everyone. Returns those that are done."""
+        n_passes = len(ends_s)
+        self._pass_ends_s.frombytes(ends_s.tobytes())
+        done = []
+        for live in self.requests:
+            queued = live.queued
+            queued.output_tokens += n_passes
+            queued.prefilled_tokens += n_passes
+            self._cache.take_private(live, n_passes)
+            if queued.output_tokens >= live.request.output_tokens:
+                done.append(live)
+        self.context_tokens += n_passes * len(self._requests)
+        return done
+
+    def retraction_order(self) -> list[LiveRequest]:
+        """Who goes back first: fewest output tokens, then longest prompt, as upstream."""
+        return sorted(
+            self.requests,
+            key=lambda live: (live.queued.output_tokens, -live.queued.prompt_tokens),
+        )
+
+
+def record_gaps(live: LiveRequest) -> None:
+    """Put the times between the tokens of finished `live` into its record."""
+    record = live.record
+    times = array("d")
+    for part in live.token_times_s:
+        times.extend(part)
+    if len(times) < 2:
+        return
+    gaps = np.diff(np.frombuffer(times))
+    record.mean_tbt_s = float(times[-1] - times[0]) / len(gaps)
+    gaps.sort()
+    record.max_tbt_s = float(gaps[-1])
+    # The nearest rank: a tail of whole gaps, not a value between two of them.
+    record.p99_tbt_s = float(gaps[-(-99 * len(gaps) // 100) - 1])
