@@ -25,8 +25,10 @@ FORGETTING_WHEN_WRONG = 0.8
 WRONG = 0.3
 #: How much the fit clings to what it believed before, in observations.
 INERTIA = 0.1
-#: No update moves a parameter by more than this factor.
+#: No update moves a parameter by more than this factor; the first ones may move it further.
 STEP_MAX = 1.5
+FIRST_STEP_MAX = 4.0
+N_FIRST = 16
 #: Observations further off than this many times the median recent deviation are pulled in ...
 PLAUSIBLE_DEVIATIONS = 4.0
 #: ... but never those within this (natural) logarithm of the prediction.
@@ -40,15 +42,13 @@ PURE_SHARE = 0.9
 class AffineFit:
     """observed = fixed + scale * predicted, both non-negative; `scale` stays positive.
 
-    fixed, scale: what is believed before anything was observed. fixed_step_s: the least amount by
-    which one update may change `fixed`, so that it can leave zero.
+    fixed, scale: what is believed before anything was observed.
     """
 
-    def __init__(self, fixed_s: float, scale: float = 1.0, *, fixed_step_s: float = 1e-5) -> None:
+    def __init__(self, fixed_s: float, scale: float = 1.0) -> None:
         self.fixed_s = fixed_s
         self.scale = scale
         self.n_observations = 0
-        self._fixed_step_s = fixed_step_s
         # Weighted sums of 1, x, y, x*x, x*y, each over y*y: errors count relative to y.
         self._sums = [0.0] * 5
         self._deviations: deque[float] = deque(maxlen=15)
@@ -70,9 +70,11 @@ class AffineFit:
         keep = FORGETTING if median(self._deviations) < WRONG else FORGETTING_WHEN_WRONG
         self._sums = [keep * old + new for old, new in zip(self._sums, terms, strict=True)]
         fixed_s, scale = self._solve(weight, x)
-        limit = max(self.fixed_s * (STEP_MAX - 1.0), self._fixed_step_s)
+        factor = FIRST_STEP_MAX if self.n_observations < N_FIRST else STEP_MAX
+        # Part of what was observed, so that it can leave zero.
+        limit = max(self.fixed_s * (factor - 1.0), y / 4)
         self.fixed_s = min(max(fixed_s, self.fixed_s - limit, 0.0), self.fixed_s + limit)
-        self.scale = min(max(scale, self.scale / STEP_MAX), self.scale * STEP_MAX)
+        self.scale = min(max(scale, self.scale / factor), self.scale * factor)
         self.n_observations += 1
 
     def _plausible(self, x: float, y: float) -> float:
