@@ -185,3 +185,82 @@ def test_tiers_are_under_pressure_separately(forest: Forest, path: list[Node]) -
 def test_an_unknown_policy_is_refused_by_name(forest: Forest) -> None:
     with pytest.raises(ConfigError, match=r"no eviction policy 'mru'; the known ones are: lru"):
         MemoryManager(forest, MemoryConfig(eviction_policy="mru"))
+
+
+# -- costs ------------------------------------------------------------------------------------
+
+
+class SlowDisk:
+    """A token takes a second to compute; a byte, of which it has one, as long as told to load."""
+
+    bytes_per_token = 1.0
+
+    def __init__(self, byte_s: float) -> None:
+        self.byte_s = byte_s
+
+    def recompute_s(self, start: int, end: int) -> float:
+        return float(end - start)
+
+    def load_s(self, source: Tier, target: Tier, n_bytes: int, queued_bytes: int = 0) -> float:
+        return (n_bytes + queued_bytes) * self.byte_s
+
+
+def test_an_unknown_load_policy_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cost, always, never, not 'sometimes'"):
+        MemoryConfig(load_policy="sometimes")
+
+
+@pytest.mark.parametrize(("byte_s", "n_pages"), [(0.5, 3), (2.0, 0)])
+def test_the_disk_is_read_if_that_is_sooner(forest: Forest, byte_s: float, n_pages: int) -> None:
+    manager = MemoryManager(forest, MemoryConfig(), SlowDisk(byte_s))
+    assert manager.pages_from_disk(3, 0, 12) == n_pages
+
+
+def test_what_is_queued_before_it_may_make_it_later(forest: Forest) -> None:
+    manager = MemoryManager(forest, MemoryConfig(), SlowDisk(0.5))
+    assert manager.pages_from_disk(3, 0, 12, queued_bytes=8) == 3
+    assert manager.pages_from_disk(3, 0, 12, queued_bytes=20) == 0
+
+
+def test_what_is_read_while_a_request_waits_anyway_is_free(forest: Forest) -> None:
+    manager = MemoryManager(forest, MemoryConfig(), SlowDisk(2.0))
+    assert manager.pages_from_disk(3, 0, 12, wait_s=17.0) == 2
+
+
+@pytest.mark.parametrize(("policy", "n_pages"), [("always", 3), ("never", 0)])
+def test_a_policy_may_disregard_costs(forest: Forest, policy: str, n_pages: int) -> None:
+    manager = MemoryManager(forest, MemoryConfig(load_policy=policy), SlowDisk(100.0))
+    assert manager.pages_from_disk(3, 0, 12) == n_pages
+
+
+def test_patience_is_what_computing_takes_or_twice_what_reading_takes(forest: Forest) -> None:
+    config = MemoryConfig()
+    assert MemoryManager(forest, config, SlowDisk(0.1)).patience_s(3, 0) == 12.0
+    assert MemoryManager(forest, config, SlowDisk(0.1)).patience_s(3, 0, queued_bytes=100) > 20.0
+    assert MemoryManager(forest, config).patience_s(3, 0) == float("inf")
+
+
+def test_a_load_ends_at_a_page_in_the_middle_of_a_node(forest: Forest, root: Node) -> None:
+    """Computing takes 12, loading 16: after 2 of 3 pages, both are nearest to each other."""
+    node = forest.insert(root, PROMPT, list(range(12)), tier=HOST).last
+    manager = MemoryManager(forest, MemoryConfig(), SlowDisk(4 / 3))
+    load = manager.on_match(forest.match(root, PROMPT), prompt_tokens=16)
+    assert load is not None
+    (loaded,) = load.node_ids
+    assert (forest.node(loaded).n_pages, node.n_pages) == (2, 1)
+    assert forest.node(loaded).state(HOST) is Residency.RESIDENT
+
+
+def test_what_was_used_more_and_lies_deeper_is_written_first(forest: Forest, root: Node) -> None:
+    class Deep(SlowDisk):
+        def recompute_s(self, start: int, end: int) -> float:
+            return float(end * end - start * start)
+
+    manager = MemoryManager(forest, MemoryConfig(), Deep(1.0))
+    shallow, _, deep = (
+        forest.insert(root, PROMPT, list(range(n)), limit=n).last for n in (4, 8, 12)
+    )
+    assert manager.write_value(deep) > manager.write_value(shallow)
+    before = manager.write_value(shallow)
+    forest.match(root, PROMPT[:4])
+    assert manager.write_value(shallow) > before
