@@ -221,7 +221,10 @@ def _facts(summary: dict[str, Any]) -> list[str]:
         for name, figures in summary["slo"].items()
     ]
     if summary["wrong_lengths"]:
-        facts.append(f"- {summary['wrong_lengths']} prompts had another length than asked for")
+        facts.append(
+            f"- {summary['wrong_lengths']} prompts had another length than the "
+            "workload says (of a chat log it's an estimate)"
+        )
     work = summary.get("work")
     if work and work["idealized_s"]:
         facts.append(

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tiered_kv.core.errors import ConfigError
 from tiered_kv.plan.costs import DecodeSplit
 
 
 def plot_splits(title: str, splits: Sequence[Sequence[DecodeSplit]], path: Path) -> None:
-    """Draws one panel for each batch size: stacked milliseconds over context length."""
-    from matplotlib.figure import Figure
+    """Draws one panel for each batch size: stacked milliseconds over context length.
 
+    Raises ConfigError without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ConfigError("A plot needs matplotlib; run pip install matplotlib.") from None
     figure = Figure(figsize=(5.2 * len(splits), 4.2), layout="constrained")
     panels = figure.subplots(1, len(splits), squeeze=False)[0]
     for axes, rows in zip(panels, splits, strict=True):

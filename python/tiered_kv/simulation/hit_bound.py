@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from tiered_kv.core.errors import TieredKVError
+from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.simulation.workload.catalog import add_arguments, from_arguments
 from tiered_kv.simulation.workload.errors import WorkloadError
 from tiered_kv.simulation.workload.request import Request, Workload, whole_blocks
@@ -254,9 +254,11 @@ def table(found: HitBounds) -> str:
 
 
 def plot(found: HitBounds, path: Path) -> None:
-    """Hit rate against capacity, as an image. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
+    """Hit rate against capacity, as an image. Raises ConfigError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ConfigError("A plot needs matplotlib; run pip install matplotlib.") from None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     capacities = [bound.capacity_tokens / 1e6 for bound in found.bounds]
@@ -345,14 +347,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not work.n_prompt_pages:
             raise WorkloadError("No prompt fills a page; leave --whole-pages out.")
         found = measure(workload.name, work, chosen.capacities)
+        sys.stdout.write(table(found) + "\n")
+        if chosen.json:
+            chosen.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
+        if chosen.plot:
+            plot(found, chosen.plot)
     except TieredKVError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(table(found) + "\n")
-    if chosen.json:
-        chosen.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
-    if chosen.plot:
-        plot(found, chosen.plot)
     return 0
 
 

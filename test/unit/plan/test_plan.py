@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,11 @@ def test_the_plot(tmp_path: Path) -> None:
     image = tmp_path / "split.png"
     assert main(["--context", "4096", "--plot", str(image)]) == 0
     assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_without_matplotlib_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["--context", "4096", "--plot", str(tmp_path / "split.png")]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
