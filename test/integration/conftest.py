@@ -15,7 +15,7 @@ from support.demo_model import host_size
 from support.kv_events import KvEventListener
 from support.oracle import Oracle
 from support.prompts import PromptMaker
-from support.server import BASE_ARGS, FLOAT32, Server
+from support.server import ALWAYS_LOAD, BASE_ARGS, FLOAT32, Server
 
 PAGE_SIZE = 16
 
@@ -68,7 +68,7 @@ def three_tiers_for_all(
     kv_events: KvEventListener,
 ) -> Iterator[Server]:
     """float32; 1,024 tokens on the device, 4,096 on the host, 1 GB on disk."""
-    tiers = ["--tiered-kv", "--tiered-kv-host-size", host_size(4096)]
+    tiers = ["--tiered-kv", *ALWAYS_LOAD, "--tiered-kv-host-size", host_size(4096)]
     tiers += [
         "--tiered-kv-disk-dir",
         tmp_path_factory.mktemp("disk"),

@@ -18,7 +18,7 @@ from support.injection import injected
 from support.metrics import scrape, wait_for_disk
 from support.oracle import Oracle
 from support.prompts import PromptMaker
-from support.server import FLOAT32, Server, ServerError
+from support.server import ALWAYS_LOAD, FLOAT32, Server, ServerError
 from tiered_kv.metrics import names
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -53,7 +53,7 @@ def faulty(
     folder = tmp_path_factory.mktemp("faulty")
     control = folder / "fault"
     args = ["--page-size", 16, "--max-total-tokens", 1024, "--chunked-prefill-size", 512]
-    args += ["--tiered-kv", "--tiered-kv-host-size", host_size(2048)]
+    args += ["--tiered-kv", *ALWAYS_LOAD, "--tiered-kv-host-size", host_size(2048)]
     args += ["--tiered-kv-disk-dir", folder / "disk", "--tiered-kv-disk-size", "1GB"]
     watch = ["--enable-metrics", "--tiered-kv-debug-integrity"]
     env = injected("disk_faults", TIERED_KV_TEST_FAULT=control)

@@ -16,7 +16,7 @@ from support.demo_model import host_size
 from support.metrics import wait_for_disk
 from support.oracle import Oracle
 from support.prompts import PromptMaker
-from support.server import FLOAT32, SGLANG_SERVE, Server
+from support.server import ALWAYS_LOAD, FLOAT32, SGLANG_SERVE, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -36,7 +36,7 @@ def test_engine_with_and_without_the_flag(
         "skip_server_warmup": True, "max_running_requests": 16,
     }  # fmt: skip
     tiers = {
-        "tiered_kv": True, "tiered_kv_host_size": host_size(2048),
+        "tiered_kv": True, "tiered_kv_load_policy": "always", "tiered_kv_host_size": host_size(2048),
         "tiered_kv_disk_dir": str(tmp_path / "disk"), "tiered_kv_disk_size": "500MB",
     }  # fmt: skip
     program = {"prompts": asked, "max_new_tokens": 8, "stock": stock, "tiered": stock | tiers}
@@ -91,7 +91,7 @@ def use_all_tiers(server: Server, prompts: PromptMaker, oracle: Oracle, page_siz
 
 def tiers(disk: Path) -> list[object]:
     return [
-        *("--tiered-kv", "--tiered-kv-host-size", host_size(4096)),
+        *("--tiered-kv", *ALWAYS_LOAD, "--tiered-kv-host-size", host_size(4096)),
         *("--tiered-kv-disk-dir", disk, "--tiered-kv-disk-size", "500MB"),
         *("--max-total-tokens", 1024, "--enable-metrics", "--tiered-kv-debug-integrity"),
     ]

@@ -20,7 +20,7 @@ from support.metrics import wait_for_disk
 from support.models import copy_with_other_weights
 from support.oracle import Oracle
 from support.prompts import PromptMaker
-from support.server import FLOAT32, Server
+from support.server import ALWAYS_LOAD, FLOAT32, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -37,7 +37,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tier_args(disk: Path) -> list[str]:
     args = ["--page-size", "16", "--max-total-tokens", "1024", "--chunked-prefill-size", "256"]
     args += ["--tiered-kv", "--tiered-kv-disk-dir", str(disk), "--tiered-kv-disk-size", "1GB"]
-    return [*args, "--tiered-kv-host-size", host_size(1024), "--enable-metrics"]
+    return [*args, *ALWAYS_LOAD, "--tiered-kv-host-size", host_size(1024), "--enable-metrics"]
 
 
 @pytest.fixture(scope="module")

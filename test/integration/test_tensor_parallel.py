@@ -15,7 +15,7 @@ from support.client import generate_all
 from support.metrics import wait_for_disk
 from support.models import tiny_model_for_two_ranks
 from support.prompts import PromptMaker
-from support.server import FLOAT32, Server
+from support.server import ALWAYS_LOAD, FLOAT32, Server
 from support.workload import differences, mixed_requests, serve
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
@@ -26,7 +26,7 @@ def test_two_ranks_stay_in_step(
 ) -> None:
     model = tiny_model_for_two_ranks(demo_model, tmp_path / "model")
     args = ["--tp", 2, "--page-size", 16, "--max-total-tokens", 1024, "--chunked-prefill-size", 128]
-    args += ["--tiered-kv", "--tiered-kv-disk-dir", tmp_path / "disk"]
+    args += ["--tiered-kv", *ALWAYS_LOAD, "--tiered-kv-disk-dir", tmp_path / "disk"]
     # 2 heads of 64 on 4 layers: a token's K and V are 2 kB on each rank, so this is 2,048 tokens.
     args += ["--tiered-kv-disk-size", "400MB", "--tiered-kv-host-size", "4194304B"]
     watch = ["--tiered-kv-debug-integrity", "--enable-metrics"]

@@ -28,6 +28,8 @@ BASE_ARGS = (
     *("--skip-server-warmup", "--sleep-on-idle", "--max-running-requests", "16"),
 )
 FLOAT32 = ("--dtype", "float32")
+#: For tests that say which tier serves: what is stored is loaded, whatever computing would cost.
+ALWAYS_LOAD = ("--tiered-kv-load-policy", "always")
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
