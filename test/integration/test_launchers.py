@@ -36,8 +36,9 @@ def test_engine_with_and_without_the_flag(
         "skip_server_warmup": True, "max_running_requests": 16,
     }  # fmt: skip
     tiers = {
-        "tiered_kv": True, "tiered_kv_load_policy": "always", "tiered_kv_host_size": host_size(2048),
+        "tiered_kv": True, "tiered_kv_load_policy": "always",
         "tiered_kv_disk_dir": str(tmp_path / "disk"), "tiered_kv_disk_size": "500MB",
+        "tiered_kv_host_size": host_size(2048),
     }  # fmt: skip
     program = {"prompts": asked, "max_new_tokens": 8, "stock": stock, "tiered": stock | tiers}
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
