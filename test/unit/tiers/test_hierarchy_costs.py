@@ -7,15 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
+from support_tiers.costs import give_costs, page_s
 from support_tiers.tier_rig import PAGE_SIZE, Rig, new_disk, on_disk, on_host, tokens_of
-from tiered_kv.core.config import MemoryConfig
-from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.ids import Tier
-from tiered_kv.core.model_spec import find_model
 from tiered_kv.memory.demand import DemandForecast, Expectation
-from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.scheduler.calibration import Calibrator, StepObservation
-from tiered_kv.scheduler.cost_model import CostModel, EdgeCost, PlacementCosts
 from tiered_kv.tiers import hierarchy as hierarchy_module
 from tiered_kv.tiers.hierarchy import TransferTimeoutError
 
@@ -23,31 +19,6 @@ pytestmark = pytest.mark.timeout(60)
 
 MakeRig = Callable[..., Rig]
 PROMPT = tokens_of(1, 2, 3, 4, tail=1)
-
-
-def give_costs(
-    rig: Rig, *, load_page_s: float = 1e-6, read_page_s: float = 1e-6, policy: str = "cost"
-) -> CostModel:
-    """Costs under which a page takes about 50 ms to compute and as long as told to move."""
-    page_bytes = rig.page_format.page_bytes
-    model = CostModel(
-        find_model("SmolLM2-135M"),
-        find_device("CPU-2"),
-        {
-            (Tier.HOST, Tier.DEVICE): EdgeCost(page_bytes / load_page_s, 0.0),
-            (Tier.DEVICE, Tier.HOST): EdgeCost(page_bytes / load_page_s, 0.0),
-            (Tier.DISK, Tier.HOST): EdgeCost(page_bytes / read_page_s, 0.0),
-            (Tier.HOST, Tier.DISK): EdgeCost(page_bytes / read_page_s, 0.0),
-        },
-    )
-    costs = PlacementCosts(model, bytes_per_token=page_bytes / PAGE_SIZE)
-    rig.context.manager = MemoryManager(rig.forest, MemoryConfig(load_policy=policy), costs)
-    return model
-
-
-def page_s(rig: Rig, page: int = 0) -> float:
-    """Seconds to compute one page."""
-    return give_costs(rig).marginal_prefill_s(PAGE_SIZE, page * PAGE_SIZE)
 
 
 def test_a_fast_host_is_loaded_from(make_rig: MakeRig) -> None:

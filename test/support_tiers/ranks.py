@@ -1,0 +1,71 @@
+"""Two rigs in step, for what tensor-parallel ranks must do alike."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from support_tiers.doubles import BarrierMinimum
+from support_tiers.tier_rig import Rig, new_disk
+
+
+class Ranks:
+    """Two rigs, each with KV of its own shard, a host pool and a disk."""
+
+    def __init__(self) -> None:
+        self.barrier = BarrierMinimum(2)
+        self.rigs = [
+            Rig(32, 16, new_disk(), collective=self.barrier.rank(rank), shard=rank)
+            for rank in range(2)
+        ]
+
+    def __iter__(self) -> Iterator[Rig]:
+        return iter(self.rigs)
+
+    def each(self, step: Callable[[Rig], Any]) -> list[Any]:
+        """Carries the step out on both ranks at once; both must then see the same."""
+        outcomes: list[Any] = [None, None]
+        errors: list[Exception] = []
+
+        def run(rank: int) -> None:
+            try:
+                outcomes[rank] = step(self.rigs[rank])
+            except Exception as error:
+                errors.append(error)
+                self.barrier.abort()
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise min(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError))
+        self.check()
+        return outcomes
+
+    def check(self) -> None:
+        first, second = self.rigs
+        assert first.forest.view() == second.forest.view()
+        assert first.allocator.free_pages == second.allocator.free_pages
+        assert first.host.n_free == second.host.n_free
+        for rig in self.rigs:
+            rig.check()
+
+    def serve(self, prompt: Any) -> list[Any]:
+        return self.each(lambda rig: rig.serve(prompt))
+
+    def drain(self) -> None:
+        self.each(Rig.drain)
+
+    def on_disk(self, *prompts: Any) -> None:
+        """The prompts' pages are on both disks alone."""
+        for prompt in prompts:
+            self.serve(prompt)
+        self.drain()
+        self.each(Rig.drop_from_device)
+        self.each(Rig.drop_from_host)
+
+    def prefetch(self, rid: str, prompt: Any) -> list[int]:
+        return self.each(lambda rig: rig.prefetch(rid, prompt))
