@@ -80,7 +80,8 @@ def plan_runs(transfers: Sequence[PageTransfer], io_threads: int) -> list[list[P
     if not transfers:
         return []
     record_bytes = transfers[0].segment.record_bytes
-    share = math.ceil(len(transfers) * record_bytes / io_threads)
+    # Two for each thread: while one is on its way, the checksums of the next are computed.
+    share = math.ceil(len(transfers) * record_bytes / (2 * io_threads))
     io_bytes = min(max(share, SMALLEST_IO_BYTES), LARGEST_IO_BYTES)
     pages_per_io = min(max(math.ceil(io_bytes / record_bytes), 1), MAX_PAGES_PER_IO)
     runs: list[list[PageTransfer]] = []

@@ -22,13 +22,18 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "disk"
 
 
+@pytest.fixture(scope="session")
+def has_direct_io(tmp_path_factory: pytest.TempPathFactory) -> bool:
+    directory = tmp_path_factory.mktemp("probe")
+    with DiskStore.open(directory, capacity_bytes=8 * MIB) as store:
+        return store.stats().direct_io
+
+
 @pytest.fixture(params=[IoMode.DIRECT, IoMode.BUFFERED])
-def io_mode(request: pytest.FixtureRequest, tmp_path: Path) -> IoMode:
+def io_mode(request: pytest.FixtureRequest, has_direct_io: bool) -> IoMode:
     """Both paths; the direct one is skipped where the file system has none."""
-    if request.param is IoMode.DIRECT:
-        with DiskStore.open(tmp_path / "probe", capacity_bytes=8 * MIB) as store:
-            if not store.stats().direct_io:
-                pytest.skip("no direct I/O on this file system")
+    if request.param is IoMode.DIRECT and not has_direct_io:
+        pytest.skip("no direct I/O on this file system")
     return IoMode(request.param)
 
 
