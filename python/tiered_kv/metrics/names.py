@@ -89,7 +89,20 @@ DISK_DEGRADED = Metric(
     "sglang:tiered_kv_disk_degraded",
     Kind.GAUGE,
     (),
-    "1 while the disk tier takes no writes because of an error (disk full, I/O error), else 0.",
+    "1 while the disk tier takes no writes because of an error (disk full, I/O error, no answer), "
+    "else 0.",
+)
+DISK_IO_BYTES = Metric(
+    "sglang:tiered_kv_disk_io_bytes_total",
+    Kind.COUNTER,
+    ("path", "operation"),
+    "Bytes that the disk tier read or wrote past the page cache (direct) or through it (buffered).",
+)
+DISK_PAGE_CACHE = Metric(
+    "sglang:tiered_kv_disk_page_cache",
+    Kind.GAUGE,
+    (),
+    "1 while pages wanted again soon go through the page cache, 0 while all bypass it.",
 )
 
 ALL: tuple[Metric, ...] = (
@@ -104,6 +117,8 @@ ALL: tuple[Metric, ...] = (
     DEFERRED_NODES,
     DISK_BYTES,
     DISK_DEGRADED,
+    DISK_IO_BYTES,
+    DISK_PAGE_CACHE,
 )
 
 #: Upper bounds of the histogram's buckets, seconds.

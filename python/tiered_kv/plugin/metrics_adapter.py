@@ -10,6 +10,7 @@ from tiered_kv.metrics import names
 from tiered_kv.metrics.names import Kind, Metric
 
 if TYPE_CHECKING:
+    from tiered_kv.tiers.disk.stats import DiskStats
     from tiered_kv.tiers.disk.store import DiskStore
     from tiered_kv.tiers.hierarchy import KVHierarchy
 
@@ -56,6 +57,8 @@ class PrometheusRecorder(MetricsRecorder):
                 metric.name, metric.help, labelnames=[*labels, *metric.labels], **options
             )
         self._refreshed_at = 0.0
+        # What the counters of the store said last: Prometheus wants increments.
+        self._disk_io: dict[tuple[str, str], int] = {}
 
     def _of(self, metric: Metric, **labels: str) -> Any:
         return self._metrics[metric.name].labels(**self._labels, **labels)
@@ -94,8 +97,7 @@ class PrometheusRecorder(MetricsRecorder):
             capacity[Tier.DISK] = (
                 stats.capacity // context.copier.page_format.slot_bytes * page_size
             )
-            self._of(names.DISK_BYTES).set(stats.bytes_on_disk)
-            self._of(names.DISK_DEGRADED).set(int(stats.degraded))
+            self._refresh_disk(stats)
         for metric, values in (
             (names.RESIDENT_TOKENS, resident),
             (names.CAPACITY_TOKENS, capacity),
@@ -112,6 +114,24 @@ class PrometheusRecorder(MetricsRecorder):
         ):
             self._of(names.QUEUE_DEPTH, **_edge(source, target)).set(queue.in_flight)
         self._of(names.DEFERRED_NODES).set(write_back.n_deferred)
+
+    def _refresh_disk(self, stats: DiskStats) -> None:
+        self._of(names.DISK_BYTES).set(stats.bytes_on_disk)
+        self._of(names.DISK_DEGRADED).set(int(stats.degraded))
+        self._of(names.DISK_PAGE_CACHE).set(int(not stats.direct_io_soon))
+        for (path, operation), n_bytes in _disk_io(stats).items():
+            counter = self._of(names.DISK_IO_BYTES, path=path, operation=operation)
+            counter.inc(n_bytes - self._disk_io.get((path, operation), 0))
+            self._disk_io[path, operation] = n_bytes
+
+
+def _disk_io(stats: DiskStats) -> dict[tuple[str, str], int]:
+    return {
+        ("direct", "read"): stats.direct_read_bytes,
+        ("direct", "write"): stats.direct_write_bytes,
+        ("buffered", "read"): stats.buffered_read_bytes,
+        ("buffered", "write"): stats.buffered_write_bytes,
+    }
 
 
 def _edge(source: Tier, target: Tier) -> dict[str, str]:
