@@ -4,7 +4,7 @@
         --agents agent_sessions.jsonl --out benchmark/results
 
 For each trace and model: the capacity of the best request order (see capacity.py), all orders at
-0.8, 1.0, 1.2 and 2.0 of it, cache policies at 1.0, and hits against the size of the host tier. One
+0.8, 1.0 and 1.2 of it, cache policies at 1.0, and hits against the size of the host tier. One
 result file each, then one report over all result files in the directory. --only repeats a part.
 """
 
@@ -23,7 +23,7 @@ from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.request_policy import request_policies
 from tiered_kv.simulation import plots, schema
-from tiered_kv.simulation.capacity import KEPT_SHARE, UNLOADED_RATE, best_capacity
+from tiered_kv.simulation.capacity import SATURATED_RATE, saturated_capacity
 from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_jobs
 from tiered_kv.simulation.settings import GB, CacheSettings, InstanceSettings
 from tiered_kv.simulation.tables import (
@@ -37,7 +37,7 @@ from tiered_kv.simulation.tables import (
 )
 
 SLO_MIX = "interactive:0.6:0.5:0.05,standard:0.3:2:0.1,batch:0.1:30:-"
-LOADS = (0.8, 1.0, 1.2, 2.0)
+LOADS = (0.8, 1.0, 1.2)
 ORDERS = ("fcfs", "lpm", "dfs-weight", "priority", "hrrn", "k-lpm", "edf", "niyama")
 """The baselines; policies of this project are compared with them elsewhere."""
 MODELS = {
@@ -138,7 +138,7 @@ def measure(name: str, job: Job, workers: int) -> tuple[list[Run], dict[str, Any
             bar.set_postfix_str(news)
             bar.update()
 
-        found = best_capacity(orders, tolerance=0.05, progress=note)
+        found = saturated_capacity(orders, progress=note)
     jobs = [orders[policy].at_rate(found.rate * load) for load in LOADS for policy in ORDERS]
     jobs += [some.at_rate(found.rate) for some in cache_jobs(job, clairvoyant)]
     if clairvoyant == "belady":
@@ -146,9 +146,7 @@ def measure(name: str, job: Job, workers: int) -> tuple[list[Run], dict[str, Any
         jobs += [some.at_rate(found.rate) for some in capacity_jobs(job, clairvoyant)]
     with tqdm(desc=f"{name}: runs", total=len(jobs), unit=" runs") as bar:
         runs = run_jobs(jobs, n_workers=workers, progress=lambda: _advance(bar))
-    capacity = asdict(found)
-    capacity["trials"] = [list(trial) for trial in found.trials]
-    return runs, capacity
+    return runs, {"by": "saturation", **asdict(found)}
 
 
 def _advance(bar: tqdm) -> None:
@@ -188,11 +186,10 @@ def section(slug: str, runs: list[Run], capacity: dict[str, Any], directory: Pat
         ("p99", lambda run: seconds(run["ttft_s"]["p99"])),
         ("tokens computed", lambda run: f"{run['hits']['computed'] / 1e6:.2f} M"),
     ]
+    rates = ", ".join(f"{name} {rate:.3f}" for name, rate in capacity["rates"].items())
     summary = (
-        f"{first['n_requests']} requests, {percent(max(capacity['unloaded'].values()))} of which "
-        f"meet their objectives on an unloaded server under the best order. Capacity (at least "
-        f"{percent(capacity['target'])} met): **{capacity['best']} sustains "
-        f"{capacity['rate']:.3f} times the workload's rate**."
+        f"{first['n_requests']} requests. Capacity, in multiples of the workload's own rate: "
+        f"**{capacity['rate']:.3f}** ({capacity['best']}); of each order: {rates}."
     )
     lines = [
         f"## {title}",
@@ -205,8 +202,8 @@ def section(slug: str, runs: list[Run], capacity: dict[str, Any], directory: Pat
     pictures = {
         "goodput": lambda path: plots.plot_goodput(orders, path, title),
         "cdf": lambda path: plots.plot_cdfs(by_load[1.0], path, f"{title}, load 1.0"),
-        "wait": lambda path: plots.plot_wait_tail(by_load[2.0], path, f"{title}, load 2.0"),
-        "classes": lambda path: plots.plot_classes(by_load[2.0], path, f"{title}, load 2.0"),
+        "wait": lambda path: plots.plot_wait_tail(by_load[1.2], path, f"{title}, load 1.2"),
+        "classes": lambda path: plots.plot_classes(by_load[1.2], path, f"{title}, load 1.2"),
         "hits": lambda path: plots.plot_hits(part(runs, "hits"), path, title),
     }
     lines += ["### Caches at load 1.0, order fcfs", "", markdown(columns, part(runs, "caches"))]
@@ -238,9 +235,9 @@ data sheet with assumed efficiencies, not a measurement.
 - mooncake_conversation: the first requests of the hour, arrivals spread over the trace's 3 s clock.
 - agent_sessions: the first sessions, started by a Poisson process, pauses times 0.2 so that few
   sessions load a server; each call waits for the answer before it.
-- Capacity: the highest arrival rate at which at least {KEPT_SHARE:.0%} as many requests meet their
-  objectives as under the best order at {UNLOADED_RATE} times the workload's rate. Loads are
-  multiples of the best order's capacity.
+- Capacity: the rate at which requests bring as many seconds of forward passes per second as a
+  saturated server (the workload at {SATURATED_RATE:g} times its rate) needs for them. Loads are
+  multiples of the best order's capacity; beyond 1 queues grow as long as requests arrive.
 - `belady` knows all arrivals; `kvflow` knows when each session's next call comes. Both are limits,
   not baselines one could deploy as they are.
 """

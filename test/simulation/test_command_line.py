@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from support_simulation.builders import server
+from tiered_kv.core.errors import ConfigError
 from tiered_kv.simulation import schema
 from tiered_kv.simulation.__main__ import main
-from tiered_kv.simulation.capacity import best_capacity
+from tiered_kv.simulation.capacity import best_capacity, saturated_capacity
 from tiered_kv.simulation.command_line import FORESIGHTED
+from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_job
 
 CHAT = ["--workload", "chat", "--limit", "20"]
 RAG = ["--workload", "rag", "--limit", "120"]
@@ -56,11 +59,12 @@ def test_run_prints_a_table_and_writes_result_and_timeline(
     }
 
 
+@pytest.mark.parametrize("capacity", ["saturation", "objectives"])
 def test_sweep_finds_the_capacity_and_report_and_compare_read_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    capacity: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sweep.json"
-    load = ["--slo-mix", MIX, "--loads", "0.8,1.2"]
+    load = ["--slo-mix", MIX, "--loads", "0.8,1.2", "--capacity", capacity]
     assert main(["sweep", *RAG, *load, "--policies", "fcfs,edf", "--out", str(out)]) == 0
     data = schema.read_results(out)
     assert [run["labels"]["name"] for run in data["runs"]] == ["fcfs", "edf", "fcfs", "edf"]
@@ -134,3 +138,28 @@ def test_the_best_capacity_is_the_crossing(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.target == pytest.approx(0.9 * unloaded)
     assert found.rate == pytest.approx((1.0 - found.target) * 2 * 4.0, rel=0.02)
     assert len(found.trials) < 20
+
+
+def rag_job(n_requests: int) -> Job:
+    workload = WorkloadChoice(spec=f"rag,requests={n_requests}")
+    return Job(workload=workload, settings=server(device_blocks=20_000))
+
+
+def test_a_server_keeps_up_below_saturation_and_falls_behind_above() -> None:
+    job = rag_job(400)
+    found = saturated_capacity({"fcfs": job})
+    below, at, above = (run_job(job.at_rate(found.rate * load)) for load in (0.5, 1.0, 1.6))
+    waits_s = [run["wait_s"]["p90"] for run in (below, at, above)]
+    assert 2 * waits_s[0] < waits_s[1] < waits_s[2] / 4, waits_s
+    # What it answers per second does not grow any more.
+    assert above["throughput_rps"] < 1.15 * at["throughput_rps"]
+    assert at["throughput_rps"] > 1.5 * below["throughput_rps"]
+
+
+def test_what_arrives_all_at_once_has_no_rate_to_scale(tmp_path: Path) -> None:
+    line = {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]}
+    (tmp_path / "trace.jsonl").write_text(json.dumps(line) + "\n")
+    workload = WorkloadChoice(spec=f"mooncake:{tmp_path / 'trace.jsonl'}")
+    job = Job(workload=workload, settings=server())
+    with pytest.raises(ConfigError, match="at once"):
+        saturated_capacity({"fcfs": job})

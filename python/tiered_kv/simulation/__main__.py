@@ -15,7 +15,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from tiered_kv.core.errors import TieredKVError
 from tiered_kv.core.units import parse_bytes
 from tiered_kv.simulation import schema, tables
-from tiered_kv.simulation.capacity import best_capacity
+from tiered_kv.simulation.capacity import Capacity, Saturation, best_capacity, saturated_capacity
 from tiered_kv.simulation.command_line import add_simulation_arguments, job_from
 from tiered_kv.simulation.jobs import Job, run_job, run_jobs
 from tiered_kv.simulation.timeline import Timeline
@@ -76,8 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument(
         "--loads",
         metavar="A,B",
-        help="rates relative to the capacity of the best combination, which is found first: the "
-        "highest rate that keeps 90%% of the objectives met on an unloaded server",
+        help="rates relative to the capacity of the best combination, which is found first",
+    )
+    sweep.add_argument(
+        "--capacity",
+        choices=("saturation", "objectives"),
+        default="saturation",
+        help="what --loads refer to. saturation: the rate at which a server is busy all the time; "
+        "objectives: the highest rate that keeps 90%% of the objectives met on an unloaded server",
     )
     sweep.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     sweep.add_argument("--out", type=Path, required=True, help="where to write the results (JSON)")
@@ -113,9 +119,12 @@ def _sweep(options: argparse.Namespace) -> None:
     rates = [float(rate) for rate in _list(options.rates, str(options.rate))]
     if options.loads:
         with _narrated("finding the capacity") as note:
-            found = best_capacity(jobs, progress=note)
-        capacity = asdict(found)
-        capacity["trials"] = [list(trial) for trial in found.trials]
+            found: Capacity | Saturation
+            if options.capacity == "saturation":
+                found = saturated_capacity(jobs, progress=note)
+            else:
+                found = best_capacity(jobs, progress=note)
+        capacity = {"by": options.capacity, **asdict(found)}
         rates = [found.rate * float(load) for load in options.loads.split(",")]
         sys.stdout.write(f"capacity: {found.best} sustains {found.rate:.3g} times the rate\n")
     planned = [job.at_rate(rate) for rate in rates for job in jobs.values()]

@@ -1,9 +1,12 @@
-"""How much load a server takes: the highest rate at which objectives are still met.
+"""How much load a server takes, in two senses.
 
-Some requests miss their objective even alone (a long prompt and a short TTFT objective). So the
-share of requests that meet theirs is compared with the most that any of the compared policies
-reaches on an unloaded server, and capacity is the highest rate at which it is at least `KEPT_SHARE`
-of that.
+By work (`saturated_capacity`): the rate at which requests bring as much work per second as a server
+does that always has someone waiting. Beyond it queues grow without bound, whatever the order.
+
+By objectives (`best_capacity`): the highest rate at which objectives are still met. Some requests
+miss theirs even alone (a long prompt and a short TTFT objective). So the share of requests that
+meet theirs is compared with the most that any of the compared policies reaches on an unloaded
+server, and capacity is the highest rate at which it is at least `KEPT_SHARE` of that.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from tiered_kv.core.errors import ConfigError
 from tiered_kv.simulation.jobs import Job, run_job
 
 KEPT_SHARE = 0.9
+SATURATED_RATE = 100.0
+"""Times the workload's own rate at which there is always someone waiting."""
 UNLOADED_RATE = 0.02
 """Times the workload's own rate at which requests are as good as alone."""
 
@@ -33,6 +38,43 @@ class Capacity:
     """Attainment of each job at `UNLOADED_RATE`."""
     trials: tuple[tuple[str, float, float], ...]
     """All (job, rate, attainment) that were simulated on the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saturation:
+    """Rates are multiples of the workload's own."""
+
+    best: str
+    """Name of the job with the highest capacity."""
+    rate: float
+    """That capacity."""
+    rates: dict[str, float]
+    """The capacity of each job."""
+
+
+def saturated_capacity(
+    jobs: Mapping[str, Job], *, progress: Callable[[str], None] = lambda _: None
+) -> Saturation:
+    """For each of `jobs`, the rate that would keep it busy all the time; one run each.
+
+    The workload is sent at `SATURATED_RATE`, so that everyone queues, and the seconds of forward
+    passes it takes are compared with those over which it arrives at its own rate. Raises
+    ConfigError if it all arrives at once.
+    """
+    rates: dict[str, float] = {}
+    for name, job in jobs.items():
+        arrivals_s = [request.arrival_s for request in job.at_rate(1.0).workload.open().initial()]
+        span_s = max(arrivals_s, default=0.0)
+        if span_s <= 0:
+            raise ConfigError(
+                "The workload arrives all at once, so there is no rate to scale; choose arrivals "
+                "over time."
+            )
+        run = run_job(job.at_rate(SATURATED_RATE))
+        rates[name] = span_s / (run["busy_share"] * run["duration_s"])
+        progress(f"{name} is saturated at rate {rates[name]:.3g}")
+    best = max(rates, key=lambda name: rates[name])
+    return Saturation(best, rates[best], rates)
 
 
 def best_capacity(

@@ -75,7 +75,7 @@ RESULT_FILE: dict[str, Any] = {
     "required": ["version", "runs"],
     "properties": {
         "version": {"const": VERSION},
-        "capacity": {"type": "object", "description": "see capacity.Capacity"},
+        "capacity": {"type": "object", "description": "see capacity.py"},
         "runs": {"type": "array", "items": _RUN},
     },
 }
@@ -116,6 +116,6 @@ def _rounded(value: Any) -> Any:
         return float(f"{value:.6g}")
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_rounded(item) for item in value]
     return value
