@@ -20,17 +20,25 @@ class ReuseClass(NamedTuple):
     """What leaves have in common that are about as likely to be used again."""
 
     uses: int
-    """0 to USES_MAX."""
+    """0 to USES_MAX; of a continuation, at least the turns before it."""
     is_continuation: bool
     """It alone continues its parent, as a conversation's last turn does; else it is one of several,
     as prompts below shared instructions are, or the first of its tree."""
 
 
 def class_of(node: Node, uses: int) -> ReuseClass:
-    """The class of `node`, used `uses` times since it was made."""
+    """The class of `node`, used `uses` times since it was made.
+
+    A conversation's last turn is new and has never been used, but every turn before it was.
+    """
+    turns = 0
     parent = node.parent
-    alone = parent is not None and not parent.is_root and len(parent.children) == 1
-    return ReuseClass(min(uses, USES_MAX), alone)
+    while (
+        turns < USES_MAX and parent is not None and not parent.is_root and len(parent.children) == 1
+    ):
+        turns += 1
+        parent = parent.parent
+    return ReuseClass(min(max(uses, turns), USES_MAX), turns > 0)
 
 
 class ReuseEstimator:
