@@ -12,11 +12,10 @@ What is guaranteed
   room for new ones: "acknowledged" does not mean "kept for ever".
 - Operating errors (disk full, I/O errors) never raise out of reads and writes: a read is a miss,
   writes pause for a while and come back by themselves.
-
 - A disk that hangs makes nobody wait who had not begun to: reads are misses, writes are refused.
 
-How it is built, from the bottom up: `io_ops` (system calls), `record` (bytes on disk), `encryption`,
-`index` (SQLite), `segment` and `catalog` (what is where, in memory), `budget` and `space` (which
+How it is built, from the bottom up: `io_ops` (system calls), `record` (bytes on disk),
+`encryption`, `index` (SQLite), `segment` and `catalog` (what is where, in memory), `budget` and `space` (which
 bytes may be used, and which pages go), `io_path` and `memory_pressure` (past the page cache or
 through it), `record_layout` and `page_io` (scatter/gather of pages), `stall_watch`, `write_gate`,
 `reader`, `writer`, `store`. `docs/disk_tier.md` tells the whole story.

@@ -53,7 +53,7 @@ class KernelMemory:
         for path in (self._cgroup / "memory.pressure", self._proc / "pressure" / "memory"):
             try:
                 return _parse_stall(path.read_text())
-            except (OSError, ValueError):
+            except (OSError, ValueError, KeyError):
                 continue
         return None
 

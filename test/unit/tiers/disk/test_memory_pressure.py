@@ -121,8 +121,12 @@ def test_reads_the_machine(proc: Path, tmp_path: Path) -> None:
     assert KernelMemory(proc, tmp_path / "none")() == MemorySample(0.4, 12345)
 
 
-def test_reads_a_kernel_without_psi(proc: Path, tmp_path: Path) -> None:
-    (proc / "pressure" / "memory").unlink()
+@pytest.mark.parametrize("contents", [None, "", "some avg10=0.00", "full total=3", "some total=x"])
+def test_reads_a_kernel_without_psi(proc: Path, tmp_path: Path, contents: str | None) -> None:
+    if contents is None:
+        (proc / "pressure" / "memory").unlink()
+    else:
+        (proc / "pressure" / "memory").write_text(contents)
     assert KernelMemory(proc, tmp_path / "none")() == MemorySample(0.4, None)
 
 
