@@ -15,8 +15,8 @@ What is guaranteed
 - A disk that hangs makes nobody wait who had not begun to: reads are misses, writes are refused.
 
 How it is built, from the bottom up: `io_ops` (system calls), `record` (bytes on disk),
-`encryption`, `index` (SQLite), `segment` and `catalog` (what is where, in memory), `budget` and `space` (which
-bytes may be used, and which pages go), `io_path` and `memory_pressure` (past the page cache or
-through it), `record_layout` and `page_io` (scatter/gather of pages), `stall_watch`, `write_gate`,
-`reader`, `writer`, `store`. `docs/disk_tier.md` tells the whole story.
+`encryption`, `index` (SQLite), `segment` and `catalog` (what is where, in memory), `budget` and
+`space` (which bytes may be used, and which pages go), `io_path` and `memory_pressure` (past the
+page cache or through it), `record_layout` and `page_io` (scatter/gather of pages), `stall_watch`,
+`write_gate`, `reader`, `writer`, `store`. The whole story is in `docs/disk_tier.md`.
 """
