@@ -132,6 +132,24 @@ def test_a_timeout_takes_what_came_until_then() -> None:
     assert 0 < last.disk_hit_tokens < wanted
 
 
+def test_what_is_sooner_computed_than_read_is_not_read() -> None:
+    requests = disk_requests()
+    for bandwidth, is_read in ((100e9, True), (1e6, False)):
+        settings = server(
+            device_blocks=60,
+            host_blocks=60,
+            disk_blocks=500,
+            disk=DiskSpec(read_bandwidth=bandwidth),
+            load_policy="cost",
+            stop_policy="patience",
+        )
+        result, simulation = simulate(requests, settings)
+        assert (result.records[3].disk_hit_tokens > 0) == is_read
+        assert (simulation.instances[0].cache.from_disk.n_bytes > 0) == is_read
+        always, _ = simulate(requests, disk_server("wait_complete", bandwidth))
+        assert result.records[3].ttft_s <= always.records[3].ttft_s * (1 + 1e-9)
+
+
 def test_two_calls_for_the_same_pages_share_one_read() -> None:
     settings = disk_server("wait_complete")
     requests = [*disk_requests(), call(4, 30.001, range(1, 41))]

@@ -25,6 +25,15 @@ CACHES = {
     "slow disk": {"host_blocks": 150, "disk_blocks": 400, "disk": DiskSpec(read_bandwidth=2e8)},
     "best effort": {"host_blocks": 150, "disk_blocks": 400, "stop_policy": "best_effort"},
     "timeout": {"host_blocks": 150, "disk_blocks": 400, "stop_policy": "timeout"},
+    "cost": {
+        "host_blocks": 150,
+        "disk_blocks": 400,
+        "disk": DiskSpec(read_bandwidth=2e8),
+        "load_policy": "cost",
+        "stop_policy": "patience",
+    },
+    "value": {"host_blocks": 150, "eviction": "value"},
+    "s3fifo": {"host_blocks": 150, "eviction": "s3fifo"},
     "belady": {"host_blocks": 150, "eviction": "belady"},
     "kvflow": {"host_blocks": 150, "eviction": "kvflow"},
 }

@@ -55,7 +55,11 @@ def server(
     *, device_blocks: int = 1000, host_blocks: int = 0, disk_blocks: int = 0, **more: Any
 ) -> InstanceSettings:
     """An H200 with an 8B model and pools of so many blocks."""
-    cache = {name: more.pop(name) for name in ("eviction", "stop_policy", "disk") if name in more}
+    cache = {
+        name: more.pop(name)
+        for name in ("eviction", "stop_policy", "load_policy", "disk")
+        if name in more
+    }
     return InstanceSettings(
         model=MODEL,
         device=DEVICE,

@@ -142,7 +142,11 @@ class TieredCache:
     def load_back(self, live: LiveRequest, prefix: Prefix) -> Prefix:
         """Start loading what the host has after `prefix`, as the memory manager sees fit."""
         forest = self.forest
-        load = self.manager.on_match(prefix.match)
+        load = self.manager.on_match(
+            prefix.match,
+            prompt_tokens=self._prompt_units(live),
+            queued_bytes=self.to_device.queued_bytes,
+        )
         if load is None:
             return prefix
         nodes = [forest.node(node_id) for node_id in load.node_ids]
@@ -211,7 +215,12 @@ class TieredCache:
                 end = node.start
                 break
         pages = self.disk.prefix(parent.last_page_hash, tokens[parent.end : end])
-        n_units = len(pages)
+        n_units = self.manager.pages_from_disk(
+            len(pages),
+            parent.end,
+            self._prompt_units(live),
+            queued_bytes=self.from_disk.queued_bytes,
+        )
         if n_units * self.block_tokens < self._settings.prefetch_threshold_tokens:
             return
         while n_units and not self._make_host_room(n_units, parent):
@@ -220,6 +229,9 @@ class TieredCache:
             run = tokens[parent.end : parent.end + n_units]
             self._start_prefetch(live, parent, run)
             self.disk.store(pages[:n_units])
+
+    def _prompt_units(self, live: LiveRequest) -> int:
+        return -(-live.queued.prompt_tokens // self.block_tokens)
 
     def _start_prefetch(self, live: LiveRequest, parent: Node, run: Tokens) -> None:
         op = next(self._ops)
@@ -236,8 +248,15 @@ class TieredCache:
         settings, now_s = self._settings, self._events.now()
         if settings.stop_policy == "best_effort":
             live.give_up_s = now_s
+            return
+        prefetch = live.prefetch
+        n_units = prefetch.n_units if prefetch is not None else 0
+        if settings.stop_policy == "patience" and prefetch is not None:
+            start = prefetch.last.end - n_units
+            live.give_up_s = now_s + self.manager.patience_s(
+                n_units, start, self.from_disk.queued_bytes - prefetch.transfer.n_bytes
+            )
         elif settings.stop_policy == "timeout":
-            n_units = live.prefetch.n_units if live.prefetch is not None else 0
             ki_tokens = n_units * self.block_tokens / 1024
             timeout_s = settings.timeout_base_s + settings.timeout_per_1024_tokens_s * ki_tokens
             live.give_up_s = now_s + min(settings.timeout_max_s, timeout_s)

@@ -82,7 +82,14 @@ def _add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop-policy",
         choices=STOP_POLICIES,
         default="wait_complete",
-        help="when a request stops waiting for its pages from disk (HiCache's three)",
+        help="when a request stops waiting for its pages from disk: HiCache's three, and patience, "
+        "the server's own with --load-policy cost",
+    )
+    cache.add_argument(
+        "--load-policy",
+        choices=("always", "cost", "never"),
+        default="always",
+        help="whether pages in a farther tier are loaded; cost: as many as pay",
     )
 
 
@@ -120,6 +127,7 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
                 disk_bytes=arguments.disk,
                 eviction=arguments.eviction,
                 stop_policy=arguments.stop_policy,
+                load_policy=arguments.load_policy,
             ),
         ),
         seed=arguments.seed,

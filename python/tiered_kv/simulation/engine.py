@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tiered_kv.core.config import MemoryConfig
 from tiered_kv.forest.forest import Forest
 from tiered_kv.memory.manager import MemoryManager
+from tiered_kv.scheduler.cost_model import PlacementCosts
 from tiered_kv.scheduler.request_policy import request_policies
 from tiered_kv.simulation.cache import ManagerFactory
 from tiered_kv.simulation.cache_policies.belady import Clairvoyance
@@ -159,18 +160,25 @@ def _memory(
     """The memory manager of an instance: the server's, or around a policy that knows more."""
     cache = settings.cache
     host, disk = bool(cache.host_bytes), bool(cache.disk_bytes)
+    costs = PlacementCosts(settings.costs(), workload.block_tokens)
     foresight: Foresight
     if cache.eviction == "belady":
         foresight = Clairvoyance(workload)
     elif cache.eviction == "kvflow":
         foresight = WorkflowKnowledge()
     else:
-        config = MemoryConfig(eviction_policy=cache.eviction, host_enabled=host, disk_enabled=disk)
-        return lambda forest: MemoryManager(forest, config), None
-    config = MemoryConfig(host_enabled=host, disk_enabled=disk)
+        config = MemoryConfig(
+            eviction_policy=cache.eviction,
+            host_enabled=host,
+            disk_enabled=disk,
+            load_policy=cache.load_policy,
+        )
+        return lambda forest: MemoryManager(forest, config, costs), None
+    config = MemoryConfig(host_enabled=host, disk_enabled=disk, load_policy=cache.load_policy)
 
     def make(forest: Forest) -> MemoryManager:
-        return ForesightManager(forest, config, FarthestUseEviction(forest, foresight))
+        eviction = FarthestUseEviction(forest, foresight)
+        return ForesightManager(forest, config, eviction, costs)
 
     return make, foresight
 

@@ -96,6 +96,7 @@ def run_job(
             "policy": settings.policy,
             "eviction": cache.eviction,
             "stop_policy": cache.stop_policy,
+            "load_policy": cache.load_policy,
             "device_tokens": settings.device_tokens(),
             "host_tokens": int(cache.host_bytes // settings.model.kv_bytes_per_token),
             "disk_tokens": int(cache.disk_bytes // settings.model.kv_bytes_per_token),

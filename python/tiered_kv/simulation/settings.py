@@ -12,7 +12,7 @@ from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
 
 GB = 10**9
 
-STOP_POLICIES = ("best_effort", "timeout", "wait_complete")
+STOP_POLICIES = ("best_effort", "timeout", "wait_complete", "patience")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,12 @@ class CacheSettings:
     """Name of an eviction policy, or of a simulated one: belady, kvflow."""
 
     stop_policy: str = "wait_complete"
-    """When a request stops waiting for its pages from disk; as HiCache's three."""
+    """When a request stops waiting for its pages from disk: HiCache's three, and the server's own
+    (`MemoryManager.patience_s`, which is endless unless `load_policy` is cost)."""
+
+    load_policy: str = "always"
+    """Whether pages in a farther tier are loaded: always, as HiCache does, or cost: as many as pay
+    according to the cost model; or never."""
 
     prefetch_threshold_tokens: int = 256
     """Shorter hits on disk are not fetched, as in HiCache."""

@@ -10,6 +10,7 @@ from tiered_kv.core.config import MemoryConfig
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
+from tiered_kv.memory.costs import Costs
 from tiered_kv.memory.eviction import EvictionPolicy
 from tiered_kv.memory.leaf_walk import MayGo, NewLeaves, find_victims
 from tiered_kv.memory.manager import MemoryManager
@@ -47,8 +48,10 @@ class FarthestUseEviction:
 class ForesightManager(MemoryManager):
     """The server's memory manager around an eviction policy that is not in its registry."""
 
-    def __init__(self, forest: Forest, config: MemoryConfig, eviction: EvictionPolicy) -> None:
-        super().__init__(forest, config)
+    def __init__(
+        self, forest: Forest, config: MemoryConfig, eviction: EvictionPolicy, costs: Costs
+    ) -> None:
+        super().__init__(forest, config, costs)
         self._eviction = eviction
 
 
