@@ -17,11 +17,13 @@ from typing import Any
 
 import pytest
 
+from support_tiers.costs import give_costs, page_s
 from support_tiers.doubles import PATIENCE_S, BarrierMinimum, random_delays
 from support_tiers.random_history import History
 from support_tiers.tier_rig import Rig, new_disk
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
+from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.tiers.context import host_pages_of
 
 pytestmark = pytest.mark.timeout(120)
@@ -35,6 +37,9 @@ LONGEST_DELAY_S = 0.004
 SIZES = [(48, 40, True), (40, 14, True), (20, 40, True), (32, 6, True), (32, 20, False)]
 
 
+EVICTION_POLICIES = ("value", "s3fifo", "slru")
+
+
 def make_rig(seed: int, *, rank: int = 0, **options: Any) -> Rig:
     n_device, n_host, has_disk = SIZES[seed % len(SIZES)]
     rig = Rig(n_device, n_host, new_disk() if has_disk else None, shard=rank, **options)
@@ -42,6 +47,15 @@ def make_rig(seed: int, *, rank: int = 0, **options: Any) -> Rig:
     rig.copier.up.delay = rig.copier.down.delay = delays
     if has_disk:
         rig.disk.reads.delay = rig.disk.writes.delay = delays
+    if seed % 2:
+        # What is learned from the delays moves boundaries, and ends the patience of some requests.
+        model = give_costs(
+            rig,
+            load_page_s=page_s(rig),
+            read_page_s=page_s(rig) / 2,
+            eviction=EVICTION_POLICIES[seed // 2 % len(EVICTION_POLICIES)],
+        )
+        rig.context.calibrator = Calibrator(model)
     return rig
 
 

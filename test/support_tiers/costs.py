@@ -12,7 +12,12 @@ from tiered_kv.scheduler.cost_model import CostModel, EdgeCost, PlacementCosts
 
 
 def give_costs(
-    rig: Rig, *, load_page_s: float = 1e-6, read_page_s: float = 1e-6, policy: str = "cost"
+    rig: Rig,
+    *,
+    load_page_s: float = 1e-6,
+    read_page_s: float = 1e-6,
+    policy: str = "cost",
+    eviction: str = "lru",
 ) -> CostModel:
     """Costs under which a page takes about 50 ms to compute and as long as told to move."""
     page_bytes = rig.page_format.page_bytes
@@ -27,7 +32,8 @@ def give_costs(
         },
     )
     costs = PlacementCosts(model, bytes_per_token=page_bytes / PAGE_SIZE)
-    rig.context.manager = MemoryManager(rig.forest, MemoryConfig(load_policy=policy), costs)
+    config = MemoryConfig(load_policy=policy, eviction_policy=eviction)
+    rig.context.manager = MemoryManager(rig.forest, config, costs)
     return model
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from support_tiers.doubles import FaultyDisk
 from support_tiers.tier_rig import Request, Rig, tokens_of
 from tiered_kv.core.ids import Tier
+from tiered_kv.memory.demand import DemandForecast, Expectation
+from tiered_kv.scheduler.calibration import StepObservation
 
 MAX_RUNNING = 4
 MAX_WAITING = 5
@@ -46,6 +48,8 @@ class History:
             (2, self._evict_device),
             (1, self._evict_host),
             (0.7, self._change_faults),
+            (1, self._observe_step),
+            (0.7, self._forecast),
             (0.3, self._flush),
             (0.2, self._forget_disk),
         ]
@@ -180,6 +184,20 @@ class History:
             disk.reads.error = self.world.choice((*[None] * 5, OSError("no read")))
             disk.writes.error = self.world.choice((*[None] * 5, OSError("no write")))
         return "faults change"
+
+    def _observe_step(self) -> str:
+        """As long as it took on this rank."""
+        seconds = self.world.random() * 0.1
+        self.rig.hierarchy.observe_step(StepObservation(((64, 0),), 0, 0, seconds))
+        return "observe a step"
+
+    def _forecast(self) -> str:
+        nodes = self.rig.forest.nodes()
+        expected = self.rng.sample(nodes, min(3, len(nodes)))
+        self.rig.hierarchy.forecast(
+            DemandForecast({node.node_id: Expectation(self.rng.random()) for node in expected})
+        )
+        return f"expect {len(expected)} nodes"
 
     def _flush(self) -> str:
         if self.rig.requests:
