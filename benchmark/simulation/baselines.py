@@ -47,6 +47,8 @@ MODELS = {
 """Model, device or group, and host memory: 256 GB for each H200."""
 DISK_BYTES = 4000 * GB
 HOST_SHARES = (1 / 8, 1 / 4, 1 / 2, 1, 2)
+AGENT_TURNS = 12
+AGENT_PAUSE = 0.2
 INFINITE_BYTES = 10**17
 
 
@@ -64,7 +66,8 @@ def workloads(options: argparse.Namespace) -> dict[str, WorkloadChoice]:
         found["agents"] = WorkloadChoice(
             spec=f"agent_sessions:{options.agents},arrivals=poisson:0.05",
             limit=options.agent_sessions,
-            pause=0.2,
+            turns=AGENT_TURNS,
+            pause=AGENT_PAUSE,
             slo_mix=SLO_MIX,
         )
     return found
@@ -233,8 +236,8 @@ data sheet with assumed efficiencies, not a measurement.
   none), drawn per session or request. A request's TBT is the mean over its tokens. `priority`
   orders by class.
 - mooncake_conversation: the first requests of the hour, arrivals spread over the trace's 3 s clock.
-- agent_sessions: the first sessions, started by a Poisson process, pauses times 0.2 so that few
-  sessions load a server; each call waits for the answer before it.
+- agent_sessions: the first {AGENT_TURNS} calls of the first sessions, started by a Poisson process,
+  pauses times {AGENT_PAUSE} (a few last hours); each call waits for the answer before it.
 - Capacity: the rate at which requests bring as many seconds of forward passes per second as a
   saturated server (the workload at {SATURATED_RATE:g} times its rate) needs for them. Loads are
   multiples of the best order's capacity; beyond 1 queues grow as long as requests arrive.
@@ -253,7 +256,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmark/results"))
     parser.add_argument("--only", help="one of mooncake_8b, mooncake_70b, agents_8b, agents_70b")
     parser.add_argument("--mooncake-requests", type=int, default=1500)
-    parser.add_argument("--agent-sessions", type=int, default=10)
+    parser.add_argument("--agent-sessions", type=int, default=60)
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     options = parser.parse_args()
     for trace, workload in workloads(options).items():

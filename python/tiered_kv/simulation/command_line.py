@@ -30,6 +30,9 @@ def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
         help="delay each arrival by up to S seconds at random; 3 undoes the resolution of "
         "Mooncake's traces",
     )
+    parser.add_argument(
+        "--turns", type=int, metavar="N", help="only the first N calls of each session"
+    )
     server = parser.add_argument_group("server")
     server.add_argument(
         "--model", default="Llama-3.1-8B", help=f"one of {', '.join(sorted(MODELS))}"
@@ -109,6 +112,7 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
             pause=arguments.pause,
             limit=arguments.limit,
             spread_s=arguments.spread,
+            turns=arguments.turns,
             slo_mix=arguments.slo_mix,
             seed=arguments.seed,
         ),

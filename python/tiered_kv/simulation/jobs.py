@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from tiered_kv.simulation.engine import Progress, Simulation
+from tiered_kv.simulation.first_turns import FirstTurns
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.spread import SpreadWorkload
 from tiered_kv.simulation.statistics import summarize
@@ -32,6 +33,8 @@ class WorkloadChoice:
     limit: int | None = None
     spread_s: float = 0.0
     """See `spread.py`; 3 for Mooncake's traces."""
+    turns: int | None = None
+    """Only so many calls of each session."""
     slo_mix: str | None = None
     seed: int = 0
 
@@ -48,6 +51,8 @@ class WorkloadChoice:
         workload = _open(self.spec, self.seed)
         if self.spread_s:
             workload = SpreadWorkload(workload, self.spread_s, self.seed)
+        if self.turns is not None:
+            workload = FirstTurns(workload, self.turns)
         return AdaptedWorkload(workload, adaptation)
 
 
@@ -87,6 +92,7 @@ def run_job(
             "pause": job.workload.pause,
             "limit": job.workload.limit,
             "spread_s": job.workload.spread_s,
+            "turns": job.workload.turns,
             "slo_mix": job.workload.slo_mix,
             "seed": job.workload.seed,
         },

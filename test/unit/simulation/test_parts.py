@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,14 @@ from tiered_kv.forest.key import page_hashes
 from tiered_kv.simulation import schema, tables
 from tiered_kv.simulation.admission import NewTokenRatio
 from tiered_kv.simulation.disk_index import DiskIndex
+from tiered_kv.simulation.engine import Simulation
 from tiered_kv.simulation.execution import Execution
+from tiered_kv.simulation.first_turns import FirstTurns
 from tiered_kv.simulation.live import RequestRecord
 from tiered_kv.simulation.spread import SpreadWorkload
 from tiered_kv.simulation.statistics import CDF_SHARES, distribution, meets_slo, summarize
+from tiered_kv.simulation.workload.errors import WorkloadError
+from tiered_kv.simulation.workload.generators.agents import Agents
 
 
 def record(ttft_s: float | None, mean_s: float | None, **more: float | None) -> RequestRecord:
@@ -98,6 +103,19 @@ def test_spread_arrivals_stay_within_the_clock_and_in_order() -> None:
         assert 0.0 <= delay_s < 3.0
     again = [request.arrival_s for request in SpreadWorkload(recorded(requests), 3.0, 1).initial()]
     assert arrivals == again
+
+
+def test_sessions_end_after_their_first_turns() -> None:
+    whole = Simulation(Agents(sessions=6).build(1), server()).run().records
+    workload = FirstTurns(Agents(sessions=6).build(1), 3)
+    for _ in range(2):  # `initial` starts anew
+        cut = Simulation(workload, server()).run().records
+        calls = Counter(record.session for record in whole)
+        assert Counter(record.session for record in cut) == {
+            session: min(3, n) for session, n in calls.items()
+        }
+    with pytest.raises(WorkloadError, match="at least 1"):
+        FirstTurns(workload, 0)
 
 
 def test_the_new_token_ratio_decays_to_its_least() -> None:
