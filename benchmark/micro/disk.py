@@ -2,11 +2,12 @@
 
 Throughput: pages are written to and read from the store, through each path, with each number of I/O
 threads, in turn with plain loops of O_DIRECT pwritev/preadv in the same directory ("raw"; I/Os of 1
-and 4 MiB). Systems take turns slice by slice, and medians are compared, because few disks are
+and 4 MiB). Systems take turns slice by slice and are compared turn by turn, because few disks are
 quiet. Blocks that were preallocated but never written cost the file system a journal update at the
 first write, for raw writes as for ours: "fresh" and "rewritten" blocks are compared with their
-like. After every slice written, data is on the device (fdatasync); "buffered" reads come from the
-device, too, and "buffered, cached" ones from the page cache.
+like. The clock stops when the device has the bytes: direct writes are over then, raw ones as ours;
+buffered ones end with fdatasync. Flushing the device's own cache between turns is not timed.
+"buffered" reads come from the device, too, "buffered, cached" ones from the page cache.
 
 Index: a store with a million pages (segment files are sparse, nothing is read from them) is opened
 with a cold page cache; batched lookups are timed.

@@ -1,8 +1,8 @@
 """The throughput part of `disk.py`: the store and the raw disk take turns, slice by slice.
 
 A disk shared with others (or throttled by a cloud) changes its speed from second to second. So in
-each round every system moves one slice (64 MiB, say), in an order that rotates, and what is
-compared are the medians over the rounds.
+each round every system moves one slice (64 MiB, say), in an order that rotates; systems are
+compared within each round, and the median over the rounds is shown.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Row:
     write_cpu_s_per_gb: float | None
     read_cpu_s_per_gb: float | None
     write_ratio_to_raw: float | None
-    """To the faster of the two raw I/O sizes on the same kind of blocks."""
+    """To the faster raw I/O size on the same kind of blocks; the median of the rounds."""
     read_ratio_to_raw: float | None
 
 
 class System:
-    """Something that stores slices; `write` and `read` return when the disk has done its part."""
+    """Something that stores slices; `write` and `read` return when the device has the bytes."""
 
     name: str
     blocks = FRESH
@@ -75,6 +75,10 @@ class System:
         raise NotImplementedError
 
     def read(self, index: int) -> None:
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Flush what the device and the file system still hold back; not timed."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -97,9 +101,12 @@ class Raw(System):
         if blocks == REWRITTEN:
             for index in range(shape.slices):
                 self.write(index)
+            self.settle()
 
     def write(self, index: int) -> None:
         self._spread(index, os.pwritev)
+
+    def settle(self) -> None:
         os.fdatasync(self._fd)
 
     def read(self, index: int) -> None:
@@ -169,13 +176,14 @@ class Store(System):
     def write(self, index: int) -> None:
         if self._namespace.write_pages(self._hashes(index), self._pages) != len(self._pages):
             raise RuntimeError("a write failed")
-        self._sync()
+        if self._mode is IoMode.BUFFERED:
+            self.settle()
 
     def read(self, index: int) -> None:
         if self._namespace.read_pages(self._hashes(index), self._pages) != len(self._pages):
             raise RuntimeError("a read failed")
 
-    def _sync(self) -> None:
+    def settle(self) -> None:
         for path in (self._directory / "segments").iterdir():
             if path not in self._fds:
                 self._fds[path] = os.open(path, os.O_RDONLY)
@@ -275,6 +283,7 @@ def take_turns(
             act(systems[which], index)
             times[which].wall_s.append(time.perf_counter() - wall)
             times[which].cpu_s.append(time.process_time() - cpu)
+            systems[which].settle()
 
 
 def summarise(
@@ -285,12 +294,17 @@ def summarise(
     def median(values: list[float]) -> float | None:
         return statistics.median(values) if values else None
 
-    def best_raw(times: list[Times], blocks: str) -> float:
-        return min(
-            statistics.median(t.wall_s)
-            for s, t in zip(systems, times, strict=True)
-            if s.is_raw and s.blocks == blocks
+    def ratio_to_raw(times: list[Times], blocks: str, ours_s: list[float]) -> float | None:
+        """Round by round, to the raw I/O size that is faster on the whole."""
+        raw_s = min(
+            (
+                t.wall_s
+                for s, t in zip(systems, times, strict=True)
+                if s.is_raw and s.blocks == blocks
+            ),
+            key=statistics.median,
         )
+        return median([r / o for r, o in zip(raw_s, ours_s, strict=True)]) if ours_s else None
 
     def over(a: float, b: float | None) -> float | None:
         return None if b is None else a / b
@@ -308,8 +322,8 @@ def summarise(
                 over(gb, write_s),
                 over(gb, read_s),
                 *(None if c is None else c / gb for c in cpu),
-                over(best_raw(writes, system.blocks), write_s),
-                over(best_raw(reads, system.blocks), read_s),
+                ratio_to_raw(writes, system.blocks, write.wall_s),
+                ratio_to_raw(reads, system.blocks, read.wall_s),
             )
         )
     return rows
