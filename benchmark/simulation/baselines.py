@@ -40,6 +40,8 @@ SLO_MIX = "interactive:0.6:0.5:0.05,standard:0.3:2:0.1,batch:0.1:30:-"
 LOADS = (0.8, 1.0, 1.2)
 ORDERS = ("fcfs", "lpm", "dfs-weight", "priority", "hrrn", "k-lpm", "edf", "niyama")
 """The baselines; policies of this project are compared with them elsewhere."""
+MIXED = ("fcfs", "hrrn")
+"""Those that are tried with upstream's --enable-mixed-chunk as well."""
 MODELS = {
     "8b": ("Llama-3.1-8B", "H200-141", 256 * GB),
     "70b": ("Llama-3.1-70B", "4xH200-141", 1024 * GB),
@@ -135,6 +137,11 @@ def measure(name: str, job: Job, workers: int) -> tuple[list[Run], dict[str, Any
         for policy in ORDERS
     }
     assert set(ORDERS) <= set(request_policies.names())
+    for policy in MIXED:
+        # Niyama mixes prefill and decode: what does that do alone?
+        settings = replace(job.settings, policy=policy, mixed_chunk=True)
+        labels = {"part": "orders", "name": f"{policy}, mixed"}
+        orders[labels["name"]] = replace(job, settings=settings, labels=labels)
     with tqdm(desc=f"{name}: capacity", unit=" runs") as bar:
 
         def note(news: str) -> None:
@@ -142,9 +149,9 @@ def measure(name: str, job: Job, workers: int) -> tuple[list[Run], dict[str, Any
             bar.update()
 
         found = saturated_capacity(orders, progress=note)
-    jobs = [orders[policy].at_rate(found.rate * load) for load in LOADS for policy in ORDERS]
+    jobs = [order.at_rate(found.rate * load) for load in LOADS for order in orders.values()]
     jobs += [some.at_rate(found.rate) for some in cache_jobs(job, clairvoyant)]
-    if clairvoyant == "belady":
+    if name == "mooncake_8b":
         # A closed loop would shift its arrivals with every hit: its hits can't be compared so.
         jobs += [some.at_rate(found.rate) for some in capacity_jobs(job, clairvoyant)]
     with tqdm(desc=f"{name}: runs", total=len(jobs), unit=" runs") as bar:
@@ -231,7 +238,8 @@ data sheet with assumed efficiencies, not a measurement.
 
 - Server: chunks of 8192 prefill tokens, prefill before decode, at most 256 requests decoding,
   clients' limit 2048 new tokens. Host tier 256 GB per H200, disk tier 4 TB at 6 GB/s, LRU, requests
-  wait for their pages from disk, unless a table says otherwise. `niyama` mixes prefill and decode.
+  wait for their pages from disk, unless a table says otherwise. `niyama` mixes prefill and decode in an iteration; `mixed` are
+  orders with upstream's --enable-mixed-chunk.
 - Objectives: 60% interactive (TTFT 500 ms, TBT 50 ms), 30% standard (2 s, 100 ms), 10% batch (30 s,
   none), drawn per session or request. A request's TBT is the mean over its tokens. `priority`
   orders by class.

@@ -19,7 +19,7 @@ def markdown(columns: Sequence[Column], runs: Sequence[Run]) -> str:
 def results_table(runs: Sequence[Run]) -> str:
     """The usual figures of some runs; the columns of their classes follow the first run's."""
     columns: list[Column] = [
-        ("policy", lambda run: str(run["settings"]["policy"])),
+        ("policy", lambda run: str(run["labels"].get("name") or run["settings"]["policy"])),
         ("eviction", lambda run: str(run["settings"]["eviction"])),
         ("rate", lambda run: f"{run['workload']['rate']:.3g}"),
         ("goodput/s", lambda run: f"{run['goodput_rps']:.3f}"),
