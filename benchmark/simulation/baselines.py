@@ -238,8 +238,8 @@ data sheet with assumed efficiencies, not a measurement.
 
 - Server: chunks of 8192 prefill tokens, prefill before decode, at most 256 requests decoding,
   clients' limit 2048 new tokens. Host tier 256 GB per H200, disk tier 4 TB at 6 GB/s, LRU, requests
-  wait for their pages from disk, unless a table says otherwise. `niyama` mixes prefill and decode in an iteration; `mixed` are
-  orders with upstream's --enable-mixed-chunk.
+  wait for their pages from disk, unless a table says otherwise. `niyama` mixes prefill and decode
+  in an iteration; `mixed` are orders with upstream's --enable-mixed-chunk.
 - Objectives: 60% interactive (TTFT 500 ms, TBT 50 ms), 30% standard (2 s, 100 ms), 10% batch (30 s,
   none), drawn per session or request. A request's TBT is the mean over its tokens. `priority`
   orders by class.
