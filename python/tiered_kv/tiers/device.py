@@ -25,6 +25,15 @@ LayerDone = Callable[[int, LayerEvent | None], None]
 After = Sequence[torch.cuda.Event]
 
 
+def wait_for(after: After) -> None:
+    """Blocks the calling thread until the streams have got there.
+
+    The copier's stream would wait as well; but then nobody could tell how long the copy took.
+    """
+    for event in after:
+        event.synchronize()
+
+
 class PageCopier(Protocol):
     """Moves whole pages; both calls run on a transfer thread and return when the copy is done.
 

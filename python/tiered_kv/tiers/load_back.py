@@ -12,7 +12,7 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.memory.actions import Load
 from tiered_kv.tiers.context import TierContext, host_pages_of, match_of
-from tiered_kv.tiers.device import After, DeviceSlots
+from tiered_kv.tiers.device import After, DeviceSlots, wait_for
 from tiered_kv.tiers.layer_gate import LayerEvent, LayerGate, LoadBatch
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Completion, TransferQueue
@@ -148,6 +148,8 @@ class LoadBack:
             if self._failure is not None:
                 # Whoever waits for this load counts on all loads before it.
                 raise self._failure
+            wait_for(job.after)
+            self.queue.restart_clock()
             self._context.copier.to_device(job.host_pages, job.device_slots, job.after, layer_done)
         except Exception as error:
             self._failure = error

@@ -15,7 +15,7 @@ import torch
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.tiers.context import TierContext
-from tiered_kv.tiers.device import After
+from tiered_kv.tiers.device import After, wait_for
 from tiered_kv.tiers.layer_gate import LayerEvent
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Completion, TransferQueue
@@ -188,6 +188,8 @@ class Swap:
 
     def _copy(self, job: SwapJob) -> int:
         copier = self._context.copier
+        wait_for(job.after)
+        self.queue.restart_clock()
         if job.is_return:
             copier.to_device(job.host_pages, job.device_slots, job.after, _whole)
         else:

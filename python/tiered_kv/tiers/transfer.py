@@ -39,7 +39,7 @@ class Completion(Generic[J]):
     seconds: float
     """From submit to end, time in the queue included."""
     service_s: float
-    """Time that the job itself took."""
+    """Time that the job itself took, without what it had to wait for (see `restart_clock`)."""
 
 
 class Collective(Protocol):
@@ -70,6 +70,7 @@ class TransferQueue(Generic[J]):
         self._n_acknowledged = 0
         self._pages_in_flight = 0
         self._is_closing = False
+        self._begun_at = 0.0
         self._progress = threading.Condition()
         self._thread = threading.Thread(target=self._work, name=f"tiered-kv-{name}", daemon=True)
         self._thread.start()
@@ -115,6 +116,10 @@ class TransferQueue(Generic[J]):
 
     # -- the worker's side --------------------------------------------------------------------
 
+    def restart_clock(self) -> None:
+        """Called by `run` when its job begins in earnest: what it waited for was no service."""
+        self._begun_at = time.perf_counter()
+
     def _work(self) -> None:
         while self._finish_one():
             pass
@@ -125,14 +130,14 @@ class TransferQueue(Generic[J]):
         if item is None:
             return False
         job, submitted_at = item
-        begun_at = time.perf_counter()
+        self._begun_at = time.perf_counter()
         try:
             n_done = 0 if self._is_closing else self._run(job)
         except Exception:
             logger.exception("Tiered KV: a %s transfer failed, its pages are lost", self.name)
             n_done = 0
         ended_at = time.perf_counter()
-        completion = Completion(job, n_done, ended_at - submitted_at, ended_at - begun_at)
+        completion = Completion(job, n_done, ended_at - submitted_at, ended_at - self._begun_at)
         with self._progress:
             self._finished.append(completion)
             self._n_finished += 1

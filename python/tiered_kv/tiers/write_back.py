@@ -19,7 +19,7 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.context import TierContext, device_slots_of, host_pages_of
 from tiered_kv.tiers.deferred import DeferredNodes
-from tiered_kv.tiers.device import After
+from tiered_kv.tiers.device import After, wait_for
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Completion, TransferQueue
@@ -191,6 +191,8 @@ class WriteBack:
         return at
 
     def _copy(self, job: HostWrite) -> int:
+        wait_for(job.after)
+        self.to_host.restart_clock()
         self._context.copier.to_host(job.device_slots, job.host_pages, job.after)
         return job.n_pages
 

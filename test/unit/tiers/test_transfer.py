@@ -153,3 +153,24 @@ def test_a_finished_job_is_not_kept_alive(make_queue: MakeQueue) -> None:
 
 def test_a_single_rank_agrees_with_itself() -> None:
     assert SingleRank().minimum([3, 0, 7]) == [3, 0, 7]
+
+
+def test_service_is_what_is_left_of_a_job_without_queueing_and_waiting(
+    make_queue: MakeQueue,
+) -> None:
+    def run(job: Copy) -> int:
+        time.sleep(0.05)
+        if job.name == "waits first":
+            queue.restart_clock()
+            time.sleep(0.02)
+        return job.n_pages
+
+    queue = make_queue(run)
+    for name in ("plain", "waits first", "plain"):
+        queue.submit(Copy(1, name))
+    assert queue.wait(PATIENCE_S)
+    plain, waited, last = queue.acknowledge(3)
+    assert plain.service_s >= 0.05
+    assert 0.02 <= waited.service_s <= waited.seconds - 0.05
+    assert last.seconds >= 0.17
+    assert 0.05 <= last.service_s <= last.seconds - 0.12
