@@ -92,6 +92,23 @@ def test_knowing_when_sessions_return_finds_more_than_recency() -> None:
     assert kvflow > 1.1 * lru
 
 
+def test_a_session_that_ended_leaves_the_host_first() -> None:
+    # Session 0 ends with its second call; 1 and 2 come back. The host holds two of the three.
+    prompts = {session: [1000 * (session + 1) + at for at in range(40)] for session in range(3)}
+    calls = [(0, 5.0), (1, 50.0), (0, None), (2, 50.0), (1, None), (2, None)]
+    requests = [
+        call(index, 10.0 * index, prompts[session], 2, session=session, next_use_hint_s=hint_s)
+        for index, (session, hint_s) in enumerate(calls)
+    ]
+    settings = server(device_blocks=60, host_blocks=85, eviction="kvflow")
+    hits = [
+        record.device_hit_tokens + record.host_hit_tokens
+        for record in Simulation(recorded(requests), settings).run().records
+    ]
+    assert [hit > 0 for hit in hits] == [False, False, True, False, True, True]
+    assert min(hits[4:]) == 40 * BLOCK_TOKENS
+
+
 def test_belady_refuses_arrivals_that_depend_on_answers() -> None:
     workload = Agents().build(0)
     with pytest.raises(ConfigError, match="kvflow"):

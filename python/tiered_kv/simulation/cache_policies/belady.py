@@ -38,10 +38,14 @@ class Clairvoyance:
             for page in pages:
                 self._uses.setdefault(page, []).append((arrival_s, request_id))
         self._admitted: set[int] = set()
+        self.touched: list[int] = []
 
     def next_use_s(self, node: Node) -> float:
         """See `Foresight.next_use_s`."""
         return self._next_use_s(node.page_hashes[-1])
+
+    def on_split(self, upper: Node, lower: Node) -> None:
+        """Nothing to do: uses are known by page."""
 
     def on_admission(self, live: LiveRequest) -> None:
         """See `Foresight.on_admission`."""
@@ -52,9 +56,10 @@ class Clairvoyance:
         node = live.pinned
         while node is not None and not node.is_root:
             parent = node.parent
+            self.touched.append(node.node_id)
             while (n_pages := self._first_part(node)) < node.n_pages:
                 # The lower half stays the node; what was cut off lies above it and is done.
-                forest.split(node, n_pages)
+                self.touched.append(forest.split(node, n_pages)[0].node_id)
             node = parent
 
     def _first_part(self, node: Node) -> int:

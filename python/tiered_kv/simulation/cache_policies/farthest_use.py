@@ -10,8 +10,8 @@ from tiered_kv.core.config import MemoryConfig
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
+from tiered_kv.memory.actions import Drop
 from tiered_kv.memory.costs import Costs
-from tiered_kv.memory.eviction import EvictionPolicy
 from tiered_kv.memory.leaf_walk import MayGo, NewLeaves, find_victims
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.simulation.live import LiveRequest
@@ -20,8 +20,15 @@ from tiered_kv.simulation.live import LiveRequest
 class Foresight(Protocol):
     """Knows, or expects, when a node's pages are asked for again."""
 
+    touched: list[int]
+    """Ids of nodes whose next use has changed, in the order in which it did; it only grows."""
+
     def next_use_s(self, node: Node) -> float:
         """Time of the next use of the node's last page; infinity if none is known."""
+        ...
+
+    def on_split(self, upper: Node, lower: Node) -> None:
+        """`upper` was cut off `lower`, which is about to go."""
         ...
 
     def on_admission(self, live: LiveRequest) -> None:
@@ -37,6 +44,7 @@ class FarthestUseEviction:
     """The leaf whose next use is farthest; among equals the least recently used one."""
 
     def __init__(self, forest: Forest, foresight: Foresight) -> None:
+        self.foresight = foresight
         self._forest = forest
         self._orders = {tier: _FarthestFirst(forest, tier, foresight) for tier in forest.tiers}
 
@@ -49,10 +57,20 @@ class ForesightManager(MemoryManager):
     """The server's memory manager around an eviction policy that is not in its registry."""
 
     def __init__(
-        self, forest: Forest, config: MemoryConfig, eviction: EvictionPolicy, costs: Costs
+        self, forest: Forest, config: MemoryConfig, eviction: FarthestUseEviction, costs: Costs
     ) -> None:
         super().__init__(forest, config, costs)
         self._eviction = eviction
+        self._foresight = eviction.foresight
+
+    def on_pressure(self, tier: Tier, n_pages: int) -> list[Drop]:
+        """See `MemoryManager.on_pressure`."""
+        drops = super().on_pressure(tier, n_pages)
+        if drops:
+            last = self._forest.node(drops[-1].node_id)
+            if last.parent is not None and not last.parent.is_root:
+                self._foresight.on_split(last.parent, last)
+        return drops
 
 
 class _FarthestFirst:
@@ -66,12 +84,19 @@ class _FarthestFirst:
         self._foresight = foresight
         self._entries: list[tuple[float, int, int]] = []
         self._new = NewLeaves(forest, tier)
+        self._n_touched = 0
 
     def refresh(self) -> None:
-        # A node in use is no leaf, so its next use changes while it is none: it comes anew.
         for node in self._new.take():
             self.add(node)
         leaves = self._forest.leaves(self._tier)
+        # On the host a node stays a leaf while the device's copy is in use.
+        touched = self._foresight.touched
+        for node_id in touched[self._n_touched :]:
+            found = self._forest.find(node_id)
+            if found is not None and found in leaves:
+                self.add(found)
+        self._n_touched = len(touched)
         if len(self._entries) > 2 * len(leaves) + self._SLACK:
             self._entries = [self._entry(node) for node in leaves]
             heapq.heapify(self._entries)
