@@ -65,10 +65,10 @@ def faulty(
 @pytest.mark.parametrize(
     ("fault", "stops_writes", "loses_reads"),
     [
-        ("eio_on_write", True, False),
+        pytest.param("eio_on_write", True, False, marks=pytest.mark.long),
         ("disk_full", True, False),
-        ("eio_on_read", False, True),
-        ("short_reads", False, True),
+        pytest.param("eio_on_read", False, True, marks=pytest.mark.long),
+        pytest.param("short_reads", False, True, marks=pytest.mark.long),
         ("bit_flips", False, True),
         ("stall", False, False),
     ],
