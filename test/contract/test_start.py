@@ -139,7 +139,11 @@ print(json.dumps({
         target for target, hooks in HookRegistry._hooks.items()
         if any(h.__module__.startswith("tiered_kv.") for _, h, _ in hooks)
     ],
-    "wrapped": [h.target for h in HOOKS if hasattr(pkgutil.resolve_name(h.target), "__wrapped__")],
+    # SGLang decorates some of its functions itself: look for wrappers that a hook would make.
+    "wrapped": [
+        h.target for h in HOOKS
+        if "hook_registry" in pkgutil.resolve_name(h.target).__code__.co_filename
+    ],
 }))
 """
 
