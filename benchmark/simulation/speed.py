@@ -102,8 +102,9 @@ def main() -> None:
     runs = [timed(job) for job in tqdm(planned, unit=" runs")]
     mean = runs[0]["hits"]["input"] / runs[0]["n_requests"]
     text = (
-        "# Speed of the simulator\n\nMade by `python benchmark/simulation/speed.py`"
-        f"{' --mooncake mooncake_conversation.jsonl' if options.mooncake else ''}.\n\n"
+        "# Speed of the simulator\n\nMade by `python benchmark/simulation/speed.py"
+        f"{' --mooncake mooncake_conversation.jsonl' if options.mooncake else ''}"
+        f" --requests {options.requests}`.\n\n"
         f"{runs[0]['n_requests']} requests of {runs[0]['workload']['name']}, {mean:.0f} prompt "
         f"tokens on average, Llama-3.1-8B on H200-141, on one core of {os.cpu_count()} "
         f"({platform.machine()}), Python {platform.python_version()}. Processor time, reading the "
