@@ -104,6 +104,10 @@ class DiskStore:
         self._space.shrink_to_budget()
         # One pool each: a request that waits for its pages must not queue behind write-backs.
         self._read_pool, self._write_pool = IoPool(io_threads), IoPool(io_threads)
+        self._operations = self._make_operations(page_io)
+        self._namespace_lock = threading.Lock()
+
+    def _make_operations(self, page_io: PageIo) -> Operations:
         reader = PageReader(
             self._catalog, self._index, self._space, page_io, self._read_pool, self._counters
         )
@@ -117,8 +121,7 @@ class DiskStore:
             self._counters,
             self._mend_index,
         )
-        self._operations = Operations(reader, writer)
-        self._namespace_lock = threading.Lock()
+        return Operations(reader, writer)
 
     @classmethod
     def open(
