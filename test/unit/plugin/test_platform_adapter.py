@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
 
@@ -101,6 +102,7 @@ def server_args(**given: object) -> SimpleNamespace:
         "max_total_tokens": None,
         "mem_fraction_static": None,
         "grammar_backend": None,
+        "tp_size": 1,
     }
     return SimpleNamespace(**(values | given))
 
@@ -167,3 +169,28 @@ def test_upstream_resolves_it() -> None:
 @pytest.mark.skipif(platform_adapter.has_accelerator(), reason="needs a machine without one")
 def test_upstream_resolves_its_own_cpu_engine_when_that_is_asked_for() -> None:
     assert platform_in_a_fresh_process(SGLANG_USE_CPU_ENGINE="1") == "CpuSRTPlatform"
+
+
+RANKS = ("SGLANG_NCCL_SO_PATH", "SGLANG_CPU_OMP_THREADS_BIND")
+
+
+def test_ranks_get_cores_of_their_own_and_no_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RANKS:
+        monkeypatch.setenv(name, "")  # restored at the end
+        monkeypatch.delenv(name)
+    TieredKVCpuPlatform().apply_server_args_defaults(server_args())
+    assert not [name for name in RANKS if name in os.environ]
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5, 7})
+    TieredKVCpuPlatform().apply_server_args_defaults(server_args(tp_size=2))
+    assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "0,1|2,5"
+    assert not Path(os.environ["SGLANG_NCCL_SO_PATH"]).exists()
+
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "7|5")
+    TieredKVCpuPlatform().apply_server_args_defaults(server_args(tp_size=2))
+    assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "7|5"
+
+
+def test_more_ranks_than_cores_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 4})
+    assert platform_adapter.cores_by_rank(4) == "3|4|3|4"
