@@ -199,7 +199,8 @@ def section(slug: str, runs: list[Run], capacity: dict[str, Any], directory: Pat
     rates = ", ".join(f"{name} {rate:.3f}" for name, rate in capacity["rates"].items())
     summary = (
         f"{first['n_requests']} requests, {first['n_requests'] - first['n_finished']} of them "
-        f"longer than the device's KV pool and refused. Capacity, in multiples of the workload's own rate: "
+        "longer than the device's KV pool and refused. Capacity, in multiples of the workload's "
+        "own rate: "
         f"**{capacity['rate']:.3f}** ({capacity['best']}); of each order: {rates}."
     )
     lines = [
