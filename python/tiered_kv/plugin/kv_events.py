@@ -6,6 +6,7 @@ A block is a page; its hash is the head of our own chained page hash, so it also
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sglang.srt.disaggregation.kv_events import (
@@ -69,6 +70,9 @@ class KvEvents:
             parent_hash = block_hash(page_hash)
 
     def removed(self, node: Node, tier: Tier) -> None:
-        if self._enabled:
-            hashes = [block_hash(page_hash) for page_hash in node.page_hashes]
+        self.dropped(node.page_hashes, tier)
+
+    def dropped(self, page_hashes: Sequence[bytes], tier: Tier) -> None:
+        if self._enabled and page_hashes:
+            hashes = [block_hash(page_hash) for page_hash in page_hashes]
             self._queue.append(BlockRemoved(block_hashes=hashes, medium=MEDIUM[tier]))

@@ -261,6 +261,10 @@ class TieredPrefixCache(RadixCache):
         self.hierarchy.suspend_disk()
 
     def take_events(self) -> list[Any]:
+        disk = self.hierarchy.context.disk
+        if disk is not None:
+            # The disk makes room by itself. More than it can name at once are left unsaid.
+            self._parts.events.dropped(disk.drain_dropped() or (), Tier.DISK)
         return self._parts.events.take()
 
     def clear_storage_backend(self) -> bool:

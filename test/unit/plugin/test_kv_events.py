@@ -45,6 +45,16 @@ def test_removal_names_the_same_blocks() -> None:
     assert removed.medium == "DISK"
 
 
+def test_pages_that_a_tier_dropped_are_named_without_a_node() -> None:
+    events = KvEvents(PAGE, enabled=True)
+    page_hash = bytes(range(32))
+    events.dropped([page_hash], Tier.DISK)
+    events.dropped([], Tier.DISK)
+    (only,) = events.take()
+    assert isinstance(only, BlockRemoved)
+    assert (only.block_hashes, only.medium) == ([block_hash(page_hash)], "DISK")
+
+
 def test_take_empties_the_queue_and_clearing_is_an_event() -> None:
     events = KvEvents(PAGE, enabled=True)
     events.cleared()

@@ -39,6 +39,10 @@ class NamespaceEntries:
             if len(self._dropped) > MAX_DROPPED:
                 self._dropped = None
 
+    @property
+    def has_dropped(self) -> bool:
+        return self._dropped is None or bool(self._dropped)
+
     def drain_dropped(self) -> list[bytes] | None:
         """Pages dropped since the last call and not stored again; None if they were too many to
         remember. The caller holds the catalog's lock."""

@@ -102,6 +102,8 @@ class PageReader:
         return len(dropped)
 
     def drain_dropped(self, entries: NamespaceEntries) -> list[bytes] | None:
+        if not entries.has_dropped:  # without the lock: what is missed comes with the next call
+            return []
         with self._catalog.lock:
             return entries.drain_dropped()
 
