@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,9 @@ class FaultyDisk:
 
     def count_prefix(self, hashes: Sequence[bytes]) -> int:
         return int(self.namespace.count_prefix(hashes))
+
+    def touch(self, hashes: Iterable[bytes]) -> None:
+        self.namespace.touch(hashes)
 
     def write_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> int:
         self.writes.pass_through()

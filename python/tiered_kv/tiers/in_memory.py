@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tiered_kv.core.errors import DiskTierError
 from tiered_kv.core.ids import PAGE_HASH_BYTES
@@ -39,6 +39,11 @@ class InMemoryNamespace:
             if not self.contains(page_hash):
                 return position
         return len(hashes)
+
+    def touch(self, hashes: Iterable[bytes]) -> None:
+        """Pages are in use in a nearer tier: they stay as long as pages that are read from here."""
+        for page_hash in hashes:
+            self._store.get(self.namespace_id, page_hash)
 
     def write_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> int:
         """Store pages; returns how many were not stored before.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import cast
 
 import torch
@@ -54,6 +55,7 @@ class DiskWrite:
     node: Node
     hashes: list[bytes]
     host_pages: PageIds
+    above: tuple[list[bytes], ...]
 
     @property
     def n_pages(self) -> int:
@@ -253,9 +255,11 @@ class WriteBack:
         host_pages = host_pages_of(node)
         context.forest.start_transfer(node, Tier.DISK, Residency.WRITING_BACK, None, op)
         context.forest.pin(node, Tier.HOST)
-        self.to_disk.submit(DiskWrite(op, context.disk, node, list(node.page_hashes), host_pages))
+        hashes, above = list(node.page_hashes), _hashes_above(node)
+        self.to_disk.submit(DiskWrite(op, context.disk, node, hashes, host_pages, above))
 
     def _write(self, job: DiskWrite) -> int:
+        job.disk.touch(chain.from_iterable(job.above))
         job.disk.write_pages(job.hashes, self._context.host.views(job.host_pages))
         return job.disk.count_prefix(job.hashes)
 
@@ -270,3 +274,13 @@ class WriteBack:
         nodes = context.forest.finish_transfer(job.op, Tier.DISK)
         context.transferred(Tier.HOST, Tier.DISK, completion)
         context.stored(nodes, Tier.DISK)
+
+
+def _hashes_above(node: Node) -> tuple[list[bytes], ...]:
+    """Page hashes of the nodes above, by node: whoever adds to a prefix uses it."""
+    above = []
+    at = node.parent
+    while at is not None and not at.is_root:
+        above.append(at.page_hashes)
+        at = at.parent
+    return tuple(above)

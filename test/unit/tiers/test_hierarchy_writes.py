@@ -15,6 +15,7 @@ from support_tiers.tier_rig import Rig, new_disk, tokens_of
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers import transfer, write_back
+from tiered_kv.tiers.in_memory import InMemoryStore
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -38,6 +39,19 @@ def test_a_served_prompt_reaches_host_and_disk(make_rig: MakeRig) -> None:
     assert rig.events.moved == [(Tier.DEVICE, Tier.HOST, 3), (Tier.HOST, Tier.DISK, 3)]
     rig.check_idle()
     rig.check_disk()
+
+
+def test_a_prefix_in_use_stays_on_disk_though_it_is_never_read_from_there(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(disk=new_disk(InMemoryStore(capacity_bytes=6 * 4096)))
+    for turn in range(10):
+        rig.serve(tokens_of(1, 2, 1000 + turn))  # never pushed out of the device
+        rig.drain()
+        rig.serve(tokens_of(*range(100 + 3 * turn, 103 + 3 * turn)))
+        rig.drain()
+    assert rig.stored_pages(tokens_of(1, 2)) == 2
+    assert rig.stored_pages(tokens_of(100, 101, 102)) == 0
 
 
 def test_a_page_is_written_once(make_rig: MakeRig) -> None:

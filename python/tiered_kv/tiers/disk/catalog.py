@@ -8,7 +8,7 @@ which is never held across I/O.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tiered_kv.tiers.disk.index import NamespaceRow
 from tiered_kv.tiers.disk.record import BLOCK_BYTES, round_up
@@ -113,6 +113,14 @@ class Catalog:
                 entries = self.namespaces[segment.owners[slot]]
                 dropped += self.drop(entries, page_hash, location(segment.number, slot))
         return dropped
+
+    def touch(self, entries: NamespaceEntries, hashes: Iterable[bytes]) -> None:
+        """Pages are in use. The caller holds the lock."""
+        clock = self.tick()
+        for page_hash in hashes:
+            found = self.locate(entries, page_hash)
+            if found is not None:
+                found[0].touch(found[1], clock)
 
     # -- claims: of two writers of one page, one writes and the other waits for it
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tiered_kv.tiers.disk.buffers import as_bytes
 from tiered_kv.tiers.disk.catalog import NamespaceEntries
@@ -118,6 +118,13 @@ class DiskNamespace:
             if not is_open:
                 return 0
             return self._operations.reader.read(self._entries, hashes, views, reuse)
+
+    def touch(self, hashes: Iterable[bytes]) -> None:
+        """Pages are in use in a nearer tier: they stay as long as pages that are read from here.
+
+        Without it the most wanted pages, which never leave the device, would be given up first.
+        """
+        self._operations.reader.touch(self._entries, hashes)
 
     def drain_dropped(self) -> list[bytes] | None:
         """Pages that were stored and no longer are, whatever the reason, since the last call.

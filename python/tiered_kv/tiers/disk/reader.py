@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
 from tiered_kv.tiers.disk.index import PageIndex
@@ -100,6 +100,10 @@ class PageReader:
                     dropped.append((loc, page_hash))
         self._index.delete_pages(dropped)
         return len(dropped)
+
+    def touch(self, entries: NamespaceEntries, hashes: Iterable[bytes]) -> None:
+        with self._catalog.lock:
+            self._catalog.touch(entries, hashes)
 
     def drain_dropped(self, entries: NamespaceEntries) -> list[bytes] | None:
         if not entries.has_dropped:  # without the lock: what is missed comes with the next call
