@@ -115,17 +115,19 @@ class TierContext:
     def page_size(self) -> int:
         return self.forest.page_size
 
-    def alloc_host(self, n_pages: int, keep: Node) -> PageIds | None:
-        """Host slots for pages below `keep`, whose own path is not evicted to make room.
+    def alloc_host(self, n_pages: int, keep: Node | None = None) -> PageIds | None:
+        """Host slots; if they are for pages below `keep`, its path is not evicted to make room.
 
         None, with nothing evicted, if there is not enough that may go.
         """
         shortage = n_pages - self.host.n_free
         if shortage > 0:
-            self.forest.pin(keep, Tier.HOST)
+            if keep is not None:
+                self.forest.pin(keep, Tier.HOST)
             if self.forest.evictable_tokens(Tier.HOST) >= shortage * self.page_size:
                 self.evict_host(shortage)
-            self.forest.unpin(keep, Tier.HOST)
+            if keep is not None:
+                self.forest.unpin(keep, Tier.HOST)
         return self.host.alloc(n_pages)
 
     def evict_host(self, n_pages: int) -> None:

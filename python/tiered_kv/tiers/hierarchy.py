@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -85,6 +86,15 @@ class KVHierarchy:
         self._namespace = namespace
         self._started_at = time.monotonic()
         self._steps: list[StepObservation] = []
+        # What becomes of a finished transfer, in the order in which a poll looks at the queues.
+        self._finish: dict[TransferQueue[Any], Callable[[Completion[Any]], None]] = {
+            self.write_back.to_host: self.write_back.host_written,
+            self.load_back.queue: self.load_back.loaded,
+            self.write_back.to_disk: self.write_back.disk_written,
+            self.prefetch.lookups: self.prefetch.looked_up,
+            self.prefetch.queue: self.prefetch.finished,
+            self.swap.queue: self.swap.acknowledged,
+        }
 
     # -- trees --------------------------------------------------------------------------------
 
@@ -159,22 +169,10 @@ class KVHierarchy:
 
         Under tensor parallelism every rank must call it at the same points of its loop.
         """
-        queues = (
-            self.write_back.to_host,
-            self.load_back.queue,
-            self.write_back.to_disk,
-            self.prefetch.lookups,
-            self.prefetch.queue,
-            self.swap.queue,
-        )
-        if any(queue.in_flight for queue in queues):
-            n_ready = self._agree([queue.n_ready for queue in queues])
-            self._host_writes(n_ready[0])
-            self._loads(n_ready[1])
-            self._disk_writes(n_ready[2])
-            self._lookups(n_ready[3])
-            self._disk_reads(n_ready[4])
-            self._swaps(n_ready[5])
+        if any(queue.in_flight for queue in self._finish):
+            n_ready = self._agree([queue.n_ready for queue in self._finish])
+            for queue, n in zip(self._finish, n_ready, strict=True):
+                self._acknowledge(queue, n)
         self.load_back.advance()
         self.write_back.advance()
         self.prefetch.advance()
@@ -210,22 +208,17 @@ class KVHierarchy:
     def settle_host_writes(self) -> None:
         """Waits for the device -> host copies under way. Raises TransferTimeoutError."""
         self._settle(self.write_back.to_host)
-        self._host_writes(self.write_back.to_host.in_flight)
 
     def settle_loads(self) -> None:
         """Waits for the host -> device copies asked for. Raises TransferTimeoutError."""
         self.load_back.start()
         self._settle(self.load_back.queue)
-        self._loads(self.load_back.queue.in_flight)
 
     def settle_disk(self) -> None:
         """Waits for all disk I/O under way. Raises TransferTimeoutError."""
         self._settle(self.write_back.to_disk)
-        self._disk_writes(self.write_back.to_disk.in_flight)
         self._settle(self.prefetch.lookups)
-        self._lookups(self.prefetch.lookups.in_flight)
         self._settle(self.prefetch.queue)
-        self._disk_reads(self.prefetch.queue.in_flight)
 
     def _settle(self, queue: TransferQueue[Any]) -> None:
         if not queue.wait(SETTLE_TIMEOUT_S):
@@ -233,30 +226,12 @@ class KVHierarchy:
                 f"A {queue.name} transfer did not end within {SETTLE_TIMEOUT_S:.0f} s: the device "
                 "or the disk hangs; look at the kernel's log and restart the server."
             )
+        self._acknowledge(queue, queue.in_flight)
 
-    def _host_writes(self, n: int) -> None:
-        for completion in self._agreed(self.write_back.to_host.acknowledge(n)):
-            self.write_back.host_written(completion)
-
-    def _loads(self, n: int) -> None:
-        for completion in self._agreed(self.load_back.queue.acknowledge(n)):
-            self.load_back.loaded(completion)
-
-    def _disk_writes(self, n: int) -> None:
-        for completion in self._agreed(self.write_back.to_disk.acknowledge(n)):
-            self.write_back.disk_written(completion)
-
-    def _disk_reads(self, n: int) -> None:
-        for completion in self._agreed(self.prefetch.queue.acknowledge(n)):
-            self.prefetch.finished(completion)
-
-    def _lookups(self, n: int) -> None:
-        for completion in self._agreed(self.prefetch.lookups.acknowledge(n)):
-            self.prefetch.looked_up(completion)
-
-    def _swaps(self, n: int) -> None:
-        for completion in self._agreed(self.swap.queue.acknowledge(n)):
-            self.swap.acknowledged(completion)
+    def _acknowledge(self, queue: TransferQueue[Any], n: int) -> None:
+        """The oldest `n` transfers of a queue are done, on all ranks."""
+        for completion in self._agreed(queue.acknowledge(n)):
+            self._finish[queue](completion)
 
     def _agreed(self, completions: list[Completion[J]]) -> list[Completion[J]]:
         """A page counts as moved only if it moved on every rank, a job as long as on the slowest.
@@ -284,7 +259,6 @@ class KVHierarchy:
         """
         self.settle_loads()
         self._settle(self.swap.queue)
-        self._swaps(self.swap.queue.in_flight)
         self.prefetch.clear()
         deadline = time.monotonic() + FLUSH_TIMEOUT_S
         while True:
@@ -322,13 +296,7 @@ class KVHierarchy:
             self.poll()
             if not any(queue.in_flight for queue in queues) and not self.write_back.n_deferred:
                 break
-        for open_queue in (
-            *queues,
-            self.load_back.queue,
-            self.prefetch.lookups,
-            self.prefetch.queue,
-            self.swap.queue,
-        ):
+        for open_queue in self._finish:
             open_queue.close()
 
 

@@ -62,7 +62,6 @@ class Ticket:
     tokens: array[int]
     prompt_tokens: int = 0
     started: bool = False
-    looking_up: bool = False
     stored: Stored | None = None
     waiting_for: set[int] = field(default_factory=set)
     patience_s: float = float("inf")
@@ -110,18 +109,10 @@ class Prefetch:
 
     def _submit_lookup(self, rid: str, ticket: Ticket, first_page: int) -> None:
         assert self._context.disk is not None
-        ticket.looking_up = True
+        disk, page_size = self._context.disk, self._context.page_size
         root_hash = ticket.root.last_page_hash
         self.lookups.submit(
-            DiskLookup(
-                rid,
-                self._context.disk,
-                root_hash,
-                ticket.tokens,
-                self._context.page_size,
-                first_page,
-                [],
-            )
+            DiskLookup(rid, disk, root_hash, ticket.tokens, page_size, first_page, [])
         )
 
     def looked_up(self, completion: Completion[DiskLookup]) -> None:
@@ -131,7 +122,6 @@ class Prefetch:
         # Another request may have come with the same name: tickets are told by their tokens.
         if ticket is None or ticket.tokens is not job.tokens:
             return
-        ticket.looking_up = False
         end = job.first_page + completion.n_done
         # A lookup that failed leaves the list empty.
         if len(job.hashes) >= end:

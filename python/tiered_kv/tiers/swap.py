@@ -98,7 +98,7 @@ class Swap:
         limit = int(context.host.n_pages * SWAPPED_SHARE)
         if rid in self._entries or n_pages == 0 or self._n_pages + n_pages > limit:
             return False
-        host_pages = self._alloc_host(n_pages)
+        host_pages = context.alloc_host(n_pages)
         if host_pages is None:
             return False
         entry = _Entry(Swapped.LEAVING, host_pages, None)
@@ -166,15 +166,6 @@ class Swap:
         """Forgets all requests; no copy is under way, and the pools are being emptied."""
         self._entries.clear()
         self._n_pages = 0
-
-    def _alloc_host(self, n_pages: int) -> PageIds | None:
-        context = self._context
-        shortage = n_pages - context.host.n_free
-        if shortage > 0:
-            if context.forest.evictable_tokens(Tier.HOST) < shortage * context.page_size:
-                return None
-            context.evict_host(shortage)
-        return context.host.alloc(n_pages)
 
     def _submit(
         self, rid: str, entry: _Entry, device_slots: torch.Tensor, *, is_return: bool
