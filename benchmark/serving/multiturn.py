@@ -24,7 +24,7 @@ from typing import Any
 
 from conversations import Load, Sample, Shape, stream
 from multiturn_report import Run, machine, plot, row, table
-from systems import SYSTEMS, Sizes, System, attention_per_linear, kv_token_bytes
+from systems import SYSTEMS, Sizes, System, attention_per_linear, model_of
 from tqdm import tqdm
 
 SHAPES = {
@@ -79,8 +79,10 @@ def pool_sizes(options: argparse.Namespace, shape: Shape) -> Sizes:
         max(shape.working_set_tokens * options.device_share, shape.longest_tokens + 4 * page)
     )
     limit = pages(1.25 * shape.working_set_tokens * (1 if shape.remembers else shape.turns))
-    token_bytes = kv_token_bytes(options.model_path, ELEMENT_BYTES[options.dtype])
-    return Sizes(page, device, pages(device * options.host_ratio), limit, token_bytes)
+    model = model_of(options.model_path, ELEMENT_BYTES[options.dtype])
+    return Sizes(
+        page, device, pages(device * options.host_ratio), limit, int(model.kv_bytes_per_token)
+    )
 
 
 def common_flags(options: argparse.Namespace) -> list[object]:
@@ -166,7 +168,7 @@ def write(
     options: argparse.Namespace, sizes: Sizes, shape: Shape, runs: Sequence[Run], text: str
 ) -> str:
     """Writes what has been measured so far; returns the table with its headline."""
-    per_linear = attention_per_linear(options.model_path)
+    per_linear = attention_per_linear(model_of(options.model_path))
     names = [name for name in options.systems if any(run.system == name for run in runs)]
     rows = [row([run for run in runs if run.system == name], per_linear) for name in names]
     output = output_path(options)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from conversations import Sample
 
 
@@ -22,15 +23,6 @@ class Run:
     samples: Sequence[Sample]
     seconds: float
     start_seconds: float
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """The value at rank q, by linear interpolation."""
-    ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def prefill_token_equivalents(sample: Sample, attention_per_linear: float) -> float:
@@ -48,21 +40,23 @@ def row(runs: Sequence[Run], attention_per_linear: float) -> dict[str, Any]:
     samples = [sample for run in runs for sample in run.samples]
     later = [sample for sample in samples if sample.turn > 0] or samples
     ttft = [sample.ttft_s for sample in later]
+    p50, p90, p99 = np.quantile(ttft, (0.5, 0.9, 0.99)).tolist()
     seconds = sum(run.seconds for run in runs)
     prompt = sum(sample.prompt_tokens for sample in samples)
     return {
         "system": runs[0].system,
         "repeats": len(runs),
         "requests": len(samples),
-        "ttft_p50_s": quantile(ttft, 0.5),
-        "ttft_p90_s": quantile(ttft, 0.9),
-        "ttft_p99_s": quantile(ttft, 0.99),
+        "ttft_p50_s": p50,
+        "ttft_p90_s": p90,
+        "ttft_p99_s": p99,
         "ttft_mean_s": statistics.fmean(ttft),
         "ttft_p50_s_by_repeat": [
-            quantile([s.ttft_s for s in run.samples if s.turn > 0] or [0.0], 0.5) for run in runs
+            statistics.median([s.ttft_s for s in run.samples if s.turn > 0] or [0.0])
+            for run in runs
         ],
-        "first_turn_ttft_p50_s": quantile([s.ttft_s for s in samples if s.turn == 0], 0.5),
-        "e2e_p50_s": quantile([s.e2e_s for s in later], 0.5),
+        "first_turn_ttft_p50_s": statistics.median(s.ttft_s for s in samples if s.turn == 0),
+        "e2e_p50_s": statistics.median(s.e2e_s for s in later),
         "requests_per_s": len(samples) / seconds,
         "prompt_tokens": prompt,
         "hit_share": sum(s.cached for s in samples) / prompt,

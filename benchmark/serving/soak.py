@@ -29,7 +29,7 @@ import psutil
 import requests
 from conversations import stream
 from multiturn_report import machine
-from systems import HERE, SYSTEMS, Sizes, kv_token_bytes
+from systems import HERE, SYSTEMS, Sizes, model_of
 from tqdm import tqdm
 
 sys.path.insert(0, str(HERE.parents[1] / "test"))
@@ -232,7 +232,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "soak")
     options = parser.parse_args()
 
-    sizes = Sizes(PAGE, DEVICE_TOKENS, HOST_TOKENS, 0, kv_token_bytes(options.model_path, 2))
+    token_bytes = int(model_of(options.model_path).kv_bytes_per_token)
+    sizes = Sizes(PAGE, DEVICE_TOKENS, HOST_TOKENS, 0, token_bytes)
     common = ["--device", "cpu", "--attention-backend", "torch_native", "--dtype", "bfloat16"]
     common += ["--page-size", str(PAGE), "--chunked-prefill-size", "1024", "--enable-metrics"]
     common += ["--skip-server-warmup", "--sleep-on-idle", "--max-running-requests", "16"]

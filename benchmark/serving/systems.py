@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "test"))
 
 from support.server import Server  # noqa: E402
+from tiered_kv.core.model_spec import ModelSpec  # noqa: E402
 
 PREFETCH_POLICIES = ("best_effort", "timeout", "wait_complete")
 
@@ -104,24 +105,18 @@ SYSTEMS = {
 }
 
 
-def kv_token_bytes(model: Path, element_bytes: int) -> int:
-    """Bytes that one token's K and V take over all layers, from the model's config.json."""
-    config = json.loads((model / "config.json").read_text())
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return int(2 * config["num_hidden_layers"] * heads * head_dim * element_bytes)
+def model_of(folder: Path, element_bytes: int = 2) -> ModelSpec:
+    """What the model's config.json says; `element_bytes`: of an element of its KV cache."""
+    config = json.loads((folder / "config.json").read_text())
+    return ModelSpec.from_hf_config(config, name=folder.name, kv_bytes_per_element=element_bytes)
 
 
-def attention_per_linear(model: Path) -> float:
+def attention_per_linear(model: ModelSpec) -> float:
     """FLOPs of attending to one token of context, per FLOP of all else that a token costs.
 
     Per layer and token: QKVO and MLP matrices at 2 FLOPs a parameter; QK and PV at 2 each per
     query channel and context token.
     """
-    config = json.loads((model / "config.json").read_text())
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    kv = (config.get("num_key_value_heads") or heads) * head_dim
-    q = heads * head_dim
-    matrices = hidden * (2 * q + 2 * kv) + 3 * hidden * config["intermediate_size"]
+    q, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    matrices = model.hidden_size * (2 * q + 2 * kv + 3 * model.intermediate_size)
     return 4 * q / (2 * matrices)
