@@ -22,9 +22,6 @@ class UseCounter:
         self._forest = forest
         self._seen: dict[int, tuple[int, int]] = {}
 
-    def knows(self, node: Node) -> bool:
-        return node.node_id in self._seen
-
     def uses(self, node: Node) -> int:
         """Between 0 and USES_MAX."""
         known = self._seen.get(node.node_id)

@@ -97,10 +97,6 @@ class ValueEviction:
         """See `EvictionPolicy.victims`."""
         return find_victims(self._forest, tier, self._orders[tier], n_pages)
 
-    def value_per_byte(self, node: Node, tier: Tier) -> float:
-        """What keeping a byte of `node` in `tier` is worth, on a scale of its own."""
-        return self._orders[tier].value(node)
-
     def cost_per_byte(self, node: Node, tier: Tier) -> float:
         """Seconds to bring back a byte of `node`, lost to `tier`, the cheapest way there is."""
         costs = self._costs
