@@ -5,21 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tiered_kv.api.slo import NO_SLO, Slo
 from tiered_kv.forest.node import Node, Tokens
 
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """The latency a request was promised; None where nothing was."""
-
-    slo_class: str = "standard"
-    ttft_s: float | None = None
-    """Seconds from arrival to the first token."""
-    tbt_s: float | None = None
-    """Seconds between two tokens."""
-
-
-NO_SLO = Slo()
+__all__ = ["NO_SLO", "QueuedRequest", "Slo"]
 
 
 @dataclass(slots=True, eq=False)

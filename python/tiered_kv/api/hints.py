@@ -1,0 +1,21 @@
+"""What a caller knows of its request that the server cannot see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """Nothing is promised to, or by, a caller who hints: the scheduler and the cache weigh it."""
+
+    expected_output_tokens: int | None = None
+    """How long the answer will be, in tokens; None: not known."""
+    next_call_in_s: float | None = None
+    """When the next request that continues this one will come, in seconds after its last token,
+    for example because a tool runs meanwhile; None: not known."""
+    next_call_probability: float = 1.0
+    """How sure it is that there will be one, 0 to 1; 0 says that the KV may go at once."""
+
+
+NO_HINTS = Hints()

@@ -1,0 +1,68 @@
+"""Latency objectives: what a request was promised, and the classes that give it one by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """The latency a request was promised; None where nothing was."""
+
+    slo_class: str = "standard"
+    ttft_s: float | None = None
+    """Seconds from arrival to the first token."""
+    tbt_s: float | None = None
+    """Seconds between two tokens."""
+    max_wait_s: float | None = None
+    """Seconds after which it is admitted before whatever arrived later; None: the policy's own."""
+
+
+NO_SLO = Slo()
+
+
+@dataclass(frozen=True, slots=True)
+class SloClass:
+    """A named objective: every request of the class has it, save for what it overrides."""
+
+    name: str
+    ttft_s: float | None = None
+    """Seconds from arrival to the first token; None: no objective."""
+    tbt_s: float | None = None
+    """Seconds between two tokens; None: no objective."""
+    max_wait_s: float | None = None
+    """See `Slo.max_wait_s`."""
+
+    def slo(self) -> Slo:
+        """The objective of a request that names this class and nothing else."""
+        return Slo(self.name, self.ttft_s, self.tbt_s, self.max_wait_s)
+
+
+INTERACTIVE = SloClass("interactive", ttft_s=0.5, tbt_s=0.05)
+STANDARD = SloClass("standard", ttft_s=2.0, tbt_s=0.1)
+BATCH = SloClass("batch", ttft_s=30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class SloClasses:
+    """The classes that a server knows, and which of them a request has that names none."""
+
+    classes: tuple[SloClass, ...] = (INTERACTIVE, STANDARD, BATCH)
+    """Names are unique."""
+    default: str | None = STANDARD.name
+    """A name out of `classes`; None: a request that asks for nothing was promised nothing."""
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self.classes)
+
+    def find(self, name: str) -> SloClass | None:
+        """The class of that name, or None if there is none."""
+        return next((c for c in self.classes if c.name == name), None)
+
+    def default_slo(self) -> Slo:
+        """The objective of a request that asks for nothing."""
+        found = None if self.default is None else self.find(self.default)
+        return NO_SLO if found is None else found.slo()
+
+
+DEFAULT_CLASSES = SloClasses()
