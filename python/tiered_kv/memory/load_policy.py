@@ -52,8 +52,8 @@ def pages_to_load(question: LoadQuestion) -> int:
 
     Loading takes longer the more pages there are, computing the rest less. If both overlap, the
     sum's place is taken by the longer, which is least where they meet. If not, the time is least at
-    an end (a deeper page costs more to compute and no more to load) or where loading stops being
-    hidden by waiting. The answer is among these; of equals, the largest.
+    an end (a deeper page costs more to compute and no more to load) or on either side of where
+    loading stops being hidden by waiting. The answer is among these; of equals, the largest.
     """
     n = question.n_pages
     candidates = {0, n}
@@ -61,7 +61,8 @@ def pages_to_load(question: LoadQuestion) -> int:
         k = _first(n, lambda k: question.load_s(k) >= _compute_s(question, k))
         candidates |= {min(k, n), k - 1}
     elif question.wait_s > 0:
-        candidates.add(max(_first(n, lambda k: question.load_s(k) > question.wait_s) - 1, 0))
+        k = _first(n, lambda k: question.load_s(k) > question.wait_s)
+        candidates |= {min(k, n), k - 1}
     times = {k: question.ready_s(k) for k in candidates}
     best_s = min(times.values())
     return max(k for k, seconds in times.items() if seconds <= best_s * (1.0 + TOLERANCE))

@@ -57,7 +57,9 @@ def test_a_full_queue_moves_the_boundary() -> None:
 def test_what_loads_while_the_request_waits_is_free() -> None:
     slow = question(page_s=10.0, overlapped=False)
     assert pages_to_load(slow) == 0
-    assert pages_to_load(question(page_s=10.0, overlapped=False, wait_s=45.0)) == 4
+    assert pages_to_load(question(page_s=10.0, overlapped=False, wait_s=40.0)) == 4
+    # The fifth page is half hidden, which is enough: 5 s of its 10 against 6.4 to compute it.
+    assert pages_to_load(question(page_s=10.0, overlapped=False, wait_s=45.0)) == 5
 
 
 def test_nothing_to_load() -> None:
@@ -85,6 +87,17 @@ def test_nothing_to_load() -> None:
     depth_s=0.0,
     overlapped=True,
     wait_s=0.0,
+)
+@example(
+    n_pages=6,
+    start=0,
+    extra_tokens=1,
+    latency_s=0.25,
+    page_s=1.0,
+    token_s=0.0078125,
+    depth_s=0.0,
+    overlapped=False,
+    wait_s=5.0,
 )
 def test_no_boundary_is_better(
     *,
