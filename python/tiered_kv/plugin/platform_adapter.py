@@ -109,6 +109,12 @@ class TieredKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def init_backend(self) -> None:
+        """Upstream calls it once in each process that runs the model, before it builds one."""
+        from tiered_kv.plugin import cpu_attention
+
+        cpu_attention.register()
+
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 

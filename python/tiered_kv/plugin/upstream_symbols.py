@@ -277,12 +277,31 @@ CPU_PLATFORM = (
     ),
     _object(f"{_SRT}.platforms.cpu.CpuDeviceMixin", "", "platform_adapter"),
     _object(f"{_SRT}.platforms.device_mixin.PlatformEnum", "OOT", "platform_adapter"),
+    _function(
+        f"{_SRT}.layers.attention.attention_registry.register_attention_backend",
+        "name",
+        "cpu_attention",
+    ),
+    _function(
+        f"{_SRT}.layers.attention.torch_native_backend.TorchNativeAttnBackend.__init__",
+        "self model_runner",
+        "cpu_attention",
+    ),
+    _function(
+        f"{_SRT}.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+        "._run_sdpa_forward_extend",
+        "self query output k_cache v_cache req_to_token req_pool_indices seq_lens "
+        "extend_prefix_lens extend_seq_lens encoder_lens scaling enable_gqa causal is_cross_attn "
+        "sliding_window_size",
+        "cpu_attention",
+    ),
     _object(f"{_SRT}.platforms.interface.SRTPlatform", "", "platform_adapter"),
     *_methods(
         f"{_SRT}.platforms.interface.SRTPlatform",
         "platform_adapter",
         apply_server_args_defaults="server_args",
         get_default_attention_backend="",
+        init_backend="",
         get_mha_kv_pool_cls="",
         get_mla_kv_pool_cls="",
         get_paged_allocator_cls="",
