@@ -24,3 +24,11 @@ class AdmissionPlan:
 
     relegated: frozenset[int] = frozenset()
     """Ids in `order` that were put behind the others because their deadline is beyond hope."""
+
+    admit_at_most: int | None = None
+    """Most requests of `order` to admit before asking again; None: no such limit. More would break
+    the memory forecast, or the deadline of one of the first."""
+
+    park_unfinished: bool = False
+    """Whether the prompt that was begun goes back to the queue instead of on. What is computed of
+    it stays in the cache, so whole pages are not lost. Only if `SchedulerState.can_park`."""

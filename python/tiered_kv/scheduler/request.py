@@ -31,6 +31,10 @@ class QueuedRequest:
     slo: Slo = NO_SLO
     priority: int = 0
     """Larger is more important."""
+    tenant: str = ""
+    """On whose behalf; tenants share capacity by weight."""
+    expected_output_tokens: int | None = None
+    """What the caller says about the length of the answer (`api.hints`)."""
 
     # -- while it waits -----------------------------------------------------------------------
     queued_s: float = 0.0

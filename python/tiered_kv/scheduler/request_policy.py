@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from tiered_kv.core.registry import Registry
+from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.request import QueuedRequest
@@ -37,6 +38,15 @@ class SchedulerState:
     """Most prefill tokens of one iteration, as configured."""
     costs: CostModel
     """Predictions, in seconds."""
+    available_tokens: int | None = None
+    """KV tokens on the device that are free or could be freed by eviction; None: not known."""
+    unfinished: QueuedRequest | None = None
+    """The request whose prompt is computed in part and goes on in this iteration; it neither waits
+    nor runs."""
+    can_park: bool = False
+    """Whether `AdmissionPlan.park_unfinished` can be carried out."""
+    loading_bytes: int = 0
+    """Bytes that are queued on the way from the host to the device."""
 
     def candidates(self) -> list[QueuedRequest]:
         """Those who wait and may start, in queue order."""
@@ -65,11 +75,24 @@ class RequestPolicy(Protocol):
         """`request` produced its last token; `request.output_tokens` says how many there were."""
         ...
 
+    def on_abort(self, request: QueuedRequest, now_s: float) -> None:
+        """`request` is gone without an answer; it waited or ran."""
+        ...
+
     def plan(self, state: SchedulerState, limit: int) -> AdmissionPlan:
         """The first `limit` of the order, or all if there are fewer. Requests held are left out.
 
         Must not change `state`. Called again, with a larger limit, if all of them were admitted.
         """
+        ...
+
+
+@runtime_checkable
+class ForecastingPolicy(Protocol):
+    """What a policy may offer besides: it says which prefixes will be needed, and when."""
+
+    def forecast(self, state: SchedulerState) -> DemandForecast:
+        """Of those who wait, from what the last `plan` found out. Must not change `state`."""
         ...
 
 
@@ -86,6 +109,9 @@ class QuietPolicy:
         """Nothing to remember."""
 
     def on_finish(self, request: QueuedRequest, now_s: float) -> None:
+        """Nothing to remember."""
+
+    def on_abort(self, request: QueuedRequest, now_s: float) -> None:
         """Nothing to remember."""
 
 

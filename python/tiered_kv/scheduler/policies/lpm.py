@@ -33,6 +33,10 @@ class LongestPrefixMatch(QuietPolicy):
         """It left."""
         self._queue.pop(request.request_id, None)
 
+    def on_abort(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
+        """It left."""
+        self._queue.pop(request.request_id, None)
+
     def plan(self, state: SchedulerState, limit: int) -> AdmissionPlan:
         """See `RequestPolicy.plan`."""
         if len(self._queue) <= MAX_SORTED:
