@@ -72,11 +72,13 @@ class Cost:
 def request_cost(cost: CostModel, record: Record) -> Cost | None:
     """The work of an answered request; None if the server didn't say what it did.
 
-    Prefill token equivalents, after arXiv 2604.05404: prompt tokens that were computed, plus for
-    each output token its context times gamma, the ratio of the time to read a token's KV to the
-    time to compute a token (both from the model and the device). Idealized runtime, after
-    Narayanan et al. (NeurIPS 2023): the seconds that the whole request takes alone on the device,
-    nothing cached.
+    Prefill token equivalents (PTE) as arXiv 2604.05404 defines them in section 3.2, of one turn:
+    D_prefill + gamma * L_seq * D_decode, with D_decode the output tokens and L_seq the context
+    before the first of them. D_prefill is what the server computed: the paper, for which caches
+    are lost between turns, counts the whole prompt. gamma (section 3.3) is the time to read a
+    token's KV over the time to compute a token, at the rates that the device reaches rather than
+    its peaks. Idealized runtime, after Narayanan et al. (NeurIPS 2023): the seconds that the whole
+    request takes alone on the device, nothing cached.
     """
     if record.prompt_tokens is None or not record.output_tokens:
         return None
@@ -86,10 +88,9 @@ def request_cost(cost: CostModel, record: Record) -> Cost | None:
     compute_s = 2.0 * model.n_active_parameters / (device.flops * device.compute_efficiency)
     # The first token comes from the prefill; the others each see all before them.
     n_decoded = n_output - 1
-    contexts = n_decoded * n_prompt + n_decoded * (n_decoded + 1) / 2
     middle = n_prompt + n_output // 2
     return Cost(
-        n_prompt - (record.cached_tokens or 0) + read_s / compute_s * contexts,
+        n_prompt - (record.cached_tokens or 0) + read_s / compute_s * n_prompt * n_output,
         cost.prefill_s(n_prompt) + n_decoded * cost.iteration_s([], middle, 1),
     )
 

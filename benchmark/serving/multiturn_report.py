@@ -25,8 +25,11 @@ class Run:
     start_seconds: float
 
 
-def prefill_token_equivalents(sample: Sample, attention_per_linear: float) -> float:
+def weighted_prefill_tokens(sample: Sample, attention_per_linear: float) -> float:
     """The prefill a prompt really cost, in tokens of a prefill without context.
+
+    Counts FLOPs of the prefill only; not the prefill token equivalents of arXiv 2604.05404, which
+    `benchmark/replay` reports.
 
     A computed token at position p costs 1 + p * attention_per_linear; a cached one nothing.
     """
@@ -63,7 +66,9 @@ def row(runs: Sequence[Run], attention_per_linear: float) -> dict[str, Any]:
         "hit_tokens_device": sum(s.device for s in samples),
         "hit_tokens_host": sum(s.host for s in samples),
         "hit_tokens_disk": sum(s.disk for s in samples),
-        "pte": sum(prefill_token_equivalents(s, attention_per_linear) for s in samples),
+        "weighted_prefill_tokens": sum(
+            weighted_prefill_tokens(s, attention_per_linear) for s in samples
+        ),
     }
 
 
@@ -71,7 +76,7 @@ def table(rows: Sequence[Mapping[str, Any]], baseline: str = "limit") -> str:
     base = next((r for r in rows if r["system"] == baseline), None)
     head = (
         "| system | TTFT p50 | p90 | p99 (s) | p50 / limit | p99 / limit | requests/s "
-        "| hits: device | host | disk (tokens) | PTE |\n"
+        "| hits: device | host | disk (tokens) | weighted prefill |\n"
     )
     head += "|---" * 11 + "|"
     lines = [head]
@@ -83,7 +88,7 @@ def table(rows: Sequence[Mapping[str, Any]], baseline: str = "limit") -> str:
             f"| {r['system']} | {r['ttft_p50_s']:.3f} | {r['ttft_p90_s']:.3f} "
             f"| {r['ttft_p99_s']:.3f} | {ratios[0]} | {ratios[1]} | {r['requests_per_s']:.2f} "
             f"| {r['hit_tokens_device']:,} | {r['hit_tokens_host']:,} | {r['hit_tokens_disk']:,} "
-            f"| {r['pte']:,.0f} |"
+            f"| {r['weighted_prefill_tokens']:,.0f} |"
         )
     return "\n".join(lines)
 
