@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from tiered_kv.core.device_spec import DEVICES, find_device
@@ -12,6 +13,7 @@ from tiered_kv.core.units import parse_bytes
 from tiered_kv.memory.eviction import eviction_policies
 from tiered_kv.scheduler.request_policy import request_policies
 from tiered_kv.simulation.jobs import Job, WorkloadChoice
+from tiered_kv.simulation.measured_server import read_measured_server
 from tiered_kv.simulation.settings import STOP_POLICIES, CacheSettings, InstanceSettings
 from tiered_kv.simulation.statistics import TBT_CRITERIA
 from tiered_kv.simulation.workload import catalog
@@ -41,6 +43,13 @@ def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="H200-141",
         help=f"one of {', '.join(sorted(DEVICES))}, or a tensor-parallel group as 4xH200-141",
+    )
+    server.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="times of a real server, as benchmark/simulation/calibrate.py wrote them, instead of "
+        "the roofline of --model and --device; give --device-kv as well",
     )
     server.add_argument(
         "--policy",
@@ -104,6 +113,26 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
     if arguments.eviction not in FORESIGHTED:
         eviction_policies.get(arguments.eviction)
     request_policies.get(arguments.policy)
+    settings = InstanceSettings(
+        model=find_model(arguments.model),
+        device=find_device(arguments.device),
+        policy=arguments.policy,
+        chunk_tokens=arguments.chunk,
+        max_running=arguments.max_running,
+        mixed_chunk=arguments.mixed_chunk,
+        max_new_tokens=None if limit == "exact" else int(limit),
+        noise=arguments.noise,
+        cache=CacheSettings(
+            device_bytes=arguments.device_kv,
+            host_bytes=arguments.host,
+            disk_bytes=arguments.disk,
+            eviction=arguments.eviction,
+            stop_policy=arguments.stop_policy,
+            load_policy=arguments.load_policy,
+        ),
+    )
+    if arguments.measured is not None:
+        settings = read_measured_server(arguments.measured).applied_to(settings)
     return Job(
         workload=WorkloadChoice(
             spec=arguments.workload,
@@ -116,24 +145,7 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
             slo_mix=arguments.slo_mix,
             seed=arguments.seed,
         ),
-        settings=InstanceSettings(
-            model=find_model(arguments.model),
-            device=find_device(arguments.device),
-            policy=arguments.policy,
-            chunk_tokens=arguments.chunk,
-            max_running=arguments.max_running,
-            mixed_chunk=arguments.mixed_chunk,
-            max_new_tokens=None if limit == "exact" else int(limit),
-            noise=arguments.noise,
-            cache=CacheSettings(
-                device_bytes=arguments.device_kv,
-                host_bytes=arguments.host,
-                disk_bytes=arguments.disk,
-                eviction=arguments.eviction,
-                stop_policy=arguments.stop_policy,
-                load_policy=arguments.load_policy,
-            ),
-        ),
+        settings=settings,
         seed=arguments.seed,
         criterion=arguments.tbt_criterion,
         labels=labels,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tiered_kv.core.device_spec import DeviceSpec
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import ModelSpec
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
+from tiered_kv.scheduler.policies.slack_config import SlackConfig
+from tiered_kv.scheduler.measured_costs import MeasuredCosts, PassTimes
 
 GB = 10**9
 
@@ -87,9 +89,14 @@ class InstanceSettings:
 
     model: ModelSpec
     device: DeviceSpec
+    pass_times: PassTimes | None = None
+    """Measured forward passes, which take the place of the device's roofline."""
     cache: CacheSettings = CacheSettings()
     policy: str = "fcfs"
     """Name of a request policy."""
+
+    slack: SlackConfig = field(default_factory=SlackConfig)
+    """Of the request policy slack."""
 
     chunk_tokens: int = 8192
     """--chunked-prefill-size."""
@@ -142,13 +149,12 @@ class InstanceSettings:
         """The cost model of this model, device and disk."""
         link = EdgeCost(self.device.host_link_bandwidth, self.device.host_link_latency_s)
         disk = self.cache.disk
-        return CostModel(
-            self.model,
-            self.device,
-            {
-                (Tier.HOST, Tier.DEVICE): link,
-                (Tier.DEVICE, Tier.HOST): link,
-                (Tier.DISK, Tier.HOST): EdgeCost(disk.read_bandwidth, disk.latency_s),
-                (Tier.HOST, Tier.DISK): EdgeCost(disk.write_bandwidth, disk.latency_s),
-            },
-        )
+        edges = {
+            (Tier.HOST, Tier.DEVICE): link,
+            (Tier.DEVICE, Tier.HOST): link,
+            (Tier.DISK, Tier.HOST): EdgeCost(disk.read_bandwidth, disk.latency_s),
+            (Tier.HOST, Tier.DISK): EdgeCost(disk.write_bandwidth, disk.latency_s),
+        }
+        if self.pass_times is not None:
+            return MeasuredCosts(self.model, self.device, edges, self.pass_times)
+        return CostModel(self.model, self.device, edges)
