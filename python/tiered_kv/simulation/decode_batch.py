@@ -10,6 +10,7 @@ import numpy as np
 from tiered_kv.simulation.cache import TieredCache
 from tiered_kv.simulation.execution import FloatArray
 from tiered_kv.simulation.live import LiveRequest
+from tiered_kv.simulation.shared_prefixes import SharedPrefixes
 
 
 class DecodeBatch:
@@ -18,8 +19,10 @@ class DecodeBatch:
     So the times of passes are kept once, and a request knows the number of its first.
     """
 
-    def __init__(self, cache: TieredCache) -> None:
+    def __init__(self, cache: TieredCache, *, is_cascade: bool = False) -> None:
+        """`is_cascade`: a prefix of several prompts is read once in each pass."""
         self._cache = cache
+        self._shared = SharedPrefixes() if is_cascade else None
         self._requests: dict[int, LiveRequest] = {}
         self._pass_ends_s = array("d")
         self.context_tokens = 0
@@ -32,8 +35,15 @@ class DecodeBatch:
     def requests(self) -> ValuesView[LiveRequest]:
         return self._requests.values()
 
+    @property
+    def shared_tokens_saved(self) -> int:
+        """Tokens of the contexts that a pass need not read, for `CostModel.iteration_s`."""
+        return 0 if self._shared is None else self._shared.n_saved * self._cache.block_tokens
+
     def add(self, live: LiveRequest) -> None:
         """`live` decodes from the next pass on."""
+        if self._shared is not None:
+            self._shared.add(live.queued.tokens)
         live.first_step = len(self._pass_ends_s)
         self._requests[live.queued.request_id] = live
         self.context_tokens += live.queued.prefilled_tokens
@@ -41,6 +51,8 @@ class DecodeBatch:
     def remove(self, live: LiveRequest) -> None:
         """`live` is done, or goes back to the queue."""
         del self._requests[live.queued.request_id]
+        if self._shared is not None:
+            self._shared.remove(live.queued.tokens)
         self.context_tokens -= live.queued.prefilled_tokens
         live.token_times_s.append(self._pass_ends_s[live.first_step :])
 
