@@ -9,8 +9,8 @@ from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import ModelSpec
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
-from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.measured_costs import MeasuredCosts, PassTimes
+from tiered_kv.scheduler.policies.slack_config import SlackConfig
 
 GB = 10**9
 
