@@ -127,5 +127,6 @@ for _name, _target in {
     "k-lpm": "k_lpm:OldestThenLongestPrefix",
     "edf": "edf:EarliestDeadlineFirst",
     "niyama": "niyama:Niyama",
+    "slack": "slack:SlackPolicy",
 }.items():
     request_policies.register(_name, f"tiered_kv.scheduler.policies.{_target}")

@@ -1,0 +1,92 @@
+"""Will they fit to their end? Admission by predicted peak memory (Past-Future, arXiv 2507.10150).
+
+The length of an answer is not known, but the lengths of past answers of the same class are. A
+request that has produced n tokens is predicted to reach a quantile of those past lengths that
+exceed n. Requests give their memory back as they finish, the shortest remainder first, so the
+peak is the largest of the sums at those moments. If the peak fits, nobody has to be retracted,
+unless answers turn out longer than the quantile.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from tiered_kv.scheduler.request import QueuedRequest
+
+
+class OutputLengths:
+    """The latest lengths of answers by class."""
+
+    def __init__(self, window: int = 500, least: int = 20) -> None:
+        """`window`: lengths kept per class. `least`: below so many, all classes count together."""
+        self._window = window
+        self._least = least
+        self._latest: dict[str, deque[int]] = {}
+        self._sorted: dict[str, list[int]] = {}
+
+    def observe(self, request: QueuedRequest) -> None:
+        """It is finished, with `output_tokens` tokens."""
+        for name in (request.slo.slo_class, ""):
+            latest = self._latest.setdefault(name, deque())
+            lengths = self._sorted.setdefault(name, [])
+            latest.append(request.output_tokens)
+            insort(lengths, request.output_tokens)
+            if len(latest) > self._window:
+                del lengths[bisect_right(lengths, latest.popleft()) - 1]
+
+    def total(self, request: QueuedRequest, quantile: float) -> int:
+        """Tokens it will have produced in the end: at least one more than now, at most its limit.
+
+        What the caller expects counts until it is exceeded. Without any experience, its limit.
+        """
+        produced, limit = request.output_tokens, request.max_new_tokens
+        hint = request.expected_output_tokens
+        if hint is not None and hint > produced:
+            return max(produced + 1, min(hint, limit))
+        lengths = self._sorted.get(request.slo.slo_class, [])
+        if len(lengths) < self._least:
+            lengths = self._sorted.get("", [])
+        if len(lengths) < self._least:
+            return max(produced + 1, limit)
+        first = bisect_right(lengths, produced)
+        if first == len(lengths):
+            return max(produced + 1, min(2 * produced, limit))
+        at = first + int(quantile * (len(lengths) - first))
+        return max(produced + 1, min(lengths[min(at, len(lengths) - 1)], limit))
+
+
+def peak_tokens(futures: Iterable[tuple[int, int]]) -> int:
+    """The most KV tokens that are held at any moment from now on.
+
+    futures: (tokens held now, tokens still to come) of each request; all grow by one a step and
+    give everything back at their end. O(n log n).
+    """
+    held = peak = 0
+    # The longest remainder first: when the i-th ends, those before it are still there.
+    for n_before, (now, left) in enumerate(sorted(futures, key=lambda f: -f[1]), start=1):
+        held += now
+        peak = max(peak, held + n_before * left)
+    return peak
+
+
+def admissible(
+    running: Sequence[tuple[int, int]], candidates: Sequence[tuple[int, int]], capacity_tokens: int
+) -> int:
+    """How many of `candidates`, in order, can join `running` so that the peak fits.
+
+    Both as in `peak_tokens`. O((running + candidates) x log of them), by bisection: the peak grows
+    with every candidate.
+    """
+    everyone = [*running, *candidates]
+    if sum(now + left for now, left in everyone) <= capacity_tokens:
+        return len(candidates)
+    low, high = 0, len(candidates)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if peak_tokens(everyone[: len(running) + middle]) <= capacity_tokens:
+            low = middle
+        else:
+            high = middle - 1
+    return low

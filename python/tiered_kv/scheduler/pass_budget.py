@@ -1,0 +1,112 @@
+"""How long the next iteration may take, and how many prefill tokens that is.
+
+It ends before any running request's next token is late (Niyama's and Sarathi's chunks by slack),
+and it is short against the tightest first-token objective: who arrives meanwhile waits for its end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from tiered_kv.scheduler.request_policy import SchedulerState
+from tiered_kv.scheduler.slack import next_token_due_s
+
+#: Fewer tokens than this are not worth an iteration.
+MIN_CHUNK_TOKENS = 256
+#: The tokens are found to this precision.
+STEP_TOKENS = 64
+
+
+class BudgetRules(Protocol):
+    """What of the policy's configuration counts here."""
+
+    @property
+    def slack(self) -> bool: ...
+    @property
+    def mix_decodes(self) -> bool: ...
+    @property
+    def pass_share(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PassBudget:
+    """Limits of one iteration."""
+
+    seconds: float
+    """Longest that it may take; infinity if nothing limits it."""
+    slowdown: float
+    """Seconds per second of prefill work, with those decodes that go on beside or between."""
+    context_tokens: int
+    """Of those that decode in the same iteration."""
+    n_decodes: int
+
+
+def pass_budget(state: SchedulerState, rules: BudgetRules, least_ttft_s: float) -> PassBudget:
+    """For the next iteration. O(running)."""
+    costs, now_s = state.costs, state.now_s
+    n_running = len(state.running)
+    context = state.decode_context_tokens
+    decode_s = costs.iteration_s((), context, n_running) if n_running else 0.0
+    is_mixed = rules.mix_decodes
+    seconds = math.inf
+    if rules.slack:
+        for request in state.running:
+            seconds = min(seconds, next_token_due_s(request, now_s) - now_s)
+        if not is_mixed:
+            # They decode once more after it.
+            seconds -= decode_s
+        seconds = min(seconds, max(rules.pass_share * least_ttft_s, 2.0 * decode_s))
+    n_decodes, context = (n_running, context) if is_mixed else (0, 0)
+    budget = PassBudget(seconds, 1.0, context, n_decodes)
+    tokens = chunk_tokens(state, budget, 0, 0, math.inf)
+    if tokens <= 0:
+        return budget
+    alone_s = costs.marginal_prefill_s(tokens)
+    beside_s = costs.iteration_s(((tokens, 0),), context, n_decodes)
+    return PassBudget(seconds, max(1.0, beside_s / alone_s), context, n_decodes)
+
+
+def chunk_tokens(
+    state: SchedulerState, budget: PassBudget, cached: int, first_tokens: int, due_s: float
+) -> int:
+    """Prefill tokens, beside `budget.n_decodes` that decode, that the budget has room for.
+
+    cached: tokens before the first chunk. first_tokens, due_s: what the first request needs, and
+    in how many seconds it is due; nobody joins it if that would make it late. 0: no prefill now.
+    """
+    high = max(state.chunk_tokens, MIN_CHUNK_TOKENS)
+    seconds = budget.seconds
+    if first_tokens and first_tokens < high:
+        alone_s = _seconds(state, budget, first_tokens, cached)
+        if alone_s <= due_s:
+            seconds = min(seconds, max(due_s, alone_s))
+    tokens = _largest(state, budget, cached, high, seconds)
+    if budget.n_decodes:
+        # The chunk's limit counts decoding requests, too.
+        return max(tokens, MIN_CHUNK_TOKENS) + budget.n_decodes
+    if tokens < MIN_CHUNK_TOKENS:
+        return 0 if state.running else MIN_CHUNK_TOKENS
+    return tokens
+
+
+def _largest(
+    state: SchedulerState, budget: PassBudget, cached: int, high: int, seconds: float
+) -> int:
+    if math.isinf(seconds) or _seconds(state, budget, high, cached) <= seconds:
+        return high
+    low = 0
+    while high - low > STEP_TOKENS:
+        middle = (low + high) // 2
+        if _seconds(state, budget, middle, cached) <= seconds:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _seconds(state: SchedulerState, budget: PassBudget, tokens: int, cached: int) -> float:
+    if tokens <= 0:
+        return 0.0
+    return state.costs.iteration_s(((tokens, cached),), budget.context_tokens, budget.n_decodes)

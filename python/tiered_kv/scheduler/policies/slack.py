@@ -1,0 +1,398 @@
+"""This project's order: gangs by deadline slack, with aging, inside a memory forecast.
+
+1. Whoever is overdue, in the order of arrival, if it is their turn (`aging.py`).
+2. Those who can be in time, by deadline (`slack.py`): as many as possible, not as they come.
+3. The overdue, if it was not their turn.
+4. Everyone else, by aged work: requests beyond hope of their deadline, and those without one. They
+   are relegated, not dropped (Niyama, arXiv 2503.22562).
+
+Behind a request come those of its gang that its prefix, on the device now, makes cheap; and who
+would compute what another member is computing is held back until that is done (`gang.py`). The
+iteration is filled as far as the running requests' token deadlines and the first one's deadline
+leave time (`pass_budget.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from tiered_kv.memory.demand import DemandForecast, Expectation
+from tiered_kv.scheduler.aging import Overdue, aged_key
+from tiered_kv.scheduler.gang import Gangs
+from tiered_kv.scheduler.memory_forecast import OutputLengths, admissible
+from tiered_kv.scheduler.ordered import OrderedIds
+from tiered_kv.scheduler.pass_budget import PassBudget, chunk_tokens, pass_budget
+from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.policies.slack_config import SlackConfig
+from tiered_kv.scheduler.prompt_trie import TrieNode
+from tiered_kv.scheduler.request import QueuedRequest
+from tiered_kv.scheduler.request_policy import SchedulerState
+from tiered_kv.scheduler.slack import Job, Price, Selection, price, select_in_time
+from tiered_kv.scheduler.tenants import TenantShares
+
+#: Deadlines looked at to decide who can be in time; later ones follow by deadline.
+HORIZON = 64
+#: Members of a gang looked at behind one request.
+GANG_LOOK = 32
+#: Requests whose prefixes are forecast.
+FORECAST_LENGTH = 32
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """One who waits."""
+
+    request: QueuedRequest
+    price: Price
+    deadline_s: float
+
+
+class SlackPolicy:
+    """Work per plan: what changed since the last one, and O(log n) for each request it returns."""
+
+    def __init__(self, config: SlackConfig | None = None) -> None:
+        self._config = config = config or SlackConfig()
+        self._entries: dict[int, _Entry] = {}
+        self._changed: dict[int, QueuedRequest] = {}
+        self._by_deadline = OrderedIds()
+        """Those who could be in time if they ran at once."""
+        self._by_start = OrderedIds()
+        """The same by latest start."""
+        self._others = TenantShares(dict(config.tenant_weights))
+        self._overdue = Overdue(config.overdue_share)
+        self._gangs = Gangs()
+        self._lengths = OutputLengths()
+        self._slowdown = 1.0
+        self._least_ttft_s = math.inf
+        self._head: list[int] = []
+
+    # -- what happens -------------------------------------------------------------------------
+
+    def on_arrival(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
+        """It is priced at the next plan, which knows the costs."""
+        self._changed[request.request_id] = request
+        ttft_s = request.slo.ttft_s
+        if ttft_s is not None:
+            self._least_ttft_s = min(self._least_ttft_s, ttft_s)
+        if self._config.gangs:
+            self._gangs.add(request)
+        if self._config.aging:
+            self._overdue.add(request.request_id, request.arrival_s, self._max_wait_s(request))
+
+    def on_cached_change(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
+        """Its price changed."""
+        self._changed[request.request_id] = request
+
+    def on_admission(self, request: QueuedRequest, now_s: float) -> None:
+        """It leaves all orders; others may wait for what it computes."""
+        request_id = request.request_id
+        entry = self._entries.get(request_id)
+        work_s = entry.price.work_s if entry is not None else 0.0
+        was_overdue = self._overdue.is_overdue(request_id, now_s)
+        self._leave(request_id)
+        if self._config.aging:
+            self._overdue.admitted(work_s, was_overdue=was_overdue, now_s=now_s)
+        self._others.charge(request.tenant, work_s)
+        if self._config.gangs:
+            self._gangs.lead(request, now_s + work_s * self._slowdown)
+
+    def on_finish(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
+        """One more length of an answer is known."""
+        self._gangs.stop(request.request_id)
+        self._lengths.observe(request)
+
+    def on_abort(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
+        """Whoever waited for what it computed is free."""
+        self._leave(request.request_id)
+
+    def _leave(self, request_id: int) -> None:
+        self._entries.pop(request_id, None)
+        self._changed.pop(request_id, None)
+        self._by_deadline.discard(request_id)
+        self._by_start.discard(request_id)
+        self._others.discard(request_id)
+        self._overdue.remove(request_id)
+        self._gangs.remove(request_id)
+
+    # -- the plan -----------------------------------------------------------------------------
+
+    def plan(self, state: SchedulerState, limit: int) -> AdmissionPlan:
+        """See `RequestPolicy.plan`."""
+        self._take_in(state)
+        budget = pass_budget(state, self._config, self._least_ttft_s)
+        self._slowdown = budget.slowdown
+        unfinished = state.unfinished
+        jobs = self._jobs(state)
+        selection, is_parked = self._select(state, jobs, unfinished)
+        if unfinished is not None and self._gangs.is_leading(unfinished.request_id):
+            until_s = state.now_s + self._work_left_s(state, unfinished) * self._slowdown
+            self._gangs.extend(unfinished.request_id, until_s)
+        self._gangs.expire(state.now_s)
+        late: set[int] = set()
+        order = list(islice(self._order(state, jobs, selection, late), max(limit, FORECAST_LENGTH)))
+        self._head = order
+        head = tuple(order[:limit])
+        return AdmissionPlan(
+            head,
+            prefill_tokens=self._chunk_tokens(state, budget, head, is_parked),
+            mix_decodes=self._config.mix_decodes,
+            relegated=frozenset(late.intersection(head)),
+            admit_at_most=self._admit_at_most(state, head),
+            park_unfinished=is_parked,
+        )
+
+    def forecast(self, state: SchedulerState) -> DemandForecast:  # noqa: ARG002
+        """The head of the last plan, each after those before it."""
+        expected: dict[int, Expectation] = {}
+        if not self._config.forecast:
+            return DemandForecast(expected)
+        starts_in_s = 0.0
+        for request_id in self._head:
+            entry = self._entries.get(request_id)
+            if entry is None:
+                continue
+            path = entry.request.path
+            if path:
+                node_id = path[-1].node_id
+                known = expected.get(node_id)
+                if known is None:
+                    expected[node_id] = Expectation(starts_in_s)
+                else:
+                    n = known.requests + 1
+                    expected[node_id] = Expectation(known.starts_in_s, requests=n)
+            starts_in_s += entry.price.work_s * self._slowdown
+        return DemandForecast(expected)
+
+    # -- keeping the orders -------------------------------------------------------------------
+
+    def _take_in(self, state: SchedulerState) -> None:
+        """Price what changed, and relegate those whose latest start has passed."""
+        now_s = state.now_s
+        for request_id, request in self._changed.items():
+            entry = _Entry(request, price(request, state.costs), _due_s(request))
+            self._entries[request_id] = entry
+            self._put(request_id, entry, now_s)
+        self._changed.clear()
+        if self._by_start.first_key() < now_s:
+            for request_id in self._by_start.below(now_s):
+                self._put(request_id, self._entries[request_id], now_s)
+
+    def _put(self, request_id: int, entry: _Entry, now_s: float) -> None:
+        latest_start_s = entry.deadline_s - entry.price.work_s
+        if self._config.slack and math.isfinite(latest_start_s) and latest_start_s >= now_s:
+            self._others.discard(request_id)
+            self._by_deadline.put(request_id, entry.deadline_s)
+            self._by_start.put(request_id, latest_start_s)
+            return
+        self._by_deadline.discard(request_id)
+        self._by_start.discard(request_id)
+        self._others.put(entry.request.tenant, request_id, self._aged_key(entry))
+
+    def _aged_key(self, entry: _Entry) -> float:
+        if not self._config.slack:
+            return entry.request.arrival_s
+        work_s = entry.price.work_s
+        if not self._config.aging:
+            return work_s
+        return aged_key(entry.request.arrival_s, work_s, self._config.patience)
+
+    # -- who is in time -----------------------------------------------------------------------
+
+    def _jobs(self, state: SchedulerState) -> list[Job]:
+        """The next deadlines that could be met, soonest first."""
+        held, entries, shares = state.held, self._entries, self._others
+        ids = (rid for rid in self._by_deadline if rid not in held)
+        return [
+            Job(rid, entry.price.work_s, entry.deadline_s, shares.weight(entry.request.tenant))
+            for rid in islice(ids, HORIZON)
+            for entry in (entries[rid],)
+        ]
+
+    def _select(
+        self, state: SchedulerState, jobs: list[Job], unfinished: QueuedRequest | None
+    ) -> tuple[Selection, bool]:
+        """Who can be in time, and whether the prompt that was begun makes way for them."""
+        now_s, slowdown = state.now_s, self._slowdown
+        if unfinished is None:
+            return select_in_time(jobs, now_s, slowdown), False
+        left_s = self._work_left_s(state, unfinished)
+        going_on = select_in_time(jobs, now_s + left_s * slowdown, slowdown)
+        if not (state.can_park and self._config.park and going_on.left_out):
+            return going_on, False
+        if self._is_overdue(unfinished, now_s):
+            return going_on, False
+        due_s = _due_s(unfinished)
+        own = Job(unfinished.request_id, left_s, due_s, self._others.weight(unfinished.tenant))
+        everyone = jobs
+        met_weight = 0.0
+        if now_s + left_s * slowdown <= due_s < math.inf:
+            everyone = sorted([*jobs, own], key=lambda job: job.deadline_s)
+            met_weight = own.weight
+        anew = select_in_time(everyone, now_s, slowdown)
+        gained = _weight(anew) - _weight(going_on) - met_weight
+        is_first = bool(anew.in_time) and anew.in_time[0].request_id == own.request_id
+        if gained <= 0 or is_first:
+            return going_on, False
+        in_time = tuple(job for job in anew.in_time if job is not own)
+        left_out = tuple(job for job in anew.left_out if job is not own)
+        return Selection(in_time, left_out), True
+
+    def _work_left_s(self, state: SchedulerState, request: QueuedRequest) -> float:
+        done = request.prefilled_tokens
+        left = request.prompt_tokens + request.output_tokens - done
+        return state.costs.marginal_prefill_s(left, done)
+
+    def _is_overdue(self, request: QueuedRequest, now_s: float) -> bool:
+        return self._config.aging and now_s >= request.arrival_s + self._max_wait_s(request)
+
+    def _max_wait_s(self, request: QueuedRequest) -> float:
+        max_wait_s = request.slo.max_wait_s
+        return self._config.max_wait_s if max_wait_s is None else max_wait_s
+
+    # -- the order ----------------------------------------------------------------------------
+
+    def _order(
+        self, state: SchedulerState, jobs: list[Job], selection: Selection, late: set[int]
+    ) -> Iterator[int]:
+        """Ids, the first to be admitted first, gangs together. Adds to `late` who is relegated."""
+        held = state.held
+        overdue = self._overdue.by_arrival(state.now_s)
+        is_their_turn = self._overdue.is_their_turn()
+        seen: set[int] = set()
+        chosen: set[TrieNode] = set()
+        spare_s = self._spare_s(selection, state.now_s)
+
+        def emit(ids: Iterable[int], *, gangs: bool) -> Iterator[int]:
+            nonlocal spare_s
+            for request_id in ids:
+                if request_id in seen or request_id in held or request_id not in self._entries:
+                    continue
+                seen.add(request_id)
+                if not self._may_start(state, request_id, chosen):
+                    continue
+                yield request_id
+                if not gangs:
+                    continue
+                for member_id in self._followers(state, request_id, seen):
+                    work_s = self._entries[member_id].price.work_s * self._slowdown
+                    if work_s <= spare_s and self._may_start(state, member_id, chosen):
+                        spare_s -= work_s
+                        seen.add(member_id)
+                        yield member_id
+
+        if is_their_turn:
+            yield from emit(overdue, gangs=False)
+        yield from emit([job.request_id for job in selection.in_time], gangs=True)
+        yield from emit(overdue, gangs=False)
+        spare_s = math.inf
+        left_out = {job.request_id for job in selection.left_out}
+        looked_at = left_out | {job.request_id for job in jobs}
+        yield from emit((rid for rid in self._by_deadline if rid not in looked_at), gangs=True)
+        behind = {rid: self._aged_key(self._entries[rid]) for rid in left_out}
+        tenants = {rid: self._entries[rid].request.tenant for rid in left_out}
+        for request_id in emit(self._others.merged(behind, tenants), gangs=True):
+            late.add(request_id)
+            yield request_id
+
+    def _spare_s(self, selection: Selection, now_s: float) -> float:
+        """How much can be put in front of those in time without making one of them late."""
+        spare_s, end_s = math.inf, now_s
+        for job in selection.in_time:
+            end_s += job.work_s * self._slowdown
+            spare_s = min(spare_s, job.deadline_s - end_s)
+        return max(0.0, spare_s)
+
+    def _may_start(self, state: SchedulerState, request_id: int, chosen: set[TrieNode]) -> bool:
+        """False if somebody else computes enough of its prompt; else its path joins `chosen`."""
+        if not self._config.gangs or len(self._entries) + len(state.running) <= 1:
+            return True
+        request = self._entries[request_id].request
+        unit = state.waiting.tokens_per_unit
+        shared = self._gangs.computed_by_others(request_id, chosen) * unit
+        if shared - request.cached_tokens >= self._config.share_min_tokens:
+            return False
+        chosen.update(self._gangs.path(request_id))
+        return True
+
+    def _followers(self, state: SchedulerState, request_id: int, seen: set[int]) -> Iterator[int]:
+        """Members of its gang that are cheap while its prefix is on the device, cheapest first."""
+        if not self._config.gangs:
+            return
+        node = self._gangs.node_of(request_id)
+        if node is None:
+            return
+        prefix = node.end * state.waiting.tokens_per_unit
+        saved_s = state.costs.marginal_prefill_s(prefix)
+        found = []
+        for member in self._gangs.members(node, GANG_LOOK):
+            if member.request_id in seen or member.request_id in state.held:
+                continue
+            entry = self._entries.get(member.request_id)
+            if entry is None or member.device_tokens < prefix or entry.price.work_s > saved_s:
+                continue
+            # The longer an answer against its prompt, the better decoding hides behind prefill.
+            decode = self._lengths.total(member, 0.5)
+            found.append((entry.price.work_s / decode, member.request_id))
+        found.sort()
+        for _, member_id in found:
+            yield member_id
+
+    # -- how much of it -----------------------------------------------------------------------
+
+    def _chunk_tokens(
+        self, state: SchedulerState, budget: PassBudget, head: tuple[int, ...], is_parked: bool
+    ) -> int:
+        """Tokens of this iteration: what the budget allows, less if the first would be late."""
+        cached = first_tokens = 0
+        due_s = math.inf
+        if state.unfinished is not None and not is_parked:
+            cached = state.unfinished.prefilled_tokens
+        elif head:
+            entry = self._entries[head[0]]
+            cached, first_tokens = entry.request.cached_tokens, entry.request.uncached_tokens
+            if head[0] in self._by_deadline:
+                due_s = entry.deadline_s - state.now_s
+        return chunk_tokens(state, budget, cached, first_tokens, due_s)
+
+    def _admit_at_most(self, state: SchedulerState, head: tuple[int, ...]) -> int | None:
+        available = state.available_tokens
+        if not self._config.forecast or available is None or not head:
+            return None
+        total, quantile = self._lengths.total, self._config.length_quantile
+        running, held = [], 0
+        for request in state.running:
+            left = total(request, quantile) - request.output_tokens
+            context = request.prompt_tokens + request.output_tokens
+            held += context
+            running.append((context, left))
+        if state.unfinished is not None:
+            request = state.unfinished
+            context = request.prompt_tokens + request.output_tokens
+            held += request.prefilled_tokens
+            running.append((context, total(request, quantile) - request.output_tokens))
+        candidates = []
+        for request_id in head:
+            request = self._entries[request_id].request
+            left = total(request, quantile) - request.output_tokens
+            candidates.append((request.prompt_tokens + request.output_tokens, left))
+        capacity = int((held + available) * (1.0 - self._config.memory_margin))
+        n = admissible(running, candidates, capacity)
+        # Somebody must get on: alone, a request is the executor's business.
+        return max(n, 1) if not running else n
+
+
+def _due_s(request: QueuedRequest) -> float:
+    """When its next token is due: the first one, or after a retraction the one that is missing."""
+    if not request.output_tokens:
+        return request.deadline_s
+    tbt_s = request.slo.tbt_s
+    if tbt_s is None or request.first_token_s is None:
+        return math.inf
+    return request.first_token_s + request.output_tokens * tbt_s
+
+
+def _weight(selection: Selection) -> float:
+    return sum(job.weight for job in selection.in_time)

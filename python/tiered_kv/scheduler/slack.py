@@ -1,0 +1,101 @@
+"""Slack: how long a request can still wait and be in time, and who gets to be in time.
+
+Slack = deadline - now - predicted remaining time. Its order does not change as time passes, so it
+is kept as the latest start: deadline - predicted time.
+
+When not everyone can be in time, the question is who. Moore (Management Science 15, 1968, with
+Hodgson's algorithm) answers it for one machine: take jobs by deadline, and whenever one would be
+late, leave out the longest so far. That makes the number of late jobs as small as it can be, where
+least slack or earliest deadline alone let one long job make all behind it late.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.request import QueuedRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What it takes to give a request its first token, by the cost model."""
+
+    compute_s: float
+    """Seconds of prefill that it adds to forward passes."""
+    load_s: float
+    """Seconds to bring its pages from the host, behind nothing."""
+
+    @property
+    def work_s(self) -> float:
+        """Seconds of the device: pages arrive layer by layer while it computes."""
+        return max(self.compute_s, self.load_s)
+
+
+def price(request: QueuedRequest, costs: CostModel) -> Price:
+    """By what is cached of `request` now, wherever."""
+    load_s = 0.0
+    if request.host_tokens:
+        n_bytes = int(request.host_tokens * costs.model.kv_bytes_per_token)
+        load_s = costs.load_s(Tier.HOST, Tier.DEVICE, n_bytes)
+    return Price(costs.marginal_prefill_s(request.uncached_tokens, request.cached_tokens), load_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One candidate for being in time."""
+
+    request_id: int
+    work_s: float
+    deadline_s: float
+    weight: float = 1.0
+    """Of two that cannot both be in time, the one with less work per weight is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Who can be in time."""
+
+    in_time: tuple[Job, ...]
+    """By deadline: served in this order, all of them are."""
+    left_out: tuple[Job, ...]
+    """The rest."""
+
+
+def select_in_time(jobs: Sequence[Job], now_s: float, slowdown: float = 1.0) -> Selection:
+    """As many of `jobs` as can be in time one after the other, from `now_s` on. O(n log n).
+
+    jobs: by deadline. slowdown: seconds that a second of work takes, decoding beside it. With
+    equal weights the number of late jobs is the least possible.
+    """
+    kept: list[tuple[float, int]] = []  # (-work per weight, index)
+    out: set[int] = set()
+    end_s = now_s
+    for index, job in enumerate(jobs):
+        end_s += job.work_s * slowdown
+        heapq.heappush(kept, (-job.work_s / job.weight, index))
+        while end_s > job.deadline_s and kept:
+            _, longest = heapq.heappop(kept)
+            out.add(longest)
+            end_s -= jobs[longest].work_s * slowdown
+    return Selection(
+        tuple(job for index, job in enumerate(jobs) if index not in out),
+        tuple(job for index, job in enumerate(jobs) if index in out),
+    )
+
+
+def next_token_due_s(request: QueuedRequest, now_s: float) -> float:
+    """When a running request's next token is due if its mean time between tokens is to hold.
+
+    Counted from its first token, so that what was gained before can be spent. One that is behind
+    cannot be helped by stopping everybody else: it gets one interval from now.
+    """
+    tbt_s, first_s = request.slo.tbt_s, request.first_token_s
+    if tbt_s is None:
+        return float("inf")
+    if first_s is None:
+        first_s = now_s
+    return max(first_s + request.output_tokens * tbt_s, now_s + tbt_s)
