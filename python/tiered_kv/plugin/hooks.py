@@ -23,6 +23,8 @@ class Process(enum.Enum):
     SCHEDULER = "sglang.srt.managers.scheduler"
     TOKENIZER = "sglang.srt.managers.tokenizer_manager"
     DETOKENIZER = "sglang.srt.managers.detokenizer_manager"
+    HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+    ENGINE = "sglang.srt.entrypoints.engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,75 @@ HOOKS: tuple[Hook, ...] = (
             why="KV computed with the old weights would be served after an update",
         )
         for source in ("disk", "distributed", "tensor", "ipc")
+    ),
+    Hook(
+        target="sglang.srt.entrypoints.http_server.ORJSONRequest.json",
+        kind="around",
+        function="tiered_kv.plugin.request_adapter:check_http_request",
+        process=Process.HTTP_SERVER,
+        why="an slo in a body or in headers would be ignored, and a bad one answered with 200",
+    ),
+    *(
+        Hook(
+            target=f"sglang.srt.entrypoints.openai.serving_{route}",
+            kind=kind,
+            function=f"tiered_kv.plugin.openai_responses:{function}",
+            process=Process.HTTP_SERVER,
+            why="OpenAI's responses would lack the report that was asked for",
+        )
+        for route, kind, function in (
+            ("chat.OpenAIServingChat._build_chat_response", "after", "add_to_response"),
+            ("chat.OpenAIServingChat._generate_chat_stream", "around", "add_to_stream"),
+            (
+                "completions.OpenAIServingCompletion._build_completion_response",
+                "after",
+                "add_to_response",
+            ),
+            (
+                "completions.OpenAIServingCompletion._generate_completion_stream",
+                "around",
+                "add_to_stream",
+            ),
+        )
+    ),
+    *(
+        Hook(
+            target=f"sglang.srt.entrypoints.engine.Engine.{method}",
+            kind="around",
+            function="tiered_kv.plugin.request_adapter:take_engine_fields",
+            process=Process.ENGINE,
+            why="the engine would not take slo= and hints=",
+        )
+        for method in ("generate", "async_generate")
+    ),
+    Hook(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        kind="around",
+        function="tiered_kv.plugin.request_adapter:lift_fields",
+        process=Process.TOKENIZER,
+        why="an slo would not be checked before the request is queued, nor reach the scheduler",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.__init__",
+        kind="after",
+        function="tiered_kv.plugin.request_adapter:learn_classes",
+        process=Process.SCHEDULER,
+        why="the scheduler would not know the classes that requests name",
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_batch.Req.__init__",
+        kind="after",
+        function="tiered_kv.plugin.request_adapter:attach_terms",
+        process=Process.SCHEDULER,
+        why="the scheduler would not know what a request was promised",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler_components.output_streamer"
+        "._GenerationStreamAccumulator.to_payload",
+        kind="after",
+        function="tiered_kv.plugin.request_reports:add_reports",
+        process=Process.SCHEDULER,
+        why="responses would lack the report that was asked for",
     ),
 )
 

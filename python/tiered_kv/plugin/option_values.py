@@ -6,11 +6,17 @@ may arrive as text or as a number, and YAML turns an unquoted `off` or `none` in
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import os
 import shutil
+import tomllib
 from pathlib import Path
 
+from tiered_kv.api.class_table import parse_classes, with_default
+from tiered_kv.api.fields import TermsError
+from tiered_kv.api.slo import DEFAULT_CLASSES, SloClasses
 from tiered_kv.core.config import DISK_IO_MODES
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.units import parse_bytes
@@ -110,6 +116,44 @@ def disk_directory(option: str, value: str | os.PathLike[str] | None) -> Path | 
             f"directory, or write {NO_DISK} to do without the disk tier."
         )
     return directory
+
+
+def slo_table(option: str, value: str | os.PathLike[str]) -> str:
+    """The table of classes that `value` names, as one line of JSON: what every process can read.
+
+    `value` is a file, in TOML if it is called `.toml` and in JSON otherwise, or such a line itself.
+    Raises ConfigError.
+    """
+    text = str(value).strip()
+    try:
+        if text.startswith("{"):
+            table = json.loads(text)
+        else:
+            content = Path(text).expanduser().read_text()
+            table = tomllib.loads(content) if text.endswith(".toml") else json.loads(content)
+        parse_classes(table)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ConfigError(f"{option} cannot be read from {text}: {reason}; name a file.") from None
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        kind = "TOML" if isinstance(error, tomllib.TOMLDecodeError) else "JSON"
+        raise ConfigError(f"{option} cannot be {text}: it is no {kind} ({error}).") from None
+    except TermsError as error:
+        raise ConfigError(f"{option} cannot be {text}: {error}") from None
+    return json.dumps(table)
+
+
+@functools.lru_cache(maxsize=8)
+def slo_classes(option: str, table: str | None, default: str | None) -> SloClasses:
+    """The classes of a line that `slo_table` returned, or the built-in ones for None.
+
+    `default` is the value of `option`: a class, "none", or None for "standard". Raises ConfigError.
+    """
+    classes = DEFAULT_CLASSES.classes if table is None else parse_classes(json.loads(table))
+    try:
+        return with_default(classes, default)
+    except TermsError as error:
+        raise ConfigError(f"{option} must name a class, but {error}") from None
 
 
 def default_disk_bytes(directory: Path) -> int:

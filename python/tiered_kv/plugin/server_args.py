@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 from sglang.srt import server_args as upstream_server_args
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
+from tiered_kv.api.slo import SloClasses
 from tiered_kv.core.config import LOAD_POLICIES, DiskConfig, HostConfig, TieredKVConfig
 from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.memory.eviction import eviction_policies
@@ -161,6 +162,25 @@ class ServerArgs(upstream_server_args.ServerArgs):
         ),
         NS("memory"),
     ] = "cost"
+    tiered_kv_slo_classes: A[
+        str | None,
+        Arg(
+            no_cli=True,
+            help="File (JSON or TOML) with the classes that a request's slo may name, instead of "
+            "the built-in interactive, standard and batch: each maps to ttft_ms, tbt_ms and "
+            "max_wait_ms, all optional.",
+        ),
+        NS("memory"),
+    ] = None
+    tiered_kv_default_slo_class: A[
+        str | None,
+        Arg(
+            no_cli=True,
+            help="The class of requests that name none; 'none' promises them nothing. Default: "
+            "standard.",
+        ),
+        NS("memory"),
+    ] = None
     tiered_kv_debug_integrity: A[
         bool,
         Arg(
@@ -179,6 +199,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
             return
         process_carrier.prepare_main_process()
         refusals.check_server_args(self)
+        self._resolve_slo_classes()
         self._resolve_tiers()
         self._select_cache()
         try:
@@ -249,6 +270,22 @@ class ServerArgs(upstream_server_args.ServerArgs):
                 clear_on_start=self.tiered_kv_clear_disk,
             ),
         )
+
+    def slo_classes(self) -> SloClasses:
+        """The classes that requests may name, and the default one. Raises ConfigError."""
+        return option_values.slo_classes(
+            "--tiered-kv-default-slo-class",
+            self.tiered_kv_slo_classes,
+            self.tiered_kv_default_slo_class,
+        )
+
+    def _resolve_slo_classes(self) -> None:
+        """Replace the file by what it says: other processes get the table with the arguments."""
+        if self.tiered_kv_slo_classes is not None:
+            self.tiered_kv_slo_classes = option_values.slo_table(
+                "--tiered-kv-slo-classes", self.tiered_kv_slo_classes
+            )
+        self.slo_classes()
 
     def _resolve_tiers(self) -> None:
         """Replace defaults by what they stand for, so that every rank and /server_info agree."""

@@ -39,6 +39,9 @@ def _methods(owner: str, users: str, **parameters: str) -> tuple[Symbol, ...]:
 
 _SRT = "sglang.srt"
 _MEM = "sglang.srt.mem_cache"
+_STREAM = (
+    "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
+)
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 PLUGIN_SYSTEM = (
@@ -128,6 +131,57 @@ SCHEDULER = (
         for kind in ("disk", "distributed", "tensor", "ipc")
     ),
     _function(f"{_UPDATER}.flush_cache_after_weight_update", "self recv_req", "weight_updates"),
+)
+
+FRONT_ENDS = (
+    _function(
+        f"{_SRT}.managers.tokenizer_manager.TokenizerManager.generate_request",
+        "self obj request",
+        "request_adapter",
+    ),
+    _object(
+        f"{_SRT}.managers.tokenizer_manager.TokenizerManager",
+        "preferred_sampling_params",
+        "request_adapter",
+    ),
+    _object(
+        f"{_SRT}.managers.io_struct.GenerateReqInput",
+        "sampling_params batch_size parallel_sample_num",
+        "request_adapter openai_responses",
+    ),
+    _function(f"{_SRT}.entrypoints.http_server.ORJSONRequest.json", "self", "request_adapter"),
+    _function(f"{_SRT}.entrypoints.http_server.get_global_state", "", "request_adapter"),
+    _object(f"{_SRT}.entrypoints.engine.Engine.generate", "", "request_adapter"),
+    _object(f"{_SRT}.entrypoints.engine.Engine.async_generate", "", "request_adapter"),
+    *_methods(
+        f"{_SRT}.entrypoints.openai.serving_chat.OpenAIServingChat",
+        "openai_responses",
+        _build_chat_response="request ret created",
+        _generate_chat_stream="adapted_request request raw_request",
+    ),
+    *_methods(
+        f"{_SRT}.entrypoints.openai.serving_completions.OpenAIServingCompletion",
+        "openai_responses",
+        _build_completion_response="request ret created",
+        _generate_completion_stream="adapted_request request raw_request",
+    ),
+    _object(f"{_SRT}.managers.schedule_batch.Req.__init__", "", "request_adapter"),
+    _object(
+        f"{_SRT}.managers.schedule_batch.Req",
+        "sampling_params time_stats",
+        "request_adapter request_reports",
+    ),
+    _object(f"{_SRT}.sampling.sampling_params.SamplingParams", "custom_params", "request_adapter"),
+    _object(
+        f"{_SRT}.observability.req_time_stats.SchedulerReqTimeStats",
+        "wait_queue_entry_time forward_entry_time prefill_finished_time",
+        "request_reports",
+    ),
+    _function(f"{_STREAM}.to_payload", "self dp_rank is_idle_batch", "request_reports"),
+    _object(_STREAM, "rust_server_mode", "request_reports"),
+    _object(
+        f"{_SRT}.managers.io_struct.BatchTokenIDOutput", "rids finished_reasons", "request_reports"
+    ),
 )
 
 CACHE_INTERFACE = (
@@ -312,6 +366,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     *PLUGIN_SYSTEM,
     *ARGUMENTS,
     *SCHEDULER,
+    *FRONT_ENDS,
     *CACHE_INTERFACE,
     *POOLS,
     *REQUESTS_AND_EVENTS,
