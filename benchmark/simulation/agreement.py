@@ -1,0 +1,359 @@
+"""Holds the simulator against the real server: one workload, three orders of the waiting queue.
+
+    python -m benchmark.simulation.agreement --model-path MODEL
+
+First measures the server's forward passes (`calibrate.py`), then replays a workload on it, one
+start per policy, and simulates the same with what was measured. Prints both side by side and
+writes `benchmark/results/simulator_agreement.{md,json}`; exit code 1 if TTFT (mean, p90) or hit
+tokens of any policy are further apart than 15%, or the policies rank differently. About ten minutes
+on two cores, on which nothing else should run. Run it in the root of the repository.
+
+The workload: questions on six documents of unequal length and popularity come in three waves; the
+device's pool holds about half of the documents. A wave takes most of the time until the next
+one in the order of arrival, so that policies have a queue to choose from, and an error of the
+simulated times is not multiplied by a queue near saturation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmark.replay.client import Client, Options
+from benchmark.replay.driver import replay
+from benchmark.replay.prompts import PromptMaker, load_tokenizer
+from benchmark.replay.records import Record
+from benchmark.simulation.calibrate import (
+    PAGE_TOKENS,
+    SERVER_ARGS,
+    Measurements,
+    host_name,
+    measure,
+    measured_server,
+    n_probes,
+    residuals,
+    table,
+)
+from openai import AsyncOpenAI
+from tqdm import tqdm
+
+from tiered_kv.core.device_spec import find_device
+from tiered_kv.simulation.engine import Simulation
+from tiered_kv.simulation.measured_server import MeasuredServer
+from tiered_kv.simulation.settings import CacheSettings, InstanceSettings
+from tiered_kv.simulation.workload.catalog import open_workload
+from tiered_kv.simulation.workload.request import RecordedWorkload
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "test"))
+
+from support.server import Server  # noqa: E402
+
+POLICIES = ("fcfs", "lpm", "dfs-weight")
+TOLERANCE = 0.15
+#: Policies whose measured mean TTFTs are nearer than this have no order to get right.
+TIE = 0.05
+QUESTIONS = (
+    "rag,requests=60,documents=6,zipf=1.0,retrieved=1,document_tokens=512,system_tokens=64,"
+    "question_tokens=48,output_tokens=6,block_tokens=64,arrivals=at-once"
+)
+SEED = 7
+N_WAVES = 3
+#: Seconds between the requests of a wave: all are there before the first has been computed.
+SPACING_S = 0.02
+#: How much of the time between waves a wave takes in the order of arrival, as simulated.
+LOAD = 0.8
+POOL_TOKENS = 1792
+CHUNK_TOKENS = 1024
+MAX_RUNNING = 16
+#: Calibration has prefixes of its own, all of which must fit.
+CALIBRATION_ARGS = ("--max-total-tokens", "16384", "--chunked-prefill-size", "2048")
+REPLAY_ARGS = (
+    *("--max-total-tokens", str(POOL_TOKENS), "--chunked-prefill-size", str(CHUNK_TOKENS)),
+    *("--max-prefill-tokens", str(CHUNK_TOKENS), "--max-running-requests", str(MAX_RUNNING)),
+    "--enable-cache-report",
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is compared; times in seconds."""
+
+    ttft_mean_s: float
+    ttft_p90_s: float
+    hit_tokens: int
+    tpot_mean_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One policy on both."""
+
+    policy: str
+    measured: Figures
+    simulated: Figures
+
+    def errors(self) -> dict[str, float]:
+        """Simulated over measured, less 1, of the figures that are held to the tolerance."""
+        return {
+            name: getattr(self.simulated, name) / getattr(self.measured, name) - 1.0
+            for name in ("ttft_mean_s", "ttft_p90_s", "hit_tokens")
+        }
+
+
+def waves(interval_s: float) -> RecordedWorkload:
+    """The workload, with `interval_s` from one wave's start to the next."""
+    source = open_workload(QUESTIONS, SEED)
+    requests = list(source.initial())
+    per_wave = -(-len(requests) // N_WAVES)
+    spread = [
+        replace(request, arrival_s=at // per_wave * interval_s + at % per_wave * SPACING_S)
+        for at, request in enumerate(requests)
+    ]
+    return RecordedWorkload("waves", source.block_tokens, spread)
+
+
+def settings_for(server: MeasuredServer, policy: str) -> InstanceSettings:
+    """The server of `REPLAY_ARGS`."""
+    model = server.model_spec()
+    return server.applied_to(
+        InstanceSettings(
+            model=model,
+            device=find_device("CPU-2"),
+            cache=CacheSettings(device_bytes=int(POOL_TOKENS * model.kv_bytes_per_token)),
+            policy=policy,
+            chunk_tokens=CHUNK_TOKENS,
+            max_prefill_tokens=CHUNK_TOKENS,
+            max_running=MAX_RUNNING,
+            page_tokens=PAGE_TOKENS,
+            max_new_tokens=None,
+        )
+    )
+
+
+def interval_for(server: MeasuredServer) -> float:
+    """Seconds between waves at which arrivals make the server as busy as `LOAD` says."""
+    apart_s = 1e4
+    result = Simulation(waves(apart_s), settings_for(server, "fcfs")).run()
+    return result.busy_s / N_WAVES / LOAD
+
+
+def simulated(server: MeasuredServer, policy: str, interval_s: float) -> Figures:
+    """The simulator's answer; what clients see besides passes and waiting is added to TTFT."""
+    result = Simulation(waves(interval_s), settings_for(server, policy)).run()
+    found = result.records
+    ttfts = [r.ttft_s + server.request_overhead_s for r in found if r.ttft_s is not None]
+    if len(ttfts) < len(found):
+        raise RuntimeError("the simulated server refused a request that the real one takes")
+    return Figures(
+        statistics.fmean(ttfts),
+        float(np.percentile(ttfts, 90)),
+        sum(record.device_hit_tokens for record in found),
+        statistics.fmean(r.mean_tbt_s for r in found if r.mean_tbt_s is not None),
+        result.end_s,
+    )
+
+
+def measured(records: Sequence[Record]) -> Figures:
+    """The same figures of a replay. Raises RuntimeError if a request failed."""
+    errors = [record.error for record in records if record.error]
+    if errors:
+        raise RuntimeError(f"{len(errors)} requests failed, the first: {errors[0]}")
+    wrong = [r.request_id for r in records if r.prompt_tokens != r.input_tokens]
+    if wrong:
+        raise RuntimeError(f"the server counts other lengths than the workload, as of {wrong[:3]}")
+    ttfts = [record.ttft_s for record in records if record.ttft_s is not None]
+    return Figures(
+        statistics.fmean(ttfts),
+        float(np.percentile(ttfts, 90)),
+        sum(record.cached_tokens or 0 for record in records),
+        statistics.fmean(r.tpot_s for r in records if r.tpot_s is not None),
+        max(record.sent_s + (record.e2e_s or 0.0) for record in records),
+    )
+
+
+async def _replay(
+    url: str, model_path: Path, workload: RecordedWorkload, done: Callable[[Record], None]
+) -> list[Record]:
+    maker = PromptMaker(load_tokenizer(model_path), workload.block_tokens)
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as connection:
+        listed = await connection.models.list()
+        # So that every token is a piece of the stream, end tokens too.
+        options = Options(model=listed.data[0].id, body={"skip_special_tokens": False})
+        client = Client(connection, options)
+        overhead = await client.overhead_tokens(maker)
+        texts = {request.request_id: maker.text(request, overhead) for request in workload.requests}
+        return await replay(
+            workload, client.send, lambda request: texts[request.request_id], done=done
+        )
+
+
+def replay_policy(
+    model_path: Path, policy: str, workload: RecordedWorkload, log: Path
+) -> list[Record]:
+    """Start the server with `policy`, replay, stop it."""
+    args = [*SERVER_ARGS, *REPLAY_ARGS, "--schedule-policy", policy]
+    bar = tqdm(total=len(workload), unit=" requests", desc=policy)
+    with bar, Server(args, log, model_path) as server:
+        # Threads and lazily imported code, not measured: other prompts than the workload's.
+        warm_up(server)
+        return asyncio.run(
+            _replay(server.url, model_path, workload, lambda _: bar.update() and None)
+        )
+
+
+def warm_up(server: Server) -> None:
+    """A few requests that share nothing with others, then an empty cache."""
+    for length in (64, 512):
+        body = {
+            "input_ids": list(range(1000, 1000 + length)),
+            "sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
+        }
+        server.post("/generate", body).raise_for_status()
+    server.flush_cache()
+
+
+def ranking(comparisons: Sequence[Comparison]) -> list[str]:
+    """Pairs that the simulator orders otherwise than the server, in words; ties are left out."""
+    wrong = []
+    for at, one in enumerate(comparisons):
+        for other in comparisons[at + 1 :]:
+            a, b = one.measured.ttft_mean_s, other.measured.ttft_mean_s
+            if abs(a - b) <= TIE * max(a, b):
+                continue
+            if (a < b) != (one.simulated.ttft_mean_s < other.simulated.ttft_mean_s):
+                wrong.append(f"{one.policy} and {other.policy}")
+    return wrong
+
+
+def broken(comparisons: Sequence[Comparison]) -> list[str]:
+    """What is further apart than allowed, in words."""
+    found = [
+        f"{c.policy}: {name} is off by {error:+.1%}"
+        for c in comparisons
+        for name, error in c.errors().items()
+        if not abs(error) <= TOLERANCE
+    ]
+    return found + [f"the order of {pair} is wrong" for pair in ranking(comparisons)]
+
+
+def run(
+    model_path: Path, folder: Path, *, repeats: int = 3
+) -> tuple[Measurements, MeasuredServer, float, list[Comparison]]:
+    """Calibrate, replay, simulate; logs of the servers go to `folder`."""
+    with tqdm(total=n_probes(repeats), unit=" probes", desc="calibrating") as bar:
+        args = [*SERVER_ARGS, *CALIBRATION_ARGS]
+        with Server(args, folder / "calibrate.log", model_path) as server:
+            samples = measure(server.url, repeats=repeats, progress=bar.update)
+    times = measured_server(samples)
+    interval_s = interval_for(times)
+    comparisons = []
+    for policy in POLICIES:
+        records = replay_policy(model_path, policy, waves(interval_s), folder / f"{policy}.log")
+        comparison = Comparison(policy, measured(records), simulated(times, policy, interval_s))
+        comparisons.append(comparison)
+    return samples, times, interval_s, comparisons
+
+
+def report(
+    samples: Measurements,
+    server: MeasuredServer,
+    interval_s: float,
+    comparisons: Sequence[Comparison],
+) -> str:
+    """Both side by side, in Markdown."""
+    load = (
+        f"{server.model}, float32, {host_name()}. {len(waves(interval_s))} requests in {N_WAVES} "
+        f"waves, one every {interval_s:.1f} s; a pool of {POOL_TOKENS:,} tokens."
+    )
+    lines = [
+        "# The simulator held against the real server",
+        "",
+        "Made by `python -m benchmark.simulation.agreement --model-path MODEL`.",
+        "",
+        load,
+        "",
+        "| policy | | TTFT mean | p90 | hit tokens | time per output token | end |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for comparison in comparisons:
+        for name, f in (("server", comparison.measured), ("simulator", comparison.simulated)):
+            lines.append(
+                f"| {comparison.policy} | {name} | {f.ttft_mean_s:.2f} s | {f.ttft_p90_s:.2f} s "
+                f"| {f.hit_tokens:,} | {1000 * f.tpot_mean_s:.0f} ms | {f.end_s:.1f} s |"
+            )
+        errors = " | ".join(f"{error:+.1%}" for error in comparison.errors().values())
+        lines.append(f"| | error | {errors} | | |")
+    wrong = broken(comparisons)
+    lines += ["", f"Within {TOLERANCE:.0%} and ranked alike: {'no' if wrong else 'yes'}."]
+    lines += [f"- {sentence}" for sentence in wrong]
+    overhead_ms = 1000 * server.request_overhead_s
+    lines += [
+        "",
+        f"Passes, as measured and fitted; {overhead_ms:.0f} ms of TTFT are neither pass nor wait.",
+        "",
+        table(residuals(samples, server.times)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def as_json(
+    samples: Measurements,
+    server: MeasuredServer,
+    interval_s: float,
+    comparisons: Sequence[Comparison],
+) -> dict[str, Any]:
+    """All figures; `server` is what `--measured` of the simulator reads, in a file of its own."""
+    return {
+        "server": server.to_json(),
+        "interval_s": interval_s,
+        "policies": [asdict(comparison) for comparison in comparisons],
+        "samples": asdict(samples),
+    }
+
+
+def main() -> int:
+    """Run, print and write."""
+    about = (__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.simulation.agreement",
+        description=about[0],
+        epilog="\n\n".join(about[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model-path", type=Path, required=True,
+        help="folder of the demo model (`./scripts/get_demo_model --where`)",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=3, help="of calibration probes (default 3)")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmark" / "results" / "simulator_agreement",
+        help="path of the results without suffix",
+    )  # fmt: skip
+    options = parser.parse_args()
+    began = time.monotonic()
+    logs = Path(tempfile.mkdtemp(prefix="tiered_kv_agreement_"))
+    print(f"logs: {logs}", file=sys.stderr)
+    found = run(options.model_path, logs, repeats=options.repeats)
+    text = report(*found)
+    options.output.with_suffix(".md").write_text(text)
+    options.output.with_suffix(".json").write_text(json.dumps(as_json(*found), indent=1) + "\n")
+    print(text)
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes; written: {options.output}.md, .json")
+    return 1 if broken(found[-1]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The simulator says of a server what clients of the real one see.
+
+The server is measured first, then a workload with shared prefixes is replayed on it under three
+orders of its waiting queue and simulated with those measurements. It takes ten minutes and wants
+two cores to itself: a neighbour that takes a third of them for a minute shows in the replay and
+not in the simulation. `python -m benchmark.simulation.agreement` does the same and writes a report.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmark.simulation.agreement import (  # noqa: E402
+    POLICIES,
+    TOLERANCE,
+    Comparison,
+    ranking,
+    report,
+    run,
+)
+
+pytestmark = [pytest.mark.long, pytest.mark.server, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def comparisons(demo_model: Path, logs: Path) -> dict[str, Comparison]:
+    found = run(demo_model, logs)
+    print(report(*found))
+    return {comparison.policy: comparison for comparison in found[-1]}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_ttft_and_hits_are_within_the_tolerance(
+    comparisons: dict[str, Comparison], policy: str
+) -> None:
+    comparison = comparisons[policy]
+    errors = comparison.errors()
+    assert errors == pytest.approx(dict.fromkeys(errors, 0.0), abs=TOLERANCE), comparison
+
+
+def test_policies_rank_alike(comparisons: dict[str, Comparison]) -> None:
+    assert ranking(list(comparisons.values())) == []
+
+
+def test_the_policies_differ_enough_to_be_ranked(comparisons: dict[str, Comparison]) -> None:
+    arrival, longest_prefix = comparisons["fcfs"].measured, comparisons["lpm"].measured
+    assert longest_prefix.ttft_mean_s < 0.8 * arrival.ttft_mean_s
+    assert longest_prefix.hit_tokens > 1.05 * arrival.hit_tokens
