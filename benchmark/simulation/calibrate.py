@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmark.simulation import links
 from benchmark.simulation.probe import DecodeSample, PrefillSample, Probe
 from scipy.optimize import nnls
 from tqdm import tqdm
@@ -197,6 +198,21 @@ def measured_server(found: Measurements, **more: Any) -> MeasuredServer:
     )
 
 
+def _measure_all(
+    model_path: Path, folder: Path, repeats: int
+) -> tuple[Measurements, list[links.LinkSample]]:
+    """Passes on plain SGLang, links on a server with tiers."""
+    args = [*SERVER_ARGS, "--max-total-tokens", "16384", "--chunked-prefill-size", "2048"]
+    bar = tqdm(total=n_probes(repeats), unit=" probes", desc="passes")
+    with bar, Server(args, folder / "passes.log", model_path) as server:
+        found = measure(server.url, repeats=repeats, progress=bar.update)
+    token_bytes = int(measured_server(found).model_spec().kv_bytes_per_token)
+    tier_args = [*SERVER_ARGS, *links.server_args(folder, token_bytes)]
+    bar = tqdm(total=links.n_link_probes(), unit=" probes", desc="links")
+    with bar, Server(tier_args, folder / "links.log", model_path) as server:
+        return found, links.measure_links(server, progress=bar.update)
+
+
 def main() -> int:
     """Measure and write."""
     about = (__doc__ or "").split("\n\n")
@@ -214,20 +230,22 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tiered_kv_calibrate_") as folder:
-        log = Path(folder) / "server.log"
-        args = [*SERVER_ARGS, "--max-total-tokens", "16384", "--chunked-prefill-size", "2048"]
-        bar = tqdm(total=n_probes(options.repeats), unit=" probes")
-        with bar, Server(args, log, options.model_path) as server:
-            found = measure(server.url, repeats=options.repeats, progress=bar.update)
-    server_times = measured_server(found)
+        found, moved = _measure_all(options.model_path, Path(folder), options.repeats)
+    host_link, disk = links.host_link(moved), links.disk(moved)
+    server_times = measured_server(found, host_link=host_link, disk=disk)
     document = {
         **server_times.to_json(),
-        "samples": {"prefills": [asdict(s) for s in found.prefills],
-                    "decodes": [asdict(s) for s in found.decodes]},
-    }  # fmt: skip
+        "samples": {**asdict(found), "links": [asdict(sample) for sample in moved]},
+    }
     options.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(table(residuals(found, server_times.times)))
-    print(f"\nrequest overhead {1000 * found.request_overhead_s:.1f} ms; written: {options.out}")
+    print(table(residuals(found, server_times.times)) + "\n")
+    for name, bandwidth, latency_s in (
+        ("host to device", host_link.bandwidth, host_link.latency_s),
+        ("disk to host", disk.read_bandwidth, disk.latency_s),
+        ("host to disk", disk.write_bandwidth, disk.latency_s),
+    ):
+        print(f"{name}: {bandwidth / 1e9:.2f} GB/s, {1000 * latency_s:.1f} ms per transfer")
+    print(f"request overhead {1000 * found.request_overhead_s:.1f} ms; written: {options.out}")
     return 0
 
 

@@ -31,6 +31,7 @@ from benchmark.simulation.calibrate import (  # noqa: E402
     measured_server,
     residuals,
 )
+from benchmark.simulation.links import LinkSample, fit_link  # noqa: E402
 from benchmark.simulation.probe import DecodeSample, PrefillSample  # noqa: E402
 
 from tiered_kv.scheduler.measured_costs import PassTimes  # noqa: E402
@@ -108,3 +109,15 @@ def test_an_order_that_differs_is_named_unless_it_is_a_tie() -> None:
     assert ranking([compared("a", 10.0, 5.0), compared("b", 8.0, 6.0)]) == ["a and b"]
     assert ranking([compared("a", 10.0, 5.0), compared("b", 9.8, 6.0)]) == []
     assert ranking([compared("a", 10.0, 6.0), compared("b", 8.0, 5.0)]) == []
+
+
+def test_latency_and_bandwidth_of_a_link_are_told_apart() -> None:
+    edge = ("disk", "host")
+    found = [
+        LinkSample(edge, n_bytes, n_transfers, 0.002 * n_transfers + n_bytes / 5e8)
+        for n_bytes, n_transfers in ((10e6, 1), (20e6, 1), (40e6, 2))
+    ]
+    other = LinkSample(("host", "disk"), 1e6, 1, 9.0)
+    link = fit_link([*found, other], edge)
+    assert link.latency_s == pytest.approx(0.002)
+    assert link.bandwidth == pytest.approx(5e8)
