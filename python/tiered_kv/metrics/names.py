@@ -23,6 +23,13 @@ class Metric:
     kind: Kind
     labels: tuple[str, ...]
     help: str
+    buckets: tuple[float, ...] = ()
+    """Of a histogram: the upper bounds of its buckets."""
+
+
+TRANSFER_SECONDS_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+WAIT_SECONDS_BUCKETS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+SLACK_SECONDS_BUCKETS = (-30.0, -10.0, -3.0, -1.0, -0.3, -0.1, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 HIT_TOKENS = Metric(
@@ -48,6 +55,7 @@ TRANSFER_SECONDS = Metric(
     Kind.HISTOGRAM,
     ("source", "target"),
     "Time from asking for a transfer to its end, queueing included.",
+    TRANSFER_SECONDS_BUCKETS,
 )
 RESIDENT_TOKENS = Metric(
     "sglang:tiered_kv_resident_tokens",
@@ -104,6 +112,33 @@ DISK_PAGE_CACHE = Metric(
     (),
     "1 while pages wanted again soon go through the page cache, 0 while all bypass it.",
 )
+WAIT_SECONDS = Metric(
+    "sglang:tiered_kv_wait_seconds",
+    Kind.HISTOGRAM,
+    ("slo_class",),
+    "Time from a request's arrival at the server to its first admission.",
+    WAIT_SECONDS_BUCKETS,
+)
+FIRST_TOKEN_SLACK = Metric(
+    "sglang:tiered_kv_first_token_slack_seconds",
+    Kind.HISTOGRAM,
+    ("slo_class",),
+    "Time left until a request's first token was due when it was there; negative if it was late.",
+    SLACK_SECONDS_BUCKETS,
+)
+SLO_REQUESTS = Metric(
+    "sglang:tiered_kv_slo_requests_total",
+    Kind.COUNTER,
+    ("slo_class", "met"),
+    "Answered requests that had a latency objective, by whether it was met (true, false): the "
+    "first token in time, and the mean time between the others.",
+)
+WAIT_OVER_BOUND = Metric(
+    "sglang:tiered_kv_wait_over_bound_seconds",
+    Kind.GAUGE,
+    (),
+    "By how much the bound on waiting is exceeded for the request that exceeds it most; else 0.",
+)
 
 ALL: tuple[Metric, ...] = (
     HIT_TOKENS,
@@ -119,7 +154,8 @@ ALL: tuple[Metric, ...] = (
     DISK_DEGRADED,
     DISK_IO_BYTES,
     DISK_PAGE_CACHE,
+    WAIT_SECONDS,
+    FIRST_TOKEN_SLACK,
+    SLO_REQUESTS,
+    WAIT_OVER_BOUND,
 )
-
-#: Upper bounds of the histogram's buckets, seconds.
-TRANSFER_SECONDS_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)

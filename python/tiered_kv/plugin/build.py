@@ -22,9 +22,10 @@ from tiered_kv.plugin.costs import build_cost_model
 from tiered_kv.plugin.device_pool import DeviceBuffers, EngineAllocator, buffers_of
 from tiered_kv.plugin.kv_events import KvEvents
 from tiered_kv.plugin.metrics_adapter import MetricsRecorder, PrometheusRecorder
+from tiered_kv.plugin.residency_log import ResidencyLog
 from tiered_kv.plugin.step_times import StepTimes
 from tiered_kv.scheduler.calibration import Calibrator
-from tiered_kv.scheduler.cost_model import PlacementCosts
+from tiered_kv.scheduler.cost_model import CostModel, PlacementCosts
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import After, CpuPageCopier, PageCopier, TorchPageCopier, buffer_format
 from tiered_kv.tiers.disk.encryption import read_key_file
@@ -82,6 +83,9 @@ class CacheParts:
     name_weights: Callable[[], tuple[bytes, DiskNamespace | None]]
     """Names the weights in use now, and opens their namespace on disk."""
     step_times: StepTimes
+    residency: ResidencyLog
+    """What became cached, or ceased to be, while somebody waits."""
+    cost_model: CostModel | None
 
     @property
     def controller_report(self) -> SimpleNamespace:
@@ -124,6 +128,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
 
     namespace, disk = name_weights()
     events = KvEvents(params.page_size, params.enable_kv_cache_events)
+    residency = ResidencyLog(events)
     metrics = make_metrics(ctx)
     forest = Forest(params.page_size)
     cost_model = build_cost_model(ctx, pool, page_format)
@@ -141,7 +146,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         host=host,
         disk=disk,
         collective=make_collective(ctx),
-        listener=events,
+        listener=residency,
         observer=metrics,
         calibrator=None if cost_model is None else Calibrator(cost_model),
         order_after=tuple if on_cpu else lambda: launched_so_far(runner.forward_stream),
@@ -156,6 +161,8 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         host_report=HostReport(host),
         name_weights=name_weights,
         step_times=StepTimes(hierarchy, synchronous=on_cpu),
+        residency=residency,
+        cost_model=cost_model,
     )
 
 

@@ -63,6 +63,13 @@ HOOKS: tuple[Hook, ...] = (
         why="--tiered-kv-debug-integrity checks the cache's bookkeeping between requests",
     ),
     Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.on_idle",
+        kind="before",
+        function="tiered_kv.plugin.scheduler_hooks:rest_when_idle",
+        process=Process.SCHEDULER,
+        why="a loop that spins while pages are on their way slows them down",
+    ),
+    Hook(
         target="sglang.srt.managers.scheduler.Scheduler.run_batch",
         kind="after",
         function="tiered_kv.plugin.step_times:after_run_batch",
@@ -75,6 +82,42 @@ HOOKS: tuple[Hook, ...] = (
         function="tiered_kv.plugin.step_times:after_batch_result",
         process=Process.SCHEDULER,
         why="how long prefills take decides what is loaded and what is computed",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.__init__",
+        kind="after",
+        function="tiered_kv.plugin.scheduler_hooks:order_waiting_queue",
+        process=Process.SCHEDULER,
+        why="--tiered-kv-policy would order nothing",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw",
+        kind="around",
+        function="tiered_kv.plugin.scheduler_hooks:form_prefill",
+        process=Process.SCHEDULER,
+        why="a policy says who is admitted, and how much is prefilled at once",
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority",
+        kind="around",
+        function="tiered_kv.plugin.scheduler_hooks:put_in_order",
+        process=Process.SCHEDULER,
+        why="the waiting queue would be in SGLang's order instead of the policy's",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
+        kind="after",
+        function="tiered_kv.plugin.scheduler_hooks:note_arrival",
+        process=Process.SCHEDULER,
+        why="a policy is told of arrivals instead of looking for them in every step",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler_components.request_receiver"
+        ".SchedulerRequestReceiver._broadcast_reqs_across_ranks",
+        kind="around",
+        function="tiered_kv.plugin.clock_tick:carry_tick",
+        process=Process.SCHEDULER,
+        why="tensor-parallel ranks that decide by clocks of their own would part",
     ),
     *(
         Hook(

@@ -10,6 +10,7 @@ from tiered_kv.metrics import names
 from tiered_kv.metrics.names import Kind, Metric
 
 if TYPE_CHECKING:
+    from tiered_kv.scheduler.request import QueuedRequest
     from tiered_kv.tiers.disk.stats import DiskStats
     from tiered_kv.tiers.disk.store import DiskStore
     from tiered_kv.tiers.hierarchy import KVHierarchy
@@ -29,8 +30,21 @@ class MetricsRecorder:
     def finished(self, req: Any) -> None:
         pass
 
-    def refresh(self, hierarchy: KVHierarchy, disk: DiskStore | None, device_tokens: int) -> None:
+    def admitted(self, request: QueuedRequest, now_s: float) -> None:
         pass
+
+    def first_token(self, request: QueuedRequest) -> None:
+        pass
+
+    def answered(self, request: QueuedRequest) -> None:
+        pass
+
+    def longest_wait(self, over_bound_s: float) -> None:
+        pass
+
+    def refresh(self, hierarchy: KVHierarchy, disk: DiskStore | None, device_tokens: int) -> bool:
+        """Brings the gauges up to date, if it is time to; returns whether it was."""
+        return False
 
 
 class PrometheusRecorder(MetricsRecorder):
@@ -52,7 +66,7 @@ class PrometheusRecorder(MetricsRecorder):
             if metric.kind is Kind.GAUGE:
                 options["multiprocess_mode"] = "mostrecent"
             elif metric.kind is Kind.HISTOGRAM:
-                options["buckets"] = names.TRANSFER_SECONDS_BUCKETS
+                options["buckets"] = metric.buckets
             self._metrics[metric.name] = kinds[metric.kind](
                 metric.name, metric.help, labelnames=[*labels, *metric.labels], **options
             )
@@ -81,10 +95,33 @@ class PrometheusRecorder(MetricsRecorder):
             if n_tokens:
                 self._of(names.HIT_TOKENS, tier=tier.name.lower()).inc(n_tokens)
 
-    def refresh(self, hierarchy: KVHierarchy, disk: DiskStore | None, device_tokens: int) -> None:
+    def admitted(self, request: QueuedRequest, now_s: float) -> None:
+        """`request` runs for the first time."""
+        waited_s = now_s - request.arrival_s
+        self._of(names.WAIT_SECONDS, slo_class=request.slo.slo_class).observe(waited_s)
+
+    def first_token(self, request: QueuedRequest) -> None:
+        """`request` has its first token since `request.first_token_s`."""
+        if request.slo.ttft_s is not None:
+            assert request.first_token_s is not None
+            slack_s = request.deadline_s - request.first_token_s
+            self._of(names.FIRST_TOKEN_SLACK, slo_class=request.slo.slo_class).observe(slack_s)
+
+    def answered(self, request: QueuedRequest) -> None:
+        """`request` has its last token since `request.last_token_s`."""
+        slo = request.slo
+        if slo.ttft_s is None and slo.tbt_s is None:
+            return
+        met = str(meets_slo(request)).lower()
+        self._of(names.SLO_REQUESTS, slo_class=slo.slo_class, met=met).inc()
+
+    def longest_wait(self, over_bound_s: float) -> None:
+        self._of(names.WAIT_OVER_BOUND).set(over_bound_s)
+
+    def refresh(self, hierarchy: KVHierarchy, disk: DiskStore | None, device_tokens: int) -> bool:
         now = time.monotonic()
         if now - self._refreshed_at < REFRESH_S:
-            return
+            return False
         self._refreshed_at = now
         context, page_size = hierarchy.context, hierarchy.context.page_size
         forest, held = context.forest, (Tier.DEVICE, Tier.HOST)
@@ -114,6 +151,7 @@ class PrometheusRecorder(MetricsRecorder):
         ):
             self._of(names.QUEUE_DEPTH, **_edge(source, target)).set(queue.in_flight)
         self._of(names.DEFERRED_NODES).set(write_back.n_deferred)
+        return True
 
     def _refresh_disk(self, stats: DiskStats) -> None:
         self._of(names.DISK_BYTES).set(stats.bytes_on_disk)
@@ -123,6 +161,19 @@ class PrometheusRecorder(MetricsRecorder):
             counter = self._of(names.DISK_IO_BYTES, path=path, operation=operation)
             counter.inc(n_bytes - self._disk_io.get((path, operation), 0))
             self._disk_io[path, operation] = n_bytes
+
+
+def meets_slo(request: QueuedRequest) -> bool:
+    """Whether an answered request had its first token, and on average the others, in time.
+
+    The criterion of the simulator (`simulation/statistics.py`).
+    """
+    first_s, last_s, slo = request.first_token_s, request.last_token_s, request.slo
+    if first_s is None or last_s is None or first_s > request.deadline_s:
+        return False
+    if slo.tbt_s is None or request.output_tokens < 2:
+        return True
+    return (last_s - first_s) / (request.output_tokens - 1) <= slo.tbt_s
 
 
 def _disk_io(stats: DiskStats) -> dict[tuple[str, str], int]:

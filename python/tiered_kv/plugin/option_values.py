@@ -20,9 +20,15 @@ from tiered_kv.api.slo import DEFAULT_CLASSES, SloClasses
 from tiered_kv.core.config import DISK_IO_MODES
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.units import parse_bytes
+from tiered_kv.scheduler.request_policy import request_policies
 
 NO_DISK = "none"
 """The value of `--tiered-kv-disk-dir` that switches the disk tier off."""
+
+UPSTREAM_POLICY = "upstream"
+"""The value of `--tiered-kv-policy` that leaves the waiting queue to SGLang's own policies."""
+
+POLICY_DEFAULT = "fcfs"
 
 DISK_BYTES_DEFAULT = 32 * 10**9
 DISK_FREE_SHARE_MAX = 0.8
@@ -76,6 +82,14 @@ def disk_io_mode(option: str, value: str | None) -> str:
     if mode not in DISK_IO_MODES:
         raise ConfigError(f"{option} must be one of {', '.join(DISK_IO_MODES)}, not {value!r}.")
     return mode
+
+
+def request_policy(option: str, value: str) -> str:
+    """Who orders the waiting queue: a policy of ours, or "upstream". Raises ConfigError."""
+    known = [UPSTREAM_POLICY, *request_policies.names()]
+    if value not in known:
+        raise ConfigError(f"{option} must be one of {', '.join(known)}, not {value!r}.")
+    return value
 
 
 def key_file(option: str, value: str | os.PathLike[str] | None) -> Path | None:

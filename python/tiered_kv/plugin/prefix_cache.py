@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
     from tiered_kv.plugin.build import CacheParts
+    from tiered_kv.plugin.request_order import RequestOrder
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class TieredPrefixCache(RadixCache):
         super().__init__(params)  # calls reset()
         self.hierarchy: KVHierarchy = parts.hierarchy
         self._hierarchy = parts.hierarchy
-        self._parts = parts
+        self.parts = parts
         # Read by the hooks in step_times.py.
         self.step_times = parts.step_times
         self.enable_storage: bool = parts.disk_store is not None
@@ -66,6 +67,8 @@ class TieredPrefixCache(RadixCache):
         self.token_to_kv_pool_host = parts.host_report
         self.cache_controller = parts.controller_report
         self.root_node = self.hierarchy.root()
+        # Set if one of our policies orders the waiting queue.
+        self.request_order: RequestOrder | None = None
         self._weights_changed = False
         self._checked_at = 0.0
 
@@ -171,13 +174,17 @@ class TieredPrefixCache(RadixCache):
         self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int
     ) -> None:
         self.hierarchy.prefetch.release(req.rid)
+        if self.request_order is not None:
+            self.request_order.queue.ended(req)
         if is_insert:
-            self._parts.metrics.finished(req)
+            self.parts.metrics.finished(req)
         is_insert = is_insert and is_named_by_tokens(req)
         super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
 
     def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
         self.hierarchy.prefetch.release(req.rid)
+        if self.request_order is not None and not chunked:
+            self.request_order.queue.first_token(req)
         if is_named_by_tokens(req):
             super().cache_unfinished_req(req, chunked)
             return
@@ -220,10 +227,13 @@ class TieredPrefixCache(RadixCache):
     def check_hicache_events(self) -> None:
         """Called once per scheduling pass, idle or not: the hierarchy's clock tick."""
         self.hierarchy.poll()
-        parts = self._parts
-        parts.metrics.refresh(
-            self.hierarchy, parts.disk_store, self.token_to_kv_pool_allocator.size
-        )
+        parts, order = self.parts, self.request_order
+        if order is not None:
+            order.after_poll()
+        n_tokens = self.token_to_kv_pool_allocator.size
+        is_due = parts.metrics.refresh(self.hierarchy, parts.disk_store, n_tokens)
+        if is_due and order is not None:
+            parts.metrics.longest_wait(order.wait_over_bound_s())
 
     @property
     def ongoing_write_through(self) -> range:
@@ -250,10 +260,12 @@ class TieredPrefixCache(RadixCache):
         if self._hierarchy is not None:
             self._hierarchy.flush()
             if self._weights_changed:
-                self._hierarchy.set_namespace(*self._parts.name_weights())
+                self._hierarchy.set_namespace(*self.parts.name_weights())
                 self._weights_changed = False
             self.root_node = self._hierarchy.root()
-            self._parts.events.cleared()
+            self.parts.events.cleared()
+            if self.request_order is not None:
+                self.request_order.queue.look_up_all()
 
     def weights_changing(self) -> None:
         """Nothing goes to or comes from the disk until a flush has named the new weights."""
@@ -264,16 +276,16 @@ class TieredPrefixCache(RadixCache):
         disk = self.hierarchy.context.disk
         if disk is not None:
             # The disk makes room by itself. More than it can name at once are left unsaid.
-            self._parts.events.dropped(disk.drain_dropped() or (), Tier.DISK)
-        return self._parts.events.take()
+            self.parts.events.dropped(disk.drain_dropped() or (), Tier.DISK)
+        return self.parts.events.take()
 
     def clear_storage_backend(self) -> bool:
         """Deletes what the disk holds (`/clear_hicache_storage_backend`)."""
-        if self._parts.disk_store is None:
+        if self.parts.disk_store is None:
             logger.warning("Tiered KV: there is no disk tier to clear.")
             return False
         self.hierarchy.forget_disk()
-        self._parts.disk_store.clear()
+        self.parts.disk_store.clear()
         return True
 
     def attach_storage_backend(self, **kwargs: Any) -> tuple[bool, str]:
@@ -285,8 +297,8 @@ class TieredPrefixCache(RadixCache):
     def release_host_resources(self) -> None:
         """On shutdown: pages on their way to the disk get a few seconds to arrive."""
         self.hierarchy.close(CLOSE_TIMEOUT_S)
-        if self._parts.disk_store is not None:
-            self._parts.disk_store.close()
+        if self.parts.disk_store is not None:
+            self.parts.disk_store.close()
 
     def check_integrity(self) -> None:
         """Recomputes the forest's books, at most once a second; raises IntegrityError."""

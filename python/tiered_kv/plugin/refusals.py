@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.plugin import option_values
 
+_POLICY = "schedule_policy"
 RADIX_CACHE_OFF = (
     "SGLang switches its radix cache off for this model or these options, and --tiered-kv is a "
     "radix cache; start without --tiered-kv."
@@ -75,7 +77,12 @@ SERVER_ARGS_RULES: tuple[Rule, ...] = (
     _option("--enable-return-routed-experts", lambda a: a.enable_return_routed_experts),
     _option("--enable-return-indexer-topk", lambda a: a.enable_return_indexer_topk),
     # They walk one root of nodes shaped as upstream's; ours is a forest.
-    _option("--schedule-policy dfs-weight", lambda a: a.schedule_policy == "dfs-weight"),
+    Rule(
+        lambda a: a.schedule_policy == "dfs-weight",
+        "--schedule-policy dfs-weight",
+        "drop --schedule-policy dfs-weight in favour of --tiered-kv-policy dfs-weight, or drop "
+        "--tiered-kv",
+    ),
     _option("--kv-canary", lambda a: a.kv_canary != "none"),
     Rule(
         lambda a: a.radix_eviction_policy != "lru",
@@ -181,6 +188,24 @@ def check_server_args(server_args: Any) -> None:
         )
     _refuse_hicache_options(server_args)
     _refuse_other_trees()
+
+
+def check_one_orders_the_queue(server_args: Any) -> None:
+    """Raise ConfigError if both a policy of ours and one of SGLang's were named."""
+    policy = server_args.tiered_kv_policy
+    if policy == option_values.UPSTREAM_POLICY:
+        return
+    if server_args.enable_priority_scheduling:
+        raise ConfigError(
+            f"--enable-priority-scheduling and --tiered-kv-policy {policy} both order the waiting "
+            "queue; drop one of them, or give --tiered-kv-policy upstream."
+        )
+    default = next(f.default for f in dataclasses.fields(server_args) if f.name == _POLICY)
+    if server_args.schedule_policy != default:
+        raise ConfigError(
+            f"--schedule-policy {server_args.schedule_policy} and --tiered-kv-policy {policy} "
+            "both order the waiting queue; drop one of them, or give --tiered-kv-policy upstream."
+        )
 
 
 def check_resolved(server_args: Any) -> None:

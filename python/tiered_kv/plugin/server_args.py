@@ -20,8 +20,10 @@ from tiered_kv.core.config import LOAD_POLICIES, DiskConfig, HostConfig, TieredK
 from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.memory.eviction import eviction_policies
 from tiered_kv.plugin import option_values, process_carrier, refusals
+from tiered_kv.scheduler.request_policy import request_policies
 
 PAGE_SIZE_DEFAULT = 64
+SCHEDULE_POLICY_DEFAULT: str = upstream_server_args.ServerArgs.schedule_policy
 
 
 def _flag(field_name: str) -> str:
@@ -56,6 +58,13 @@ def _load_policy(text: str) -> str:
         known = ", ".join(LOAD_POLICIES)
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}.")
     return text
+
+
+def _request_policy(text: str) -> str:
+    try:
+        return option_values.request_policy("the value", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 # The fields are declared `no_cli` because SGLang would list them among its four hundred options;
@@ -162,6 +171,18 @@ class ServerArgs(upstream_server_args.ServerArgs):
         ),
         NS("memory"),
     ] = "cost"
+    tiered_kv_policy: A[
+        str | None,
+        Arg(
+            no_cli=True,
+            type_parser=_request_policy,
+            help="Who of the waiting requests is admitted next: "
+            f"{', '.join(request_policies.names())}, or 'upstream' for what --schedule-policy "
+            f"says. Default: {option_values.POLICY_DEFAULT}, but upstream if --schedule-policy or "
+            "--enable-priority-scheduling is given.",
+        ),
+        NS("memory"),
+    ] = None
     tiered_kv_slo_classes: A[
         str | None,
         Arg(
@@ -199,6 +220,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
             return
         process_carrier.prepare_main_process()
         refusals.check_server_args(self)
+        self._resolve_policy()
         self._resolve_slo_classes()
         self._resolve_tiers()
         self._select_cache()
@@ -226,6 +248,8 @@ class ServerArgs(upstream_server_args.ServerArgs):
         group = parser.add_argument_group(
             "Tiered KV", "KV cache on device, host memory and disk (plugin sglang-tiered-kv)"
         )
+        # To tell a policy that was named from the default, which `from_cli_args` puts back.
+        parser.set_defaults(schedule_policy=None)
         hints = get_type_hints(ServerArgs, include_extras=True)
         for field in own_fields():
             _add_option(group, field, hints[field.name])
@@ -233,6 +257,10 @@ class ServerArgs(upstream_server_args.ServerArgs):
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> ServerArgs:
         """As SGLang's, but an error of ours is a message and exit code 2, as argparse's are."""
+        if args.schedule_policy is None:
+            args.schedule_policy = SCHEDULE_POLICY_DEFAULT
+        elif args.tiered_kv and args.tiered_kv_policy is None:
+            args.tiered_kv_policy = option_values.UPSTREAM_POLICY
         try:
             return super().from_cli_args(args)
         except TieredKVError as error:
@@ -270,6 +298,18 @@ class ServerArgs(upstream_server_args.ServerArgs):
                 clear_on_start=self.tiered_kv_clear_disk,
             ),
         )
+
+    def _resolve_policy(self) -> None:
+        """Decide who orders the waiting queue. Raises ConfigError if two are to."""
+        if self.tiered_kv_policy is None:
+            is_named = (
+                self.schedule_policy != SCHEDULE_POLICY_DEFAULT or self.enable_priority_scheduling
+            )
+            self.tiered_kv_policy = (
+                option_values.UPSTREAM_POLICY if is_named else option_values.POLICY_DEFAULT
+            )
+        option_values.request_policy("--tiered-kv-policy", self.tiered_kv_policy)
+        refusals.check_one_orders_the_queue(self)
 
     def slo_classes(self) -> SloClasses:
         """The classes that requests may name, and the default one. Raises ConfigError."""

@@ -39,9 +39,8 @@ def _methods(owner: str, users: str, **parameters: str) -> tuple[Symbol, ...]:
 
 _SRT = "sglang.srt"
 _MEM = "sglang.srt.mem_cache"
-_STREAM = (
-    "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
-)
+_RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
+_STREAM = "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 PLUGIN_SYSTEM = (
@@ -131,6 +130,56 @@ SCHEDULER = (
         for kind in ("disk", "distributed", "tensor", "ipc")
     ),
     _function(f"{_UPDATER}.flush_cache_after_weight_update", "self recv_req", "weight_updates"),
+)
+
+QUEUE = (
+    *_methods(
+        f"{_SRT}.managers.scheduler.Scheduler",
+        "scheduler_hooks request_order",
+        _get_new_batch_prefill_raw="prefill_delayer_single_pass running_batch",
+        _add_request_to_queue="req is_retracted",
+    ),
+    _object(
+        f"{_SRT}.managers.scheduler.Scheduler",
+        "waiting_queue policy chunked_req chunked_prefill_size max_prefill_tokens page_size "
+        "is_mixed_chunk request_receiver load_inquirer",
+        "scheduler_hooks request_order",
+    ),
+    _function(
+        f"{_SRT}.managers.schedule_policy.SchedulePolicy.calc_priority",
+        "self waiting_queue running_batch",
+        "scheduler_hooks",
+    ),
+    _function(
+        f"{_RECEIVER}._broadcast_reqs_across_ranks",
+        "self recv_reqs",
+        "clock_tick",
+    ),
+    _function(
+        f"{_SRT}.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
+        "._get_num_pending_tokens",
+        "self chunk_deduct",
+        "request_order",
+    ),
+    _object(
+        f"{_SRT}.managers.schedule_batch.ScheduleBatch",
+        "reqs batch_is_full extend_num_tokens prefill_stats",
+        "request_order",
+    ),
+    _object(
+        f"{_SRT}.managers.schedule_batch.Req",
+        "rid origin_input_ids output_ids extra_key sampling_params priority finished to_finish "
+        "finished_reason prefix_indices extend_range positional_embed_overrides input_embeds",
+        "queued_requests request_order prefix_cache",
+    ),
+    _object(f"{_SRT}.managers.schedule_batch.FINISH_ABORT", "", "queued_requests"),
+    _object(f"{_SRT}.constants.HEALTH_CHECK_RID_PREFIX", "", "queued_requests"),
+    _object(f"{_SRT}.managers.io_struct.TokenizedGenerateReqInput", "rid time_stats", "clock_tick"),
+    _object(f"{_SRT}.managers.io_struct.BatchTokenizedGenerateReqInput", "batch", "clock_tick"),
+    _function(f"{_SRT}.managers.io_struct.unwrap_from_pickle", "obj", "clock_tick"),
+    _object(
+        f"{_SRT}.observability.req_time_stats.APIServerReqTimeStats", "created_time", "clock_tick"
+    ),
 )
 
 FRONT_ENDS = (
@@ -366,6 +415,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     *PLUGIN_SYSTEM,
     *ARGUMENTS,
     *SCHEDULER,
+    *QUEUE,
     *FRONT_ENDS,
     *CACHE_INTERFACE,
     *POOLS,

@@ -1,0 +1,257 @@
+"""Has one of our policies order SGLang's waiting queue, and say how much is prefilled at once.
+
+SGLang admits from the front of its queue until something does not fit (managers/scheduler.py,
+`_get_new_batch_prefill_raw`). For that one call the queue is cut to what the policy's plan offers,
+in its order; afterwards it is whole again, in the order of arrival, for all else that reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tiered_kv.memory.demand import DemandForecast
+from tiered_kv.plugin import clock_tick
+from tiered_kv.plugin.queued_requests import QueuedRequests, queued_of
+from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.request import QueuedRequest
+from tiered_kv.scheduler.request_policy import (
+    ForecastingPolicy,
+    RequestPolicy,
+    SchedulerState,
+    request_policies,
+)
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+    from tiered_kv.plugin.metrics_adapter import MetricsRecorder
+    from tiered_kv.plugin.residency_log import ResidencyLog
+    from tiered_kv.tiers.hierarchy import KVHierarchy
+
+logger = logging.getLogger(__name__)
+
+#: Requests asked of the policy at first; more if they could all be admitted at once.
+PLAN_LIMIT = 16
+
+
+class PrefillSkipped(Exception):  # noqa: N818 - no error: a way out of SGLang's function
+    """The plan wants no prefill in this iteration."""
+
+
+class RequestOrder:
+    """One policy over the queue of one scheduler."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        policy: RequestPolicy,
+        hierarchy: KVHierarchy,
+        costs: CostModel,
+        residency: ResidencyLog,
+        metrics: MetricsRecorder,
+    ) -> None:
+        self.queue = QueuedRequests(hierarchy, policy, residency, metrics)
+        self.clock = clock_tick.SharedClock(
+            wanted=lambda: self.queue.wants_time, on_tick=self._on_tick
+        )
+        self._scheduler = scheduler
+        self._policy = policy
+        self._hierarchy = hierarchy
+        self._costs = costs
+        # While SGLang forms a prefill batch.
+        self._running_batch: ScheduleBatch | None = None
+        self._everyone: list[Req] | None = None
+        self._state: SchedulerState | None = None
+        self._forecast = DemandForecast()
+
+    def _on_tick(self) -> None:
+        self.queue.tell(self.clock.now_s)
+
+    def wait_over_bound_s(self) -> float:
+        """By how much the bound on waiting is exceeded now, at most; 0 if it is kept."""
+        bound_s = getattr(self._policy, "max_wait_s", None)
+        return self.queue.wait_over_bound_s(self.clock.now_s, bound_s)
+
+    # -- one prefill batch --------------------------------------------------------------------
+
+    def form_prefill(self, form: Callable[[], Any], running_batch: ScheduleBatch) -> Any:
+        """`form`, SGLang's `_get_new_batch_prefill_raw`, with the queue in the policy's order.
+
+        Returns what `form` does: the batch, if there is one, and `running_batch` as it goes on.
+        """
+        scheduler = self._scheduler
+        chunk_tokens = scheduler.chunked_prefill_size
+        self._running_batch = running_batch
+        batch = None
+        try:
+            batch, running_batch = form()
+        except PrefillSkipped:
+            pass
+        finally:
+            scheduler.chunked_prefill_size = chunk_tokens
+            self._end_pass(batch)
+        return batch, running_batch
+
+    def after_poll(self) -> None:
+        """Transfers were acknowledged: at the start of `form`, before it looks whether it may stop.
+
+        It stops if the batch was full and nobody has left it since. But who has joined the queue
+        since, or has its pages by now, may fit, and may be more urgent than whoever did not.
+        """
+        queue = self.queue
+        if queue.held:
+            queue.release_ready()
+        if queue.has_news and self._running_batch is not None:
+            self._running_batch.batch_is_full = False
+
+    def put_in_order(self, waiting_queue: list[Req], running_batch: ScheduleBatch) -> None:
+        """In the place of `SchedulePolicy.calc_priority`. Raises PrefillSkipped."""
+        queue, now_s = self.queue, self.clock.now_s
+        queue.has_news = False
+        queue.drop_gone(waiting_queue, now_s)
+        queue.look_up_changed(now_s)
+        state = self._state = self._look(running_batch)
+        plan = self._plan(state)
+        self._everyone = waiting_queue.copy()
+        waiting_queue[:] = [queue.req(request_id) for request_id in self._offer(plan, state)]
+        self._set_chunk(plan, len(state.running))
+
+    def _end_pass(self, batch: ScheduleBatch | None) -> None:
+        """Make the queue whole again, without those who are in `batch`."""
+        self._running_batch = None
+        everyone, state = self._everyone, self._state
+        self._everyone = self._state = None
+        if everyone is None or state is None:
+            return
+        admitted: set[Req] = set()
+        if batch is not None:
+            self.queue.processed_prefill_tokens += batch.extend_num_tokens
+            admitted = self.queue.admitted(batch.reqs, self.clock.now_s)
+        waiting = [req for req in everyone if req not in admitted] if admitted else everyone
+        self._scheduler.waiting_queue = waiting
+        if batch is not None and batch.prefill_stats is not None:
+            # It was counted over what was offered.
+            batch.prefill_stats.num_pending_tokens = self._pending_tokens()
+        self._foretell(state)
+
+    def _pending_tokens(self) -> int:
+        """As `SchedulerLoadInquirer._get_num_pending_tokens` counts them."""
+        scheduler = self._scheduler
+        unfinished = scheduler.chunked_req
+        done = 0 if unfinished is None else unfinished.extend_range.length
+        return int(scheduler.load_inquirer._get_num_pending_tokens(chunk_deduct=done))
+
+    # -- the plan -----------------------------------------------------------------------------
+
+    def _look(self, running_batch: ScheduleBatch) -> SchedulerState:
+        scheduler, context = self._scheduler, self._hierarchy.context
+        running = self.queue.running(running_batch.reqs)
+        loading_pages = self._hierarchy.load_back.queue.pages_in_flight
+        return SchedulerState(
+            now_s=self.clock.now_s,
+            waiting=self.queue.waiting,
+            held=self.queue.held,
+            running=running,
+            decode_context_tokens=sum(r.prompt_tokens + r.output_tokens for r in running),
+            processed_prefill_tokens=self.queue.processed_prefill_tokens,
+            chunk_tokens=self._most_tokens(),
+            costs=self._costs,
+            available_tokens=context.allocator.available() + scheduler.tree_cache.evictable_size(),
+            unfinished=self._unfinished(),
+            loading_bytes=loading_pages * context.copier.page_format.page_bytes,
+        )
+
+    def _unfinished(self) -> QueuedRequest | None:
+        req = self._scheduler.chunked_req
+        if req is None:
+            return None
+        queued = queued_of(req)
+        queued.prefilled_tokens = len(req.prefix_indices)
+        return queued
+
+    def _most_tokens(self) -> int:
+        """Most prefill tokens of one batch, as configured."""
+        scheduler = self._scheduler
+        chunk_tokens: int | None = scheduler.chunked_prefill_size
+        most: int = scheduler.max_prefill_tokens
+        return most if chunk_tokens is None else min(most, chunk_tokens)
+
+    def _plan(self, state: SchedulerState) -> AdmissionPlan:
+        """As much of the order as one batch can take."""
+        limit, waiting = PLAN_LIMIT, self.queue.waiting
+        while True:
+            plan = self._policy.plan(state, limit)
+            order = plan.order
+            if len(order) < limit or limit >= len(waiting):
+                return plan
+            if plan.admit_at_most is not None and plan.admit_at_most <= len(order):
+                return plan
+            if sum(waiting.get(i).uncached_tokens for i in order) >= state.chunk_tokens:
+                return plan
+            limit *= 2
+
+    def _offer(self, plan: AdmissionPlan, state: SchedulerState) -> tuple[int, ...]:
+        order = plan.order[: plan.admit_at_most]
+        if not order and not state.running and state.unfinished is None:
+            # Nothing runs that a request could wait for: a policy that is too careful would hang.
+            return tuple(request.request_id for request in state.candidates()[:1])
+        return order
+
+    def _set_chunk(self, plan: AdmissionPlan, n_running: int) -> None:
+        """The most tokens of this batch: whole pages, one at least, as configured at most.
+
+        Raises PrefillSkipped if the plan leaves no time for any, and somebody decodes meanwhile.
+        """
+        if plan.prefill_tokens is None:
+            return
+        scheduler = self._scheduler
+        page_size: int = scheduler.page_size
+        # Where decodes are mixed in, they take theirs first.
+        taken = n_running if scheduler.is_mixed_chunk else 0
+        if n_running and plan.prefill_tokens <= taken:
+            raise PrefillSkipped
+        if scheduler.chunked_prefill_size is not None:
+            pages = max(1, (plan.prefill_tokens - taken) // page_size)
+            scheduler.chunked_prefill_size = min(
+                scheduler.chunked_prefill_size, pages * page_size + taken
+            )
+
+    def _foretell(self, state: SchedulerState) -> None:
+        """Have the tiers know what the policy expects, if that has changed."""
+        policy = self._policy
+        if not isinstance(policy, ForecastingPolicy):
+            return
+        forecast = policy.forecast(state)
+        if forecast is not self._forecast and forecast != self._forecast:
+            self._forecast = forecast
+            self._hierarchy.forecast(forecast)
+
+
+def install(scheduler: Any, policy_name: str) -> None:
+    """Put the policy of that name in charge of `scheduler`, which was just made."""
+    cache = scheduler.tree_cache
+    parts = cache.parts
+    if parts.cost_model is None:
+        logger.warning(
+            "Tiered KV: --schedule-policy %s orders the queue, since --tiered-kv-policy %s needs "
+            "the cost model that this model has none of.",
+            scheduler.server_args.schedule_policy,
+            policy_name,
+        )
+        return
+    order = RequestOrder(
+        scheduler,
+        request_policies.get(policy_name)(),
+        parts.hierarchy,
+        parts.cost_model,
+        parts.residency,
+        parts.metrics,
+    )
+    scheduler.tiered_kv_order = order
+    scheduler.policy.tiered_kv_order = order
+    cache.request_order = order
+    clock_tick.attach(scheduler.request_receiver, order.clock)
+    logger.info("Tiered KV: the waiting queue is ordered by the policy %s.", policy_name)
