@@ -12,11 +12,13 @@ import pytest
 
 from support_simulation.builders import server
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.scheduler.measured_costs import PassTimes
 from tiered_kv.simulation import schema
 from tiered_kv.simulation.__main__ import main
 from tiered_kv.simulation.capacity import best_capacity, saturated_capacity
 from tiered_kv.simulation.command_line import FORESIGHTED
 from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_job
+from tiered_kv.simulation.measured_server import MeasuredServer
 
 CHAT = ["--workload", "chat", "--limit", "20"]
 RAG = ["--workload", "rag", "--limit", "120"]
@@ -163,3 +165,25 @@ def test_what_arrives_all_at_once_has_no_rate_to_scale(tmp_path: Path) -> None:
     job = Job(workload=workload, settings=server())
     with pytest.raises(ConfigError, match="at once"):
         saturated_capacity({"fcfs": job})
+
+
+def test_a_measured_server_takes_the_place_of_the_roofline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = dict.fromkeys(PassTimes.__slots__, 0.0) | {"prefill_fixed_s": 7.0}
+    measured = MeasuredServer(
+        host="a machine",
+        model="SmolLM2-135M",
+        element_bytes=4,
+        times=PassTimes(**times),
+        request_overhead_s=0.0,
+    )
+    path, out = tmp_path / "measured.json", tmp_path / "out.json"
+    path.write_text(json.dumps(measured.to_json()))
+    command = ["run", "--workload", "best_of_n,prompts=1,samples=1", "--measured", str(path)]
+    assert main(command) == 2
+    assert "--device-kv" in capsys.readouterr().err
+    assert main([*command, "--device-kv", "1GB", "--out", str(out)]) == 0
+    (run,) = json.loads(out.read_text())["runs"]
+    assert run["settings"]["device"] == "a machine"
+    assert run["ttft_s"]["p50"] == pytest.approx(7.0)

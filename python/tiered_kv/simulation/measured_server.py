@@ -44,8 +44,15 @@ class MeasuredServer:
         )
 
     def applied_to(self, settings: InstanceSettings) -> InstanceSettings:
-        """`settings` with this model and these times; sizes and policies stay."""
-        device, cache = settings.device, settings.cache
+        """`settings` with this model and these times; sizes and policies stay.
+
+        Raises ConfigError without a size for the KV pool: the machine's memory says nothing of it.
+        """
+        if settings.cache.device_bytes is None:
+            raise ConfigError(
+                "A measured server needs the size of its KV pool; give it, as --device-kv 200MB."
+            )
+        device, cache = replace(settings.device, name=self.host), settings.cache
         if self.host_link is not None:
             device = replace(
                 device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,11 +54,17 @@ def test_a_simulation_takes_model_passes_and_links_from_it() -> None:
     settings = MEASURED.applied_to(SETTINGS)
     costs = settings.costs()
     assert settings.policy == "lpm"
+    assert settings.device.name == "a machine"
     assert settings.model.kv_bytes_per_token == 30 * 2 * 3 * 64 * 4
     assert costs.prefill_s(100) == pytest.approx(0.1 + 0.01 + 0.3)
     assert costs.edge(Tier.HOST, Tier.DEVICE) == MEASURED.host_link
     assert costs.edge(Tier.DISK, Tier.HOST) == EdgeCost(1e9, 1e-3)
     assert costs.edge(Tier.HOST, Tier.DISK) == EdgeCost(5e8, 1e-3)
+
+
+def test_the_size_of_the_pool_must_be_given() -> None:
+    with pytest.raises(ConfigError, match="--device-kv"):
+        MEASURED.applied_to(replace(SETTINGS, cache=CacheSettings()))
 
 
 @pytest.mark.parametrize(
