@@ -28,7 +28,7 @@ NO_DISK = "none"
 UPSTREAM_POLICY = "upstream"
 """The value of `--tiered-kv-policy` that leaves the waiting queue to SGLang's own policies."""
 
-POLICY_DEFAULT = "fcfs"
+POLICY_DEFAULT = "slack"
 
 DISK_BYTES_DEFAULT = 32 * 10**9
 DISK_FREE_SHARE_MAX = 0.8

@@ -7,6 +7,7 @@ brought up to date when a policy is about to look at it.
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
+from tiered_kv.api.report import RequestReport
 from tiered_kv.api.terms import Terms
 from tiered_kv.forest.key import TOKEN_TYPECODE
 from tiered_kv.plugin.prefix_cache import is_named_by_tokens
@@ -186,6 +188,8 @@ class QueuedRequests:
             self._policy.on_admission(queued, now_s)
             if not queued.n_retractions:
                 self._metrics.admitted(queued, now_s)
+                if (report := report_of(req)) is not None:
+                    report.wait_s = now_s - queued.arrival_s
             admitted.add(req)
         return admitted
 
@@ -207,6 +211,9 @@ class QueuedRequests:
         if queued is not None and queued.first_token_s is None and req.output_ids:
             queued.output_tokens = len(req.output_ids)
             self._started.append(queued)
+            if (report := report_of(req)) is not None:
+                # Its answer may leave before the next tick. Rank 0 answers, on its own clock.
+                report.ttft_s = time.perf_counter() - queued.arrival_s
 
     def ended(self, req: Req) -> None:
         """`req` gave up its KV: it is finished, was aborted, or will wait again."""
@@ -245,6 +252,11 @@ class QueuedRequests:
 def queued_of(req: Req) -> QueuedRequest:
     queued: QueuedRequest = getattr(req, QUEUED)
     return queued
+
+
+def report_of(req: Req) -> RequestReport | None:
+    report: RequestReport | None = getattr(req, "tiered_kv_report", None)
+    return report
 
 
 def is_aborted(req: Req) -> bool:

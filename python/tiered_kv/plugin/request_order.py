@@ -16,6 +16,7 @@ from tiered_kv.plugin import clock_tick
 from tiered_kv.plugin.queued_requests import QueuedRequests, queued_of
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import (
     ForecastingPolicy,
@@ -52,7 +53,9 @@ class RequestOrder:
         costs: CostModel,
         residency: ResidencyLog,
         metrics: MetricsRecorder,
+        max_wait_s: float | None = None,
     ) -> None:
+        """`max_wait_s`: how long the policy promises that nobody waits, None: it does not."""
         self.queue = QueuedRequests(hierarchy, policy, residency, metrics)
         self.clock = clock_tick.SharedClock(
             wanted=lambda: self.queue.wants_time, on_tick=self._on_tick
@@ -61,6 +64,7 @@ class RequestOrder:
         self._policy = policy
         self._hierarchy = hierarchy
         self._costs = costs
+        self._max_wait_s = max_wait_s
         # While SGLang forms a prefill batch.
         self._running_batch: ScheduleBatch | None = None
         self._everyone: list[Req] | None = None
@@ -72,8 +76,7 @@ class RequestOrder:
 
     def wait_over_bound_s(self) -> float:
         """By how much the bound on waiting is exceeded now, at most; 0 if it is kept."""
-        bound_s = getattr(self._policy, "max_wait_s", None)
-        return self.queue.wait_over_bound_s(self.clock.now_s, bound_s)
+        return self.queue.wait_over_bound_s(self.clock.now_s, self._max_wait_s)
 
     # -- one prefill batch --------------------------------------------------------------------
 
@@ -249,6 +252,7 @@ def install(scheduler: Any, policy_name: str) -> None:
         parts.cost_model,
         parts.residency,
         parts.metrics,
+        max_wait_s=SlackConfig().max_wait_s if policy_name == "slack" else None,
     )
     scheduler.tiered_kv_order = order
     scheduler.policy.tiered_kv_order = order

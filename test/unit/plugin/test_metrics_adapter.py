@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,12 @@ from types import SimpleNamespace
 import prometheus_client
 import pytest
 
+from tiered_kv.api.slo import Slo
 from tiered_kv.core.ids import Tier
+from tiered_kv.forest.forest import Forest
 from tiered_kv.metrics import names
 from tiered_kv.plugin.metrics_adapter import MetricsRecorder, PrometheusRecorder
+from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.store import DiskStore
 
@@ -89,3 +93,53 @@ def test_without_metrics_nothing_is_registered(
 ) -> None:
     MetricsRecorder().transferred(Tier.DISK, Tier.HOST, 1, 1, 1.0)
     assert list(registry.collect()) == []
+
+
+def waiting(**times: float) -> QueuedRequest:
+    slo = Slo("interactive", ttft_s=0.5, tbt_s=0.05)
+    request = QueuedRequest(
+        request_id=1,
+        arrival_s=10.0,
+        root=Forest(1).root(bytes(32)),
+        tokens=array("q", [1]),
+        prompt_tokens=1,
+        max_new_tokens=8,
+        slo=slo,
+    )
+    request.output_tokens = 5
+    request.first_token_s = times.get("first_s", 10.3)
+    request.last_token_s = times.get("last_s", 10.4)
+    return request
+
+
+def test_waits_and_slack_are_told_by_class(
+    registry: prometheus_client.CollectorRegistry,
+) -> None:
+    recorder = PrometheusRecorder(LABELS)
+    recorder.admitted(waiting(), now_s=10.2)
+    recorder.first_token(waiting())
+    recorder.first_token(waiting(first_s=10.7))
+    labels = {**LABELS, "slo_class": "interactive"}
+    wait, slack = names.WAIT_SECONDS.name, names.FIRST_TOKEN_SLACK.name
+    assert registry.get_sample_value(f"{wait}_sum", labels) == pytest.approx(0.2)
+    assert registry.get_sample_value(f"{slack}_count", labels) == 2
+    assert registry.get_sample_value(f"{slack}_bucket", {**labels, "le": "0.0"}) == 1
+
+
+@pytest.mark.parametrize(
+    ("times", "met"),
+    [
+        ({}, "true"),
+        ({"first_s": 10.51, "last_s": 10.6}, "false"),
+        ({"last_s": 10.51}, "false"),  # 4 more tokens in 0.21 s
+    ],
+)
+def test_objectives_met_and_missed(
+    registry: prometheus_client.CollectorRegistry, times: dict[str, float], met: str
+) -> None:
+    recorder = PrometheusRecorder(LABELS)
+    recorder.answered(waiting(**times))
+    value = registry.get_sample_value(
+        names.SLO_REQUESTS.name, {**LABELS, "slo_class": "interactive", "met": met}
+    )
+    assert value == 1

@@ -227,6 +227,40 @@ def test_sglangs_configuration_bags_carry_our_fields(model: str) -> None:
     assert {namespaces[field.name] for field in own_fields()} == {"memory"}
 
 
+# -- who orders the waiting queue --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "policy"),
+    [
+        ([], "slack"),
+        (["--tiered-kv-policy", "hrrn"], "hrrn"),
+        (["--tiered-kv-policy", "upstream"], "upstream"),
+        (["--schedule-policy", "lpm"], "upstream"),
+        (["--schedule-policy", "fcfs"], "upstream"),  # SGLang's default, but it was named
+        (["--schedule-policy", "lof", "--tiered-kv-policy", "upstream"], "upstream"),
+        (["--enable-priority-scheduling"], "upstream"),
+    ],
+    ids=" ".join,
+)
+def test_who_orders_the_queue(model: str, argv: list[str], policy: str) -> None:
+    args = parse(model, "--tiered-kv", *argv)
+    assert args.tiered_kv_policy == policy
+    assert args.schedule_policy == (argv[1] if argv[:1] == ["--schedule-policy"] else "fcfs")
+    assert dataclasses.replace(args, random_seed=7).tiered_kv_policy == policy
+
+
+def test_who_orders_the_queue_in_python(model: str) -> None:
+    def made(**fields: Any) -> Any:
+        return ServerArgs(model_path=model, device=DEVICE, tiered_kv=True, **fields)
+
+    assert made().tiered_kv_policy == "slack"
+    assert made(schedule_policy="lpm").tiered_kv_policy == "upstream"
+    assert made(tiered_kv_policy="edf").tiered_kv_policy == "edf"
+    with pytest.raises(ConfigError, match=r"must be one of upstream, dfs-weight, .*not 'best'"):
+        made(tiered_kv_policy="best")
+
+
 # -- help and mistakes -------------------------------------------------------------------------
 
 
@@ -275,6 +309,20 @@ def test_no_option_of_sglangs_is_shadowed_or_abbreviated_differently() -> None:
         (["--tiered-kv", "--page-size", "0"], "does not support a --page-size below 1"),
         (["--tiered-kv", "--chunked-prefill-size", "100"], "no multiple of the page size"),
         (["--radix-cache-backend", "tiered_kv"], "give that flag instead"),
+        (["--tiered-kv", "--tiered-kv-policy", "best"], "must be one of upstream, dfs-weight"),
+        (["--tiered-kv-policy", "slack"], "--tiered-kv-policy has no effect without --tiered-kv"),
+        (
+            ["--tiered-kv", "--tiered-kv-policy", "edf", "--schedule-policy", "lpm"],
+            "--schedule-policy lpm and --tiered-kv-policy edf both order the waiting queue",
+        ),
+        (
+            ["--tiered-kv", "--tiered-kv-policy", "edf", "--enable-priority-scheduling"],
+            "drop one of them, or give --tiered-kv-policy upstream",
+        ),
+        (
+            ["--tiered-kv", "--schedule-policy", "dfs-weight"],
+            "in favour of --tiered-kv-policy dfs-weight",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
