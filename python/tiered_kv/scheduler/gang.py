@@ -13,7 +13,7 @@ them to the end of its queue).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from tiered_kv.scheduler.prompt_trie import PromptTrie, TrieNode
 from tiered_kv.scheduler.request import QueuedRequest
@@ -93,15 +93,20 @@ class Gangs:
                 best, most = node, saved
         return best
 
-    def members(self, node: TrieNode, limit: int) -> list[QueuedRequest]:
-        """Up to `limit` of those that wait at or below `node`, deeper subtrees first."""
-        found: list[QueuedRequest] = []
-        stack = [node]
-        while stack and len(found) < limit:
-            at = stack.pop()
-            found.extend(at.ends.values())
-            stack.extend(child for child in at.children.values() if child.n_below)
-        return found[:limit]
+    def members(self, node: TrieNode) -> Iterator[QueuedRequest]:
+        """Those that wait at or below `node`, lazily: reading k takes O(k), however many wait.
+
+        Nobody may come or go meanwhile.
+        """
+        yield from node.ends.values()
+        stack = [iter(node.children.values())]
+        while stack:
+            child = next(stack[-1], None)
+            if child is None:
+                stack.pop()
+            elif child.n_below:
+                yield from child.ends.values()
+                stack.append(iter(child.children.values()))
 
     def path(self, request_id: int) -> list[TrieNode]:
         """The nodes of a waiting request's prompt, deepest first."""

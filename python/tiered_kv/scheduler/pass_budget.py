@@ -17,6 +17,8 @@ from tiered_kv.scheduler.slack import next_token_due_s
 MIN_CHUNK_TOKENS = 256
 #: The tokens are found to this precision.
 STEP_TOKENS = 64
+#: Of the time until the next token is due, this share is used: predictions are not exact.
+CAUTION = 0.94
 
 
 class BudgetRules(Protocol):
@@ -53,7 +55,7 @@ def pass_budget(state: SchedulerState, rules: BudgetRules, least_ttft_s: float) 
     seconds = math.inf
     if rules.slack:
         for request in state.running:
-            seconds = min(seconds, next_token_due_s(request, now_s) - now_s)
+            seconds = min(seconds, next_token_due_s(request, now_s, CAUTION) - now_s)
         if not is_mixed:
             # They decode once more after it.
             seconds -= decode_s

@@ -87,15 +87,17 @@ def select_in_time(jobs: Sequence[Job], now_s: float, slowdown: float = 1.0) -> 
     )
 
 
-def next_token_due_s(request: QueuedRequest, now_s: float) -> float:
+def next_token_due_s(request: QueuedRequest, now_s: float, share: float = 1.0) -> float:
     """When a running request's next token is due if its mean time between tokens is to hold.
 
     Counted from its first token, so that what was gained before can be spent. One that is behind
     cannot be helped by stopping everybody else: it gets one interval from now.
+    share: of the objective, to keep some of it in hand.
     """
     tbt_s, first_s = request.slo.tbt_s, request.first_token_s
     if tbt_s is None:
         return float("inf")
+    tbt_s *= share
     if first_s is None:
         first_s = now_s
     return max(first_s + request.output_tokens * tbt_s, now_s + tbt_s)

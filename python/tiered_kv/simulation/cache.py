@@ -17,6 +17,7 @@ from tiered_kv.forest.node import Node, Tokens
 from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import Match
 from tiered_kv.memory.actions import WriteBack
+from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.simulation.disk_index import DiskIndex
 from tiered_kv.simulation.events import EventQueue
@@ -27,6 +28,8 @@ from tiered_kv.simulation.transfers import Link, Observer
 _ABSENT = Residency.ABSENT
 #: A node larger than this share of the host pool is written in parts, as the server's tiers do.
 HOST_WRITE_SHARE = 0.25
+#: Loads ahead of need leave this share of the device's pool free.
+FORECAST_LEAVES_SHARE = 0.1
 
 ManagerFactory = Callable[[Forest], MemoryManager]
 
@@ -324,6 +327,20 @@ class TieredCache:
 
         self.to_device.submit(n_units * self.block_bytes, done)
         return True
+
+    def forecast(self, forecast: DemandForecast) -> None:
+        """What is expected to be needed: protected, and loaded into free device pages.
+
+        Only while no request's own pages are on the way, and never into the last of the room:
+        pages that arrive can't be evicted, and those who decode need some.
+        """
+        spare = self.free_tokens - int(self.capacity_tokens * FORECAST_LEAVES_SHARE)
+        free_units = 0 if self.to_device.queued_bytes else max(0, spare // self.block_tokens)
+        for load in self.manager.on_forecast(forecast, free_units):
+            nodes = [self.forest.node(node_id) for node_id in load.node_ids]
+            if self._load(nodes, sum(node.n_pages for node in nodes)):
+                # Nobody runs on it yet: it is cache like any other.
+                self.forest.unpin(nodes[-1], Tier.DEVICE)
 
     def _write_back(self, actions: Iterable[WriteBack]) -> None:
         for action in actions:

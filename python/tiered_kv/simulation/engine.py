@@ -9,7 +9,8 @@ from tiered_kv.core.config import MemoryConfig
 from tiered_kv.forest.forest import Forest
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.scheduler.cost_model import PlacementCosts
-from tiered_kv.scheduler.request_policy import request_policies
+from tiered_kv.scheduler.policies.slack import SlackPolicy
+from tiered_kv.scheduler.request_policy import RequestPolicy, request_policies
 from tiered_kv.simulation.cache import ManagerFactory
 from tiered_kv.simulation.cache_policies.belady import Clairvoyance
 from tiered_kv.simulation.cache_policies.farthest_use import (
@@ -82,8 +83,7 @@ class Simulation:
         self._progress: Progress = _no_progress
         self.instances = []
         for index in range(n_instances):
-            policy = request_policies.get(settings.policy)()
-            policies = Policies(policy, *_memory(workload, settings))
+            policies = Policies(_request_policy(settings), *_memory(workload, settings))
             self.instances.append(
                 Instance(
                     settings,
@@ -152,6 +152,12 @@ class Simulation:
             links=links,
             n_events=self._events.n_fired,
         )
+
+
+def _request_policy(settings: InstanceSettings) -> RequestPolicy:
+    """By name; the one that has options gets them."""
+    make = request_policies.get(settings.policy)
+    return SlackPolicy(settings.slack) if make is SlackPolicy else make()
 
 
 def _memory(

@@ -17,8 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiered_kv.scheduler.request import QueuedRequest, Slo
-from tiered_kv.scheduler.request_policy import RequestPolicy, SchedulerState
+from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.request_policy import (
+    ForecastingPolicy,
+    RequestPolicy,
+    SchedulerState,
+)
 from tiered_kv.scheduler.waiting import WaitingQueue
 from tiered_kv.simulation.admission import Added, NewTokenRatio, PrefillAdder, PrefillBatch
 from tiered_kv.simulation.cache import ManagerFactory, TieredCache
@@ -26,10 +30,10 @@ from tiered_kv.simulation.cache_policies.farthest_use import Foresight
 from tiered_kv.simulation.decode_batch import DecodeBatch, record_gaps
 from tiered_kv.simulation.events import EventQueue
 from tiered_kv.simulation.execution import Execution, FloatArray
-from tiered_kv.simulation.live import AnswerBlocks, LiveRequest, new_record
+from tiered_kv.simulation.live import AnswerBlocks, LiveRequest, new_record, queued_request
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.timeline import Timeline, transfer_spans
-from tiered_kv.simulation.workload.request import Request, whole_blocks
+from tiered_kv.simulation.workload.request import Request
 
 #: Room for this many decode passes is made at a time when memory is short.
 DECODE_STEPS_AHEAD = 32
@@ -72,7 +76,8 @@ class Instance:
         timeline: Timeline | None = None,
     ) -> None:
         self.settings = settings
-        self.policy = policies.request
+        self.policy = policy = policies.request
+        self._forecaster = policy if isinstance(policy, ForecastingPolicy) else None
         observer = None if timeline is None else transfer_spans(timeline)
         self.cache = TieredCache(
             settings, block_tokens, events, policies.make_manager, self._on_ready, observer
@@ -92,6 +97,7 @@ class Instance:
         self._running = DecodeBatch(self.cache)
         self._unfinished: LiveRequest | None = None
         self._is_full = False
+        self._is_refused = False
         self._ratio = NewTokenRatio(settings)
         self._is_busy = False
         self._run: _DecodeRun | None = None
@@ -105,7 +111,9 @@ class Instance:
 
     def arrive(self, request: Request, now_s: float) -> None:
         """`request` reaches the queue. One that cannot fit is refused at once, as upstream does."""
-        queued = self._queued(request, now_s)
+        queued = queued_request(
+            request, self.settings, self.cache, now_s, self.processed_prefill_tokens
+        )
         live = LiveRequest(request, queued, new_record(request))
         most = request.input_tokens + request.output_tokens + self.settings.page_tokens
         if most >= self.cache.capacity_tokens:
@@ -117,26 +125,6 @@ class Instance:
         self.policy.on_arrival(queued, now_s)
         self._hold(live, now_s)
         self._wake(now_s)
-
-    def _queued(self, request: Request, now_s: float) -> QueuedRequest:
-        """What policies see of `request`."""
-        max_new_tokens, page = request.output_tokens, self.settings.page_tokens
-        if (limit := self.settings.max_new_tokens) is not None:
-            # Upstream admits nobody whose limit exceeds the pool.
-            room = self.cache.capacity_tokens - request.input_tokens - 2 * page
-            max_new_tokens = max(max_new_tokens, min(limit, room))
-        return QueuedRequest(
-            request_id=request.request_id,
-            arrival_s=request.arrival_s,
-            root=self.cache.root,
-            tokens=whole_blocks(request, self.cache.block_tokens),
-            prompt_tokens=request.input_tokens,
-            max_new_tokens=max_new_tokens,
-            slo=Slo(request.slo_class, request.ttft_slo_s, request.tbt_slo_s),
-            priority=request.priority,
-            queued_s=now_s,
-            processed_at_arrival=self.processed_prefill_tokens,
-        )
 
     def _hold(self, live: LiveRequest, now_s: float) -> None:
         """Keep `live` out of plans while it waits for pages from disk, as long as it wants to."""
@@ -181,18 +169,25 @@ class Instance:
 
     def _next_prefill(self, now_s: float) -> PrefillBatch | None:
         settings, unfinished = self.settings, self._unfinished
+        self._is_refused = False
         if (self._is_full or not self.waiting) and unfinished is None:
             return None
         for changed in self.waiting.changed(self.cache.take_changes()):
             self.policy.on_cached_change(changed, now_s)
         state = self._state(now_s)
         plan = self.policy.plan(state, PLAN_LIMIT)
+        if self._forecaster is not None:
+            self.cache.forecast(self._forecaster.forecast(state))
+        if plan.park_unfinished and unfinished is not None:
+            self._park(unfinished, now_s)
+            unfinished = None
         chunk_tokens = settings.chunk_tokens
         if plan.prefill_tokens is not None:
             chunk_tokens = min(chunk_tokens, plan.prefill_tokens)
         is_mixed = bool(self._running) and (settings.mixed_chunk or plan.mix_decodes)
         n_mixed = len(self._running) if is_mixed else 0
         if chunk_tokens <= n_mixed:
+            self._is_refused = True
             return None
         adder = PrefillAdder(
             settings,
@@ -205,19 +200,19 @@ class Instance:
         if unfinished is not None:
             adder.add_unfinished(unfinished)
         if unfinished is None or adder.batch.unfinished is None:
-            self._admit(adder, state, plan.order, now_s)
+            self._admit(adder, plan, now_s)
         batch = adder.batch
         batch.is_mixed = is_mixed
         self._unfinished = batch.unfinished
         return batch if batch.chunks else None
 
-    def _admit(
-        self, adder: PrefillAdder, state: SchedulerState, order: tuple[int, ...], now_s: float
-    ) -> None:
-        """Admit in `order`, asking the policy for more when that is used up."""
-        limit = PLAN_LIMIT
+    def _admit(self, adder: PrefillAdder, plan: AdmissionPlan, now_s: float) -> None:
+        """Admit in the order of `plan`, asking the policy for more when that is used up."""
+        limit, order, n_left = PLAN_LIMIT, plan.order, plan.admit_at_most
         while True:
             for request_id in order:
+                if n_left == 0:
+                    return
                 if len(adder.batch.chunks) >= self.settings.max_running - len(self._running):
                     self._is_full = True
                     return
@@ -231,13 +226,22 @@ class Instance:
                 if added is Added.NO_BUDGET:
                     return
                 self._leave_queue(live, now_s)
+                n_left = None if n_left is None else n_left - 1
                 if added is Added.LAST:
                     return
             if len(order) < limit:
                 return
             # All of them were admitted, and left the queue: the next plan starts after them.
             limit *= 2
-            order = self.policy.plan(state, limit).order
+            order = self.policy.plan(self._state(now_s), limit).order
+
+    def _park(self, live: LiveRequest, now_s: float) -> None:
+        """The prompt that was begun goes back to the queue; its whole blocks stay as cache."""
+        self._unfinished = None
+        self.cache.release(live)
+        live.queued.prefilled_tokens = 0
+        self.waiting.add(live.queued)
+        self.policy.on_arrival(live.queued, now_s)
 
     def _leave_queue(self, live: LiveRequest, now_s: float) -> None:
         queued = live.queued
@@ -258,6 +262,10 @@ class Instance:
             processed_prefill_tokens=self.processed_prefill_tokens,
             chunk_tokens=self.settings.chunk_tokens,
             costs=self._execution.costs,
+            available_tokens=self.cache.available_tokens,
+            unfinished=None if self._unfinished is None else self._unfinished.queued,
+            can_park=True,
+            loading_bytes=self.cache.to_device.queued_bytes,
         )
 
     # -- prefill ------------------------------------------------------------------------------
@@ -314,7 +322,8 @@ class Instance:
 
     def _start_decodes(self, now_s: float) -> None:
         n = len(self._running)
-        n_steps = self._running.passes_until_a_finish()
+        # A policy that wanted decoding first is asked again after one pass.
+        n_steps = 1 if self._is_refused else self._running.passes_until_a_finish()
         free = self.cache.free_tokens
         if free < n * n_steps:
             wanted = min(n_steps, DECODE_STEPS_AHEAD)
@@ -404,6 +413,7 @@ class Instance:
     def _give_up(self, live: LiveRequest, now_s: float) -> None:
         """Abort: it does not fit even alone."""
         self.cache.release(live)
+        self.policy.on_abort(live.queued, now_s)
         del self._live[live.queued.request_id]
         self._on_finish(live, now_s)
 

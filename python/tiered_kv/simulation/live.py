@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from tiered_kv.forest.node import Node, Tokens
-from tiered_kv.scheduler.request import QueuedRequest
+from tiered_kv.scheduler.request import QueuedRequest, Slo
+from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.transfers import Transfer
-from tiered_kv.simulation.workload.request import Request
+from tiered_kv.simulation.workload.request import Request, whole_blocks
 
 
 @dataclass(slots=True)
@@ -93,6 +95,40 @@ def new_record(request: Request) -> RequestRecord:
         arrival_s=request.arrival_s,
         input_tokens=request.input_tokens,
         output_tokens=request.output_tokens,
+    )
+
+
+class _Pool(Protocol):
+    """What of the cache a new request is measured against."""
+
+    @property
+    def root(self) -> Node: ...
+    @property
+    def block_tokens(self) -> int: ...
+    @property
+    def capacity_tokens(self) -> int: ...
+
+
+def queued_request(
+    request: Request, settings: InstanceSettings, pool: _Pool, now_s: float, processed_tokens: int
+) -> QueuedRequest:
+    """What policies see of `request` as it joins, after `processed_tokens` of others' prefill."""
+    max_new_tokens = request.output_tokens
+    if (limit := settings.max_new_tokens) is not None:
+        # Upstream admits nobody whose limit exceeds the pool.
+        room = pool.capacity_tokens - request.input_tokens - 2 * settings.page_tokens
+        max_new_tokens = max(max_new_tokens, min(limit, room))
+    return QueuedRequest(
+        request_id=request.request_id,
+        arrival_s=request.arrival_s,
+        root=pool.root,
+        tokens=whole_blocks(request, pool.block_tokens),
+        prompt_tokens=request.input_tokens,
+        max_new_tokens=max_new_tokens,
+        slo=Slo(request.slo_class, request.ttft_slo_s, request.tbt_slo_s),
+        priority=request.priority,
+        queued_s=now_s,
+        processed_at_arrival=processed_tokens,
     )
 
 

@@ -36,7 +36,7 @@ from tiered_kv.scheduler.tenants import TenantShares
 #: Deadlines looked at to decide who can be in time; later ones follow by deadline.
 HORIZON = 64
 #: Members of a gang looked at behind one request.
-GANG_LOOK = 32
+GANG_LOOK = 16
 #: Requests whose prefixes are forecast.
 FORECAST_LENGTH = 32
 
@@ -65,9 +65,11 @@ class SlackPolicy:
         self._overdue = Overdue(config.overdue_share)
         self._gangs = Gangs()
         self._lengths = OutputLengths()
+        self._totals: dict[int, int] = {}
+        """Predicted lengths of answers, until they are exceeded."""
         self._slowdown = 1.0
         self._least_ttft_s = math.inf
-        self._head: list[int] = []
+        self._head: tuple[int, ...] = ()
 
     # -- what happens -------------------------------------------------------------------------
 
@@ -102,11 +104,13 @@ class SlackPolicy:
     def on_finish(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
         """One more length of an answer is known."""
         self._gangs.stop(request.request_id)
+        self._totals.pop(request.request_id, None)
         self._lengths.observe(request)
 
     def on_abort(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
         """Whoever waited for what it computed is free."""
         self._leave(request.request_id)
+        self._totals.pop(request.request_id, None)
 
     def _leave(self, request_id: int) -> None:
         self._entries.pop(request_id, None)
@@ -132,9 +136,8 @@ class SlackPolicy:
             self._gangs.extend(unfinished.request_id, until_s)
         self._gangs.expire(state.now_s)
         late: set[int] = set()
-        order = list(islice(self._order(state, jobs, selection, late), max(limit, FORECAST_LENGTH)))
-        self._head = order
-        head = tuple(order[:limit])
+        head = tuple(islice(self._order(state, jobs, selection, late), limit))
+        self._head = head[:FORECAST_LENGTH]
         return AdmissionPlan(
             head,
             prefill_tokens=self._chunk_tokens(state, budget, head, is_parked),
@@ -263,6 +266,7 @@ class SlackPolicy:
         is_their_turn = self._overdue.is_their_turn()
         seen: set[int] = set()
         chosen: set[TrieNode] = set()
+        looked_at: set[TrieNode] = set()
         spare_s = self._spare_s(selection, state.now_s)
 
         def emit(ids: Iterable[int], *, gangs: bool) -> Iterator[int]:
@@ -276,7 +280,7 @@ class SlackPolicy:
                 yield request_id
                 if not gangs:
                     continue
-                for member_id in self._followers(state, request_id, seen):
+                for member_id in self._followers(state, request_id, seen, looked_at):
                     work_s = self._entries[member_id].price.work_s * self._slowdown
                     if work_s <= spare_s and self._may_start(state, member_id, chosen):
                         spare_s -= work_s
@@ -289,8 +293,8 @@ class SlackPolicy:
         yield from emit(overdue, gangs=False)
         spare_s = math.inf
         left_out = {job.request_id for job in selection.left_out}
-        looked_at = left_out | {job.request_id for job in jobs}
-        yield from emit((rid for rid in self._by_deadline if rid not in looked_at), gangs=True)
+        decided = left_out | {job.request_id for job in jobs}
+        yield from emit((rid for rid in self._by_deadline if rid not in decided), gangs=True)
         behind = {rid: self._aged_key(self._entries[rid]) for rid in left_out}
         tenants = {rid: self._entries[rid].request.tenant for rid in left_out}
         for request_id in emit(self._others.merged(behind, tenants), gangs=True):
@@ -317,28 +321,29 @@ class SlackPolicy:
         chosen.update(self._gangs.path(request_id))
         return True
 
-    def _followers(self, state: SchedulerState, request_id: int, seen: set[int]) -> Iterator[int]:
+    def _followers(
+        self, state: SchedulerState, request_id: int, seen: set[int], looked_at: set[TrieNode]
+    ) -> list[int]:
         """Members of its gang that are cheap while its prefix is on the device, cheapest first."""
-        if not self._config.gangs:
-            return
-        node = self._gangs.node_of(request_id)
-        if node is None:
-            return
+        node = self._gangs.node_of(request_id) if self._config.gangs else None
+        if node is None or node in looked_at:
+            return []
+        looked_at.add(node)
         prefix = node.end * state.waiting.tokens_per_unit
         saved_s = state.costs.marginal_prefill_s(prefix)
         found = []
-        for member in self._gangs.members(node, GANG_LOOK):
-            if member.request_id in seen or member.request_id in state.held:
+        for member in islice(self._gangs.members(node), GANG_LOOK):
+            member_id = member.request_id
+            entry = self._entries.get(member_id)
+            if entry is None or entry.price.work_s > saved_s or member.device_tokens < prefix:
                 continue
-            entry = self._entries.get(member.request_id)
-            if entry is None or member.device_tokens < prefix or entry.price.work_s > saved_s:
+            if member_id in seen or member_id in state.held:
                 continue
             # The longer an answer against its prompt, the better decoding hides behind prefill.
             decode = self._lengths.total(member, 0.5)
-            found.append((entry.price.work_s / decode, member.request_id))
+            found.append((entry.price.work_s / decode, member_id))
         found.sort()
-        for _, member_id in found:
-            yield member_id
+        return [member_id for _, member_id in found]
 
     # -- how much of it -----------------------------------------------------------------------
 
@@ -361,27 +366,30 @@ class SlackPolicy:
         available = state.available_tokens
         if not self._config.forecast or available is None or not head:
             return None
-        total, quantile = self._lengths.total, self._config.length_quantile
-        running, held = [], 0
-        for request in state.running:
-            left = total(request, quantile) - request.output_tokens
-            context = request.prompt_tokens + request.output_tokens
-            held += context
-            running.append((context, left))
+        running = [self._future(request) for request in state.running]
+        held = sum(context for context, _ in running)
         if state.unfinished is not None:
-            request = state.unfinished
-            context = request.prompt_tokens + request.output_tokens
-            held += request.prefilled_tokens
-            running.append((context, total(request, quantile) - request.output_tokens))
+            running.append(self._future(state.unfinished))
+            held += state.unfinished.prefilled_tokens
         candidates = []
         for request_id in head:
             request = self._entries[request_id].request
-            left = total(request, quantile) - request.output_tokens
+            left = self._lengths.total(request, self._config.length_quantile)
+            left -= request.output_tokens
             candidates.append((request.prompt_tokens + request.output_tokens, left))
         capacity = int((held + available) * (1.0 - self._config.memory_margin))
         n = admissible(running, candidates, capacity)
         # Somebody must get on: alone, a request is the executor's business.
         return max(n, 1) if not running else n
+
+    def _future(self, request: QueuedRequest) -> tuple[int, int]:
+        """(tokens held, tokens to come) of a request that runs, or is about to."""
+        produced = request.output_tokens
+        total = self._totals.get(request.request_id, 0)
+        if total <= produced:
+            total = self._lengths.total(request, self._config.length_quantile)
+            self._totals[request.request_id] = total
+        return request.prompt_tokens + produced, total - produced
 
 
 def _due_s(request: QueuedRequest) -> float:
