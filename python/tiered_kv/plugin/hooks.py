@@ -105,6 +105,13 @@ HOOKS: tuple[Hook, ...] = (
         why="the waiting queue would be in SGLang's order instead of the policy's",
     ),
     Hook(
+        target="sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
+        kind="after",
+        function="tiered_kv.plugin.scheduler_hooks:before_mixing",
+        process=Process.SCHEDULER,
+        why="decodes that are mixed into a prefill could find no page, which stops the server",
+    ),
+    Hook(
         target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
         kind="after",
         function="tiered_kv.plugin.scheduler_hooks:note_arrival",

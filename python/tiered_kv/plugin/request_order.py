@@ -86,7 +86,7 @@ class RequestOrder:
         Returns what `form` does: the batch, if there is one, and `running_batch` as it goes on.
         """
         scheduler = self._scheduler
-        chunk_tokens = scheduler.chunked_prefill_size
+        configured = scheduler.chunked_prefill_size, scheduler.is_mixed_chunk
         self._running_batch = running_batch
         batch = None
         try:
@@ -94,7 +94,7 @@ class RequestOrder:
         except PrefillSkipped:
             pass
         finally:
-            scheduler.chunked_prefill_size = chunk_tokens
+            scheduler.chunked_prefill_size, scheduler.is_mixed_chunk = configured
             self._end_pass(batch)
         return batch, running_batch
 
@@ -206,21 +206,32 @@ class RequestOrder:
     def _set_chunk(self, plan: AdmissionPlan, n_running: int) -> None:
         """The most tokens of this batch: whole pages, one at least, as configured at most.
 
-        Raises PrefillSkipped if the plan leaves no time for any, and somebody decodes meanwhile.
+        Where decodes are mixed in, they take theirs first. Raises PrefillSkipped if the plan leaves
+        no time for any, and somebody decodes meanwhile.
         """
+        scheduler = self._scheduler
+        chunk_tokens: int | None = scheduler.chunked_prefill_size
+        page_size: int = scheduler.page_size
+        if chunk_tokens is not None and plan.mix_decodes:
+            scheduler.is_mixed_chunk = chunk_tokens >= n_running + page_size
         if plan.prefill_tokens is None:
             return
-        scheduler = self._scheduler
-        page_size: int = scheduler.page_size
-        # Where decodes are mixed in, they take theirs first.
         taken = n_running if scheduler.is_mixed_chunk else 0
         if n_running and plan.prefill_tokens <= taken:
             raise PrefillSkipped
-        if scheduler.chunked_prefill_size is not None:
+        if chunk_tokens is not None:
             pages = max(1, (plan.prefill_tokens - taken) // page_size)
-            scheduler.chunked_prefill_size = min(
-                scheduler.chunked_prefill_size, pages * page_size + taken
-            )
+            scheduler.chunked_prefill_size = min(chunk_tokens, pages * page_size + taken)
+
+    def before_mixing(self) -> None:
+        """The prefill has its memory; decodes join it only if there is a page for each that needs
+        one. SGLang counts a token for each, and would stop the server if that was too little.
+        """
+        running_batch = self._running_batch
+        if running_batch is None or not self._scheduler.is_mixed_chunk or not running_batch.reqs:
+            return
+        if not running_batch.check_decode_mem():
+            self._scheduler.is_mixed_chunk = False
 
     def _foretell(self, state: SchedulerState) -> None:
         """Have the tiers know what the policy expects, if that has changed."""

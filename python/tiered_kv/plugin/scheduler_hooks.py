@@ -73,6 +73,13 @@ def put_in_order(
         order.put_in_order(waiting_queue, running_batch)
 
 
+def before_mixing(result: None, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `ScheduleBatch.prepare_for_extend`; decodes are mixed in right after it, if at all."""
+    order = getattr(batch.tree_cache, "request_order", None)
+    if order is not None:
+        order.before_mixing()
+
+
 def note_arrival(result: None, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `Scheduler._add_request_to_queue`, which may also have refused `req`."""
     order = getattr(scheduler, "tiered_kv_order", None)

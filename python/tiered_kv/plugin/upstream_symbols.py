@@ -163,8 +163,14 @@ QUEUE = (
     ),
     _object(
         f"{_SRT}.managers.schedule_batch.ScheduleBatch",
-        "reqs batch_is_full extend_num_tokens prefill_stats",
-        "request_order",
+        "reqs batch_is_full extend_num_tokens prefill_stats tree_cache",
+        "request_order scheduler_hooks",
+    ),
+    *_methods(
+        f"{_SRT}.managers.schedule_batch.ScheduleBatch",
+        "request_order scheduler_hooks",
+        prepare_for_extend="",
+        check_decode_mem="selected_indices",
     ),
     _object(
         f"{_SRT}.managers.schedule_batch.Req",

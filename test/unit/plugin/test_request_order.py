@@ -84,9 +84,14 @@ class MiniScheduler:
         self.page_size = PAGE_SIZE
         self.is_mixed_chunk = False
         self.tree_cache = SimpleNamespace(evictable_size=lambda: 0)
-        self.running_batch = SimpleNamespace(reqs=[], batch_is_full=False)
+        self.has_decode_memory = True
+        self.running_batch = SimpleNamespace(
+            reqs=[], batch_is_full=False, check_decode_mem=lambda: self.has_decode_memory
+        )
         self.offered: list[str] | None = None
         self.chunk_seen: int | None = None
+        self.mix_seen: bool | None = None
+        self.mixed: bool | None = None
         self.admit = 1
         residency = ResidencyLog(rig.events)
         rig.context.listener = residency
@@ -124,11 +129,15 @@ class MiniScheduler:
             running_batch,
         )
         self.offered = [req.rid for req in self.waiting_queue]
-        self.chunk_seen = self.chunked_prefill_size
+        self.chunk_seen, self.mix_seen = self.chunked_prefill_size, self.is_mixed_chunk
         admitted = self.waiting_queue[: self.admit]
         if not admitted:
             return None, running_batch
         self.waiting_queue = [req for req in self.waiting_queue if req not in admitted]
+        scheduler_hooks.before_mixing(
+            None, SimpleNamespace(tree_cache=SimpleNamespace(request_order=self.tiered_kv_order))
+        )
+        self.mixed = self.is_mixed_chunk
         running_batch.reqs += admitted
         batch = SimpleNamespace(
             reqs=admitted,
@@ -441,6 +450,30 @@ def test_mixed_decodes_take_theirs_of_the_chunk(scheduler: MiniScheduler, spy: S
     assert scheduler.chunk_seen == 8 + 2
     spy.plan_fields = {"prefill_tokens": 2}
     assert scheduler.step() == []
+
+
+def test_decodes_are_mixed_in_where_the_plan_says_so(scheduler: MiniScheduler, spy: Spy) -> None:
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    three(scheduler)
+    spy.plan_fields = {"prefill_tokens": 13, "mix_decodes": True}
+    assert scheduler.step() == ["a"]
+    assert (scheduler.chunk_seen, scheduler.mix_seen, scheduler.mixed) == (12 + 1, True, True)
+    assert not scheduler.is_mixed_chunk
+    scheduler.has_decode_memory = False
+    assert scheduler.step() == ["b"]
+    assert (scheduler.mix_seen, scheduler.mixed) == (True, False)
+
+
+@pytest.mark.parametrize("chunk", [None, PAGE_SIZE])
+def test_decodes_are_not_mixed_into_chunks_that_have_no_room(
+    scheduler: MiniScheduler, spy: Spy, chunk: int | None
+) -> None:
+    scheduler.chunked_prefill_size = chunk
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    three(scheduler)
+    spy.plan_fields = {"mix_decodes": True}
+    assert scheduler.step() == ["a"]
+    assert (scheduler.chunk_seen, scheduler.mixed) == (chunk, False)
 
 
 def test_without_chunked_prefill_only_a_plan_of_none_counts(
