@@ -53,17 +53,17 @@ class Overdue:
             self._overdue.put(request_id, self._arrivals[request_id])
         return self._overdue
 
-    def is_overdue(self, request_id: int, now_s: float) -> bool:
-        """Whether it waits and is overdue."""
-        return request_id in self.by_arrival(now_s)
+    def admitted(self, work_s: float, *, in_turn: bool, now_s: float) -> None:
+        """A request was admitted with this much work.
 
-    def admitted(self, work_s: float, *, was_overdue: bool, now_s: float) -> None:
-        """A request was admitted, overdue or not, with this much work."""
-        if not was_overdue and not self.by_arrival(now_s):
+        in_turn: it was overdue, and the oldest of them that could start. An overdue request that
+        came in otherwise, by its deadline say, does not count against the share of older ones.
+        """
+        if not in_turn and not self.by_arrival(now_s):
             self._admitted_s = self._overdue_s = 0.0
             return
         self._admitted_s += work_s
-        if was_overdue:
+        if in_turn:
             self._overdue_s += work_s
 
     def is_their_turn(self) -> bool:

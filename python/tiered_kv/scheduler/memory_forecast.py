@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from tiered_kv.scheduler.request import QueuedRequest
+from tiered_kv.scheduler.request_policy import SchedulerState
 
 
 class OutputLengths:
@@ -90,3 +91,55 @@ def admissible(
         else:
             high = middle - 1
     return low
+
+
+class MemoryForecast:
+    """How many of the next requests fit to their end, by what past answers were like."""
+
+    def __init__(self, quantile: float, margin: float) -> None:
+        """`quantile` of past lengths that is predicted; `margin`: share of the pool left free."""
+        self.lengths = OutputLengths()
+        self._quantile = quantile
+        self._margin = margin
+        self._totals: dict[int, int] = {}
+
+    def finished(self, request: QueuedRequest) -> None:
+        """It has its last token."""
+        self.forget(request.request_id)
+        self.lengths.observe(request)
+
+    def forget(self, request_id: int) -> None:
+        """It does not run any more."""
+        self._totals.pop(request_id, None)
+
+    def admit_at_most(self, state: SchedulerState, order: Sequence[QueuedRequest]) -> int | None:
+        """How many of `order` may be admitted; None if nothing is known about memory.
+
+        At least one if nobody runs: whether that one fits is then up to the pool itself.
+        """
+        if state.available_tokens is None or not order:
+            return None
+        running = [self._future(request) for request in state.running]
+        held = sum(context for context, _ in running)
+        if state.unfinished is not None:
+            running.append(self._future(state.unfinished))
+            held += state.unfinished.prefilled_tokens
+        candidates = []
+        for request in order:
+            left = self.lengths.total(request, self._quantile) - request.output_tokens
+            candidates.append((request.prompt_tokens + request.output_tokens, left))
+        capacity = int((held + state.available_tokens) * (1.0 - self._margin))
+        n = admissible(running, candidates, capacity)
+        return n if running else max(n, 1)
+
+    def _future(self, request: QueuedRequest) -> tuple[int, int]:
+        """(tokens held, tokens to come) of a request that runs, or is about to.
+
+        Predicted once, and again when it turns out longer: per step, that is a look-up.
+        """
+        produced = request.output_tokens
+        total = self._totals.get(request.request_id, 0)
+        if total <= produced:
+            total = self.lengths.total(request, self._quantile)
+            self._totals[request.request_id] = total
+        return request.prompt_tokens + produced, total - produced

@@ -15,6 +15,7 @@ leave time (`pass_budget.py`).
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +23,7 @@ from itertools import islice
 from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.scheduler.aging import Overdue, aged_key
 from tiered_kv.scheduler.gang import Gangs
-from tiered_kv.scheduler.memory_forecast import OutputLengths, admissible
+from tiered_kv.scheduler.memory_forecast import MemoryForecast
 from tiered_kv.scheduler.ordered import OrderedIds
 from tiered_kv.scheduler.pass_budget import PassBudget, chunk_tokens, pass_budget
 from tiered_kv.scheduler.plan import AdmissionPlan
@@ -63,10 +64,10 @@ class SlackPolicy:
         """The same by latest start."""
         self._others = TenantShares(dict(config.tenant_weights))
         self._overdue = Overdue(config.overdue_share)
+        self._in_turn: deque[int] = deque()
+        """The overdue that could start at the last plan, by arrival."""
         self._gangs = Gangs()
-        self._lengths = OutputLengths()
-        self._totals: dict[int, int] = {}
-        """Predicted lengths of answers, until they are exceeded."""
+        self._memory = MemoryForecast(config.length_quantile, config.memory_margin)
         self._slowdown = 1.0
         self._least_ttft_s = math.inf
         self._head: tuple[int, ...] = ()
@@ -93,10 +94,12 @@ class SlackPolicy:
         request_id = request.request_id
         entry = self._entries.get(request_id)
         work_s = entry.price.work_s if entry is not None else 0.0
-        was_overdue = self._overdue.is_overdue(request_id, now_s)
+        in_turn = bool(self._in_turn) and self._in_turn[0] == request_id
+        if in_turn:
+            self._in_turn.popleft()
         self._leave(request_id)
         if self._config.aging:
-            self._overdue.admitted(work_s, was_overdue=was_overdue, now_s=now_s)
+            self._overdue.admitted(work_s, in_turn=in_turn, now_s=now_s)
         self._others.charge(request.tenant, work_s)
         if self._config.gangs:
             self._gangs.lead(request, now_s + work_s * self._slowdown)
@@ -104,13 +107,12 @@ class SlackPolicy:
     def on_finish(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
         """One more length of an answer is known."""
         self._gangs.stop(request.request_id)
-        self._totals.pop(request.request_id, None)
-        self._lengths.observe(request)
+        self._memory.finished(request)
 
     def on_abort(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
         """Whoever waited for what it computed is free."""
         self._leave(request.request_id)
-        self._totals.pop(request.request_id, None)
+        self._memory.forget(request.request_id)
 
     def _leave(self, request_id: int) -> None:
         self._entries.pop(request_id, None)
@@ -135,6 +137,9 @@ class SlackPolicy:
             until_s = state.now_s + self._work_left_s(state, unfinished) * self._slowdown
             self._gangs.extend(unfinished.request_id, until_s)
         self._gangs.expire(state.now_s)
+        overdue = self._overdue.by_arrival(state.now_s)
+        able = (rid for rid in overdue if rid not in state.held)
+        self._in_turn = deque(islice(able, limit))
         late: set[int] = set()
         head = tuple(islice(self._order(state, jobs, selection, late), limit))
         self._head = head[:FORECAST_LENGTH]
@@ -262,20 +267,19 @@ class SlackPolicy:
     ) -> Iterator[int]:
         """Ids, the first to be admitted first, gangs together. Adds to `late` who is relegated."""
         held = state.held
-        overdue = self._overdue.by_arrival(state.now_s)
-        is_their_turn = self._overdue.is_their_turn()
         seen: set[int] = set()
         chosen: set[TrieNode] = set()
         looked_at: set[TrieNode] = set()
         spare_s = self._spare_s(selection, state.now_s)
 
-        def emit(ids: Iterable[int], *, gangs: bool) -> Iterator[int]:
+        def emit(ids: Iterable[int], *, gangs: bool = True) -> Iterator[int]:
             nonlocal spare_s
             for request_id in ids:
                 if request_id in seen or request_id in held or request_id not in self._entries:
                     continue
                 seen.add(request_id)
-                if not self._may_start(state, request_id, chosen):
+                # Whoever is overdue is held back by nobody.
+                if not self._may_start(state, request_id, chosen) and gangs:
                     continue
                 yield request_id
                 if not gangs:
@@ -287,17 +291,18 @@ class SlackPolicy:
                         seen.add(member_id)
                         yield member_id
 
-        if is_their_turn:
+        overdue = list(self._in_turn)
+        if self._overdue.is_their_turn():
             yield from emit(overdue, gangs=False)
-        yield from emit([job.request_id for job in selection.in_time], gangs=True)
+        yield from emit(job.request_id for job in selection.in_time)
         yield from emit(overdue, gangs=False)
         spare_s = math.inf
         left_out = {job.request_id for job in selection.left_out}
         decided = left_out | {job.request_id for job in jobs}
-        yield from emit((rid for rid in self._by_deadline if rid not in decided), gangs=True)
+        yield from emit(rid for rid in self._by_deadline if rid not in decided)
         behind = {rid: self._aged_key(self._entries[rid]) for rid in left_out}
         tenants = {rid: self._entries[rid].request.tenant for rid in left_out}
-        for request_id in emit(self._others.merged(behind, tenants), gangs=True):
+        for request_id in emit(self._others.merged(behind, tenants)):
             late.add(request_id)
             yield request_id
 
@@ -340,7 +345,7 @@ class SlackPolicy:
             if member_id in seen or member_id in state.held:
                 continue
             # The longer an answer against its prompt, the better decoding hides behind prefill.
-            decode = self._lengths.total(member, 0.5)
+            decode = self._memory.lengths.total(member, 0.5)
             found.append((entry.price.work_s / decode, member_id))
         found.sort()
         return [member_id for _, member_id in found]
@@ -363,33 +368,9 @@ class SlackPolicy:
         return chunk_tokens(state, budget, cached, first_tokens, due_s)
 
     def _admit_at_most(self, state: SchedulerState, head: tuple[int, ...]) -> int | None:
-        available = state.available_tokens
-        if not self._config.forecast or available is None or not head:
+        if not self._config.forecast:
             return None
-        running = [self._future(request) for request in state.running]
-        held = sum(context for context, _ in running)
-        if state.unfinished is not None:
-            running.append(self._future(state.unfinished))
-            held += state.unfinished.prefilled_tokens
-        candidates = []
-        for request_id in head:
-            request = self._entries[request_id].request
-            left = self._lengths.total(request, self._config.length_quantile)
-            left -= request.output_tokens
-            candidates.append((request.prompt_tokens + request.output_tokens, left))
-        capacity = int((held + available) * (1.0 - self._config.memory_margin))
-        n = admissible(running, candidates, capacity)
-        # Somebody must get on: alone, a request is the executor's business.
-        return max(n, 1) if not running else n
-
-    def _future(self, request: QueuedRequest) -> tuple[int, int]:
-        """(tokens held, tokens to come) of a request that runs, or is about to."""
-        produced = request.output_tokens
-        total = self._totals.get(request.request_id, 0)
-        if total <= produced:
-            total = self._lengths.total(request, self._config.length_quantile)
-            self._totals[request.request_id] = total
-        return request.prompt_tokens + produced, total - produced
+        return self._memory.admit_at_most(state, [self._entries[rid].request for rid in head])
 
 
 def _due_s(request: QueuedRequest) -> float:
