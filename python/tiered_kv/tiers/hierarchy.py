@@ -38,6 +38,8 @@ SETTLE_TIMEOUT_S = 60.0
 FLUSH_TIMEOUT_S = 10.0
 #: Observed forward passes that may wait to be learned from.
 STEPS_MAX = 16
+#: Longest rest of an idle loop, in seconds: what a request that comes then may wait longer.
+REST_S = 0.001
 
 
 class TransferTimeoutError(TieredKVError, RuntimeError):
@@ -176,6 +178,17 @@ class KVHierarchy:
         self.load_back.advance()
         self.write_back.advance()
         self.prefetch.advance()
+
+    def rest(self) -> None:
+        """Gives the interpreter to the transfers under way, until one is done or REST_S is over.
+
+        For a loop with nothing else to do: were it to spin, every transfer would wait for it after
+        each of its calls to the disk, for up to 5 ms (`sys.getswitchinterval`).
+        """
+        busy = [queue for queue in self._finish if queue.in_flight]
+        if busy and not any(queue.n_ready for queue in busy):
+            # What a request waits for, if there is such a thing.
+            (self.prefetch.queue if self.prefetch.queue in busy else busy[0]).wait_for_one(REST_S)
 
     def _agree(self, n_ready: list[int]) -> list[int]:
         """One minimum over the ranks for all that a poll has to agree on.

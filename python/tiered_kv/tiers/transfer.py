@@ -108,6 +108,11 @@ class TransferQueue(Generic[J]):
         with self._progress:
             return self._progress.wait_for(lambda: self._n_finished == self._n_submitted, timeout_s)
 
+    def wait_for_one(self, timeout_s: float) -> None:
+        """Blocks until a job has finished that is not acknowledged yet, or the time ran out."""
+        with self._progress:
+            self._progress.wait_for(lambda: self.n_ready > 0, timeout_s)
+
     def close(self) -> None:
         """Ends the thread after the job under way; jobs not begun are dropped, as 0 pages."""
         self._is_closing = True

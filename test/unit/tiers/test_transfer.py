@@ -174,3 +174,25 @@ def test_service_is_what_is_left_of_a_job_without_queueing_and_waiting(
     assert 0.02 <= waited.service_s <= waited.seconds - 0.05
     assert last.seconds >= 0.17
     assert 0.05 <= last.service_s <= last.seconds - 0.12
+
+
+def test_waiting_for_one_ends_with_the_first_job_that_does(make_queue: MakeQueue) -> None:
+    may_end = [threading.Event(), threading.Event()]
+
+    def run(job: Copy) -> int:
+        assert may_end[int(job.name)].wait(PATIENCE_S)
+        return job.n_pages
+
+    queue = make_queue(run)
+    queue.submit(Copy(1, "0"))
+    queue.submit(Copy(1, "1"))
+    started = time.monotonic()
+    queue.wait_for_one(0.05)
+    assert queue.n_ready == 0
+    assert time.monotonic() - started >= 0.05
+    threading.Timer(0.05, may_end[0].set).start()
+    queue.wait_for_one(PATIENCE_S)
+    assert queue.n_ready == 1
+    queue.wait_for_one(PATIENCE_S)  # one is ready still: there is something to do
+    assert time.monotonic() - started < PATIENCE_S / 2
+    may_end[1].set()
