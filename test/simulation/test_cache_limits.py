@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from support_simulation.builders import BLOCK_TOKENS, call, random_requests, recorded, server
+from support_simulation.builders import (
+    BLOCK_TOKENS,
+    call,
+    random_requests,
+    recorded,
+    server,
+    simulate,
+)
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.simulation.engine import Simulation
 from tiered_kv.simulation.settings import InstanceSettings
@@ -121,3 +128,19 @@ def test_nobody_finds_more_than_an_infinite_cache_under_load() -> None:
     for eviction in ("lru", "belady"):
         small = server(device_blocks=300, host_blocks=100, eviction=eviction)
         assert found(workload, small) <= infinite
+
+
+def test_whole_leaves_go_where_the_manager_would_keep_their_head() -> None:
+    # The second prompt is 5 blocks too long for both to stay.
+    requests = [
+        call(0, 0.0, range(1, 41)),
+        call(1, 10.0, range(100, 125)),
+        call(2, 20.0, range(1, 41)),
+    ]
+    kept = {}
+    for whole in (False, True):
+        settings = server(device_blocks=62, whole_leaves=whole)
+        result, _ = simulate(requests, settings)
+        kept[whole] = result.records[2].device_hit_tokens // BLOCK_TOKENS
+    assert kept[True] == 0
+    assert 30 <= kept[False] < 40

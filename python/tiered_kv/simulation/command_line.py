@@ -87,6 +87,12 @@ def _add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join([*eviction_policies.names(), *FORESIGHTED])}; belady knows the future, "
         "kvflow when each session's next call is expected",
     )
+    cache.add_argument(
+        "--whole-leaves",
+        action="store_true",
+        help="evict whole leaves of the prefix tree, as plain SGLang does, not only as much as is "
+        "needed; not with belady and kvflow",
+    )
     cache.add_argument("--device-kv", type=parse_bytes, metavar="SIZE", help="KV pool, as 80GB")
     cache.add_argument("--host", type=parse_bytes, default=0, metavar="SIZE", help="host tier")
     cache.add_argument("--disk", type=parse_bytes, default=0, metavar="SIZE", help="disk tier")
@@ -127,6 +133,7 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
             host_bytes=arguments.host,
             disk_bytes=arguments.disk,
             eviction=arguments.eviction,
+            whole_leaves=arguments.whole_leaves,
             stop_policy=arguments.stop_policy,
             load_policy=arguments.load_policy,
         ),

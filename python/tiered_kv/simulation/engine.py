@@ -19,6 +19,7 @@ from tiered_kv.simulation.cache_policies.farthest_use import (
     ForesightManager,
 )
 from tiered_kv.simulation.cache_policies.kvflow import WorkflowKnowledge
+from tiered_kv.simulation.cache_policies.whole_leaves import WholeLeafManager
 from tiered_kv.simulation.events import EventQueue
 from tiered_kv.simulation.instance import Instance, Policies
 from tiered_kv.simulation.live import LiveRequest, RequestRecord
@@ -179,7 +180,8 @@ def _memory(
             disk_enabled=disk,
             load_policy=cache.load_policy,
         )
-        return lambda forest: MemoryManager(forest, config, costs), None
+        manager = WholeLeafManager if cache.whole_leaves else MemoryManager
+        return lambda forest: manager(forest, config, costs), None
     config = MemoryConfig(host_enabled=host, disk_enabled=disk, load_policy=cache.load_policy)
 
     def make(forest: Forest) -> MemoryManager:

@@ -53,6 +53,10 @@ class CacheSettings:
     eviction: str = "lru"
     """Name of an eviction policy, or of a simulated one: belady, kvflow."""
 
+    whole_leaves: bool = False
+    """Whether a leaf is evicted as a whole, as plain SGLang does; the server's own manager
+    keeps the head of the last one."""
+
     stop_policy: str = "wait_complete"
     """When a request stops waiting for its pages from disk: HiCache's three, and the server's own
     (`MemoryManager.patience_s`, which is endless unless `load_policy` is cost)."""
