@@ -20,6 +20,7 @@ from benchmark.simulation.agreement import (  # noqa: E402
     broken,
     interval_for,
     ranking,
+    simulate,
     simulated,
     waves,
 )
@@ -85,7 +86,7 @@ def test_waves_keep_a_first_come_server_as_busy_as_asked() -> None:
     arrivals = [request.arrival_s for request in workload.requests]
     assert len(workload) == 60
     assert arrivals[20] == pytest.approx(interval_s)
-    end_s = simulated(server, "fcfs", interval_s).end_s
+    end_s = simulated(server, simulate(server, "fcfs", interval_s)).end_s
     # The last wave ends early: a wave's share of the interval is LOAD only on average.
     assert end_s == pytest.approx((2 + LOAD) * interval_s, rel=0.15)
 
