@@ -101,6 +101,7 @@ def run_job(
             "device": settings.device.name,
             "policy": settings.policy,
             "eviction": cache.eviction,
+            "whole_leaves": cache.whole_leaves,
             "stop_policy": cache.stop_policy,
             "load_policy": cache.load_policy,
             "device_tokens": settings.device_tokens(),
