@@ -56,7 +56,7 @@ class Overdue:
     def admitted(self, work_s: float, *, in_turn: bool, now_s: float) -> None:
         """A request was admitted with this much work.
 
-        in_turn: it was overdue, and the oldest of them that could start. An overdue request that
+        in_turn: it was the oldest of the overdue that could start, and it was their turn. One that
         came in otherwise, by its deadline say, does not count against the share of older ones.
         """
         if not in_turn and not self.by_arrival(now_s):

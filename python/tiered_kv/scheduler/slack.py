@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from tiered_kv.core.ids import Tier
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.request import QueuedRequest
+from tiered_kv.scheduler.request_policy import SchedulerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,10 @@ class Price:
         """Seconds of the device: pages arrive layer by layer while it computes."""
         return max(self.compute_s, self.load_s)
 
+    def work_behind_s(self, queued_s: float) -> float:
+        """The same if its pages come behind others that take `queued_s`."""
+        return max(self.compute_s, self.load_s + queued_s) if self.load_s else self.compute_s
+
 
 def price(request: QueuedRequest, costs: CostModel) -> Price:
     """By what is cached of `request` now, wherever."""
@@ -42,6 +47,13 @@ def price(request: QueuedRequest, costs: CostModel) -> Price:
         n_bytes = int(request.host_tokens * costs.model.kv_bytes_per_token)
         load_s = costs.load_s(Tier.HOST, Tier.DEVICE, n_bytes)
     return Price(costs.marginal_prefill_s(request.uncached_tokens, request.cached_tokens), load_s)
+
+
+def queued_load_s(state: SchedulerState) -> float:
+    """Seconds until what is on the way from the host to the device has arrived."""
+    if not state.loading_bytes:
+        return 0.0
+    return state.costs.load_s(Tier.HOST, Tier.DEVICE, state.loading_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,14 @@ from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.prompt_trie import TrieNode
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import SchedulerState
-from tiered_kv.scheduler.slack import Job, Price, Selection, price, select_in_time
+from tiered_kv.scheduler.slack import (
+    Job,
+    Price,
+    Selection,
+    price,
+    queued_load_s,
+    select_in_time,
+)
 from tiered_kv.scheduler.tenants import TenantShares
 
 #: Deadlines looked at to decide who can be in time; later ones follow by deadline.
@@ -66,6 +73,9 @@ class SlackPolicy:
         self._overdue = Overdue(config.overdue_share)
         self._in_turn: deque[int] = deque()
         """The overdue that could start at the last plan, by arrival."""
+        self._is_their_turn = True
+        self._protected: set[int] = set()
+        """Those admitted in their turn: their prompts make way for nobody."""
         self._gangs = Gangs()
         self._memory = MemoryForecast(config.length_quantile, config.memory_margin)
         self._slowdown = 1.0
@@ -94,10 +104,13 @@ class SlackPolicy:
         request_id = request.request_id
         entry = self._entries.get(request_id)
         work_s = entry.price.work_s if entry is not None else 0.0
-        in_turn = bool(self._in_turn) and self._in_turn[0] == request_id
-        if in_turn:
+        in_turn = False
+        if self._in_turn and self._in_turn[0] == request_id:
             self._in_turn.popleft()
+            in_turn = self._is_their_turn
         self._leave(request_id)
+        if in_turn:
+            self._protected.add(request_id)
         if self._config.aging:
             self._overdue.admitted(work_s, in_turn=in_turn, now_s=now_s)
         self._others.charge(request.tenant, work_s)
@@ -107,6 +120,7 @@ class SlackPolicy:
     def on_finish(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
         """One more length of an answer is known."""
         self._gangs.stop(request.request_id)
+        self._protected.discard(request.request_id)
         self._memory.finished(request)
 
     def on_abort(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
@@ -121,6 +135,7 @@ class SlackPolicy:
         self._by_start.discard(request_id)
         self._others.discard(request_id)
         self._overdue.remove(request_id)
+        self._protected.discard(request_id)
         self._gangs.remove(request_id)
 
     # -- the plan -----------------------------------------------------------------------------
@@ -140,6 +155,7 @@ class SlackPolicy:
         overdue = self._overdue.by_arrival(state.now_s)
         able = (rid for rid in overdue if rid not in state.held)
         self._in_turn = deque(islice(able, limit))
+        self._is_their_turn = self._overdue.is_their_turn()
         late: set[int] = set()
         head = tuple(islice(self._order(state, jobs, selection, late), limit))
         self._head = head[:FORECAST_LENGTH]
@@ -211,10 +227,16 @@ class SlackPolicy:
 
     def _jobs(self, state: SchedulerState) -> list[Job]:
         """The next deadlines that could be met, soonest first."""
-        held, entries, shares = state.held, self._entries, self._others
-        ids = (rid for rid in self._by_deadline if rid not in held)
+        entries, shares = self._entries, self._others
+        queued_s = queued_load_s(state)
+        ids = (rid for rid in self._by_deadline if rid not in state.held)
         return [
-            Job(rid, entry.price.work_s, entry.deadline_s, shares.weight(entry.request.tenant))
+            Job(
+                rid,
+                entry.price.work_behind_s(queued_s),
+                entry.deadline_s,
+                shares.weight(entry.request.tenant),
+            )
             for rid in islice(ids, HORIZON)
             for entry in (entries[rid],)
         ]
@@ -230,7 +252,7 @@ class SlackPolicy:
         going_on = select_in_time(jobs, now_s + left_s * slowdown, slowdown)
         if not (state.can_park and self._config.park and going_on.left_out):
             return going_on, False
-        if self._is_overdue(unfinished, now_s):
+        if unfinished.request_id in self._protected:
             return going_on, False
         due_s = _due_s(unfinished)
         own = Job(unfinished.request_id, left_s, due_s, self._others.weight(unfinished.tenant))
@@ -252,9 +274,6 @@ class SlackPolicy:
         done = request.prefilled_tokens
         left = request.prompt_tokens + request.output_tokens - done
         return state.costs.marginal_prefill_s(left, done)
-
-    def _is_overdue(self, request: QueuedRequest, now_s: float) -> bool:
-        return self._config.aging and now_s >= request.arrival_s + self._max_wait_s(request)
 
     def _max_wait_s(self, request: QueuedRequest) -> float:
         max_wait_s = request.slo.max_wait_s
@@ -292,7 +311,7 @@ class SlackPolicy:
                         yield member_id
 
         overdue = list(self._in_turn)
-        if self._overdue.is_their_turn():
+        if self._is_their_turn:
             yield from emit(overdue, gangs=False)
         yield from emit(job.request_id for job in selection.in_time)
         yield from emit(overdue, gangs=False)
@@ -316,7 +335,7 @@ class SlackPolicy:
 
     def _may_start(self, state: SchedulerState, request_id: int, chosen: set[TrieNode]) -> bool:
         """False if somebody else computes enough of its prompt; else its path joins `chosen`."""
-        if not self._config.gangs or len(self._entries) + len(state.running) <= 1:
+        if not self._config.gangs:
             return True
         request = self._entries[request_id].request
         unit = state.waiting.tokens_per_unit

@@ -17,7 +17,7 @@ class SlackConfig:
     overdue_share: float = 0.25
     """Least share of the admitted work that goes to the overdue; 1: strictly before all others."""
 
-    patience: float = 8.0
+    patience: float = 4.0
     """Without a deadline to meet, a request waits so many times the work it exceeds another by."""
 
     tenant_weights: tuple[tuple[str, float], ...] = ()

@@ -1,0 +1,136 @@
+"""The policy slack against all baselines, and what each of its parts is worth.
+
+    python -m benchmark.simulation.slack --mooncake mooncake_conversation.jsonl \
+        --agents agent_sessions.jsonl --out benchmark/results
+
+Takes capacity and baselines from the result files that `baselines.py` left in --out, after making
+sure that the simulator still gives the same figures for one of them. For each trace and model: the
+policy at 0.8, 1.0 and 1.2 of the best baseline's capacity, with the baselines' cache and with the
+server's own; at 1.2 with each part off in turn; and nearly unloaded, which shows how many
+objectives can be met at all. Then one report over all result files in the directory. Run it in the
+root of the repository; --only repeats a part, --report makes the report alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmark.simulation.baselines import LOADS, MODELS, base_job, workloads
+from benchmark.simulation.slack_report import report
+from tqdm import tqdm
+
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.scheduler.policies.slack_config import SlackConfig
+from tiered_kv.simulation import schema
+from tiered_kv.simulation.capacity import UNLOADED_RATE
+from tiered_kv.simulation.jobs import Job, run_jobs
+from tiered_kv.simulation.tables import Run
+
+TOP_LOAD = max(LOADS)
+OFF = {
+    "gangs off": SlackConfig(gangs=False),
+    "slack off": SlackConfig(slack=False),
+    "aging off": SlackConfig(aging=False),
+    "forecast off": SlackConfig(forecast=False),
+    "parking off": SlackConfig(park=False),
+    "mixing off": SlackConfig(mix_decodes=False),
+    "parking, mixing off": SlackConfig(park=False, mix_decodes=False),
+}
+"""What is switched off, one part at a time."""
+OWN_CACHE = {"eviction": "value", "load_policy": "cost", "stop_policy": "patience"}
+"""The server's own cache: it reads the forecast."""
+CHECKED = "fcfs"
+"""The baseline that is run again, to see whether the simulator changed."""
+
+
+def labelled(job: Job, part: str, name: str, load: float, rate: float, **settings: Any) -> Job:
+    """`job` with other settings at `load` times `rate`."""
+    changed = replace(job.settings, **settings)
+    labels = {"part": part, "name": name, "load": load}
+    return replace(job, settings=changed, labels=labels).at_rate(rate * load)
+
+
+def jobs(job: Job, rate: float) -> list[Job]:
+    """All runs for one trace and model; the first repeats a baseline."""
+    own = replace(job.settings.cache, **OWN_CACHE)
+    found = [labelled(job, "check", CHECKED, TOP_LOAD, rate, policy=CHECKED)]
+    for load in LOADS:
+        found.append(labelled(job, "orders", "slack", load, rate, policy="slack"))
+    for load in LOADS:
+        name = "slack, own cache"
+        found.append(labelled(job, "orders", name, load, rate, policy="slack", cache=own))
+    name = "niyama, own cache"
+    found.append(labelled(job, "orders", name, TOP_LOAD, rate, policy="niyama", cache=own))
+    for name, config in OFF.items():
+        found.append(labelled(job, "off", name, TOP_LOAD, rate, policy="slack", slack=config))
+    name = "own cache, forecast off"
+    off = OFF["forecast off"]
+    found.append(labelled(job, "off", name, TOP_LOAD, rate, policy="slack", slack=off, cache=own))
+    found.append(labelled(job, "alone", "slack", UNLOADED_RATE / rate, rate, policy="slack"))
+    return found
+
+
+def same_figures(run: Run, baselines: Sequence[Run]) -> None:
+    """Raise ConfigError unless the repeated baseline is as it was."""
+    before = next(
+        known
+        for known in baselines
+        if known["labels"]["name"] == CHECKED
+        and abs(known["workload"]["rate"] - run["workload"]["rate"]) < 1e-4
+    )
+    for figures in (before, run):
+        if abs(figures["ttft_s"]["mean"] / before["ttft_s"]["mean"] - 1.0) > 1e-3:
+            raise ConfigError(
+                f"{CHECKED} has a mean TTFT of {run['ttft_s']['mean']:.2f} s now and had "
+                f"{before['ttft_s']['mean']:.2f} s: the simulator changed, so run baselines.py "
+                "again first."
+            )
+
+
+def measure(job: Job, known: dict[str, Any], name: str, workers: int) -> list[Run]:
+    """All runs for one trace and model. Raises ConfigError if the baselines are out of date."""
+    baselines = [run for run in known["runs"] if run["labels"]["part"] == "orders"]
+    todo = jobs(job, known["capacity"]["rate"])
+    with tqdm(desc=name, total=len(todo), unit=" runs") as bar:
+        checked = run_jobs(todo[:1], progress=lambda: _advance(bar))
+        same_figures(checked[0], baselines)
+        return run_jobs(todo[1:], n_workers=workers, progress=lambda: _advance(bar))
+
+
+def _advance(bar: tqdm) -> None:
+    bar.update(1)
+
+
+def main() -> None:
+    """Simulate what was asked for and write the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mooncake", type=Path, help="path of mooncake_conversation.jsonl")
+    parser.add_argument("--agents", type=Path, help="path of agent_sessions.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("benchmark/results"))
+    parser.add_argument("--only", help="one of mooncake_8b, mooncake_70b, agents_8b, agents_70b")
+    parser.add_argument("--report", action="store_true", help="only write the report again")
+    parser.add_argument("--mooncake-requests", type=int, default=1500)
+    parser.add_argument("--agent-sessions", type=int, default=60)
+    parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    options = parser.parse_args()
+    for trace, workload in ({} if options.report else workloads(options)).items():
+        for model in MODELS:
+            name = f"{trace}_{model}"
+            if options.only in {None, name}:
+                known = schema.read_results(options.out / f"simulation_{name}.json")
+                runs = measure(base_job(workload, model), known, name, options.workers)
+                path = options.out / f"simulation_slack-{trace}-{model}.json"
+                schema.write_results(path, runs, known["capacity"])
+                print(json.dumps({"file": str(path)}))
+    print(report(options.out))
+
+
+if __name__ == "__main__":
+    main()
