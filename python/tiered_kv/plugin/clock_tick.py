@@ -99,6 +99,14 @@ def carry_tick(
     return received
 
 
+def send_creation_time(state: dict[str, Any], stats: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `APIServerReqTimeStats.__getstate__`: a request's state on its way to the scheduler.
+
+    SGLang leaves the times out that it has no use for there, and converts those that come.
+    """
+    state["created_time"] = stats.created_time
+
+
 def _generate_requests(received: Iterable[Any]) -> Iterable[Any]:
     for item in received:
         if isinstance(item, TokenizedGenerateReqInput):

@@ -112,6 +112,13 @@ HOOKS: tuple[Hook, ...] = (
         why="decodes that are mixed into a prefill could find no page, which stops the server",
     ),
     Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        kind="after",
+        function="tiered_kv.plugin.scheduler_hooks:after_batch_result",
+        process=Process.SCHEDULER,
+        why="a prompt that makes way for others would never wait again",
+    ),
+    Hook(
         target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
         kind="after",
         function="tiered_kv.plugin.scheduler_hooks:note_arrival",
@@ -125,6 +132,14 @@ HOOKS: tuple[Hook, ...] = (
         function="tiered_kv.plugin.clock_tick:carry_tick",
         process=Process.SCHEDULER,
         why="tensor-parallel ranks that decide by clocks of their own would part",
+    ),
+    Hook(
+        target="sglang.srt.observability.req_time_stats.APIServerReqTimeStats.__getstate__",
+        kind="after",
+        function="tiered_kv.plugin.clock_tick:send_creation_time",
+        process=Process.TOKENIZER,
+        why="deadlines would be counted from when the scheduler looks for requests, which may be a "
+        "whole forward pass after they came",
     ),
     *(
         Hook(

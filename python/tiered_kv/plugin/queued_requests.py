@@ -64,6 +64,8 @@ class QueuedRequests:
         self._residency = residency
         self._metrics = metrics
         self._reqs: dict[int, Req] = {}
+        self._begun: set[int] = set()
+        """Ids of those who were admitted once, whether they run, or wait again."""
         self._next_id = 0
         # What a policy hears of with the next tick: only then all ranks know the time.
         self._started: list[QueuedRequest] = []
@@ -79,10 +81,17 @@ class QueuedRequests:
             setattr(req, QUEUED, queued)
         else:
             queued.n_retractions += 1
-            queued.prefilled_tokens = 0
-            queued.output_tokens = len(req.output_ids)
-            if queued.tokens:
-                queued.tokens = req.origin_input_ids + req.output_ids
+        self._join(req, queued, clock)
+
+    def parked(self, req: Req, clock: SharedClock) -> None:
+        """`req`, whose prompt was begun, made way for others and is in the queue again."""
+        self._join(req, queued_of(req), clock)
+
+    def _join(self, req: Req, queued: QueuedRequest, clock: SharedClock) -> None:
+        queued.prefilled_tokens = 0
+        queued.output_tokens = len(req.output_ids)
+        if queued.tokens and queued.output_tokens:
+            queued.tokens = req.origin_input_ids + req.output_ids
         queued.queued_s = clock.now_s
         queued.processed_at_arrival = self.processed_prefill_tokens
         self._residency.is_wanted = True
@@ -128,6 +137,7 @@ class QueuedRequests:
         for request_id in [i for i in self._reqs if i not in there]:
             queued = self.waiting.get(request_id)
             self._leave(queued)
+            self._begun.discard(request_id)
             self._policy.on_abort(queued, now_s)
 
     def release_ready(self) -> None:
@@ -186,7 +196,8 @@ class QueuedRequests:
                 continue
             self._leave(queued)
             self._policy.on_admission(queued, now_s)
-            if not queued.n_retractions:
+            if queued.request_id not in self._begun:
+                self._begun.add(queued.request_id)
                 self._metrics.admitted(queued, now_s)
                 if (report := report_of(req)) is not None:
                     report.wait_s = now_s - queued.arrival_s
@@ -241,6 +252,7 @@ class QueuedRequests:
         for ended in self._ended:
             queued = ended.queued
             queued.last_token_s = now_s
+            self._begun.discard(queued.request_id)
             if ended.is_answered:
                 self._policy.on_finish(queued, now_s)
                 self._metrics.answered(queued)

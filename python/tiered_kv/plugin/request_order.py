@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.plugin import clock_tick
+from tiered_kv.plugin.parking import Parking
 from tiered_kv.plugin.queued_requests import QueuedRequests, queued_of
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.plan import AdmissionPlan
@@ -60,6 +61,7 @@ class RequestOrder:
         self.clock = clock_tick.SharedClock(
             wanted=lambda: self.queue.wants_time, on_tick=self._on_tick
         )
+        self.parking = Parking(scheduler, self.queue, self.clock)
         self._scheduler = scheduler
         self._policy = policy
         self._hierarchy = hierarchy
@@ -118,6 +120,8 @@ class RequestOrder:
         queue.look_up_changed(now_s)
         state = self._state = self._look(running_batch)
         plan = self._plan(state)
+        if plan.park_unfinished and state.can_park:
+            self.parking.take_out()
         self._everyone = waiting_queue.copy()
         waiting_queue[:] = [queue.req(request_id) for request_id in self._offer(plan, state)]
         self._set_chunk(plan, len(state.running))
@@ -135,6 +139,7 @@ class RequestOrder:
             admitted = self.queue.admitted(batch.reqs, self.clock.now_s)
         waiting = [req for req in everyone if req not in admitted] if admitted else everyone
         self._scheduler.waiting_queue = waiting
+        self.parking.settle(batch)
         if batch is not None and batch.prefill_stats is not None:
             # It was counted over what was offered.
             batch.prefill_stats.num_pending_tokens = self._pending_tokens()
@@ -164,6 +169,7 @@ class RequestOrder:
             costs=self._costs,
             available_tokens=context.allocator.available() + scheduler.tree_cache.evictable_size(),
             unfinished=self._unfinished(),
+            can_park=self.parking.can_park(),
             loading_bytes=loading_pages * context.copier.page_format.page_bytes,
         )
 
@@ -198,7 +204,8 @@ class RequestOrder:
 
     def _offer(self, plan: AdmissionPlan, state: SchedulerState) -> tuple[int, ...]:
         order = plan.order[: plan.admit_at_most]
-        if not order and not state.running and state.unfinished is None:
+        goes_on = state.unfinished is not None and not plan.park_unfinished
+        if not order and not state.running and not goes_on:
             # Nothing runs that a request could wait for: a policy that is too careful would hang.
             return tuple(request.request_id for request in state.candidates()[:1])
         return order

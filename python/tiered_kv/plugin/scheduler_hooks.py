@@ -80,6 +80,13 @@ def before_mixing(result: None, batch: Any, *args: Any, **kwargs: Any) -> None:
         order.before_mixing()
 
 
+def after_batch_result(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `Scheduler.process_batch_result`."""
+    order = getattr(scheduler, "tiered_kv_order", None)
+    if order is not None:
+        order.parking.after_result()
+
+
 def note_arrival(result: None, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `Scheduler._add_request_to_queue`, which may also have refused `req`."""
     order = getattr(scheduler, "tiered_kv_order", None)

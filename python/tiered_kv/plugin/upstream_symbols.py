@@ -115,11 +115,13 @@ SCHEDULER = (
     ),
     _object(
         f"{_SRT}.managers.schedule_batch.ScheduleBatch",
-        "forward_mode launch_ts extend_lens prefix_lens hicache_consumer_index",
+        "forward_mode launch_ts extend_lens prefix_lens hicache_consumer_index decoding_reqs reqs",
         "step_times",
     ),
     _object(
-        f"{_SRT}.model_executor.forward_batch_info.ForwardMode", "is_extend is_mixed", "step_times"
+        f"{_SRT}.model_executor.forward_batch_info.ForwardMode",
+        "is_extend is_mixed is_decode",
+        "step_times",
     ),
     _object("sglang.srt.managers.tokenizer_manager.TokenizerManager", "server_args", "hooks"),
     _object(
@@ -178,6 +180,13 @@ QUEUE = (
         "finished_reason prefix_indices extend_range positional_embed_overrides input_embeds",
         "queued_requests request_order prefix_cache",
     ),
+    _object(
+        f"{_SRT}.managers.schedule_batch.Req",
+        "return_logprob inflight_middle_chunks retraction_count retracted_stain",
+        "parking",
+    ),
+    _function(f"{_SRT}.managers.schedule_batch.Req.reset_for_retract", "self", "parking"),
+    _function(f"{_MEM}.common.release_kv_cache", "req tree_cache is_insert", "parking"),
     _object(f"{_SRT}.managers.schedule_batch.FINISH_ABORT", "", "queued_requests"),
     _object(f"{_SRT}.constants.HEALTH_CHECK_RID_PREFIX", "", "queued_requests"),
     _object(f"{_SRT}.managers.io_struct.TokenizedGenerateReqInput", "rid time_stats", "clock_tick"),
@@ -185,6 +194,11 @@ QUEUE = (
     _function(f"{_SRT}.managers.io_struct.unwrap_from_pickle", "obj", "clock_tick"),
     _object(
         f"{_SRT}.observability.req_time_stats.APIServerReqTimeStats", "created_time", "clock_tick"
+    ),
+    _function(
+        f"{_SRT}.observability.req_time_stats.APIServerReqTimeStats.__getstate__",
+        "self",
+        "clock_tick",
     ),
 )
 

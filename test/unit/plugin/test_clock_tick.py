@@ -101,6 +101,16 @@ def test_requests_bring_the_time_of_their_arrival(now: list[float]) -> None:
         assert [rank.clock.arrival_s(rid) for rid in "abc"] == [998.5, 1000.0, 1000.0]
 
 
+def test_the_time_of_creation_travels_to_the_scheduler() -> None:
+    stats = APIServerReqTimeStats()
+    stats.set_created_time(12.5)
+    state = stats.__getstate__()
+    clock_tick.send_creation_time(state, stats)
+    there = APIServerReqTimeStats.__new__(APIServerReqTimeStats)
+    there.__setstate__(pickle.loads(pickle.dumps(state)))
+    assert there.created_time == pytest.approx(12.5, abs=1e-3)
+
+
 def test_arrivals_are_kept_until_they_are_asked_for_but_not_for_ever(now: list[float]) -> None:
     clock = SharedClock(lambda: True, lambda: None)
     clock.take(Tick(1.0, {"late": 0.5}))

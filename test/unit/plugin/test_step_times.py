@@ -1,4 +1,4 @@
-"""What is taken for the time of a prefill, where `run_batch` waits for it and where it does not."""
+"""What is taken for the time of a pass, where `run_batch` waits for it and where it does not."""
 
 from __future__ import annotations
 
@@ -63,19 +63,36 @@ def test_passes_on_a_device_run_one_after_the_other(clock: list[float]) -> None:
 
 
 @pytest.mark.parametrize("synchronous", [True, False])
-def test_decodes_mixed_passes_and_those_that_wait_for_a_load_teach_nothing(
-    clock: list[float], synchronous: bool
-) -> None:
+def test_passes_that_wait_for_a_load_teach_nothing(clock: list[float], synchronous: bool) -> None:
     observed = Observed()
     times = StepTimes(observed, synchronous=synchronous)  # type: ignore[arg-type]
-    for batch in (
-        batch_of(ForwardMode.DECODE, 1.0),
-        batch_of(ForwardMode.MIXED, 2.0),
-        batch_of(ForwardMode.EXTEND, 3.0, consumer=4),
-    ):
-        times.launched(batch)
-        times.finished(batch)
+    batch = batch_of(ForwardMode.EXTEND, 3.0, consumer=4)
+    times.launched(batch)
+    times.finished(batch)
     assert observed == []
+
+
+def test_decodes_mixed_into_a_prefill_are_told_apart(clock: list[float]) -> None:
+    observed = Observed()
+    times = StepTimes(observed, synchronous=True)  # type: ignore[arg-type]
+    batch = batch_of(ForwardMode.MIXED, 100.0)
+    batch.extend_lens, batch.prefix_lens = [30, 1, 1], [0, 64, 9]
+    batch.decoding_reqs = ["a", "b"]
+    clock[0] = 100.25
+    times.launched(batch)
+    assert observed == [StepObservation(((30, 0),), 65 + 10, 2, 0.25)]
+
+
+def test_one_in_so_many_decodes_is_observed(clock: list[float]) -> None:
+    observed = Observed()
+    times = StepTimes(observed, synchronous=True)  # type: ignore[arg-type]
+    reqs = [SimpleNamespace(origin_input_ids=range(n), output_ids=range(3)) for n in (10, 20)]
+    for n in range(2 * step_times.DECODES_PER_OBSERVATION):
+        batch = batch_of(ForwardMode.DECODE, float(n))
+        batch.reqs = reqs
+        clock[0] = n + 0.5
+        times.launched(batch)
+    assert observed == [StepObservation((), 36, 2, 0.5)] * 2
 
 
 def test_passes_whose_result_never_comes_are_forgotten(clock: list[float]) -> None:

@@ -1,0 +1,36 @@
+"""Every other plan that can makes the prompt under way go back to the queue.
+
+Policies park prompts when deadlines are at risk; this does it as often as it goes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+TARGET = "tiered_kv.plugin.request_order"
+REPORT_EVERY = 20
+
+
+def inject(module: Any) -> None:
+    plan_of = module.RequestOrder._plan
+    after_result = module.Parking.after_result
+    count = {"plans": 0, "parked": 0}
+
+    def planned(self: Any, state: Any) -> Any:
+        plan = plan_of(self, state)
+        if not (state.can_park and plan.order):
+            return plan
+        count["plans"] += 1
+        return dataclasses.replace(plan, park_unfinished=count["plans"] % 2 == 1)
+
+    def counted(self: Any) -> None:
+        was_leaving = self._leaving is not None
+        after_result(self)
+        if was_leaving and self._leaving is None:
+            count["parked"] += 1
+            if count["parked"] % REPORT_EVERY == 0:
+                print(f"park_prompts: {count['parked']} prompts made way", flush=True)
+
+    module.RequestOrder._plan = planned
+    module.Parking.after_result = counted
