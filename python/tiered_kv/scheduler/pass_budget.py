@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tiered_kv.scheduler.request_policy import SchedulerState
-from tiered_kv.scheduler.slack import next_token_due_s
+from tiered_kv.scheduler.slack import least_token_slack_s
 
 #: Fewer tokens than this are not worth an iteration.
 MIN_CHUNK_TOKENS = 256
@@ -47,15 +47,14 @@ class PassBudget:
 
 def pass_budget(state: SchedulerState, rules: BudgetRules, least_ttft_s: float) -> PassBudget:
     """For the next iteration. O(running)."""
-    costs, now_s = state.costs, state.now_s
+    costs = state.costs
     n_running = len(state.running)
     context = state.decode_context_tokens
     decode_s = costs.iteration_s((), context, n_running) if n_running else 0.0
     is_mixed = rules.mix_decodes
     seconds = math.inf
     if rules.slack:
-        for request in state.running:
-            seconds = min(seconds, next_token_due_s(request, now_s, CAUTION) - now_s)
+        seconds = least_token_slack_s(state.running, state.now_s, CAUTION)
         if not is_mixed:
             # They decode once more after it.
             seconds -= decode_s

@@ -12,7 +12,8 @@ least slack or earliest deadline alone let one long job make all behind it late.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tiered_kv.core.ids import Tier
@@ -29,11 +30,8 @@ class Price:
     """Seconds of prefill that it adds to forward passes."""
     load_s: float
     """Seconds to bring its pages from the host, behind nothing."""
-
-    @property
-    def work_s(self) -> float:
-        """Seconds of the device: pages arrive layer by layer while it computes."""
-        return max(self.compute_s, self.load_s)
+    work_s: float
+    """Seconds of the device: the longer, as pages arrive layer by layer while it computes."""
 
     def work_behind_s(self, queued_s: float) -> float:
         """The same if its pages come behind others that take `queued_s`."""
@@ -46,7 +44,8 @@ def price(request: QueuedRequest, costs: CostModel) -> Price:
     if request.host_tokens:
         n_bytes = int(request.host_tokens * costs.model.kv_bytes_per_token)
         load_s = costs.load_s(Tier.HOST, Tier.DEVICE, n_bytes)
-    return Price(costs.marginal_prefill_s(request.uncached_tokens, request.cached_tokens), load_s)
+    compute_s = costs.marginal_prefill_s(request.uncached_tokens, request.cached_tokens)
+    return Price(compute_s, load_s, max(compute_s, load_s))
 
 
 def queued_load_s(state: SchedulerState) -> float:
@@ -99,17 +98,26 @@ def select_in_time(jobs: Sequence[Job], now_s: float, slowdown: float = 1.0) -> 
     )
 
 
-def next_token_due_s(request: QueuedRequest, now_s: float, share: float = 1.0) -> float:
-    """When a running request's next token is due if its mean time between tokens is to hold.
+def least_token_slack_s(
+    running: Iterable[QueuedRequest], now_s: float, share: float = 1.0
+) -> float:
+    """Seconds until the first of their next tokens is due, if mean gaps are to hold.
 
-    Counted from its first token, so that what was gained before can be spent. One that is behind
-    cannot be helped by stopping everybody else: it gets one interval from now.
-    share: of the objective, to keep some of it in hand.
+    Counted from each one's first token, so that what was gained before can be spent. One that is
+    behind cannot be helped by stopping everybody else: it gets one interval from now. Infinity if
+    nobody has an objective. share: of the objectives, to keep some of them in hand.
     """
-    tbt_s, first_s = request.slo.tbt_s, request.first_token_s
-    if tbt_s is None:
-        return float("inf")
-    tbt_s *= share
-    if first_s is None:
-        first_s = now_s
-    return max(first_s + request.output_tokens * tbt_s, now_s + tbt_s)
+    least_s = math.inf
+    for request in running:
+        tbt_s = request.slo.tbt_s
+        if tbt_s is None:
+            continue
+        tbt_s *= share
+        slack_s = tbt_s
+        first_s = request.first_token_s
+        if first_s is not None:
+            due_in_s = first_s + request.output_tokens * tbt_s - now_s
+            if due_in_s > tbt_s:
+                slack_s = due_in_s
+        least_s = min(least_s, slack_s)
+    return least_s

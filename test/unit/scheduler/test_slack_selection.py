@@ -12,7 +12,7 @@ from support_simulation.builders import Queue, cost_model
 from tiered_kv.core.ids import Tier
 from tiered_kv.scheduler.request import Slo
 from tiered_kv.scheduler.request_policy import request_policies
-from tiered_kv.scheduler.slack import Job, next_token_due_s, price, select_in_time
+from tiered_kv.scheduler.slack import Job, least_token_slack_s, price, select_in_time
 
 JOBS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), max_size=7)
 
@@ -68,8 +68,11 @@ def test_tokens_are_due_by_the_first_one_and_who_is_behind_gets_one_interval() -
     q = Queue(request_policies.get("fcfs")())
     request = q.arrive(0, [1], slo=Slo("interactive", 0.5, 0.05))
     request.first_token_s, request.output_tokens = 1.0, 10
-    assert next_token_due_s(request, 1.1) == pytest.approx(1.5)
-    assert next_token_due_s(request, 2.0) == pytest.approx(2.05)
-    assert next_token_due_s(request, 1.1, 0.8) == pytest.approx(1.4)
-    request.slo = Slo("batch", 30.0, None)
-    assert next_token_due_s(request, 1.1) == float("inf")
+    assert least_token_slack_s([request], 1.1) == pytest.approx(0.4)
+    assert least_token_slack_s([request], 2.0) == pytest.approx(0.05)
+    assert least_token_slack_s([request], 1.1, 0.8) == pytest.approx(0.3)
+    other = q.arrive(1, [2], slo=Slo("standard", 2.0, 0.1))
+    other.first_token_s, other.output_tokens = 1.05, 2
+    assert least_token_slack_s([request, other], 1.1) == pytest.approx(0.15)
+    request.slo = other.slo = Slo("batch", 30.0, None)
+    assert least_token_slack_s([request, other], 1.1) == float("inf")

@@ -354,12 +354,15 @@ class SlackPolicy:
             return []
         looked_at.add(node)
         prefix = node.end * state.waiting.tokens_per_unit
+        if self._entries[request_id].request.device_tokens < prefix:
+            # It is the same prefix for all of them: it would have to be computed or loaded first.
+            return []
         saved_s = state.costs.marginal_prefill_s(prefix)
         found = []
         for member in islice(self._gangs.members(node), GANG_LOOK):
             member_id = member.request_id
             entry = self._entries.get(member_id)
-            if entry is None or entry.price.work_s > saved_s or member.device_tokens < prefix:
+            if entry is None or entry.price.work_s > saved_s:
                 continue
             if member_id in seen or member_id in state.held:
                 continue
