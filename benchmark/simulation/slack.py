@@ -5,8 +5,8 @@
 
 Takes capacity and baselines from the result files that `baselines.py` left in --out, after making
 sure that the simulator still gives the same figures for one of them. For each trace and model: the
-policy at 0.8, 1.0 and 1.2 of the best baseline's capacity, with the baselines' cache and with the
-server's own; at 1.2 with each part off in turn; and nearly unloaded, which shows how many
+policy at 0.8, 1.0 and 1.2 of the best baseline's capacity, with the baselines' cache; at 1.2 with
+the server's own, and with each part off in turn; and nearly unloaded, which shows how many
 objectives can be met at all. Then one report over all result files in the directory. Run it in the
 root of the repository; --only repeats a part, --report makes the report alone.
 """
@@ -61,11 +61,9 @@ def jobs(job: Job, rate: float) -> list[Job]:
     found = [labelled(job, "check", CHECKED, TOP_LOAD, rate, policy=CHECKED)]
     for load in LOADS:
         found.append(labelled(job, "orders", "slack", load, rate, policy="slack"))
-    for load in LOADS:
-        name = "slack, own cache"
-        found.append(labelled(job, "orders", name, load, rate, policy="slack", cache=own))
-    name = "niyama, own cache"
-    found.append(labelled(job, "orders", name, TOP_LOAD, rate, policy="niyama", cache=own))
+    for policy in ("slack", "niyama"):
+        name = f"{policy}, own cache"
+        found.append(labelled(job, "orders", name, TOP_LOAD, rate, policy=policy, cache=own))
     for name, config in OFF.items():
         found.append(labelled(job, "off", name, TOP_LOAD, rate, policy="slack", slack=config))
     name = "own cache, forecast off"

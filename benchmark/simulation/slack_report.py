@@ -71,6 +71,11 @@ def targets(own: list[Run], baselines: list[Run]) -> list[str]:
         slack[load]["ttft_s"]["mean"] <= _named(others[load], "lpm")["ttft_s"]["mean"]
         for load in slack
     )
+    plain = max((run for run in others[1.2] if not _mixes(run)), key=lambda run: run["goodput_rps"])
+    unmixed = {
+        key: _named(own, key)["goodput_rps"] / plain["goodput_rps"]
+        for key in ("mixing off", "parking, mixing off")
+    }
     retracted = max(run["retracted_share"] for run in slack.values())
     return [
         f"**{title_of(alone)}**",
@@ -95,8 +100,17 @@ def targets(own: list[Run], baselines: list[Run]) -> list[str]:
             f"- {_verdict(retracted <= 0.001)} retractions, at most 0.1% of requests: "
             f"{percent(retracted)} at most."
         ),
+        (
+            f"- Where prefill and decode never mix, goodput at 1.2 is {unmixed['mixing off']:.2f} of "
+            f"{name(plain)}'s, the best baseline that does not mix; without parking as well "
+            f"{unmixed['parking, mixing off']:.2f}."
+        ),
         "",
     ]
+
+
+def _mixes(run: Run) -> bool:
+    return bool(run["settings"]["mixed_chunk"]) or run["settings"]["policy"] == "niyama"
 
 
 def _named(runs: list[Run], name: str) -> Run:

@@ -45,8 +45,13 @@ class PassBudget:
     n_decodes: int
 
 
-def pass_budget(state: SchedulerState, rules: BudgetRules, least_ttft_s: float) -> PassBudget:
-    """For the next iteration. O(running)."""
+def pass_budget(
+    state: SchedulerState, rules: BudgetRules, least_ttft_s: float, decoded_s: float
+) -> PassBudget:
+    """For the next iteration; the running requests got their last tokens at `decoded_s`.
+
+    O(running).
+    """
     costs = state.costs
     n_running = len(state.running)
     context = state.decode_context_tokens
@@ -54,7 +59,7 @@ def pass_budget(state: SchedulerState, rules: BudgetRules, least_ttft_s: float) 
     is_mixed = rules.mix_decodes
     seconds = math.inf
     if rules.slack:
-        seconds = least_token_slack_s(state.running, state.now_s, CAUTION)
+        seconds = least_token_slack_s(state.running, state.now_s, decoded_s, CAUTION)
         if not is_mixed:
             # They decode once more after it.
             seconds -= decode_s

@@ -99,13 +99,14 @@ def select_in_time(jobs: Sequence[Job], now_s: float, slowdown: float = 1.0) -> 
 
 
 def least_token_slack_s(
-    running: Iterable[QueuedRequest], now_s: float, share: float = 1.0
+    running: Iterable[QueuedRequest], now_s: float, decoded_s: float, share: float = 1.0
 ) -> float:
     """Seconds until the first of their next tokens is due, if mean gaps are to hold.
 
     Counted from each one's first token, so that what was gained before can be spent. One that is
-    behind cannot be helped by stopping everybody else: it gets one interval from now. Infinity if
-    nobody has an objective. share: of the objectives, to keep some of them in hand.
+    behind cannot be helped by stopping everybody else: it gets one interval from `decoded_s` on,
+    the last time they all got a token. Infinity if nobody has an objective; negative if it is
+    late. share: of the objectives, to keep some of them in hand.
     """
     least_s = math.inf
     for request in running:
@@ -113,11 +114,9 @@ def least_token_slack_s(
         if tbt_s is None:
             continue
         tbt_s *= share
-        slack_s = tbt_s
+        due_s = decoded_s + tbt_s
         first_s = request.first_token_s
         if first_s is not None:
-            due_in_s = first_s + request.output_tokens * tbt_s - now_s
-            if due_in_s > tbt_s:
-                slack_s = due_in_s
-        least_s = min(least_s, slack_s)
-    return least_s
+            due_s = max(due_s, first_s + request.output_tokens * tbt_s)
+        least_s = min(least_s, due_s)
+    return least_s - now_s

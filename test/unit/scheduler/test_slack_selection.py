@@ -68,11 +68,13 @@ def test_tokens_are_due_by_the_first_one_and_who_is_behind_gets_one_interval() -
     q = Queue(request_policies.get("fcfs")())
     request = q.arrive(0, [1], slo=Slo("interactive", 0.5, 0.05))
     request.first_token_s, request.output_tokens = 1.0, 10
-    assert least_token_slack_s([request], 1.1) == pytest.approx(0.4)
-    assert least_token_slack_s([request], 2.0) == pytest.approx(0.05)
-    assert least_token_slack_s([request], 1.1, 0.8) == pytest.approx(0.3)
+    assert least_token_slack_s([request], 1.1, 1.1) == pytest.approx(0.4)
+    assert least_token_slack_s([request], 2.0, 2.0) == pytest.approx(0.05)
+    assert least_token_slack_s([request], 2.0, 1.98) == pytest.approx(0.03)
+    assert least_token_slack_s([request], 2.0, 1.9) < 0.0
+    assert least_token_slack_s([request], 1.1, 1.1, 0.8) == pytest.approx(0.3)
     other = q.arrive(1, [2], slo=Slo("standard", 2.0, 0.1))
     other.first_token_s, other.output_tokens = 1.05, 2
-    assert least_token_slack_s([request, other], 1.1) == pytest.approx(0.15)
+    assert least_token_slack_s([request, other], 1.1, 1.1) == pytest.approx(0.15)
     request.slo = other.slo = Slo("batch", 30.0, None)
-    assert least_token_slack_s([request, other], 1.1) == float("inf")
+    assert least_token_slack_s([request, other], 1.1, 1.1) == float("inf")

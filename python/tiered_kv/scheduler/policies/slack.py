@@ -80,6 +80,9 @@ class SlackPolicy:
         self._memory = MemoryForecast(config.length_quantile, config.memory_margin)
         self._slowdown = 1.0
         self._least_ttft_s = math.inf
+        self._context_tokens = 0
+        self._decoded_s = 0.0
+        """When the running requests had got their last tokens."""
         self._head: tuple[int, ...] = ()
 
     # -- what happens -------------------------------------------------------------------------
@@ -143,7 +146,10 @@ class SlackPolicy:
     def plan(self, state: SchedulerState, limit: int) -> AdmissionPlan:
         """See `RequestPolicy.plan`."""
         self._take_in(state)
-        budget = pass_budget(state, self._config, self._least_ttft_s)
+        if state.decode_context_tokens != self._context_tokens:
+            # Contexts grow with every token.
+            self._context_tokens, self._decoded_s = state.decode_context_tokens, state.now_s
+        budget = pass_budget(state, self._config, self._least_ttft_s, self._decoded_s)
         self._slowdown = budget.slowdown
         unfinished = state.unfinished
         jobs = self._jobs(state)
