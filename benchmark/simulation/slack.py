@@ -28,18 +28,18 @@ from tiered_kv.core.errors import ConfigError
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.simulation import schema
 from tiered_kv.simulation.capacity import UNLOADED_RATE
-from tiered_kv.simulation.jobs import Job, run_jobs
+from tiered_kv.simulation.jobs import Job, run_job
 from tiered_kv.simulation.tables import Run
 
 TOP_LOAD = max(LOADS)
 OFF = {
-    "gangs off": SlackConfig(gangs=False),
-    "slack off": SlackConfig(slack=False),
-    "aging off": SlackConfig(aging=False),
-    "forecast off": SlackConfig(forecast=False),
+    "parking, mixing off": SlackConfig(park=False, mix_decodes=False),
     "parking off": SlackConfig(park=False),
     "mixing off": SlackConfig(mix_decodes=False),
-    "parking, mixing off": SlackConfig(park=False, mix_decodes=False),
+    "slack off": SlackConfig(slack=False),
+    "gangs off": SlackConfig(gangs=False),
+    "aging off": SlackConfig(aging=False),
+    "forecast off": SlackConfig(forecast=False),
 }
 """What is switched off, one part at a time."""
 OWN_CACHE = {"eviction": "value", "load_policy": "cost", "stop_policy": "patience"}
@@ -59,17 +59,17 @@ def jobs(job: Job, rate: float) -> list[Job]:
     """All runs for one trace and model; the first repeats a baseline."""
     own = replace(job.settings.cache, **OWN_CACHE)
     found = [labelled(job, "check", CHECKED, TOP_LOAD, rate, policy=CHECKED)]
-    for load in LOADS:
+    for load in sorted(LOADS, key=lambda load: -load):
         found.append(labelled(job, "orders", "slack", load, rate, policy="slack"))
+    found.append(labelled(job, "alone", "slack", UNLOADED_RATE / rate, rate, policy="slack"))
+    for name, config in OFF.items():
+        found.append(labelled(job, "off", name, TOP_LOAD, rate, policy="slack", slack=config))
     for policy in ("slack", "niyama"):
         name = f"{policy}, own cache"
         found.append(labelled(job, "orders", name, TOP_LOAD, rate, policy=policy, cache=own))
-    for name, config in OFF.items():
-        found.append(labelled(job, "off", name, TOP_LOAD, rate, policy="slack", slack=config))
     name = "own cache, forecast off"
     off = OFF["forecast off"]
     found.append(labelled(job, "off", name, TOP_LOAD, rate, policy="slack", slack=off, cache=own))
-    found.append(labelled(job, "alone", "slack", UNLOADED_RATE / rate, rate, policy="slack"))
     return found
 
 
@@ -90,18 +90,22 @@ def same_figures(run: Run, baselines: Sequence[Run]) -> None:
             )
 
 
-def measure(job: Job, known: dict[str, Any], name: str, workers: int) -> list[Run]:
-    """All runs for one trace and model. Raises ConfigError if the baselines are out of date."""
+def measure(job: Job, known: dict[str, Any], path: Path, *, resume: bool) -> None:
+    """All runs for one trace and model into `path`, which is written anew after each.
+
+    resume: keep the runs that are there. Raises ConfigError if the baselines are out of date.
+    """
     baselines = [run for run in known["runs"] if run["labels"]["part"] == "orders"]
-    todo = jobs(job, known["capacity"]["rate"])
-    with tqdm(desc=name, total=len(todo), unit=" runs") as bar:
-        checked = run_jobs(todo[:1], progress=lambda: _advance(bar))
-        same_figures(checked[0], baselines)
-        return run_jobs(todo[1:], n_workers=workers, progress=lambda: _advance(bar))
-
-
-def _advance(bar: tqdm) -> None:
-    bar.update(1)
+    runs = schema.read_results(path)["runs"] if resume and path.exists() else []
+    done = {(run["labels"]["part"], run["labels"]["name"], run["labels"]["load"]) for run in runs}
+    check, *todo = jobs(job, known["capacity"]["rate"])
+    same_figures(run_job(check), baselines)
+    for one in tqdm(todo, desc=path.stem, unit=" runs"):
+        labels = one.labels
+        if (labels["part"], labels["name"], float(f"{labels['load']:.6g}")) in done:
+            continue
+        runs.append(run_job(one))
+        schema.write_results(path, runs, known["capacity"])
 
 
 def main() -> None:
@@ -116,16 +120,15 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the report again")
     parser.add_argument("--mooncake-requests", type=int, default=1500)
     parser.add_argument("--agent-sessions", type=int, default=60)
-    parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--resume", action="store_true", help="keep the runs already in --out")
     options = parser.parse_args()
     for trace, workload in ({} if options.report else workloads(options)).items():
         for model in MODELS:
             name = f"{trace}_{model}"
             if options.only in {None, name}:
                 known = schema.read_results(options.out / f"simulation_{name}.json")
-                runs = measure(base_job(workload, model), known, name, options.workers)
                 path = options.out / f"simulation_slack-{trace}-{model}.json"
-                schema.write_results(path, runs, known["capacity"])
+                measure(base_job(workload, model), known, path, resume=options.resume)
                 print(json.dumps({"file": str(path)}))
     print(report(options.out))
 

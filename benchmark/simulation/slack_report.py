@@ -53,13 +53,17 @@ def at(runs: list[Run], load: float, part: str | None = None) -> list[Run]:
 def targets(own: list[Run], baselines: list[Run]) -> list[str]:
     """Each target for one trace and model, met or missed by how much."""
     name: Callable[[Run], str] = lambda run: run["labels"]["name"]  # noqa: E731
-    slack = {load: _named(at(own, load, "orders"), "slack") for load in (0.8, 1.0, 1.2)}
+    by_load = {load: at(own, load, "orders") for load in (0.8, 1.0, 1.2)}
+    slack = {load: _named(runs, "slack") for load, runs in by_load.items()}
     others = {load: at(baselines, load) for load in slack}
     best = max(others[1.2], key=lambda run: run["goodput_rps"])
     goodput = slack[1.2]["goodput_rps"] / best["goodput_rps"]
     fcfs = _named(others[1.2], "fcfs")
     missed, fcfs_missed = 1 - slack[1.2]["attainment"], 1 - fcfs["attainment"]
-    (alone,) = [run for run in own if run["labels"]["part"] == "alone"]
+    alone = [run for run in own if run["labels"]["part"] == "alone"]
+    floor = f" {percent(1 - alone[0]['attainment'])} are missed even with next to no load." * len(
+        alone[:1]
+    )
     tail = min(others[0.8], key=lambda run: run["ttft_s"]["p99"])
     p99 = slack[0.8]["ttft_s"]["p99"]
     means = ", ".join(
@@ -78,7 +82,7 @@ def targets(own: list[Run], baselines: list[Run]) -> list[str]:
     }
     retracted = max(run["retracted_share"] for run in slack.values())
     return [
-        f"**{title_of(alone)}**",
+        f"**{title_of(best)}**",
         "",
         (
             f"- {_verdict(goodput >= GOODPUT_TARGET)} goodput at 1.2, at least {GOODPUT_TARGET} of "
@@ -87,9 +91,8 @@ def targets(own: list[Run], baselines: list[Run]) -> list[str]:
         ),
         (
             f"- {_verdict(missed <= VIOLATIONS_TARGET * fcfs_missed)} violations at 1.2, at most "
-            f"{VIOLATIONS_TARGET} of fcfs's: {percent(missed)} against {percent(fcfs_missed)}, that is "
-            f"{missed / fcfs_missed:.2f}. {percent(1 - alone['attainment'])} are missed even on a "
-            "server with next to no load."
+            f"{VIOLATIONS_TARGET} of fcfs's: {percent(missed)} against {percent(fcfs_missed)}, or "
+            f"{missed / fcfs_missed:.2f}.{floor}"
         ),
         (
             f"- {_verdict(p99 <= tail['ttft_s']['p99'])} p99 TTFT at 0.8, no worse than the best "
@@ -101,8 +104,8 @@ def targets(own: list[Run], baselines: list[Run]) -> list[str]:
             f"{percent(retracted)} at most."
         ),
         (
-            f"- Where prefill and decode never mix, goodput at 1.2 is {unmixed['mixing off']:.2f} of "
-            f"{name(plain)}'s, the best baseline that does not mix; without parking as well "
+            f"- Where prefill and decode never mix, goodput at 1.2 is {unmixed['mixing off']:.2f} "
+            f"of {name(plain)}'s, the best baseline that does not mix; without parking as well "
             f"{unmixed['parking, mixing off']:.2f}."
         ),
         "",

@@ -75,6 +75,11 @@ class Selection:
     left_out: tuple[Job, ...]
     """The rest."""
 
+    @property
+    def weight(self) -> float:
+        """Of those in time, together."""
+        return sum(job.weight for job in self.in_time)
+
 
 def select_in_time(jobs: Sequence[Job], now_s: float, slowdown: float = 1.0) -> Selection:
     """As many of `jobs` as can be in time one after the other, from `now_s` on. O(n log n).
@@ -96,6 +101,28 @@ def select_in_time(jobs: Sequence[Job], now_s: float, slowdown: float = 1.0) -> 
         tuple(job for index, job in enumerate(jobs) if index not in out),
         tuple(job for index, job in enumerate(jobs) if index in out),
     )
+
+
+def select_beside(
+    jobs: Sequence[Job], begun: Job, now_s: float, slowdown: float, *, may_park: bool
+) -> tuple[Selection, bool]:
+    """As `select_in_time` while `begun` is under way, and whether it should make way.
+
+    It should if that keeps more deadlines, by weight, than going on does, its own included, and if
+    it would not be the first in any case. Returned are those in time besides it.
+    """
+    going_on = select_in_time(jobs, now_s + begun.work_s * slowdown, slowdown)
+    if not may_park or not going_on.left_out:
+        return going_on, False
+    everyone, kept = jobs, going_on.weight
+    if now_s + begun.work_s * slowdown <= begun.deadline_s < math.inf:
+        everyone = sorted([*jobs, begun], key=lambda job: job.deadline_s)
+        kept += begun.weight
+    anew = select_in_time(everyone, now_s, slowdown)
+    if anew.weight <= kept or anew.in_time[0] is begun:
+        return going_on, False
+    in_time = tuple(job for job in anew.in_time if job is not begun)
+    return Selection(in_time, tuple(job for job in anew.left_out if job is not begun)), True
 
 
 def least_token_slack_s(

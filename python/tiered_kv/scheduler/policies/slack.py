@@ -37,6 +37,7 @@ from tiered_kv.scheduler.slack import (
     Selection,
     price,
     queued_load_s,
+    select_beside,
     select_in_time,
 )
 from tiered_kv.scheduler.tenants import TenantShares
@@ -254,27 +255,11 @@ class SlackPolicy:
         now_s, slowdown = state.now_s, self._slowdown
         if unfinished is None:
             return select_in_time(jobs, now_s, slowdown), False
-        left_s = self._work_left_s(state, unfinished)
-        going_on = select_in_time(jobs, now_s + left_s * slowdown, slowdown)
-        if not (state.can_park and self._config.park and going_on.left_out):
-            return going_on, False
-        if unfinished.request_id in self._protected:
-            return going_on, False
-        due_s = _due_s(unfinished)
-        own = Job(unfinished.request_id, left_s, due_s, self._others.weight(unfinished.tenant))
-        everyone = jobs
-        met_weight = 0.0
-        if now_s + left_s * slowdown <= due_s < math.inf:
-            everyone = sorted([*jobs, own], key=lambda job: job.deadline_s)
-            met_weight = own.weight
-        anew = select_in_time(everyone, now_s, slowdown)
-        gained = _weight(anew) - _weight(going_on) - met_weight
-        is_first = bool(anew.in_time) and anew.in_time[0].request_id == own.request_id
-        if gained <= 0 or is_first:
-            return going_on, False
-        in_time = tuple(job for job in anew.in_time if job is not own)
-        left_out = tuple(job for job in anew.left_out if job is not own)
-        return Selection(in_time, left_out), True
+        request_id = unfinished.request_id
+        weight = self._others.weight(unfinished.tenant)
+        own = Job(request_id, self._work_left_s(state, unfinished), _due_s(unfinished), weight)
+        may_park = state.can_park and self._config.park and request_id not in self._protected
+        return select_beside(jobs, own, now_s, slowdown, may_park=may_park)
 
     def _work_left_s(self, state: SchedulerState, request: QueuedRequest) -> float:
         done = request.prefilled_tokens
@@ -409,7 +394,3 @@ def _due_s(request: QueuedRequest) -> float:
     if tbt_s is None or request.first_token_s is None:
         return math.inf
     return request.first_token_s + request.output_tokens * tbt_s
-
-
-def _weight(selection: Selection) -> float:
-    return sum(job.weight for job in selection.in_time)
