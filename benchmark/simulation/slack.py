@@ -90,7 +90,9 @@ def same_figures(run: Run, baselines: Sequence[Run]) -> None:
             )
 
 
-def measure(job: Job, known: dict[str, Any], path: Path, *, resume: bool) -> None:
+def measure(
+    job: Job, known: dict[str, Any], path: Path, parts: Sequence[str], *, resume: bool
+) -> None:
     """All runs for one trace and model into `path`, which is written anew after each.
 
     resume: keep the runs that are there. Raises ConfigError if the baselines are out of date.
@@ -102,6 +104,8 @@ def measure(job: Job, known: dict[str, Any], path: Path, *, resume: bool) -> Non
     same_figures(run_job(check), baselines)
     for one in tqdm(todo, desc=path.stem, unit=" runs"):
         labels = one.labels
+        if labels["part"] not in parts:
+            continue
         if (labels["part"], labels["name"], float(f"{labels['load']:.6g}")) in done:
             continue
         runs.append(run_job(one))
@@ -120,6 +124,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the report again")
     parser.add_argument("--mooncake-requests", type=int, default=1500)
     parser.add_argument("--agent-sessions", type=int, default=60)
+    parser.add_argument("--parts", default="orders,alone,off", help="default: all, %(default)s")
     parser.add_argument("--resume", action="store_true", help="keep the runs already in --out")
     options = parser.parse_args()
     for trace, workload in ({} if options.report else workloads(options)).items():
@@ -128,7 +133,13 @@ def main() -> None:
             if options.only in {None, name}:
                 known = schema.read_results(options.out / f"simulation_{name}.json")
                 path = options.out / f"simulation_slack-{trace}-{model}.json"
-                measure(base_job(workload, model), known, path, resume=options.resume)
+                measure(
+                    base_job(workload, model),
+                    known,
+                    path,
+                    options.parts.split(","),
+                    resume=options.resume,
+                )
                 print(json.dumps({"file": str(path)}))
     print(report(options.out))
 

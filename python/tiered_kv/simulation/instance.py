@@ -87,6 +87,7 @@ class Instance:
         self.busy_s = 0.0
         self.processed_prefill_tokens = 0
         self.n_retracted = 0
+        self.n_parked = 0
         self._events = events
         self._execution = Execution(settings.costs(), noise=settings.noise, seed=seed)
         self._on_finish = on_finish
@@ -238,6 +239,7 @@ class Instance:
     def _park(self, live: LiveRequest, now_s: float) -> None:
         """The prompt that was begun goes back to the queue; its whole blocks stay as cache."""
         self._unfinished = None
+        self.n_parked += 1
         self.cache.release(live)
         live.queued.prefilled_tokens = 0
         self.waiting.add(live.queued)
