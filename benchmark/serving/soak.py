@@ -216,7 +216,9 @@ def verdict(
         "growth": {key: growth(records, key) for key in MAX_GROWTH},
         "pinned_when_idle": left,
     }
-    broken = [f"{len(clients.errors)} requests failed: {clients.errors[0]}"] * bool(clients.errors)
+    broken = (
+        [f"{len(clients.errors)} requests failed: {clients.errors[0]}"] if clients.errors else []
+    )
     broken += [
         f"{key} grew by {found['growth'][key]:.1%} (bound: {bound:.0%})"
         for key, bound in MAX_GROWTH.items()
