@@ -61,7 +61,7 @@ sys.path.insert(0, str(ROOT / "test"))
 
 from support.server import Server  # noqa: E402
 
-POLICIES = ("fcfs", "lpm", "hrrn")
+POLICIES = ("fcfs", "lpm", "k-lpm")
 TOLERANCE = 0.15
 #: Policies whose measured mean TTFTs are nearer than this have no order to get right.
 TIE = 0.05
@@ -69,13 +69,13 @@ QUESTIONS = (
     "rag,requests=60,documents=6,zipf=1.0,retrieved=1,document_tokens=384,system_tokens=64,"
     "question_tokens=48,output_tokens=6,block_tokens=64,arrivals=at-once"
 )
-SEED = 5
+SEED = 8
 N_WAVES = 3
 #: Seconds between the requests of a wave: all are there before the first has been computed.
 SPACING_S = 0.02
 #: How much of the time between waves a wave takes in the order of arrival, as simulated.
 LOAD = 0.8
-POOL_TOKENS = 2048
+POOL_TOKENS = 1792
 CHUNK_TOKENS = 1024
 MAX_RUNNING = 16
 #: Calibration has prefixes of its own, all of which must fit.
