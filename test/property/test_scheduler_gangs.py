@@ -13,7 +13,7 @@ from tiered_kv.forest.key import namespace_hash
 from tiered_kv.scheduler.gang import Gangs
 from tiered_kv.scheduler.request import QueuedRequest
 
-PROMPTS = st.lists(st.integers(0, 2), max_size=6)
+PROMPTS = st.lists(st.integers(0, 2), max_size=6).map(lambda p: p * 20 if len(p) > 4 else p)
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["arrive", "arrive", "arrive", "lead", "leave", "retract", "expire"]),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tiered_kv.forest.descent import common_tokens
 from tiered_kv.forest.node import Tokens
 from tiered_kv.scheduler.request import QueuedRequest
 
@@ -16,11 +15,13 @@ from tiered_kv.scheduler.request import QueuedRequest
 class TrieNode:
     """A run of tokens that one or more prompts have next; positions in the forest's units."""
 
-    __slots__ = ("children", "computing", "end", "ends", "n_below", "parent", "tokens")
+    __slots__ = ("children", "computing", "end", "ends", "n_below", "parent", "prompt", "start")
 
-    def __init__(self, parent: TrieNode | None, tokens: Tokens, end: int) -> None:
+    def __init__(self, parent: TrieNode | None, prompt: Tokens, start: int, end: int) -> None:
         self.parent = parent
-        self.tokens = tokens
+        self.prompt = prompt
+        """Of any of them, whole: the run is its part from `start` to `end`. Nothing is copied."""
+        self.start = start
         self.end = end
         """Tokens from the root to the end of this node, inclusive."""
         self.children: dict[int, TrieNode] = {}
@@ -119,26 +120,22 @@ class PromptTrie:
         root_id = request.root.node_id
         node = self._roots.get(root_id)
         if node is None:
-            node = self._roots[root_id] = TrieNode(None, tokens[:0], 0)
-        position = 0
-        while position < end:
-            child = node.children.get(tokens[position])
+            node = self._roots[root_id] = TrieNode(None, tokens, 0, 0)
+        while node.end < end:
+            child = node.children.get(tokens[node.end])
             if child is None:
-                child = TrieNode(node, tokens[position:], end)
-                node.children[tokens[position]] = child
+                child = TrieNode(node, tokens, node.end, end)
+                node.children[tokens[node.end]] = child
                 return child
-            common = common_tokens(child.tokens, tokens, position, end, 1)
-            if common < len(child.tokens):
-                child = _split(child, common)
-            node = child
-            position += common
+            common = _common_end(child.prompt, tokens, child.start, min(child.end, end))
+            node = child if common == child.end else _split(child, common)
         return node
 
     def _tidy(self, node: TrieNode) -> None:
         """Forget nodes that nobody needs, and undo splits that separate nobody any more."""
         while node.parent is not None and node.is_idle:
             parent = node.parent
-            del parent.children[node.tokens[0]]
+            del parent.children[node.prompt[node.start]]
             node = parent
         if node.parent is None:
             if not node.children and node.is_idle:
@@ -147,19 +144,42 @@ class PromptTrie:
         if len(node.children) == 1 and not node.ends:
             (child,) = node.children.values()
             if len(child.computing) == len(node.computing):
-                child.tokens = node.tokens + child.tokens
+                child.start = node.start
                 child.parent = node.parent
-                node.parent.children[child.tokens[0]] = child
+                node.parent.children[child.prompt[child.start]] = child
 
 
-def _split(node: TrieNode, n_tokens: int) -> TrieNode:
-    """Cut `node` after `n_tokens`; returns the new upper part. The lower keeps its identity."""
+def _split(node: TrieNode, end: int) -> TrieNode:
+    """Cut `node` at `end`; returns the new upper part. The lower keeps its identity."""
     assert node.parent is not None
-    upper = TrieNode(node.parent, node.tokens[:n_tokens], node.end - len(node.tokens) + n_tokens)
+    upper = TrieNode(node.parent, node.prompt, node.start, end)
     upper.n_below = node.n_below
     upper.computing = dict(node.computing)
-    node.parent.children[upper.tokens[0]] = upper
-    node.tokens = node.tokens[n_tokens:]
+    node.parent.children[upper.prompt[upper.start]] = upper
+    node.start = end
     node.parent = upper
-    upper.children[node.tokens[0]] = node
+    upper.children[node.prompt[end]] = node
     return upper
+
+
+def _common_end(one: Tokens, other: Tokens, start: int, end: int) -> int:
+    """Up to where, in [start, end], both are the same from `start` on.
+
+    Gallops, then halves: the cost is that of comparing about as many tokens as are common.
+    """
+    equal, stride = start, 64
+    while equal < end:
+        upto = min(equal + stride, end)
+        if one[equal:upto] != other[equal:upto]:
+            break
+        equal = upto
+        stride *= 2
+    else:
+        return end
+    while upto - equal > 1:
+        middle = (equal + upto) // 2
+        if one[equal:middle] == other[equal:middle]:
+            equal = middle
+        else:
+            upto = middle
+    return equal

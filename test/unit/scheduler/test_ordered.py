@@ -1,0 +1,93 @@
+"""The sorted list of ids against sorting a dictionary; tenants' turns; whose patience has ended."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiered_kv.scheduler.aging import Overdue
+from tiered_kv.scheduler.ordered import OrderedIds
+from tiered_kv.scheduler.tenants import TenantShares
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["put", "put", "discard"]), st.integers(0, 6), st.integers(-3, 3))
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(STEPS, st.integers(-3, 4))
+def test_ids_are_sorted_by_key_then_id(steps: list[tuple[str, int, int]], below: int) -> None:
+    ordered, naive = OrderedIds(), dict[int, float]()
+    for kind, request_id, key in steps:
+        if kind == "put":
+            ordered.put(request_id, float(key))
+            naive[request_id] = float(key)
+        else:
+            ordered.discard(request_id)
+            naive.pop(request_id, None)
+        expected = sorted(naive, key=lambda i: (naive[i], i))
+        assert list(ordered) == expected
+        assert len(ordered) == len(naive)
+        assert ordered.first_key() == min(naive.values(), default=float("inf"))
+        assert ordered.below(below) == [i for i in expected if naive[i] < below]
+
+
+class TestTenantShares:
+    def test_who_was_given_less_goes_first(self) -> None:
+        shares = TenantShares({})
+        for request_id, tenant in enumerate("abab"):
+            shares.put(tenant, request_id, 0.0)
+        shares.charge("a", 1.0)
+        assert list(shares.merged({}, {})) == [1, 3, 0, 2]
+        shares.charge("b", 3.0)
+        assert list(shares.merged({}, {})) == [0, 2, 1, 3]
+
+    def test_a_weight_of_two_counts_work_half(self) -> None:
+        shares = TenantShares({"a": 2.0})
+        shares.put("a", 0, 0.0)
+        shares.put("b", 1, 0.0)
+        shares.charge("a", 3.0)
+        shares.charge("b", 2.0)
+        assert list(shares.merged({}, {})) == [0, 1]
+        assert shares.weight("a") == 1.0
+        assert shares.weight("b") < 1.0
+
+    def test_who_was_away_has_saved_nothing_up(self) -> None:
+        shares = TenantShares({})
+        shares.put("a", 0, 0.0)
+        shares.charge("a", 100.0)
+        shares.put("b", 1, 0.0)
+        shares.charge("b", 1.0)
+        assert list(shares.merged({}, {})) == [0, 1]
+
+    def test_others_are_merged_in_by_key(self) -> None:
+        shares = TenantShares({})
+        shares.put("a", 0, 1.0)
+        shares.put("a", 1, 3.0)
+        assert list(shares.merged({7: 2.0, 8: 4.0}, {7: "a", 8: "a"})) == [0, 7, 1, 8]
+
+
+class TestOverdue:
+    def test_they_are_in_the_order_of_arrival_whenever_their_patience_ended(self) -> None:
+        overdue = Overdue(1.0)
+        overdue.add(1, arrival_s=0.0, max_wait_s=50.0)
+        overdue.add(2, arrival_s=5.0, max_wait_s=10.0)
+        overdue.add(3, arrival_s=6.0, max_wait_s=100.0)
+        assert list(overdue.by_arrival(14.0)) == []
+        assert list(overdue.by_arrival(15.0)) == [2]
+        assert list(overdue.by_arrival(50.0)) == [1, 2]
+        overdue.remove(1)
+        assert list(overdue.by_arrival(60.0)) == [2]
+
+    def test_their_turn_comes_with_the_work_of_others(self) -> None:
+        overdue = Overdue(0.25)
+        for request_id in range(9):
+            overdue.add(request_id, arrival_s=0.0, max_wait_s=1.0)
+        overdue.by_arrival(2.0)
+        turns = []
+        for _ in islice(range(100), 8):
+            turns.append(overdue.is_their_turn())
+            overdue.admitted(1.0, in_turn=turns[-1], now_s=2.0)
+        assert turns == [True, False, False, False, True, False, False, False]
