@@ -3,10 +3,12 @@
     python -m benchmark.simulation.agreement --model-path MODEL
 
 First measures the server's forward passes (`calibrate.py`), then replays a workload on it, one
-start per policy, and simulates the same with what was measured. Prints both side by side and
-writes `benchmark/results/simulator_agreement.{md,json}`; exit code 1 if TTFT (mean, p90) or hit
-tokens of any policy are further apart than 15%, or the policies rank differently. About ten minutes
-on two cores, on which nothing else should run. Run it in the root of the repository.
+start per policy, and simulates the same with what was measured. Prints both side by side and writes
+`benchmark/results/simulator_agreement.{md,json}`, and `simulator_agreement_server.json` for the
+simulator's `--measured`. Exit code 1 if TTFT (mean, p90) or hit tokens of any policy are further
+apart than 15%, or the policies rank differently. About ten minutes on two cores, on which nothing
+else should run: a reference pass before and after each replay shows whether the machine was as fast
+as when it was measured. Run it in the root of the repository.
 
 The workload: questions on six documents of unequal length and popularity come in three waves; the
 device's pool holds about half of the documents. A wave takes most of the time until the next
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -46,6 +49,7 @@ from benchmark.simulation.calibrate import (
     residuals,
     table,
 )
+from benchmark.simulation.probe import Probe
 from openai import AsyncOpenAI
 from tqdm import tqdm
 
@@ -73,6 +77,8 @@ SEED = 8
 N_WAVES = 3
 #: Seconds between the requests of a wave: all are there before the first has been computed.
 SPACING_S = 0.02
+#: A pass that is measured again around each replay.
+REFERENCE_TOKENS = 256
 #: How much of the time between waves a wave takes in the order of arrival, as simulated.
 LOAD = 0.8
 POOL_TOKENS = 1792
@@ -108,6 +114,8 @@ class Comparison:
     simulated: Figures
     requests: tuple[dict[str, float], ...] = ()
     """Of each request on both: TTFT in seconds and hit tokens."""
+    reference_s: tuple[float, ...] = ()
+    """What a prefill of `REFERENCE_TOKENS` took before and after the replay."""
 
     def errors(self) -> dict[str, float]:
         """Simulated over measured, less 1, of the figures that are held to the tolerance."""
@@ -196,7 +204,11 @@ def measured(records: Sequence[Record]) -> Figures:
 
 
 def compare(
-    policy: str, server: MeasuredServer, records: Sequence[Record], result: SimulationResult
+    policy: str,
+    server: MeasuredServer,
+    records: Sequence[Record],
+    result: SimulationResult,
+    reference_s: tuple[float, ...] = (),
 ) -> Comparison:
     """A replay and a simulation of the same requests."""
     by_id = {record.request_id: record for record in records}
@@ -211,7 +223,7 @@ def compare(
         }
         for s in result.records
     )
-    return Comparison(policy, measured(records), simulated(server, result), requests)
+    return Comparison(policy, measured(records), simulated(server, result), requests, reference_s)
 
 
 async def _replay(
@@ -232,27 +244,26 @@ async def _replay(
 
 def replay_policy(
     model_path: Path, policy: str, workload: RecordedWorkload, log: Path
-) -> list[Record]:
-    """Start the server with `policy`, replay, stop it."""
+) -> tuple[list[Record], tuple[float, ...]]:
+    """Start the server with `policy`, replay, stop it; also the reference pass's seconds."""
     args = [*SERVER_ARGS, *REPLAY_ARGS, "--tiered-kv-policy", policy]
     bar = tqdm(total=len(workload), unit=" requests", desc=policy)
     with bar, Server(args, log, model_path) as server:
-        # Threads and lazily imported code, not measured: other prompts than the workload's.
-        warm_up(server)
-        return asyncio.run(
+        # Threads and lazily imported code are not measured; prompts are not the workload's.
+        probe = Probe(server.url, seed=3)
+        probe.ask(probe.tokens(512), 4)
+        before_s = reference_s(probe)
+        server.flush_cache()
+        records = asyncio.run(
             _replay(server.url, model_path, workload, lambda _: bar.update() and None)
         )
+        return records, (before_s, reference_s(probe))
 
 
-def warm_up(server: Server) -> None:
-    """A few requests that share nothing with others, then an empty cache."""
-    for length in (64, 512):
-        body = {
-            "input_ids": list(range(1000, 1000 + length)),
-            "sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
-        }
-        server.post("/generate", body).raise_for_status()
-    server.flush_cache()
+def reference_s(probe: Probe) -> float:
+    """Seconds of the reference pass: the median of three, infinite if none could be timed."""
+    samples = [probe.prefill(1, REFERENCE_TOKENS, ()) for _ in range(3)]
+    return statistics.median(s.seconds for s in samples if s) if any(samples) else math.inf
 
 
 def ranking(comparisons: Sequence[Comparison]) -> list[str]:
@@ -291,9 +302,10 @@ def run(
     interval_s = interval_for(times)
     comparisons = []
     for policy in POLICIES:
-        records = replay_policy(model_path, policy, waves(interval_s), folder / f"{policy}.log")
+        log = folder / f"{policy}.log"
+        records, around_s = replay_policy(model_path, policy, waves(interval_s), log)
         result = simulate(times, policy, interval_s)
-        comparisons.append(compare(policy, times, records, result))
+        comparisons.append(compare(policy, times, records, result, around_s))
     return samples, times, interval_s, comparisons
 
 
@@ -329,6 +341,12 @@ def report(
     wrong = broken(comparisons)
     lines += ["", f"Within {TOLERANCE:.0%} and ranked alike: {'no' if wrong else 'yes'}."]
     lines += [f"- {sentence}" for sentence in wrong]
+    one_pass_s = server.times.prefill_fixed_s + server.times.prefill_s(((REFERENCE_TOKENS, 0),))
+    for c in comparisons:
+        around = " and ".join(f"{seconds / one_pass_s - 1:+.0%}" for seconds in c.reference_s)
+        lines.append(
+            f"- before and after {c.policy} a prefill took {around} against what was fitted"
+        )
     overhead_ms = 1000 * server.request_overhead_s
     lines += [
         "",
@@ -342,13 +360,11 @@ def report(
 
 def as_json(
     samples: Measurements,
-    server: MeasuredServer,
     interval_s: float,
     comparisons: Sequence[Comparison],
 ) -> dict[str, Any]:
-    """All figures; `server` is what `--measured` of the simulator reads, in a file of its own."""
+    """All figures but the fitted passes, which get a file of their own."""
     return {
-        "server": server.to_json(),
         "interval_s": interval_s,
         "policies": [asdict(comparison) for comparison in comparisons],
         "samples": asdict(samples),
@@ -380,9 +396,13 @@ def main() -> int:
     found = run(options.model_path, logs, repeats=options.repeats)
     text = report(*found)
     options.output.with_suffix(".md").write_text(text)
-    options.output.with_suffix(".json").write_text(json.dumps(as_json(*found), indent=1) + "\n")
+    document = as_json(found[0], *found[2:])
+    options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    server = options.output.with_name(f"{options.output.name}_server.json")
+    server.write_text(json.dumps(found[1].to_json(), indent=1) + "\n")
     print(text)
-    print(f"{(time.monotonic() - began) / 60:.1f} minutes; written: {options.output}.md, .json")
+    minutes = (time.monotonic() - began) / 60
+    print(f"{minutes:.1f} minutes; written: {options.output}.md, .json, {server.name}")
     return 1 if broken(found[-1]) else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,11 +16,14 @@ if str(ROOT) not in sys.path:
 
 from benchmark.simulation.agreement import (  # noqa: E402
     LOAD,
+    REFERENCE_TOKENS,
     Comparison,
     Figures,
+    as_json,
     broken,
     interval_for,
     ranking,
+    report,
     simulate,
     simulated,
     waves,
@@ -122,3 +126,20 @@ def test_latency_and_bandwidth_of_a_link_are_told_apart() -> None:
     link = fit_link([*found, other], edge)
     assert link.latency_s == pytest.approx(0.002)
     assert link.bandwidth == pytest.approx(5e8)
+
+
+def test_a_report_shows_both_and_whether_the_machine_kept_its_pace() -> None:
+    found = samples()
+    server = measured_server(found)
+    slow_s = 1.5 * (TIMES.prefill_fixed_s + TIMES.prefill_s(((REFERENCE_TOKENS, 0),)))
+    compared_ones = [
+        replace(compared("fcfs", 10.0, 11.0), reference_s=(slow_s, slow_s)),
+        compared("lpm", 5.0, 9.0),
+    ]
+    text = report(found, server, 30.0, compared_ones)
+    assert "| fcfs | server | 10.00 s | 20.00 s | 1,000 |" in text
+    assert "| | error | +10.0% | +10.0% | +0.0% |" in text
+    assert "before and after fcfs a prefill took +50% and +50%" in text
+    assert "- lpm: ttft_mean_s is off by +80.0%" in text
+    document = json.loads(json.dumps(as_json(found, 30.0, compared_ones)))
+    assert [policy["policy"] for policy in document["policies"]] == ["fcfs", "lpm"]
