@@ -24,9 +24,9 @@ class RequestReport:
     disk_tokens: int = 0
     """Tokens after those whose KV came from disk."""
     wait_s: float | None = None
-    """Seconds from the scheduler's receipt of the request to its first pass."""
+    """Seconds from the server's receipt of the request until it was admitted."""
     ttft_s: float | None = None
-    """Seconds from the scheduler's receipt of the request to its first token."""
+    """Seconds from the server's receipt of the request to its first token."""
 
     @property
     def ttft_slack_s(self) -> float | None:

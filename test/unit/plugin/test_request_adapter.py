@@ -18,6 +18,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("sglang")
 
+from fastapi import Request as HTTPRequest
+from fastapi.routing import APIRoute
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -115,6 +117,40 @@ def test_a_stock_server_reads_bodies_as_ever(http_server: SimpleNamespace) -> No
     request = Request({"slo": "anything"})
     assert read(request) == {"slo": "anything"}
     assert request.scope == {}
+
+
+def test_fastapi_answers_a_bad_request_with_400(http_server: SimpleNamespace) -> None:
+    """The way that counts: FastAPI reads a body by `json`, and lets an HTTPException through."""
+    from fastapi import FastAPI
+    from sglang.srt.entrypoints.http_server import ORJSONRequest
+    from starlette.testclient import TestClient
+
+    class HookedRequest(ORJSONRequest):
+        async def json(self) -> Any:
+            return await request_adapter.check_http_request(ORJSONRequest.json, self)
+
+    class Route(APIRoute):
+        def get_route_handler(self) -> Any:
+            handler = super().get_route_handler()
+
+            async def hooked(request: HTTPRequest) -> Any:
+                return await handler(HookedRequest(request.scope, request.receive))
+
+            return hooked
+
+    app = FastAPI()
+    app.router.route_class = Route
+
+    @app.post("/generate")
+    async def generate(obj: GenerateReqInput, request: HTTPRequest) -> Any:
+        return {"text": obj.text, "fields": request.scope["tiered_kv"]}
+
+    with TestClient(app) as client:
+        good = client.post("/generate", json={"text": "x"}, headers={"X-SLO-Class": "batch"})
+        bad = client.post("/generate", json={"text": "x", "stream": True, "slo": {"class": "gold"}})
+    assert good.json() == {"text": "x", "fields": {"slo": {"class": "batch"}}}
+    assert bad.status_code == 400
+    assert bad.json()["detail"].startswith("slo.class must be one of interactive, standard, batch")
 
 
 # -- into custom_params ------------------------------------------------------------------------
