@@ -43,6 +43,8 @@ class PassBudget:
     context_tokens: int
     """Of those that decode in the same iteration."""
     n_decodes: int
+    least_tokens: int
+    """Prefill tokens that are computed whatever the time."""
 
 
 def pass_budget(
@@ -50,28 +52,34 @@ def pass_budget(
 ) -> PassBudget:
     """For the next iteration; the running requests got their last tokens at `decoded_s`.
 
-    O(running).
+    Where decoding alone takes as long as its objectives allow, prefill still has its turn after
+    each decode, a third of the time: else nobody would be admitted until they are done. O(running).
     """
     costs = state.costs
     n_running = len(state.running)
     context = state.decode_context_tokens
     decode_s = costs.iteration_s((), context, n_running) if n_running else 0.0
     is_mixed = rules.mix_decodes
+    has_turn = is_mixed or not n_running or decoded_s >= state.now_s
+    least_tokens = MIN_CHUNK_TOKENS if has_turn else 0
     seconds = math.inf
     if rules.slack:
         seconds = least_token_slack_s(state.running, state.now_s, decoded_s, CAUTION)
         if not is_mixed:
             # They decode once more after it.
             seconds -= decode_s
+            if has_turn:
+                seconds = max(seconds, decode_s / 2.0)
         seconds = min(seconds, max(rules.pass_share * least_ttft_s, 2.0 * decode_s))
     n_decodes, context = (n_running, context) if is_mixed else (0, 0)
-    budget = PassBudget(seconds, 1.0, context, n_decodes)
+    budget = PassBudget(seconds, 1.0, context, n_decodes, least_tokens)
     tokens = chunk_tokens(state, budget, 0, 0, math.inf)
     if tokens <= 0:
         return budget
     alone_s = costs.marginal_prefill_s(tokens)
     beside_s = costs.iteration_s(((tokens, 0),), context, n_decodes)
-    return PassBudget(seconds, max(1.0, beside_s / alone_s), context, n_decodes)
+    slowdown = max(1.0, beside_s / alone_s)
+    return PassBudget(seconds, slowdown, context, n_decodes, least_tokens)
 
 
 def chunk_tokens(
@@ -89,12 +97,10 @@ def chunk_tokens(
         if alone_s <= due_s:
             seconds = min(seconds, max(due_s, alone_s))
     tokens = _largest(state, budget, cached, high, seconds)
-    if budget.n_decodes:
-        # The chunk's limit counts decoding requests, too.
-        return max(tokens, MIN_CHUNK_TOKENS) + budget.n_decodes
     if tokens < MIN_CHUNK_TOKENS:
-        return 0 if state.running else MIN_CHUNK_TOKENS
-    return tokens
+        tokens = budget.least_tokens
+    # The chunk's limit counts decoding requests, too.
+    return tokens + budget.n_decodes if tokens else 0
 
 
 def _largest(

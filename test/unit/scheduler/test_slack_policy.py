@@ -262,6 +262,18 @@ class TestTheIteration:
         assert costs.iteration_s(((n_new, 0),), running.prompt_tokens, 1) <= 0.05
         assert costs.iteration_s(((n_new + 512, 0),), running.prompt_tokens, 1) > 0.04
 
+    def test_prefill_has_its_turn_even_if_decoding_alone_takes_too_long(self) -> None:
+        q = queue(mix_decodes=False)
+        q.arrive(0, blocks(0, 200), slo=LOOSE)
+        running = q.arrive(1, blocks(1), slo=Slo("impossible", 5.0, 1e-4))
+        running.first_token_s, running.output_tokens = 0.0, 5
+        q.now_s = 0.1
+        plan = self.plan_beside(running, q)
+        assert plan.prefill_tokens >= MIN_CHUNK_TOKENS
+        # It was prefill's turn; now, without a token in between, it is decoding's.
+        q.now_s = 0.12
+        assert q.plan().prefill_tokens == 0
+
     def test_nobody_joins_the_first_if_that_made_it_late(self) -> None:
         q = queue(pass_share=10.0)
         first = q.arrive(0, blocks(0, 100), slo=TIGHT)
