@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 from array import array
 from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
@@ -18,9 +19,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("sglang")
 
+import msgspec
 from fastapi import Request as HTTPRequest
 from fastapi.routing import APIRoute
-from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.io_struct import FinishReasonDict, GenerateReqInput
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -248,6 +250,20 @@ def test_a_stock_server_gets_requests_as_they_are() -> None:
     sampling = {"custom_params": {"slo": "anything"}}
     obj = GenerateReqInput(text="x", sampling_params=sampling)
     assert ask(Manager(OFF), obj, http_request(tiered_kv={"slo": SLO})) is sampling
+
+
+def test_fields_survive_sglangs_msgpack_ipc() -> None:
+    fields = {
+        "slo": {"class": "chat", "ttft_ms": 5, "report": True},
+        "hints": {"next_call_in_s": 2.5},
+    }
+    sent = msgspec.msgpack.encode(SamplingParams(custom_params=fields))
+    received = msgspec.msgpack.decode(sent, type=SamplingParams)
+    assert received.custom_params == fields
+    # The report's way back: a finish reason's entries are plain values.
+    reason = {"type": "stop", "tiered_kv": json.dumps({"wait_ms": 1.0})}
+    encoded = msgspec.msgpack.encode(reason)
+    assert msgspec.msgpack.decode(encoded, type=FinishReasonDict) == reason
 
 
 # -- sgl.Engine --------------------------------------------------------------------------------
