@@ -29,25 +29,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from benchmark.replay.client import Client, Options
 from benchmark.replay.driver import replay
 from benchmark.replay.prompts import PromptMaker, load_tokenizer
 from benchmark.replay.records import Record
+from benchmark.simulation.agreement_report import (
+    REFERENCE_TOKENS,
+    Comparison,
+    Figures,
+    as_json,
+    broken,
+    report,
+)
 from benchmark.simulation.calibrate import (
     PAGE_TOKENS,
     SERVER_ARGS,
     Measurements,
-    host_name,
     measure,
     measured_server,
     n_probes,
-    residuals,
-    table,
 )
 from benchmark.simulation.probe import Probe
 from openai import AsyncOpenAI
@@ -66,9 +70,6 @@ sys.path.insert(0, str(ROOT / "test"))
 from support.server import Server  # noqa: E402
 
 POLICIES = ("fcfs", "lpm", "k-lpm")
-TOLERANCE = 0.15
-#: Policies whose measured mean TTFTs are nearer than this have no order to get right.
-TIE = 0.05
 QUESTIONS = (
     "rag,requests=60,documents=6,zipf=1.0,retrieved=1,document_tokens=384,system_tokens=64,"
     "question_tokens=48,output_tokens=6,block_tokens=64,arrivals=at-once"
@@ -77,8 +78,6 @@ SEED = 8
 N_WAVES = 3
 #: Seconds between the requests of a wave: all are there before the first has been computed.
 SPACING_S = 0.02
-#: A pass that is measured again around each replay.
-REFERENCE_TOKENS = 256
 #: How much of the time between waves a wave takes in the order of arrival, as simulated.
 LOAD = 0.8
 POOL_TOKENS = 1792
@@ -94,37 +93,6 @@ REPLAY_ARGS = (
 )
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What is compared; times in seconds."""
-
-    ttft_mean_s: float
-    ttft_p90_s: float
-    hit_tokens: int
-    tpot_mean_s: float
-    end_s: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One policy on both."""
-
-    policy: str
-    measured: Figures
-    simulated: Figures
-    requests: tuple[dict[str, float], ...] = ()
-    """Of each request on both: TTFT in seconds and hit tokens."""
-    reference_s: tuple[float, ...] = ()
-    """What a prefill of `REFERENCE_TOKENS` took before and after the replay."""
-
-    def errors(self) -> dict[str, float]:
-        """Simulated over measured, less 1, of the figures that are held to the tolerance."""
-        return {
-            name: getattr(self.simulated, name) / getattr(self.measured, name) - 1.0
-            for name in ("ttft_mean_s", "ttft_p90_s", "hit_tokens")
-        }
-
-
 def waves(interval_s: float) -> RecordedWorkload:
     """The workload, with `interval_s` from one wave's start to the next."""
     source = open_workload(QUESTIONS, SEED)
@@ -135,6 +103,14 @@ def waves(interval_s: float) -> RecordedWorkload:
         for at, request in enumerate(requests)
     ]
     return RecordedWorkload("waves", source.block_tokens, spread)
+
+
+def load_in_words(interval_s: float) -> str:
+    """For a report."""
+    return (
+        f"{len(waves(interval_s))} requests in {N_WAVES} waves, one every {interval_s:.1f} s; "
+        f"a pool of {POOL_TOKENS:,} tokens."
+    )
 
 
 def settings_for(server: MeasuredServer, policy: str) -> InstanceSettings:
@@ -266,30 +242,6 @@ def reference_s(probe: Probe) -> float:
     return statistics.median(s.seconds for s in samples if s) if any(samples) else math.inf
 
 
-def ranking(comparisons: Sequence[Comparison]) -> list[str]:
-    """Pairs that the simulator orders otherwise than the server, in words; ties are left out."""
-    wrong = []
-    for at, one in enumerate(comparisons):
-        for other in comparisons[at + 1 :]:
-            a, b = one.measured.ttft_mean_s, other.measured.ttft_mean_s
-            if abs(a - b) <= TIE * max(a, b):
-                continue
-            if (a < b) != (one.simulated.ttft_mean_s < other.simulated.ttft_mean_s):
-                wrong.append(f"{one.policy} and {other.policy}")
-    return wrong
-
-
-def broken(comparisons: Sequence[Comparison]) -> list[str]:
-    """What is further apart than allowed, in words."""
-    found = [
-        f"{c.policy}: {name} is off by {error:+.1%}"
-        for c in comparisons
-        for name, error in c.errors().items()
-        if not abs(error) <= TOLERANCE
-    ]
-    return found + [f"the order of {pair} is wrong" for pair in ranking(comparisons)]
-
-
 def run(
     model_path: Path, folder: Path, *, repeats: int = 3
 ) -> tuple[Measurements, MeasuredServer, float, list[Comparison]]:
@@ -307,68 +259,6 @@ def run(
         result = simulate(times, policy, interval_s)
         comparisons.append(compare(policy, times, records, result, around_s))
     return samples, times, interval_s, comparisons
-
-
-def report(
-    samples: Measurements,
-    server: MeasuredServer,
-    interval_s: float,
-    comparisons: Sequence[Comparison],
-) -> str:
-    """Both side by side, in Markdown."""
-    load = (
-        f"{server.model}, float32, {host_name()}. {len(waves(interval_s))} requests in {N_WAVES} "
-        f"waves, one every {interval_s:.1f} s; a pool of {POOL_TOKENS:,} tokens."
-    )
-    lines = [
-        "# The simulator held against the real server",
-        "",
-        "Made by `python -m benchmark.simulation.agreement --model-path MODEL`.",
-        "",
-        load,
-        "",
-        "| policy | | TTFT mean | p90 | hit tokens | time per output token | end |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for comparison in comparisons:
-        for name, f in (("server", comparison.measured), ("simulator", comparison.simulated)):
-            lines.append(
-                f"| {comparison.policy} | {name} | {f.ttft_mean_s:.2f} s | {f.ttft_p90_s:.2f} s "
-                f"| {f.hit_tokens:,} | {1000 * f.tpot_mean_s:.0f} ms | {f.end_s:.1f} s |"
-            )
-        errors = " | ".join(f"{error:+.1%}" for error in comparison.errors().values())
-        lines.append(f"| | error | {errors} | | |")
-    wrong = broken(comparisons)
-    lines += ["", f"Within {TOLERANCE:.0%} and ranked alike: {'no' if wrong else 'yes'}."]
-    lines += [f"- {sentence}" for sentence in wrong]
-    one_pass_s = server.times.prefill_fixed_s + server.times.prefill_s(((REFERENCE_TOKENS, 0),))
-    for c in comparisons:
-        around = " and ".join(f"{seconds / one_pass_s - 1:+.0%}" for seconds in c.reference_s)
-        lines.append(
-            f"- before and after {c.policy} a prefill took {around} against what was fitted"
-        )
-    overhead_ms = 1000 * server.request_overhead_s
-    lines += [
-        "",
-        f"Passes, as measured and fitted; {overhead_ms:.0f} ms of TTFT are neither pass nor wait.",
-        "",
-        table(residuals(samples, server.times)),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def as_json(
-    samples: Measurements,
-    interval_s: float,
-    comparisons: Sequence[Comparison],
-) -> dict[str, Any]:
-    """All figures but the fitted passes, which get a file of their own."""
-    return {
-        "interval_s": interval_s,
-        "policies": [asdict(comparison) for comparison in comparisons],
-        "samples": asdict(samples),
-    }
 
 
 def main() -> int:
@@ -394,16 +284,17 @@ def main() -> int:
     logs = Path(tempfile.mkdtemp(prefix="tiered_kv_agreement_"))
     print(f"logs: {logs}", file=sys.stderr)
     found = run(options.model_path, logs, repeats=options.repeats)
-    text = report(*found)
+    samples, server, interval_s, comparisons = found
+    text = report(samples, server, load_in_words(interval_s), comparisons)
     options.output.with_suffix(".md").write_text(text)
-    document = as_json(found[0], *found[2:])
+    document = as_json(samples, interval_s, comparisons)
     options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    server = options.output.with_name(f"{options.output.name}_server.json")
-    server.write_text(json.dumps(found[1].to_json(), indent=1) + "\n")
+    server_file = options.output.with_name(f"{options.output.name}_server.json")
+    server_file.write_text(json.dumps(server.to_json(), indent=1) + "\n")
     print(text)
     minutes = (time.monotonic() - began) / 60
-    print(f"{minutes:.1f} minutes; written: {options.output}.md, .json, {server.name}")
-    return 1 if broken(found[-1]) else 0
+    print(f"{minutes:.1f} minutes; written: {options.output}.md, .json, {server_file.name}")
+    return 1 if broken(comparisons) else 0
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmark.simulation.agreement import (  # noqa: E402
-    POLICIES,
+from benchmark.simulation.agreement import POLICIES, load_in_words, run  # noqa: E402
+from benchmark.simulation.agreement_report import (  # noqa: E402
     TOLERANCE,
     Comparison,
     ranking,
     report,
-    run,
 )
 
 pytestmark = [pytest.mark.long, pytest.mark.server, pytest.mark.timeout(1800)]
@@ -31,9 +30,9 @@ pytestmark = [pytest.mark.long, pytest.mark.server, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def comparisons(demo_model: Path, logs: Path) -> dict[str, Comparison]:
-    found = run(demo_model, logs)
-    print(report(*found))
-    return {comparison.policy: comparison for comparison in found[-1]}
+    samples, server, interval_s, found = run(demo_model, logs)
+    print(report(samples, server, load_in_words(interval_s), found))
+    return {comparison.policy: comparison for comparison in found}
 
 
 @pytest.mark.parametrize("policy", POLICIES)

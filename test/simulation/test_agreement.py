@@ -16,17 +16,19 @@ if str(ROOT) not in sys.path:
 
 from benchmark.simulation.agreement import (  # noqa: E402
     LOAD,
+    interval_for,
+    simulate,
+    simulated,
+    waves,
+)
+from benchmark.simulation.agreement_report import (  # noqa: E402
     REFERENCE_TOKENS,
     Comparison,
     Figures,
     as_json,
     broken,
-    interval_for,
     ranking,
     report,
-    simulate,
-    simulated,
-    waves,
 )
 from benchmark.simulation.calibrate import (  # noqa: E402
     DECODES,
@@ -136,7 +138,7 @@ def test_a_report_shows_both_and_whether_the_machine_kept_its_pace() -> None:
         replace(compared("fcfs", 10.0, 11.0), reference_s=(slow_s, slow_s)),
         compared("lpm", 5.0, 9.0),
     ]
-    text = report(found, server, 30.0, compared_ones)
+    text = report(found, server, "Questions.", compared_ones)
     assert "| fcfs | server | 10.00 s | 20.00 s | 1,000 |" in text
     assert "| | error | +10.0% | +10.0% | +0.0% |" in text
     assert "before and after fcfs a prefill took +50% and +50%" in text

@@ -1,0 +1,130 @@
+"""What `agreement.py` found, as figures, sentences, Markdown and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmark.simulation.calibrate import Measurements, residuals, table
+
+from tiered_kv.simulation.measured_server import MeasuredServer
+
+TOLERANCE = 0.15
+#: Policies whose measured mean TTFTs are nearer than this have no order to get right.
+TIE = 0.05
+#: A pass that is measured again around each replay.
+REFERENCE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is compared; times in seconds."""
+
+    ttft_mean_s: float
+    ttft_p90_s: float
+    hit_tokens: int
+    tpot_mean_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One policy on both."""
+
+    policy: str
+    measured: Figures
+    simulated: Figures
+    requests: tuple[dict[str, float], ...] = ()
+    """Of each request on both: TTFT in seconds and hit tokens."""
+    reference_s: tuple[float, ...] = ()
+    """What a prefill of `REFERENCE_TOKENS` took before and after the replay."""
+
+    def errors(self) -> dict[str, float]:
+        """Simulated over measured, less 1, of the figures that are held to the tolerance."""
+        return {
+            name: getattr(self.simulated, name) / getattr(self.measured, name) - 1.0
+            for name in ("ttft_mean_s", "ttft_p90_s", "hit_tokens")
+        }
+
+
+def ranking(comparisons: Sequence[Comparison]) -> list[str]:
+    """Pairs that the simulator orders otherwise than the server, in words; ties are left out."""
+    wrong = []
+    for at, one in enumerate(comparisons):
+        for other in comparisons[at + 1 :]:
+            a, b = one.measured.ttft_mean_s, other.measured.ttft_mean_s
+            if abs(a - b) <= TIE * max(a, b):
+                continue
+            if (a < b) != (one.simulated.ttft_mean_s < other.simulated.ttft_mean_s):
+                wrong.append(f"{one.policy} and {other.policy}")
+    return wrong
+
+
+def broken(comparisons: Sequence[Comparison]) -> list[str]:
+    """What is further apart than allowed, in words."""
+    found = [
+        f"{c.policy}: {name} is off by {error:+.1%}"
+        for c in comparisons
+        for name, error in c.errors().items()
+        if not abs(error) <= TOLERANCE
+    ]
+    return found + [f"the order of {pair} is wrong" for pair in ranking(comparisons)]
+
+
+def report(
+    samples: Measurements,
+    server: MeasuredServer,
+    load: str,
+    comparisons: Sequence[Comparison],
+) -> str:
+    """Both side by side, in Markdown; `load` says in words what was asked of them."""
+    lines = [
+        "# The simulator held against the real server",
+        "",
+        "Made by `python -m benchmark.simulation.agreement --model-path MODEL`.",
+        "",
+        f"{server.model}, float32, {server.host}. {load}",
+        "",
+        "| policy | | TTFT mean | p90 | hit tokens | time per output token | end |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for comparison in comparisons:
+        for name, f in (("server", comparison.measured), ("simulator", comparison.simulated)):
+            lines.append(
+                f"| {comparison.policy} | {name} | {f.ttft_mean_s:.2f} s | {f.ttft_p90_s:.2f} s "
+                f"| {f.hit_tokens:,} | {1000 * f.tpot_mean_s:.0f} ms | {f.end_s:.1f} s |"
+            )
+        errors = " | ".join(f"{error:+.1%}" for error in comparison.errors().values())
+        lines.append(f"| | error | {errors} | | |")
+    wrong = broken(comparisons)
+    lines += ["", f"Within {TOLERANCE:.0%} and ranked alike: {'no' if wrong else 'yes'}."]
+    lines += [f"- {sentence}" for sentence in wrong]
+    one_pass_s = server.times.prefill_fixed_s + server.times.prefill_s(((REFERENCE_TOKENS, 0),))
+    for c in comparisons:
+        around = " and ".join(f"{seconds / one_pass_s - 1:+.0%}" for seconds in c.reference_s)
+        lines.append(
+            f"- before and after {c.policy} a prefill took {around} against what was fitted"
+        )
+    overhead_ms = 1000 * server.request_overhead_s
+    lines += [
+        "",
+        f"Passes, as measured and fitted; {overhead_ms:.0f} ms of TTFT are neither pass nor wait.",
+        "",
+        table(residuals(samples, server.times)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def as_json(
+    samples: Measurements,
+    interval_s: float,
+    comparisons: Sequence[Comparison],
+) -> dict[str, Any]:
+    """All figures but the fitted passes, which get a file of their own."""
+    return {
+        "interval_s": interval_s,
+        "policies": [asdict(comparison) for comparison in comparisons],
+        "samples": asdict(samples),
+    }
