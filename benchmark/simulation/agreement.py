@@ -83,13 +83,19 @@ LOAD = 0.8
 POOL_TOKENS = 1792
 CHUNK_TOKENS = 1024
 MAX_RUNNING = 16
-#: Calibration has prefixes of its own, all of which must fit.
-CALIBRATION_ARGS = ("--max-total-tokens", "16384", "--chunked-prefill-size", "2048")
-REPLAY_ARGS = (
-    *("--max-total-tokens", str(POOL_TOKENS), "--chunked-prefill-size", str(CHUNK_TOKENS)),
-    *("--max-prefill-tokens", str(CHUNK_TOKENS), "--max-running-requests", str(MAX_RUNNING)),
+TIER_ARGS = (
     *("--tiered-kv", "--tiered-kv-host-ratio", "1", "--tiered-kv-disk-dir", "none"),
     *("--tiered-kv-load-policy", "never", "--enable-cache-report"),
+)
+#: Calibration has prefixes of its own, all of which must fit, and wants no policy in its way.
+CALIBRATION_ARGS = (
+    *(*TIER_ARGS, "--tiered-kv-policy", "fcfs"),
+    *("--max-total-tokens", "8192", "--chunked-prefill-size", "2048"),
+)
+REPLAY_ARGS = (
+    *TIER_ARGS,
+    *("--max-total-tokens", str(POOL_TOKENS), "--chunked-prefill-size", str(CHUNK_TOKENS)),
+    *("--max-prefill-tokens", str(CHUNK_TOKENS), "--max-running-requests", str(MAX_RUNNING)),
 )
 
 

@@ -39,7 +39,7 @@ from support.server import Server  # noqa: E402
 
 #: (requests in the pass, new tokens of each, cached tokens of each)
 PREFILLS = (
-    (1, 64, 0), (1, 256, 0), (1, 512, 0), (1, 64, 512), (1, 256, 512), (1, 64, 1536),
+    (1, 64, 0), (1, 256, 0), (1, 512, 0), (1, 1024, 0), (1, 64, 512), (1, 256, 512), (1, 64, 1536),
     (1, 256, 1536), (2, 128, 256), (4, 64, 0), (4, 64, 512),
 )  # fmt: skip
 #: (requests, cached tokens of each)

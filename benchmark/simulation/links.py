@@ -52,6 +52,7 @@ def server_args(folder: Path, token_bytes: int) -> list[str]:
     """Flags of a server to be measured, beside those that every calibration uses."""
     return [
         *("--tiered-kv", "--tiered-kv-load-policy", "always", "--enable-metrics"),
+        *("--tiered-kv-policy", "fcfs"),
         *("--tiered-kv-host-size", f"{HOST_TOKENS * token_bytes}B"),
         *("--tiered-kv-disk-dir", str(folder / "disk"), "--tiered-kv-disk-size", "4GB"),
         *("--max-total-tokens", str(DEVICE_TOKENS), "--chunked-prefill-size", "2048"),
