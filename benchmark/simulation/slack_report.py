@@ -61,8 +61,8 @@ def targets(own: list[Run], baselines: list[Run]) -> list[str]:
     fcfs = _named(others[1.2], "fcfs")
     missed, fcfs_missed = 1 - slack[1.2]["attainment"], 1 - fcfs["attainment"]
     alone = [run for run in own if run["labels"]["part"] == "alone"]
-    floor = f" {percent(1 - alone[0]['attainment'])} are missed even with next to no load." * len(
-        alone[:1]
+    floor = "".join(
+        f" {percent(1 - run['attainment'])} are missed even with next to no load." for run in alone
     )
     tail = min(others[0.8], key=lambda run: run["ttft_s"]["p99"])
     p99 = slack[0.8]["ttft_s"]["p99"]
@@ -76,10 +76,11 @@ def targets(own: list[Run], baselines: list[Run]) -> list[str]:
         for load in slack
     )
     plain = max((run for run in others[1.2] if not _mixes(run)), key=lambda run: run["goodput_rps"])
-    unmixed = {
-        key: _named(own, key)["goodput_rps"] / plain["goodput_rps"]
-        for key in ("mixing off", "parking, mixing off")
-    }
+    unmixed = [
+        f"{run['labels']['name']} {run['goodput_rps'] / plain['goodput_rps']:.2f}"
+        for run in at(own, 1.2, "off")
+        if "mixing off" in run["labels"]["name"]
+    ]
     retracted = max(run["retracted_share"] for run in slack.values())
     return [
         f"**{title_of(best)}**",
@@ -104,9 +105,8 @@ def targets(own: list[Run], baselines: list[Run]) -> list[str]:
             f"{percent(retracted)} at most."
         ),
         (
-            f"- Where prefill and decode never mix, goodput at 1.2 is {unmixed['mixing off']:.2f} "
-            f"of {name(plain)}'s, the best baseline that does not mix; without parking as well "
-            f"{unmixed['parking, mixing off']:.2f}."
+            f"- Against {name(plain)}, the best baseline that does not mix prefill and decode, "
+            f"goodput at 1.2: {', '.join(unmixed) or 'not simulated'}."
         ),
         "",
     ]
@@ -134,7 +134,8 @@ def section(stem: str, own: list[Run], baselines: list[Run], directory: Path) ->
         lines += [f"### Load {load}", "", results_table(runs)]
     top = _named(at(orders, 1.2), "slack")
     off = [run for run in own if run["labels"]["part"] == "off"]
-    lines += ["### Load 1.2, each part off in turn", "", results_table([top, *off])]
+    if off:
+        lines += ["### Load 1.2, each part off in turn", "", results_table([top, *off])]
     compared = [*orders, *baselines]
     pictures = {
         "goodput": lambda path: plots.plot_goodput(compared, path, title),
