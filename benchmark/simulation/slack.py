@@ -66,7 +66,7 @@ def jobs(job: Job, rate: float) -> list[Job]:
         found.append(labelled(job, "off", name, TOP_LOAD, rate, policy="slack", slack=config))
     for policy in ("slack", "niyama"):
         name = f"{policy}, own cache"
-        found.append(labelled(job, "orders", name, TOP_LOAD, rate, policy=policy, cache=own))
+        found.append(labelled(job, "caches", name, TOP_LOAD, rate, policy=policy, cache=own))
     name = "own cache, forecast off"
     off = OFF["forecast off"]
     found.append(labelled(job, "off", name, TOP_LOAD, rate, policy="slack", slack=off, cache=own))
@@ -124,7 +124,9 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the report again")
     parser.add_argument("--mooncake-requests", type=int, default=1500)
     parser.add_argument("--agent-sessions", type=int, default=60)
-    parser.add_argument("--parts", default="orders,alone,off", help="default: all, %(default)s")
+    parser.add_argument(
+        "--parts", default="orders,alone,off,caches", help="default: all, %(default)s"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the runs already in --out")
     options = parser.parse_args()
     for trace, workload in ({} if options.report else workloads(options)).items():

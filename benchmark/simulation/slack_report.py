@@ -126,7 +126,7 @@ def _verdict(is_met: bool) -> str:
 
 def section(stem: str, own: list[Run], baselines: list[Run], directory: Path) -> list[str]:
     """Tables and pictures of one trace and model."""
-    orders = [run for run in own if run["labels"]["part"] == "orders"]
+    orders = [run for run in own if run["labels"]["part"] in {"orders", "caches"}]
     title = title_of(own[0])
     lines = [f"## {title}", ""]
     for load in (0.8, 1.0, 1.2):
