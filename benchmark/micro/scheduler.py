@@ -244,6 +244,7 @@ def report(rows: list[Row], load: list[float]) -> str:
         ),
         f"averages at the end: {', '.join(map(str, load))}: other work ran beside it.",
         f"Budgets of {CHECKED}, 99th percentile: 1,000 us at 1,000 waiting, 5,000 us at 10,000.",
+        "As upstream's, lpm does not sort above 128 waiting: then it is fcfs.",
         "",
         "| policy | waiting | median | p99 | longest | first plan after all arrived at once |",
         "| --- | --- | --- | --- | --- | --- |",
