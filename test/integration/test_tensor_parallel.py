@@ -44,7 +44,9 @@ def test_two_ranks_stay_in_step(
         truths = serve(server, [r.alone(f"alone {i}") for i, r in enumerate(load)], 4)
 
     assert [answer.host for answer in from_host] == [288, 288]
-    assert [answer.disk for answer in from_disk] == [288] * 5
+    assert [answer.disk + answer.device for answer in from_disk] == [288] * 5
+    # What is next in the queue may be on the device ahead of its turn, where there is room.
+    assert all(answer.disk > 288 // 2 for answer in from_disk)
     given = [answer.output_ids for answer in (*from_host, *from_disk)]
     assert given == [answer.output_ids for answer in (*computed[:2], *computed)]
     assert len({answer.output_ids for answer in computed}) == 5, "the model ignores its prompts"
