@@ -240,9 +240,9 @@ def report(rows: list[Row], load: list[float]) -> str:
         "Made by `python benchmark/micro/scheduler.py --out benchmark/results`; its `--help` says",
         (
             "what a decision is. Microseconds of the thread's processor time on one of "
-            f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}. Load"
+            f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()};"
         ),
-        f"averages at the end: {', '.join(map(str, load))}: other work ran beside it.",
+        f"load averages at the end: {', '.join(map(str, load))}: other work ran beside it.",
         f"Budgets of {CHECKED}, 99th percentile: 1,000 us at 1,000 waiting, 5,000 us at 10,000.",
         "As upstream's, lpm does not sort above 128 waiting: then it is fcfs.",
         "",

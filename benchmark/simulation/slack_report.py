@@ -163,5 +163,21 @@ efficiencies, not measurements.
 - `slack` and `niyama` decode in the iterations that prefill. The cost model lets arithmetic and
   memory traffic of an iteration overlap perfectly, which flatters that; `mixing off` is without.
 - `slack` may send a prompt that was begun back to the queue (its whole blocks stay cached), which
-  no baseline does and upstream's scheduler has no hook for; `parking off` is without.
+  no baseline does; `parking off` is without.
+
+Why it comes out so:
+
+- Most goodput comes from choosing who can be in time, and from keeping the hopeless behind them:
+  long prompts are most of the work but few of the requests. `slack off` is close to fcfs.
+- A long prompt under way blocks everyone for seconds, whatever the order: hence `parking off`.
+- Violations cannot fall below what a server misses with next to no load: prompts whose own prefill
+  takes longer than their objective. That floor alone is more than a tenth of what fcfs misses.
+- The price is paid by long prompts beyond hope, which wait until nobody can be helped: the p99 of
+  TTFT. Where a baseline has a shorter tail, it is because it lets more requests miss.
+- `aging off` has a lower mean and a longer tail: nobody is overdue, the shortest goes first.
+- Gangs change little here, because requests that wait at the same moment seldom have an uncached
+  prefix in common, and what is cached comes back from the host sooner than a deadline passes. Where
+  many ask about one document at once the prefix is computed once (`test/simulation/test_plans.py`).
+- The forecast changes little either: the pool is large against what runs, nothing is retracted in
+  any order, and a device that is full leaves no free pages to load ahead into.
 """
