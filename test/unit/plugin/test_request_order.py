@@ -602,3 +602,55 @@ def test_without_a_policy_of_ours_sglang_is_left_alone() -> None:
     scheduler_hooks.put_in_order(lambda *args: called.append(args), stock.policy, [], None)
     assert called == [(stock.policy, [], None)]
     scheduler_hooks.note_arrival(None, stock, request("a"))
+
+
+def just_made(rig: Rig, policy: str, *, costs: CostModel | None) -> Any:
+    """What `order_waiting_queue` finds of a scheduler."""
+    parts = SimpleNamespace(
+        hierarchy=rig.hierarchy,
+        cost_model=costs,
+        residency=ResidencyLog(rig.events),
+        metrics=MetricsRecorder(),
+    )
+    args = SimpleNamespace(tiered_kv=True, tiered_kv_policy=policy, schedule_policy="fcfs")
+    return SimpleNamespace(
+        server_args=args,
+        tree_cache=SimpleNamespace(parts=parts, request_order=None),
+        policy=SimpleNamespace(),
+        request_receiver=object(),
+    )
+
+
+def test_the_policy_named_is_put_in_charge(rig: Rig) -> None:
+    costs = CostModel(find_model("Llama-3.1-8B"), find_device("H200-141"), {})
+    scheduler = just_made(rig, "slack", costs=costs)
+    scheduler_hooks.order_waiting_queue(None, scheduler)
+    order = scheduler.tiered_kv_order
+    assert isinstance(order, RequestOrder)
+    assert scheduler.policy.tiered_kv_order is scheduler.tree_cache.request_order is order
+
+
+def test_sglang_stays_in_charge_where_it_is_told_to_or_costs_are_unknown(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    costs = CostModel(find_model("Llama-3.1-8B"), find_device("H200-141"), {})
+    told = just_made(rig, "upstream", costs=costs)
+    scheduler_hooks.order_waiting_queue(None, told)
+    assert not caplog.records
+    unknown = just_made(rig, "slack", costs=None)
+    scheduler_hooks.order_waiting_queue(None, unknown)
+    assert "--schedule-policy fcfs orders the queue" in caplog.text
+    for scheduler in (told, unknown):
+        assert not hasattr(scheduler, "tiered_kv_order")
+        assert scheduler.tree_cache.request_order is None
+
+
+def test_the_bound_on_waiting(scheduler: MiniScheduler) -> None:
+    patient, impatient = request("a"), request("b")
+    impatient.tiered_kv_terms = Terms(slo=Slo("interactive", max_wait_s=3.0))
+    scheduler.arrive(patient)
+    scheduler.arrive(impatient)
+    queue = scheduler.tiered_kv_order.queue
+    assert queue.wait_over_bound_s(102.0, None) == 0
+    assert queue.wait_over_bound_s(105.0, None) == 2.0
+    assert queue.wait_over_bound_s(105.0, 1.0) == 4.0
