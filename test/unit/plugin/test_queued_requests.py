@@ -1,0 +1,197 @@
+"""What a policy sees of SGLang's requests, and what it hears.
+
+Guarantee: the policy hears of everything that happens to a request, at the time of the clock's
+tick; what is cached of those who wait is up to date, and nothing is looked up in vain.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+pytest.importorskip("sglang")
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
+
+from support_plugin.mini_scheduler import MiniScheduler, Spy, request, running, three
+from support_tiers.tier_rig import PAGE_SIZE, Rig, tokens_of
+from tiered_kv.api.slo import Slo
+from tiered_kv.api.terms import Terms
+from tiered_kv.scheduler.request import QueuedRequest
+
+# -- what a policy sees ------------------------------------------------------------------------
+
+
+def test_a_request_as_the_policy_sees_it(scheduler: MiniScheduler, spy: Spy, rig: Rig) -> None:
+    rig.serve(tokens_of(1, 2, 3))
+    req = request("a", tokens_of(1, 2, 9, 8, tail=1), priority=4)
+    req.tiered_kv_terms = Terms(slo=Slo("interactive", 0.5, 0.05), tenant="t")
+    scheduler.arrive(req)
+    scheduler.step()
+    seen = spy.states[0].waiting  # emptied by the admission
+    assert len(seen) == 0
+    queued: QueuedRequest = req.tiered_kv_queued
+    assert (queued.prompt_tokens, queued.max_new_tokens, queued.priority) == (17, 8, 4)
+    assert (queued.slo.ttft_s, queued.tenant, queued.arrival_s) == (0.5, "t", 100.0)
+    assert queued.device_tokens == 2 * PAGE_SIZE
+
+
+def test_what_becomes_cached_while_it_waits_is_seen(
+    scheduler: MiniScheduler, spy: Spy, rig: Rig
+) -> None:
+    req, other = request("a", tokens_of(1, 2, 3)), request("b", tokens_of(7, 8))
+    scheduler.arrive(req)
+    scheduler.arrive(other)
+    rig.serve(tokens_of(1, 2))
+    spy.order = []
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    scheduler.step()
+    assert spy.changes == [req.tiered_kv_queued.request_id]
+    assert req.tiered_kv_queued.device_tokens == 2 * PAGE_SIZE
+
+    rig.drain()
+    rig.drop_from_device()
+    scheduler.step()
+    assert (req.tiered_kv_queued.device_tokens, req.tiered_kv_queued.host_tokens) == (0, 8)
+    assert other.tiered_kv_queued.cached_tokens == 0
+
+
+def test_the_running_requests_are_up_to_date(scheduler: MiniScheduler, spy: Spy) -> None:
+    req = running(scheduler, "r")
+    scheduler.running_batch.reqs.append(req)
+    scheduler.arrive(request("a"))
+    req.output_ids.append(7)
+    scheduler.step()
+    (state,) = spy.states
+    (queued,) = state.running
+    assert (queued.output_tokens, state.decode_context_tokens) == (3, len(req.origin_input_ids) + 3)
+
+
+def test_nothing_is_looked_up_again_if_nothing_changed(
+    scheduler: MiniScheduler, spy: Spy, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three(scheduler)
+    spy.order = []
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    scheduler.step()
+    monkeypatch.setattr(rig.forest, "match", lambda *_: pytest.fail("looked up"))
+    for _ in range(10):
+        scheduler.step()
+    assert len(spy.states) == 11
+
+
+# -- what a policy hears -----------------------------------------------------------------------
+
+
+def test_who_is_aborted_while_waiting(scheduler: MiniScheduler, spy: Spy) -> None:
+    three(scheduler)
+    del scheduler.waiting_queue[1]
+    scheduler.tick(101.0)
+    scheduler.step()
+    assert scheduler.offered == ["a", "c"]
+    assert ("abort", 2, 101.0) in spy.heard
+    assert ("admission", 2, 101.0) not in spy.heard
+
+
+def test_who_finishes_is_heard_of_with_the_next_tick(scheduler: MiniScheduler, spy: Spy) -> None:
+    req = running(scheduler, "r")
+    queue = scheduler.tiered_kv_order.queue
+    queue.first_token(req)
+    scheduler.tick(102.0)
+    assert req.tiered_kv_queued.first_token_s == 102.0
+    req.finished_reason = FINISH_LENGTH(2)
+    queue.ended(req)
+    assert queue.wants_time
+    assert spy.heard[-1][0] == "admission"
+    scheduler.tick(103.0)
+    assert spy.heard[-1] == ("finish", 1, 103.0)
+    queued = req.tiered_kv_queued
+    assert (queued.first_token_s, queued.last_token_s, queued.output_tokens) == (102.0, 103.0, 2)
+    assert not queue.wants_time
+
+
+@pytest.mark.parametrize("field", ["finished_reason", "to_finish"])
+def test_who_is_aborted_while_running(scheduler: MiniScheduler, spy: Spy, field: str) -> None:
+    req = running(scheduler, "r")
+    setattr(req, field, FINISH_ABORT())
+    scheduler.tiered_kv_order.queue.ended(req)
+    scheduler.tick(103.0)
+    assert spy.heard[-1] == ("abort", 1, 103.0)
+
+
+def test_who_is_retracted_waits_again(scheduler: MiniScheduler, spy: Spy, rig: Rig) -> None:
+    req = running(scheduler, "r")
+    scheduler.tiered_kv_order.queue.ended(req)  # gives up its KV, but is not finished
+    rig.serve(req.origin_input_ids + array("q", [5, 6, 0, 0]))
+    scheduler.tick(105.0)
+    scheduler.arrive(req)
+    queued = req.tiered_kv_queued
+    assert [what for what, _, _ in spy.heard] == ["arrival", "admission", "arrival"]
+    assert (queued.n_retractions, queued.output_tokens) == (1, 2)
+    assert (queued.arrival_s, queued.queued_s) == (100.0, 105.0)
+    # What it had generated counts: eight tokens of prompt are two pages.
+    assert queued.device_tokens == 2 * PAGE_SIZE
+    assert scheduler.step() == ["r"]
+
+
+def test_a_flush_under_waiting_requests(scheduler: MiniScheduler, spy: Spy, rig: Rig) -> None:
+    rig.serve(tokens_of(1, 2))
+    req = request("a", tokens_of(1, 2, 3))
+    scheduler.arrive(req)
+    assert req.tiered_kv_queued.device_tokens == 8
+    rig.drain()
+    rig.hierarchy.flush()
+    scheduler.tiered_kv_order.queue.look_up_all()
+    assert req.tiered_kv_queued.cached_tokens == 0
+    assert scheduler.step() == ["a"]
+
+
+# -- pages on their way ------------------------------------------------------------------------
+
+
+def test_who_waits_for_pages_is_held_and_starts_when_they_are_there(
+    rig: Rig, spy: Spy, scheduler: MiniScheduler
+) -> None:
+    stored = tokens_of(1, 2, 3)
+    rig.serve(stored)
+    rig.drain()
+    rig.hierarchy.flush()
+    rig.disk.reads.hold()
+    rig.arrive("from disk", stored)
+    req, other = request("from disk", stored), request("b")
+    scheduler.arrive(req)
+    scheduler.arrive(other)
+    queue = scheduler.tiered_kv_order.queue
+    assert queue.held == {1}
+    assert scheduler.step() == ["b"]
+    # The batch is full now, and nobody leaves it.
+    scheduler.running_batch.batch_is_full = True
+    assert scheduler.step() == []
+    assert scheduler.offered is None
+    rig.disk.reads.release()
+    rig.poll_until(lambda: rig.hierarchy.prefetch.done("from disk"))
+    assert scheduler.step() == ["from disk"]
+    assert not queue.held
+
+
+def test_a_full_batch_is_tried_again_for_whoever_joins(scheduler: MiniScheduler, spy: Spy) -> None:
+    three(scheduler)
+    scheduler.step()
+    scheduler.running_batch.batch_is_full = True
+    assert scheduler.step() == []
+    assert scheduler.offered is None
+    scheduler.arrive(request("urgent"))
+    spy.order = [4]
+    assert scheduler.step() == ["urgent"]
+
+
+def test_the_bound_on_waiting(scheduler: MiniScheduler) -> None:
+    patient, impatient = request("a"), request("b")
+    impatient.tiered_kv_terms = Terms(slo=Slo("interactive", max_wait_s=3.0))
+    scheduler.arrive(patient)
+    scheduler.arrive(impatient)
+    queue = scheduler.tiered_kv_order.queue
+    assert queue.wait_over_bound_s(102.0, None) == 0
+    assert queue.wait_over_bound_s(105.0, None) == 2.0
+    assert queue.wait_over_bound_s(105.0, 1.0) == 4.0
