@@ -135,6 +135,7 @@ class MiniScheduler:
             reqs=admitted,
             extend_num_tokens=sum(len(req.origin_input_ids) for req in admitted),
             prefill_stats=None,
+            decoding_reqs=None,
         )
         return batch, running_batch
 

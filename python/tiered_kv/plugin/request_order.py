@@ -135,7 +135,8 @@ class RequestOrder:
             return
         admitted: set[Req] = set()
         if batch is not None:
-            self.queue.processed_prefill_tokens += batch.extend_num_tokens
+            n_mixed = len(batch.decoding_reqs or ())
+            self.queue.processed_prefill_tokens += batch.extend_num_tokens - n_mixed
             admitted = self.queue.admitted(batch.reqs, self.clock.now_s)
         waiting = [req for req in everyone if req not in admitted] if admitted else everyone
         self._scheduler.waiting_queue = waiting
