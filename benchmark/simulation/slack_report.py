@@ -172,6 +172,8 @@ Why it comes out so:
 - A long prompt under way blocks everyone for seconds, whatever the order: hence `parking off`.
 - Violations cannot fall below what a server misses with next to no load: prompts whose own prefill
   takes longer than their objective. That floor alone is more than a tenth of what fcfs misses.
+- Agents wait for their own answers, so that their server is never far behind, and baselines meet
+  most of what can be met: there is less to gain than where arrivals do not wait.
 - The price is paid by long prompts beyond hope, which wait until nobody can be helped: the p99 of
   TTFT. Where a baseline has a shorter tail, it is because it lets more requests miss.
 - `aging off` has a lower mean and a longer tail: nobody is overdue, the shortest goes first.
