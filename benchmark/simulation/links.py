@@ -124,7 +124,8 @@ def fit_link(samples: Sequence[LinkSample], edge: Edge) -> EdgeCost:
     latency_s, s_per_byte = nnls(rows / size, np.ones(len(found)))[0] / size
     # All in the latency: so quick that the lengths probed don't show it.
     fastest = max(sample.n_bytes / sample.seconds for sample in found)
-    return EdgeCost(1.0 / s_per_byte if s_per_byte > 0 else 10.0 * fastest, float(latency_s))
+    bandwidth = 1.0 / s_per_byte if s_per_byte > 0 else 10.0 * fastest
+    return EdgeCost(float(bandwidth), float(latency_s))
 
 
 def host_link(samples: Sequence[LinkSample]) -> EdgeCost:
