@@ -59,6 +59,8 @@ MAX_THROUGHPUT_LOSS = 0.02
 WINDOW_S = 10.0
 #: Standard errors by which it must be lower than allowed before chance no longer explains it.
 DOUBT = 2.0
+#: Fewer windows in a phase say nothing.
+WINDOWS_MIN = 5
 PINS_TIMEOUT_S = 30.0
 
 
@@ -198,6 +200,7 @@ def throughput(before: Sequence[float], after: Sequence[float]) -> dict[str, flo
         "requests_per_s_after": last,
         "after_over_before": ratio,
         "standard_error": ratio * math.hypot(*errors),
+        "windows": min(len(before), len(after)),
     }
 
 
@@ -225,7 +228,7 @@ def verdict(
         if found["growth"][key] > bound
     ]
     ratio, doubt = speed["after_over_before"], DOUBT * speed["standard_error"]
-    if ratio + doubt < 1 - MAX_THROUGHPUT_LOSS:
+    if speed["windows"] >= WINDOWS_MIN and ratio + doubt < 1 - MAX_THROUGHPUT_LOSS:
         broken.append(f"throughput after the burst is {ratio:.3f} (+-{doubt:.3f}) of before it")
     broken += [f"{n:.0f} tokens stay pinned on {t} when idle" for t, n in left.items() if n]
     return found, broken
