@@ -56,6 +56,20 @@ HOOKS: tuple[Hook, ...] = (
         "SGLang derives that from --hicache-storage-backend alone",
     ),
     Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.__init__",
+        kind="before",
+        function="tiered_kv.plugin.interrupts:leave_to_launcher",
+        process=Process.SCHEDULER,
+        why="Ctrl-C would end this process in the middle of its work, with a traceback",
+    ),
+    Hook(
+        target="sglang.srt.managers.detokenizer_manager.DetokenizerManager.__init__",
+        kind="before",
+        function="tiered_kv.plugin.interrupts:leave_to_launcher",
+        process=Process.DETOKENIZER,
+        why="Ctrl-C would end this process in the middle of its work, with a traceback",
+    ),
+    Hook(
         target="sglang.srt.managers.scheduler.Scheduler.on_idle",
         kind="before",
         function="tiered_kv.plugin.scheduler_hooks:check_integrity_when_idle",

@@ -91,6 +91,11 @@ ARGUMENTS = (
 
 SCHEDULER = (
     _function(
+        f"{_SRT}.managers.detokenizer_manager.DetokenizerManager.__init__",
+        "self server_args port_args",
+        "interrupts",
+    ),
+    _function(
         f"{_SRT}.managers.scheduler.Scheduler.__init__",
         "self server_args port_args gpu_id tp_rank moe_ep_rank pp_rank attn_cp_rank moe_dp_rank "
         "dp_rank",
