@@ -165,6 +165,8 @@ efficiencies, not measurements.
 - `slack` may send a prompt that was begun back to the queue (its whole blocks stay cached), which
   no baseline does; `parking off` is without.
 
+Parts that a section lacks have not been simulated yet; `--resume` adds them.
+
 Why it comes out so:
 
 - Most goodput comes from choosing who can be in time, and from keeping the hopeless behind them:
