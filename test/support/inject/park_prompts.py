@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 TARGET = "tiered_kv.plugin.request_order"
-REPORT_EVERY = 20
+REPORT_EVERY = 5
 
 
 def inject(module: Any) -> None:
