@@ -195,3 +195,62 @@ def test_running_requests_stall_while_a_prompt_is_computed_unless_chunks_are_mix
     assert apart.records[0].max_tbt_s == pytest.approx(stall_s + step_s, rel=0.02)
     assert mixed.records[0].max_tbt_s < stall_s / 5
     assert mixed.records[1].ttft_s > apart.records[1].ttft_s
+
+
+def test_under_cascade_a_decode_pass_reads_a_shared_prefix_once() -> None:
+    settings = server(cascade=True, chunk_tokens=16384)
+    costs = settings.costs()
+    # Requests 0 to 2 begin alike, and of those 0 and 1 go on alike; 3 shares nothing.
+    prompts = [
+        [*range(1, 41), *range(50, 60), 70],
+        [*range(1, 41), *range(50, 60), 80, 81],
+        [*range(1, 41), 90],
+        list(range(100, 120)),
+    ]
+    # They arrive while another prompt is computed, so that all start in the pass after it.
+    requests = [call(9, 0.0, range(200, 220), output_tokens=1)]
+    requests += [call(at, 1e-4, blocks, output_tokens=10) for at, blocks in enumerate(prompts)]
+    result, _ = simulate(requests, settings)
+    plain, _ = simulate(requests, server(chunk_tokens=16384))
+
+    saved = (2 * 40 + 10) * BLOCK_TOKENS
+    context = sum(len(blocks) * BLOCK_TOKENS + 1 for blocks in prompts)
+    passes_s = [costs.iteration_s((), context + 4 * at, 4, saved) for at in range(9)]
+    times = [record.finish_s - record.first_token_s for record in result.records[1:]]
+    assert times == pytest.approx([sum(passes_s)] * 4)
+    read_s = (
+        saved
+        * MODEL.kv_bytes_per_token
+        / (settings.device.memory_bandwidth * settings.device.bandwidth_efficiency)
+    )
+    slower = [record.finish_s - record.first_token_s for record in plain.records[1:]]
+    assert slower == pytest.approx([sum(passes_s) + 9 * read_s] * 4)
+
+
+def test_who_leaves_the_batch_takes_its_share_of_the_prefix_along() -> None:
+    settings = server(cascade=True)
+    costs = settings.costs()
+    requests = [
+        call(9, 0.0, range(200, 220), output_tokens=1),
+        call(0, 1e-4, range(1, 41), output_tokens=2),
+        call(1, 1e-4, range(1, 41), output_tokens=3),
+    ]
+    result, _ = simulate(requests, settings)
+    n_tokens = 40 * BLOCK_TOKENS + 1
+    both_s = costs.iteration_s((), 2 * n_tokens, 2, 40 * BLOCK_TOKENS)
+    alone_s = costs.iteration_s((), n_tokens + 1, 1)
+    last = result.records[2]
+    assert last.finish_s - last.first_token_s == pytest.approx(both_s + alone_s)
+
+
+def test_who_arrives_during_a_pass_is_looked_at_after_it() -> None:
+    # Nothing is processed between that look and the next plan: all ratios are 0, the queue decides.
+    settings = server(policy="hrrn", chunk_tokens=1024, max_prefill_tokens=1024)
+    requests = [
+        call(0, 0.0, range(100, 115), output_tokens=1),
+        call(1, 1e-4, range(1, 31), output_tokens=1),
+        call(2, 2e-4, range(200, 210), output_tokens=1),
+    ]
+    result, _ = simulate(requests, settings)
+    _, long, short = result.records
+    assert long.admitted_s < short.admitted_s

@@ -62,6 +62,11 @@ def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
         "--mixed-chunk", action="store_true", help="decode in the iterations that prefill"
     )
     server.add_argument(
+        "--cascade",
+        action="store_true",
+        help="read a prefix that several requests share once per decode iteration",
+    )
+    server.add_argument(
         "--max-new-tokens",
         default="2048",
         metavar="N|exact",
@@ -126,6 +131,7 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
         chunk_tokens=arguments.chunk,
         max_running=arguments.max_running,
         mixed_chunk=arguments.mixed_chunk,
+        cascade=arguments.cascade,
         max_new_tokens=None if limit == "exact" else int(limit),
         noise=arguments.noise,
         cache=CacheSettings(

@@ -95,7 +95,7 @@ class Instance:
         self._timeline = timeline
         self._live: dict[int, LiveRequest] = {}
         self._held: set[int] = set()
-        self._running = DecodeBatch(self.cache)
+        self._running = DecodeBatch(self.cache, is_cascade=settings.cascade)
         self._unfinished: LiveRequest | None = None
         self._is_full = False
         self._is_refused = False
@@ -281,9 +281,13 @@ class Instance:
             self._make_decode_room(now_s)
         n_decodes = len(self._running) if batch.is_mixed else 0
         prefills = [(new, before) for _, new, before in batch.chunks]
-        compute_s = self._execution.iteration_s(
-            prefills, self._running.context_tokens if n_decodes else 0, n_decodes
-        )
+        # At the start, as the server counts: who arrives meanwhile is looked at after the pass.
+        self.processed_prefill_tokens += sum(new for new, _ in prefills)
+        context_tokens, saved_tokens = 0, 0
+        if n_decodes:
+            context_tokens = self._running.context_tokens
+            saved_tokens = self._running.shared_tokens_saved
+        compute_s = self._execution.iteration_s(prefills, context_tokens, n_decodes, saved_tokens)
         end_s = now_s + compute_s
         if batch.ready_s > now_s:
             # Layer by layer: when the last layer's pages are there, that layer is left to compute.
@@ -296,7 +300,6 @@ class Instance:
     ) -> None:
         n_new = sum(new for _, new, _ in batch.chunks)
         self._count(start_s, now_s, 1, "prefill", new_tokens=n_new, decodes=n_decodes)
-        self.processed_prefill_tokens += n_new
         if n_decodes:
             self._end_decodes(np.array([now_s]))
         for live, new, before in batch.chunks:
@@ -331,7 +334,9 @@ class Instance:
             wanted = min(n_steps, DECODE_STEPS_AHEAD)
             self.cache.make_room(n * wanted)
             n_steps = max(1, min(n_steps, self.cache.free_tokens // n))
-        ends_s = self._execution.decode_ends_s(now_s, self._running.context_tokens, n, n_steps)
+        ends_s = self._execution.decode_ends_s(
+            now_s, self._running.context_tokens, n, n_steps, self._running.shared_tokens_saved
+        )
         event = self._events.schedule(float(ends_s[-1]), self._end_run)
         self._run = _DecodeRun(ends_s, now_s, event)
 

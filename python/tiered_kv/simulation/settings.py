@@ -117,6 +117,10 @@ class InstanceSettings:
     mixed_chunk: bool = False
     """--enable-mixed-chunk: prefill chunks and decodes share an iteration."""
 
+    cascade: bool = False
+    """Whether decoding reads a prefix that several requests share once (cascade attention); SGLang
+    reads it once per request."""
+
     max_new_tokens: int | None = 2048
     """What clients set as limit where it is not below the true output; None: exactly the output."""
 
