@@ -208,14 +208,21 @@ def compare(
     return Comparison(policy, measured(records), simulated(server, result), requests, reference_s)
 
 
-async def _replay(
-    url: str, model_path: Path, workload: RecordedWorkload, done: Callable[[Record], None]
+async def replay_on(
+    url: str,
+    model_path: Path,
+    workload: RecordedWorkload,
+    done: Callable[[Record], None],
+    *,
+    send_slo: bool = False,
 ) -> list[Record]:
+    """Replay `workload` on the server at `url`, with the model's own tokenizer."""
     maker = PromptMaker(load_tokenizer(model_path), workload.block_tokens)
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as connection:
         listed = await connection.models.list()
         # So that every token is a piece of the stream, end tokens too.
-        options = Options(model=listed.data[0].id, body={"skip_special_tokens": False})
+        body = {"skip_special_tokens": False}
+        options = Options(model=listed.data[0].id, send_slo=send_slo, body=body)
         client = Client(connection, options)
         overhead = await client.overhead_tokens(maker)
         texts = {request.request_id: maker.text(request, overhead) for request in workload.requests}
@@ -237,7 +244,7 @@ def replay_policy(
         before_s = reference_s(probe)
         server.flush_cache()
         records = asyncio.run(
-            _replay(server.url, model_path, workload, lambda _: bar.update() and None)
+            replay_on(server.url, model_path, workload, lambda _: bar.update() and None)
         )
         return records, (before_s, reference_s(probe))
 

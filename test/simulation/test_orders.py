@@ -1,0 +1,88 @@
+"""The comparison of request orders, without a server."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmark.simulation.orders import (  # noqa: E402
+    OBJECTIVES,
+    Outcome,
+    disagreements,
+    outcome_of,
+    report,
+    simulated,
+    whole_prefill_s,
+    workload,
+)
+
+from tiered_kv.scheduler.measured_costs import PassTimes  # noqa: E402
+from tiered_kv.simulation.measured_server import MeasuredServer  # noqa: E402
+
+SERVER = MeasuredServer(
+    host="a machine",
+    model="SmolLM2-135M",
+    element_bytes=4,
+    times=PassTimes(
+        prefill_fixed_s=0.08,
+        prefill_request_s=0.02,
+        prefill_token_s=0.0033,
+        prefill_pair_s=4e-7,
+        prefill_cached_s=2e-5,
+        decode_fixed_s=0.045,
+        decode_request_s=0.012,
+        decode_context_s=1.2e-5,
+    ),
+    request_overhead_s=0.02,
+)
+
+
+def test_loads_are_the_same_requests_closer_together() -> None:
+    calm, full = (workload(SERVER, 40, load).requests for load in (0.5, 1.0))
+    assert [r.blocks for r in calm] == [r.blocks for r in full]
+    assert [r.slo_class for r in calm] == [r.slo_class for r in full]
+    assert [r.arrival_s for r in calm] == pytest.approx([2 * r.arrival_s for r in full])
+    assert {r.slo_class for r in full} == {name for name, *_ in OBJECTIVES}
+
+
+def test_objectives_are_multiples_of_a_whole_prefill() -> None:
+    unit_s = whole_prefill_s(SERVER)
+    assert unit_s > 0.0033 * 400
+    for request in workload(SERVER, 20, 1.0).requests:
+        ((ttft, tbt),) = [(t, b) for name, _, t, b in OBJECTIVES if name == request.slo_class]
+        assert request.ttft_slo_s == pytest.approx(ttft * unit_s)
+        assert request.tbt_slo_s == (None if tbt is None else pytest.approx(tbt * unit_s))
+
+
+def test_slack_has_more_in_time_than_the_order_of_arrival() -> None:
+    load = workload(SERVER, 60, 1.2)
+    slack, fcfs = (simulated(SERVER, policy, load) for policy in ("slack", "fcfs"))
+    assert slack.in_time > 1.5 * fcfs.in_time
+    assert slack.in_time_by_class.keys() == fcfs.in_time_by_class.keys()
+
+
+def test_an_outcome() -> None:
+    outcome = outcome_of([("a", True), ("a", False), ("b", True)], [1.0, 2.0, 3.0], 7, 4.0)
+    assert outcome.in_time == pytest.approx(2 / 3)
+    assert outcome.in_time_by_class == {"a": 0.5, "b": 1.0}
+    assert outcome.goodput_per_s == 0.5
+    assert outcome.ttft_mean_s == 2.0
+
+
+def test_only_pairs_that_are_apart_are_ranked() -> None:
+    base = Outcome(0.5, {name: 0.5 for name, *_ in OBJECTIVES}, 1.0, 1.0, 2.0, 3.0, 4)
+    real = {"fcfs": base, "x": replace(base, in_time=0.9), "y": replace(base, in_time=0.52)}
+    model = {"fcfs": base, "x": replace(base, in_time=0.4), "y": replace(base, in_time=0.3)}
+    assert disagreements(real, real) == []
+    assert disagreements(real, model) == ["fcfs and x"]
+    text = report({1.0: (real, model)}, 1.5, 60, 1.1)
+    assert "ranks otherwise: fcfs and x" in text
+    assert "| x | 90% (40%) |" in text
+    assert "| 0.20 |" in text  # a tenth late, of fcfs's half
