@@ -66,11 +66,11 @@ def faulty(
     ("fault", "stops_writes", "loses_reads"),
     [
         pytest.param("eio_on_write", True, False, marks=pytest.mark.long),
-        ("disk_full", True, False),
+        pytest.param("disk_full", True, False, marks=pytest.mark.long),
         pytest.param("eio_on_read", False, True, marks=pytest.mark.long),
         pytest.param("short_reads", False, True, marks=pytest.mark.long),
         ("bit_flips", False, True),
-        ("stall", False, False),
+        pytest.param("stall", False, False, marks=pytest.mark.long),
     ],
 )
 def test_requests_outlive_a_fault_and_the_tier_recovers(

@@ -154,6 +154,7 @@ def test_who_waits_for_pages_from_disk_blocks_nobody(
 # -- outputs -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_load_that_does_not_fit_is_answered_as_by_plain_sglang(
     server: Server, oracle: Oracle, prompts: PromptMaker
 ) -> None:
@@ -236,7 +237,7 @@ def test_a_busy_server_is_healthy_and_is_not_flushed(server: Server, prompts: Pr
     assert server.get("/health_generate").status_code == 200
 
 
-@pytest.mark.parametrize("mode", ["in_place", "retract"])
+@pytest.mark.parametrize("mode", [pytest.param("in_place", marks=pytest.mark.long), "retract"])
 def test_paused_and_continued(
     server: Server, oracle: Oracle, prompts: PromptMaker, mode: str
 ) -> None:

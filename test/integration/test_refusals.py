@@ -10,7 +10,12 @@ import pytest
 from support.demo_model import host_size
 from support.server import FLOAT32, Server
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.timeout(300),
+]
 
 
 @pytest.mark.parametrize(

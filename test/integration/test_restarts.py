@@ -63,6 +63,7 @@ def check_answers(answers: list[Answer], prompts: list[tuple[int, ...]], oracle:
     assert [answer.output_ids for answer in answers] == truths
 
 
+@pytest.mark.long
 def test_with_a_small_host_pool_the_disk_serves(
     server: Server, oracle: Oracle, prompts: PromptMaker
 ) -> None:
@@ -79,6 +80,7 @@ def test_with_a_small_host_pool_the_disk_serves(
     check_answers([first, again], [prompt, prompt], oracle)
 
 
+@pytest.mark.long
 def test_after_sigterm_the_disk_serves(
     server: Server, oracle: Oracle, prompts: PromptMaker
 ) -> None:
