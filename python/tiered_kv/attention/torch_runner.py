@@ -23,7 +23,9 @@ from tiered_kv.attention.runner import PageTables
 class _Part:
     """Rows that attend to the same slots."""
 
-    rows: torch.Tensor
+    rows: slice | torch.Tensor
+    """A slice if they are consecutive: a view costs less than an index."""
+
     slots: torch.Tensor
 
 
@@ -46,7 +48,9 @@ class TorchCascadeRunner:
         table_rows = tables.table_rows.tolist()
 
         def part(rows: list[int], leader: int, start: int, end: int) -> _Part:
-            slots = tables.slots[table_rows[leader], start:end].long()
+            slots = tables.slots[table_rows[leader], start:end]
+            if rows[-1] - rows[0] == len(rows) - 1:
+                return _Part(slice(rows[0], rows[-1] + 1), slots)
             return _Part(torch.tensor(rows, device=device), slots)
 
         self._n_rows = plan.n_rows
@@ -156,8 +160,8 @@ def _attend(
     # [rows, KV heads x sharing, size] -> [KV heads, rows x sharing, size]; [KV heads, tokens, size]
     folded = query.reshape(n_rows, n_kv_heads, n_sharing, head_dim).transpose(0, 1)
     folded = folded.reshape(n_kv_heads, n_rows * n_sharing, head_dim)
-    keys = pool_keys[slots].to(query.dtype).transpose(0, 1)
-    values = pool_values[slots].to(query.dtype).transpose(0, 1)
+    keys = pool_keys.index_select(0, slots).to(query.dtype).transpose(0, 1)
+    values = pool_values.index_select(0, slots).to(query.dtype).transpose(0, 1)
     attended, lse = _kernel(folded, keys, values, scale)
 
     def unfold(folded: torch.Tensor) -> torch.Tensor:
