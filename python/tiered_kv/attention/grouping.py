@@ -8,7 +8,7 @@ tokens, less what they cost; with one level that is, per node u of the tree,
     best(u) = max((rows(u) - tiles(u)) * depth(u) - cost(u), sum of best(child))
 
 and with more levels the same for every possible cut above u. A node is worth a cut only where rows
-part, so the tree has at most two nodes per row, and all is done in
+part, so the tree has fewer nodes than rows, and all is done in
 O(levels x total length of the paths), the lengths counted in segments.
 """
 
