@@ -109,7 +109,7 @@ def merge(
     a, b: [rows, heads, head size]; LSEs, natural: [rows, heads], finite. Returns the same for both.
     """
     lse = torch.logaddexp(a_lse, b_lse)
-    # The difference of the two alone says the weights; each LSE's own magnitude would cost digits.
+    # The difference of the two alone says the weights, and cannot overflow.
     weight = torch.sigmoid(b_lse - a_lse)
     return torch.lerp(a, b, weight[..., None]), lse
 
