@@ -184,8 +184,8 @@ def learn_classes(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> No
 
 def attach_terms(result: None, req: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `Req.__init__`: sets `tiered_kv_terms` and, if it was asked for, `tiered_kv_report`."""
-    if _classes is None:
-        return
+    if _classes is None or hasattr(req, "tiered_kv_terms"):
+        return  # another server's, or read already: the fields are gone from where they came
     custom = req.sampling_params.custom_params
     slo = hints = None
     if isinstance(custom, dict) and (SLO in custom or HINTS in custom):

@@ -333,6 +333,8 @@ def test_a_req_gets_its_terms() -> None:
     assert req.tiered_kv_terms == Terms(Slo("interactive", 0.5, 0.05), Hints(8), "a")
     assert req.tiered_kv_report is None
     assert made(None).tiered_kv_terms == Terms(Slo("standard", 2.0, 0.1))
+    request_adapter.attach_terms(None, req)
+    assert req.tiered_kv_terms.tenant == "a", "terms are read once"
 
 
 @pytest.mark.usefixtures("scheduler")
