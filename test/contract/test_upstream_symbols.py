@@ -23,7 +23,8 @@ import sglang.version
 import tiered_kv.plugin
 from tiered_kv.core.errors import UpstreamError
 from tiered_kv.plugin import hooks, refusals, upstream
-from tiered_kv.plugin.upstream_symbols import SYMBOLS, Symbol
+from tiered_kv.plugin.upstream_symbol import Symbol
+from tiered_kv.plugin.upstream_symbols import SYMBOLS
 
 PLUGIN = Path(tiered_kv.plugin.__file__).parent
 MODULES = sorted(path.stem for path in PLUGIN.glob("*.py") if path.stem != "__init__")

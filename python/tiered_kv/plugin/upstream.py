@@ -16,7 +16,8 @@ from types import CodeType
 from typing import Any
 
 from tiered_kv.core.errors import UpstreamError
-from tiered_kv.plugin.upstream_symbols import SYMBOLS, Symbol
+from tiered_kv.plugin.upstream_symbol import Symbol
+from tiered_kv.plugin.upstream_symbols import SYMBOLS
 
 SUPPORTED = "0.5.17"
 

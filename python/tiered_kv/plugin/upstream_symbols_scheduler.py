@@ -1,0 +1,126 @@
+"""What is used of SGLang 0.5.17's scheduler: its steps, its batches and its queue."""
+
+from __future__ import annotations
+
+from tiered_kv.plugin.upstream_symbol import MEM, SRT, function, methods, object_
+
+_RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+
+SCHEDULER = (
+    function(
+        f"{SRT}.managers.detokenizer_manager.DetokenizerManager.__init__",
+        "self server_args port_args",
+        "interrupts",
+    ),
+    function(
+        f"{SRT}.managers.scheduler.Scheduler.__init__",
+        "self server_args port_args gpu_id tp_rank moe_ep_rank pp_rank attn_cp_rank moe_dp_rank "
+        "dp_rank",
+        "scheduler_hooks",
+    ),
+    object_(
+        f"{SRT}.managers.scheduler.Scheduler",
+        "server_args tree_cache enable_hicache_storage enable_hierarchical_cache "
+        "clear_hicache_storage_wrapped flush_cache",
+        "scheduler_hooks prefix_cache",
+    ),
+    function(f"{SRT}.managers.scheduler.Scheduler.on_idle", "self", "scheduler_hooks"),
+    function(
+        f"{SRT}.managers.scheduler.Scheduler.run_batch",
+        "self batch pp_proxy_tensors",
+        "step_times",
+    ),
+    function(
+        f"{SRT}.managers.scheduler.Scheduler.process_batch_result",
+        "self batch result",
+        "step_times",
+    ),
+    object_(
+        f"{SRT}.managers.schedule_batch.ScheduleBatch",
+        "forward_mode launch_ts extend_lens prefix_lens hicache_consumer_index decoding_reqs reqs",
+        "step_times",
+    ),
+    object_(
+        f"{SRT}.model_executor.forward_batch_info.ForwardMode",
+        "is_extend is_mixed is_decode",
+        "step_times",
+    ),
+    object_("sglang.srt.managers.tokenizer_manager.TokenizerManager", "server_args", "hooks"),
+    object_(
+        "sglang.srt.managers.detokenizer_manager.run_detokenizer_process", "", "process_carrier"
+    ),
+    *(
+        function(f"{_UPDATER}.update_weights_from_{kind}", "self recv_req", "weight_updates")
+        for kind in ("disk", "distributed", "tensor", "ipc")
+    ),
+    function(f"{_UPDATER}.flush_cache_after_weight_update", "self recv_req", "weight_updates"),
+)
+
+QUEUE = (
+    *methods(
+        f"{SRT}.managers.scheduler.Scheduler",
+        "scheduler_hooks request_order",
+        _get_new_batch_prefill_raw="prefill_delayer_single_pass running_batch",
+        _add_request_to_queue="req is_retracted",
+    ),
+    object_(
+        f"{SRT}.managers.scheduler.Scheduler",
+        "waiting_queue policy chunked_req chunked_prefill_size max_prefill_tokens page_size "
+        "is_mixed_chunk request_receiver load_inquirer",
+        "scheduler_hooks request_order",
+    ),
+    function(
+        f"{SRT}.managers.schedule_policy.SchedulePolicy.calc_priority",
+        "self waiting_queue running_batch",
+        "scheduler_hooks",
+    ),
+    function(
+        f"{_RECEIVER}._broadcast_reqs_across_ranks",
+        "self recv_reqs",
+        "clock_tick",
+    ),
+    function(
+        f"{SRT}.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
+        "._get_num_pending_tokens",
+        "self chunk_deduct",
+        "request_order",
+    ),
+    object_(
+        f"{SRT}.managers.schedule_batch.ScheduleBatch",
+        "reqs batch_is_full extend_num_tokens prefill_stats tree_cache",
+        "request_order scheduler_hooks",
+    ),
+    *methods(
+        f"{SRT}.managers.schedule_batch.ScheduleBatch",
+        "request_order scheduler_hooks",
+        prepare_for_extend="",
+        check_decode_mem="selected_indices",
+    ),
+    object_(
+        f"{SRT}.managers.schedule_batch.Req",
+        "rid origin_input_ids output_ids extra_key sampling_params priority finished to_finish "
+        "finished_reason prefix_indices extend_range positional_embed_overrides input_embeds",
+        "queued_requests request_order prefix_cache",
+    ),
+    object_(
+        f"{SRT}.managers.schedule_batch.Req",
+        "return_logprob inflight_middle_chunks retraction_count retracted_stain",
+        "parking",
+    ),
+    function(f"{SRT}.managers.schedule_batch.Req.reset_for_retract", "self", "parking"),
+    function(f"{MEM}.common.release_kv_cache", "req tree_cache is_insert", "parking"),
+    object_(f"{SRT}.managers.schedule_batch.FINISH_ABORT", "", "queued_requests"),
+    object_(f"{SRT}.constants.HEALTH_CHECK_RID_PREFIX", "", "queued_requests"),
+    object_(f"{SRT}.managers.io_struct.TokenizedGenerateReqInput", "rid time_stats", "clock_tick"),
+    object_(f"{SRT}.managers.io_struct.BatchTokenizedGenerateReqInput", "batch", "clock_tick"),
+    function(f"{SRT}.managers.io_struct.unwrap_from_pickle", "obj", "clock_tick"),
+    object_(
+        f"{SRT}.observability.req_time_stats.APIServerReqTimeStats", "created_time", "clock_tick"
+    ),
+    function(
+        f"{SRT}.observability.req_time_stats.APIServerReqTimeStats.__getstate__",
+        "self",
+        "clock_tick",
+    ),
+)
