@@ -2,20 +2,20 @@
 
     python -m benchmark.simulation.agreement --model-path MODEL
 
-First measures the server's forward passes (`calibrate.py`), then replays a workload on it, one
-start per policy, and simulates the same with what was measured. Prints both side by side and writes
+First measures the server's forward passes (`calibrate.py`), then replays a workload on it under
+each policy, and simulates the same with what was measured. Prints both side by side and writes
 `benchmark/results/simulator_agreement.{md,json}`, and `simulator_agreement_server.json` for the
 simulator's `--measured`. Exit code 1 if TTFT (mean, p90) or hit tokens of any policy are further
 apart than 15%, or the policies rank differently. About ten minutes on two cores, on which nothing
-else should run: a reference pass before and after each replay shows whether the machine was as fast
-as when it was measured. Run it in the root of the repository.
+else should run. Run it in the root of the repository.
 
-The workload: questions on six documents of unequal length and popularity come in three waves; the
-device's pool holds about half of the documents. A wave takes most of the time until the next
-one in the order of arrival, so that policies have a queue to choose from, and an error of the
-simulated times is not multiplied by a queue near saturation. The server runs with `--tiered-kv`, so
-that forest, eviction and policies are the same on both; nothing is loaded from the host, so that
-hits are what the policy made of the device's pool.
+The workload: questions on six documents of unequal length and popularity come in waves, each when
+the one before has been answered, so that policies have a queue to choose from; the device's pool
+holds about half of the documents. All servers are up and take turns, wave by wave; reference passes
+around each wave say how fast the machine was, and the simulator's passes are scaled by that
+(`pace.py`). The servers run with `--tiered-kv`, so that forest, eviction and policies are the same
+on both; nothing is loaded from the host, so that hits are what the policy made of the device's
+pool.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +37,6 @@ from benchmark.replay.driver import replay
 from benchmark.replay.prompts import PromptMaker, load_tokenizer
 from benchmark.replay.records import Record
 from benchmark.simulation.agreement_report import (
-    REFERENCE_TOKENS,
     Comparison,
     Figures,
     as_json,
@@ -53,21 +51,17 @@ from benchmark.simulation.calibrate import (
     measured_server,
     n_probes,
 )
-from benchmark.simulation.probe import Probe
+from benchmark.simulation.pace import ROOT, Pace, PaceMaker, at_pace, between, servers_up
 from openai import AsyncOpenAI
 from tqdm import tqdm
 
 from tiered_kv.core.device_spec import find_device
-from tiered_kv.simulation.engine import Simulation, SimulationResult
+from tiered_kv.simulation.engine import Simulation
+from tiered_kv.simulation.live import RequestRecord
 from tiered_kv.simulation.measured_server import MeasuredServer
 from tiered_kv.simulation.settings import CacheSettings, InstanceSettings
 from tiered_kv.simulation.workload.catalog import open_workload
 from tiered_kv.simulation.workload.request import RecordedWorkload
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "test"))
-
-from support.server import Server  # noqa: E402
 
 POLICIES = ("fcfs", "lpm", "k-lpm")
 QUESTIONS = (
@@ -78,8 +72,8 @@ SEED = 8
 N_WAVES = 3
 #: Seconds between the requests of a wave: all are there before the first has been computed.
 SPACING_S = 0.02
-#: How much of the time between waves a wave takes in the order of arrival, as simulated.
-LOAD = 0.8
+#: Between waves, when simulated: all of one is answered long before the next.
+APART_S = 1e4
 POOL_TOKENS = 1792
 CHUNK_TOKENS = 1024
 MAX_RUNNING = 16
@@ -99,24 +93,38 @@ REPLAY_ARGS = (
 )
 
 
-def waves(interval_s: float) -> RecordedWorkload:
-    """The workload, with `interval_s` from one wave's start to the next."""
+def waves() -> list[RecordedWorkload]:
+    """The workload; each wave's times count from its own start."""
     source = open_workload(QUESTIONS, SEED)
     requests = list(source.initial())
     per_wave = -(-len(requests) // N_WAVES)
-    spread = [
-        replace(request, arrival_s=at // per_wave * interval_s + at % per_wave * SPACING_S)
-        for at, request in enumerate(requests)
+    return [
+        RecordedWorkload(
+            "wave",
+            source.block_tokens,
+            [
+                replace(request, arrival_s=at * SPACING_S)
+                for at, request in enumerate(requests[start : start + per_wave])
+            ],
+        )
+        for start in range(0, len(requests), per_wave)
     ]
-    return RecordedWorkload("waves", source.block_tokens, spread)
 
 
-def load_in_words(interval_s: float) -> str:
+def in_a_row(parts: Sequence[RecordedWorkload]) -> RecordedWorkload:
+    """All waves as one workload, each when the one before is answered."""
+    requests = [
+        replace(request, arrival_s=request.arrival_s + at * APART_S)
+        for at, part in enumerate(parts)
+        for request in part.requests
+    ]
+    return RecordedWorkload("waves", parts[0].block_tokens, requests)
+
+
+def load_in_words() -> str:
     """For a report."""
-    return (
-        f"{len(waves(interval_s))} requests in {N_WAVES} waves, one every {interval_s:.1f} s; "
-        f"a pool of {POOL_TOKENS:,} tokens."
-    )
+    n_requests = sum(len(wave) for wave in waves())
+    return f"{n_requests} requests in {N_WAVES} waves; a pool of {POOL_TOKENS:,} tokens."
 
 
 def settings_for(server: MeasuredServer, policy: str) -> InstanceSettings:
@@ -140,30 +148,37 @@ def settings_for(server: MeasuredServer, policy: str) -> InstanceSettings:
     )
 
 
-def interval_for(server: MeasuredServer) -> float:
-    """Seconds between waves at which arrivals make the server as busy as `LOAD` says."""
-    apart_s = 1e4
-    result = Simulation(waves(apart_s), settings_for(server, "fcfs")).run()
-    return result.busy_s / N_WAVES / LOAD
+def simulate(server: MeasuredServer, policy: str, paces: Sequence[Pace]) -> list[RequestRecord]:
+    """The same workload in the simulator, with each wave at its own pace."""
+    parts, found = waves(), []
+    for at, pace in enumerate(paces):
+        paced = at_pace(server, pace)
+        records = Simulation(in_a_row(parts), settings_for(paced, policy)).run().records
+        mine = [r for r in records if at * APART_S <= r.arrival_s < (at + 1) * APART_S]
+        found += [_as_seen(record, paced.request_overhead_s, at * APART_S) for record in mine]
+    return found
 
 
-def simulate(server: MeasuredServer, policy: str, interval_s: float) -> SimulationResult:
-    """The same workload in the simulator."""
-    return Simulation(waves(interval_s), settings_for(server, policy)).run()
-
-
-def simulated(server: MeasuredServer, result: SimulationResult) -> Figures:
-    """The simulator's answer; what clients see besides passes and waiting is added to TTFT."""
-    found = result.records
-    ttfts = [r.ttft_s + server.request_overhead_s for r in found if r.ttft_s is not None]
-    if len(ttfts) < len(found):
+def _as_seen(record: RequestRecord, overhead_s: float, start_s: float) -> RequestRecord:
+    """What clients see besides passes and waiting is added; times count from the wave's start."""
+    if record.first_token_s is None or record.finish_s is None:
         raise RuntimeError("the simulated server refused a request that the real one takes")
+    return replace(
+        record,
+        arrival_s=record.arrival_s - start_s,
+        first_token_s=record.first_token_s + overhead_s - start_s,
+        finish_s=record.finish_s + overhead_s - start_s,
+    )
+
+
+def simulated(records: Sequence[RequestRecord]) -> Figures:
+    """The simulator's answer."""
+    ttfts = [r.ttft_s for r in records if r.ttft_s is not None]
     return Figures(
         statistics.fmean(ttfts),
         float(np.percentile(ttfts, 90)),
-        sum(record.device_hit_tokens for record in found),
-        statistics.fmean(r.mean_tbt_s for r in found if r.mean_tbt_s is not None),
-        result.end_s,
+        sum(record.device_hit_tokens for record in records),
+        statistics.fmean(r.mean_tbt_s for r in records if r.mean_tbt_s is not None),
     )
 
 
@@ -181,16 +196,14 @@ def measured(records: Sequence[Record]) -> Figures:
         float(np.percentile(ttfts, 90)),
         sum(record.cached_tokens or 0 for record in records),
         statistics.fmean(r.tpot_s for r in records if r.tpot_s is not None),
-        max(record.sent_s + (record.e2e_s or 0.0) for record in records),
     )
 
 
 def compare(
     policy: str,
-    server: MeasuredServer,
     records: Sequence[Record],
-    result: SimulationResult,
-    reference_s: tuple[float, ...] = (),
+    found: Sequence[RequestRecord],
+    paces: Sequence[Pace] = (),
 ) -> Comparison:
     """A replay and a simulation of the same requests."""
     by_id = {record.request_id: record for record in records}
@@ -203,9 +216,9 @@ def compare(
             "measured_hit_tokens": by_id[s.request_id].cached_tokens or 0,
             "simulated_hit_tokens": s.device_hit_tokens,
         }
-        for s in result.records
+        for s in found
     )
-    return Comparison(policy, measured(records), simulated(server, result), requests, reference_s)
+    return Comparison(policy, measured(records), simulated(found), requests, tuple(paces))
 
 
 async def replay_on(
@@ -224,54 +237,58 @@ async def replay_on(
         body = {"skip_special_tokens": False}
         options = Options(model=listed.data[0].id, send_slo=send_slo, body=body)
         client = Client(connection, options)
-        overhead = await client.overhead_tokens(maker)
-        texts = {request.request_id: maker.text(request, overhead) for request in workload.requests}
+        # The demo model's completions add no token; `measured` would notice.
+        texts = {request.request_id: maker.text(request, 0) for request in workload.requests}
         return await replay(
             workload, client.send, lambda request: texts[request.request_id], done=done
         )
 
 
-def replay_policy(
-    model_path: Path, policy: str, workload: RecordedWorkload, log: Path
-) -> tuple[list[Record], tuple[float, ...]]:
-    """Start the server with `policy`, replay, stop it; also the reference pass's seconds."""
-    args = [*SERVER_ARGS, *REPLAY_ARGS, "--tiered-kv-policy", policy]
-    bar = tqdm(total=len(workload), unit=" requests", desc=policy)
-    with bar, Server(args, log, model_path) as server:
-        # Threads and lazily imported code are not measured; prompts are not the workload's.
-        probe = Probe(server.url, seed=3)
-        probe.ask(probe.tokens(512), 4)
-        before_s = reference_s(probe)
-        server.flush_cache()
-        records = asyncio.run(
-            replay_on(server.url, model_path, workload, lambda _: bar.update() and None)
-        )
-        return records, (before_s, reference_s(probe))
-
-
-def reference_s(probe: Probe) -> float:
-    """Seconds of the reference pass: the median of three, infinite if none could be timed."""
-    samples = [probe.prefill(1, REFERENCE_TOKENS, ()) for _ in range(3)]
-    return statistics.median(s.seconds for s in samples if s) if any(samples) else math.inf
+def policy_args(policy: str) -> list[str]:
+    """Flags of a server on which a workload is replayed."""
+    return [*SERVER_ARGS, *REPLAY_ARGS, "--tiered-kv-policy", policy]
 
 
 def run(
     model_path: Path, folder: Path, *, repeats: int = 3
-) -> tuple[Measurements, MeasuredServer, float, list[Comparison]]:
+) -> tuple[Measurements, MeasuredServer, list[Comparison]]:
     """Calibrate, replay, simulate; logs of the servers go to `folder`."""
-    with tqdm(total=n_probes(repeats), unit=" probes", desc="calibrating") as bar:
-        args = [*SERVER_ARGS, *CALIBRATION_ARGS]
-        with Server(args, folder / "calibrate.log", model_path) as server:
-            samples = measure(server.url, repeats=repeats, progress=bar.update)
-    times = measured_server(samples)
-    interval_s = interval_for(times)
-    comparisons = []
-    for policy in POLICIES:
-        log = folder / f"{policy}.log"
-        records, around_s = replay_policy(model_path, policy, waves(interval_s), log)
-        result = simulate(times, policy, interval_s)
-        comparisons.append(compare(policy, times, records, result, around_s))
-    return samples, times, interval_s, comparisons
+    reference = {"reference": [*SERVER_ARGS, *CALIBRATION_ARGS]}
+    with servers_up(model_path, reference, folder) as up:
+        url = up["reference"].url
+        with tqdm(total=n_probes(repeats), unit=" probes", desc="calibrating") as bar:
+            samples = measure(url, repeats=repeats, progress=bar.update)
+        server = measured_server(samples)
+        args_of = {policy: policy_args(policy) for policy in POLICIES}
+        with servers_up(model_path, args_of, folder) as replayed:
+            urls = {policy: replayed[policy].url for policy in POLICIES}
+            records, paces = replay_in_turn(model_path, urls, PaceMaker(url, server))
+    comparisons = [
+        compare(policy, records[policy], simulate(server, policy, paces[policy]), paces[policy])
+        for policy in POLICIES
+    ]
+    return samples, server, comparisons
+
+
+def replay_in_turn(
+    model_path: Path, urls: Mapping[str, str], pace_maker: PaceMaker
+) -> tuple[dict[str, list[Record]], dict[str, list[Pace]]]:
+    """Every wave on every server; by policy what was answered, and the pace of each wave."""
+    records: dict[str, list[Record]] = {policy: [] for policy in urls}
+    paces: dict[str, list[Pace]] = {policy: [] for policy in urls}
+    parts = waves()
+    with tqdm(total=len(urls) * sum(map(len, parts)), unit=" requests") as bar:
+        before = pace_maker.measure()
+        for wave in parts:
+            for policy, url in urls.items():
+                bar.set_description(policy)
+                records[policy] += asyncio.run(
+                    replay_on(url, model_path, wave, lambda _: bar.update() and None)
+                )
+                after = pace_maker.measure()
+                paces[policy].append(between(before, after))
+                before = after
+    return records, paces
 
 
 def main() -> int:
@@ -297,10 +314,10 @@ def main() -> int:
     logs = Path(tempfile.mkdtemp(prefix="tiered_kv_agreement_"))
     print(f"logs: {logs}", file=sys.stderr)
     found = run(options.model_path, logs, repeats=options.repeats)
-    samples, server, interval_s, comparisons = found
-    text = report(samples, server, load_in_words(interval_s), comparisons)
+    samples, server, comparisons = found
+    text = report(samples, server, load_in_words(), comparisons)
     options.output.with_suffix(".md").write_text(text)
-    document = as_json(samples, interval_s, comparisons)
+    document = as_json(samples, comparisons)
     options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     server_file = options.output.with_name(f"{options.output.name}_server.json")
     server_file.write_text(json.dumps(server.to_json(), indent=1) + "\n")

@@ -6,14 +6,17 @@ Needs what `python -m benchmark.simulation.agreement` measured of the server and
 (`benchmark/results/simulator_agreement_server.json`, or `--measured FILE`). Starts the server once
 per policy, replays every load on it, simulates the same, prints both side by side and writes
 `benchmark/results/request_orders.{md,json}`. About four minutes per policy on two cores, on which
-nothing else should run: a reference pass around each replay shows whether the machine kept its
-speed. Run it in the root of the repository.
+nothing else should run. Run it in the root of the repository.
 
 The workload: questions on six documents, Poisson arrivals. Load 1 is the rate at which arrivals
 take all of the server's time in the order of arrival, as simulated. 60% of the requests are
 interactive, 30% standard, 10% batch; their objectives are multiples of what prefilling a whole
-prompt takes here. Policies get them as `slo`. Nothing is loaded from the host: what differs is the
-order alone.
+prompt takes. Policies get them as `slo`. Nothing is loaded from the host: what differs is the order
+alone.
+
+A shared machine changes its speed. So before each replay reference passes say how fast it is now
+(`pace.py`); arrivals and objectives are scaled by that, the simulated passes by what was found
+before and after, and times are given in prefills of a whole prompt.
 """
 
 from __future__ import annotations
@@ -34,15 +37,8 @@ from typing import Any
 
 import numpy as np
 from benchmark.replay.records import Record
-from benchmark.simulation.agreement import (
-    REPLAY_ARGS,
-    ROOT,
-    reference_s,
-    replay_on,
-    settings_for,
-)
-from benchmark.simulation.calibrate import SERVER_ARGS
-from benchmark.simulation.probe import Probe
+from benchmark.simulation.agreement import policy_args, replay_on, settings_for
+from benchmark.simulation.pace import ROOT, Pace, PaceMaker, at_pace, between, servers_up
 from tqdm import tqdm
 
 from tiered_kv.simulation.engine import Simulation
@@ -52,10 +48,6 @@ from tiered_kv.simulation.statistics import meets_slo
 from tiered_kv.simulation.workload.catalog import open_workload
 from tiered_kv.simulation.workload.request import RecordedWorkload, Request
 from tiered_kv.simulation.workload.slo_mix import SloClass, SloMix
-
-sys.path.insert(0, str(ROOT / "test"))
-
-from support.server import Server
 
 POLICIES = ("slack", "fcfs", "lpm", "hrrn", "k-lpm")
 LOADS = (0.8, 1.0, 1.2)
@@ -76,15 +68,19 @@ TIE = 0.05
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one policy under one load, on the server or simulated; times in seconds."""
+    """Of one policy under one load, on the server or simulated.
+
+    The unit of time is what prefilling a whole prompt takes at the machine's pace then.
+    """
 
     in_time: float
     """Share of the requests that met their objectives."""
     in_time_by_class: dict[str, float]
-    goodput_per_s: float
-    ttft_mean_s: float
-    ttft_p90_s: float
-    ttft_p99_s: float
+    goodput: float
+    """Requests in time per unit of time."""
+    ttft_mean: float
+    ttft_p90: float
+    ttft_p99: float
     hit_tokens: int
 
 
@@ -134,9 +130,14 @@ def _busy_s(server: MeasuredServer, requests: Sequence[Request]) -> float:
 
 
 def outcome_of(
-    met: Sequence[tuple[str, bool]], ttfts_s: Sequence[float], hit_tokens: int, span_s: float
+    met: Sequence[tuple[str, bool]],
+    ttfts_s: Sequence[float],
+    hit_tokens: int,
+    span_s: float,
+    unit_s: float,
 ) -> Outcome:
     """met: class, and whether it was in time, of each request."""
+    ttfts = np.array(ttfts_s) / unit_s
     by_class = {
         name: statistics.fmean(is_met for of, is_met in met if of == name)
         for name in sorted({name for name, _ in met})
@@ -145,15 +146,15 @@ def outcome_of(
     return Outcome(
         n_met / len(met),
         by_class,
-        n_met / span_s,
-        statistics.fmean(ttfts_s),
-        float(np.percentile(ttfts_s, 90)),
-        float(np.percentile(ttfts_s, 99)),
+        n_met / span_s * unit_s,
+        float(ttfts.mean()),
+        float(np.percentile(ttfts, 90)),
+        float(np.percentile(ttfts, 99)),
         hit_tokens,
     )
 
 
-def measured(records: Sequence[Record]) -> Outcome:
+def measured(records: Sequence[Record], unit_s: float) -> Outcome:
     """Raises RuntimeError if a request failed."""
     errors = [record.error for record in records if record.error]
     if errors:
@@ -163,6 +164,7 @@ def measured(records: Sequence[Record]) -> Outcome:
         [record.ttft_s for record in records if record.ttft_s is not None],
         sum(record.cached_tokens or 0 for record in records),
         max(record.sent_s + (record.e2e_s or 0.0) for record in records),
+        unit_s,
     )
 
 
@@ -181,27 +183,47 @@ def simulated(server: MeasuredServer, policy: str, load: RecordedWorkload) -> Ou
         [record.ttft_s for record in records if record.ttft_s is not None],
         sum(record.device_hit_tokens for record in records),
         result.end_s,
+        whole_prefill_s(server),
     )
 
 
+@dataclass(frozen=True)
+class Pair:
+    """One policy under one load on both, and the machine's pace meanwhile."""
+
+    measured: Outcome
+    simulated: Outcome
+    pace: Pace
+
+
 def replay_all(
-    model_path: Path, policy: str, workloads: Sequence[RecordedWorkload], log: Path
-) -> list[tuple[Outcome, tuple[float, float]]]:
-    """One server, all loads; with each the reference pass's seconds before and after."""
-    args = [*SERVER_ARGS, *REPLAY_ARGS, "--tiered-kv-policy", policy]
+    model_path: Path,
+    policy: str,
+    server: MeasuredServer,
+    loads: Sequence[float],
+    n_requests: int,
+    logs: Path,
+) -> list[Pair]:
+    """One server, all loads, each from an empty cache; and the same simulated."""
     found = []
-    with Server(args, log, model_path) as server:
-        probe = Probe(server.url, seed=3)
-        probe.ask(probe.tokens(512), 4)
-        for load in workloads:
-            before_s = reference_s(probe)
-            server.flush_cache()
-            with tqdm(total=len(load), unit=" requests", desc=policy) as bar:
+    with servers_up(model_path, {policy: policy_args(policy)}, logs) as up:
+        real = up[policy]
+        pace_maker = PaceMaker(real.url, server)
+        before = pace_maker.measure()
+        for load in loads:
+            asked = workload(at_pace(server, before), n_requests, load)
+            real.flush_cache()
+            with tqdm(total=len(asked), unit=" requests", desc=f"{policy} {load:g}") as bar:
                 replayed = replay_on(
-                    server.url, model_path, load, partial(_advance, bar), send_slo=True
+                    real.url, model_path, asked, partial(_advance, bar), send_slo=True
                 )
                 records = asyncio.run(replayed)
-            found.append((measured(records), (before_s, reference_s(probe))))
+            after = pace_maker.measure()
+            pace = between(before, after)
+            paced = at_pace(server, pace)
+            real_outcome = measured(records, whole_prefill_s(paced))
+            found.append(Pair(real_outcome, simulated(paced, policy, asked), pace))
+            before = after
     return found
 
 
@@ -219,59 +241,62 @@ def disagreements(real: dict[str, Outcome], model: dict[str, Outcome]) -> list[s
     return wrong
 
 
-def table(real: dict[str, Outcome], model: dict[str, Outcome]) -> str:
+def table(pairs: dict[str, Pair]) -> str:
     """One load, in Markdown: measured, and simulated in brackets."""
-    columns = "policy, in time, interactive, standard, batch, goodput/s, TTFT mean, p90, p99"
-    heads = [*columns.split(", "), "hit tokens", "violations / fcfs's"]
+    columns = "policy, in time, interactive, standard, batch, goodput, TTFT mean, p90, p99"
+    heads = [*columns.split(", "), "hit tokens", "violations / fcfs's", "goodput / fcfs's", "pace"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    late = {name: 1 - outcome.in_time for name, outcome in real.items()}
-    for name, a in real.items():
-        b = model[name]
+    fcfs = pairs["fcfs"].measured if "fcfs" in pairs else None
+    for name, pair in pairs.items():
+        a, b = pair.measured, pair.simulated
         classes = (
             f"{a.in_time_by_class[c]:.0%} ({b.in_time_by_class[c]:.0%})" for c, *_ in OBJECTIVES
         )
-        to_fcfs = f"{late[name] / late['fcfs']:.2f}" if late.get("fcfs") else "-"
+        late_ratio = (
+            f"{(1 - a.in_time) / (1 - fcfs.in_time):.2f}" if fcfs and fcfs.in_time < 1 else "-"
+        )
         cells = [
             f"{a.in_time:.0%} ({b.in_time:.0%})",
             *classes,
-            f"{a.goodput_per_s:.2f} ({b.goodput_per_s:.2f})",
-            f"{a.ttft_mean_s:.2f} s ({b.ttft_mean_s:.2f})",
-            f"{a.ttft_p90_s:.2f} s ({b.ttft_p90_s:.2f})",
-            f"{a.ttft_p99_s:.2f} s ({b.ttft_p99_s:.2f})",
+            f"{a.goodput:.2f} ({b.goodput:.2f})",
+            f"{a.ttft_mean:.1f} ({b.ttft_mean:.1f})",
+            f"{a.ttft_p90:.1f} ({b.ttft_p90:.1f})",
+            f"{a.ttft_p99:.1f} ({b.ttft_p99:.1f})",
             f"{a.hit_tokens:,} ({b.hit_tokens:,})",
-            to_fcfs,
+            late_ratio,
+            f"{a.goodput / fcfs.goodput:.2f}" if fcfs and fcfs.goodput else "-",
+            str(pair.pace),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def report(
-    found: dict[float, tuple[dict[str, Outcome], dict[str, Outcome]]],
-    unit_s: float,
-    n_requests: int,
-    spread: float,
-) -> str:
+def report(found: dict[float, dict[str, Pair]], unit_s: float, n_requests: int) -> str:
     """All loads, in Markdown."""
     objectives = "; ".join(
-        f"{name} {share:.0%}: first token in {ttft * unit_s:.1f} s"
-        + ("" if tbt is None else f", {tbt * unit_s:.2f} s between tokens")
+        f"{name} {share:.0%}: first token in {ttft:g}"
+        + ("" if tbt is None else f", {tbt:g} between tokens")
         for name, share, ttft, tbt in OBJECTIVES
     )
     about = (
         "Made by `python -m benchmark.simulation.orders`: the real server on two cores without a "
-        f"GPU, and in brackets the simulator. {n_requests} requests per load; {objectives}. The "
-        f"slowest reference pass took {spread:.2f}x the fastest."
+        "GPU, and in brackets the simulator. The unit of time is the prefill of a whole prompt at "
+        f"the machine's pace then ({unit_s:.2f} s when it was calibrated). {n_requests} requests "
+        f"per load; {objectives}. Pace: reference prefills / decodes against the calibration."
     )
     parts = ["# Orders of the waiting queue on the real server", about]
-    for load, (real, model) in found.items():
-        wrong = disagreements(real, model)
+    for load, pairs in found.items():
+        wrong = disagreements(
+            {name: pair.measured for name, pair in pairs.items()},
+            {name: pair.simulated for name, pair in pairs.items()},
+        )
         verdict = (
             "The simulator ranks all pairs as the server does"
             if not wrong
             else f"The simulator ranks otherwise: {', '.join(wrong)}"
         )
         parts.append(
-            f"## Load {load:g}\n\n{table(real, model)}\n\n{verdict} (by requests in time; pairs "
+            f"## Load {load:g}\n\n{table(pairs)}\n\n{verdict} (by requests in time; pairs "
             f"less than {TIE:.0%} apart left out)."
         )
     return "\n\n".join(parts) + "\n"
@@ -298,31 +323,24 @@ def main() -> int:
         help="path of the results without suffix (default: %(default)s)")  # fmt: skip
     options = parser.parse_args()
     server = read_measured_server(options.measured)
-    workloads = [workload(server, options.requests, load) for load in options.loads]
     logs = Path(tempfile.mkdtemp(prefix="tiered_kv_orders_"))
     print(f"logs: {logs}", file=sys.stderr)
     began = time.monotonic()
-    found: dict[float, tuple[dict[str, Outcome], dict[str, Outcome]]]
-    found = {load: ({}, {}) for load in options.loads}
-    passes_s: list[float] = []
+    found: dict[float, dict[str, Pair]] = {load: {} for load in options.loads}
     for policy in options.policies:
-        replays = replay_all(options.model_path, policy, workloads, logs / f"{policy}.log")
-        for load, asked, (outcome, around_s) in zip(options.loads, workloads, replays, strict=True):
-            found[load][0][policy] = outcome
-            found[load][1][policy] = simulated(server, policy, asked)
-            passes_s += around_s
-        spread = max(passes_s) / min(passes_s)
-        text = report(found, whole_prefill_s(server), options.requests, spread)
+        pairs = replay_all(
+            options.model_path, policy, server, options.loads, options.requests, logs
+        )
+        for load, pair in zip(options.loads, pairs, strict=True):
+            found[load][policy] = pair
+        unit_s = whole_prefill_s(server)
+        text = report(found, unit_s, options.requests)
         document: dict[str, Any] = {
-            "unit_s": whole_prefill_s(server),
+            "unit_s": unit_s,
             "requests": options.requests,
-            "reference_passes_s": passes_s,
             "loads": {
-                f"{load:g}": {
-                    "measured": {name: asdict(outcome) for name, outcome in real.items()},
-                    "simulated": {name: asdict(outcome) for name, outcome in model.items()},
-                }
-                for load, (real, model) in found.items()
+                f"{load:g}": {name: asdict(pair) for name, pair in pairs.items()}
+                for load, pairs in found.items()
             },
         }
         # After every policy: an hour's work shouldn't be lost to a Ctrl-C.

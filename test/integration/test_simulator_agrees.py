@@ -2,23 +2,18 @@
 
 The server is measured first, then a workload with shared prefixes is replayed on it under three
 orders of its waiting queue and simulated with those measurements. It takes ten minutes and wants
-two cores to itself: a neighbour that takes a third of them for a minute shows in the replay and
-not in the simulation. `python -m benchmark.simulation.agreement` does the same and writes a report.
+two cores to itself: what a neighbour takes of them between two reference passes shows in the replay
+and not in the simulation. `python -m benchmark.simulation.agreement` does the same and writes a
+report.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from benchmark.simulation.agreement import POLICIES, load_in_words, run  # noqa: E402
-from benchmark.simulation.agreement_report import (  # noqa: E402
+from benchmark.simulation.agreement import POLICIES, load_in_words, run
+from benchmark.simulation.agreement_report import (
     TOLERANCE,
     Comparison,
     ranking,
@@ -30,8 +25,8 @@ pytestmark = [pytest.mark.long, pytest.mark.server, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def comparisons(demo_model: Path, logs: Path) -> dict[str, Comparison]:
-    samples, server, interval_s, found = run(demo_model, logs)
-    print(report(samples, server, load_in_words(interval_s), found))
+    samples, server, found = run(demo_model, logs)
+    print(report(samples, server, load_in_words(), found))
     return {comparison.policy: comparison for comparison in found}
 
 

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from benchmark.simulation.agreement import (  # noqa: E402
-    LOAD,
-    interval_for,
+from benchmark.simulation.agreement import (
     simulate,
     simulated,
     waves,
 )
-from benchmark.simulation.agreement_report import (  # noqa: E402
-    REFERENCE_TOKENS,
+from benchmark.simulation.agreement_report import (
     Comparison,
     Figures,
     as_json,
@@ -30,7 +20,7 @@ from benchmark.simulation.agreement_report import (  # noqa: E402
     ranking,
     report,
 )
-from benchmark.simulation.calibrate import (  # noqa: E402
+from benchmark.simulation.calibrate import (
     DECODES,
     PREFILLS,
     Measurements,
@@ -38,21 +28,11 @@ from benchmark.simulation.calibrate import (  # noqa: E402
     measured_server,
     residuals,
 )
-from benchmark.simulation.links import LinkSample, fit_link  # noqa: E402
-from benchmark.simulation.probe import DecodeSample, PrefillSample  # noqa: E402
+from benchmark.simulation.links import LinkSample, fit_link
+from benchmark.simulation.pace import Pace, at_pace, between
+from benchmark.simulation.probe import DecodeSample, PrefillSample
 
-from tiered_kv.scheduler.measured_costs import PassTimes  # noqa: E402
-
-TIMES = PassTimes(
-    prefill_fixed_s=0.08,
-    prefill_request_s=0.02,
-    prefill_token_s=0.0033,
-    prefill_pair_s=4e-7,
-    prefill_cached_s=2e-5,
-    decode_fixed_s=0.045,
-    decode_request_s=0.012,
-    decode_context_s=1.2e-5,
-)
+from support_simulation.builders import CPU_TIMES as TIMES
 
 
 def samples(noise: float = 0.0) -> Measurements:
@@ -85,20 +65,38 @@ def test_noise_of_a_few_percent_moves_fitted_passes_by_no_more() -> None:
     assert fitted == pytest.approx(exact, rel=0.06)
 
 
-def test_waves_keep_a_first_come_server_as_busy_as_asked() -> None:
+def test_waves_are_the_workload_in_its_order() -> None:
+    parts = waves()
+    assert [len(wave) for wave in parts] == [20, 20, 20]
+    assert [wave.requests[0].arrival_s for wave in parts] == [0.0, 0.0, 0.0]
+    ids = [request.request_id for wave in parts for request in wave.requests]
+    assert ids == sorted(ids)
+
+
+def test_each_wave_is_simulated_at_its_own_pace() -> None:
     server = measured_server(samples())
-    interval_s = interval_for(server)
-    workload = waves(interval_s)
-    arrivals = [request.arrival_s for request in workload.requests]
-    assert len(workload) == 60
-    assert arrivals[20] == pytest.approx(interval_s)
-    end_s = simulated(server, simulate(server, "fcfs", interval_s)).end_s
-    # The last wave ends early: a wave's share of the interval is LOAD only on average.
-    assert end_s == pytest.approx((2 + LOAD) * interval_s, rel=0.15)
+    even = simulate(server, "fcfs", [Pace(1.0, 1.0)] * 3)
+    slow = simulate(server, "fcfs", [Pace(1.0, 1.0), Pace(2.0, 2.0), Pace(1.0, 1.0)])
+    ttfts = [[record.ttft_s or 0.0 for record in found] for found in (even, slow)]
+    assert len(even) == 60
+    assert ttfts[1][:20] == ttfts[0][:20]
+    assert ttfts[1][20:40] == pytest.approx([2 * s for s in ttfts[0][20:40]], rel=0.05)
+    # Its cache is what the waves before left, whatever their pace.
+    assert [r.device_hit_tokens for r in slow[40:]] == [r.device_hit_tokens for r in even[40:]]
+    assert simulated(slow).ttft_mean_s == pytest.approx(np.mean(ttfts[1]))
+
+
+def test_a_pace_scales_prefills_and_decodes_apart() -> None:
+    server = measured_server(samples())
+    assert at_pace(server, Pace(1.0, 1.0)) == server
+    times = at_pace(server, Pace(2.0, 3.0)).times
+    assert times.prefill_token_s == 2 * server.times.prefill_token_s
+    assert times.decode_fixed_s == 3 * server.times.decode_fixed_s
+    assert between(Pace(1.0, 2.0), Pace(3.0, 4.0)) == Pace(2.0, 3.0)
 
 
 def figures(ttft_s: float, hits: int = 1000) -> Figures:
-    return Figures(ttft_s, 2 * ttft_s, hits, 0.1, 60.0)
+    return Figures(ttft_s, 2 * ttft_s, hits, 0.1)
 
 
 def compared(policy: str, measured_s: float, simulated_s: float) -> Comparison:
@@ -133,15 +131,14 @@ def test_latency_and_bandwidth_of_a_link_are_told_apart() -> None:
 def test_a_report_shows_both_and_whether_the_machine_kept_its_pace() -> None:
     found = samples()
     server = measured_server(found)
-    slow_s = 1.5 * (TIMES.prefill_fixed_s + TIMES.prefill_s(((REFERENCE_TOKENS, 0),)))
     compared_ones = [
-        replace(compared("fcfs", 10.0, 11.0), reference_s=(slow_s, slow_s)),
+        replace(compared("fcfs", 10.0, 11.0), paces=(Pace(1.5, 1.25),)),
         compared("lpm", 5.0, 9.0),
     ]
     text = report(found, server, "Questions.", compared_ones)
     assert "| fcfs | server | 10.00 s | 20.00 s | 1,000 |" in text
     assert "| | error | +10.0% | +10.0% | +0.0% |" in text
-    assert "before and after fcfs a prefill took +50% and +50%" in text
+    assert "- fcfs: 1.50x / 1.25x" in text
     assert "- lpm: ttft_mean_s is off by +80.0%" in text
-    document = json.loads(json.dumps(as_json(found, 30.0, compared_ones)))
+    document = json.loads(json.dumps(as_json(found, compared_ones)))
     assert [policy["policy"] for policy in document["policies"]] == ["fcfs", "lpm"]

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from benchmark.simulation.orders import (  # noqa: E402
+from benchmark.simulation.orders import (
     OBJECTIVES,
     Outcome,
+    Pair,
     disagreements,
     outcome_of,
     report,
@@ -22,24 +16,16 @@ from benchmark.simulation.orders import (  # noqa: E402
     whole_prefill_s,
     workload,
 )
+from benchmark.simulation.pace import Pace
 
-from tiered_kv.scheduler.measured_costs import PassTimes  # noqa: E402
-from tiered_kv.simulation.measured_server import MeasuredServer  # noqa: E402
+from support_simulation.builders import CPU_TIMES
+from tiered_kv.simulation.measured_server import MeasuredServer
 
 SERVER = MeasuredServer(
     host="a machine",
     model="SmolLM2-135M",
     element_bytes=4,
-    times=PassTimes(
-        prefill_fixed_s=0.08,
-        prefill_request_s=0.02,
-        prefill_token_s=0.0033,
-        prefill_pair_s=4e-7,
-        prefill_cached_s=2e-5,
-        decode_fixed_s=0.045,
-        decode_request_s=0.012,
-        decode_context_s=1.2e-5,
-    ),
+    times=CPU_TIMES,
     request_overhead_s=0.02,
 )
 
@@ -69,11 +55,11 @@ def test_slack_has_more_in_time_than_the_order_of_arrival() -> None:
 
 
 def test_an_outcome() -> None:
-    outcome = outcome_of([("a", True), ("a", False), ("b", True)], [1.0, 2.0, 3.0], 7, 4.0)
+    outcome = outcome_of([("a", True), ("a", False), ("b", True)], [1.0, 2.0, 3.0], 7, 4.0, 2.0)
     assert outcome.in_time == pytest.approx(2 / 3)
     assert outcome.in_time_by_class == {"a": 0.5, "b": 1.0}
-    assert outcome.goodput_per_s == 0.5
-    assert outcome.ttft_mean_s == 2.0
+    assert outcome.goodput == 1.0
+    assert outcome.ttft_mean == 1.0
 
 
 def test_only_pairs_that_are_apart_are_ranked() -> None:
@@ -82,7 +68,8 @@ def test_only_pairs_that_are_apart_are_ranked() -> None:
     model = {"fcfs": base, "x": replace(base, in_time=0.4), "y": replace(base, in_time=0.3)}
     assert disagreements(real, real) == []
     assert disagreements(real, model) == ["fcfs and x"]
-    text = report({1.0: (real, model)}, 1.5, 60, 1.1)
+    pairs = {name: Pair(real[name], model[name], Pace(1.1, 0.9)) for name in real}
+    text = report({1.0: pairs}, 1.5, 60)
     assert "ranks otherwise: fcfs and x" in text
     assert "| x | 90% (40%) |" in text
     assert "| 0.20 |" in text  # a tenth late, of fcfs's half

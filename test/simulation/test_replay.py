@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -18,22 +17,17 @@ from typing import Any
 
 import pytest
 import uvicorn
+from benchmark.replay.__main__ import main
+from benchmark.replay.prompts import PromptError, PromptMaker, load_tokenizer
+from benchmark.replay.records import Record, request_cost, summarise
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-ROOT = Path(__file__).parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from benchmark.replay.__main__ import main  # noqa: E402
-from benchmark.replay.prompts import PromptError, PromptMaker, load_tokenizer  # noqa: E402
-from benchmark.replay.records import Record, request_cost, summarise  # noqa: E402
-
-from tiered_kv.core.device_spec import DEVICES  # noqa: E402
-from tiered_kv.core.model_spec import MODELS  # noqa: E402
-from tiered_kv.scheduler.cost_model import CostModel  # noqa: E402
-from tiered_kv.simulation.workload.catalog import open_workload  # noqa: E402
+from tiered_kv.core.device_spec import DEVICES
+from tiered_kv.core.model_spec import MODELS
+from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.simulation.workload.catalog import open_workload
 
 PAGE = 8
 FIRST_S = 0.03

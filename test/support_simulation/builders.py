@@ -14,6 +14,7 @@ from tiered_kv.core.model_spec import find_model
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
+from tiered_kv.scheduler.measured_costs import PassTimes
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.request import NO_SLO, QueuedRequest, Slo
 from tiered_kv.scheduler.request_policy import RequestPolicy, SchedulerState
@@ -26,6 +27,18 @@ BLOCK_TOKENS = 64
 MODEL = find_model("Llama-3.1-8B")
 DEVICE = find_device("H200-141")
 BLOCK_BYTES = int(MODEL.kv_bytes_per_token * BLOCK_TOKENS)
+
+#: Passes of a machine much like two cores with a small model.
+CPU_TIMES = PassTimes(
+    prefill_fixed_s=0.08,
+    prefill_request_s=0.02,
+    prefill_token_s=0.0033,
+    prefill_pair_s=4e-7,
+    prefill_cached_s=2e-5,
+    decode_fixed_s=0.045,
+    decode_request_s=0.012,
+    decode_context_s=1.2e-5,
+)
 
 
 def call(
