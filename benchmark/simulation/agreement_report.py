@@ -101,8 +101,8 @@ def report(
     lines += [
         "",
         (
-            "The machine's pace, wave by wave: reference prefills / decodes around each against what "
-            "was fitted. The simulated machine was as fast."
+            "The machine's pace, wave by wave: reference prefills / decodes around each against "
+            "what was fitted. The simulated machine was as fast."
         ),
         "",
     ]
