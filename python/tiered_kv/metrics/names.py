@@ -139,6 +139,19 @@ WAIT_OVER_BOUND = Metric(
     (),
     "By how much the bound on waiting is exceeded for the request that exceeds it most; else 0.",
 )
+DECODE_CONTEXT_TOKENS = Metric(
+    "sglang:tiered_kv_decode_context_tokens_total",
+    Kind.COUNTER,
+    (),
+    "Tokens that decoding requests attended to, each counted for each of its requests: what every "
+    "layer would read without cascade attention.",
+)
+DECODE_READ_TOKENS = Metric(
+    "sglang:tiered_kv_decode_read_tokens_total",
+    Kind.COUNTER,
+    (),
+    "Tokens whose KV every layer read for that, those of a group once.",
+)
 
 ALL: tuple[Metric, ...] = (
     HIT_TOKENS,
@@ -158,4 +171,6 @@ ALL: tuple[Metric, ...] = (
     FIRST_TOKEN_SLACK,
     SLO_REQUESTS,
     WAIT_OVER_BOUND,
+    DECODE_CONTEXT_TOKENS,
+    DECODE_READ_TOKENS,
 )

@@ -234,6 +234,20 @@ HOOKS: tuple[Hook, ...] = (
         process=Process.SCHEDULER,
         why="responses would lack the report that was asked for",
     ),
+    Hook(
+        target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+        kind="after",
+        function="tiered_kv.plugin.cascade:plan_launched",
+        process=Process.SCHEDULER,
+        why="requests that share KV would each read it again for every token",
+    ),
+    Hook(
+        target="sglang.srt.model_executor.model_runner.ModelRunner.forward",
+        kind="before",
+        function="tiered_kv.plugin.cascade:begin_pass",
+        process=Process.SCHEDULER,
+        why="requests that share KV would each read it again for every token",
+    ),
 )
 
 _installed: dict[str, Callable[..., Any]] = {}

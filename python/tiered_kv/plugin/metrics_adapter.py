@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from tiered_kv.api.slo import objectives_met
 from tiered_kv.core.ids import Tier
 from tiered_kv.metrics import names
 from tiered_kv.metrics.names import Kind, Metric
@@ -42,6 +43,9 @@ class MetricsRecorder:
     def longest_wait(self, over_bound_s: float) -> None:
         pass
 
+    def decoded(self, context_tokens: int, read_tokens: int) -> None:
+        """A decode batch is launched that attends to so many tokens, and reads so many of them."""
+
     def refresh(self, hierarchy: KVHierarchy, disk: DiskStore | None, device_tokens: int) -> bool:
         """Brings the gauges up to date, if it is time to; returns whether it was."""
         return False
@@ -70,6 +74,7 @@ class PrometheusRecorder(MetricsRecorder):
             self._metrics[metric.name] = kinds[metric.kind](
                 metric.name, metric.help, labelnames=[*labels, *metric.labels], **options
             )
+        self._decoded = (self._of(names.DECODE_CONTEXT_TOKENS), self._of(names.DECODE_READ_TOKENS))
         self._refreshed_at = 0.0
         # What the counters of the store said last: Prometheus wants increments.
         self._disk_io: dict[tuple[str, str], int] = {}
@@ -118,6 +123,10 @@ class PrometheusRecorder(MetricsRecorder):
     def longest_wait(self, over_bound_s: float) -> None:
         self._of(names.WAIT_OVER_BOUND).set(over_bound_s)
 
+    def decoded(self, context_tokens: int, read_tokens: int) -> None:
+        for counter, n_tokens in zip(self._decoded, (context_tokens, read_tokens), strict=True):
+            counter.inc(n_tokens)
+
     def refresh(self, hierarchy: KVHierarchy, disk: DiskStore | None, device_tokens: int) -> bool:
         now = time.monotonic()
         if now - self._refreshed_at < REFRESH_S:
@@ -164,16 +173,17 @@ class PrometheusRecorder(MetricsRecorder):
 
 
 def meets_slo(request: QueuedRequest) -> bool:
-    """Whether an answered request had its first token, and on average the others, in time.
-
-    The criterion of the simulator (`simulation/statistics.py`).
-    """
+    """Whether an answered request had its first token, and on average the others, in time."""
     first_s, last_s, slo = request.first_token_s, request.last_token_s, request.slo
-    if first_s is None or last_s is None or first_s > request.deadline_s:
+    if first_s is None or last_s is None:
         return False
-    if slo.tbt_s is None or request.output_tokens < 2:
-        return True
-    return (last_s - first_s) / (request.output_tokens - 1) <= slo.tbt_s
+    n_gaps = request.output_tokens - 1
+    return objectives_met(
+        first_s - request.arrival_s,
+        (last_s - first_s) / n_gaps if n_gaps > 0 else None,
+        ttft_objective_s=slo.ttft_s,
+        tbt_objective_s=slo.tbt_s,
+    )
 
 
 def _disk_io(stats: DiskStats) -> dict[tuple[str, str], int]:

@@ -19,7 +19,7 @@ from tiered_kv.api.slo import SloClasses
 from tiered_kv.core.config import LOAD_POLICIES, DiskConfig, HostConfig, TieredKVConfig
 from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.memory.eviction import eviction_policies
-from tiered_kv.plugin import option_values, process_carrier, refusals
+from tiered_kv.plugin import cascade_option, option_values, process_carrier, refusals
 from tiered_kv.scheduler.request_policy import request_policies
 
 PAGE_SIZE_DEFAULT = 64
@@ -63,6 +63,13 @@ def _load_policy(text: str) -> str:
 def _request_policy(text: str) -> str:
     try:
         return option_values.request_policy("the value", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _cascade_mode(text: str) -> str:
+    try:
+        return cascade_option.cascade_mode(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -202,6 +209,17 @@ class ServerArgs(upstream_server_args.ServerArgs):
         ),
         NS("memory"),
     ] = None
+    tiered_kv_cascade: A[
+        str,
+        Arg(
+            no_cli=True,
+            type_parser=_cascade_mode,
+            help="Read KV that requests share once for all that decode together, where that is "
+            "predicted to pay: on, off, or auto (default: on with --device cpu, off on GPUs, where "
+            "its gain was not measured yet). Needs --attention-backend flashinfer on a GPU.",
+        ),
+        NS("memory"),
+    ] = "auto"
     tiered_kv_debug_integrity: A[
         bool,
         Arg(
@@ -220,6 +238,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
             return
         process_carrier.prepare_main_process()
         refusals.check_server_args(self)
+        self.tiered_kv_cascade = cascade_option.cascade_mode(self.tiered_kv_cascade)
         self._resolve_policy()
         self._resolve_slo_classes()
         self._resolve_tiers()
@@ -231,6 +250,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
                 raise ConfigError(refusals.RADIX_CACHE_OFF) from error
             raise
         refusals.check_resolved(self)
+        cascade_option.check_resolved(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Not by setattr: resolved arguments are read-only.

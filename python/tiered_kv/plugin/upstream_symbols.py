@@ -8,6 +8,7 @@ holds the three together.
 from __future__ import annotations
 
 from tiered_kv.plugin.upstream_symbol import SRT, Symbol, function, methods, object_
+from tiered_kv.plugin.upstream_symbols_attention import ATTENTION
 from tiered_kv.plugin.upstream_symbols_cache import CACHE_INTERFACE, POOLS, REQUESTS_AND_EVENTS
 from tiered_kv.plugin.upstream_symbols_platform import CPU_PLATFORM
 from tiered_kv.plugin.upstream_symbols_scheduler import QUEUE, SCHEDULER
@@ -121,4 +122,5 @@ SYMBOLS: tuple[Symbol, ...] = (
     *POOLS,
     *REQUESTS_AND_EVENTS,
     *CPU_PLATFORM,
+    *ATTENTION,
 )

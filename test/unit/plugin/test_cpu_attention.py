@@ -19,7 +19,9 @@ HEAD = 16
 
 
 def new_backend(cls: type[TorchNativeAttnBackend]) -> TorchNativeAttnBackend:
-    runner = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=object())
+    runner = SimpleNamespace(
+        device="cpu", req_to_token_pool=None, token_to_kv_pool=object(), server_args=None
+    )
     return cls(runner)
 
 

@@ -1,0 +1,171 @@
+"""Cascade attention on the server: from the batch that is launched to its attention backend.
+
+The plan is made from the scheduler's batch, which knows the requests, and carried out by the
+backend, which sees only SGLang's forward batch. Attributes of that do not survive, so the plan
+waits here in between: the backend's `CascadePlanner` makes it after `ForwardBatch.init_new`, and
+lets the backend have it only within the `ModelRunner.forward` of that very forward batch. Every
+other pass (warming up, capturing graphs) finds none and runs as upstream's.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tiered_kv.attention.grouping import Context, path_of
+from tiered_kv.attention.payoff import AttentionShape, CascadeDevice, cascade_device, plan_batch
+from tiered_kv.attention.plan import CascadePlan
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.plugin import cascade_option
+from tiered_kv.plugin.costs import nearest_device
+
+if TYPE_CHECKING:
+    from tiered_kv.attention.grouping import Segment
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBatch:
+    """What a backend needs to know of a decode batch."""
+
+    plan: CascadePlan
+
+    n_tokens: tuple[int, ...]
+    """Tokens of each row's context, the newest included."""
+
+    is_new: bool
+    """Whether the plan was made for this batch; else it is the last batch's, and still right."""
+
+
+class CascadePlanner:
+    """Plans for the decode batches of one rank, one after the other.
+
+    A plan holds as long as the batch has the same requests, at the same nodes of the forest: what
+    they share stays in its slots, and what they decode is their own.
+    """
+
+    def __init__(
+        self, shape: AttentionShape, device: CascadeDevice, *, max_levels: int = 2
+    ) -> None:
+        self.shape = shape
+        self.device = device
+        self._max_levels = max_levels
+        # Requests and their nodes, in turn, of the last plan.
+        self._planned_for: list[object] = []
+        self._plan = CascadePlan(0)
+        self._launched: tuple[object, PlannedBatch] | None = None
+        self._current: PlannedBatch | None = None
+
+    def launch(self, forward_batch: object, batch: Any) -> None:
+        """`batch` is about to run as `forward_batch`."""
+        planned = self.plan(batch)
+        self._launched = None if planned is None else (forward_batch, planned)
+        if planned is not None:
+            read = sum(planned.n_tokens) - planned.plan.saved_tokens
+            batch.tree_cache.parts.metrics.decoded(sum(planned.n_tokens), read)
+
+    def begin(self, forward_batch: object) -> None:
+        """The next pass of the model is `forward_batch`'s."""
+        launched, self._launched = self._launched, None
+        is_known = launched is not None and launched[0] is forward_batch
+        self._current = launched[1] if launched is not None and is_known else None
+
+    @property
+    def current(self) -> PlannedBatch | None:
+        """The batch of the pass that has begun, if it has a plan."""
+        return self._current
+
+    def take(self) -> PlannedBatch | None:
+        """The same, once."""
+        current, self._current = self._current, None
+        return current
+
+    def plan(self, batch: Any) -> PlannedBatch | None:
+        """None for anything but a plain decode batch, which upstream then attends for."""
+        if (
+            not batch.forward_mode.is_decode()
+            or batch.spec_info is not None
+            or batch.encoder_lens is not None
+            or batch.seq_lens_cpu is None
+            or not batch.reqs
+        ):
+            return None
+        n_tokens = tuple(batch.seq_lens_cpu.tolist())
+        planned_for: list[object] = []
+        for req in batch.reqs:
+            planned_for += (req, req.last_node)
+        is_new = planned_for != self._planned_for
+        if is_new:
+            contexts = [
+                Context(n, _shared_path(req.last_node, n))
+                for req, n in zip(batch.reqs, n_tokens, strict=True)
+            ]
+            self._plan = plan_batch(contexts, self.shape, self.device, self._max_levels)
+            self._planned_for = planned_for
+        return PlannedBatch(self._plan, n_tokens, is_new)
+
+
+def _shared_path(node: Any, n_tokens: int) -> tuple[Segment, ...]:
+    """The nodes whose slots a request surely uses; none if its node is not of the tree any more."""
+    if node is None or node.is_root or node.end >= n_tokens:
+        return ()
+    path = path_of(node)
+    return path if sum(tokens for _, tokens in path) == node.end else ()
+
+
+def make_planner(model_runner: Any) -> CascadePlanner | None:
+    """The planner of a rank's attention backend; None if it is to work as upstream's does.
+
+    Raises ConfigError if cascade attention was asked for and the model does not allow it.
+    """
+    server_args = model_runner.server_args
+    if not cascade_option.is_wanted(server_args) or model_runner.is_draft_worker:
+        return None
+    reason = _why_not_for_model(model_runner)
+    if reason is not None:
+        if server_args.tiered_kv_cascade == "on":
+            raise ConfigError(
+                f"--tiered-kv-cascade on does not support {reason}; leave the option out."
+            )
+        logger.info("Tiered KV: no cascade attention, which does not support %s.", reason)
+        return None
+    config, tp_size = model_runner.model_config, server_args.tp_size
+    shape = AttentionShape(
+        n_query_heads=config.num_attention_heads // tp_size,
+        n_kv_heads=config.get_num_kv_heads(tp_size),
+        head_dim=config.head_dim,
+        element_bytes=model_runner.token_to_kv_pool.dtype.itemsize,
+    )
+    return CascadePlanner(shape, cascade_device(nearest_device()))
+
+
+def _why_not_for_model(model_runner: Any) -> str | None:
+    if model_runner.use_mla_backend:
+        return "models with multi-head latent attention, which gain nothing by it"
+    if model_runner.sliding_window_size is not None:
+        return "models with sliding-window attention"
+    if model_runner.model_config.is_encoder_decoder:
+        return "encoder-decoder models"
+    return None
+
+
+def _planner_of(model_runner: Any) -> CascadePlanner | None:
+    return getattr(model_runner.attn_backend, "cascade", None)
+
+
+def plan_launched(
+    forward_batch: Any, cls: type, batch: Any, model_runner: Any, *args: Any, **kwargs: Any
+) -> None:
+    """AFTER `ForwardBatch.init_new`."""
+    planner = _planner_of(model_runner)
+    if planner is not None:
+        planner.launch(forward_batch, batch)
+
+
+def begin_pass(model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE `ModelRunner.forward`."""
+    planner = _planner_of(model_runner)
+    if planner is not None:
+        planner.begin(forward_batch)

@@ -1,0 +1,62 @@
+"""The option `--tiered-kv-cascade`: what it may be, and when it can be had.
+
+`auto`, the default, is `on` where its gain was measured, which is a CPU, and `off` elsewhere. In
+either case a batch is read in groups only if that is predicted to pay (`attention/payoff.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tiered_kv.core.errors import ConfigError
+
+MODES = ("auto", "on", "off")
+OPTION = "--tiered-kv-cascade"
+
+#: The attention backends that know how, by device. Ours go by the names of those they extend.
+BACKENDS = {"cpu": "torch_native", "cuda": "flashinfer"}
+
+
+def cascade_mode(value: str | bool | None) -> str:
+    """One of MODES; YAML turns an unquoted on or off into a boolean. Raises ConfigError."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    mode = "auto" if value is None else str(value).strip().lower()
+    if mode not in MODES:
+        raise ConfigError(f"{OPTION} must be one of {', '.join(MODES)}, not {value!r}.")
+    return mode
+
+
+def why_not(server_args: Any) -> str | None:
+    """What keeps resolved arguments from having cascade attention, as the subject of a refusal."""
+    backend = BACKENDS.get(server_args.device)
+    found = sorted(set(server_args.get_attention_backends()))
+    if found != [backend]:
+        wanted = backend or " or ".join(BACKENDS.values())
+        return f"the attention backend {' and '.join(map(str, found))}, only with {wanted}"
+    if server_args.enable_deterministic_inference:
+        # Results depend, in their last bits, on who shares a batch.
+        return "--enable-deterministic-inference"
+    if server_args.enable_torch_compile:
+        # Groups change from batch to batch.
+        return "--enable-torch-compile"
+    return None
+
+
+def check_resolved(server_args: Any) -> None:
+    """Raise ConfigError if cascade attention was asked for and cannot be had."""
+    if server_args.tiered_kv_cascade != "on" or server_args.model_path.lower() in ("none", "dummy"):
+        return
+    reason = why_not(server_args)
+    if reason is not None:
+        raise ConfigError(f"{OPTION} on does not go with {reason}; change it or drop {OPTION}.")
+
+
+def is_wanted(server_args: Any) -> bool:
+    """Whether this server is to use cascade attention, if the model allows it."""
+    if not getattr(server_args, "tiered_kv", False):
+        return False
+    mode = server_args.tiered_kv_cascade
+    if mode == "off" or (mode == "auto" and server_args.device != "cpu"):
+        return False
+    return why_not(server_args) is None
