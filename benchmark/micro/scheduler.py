@@ -36,13 +36,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from tiered_kv.api.slo import Slo
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
-from tiered_kv.scheduler.request import QueuedRequest, Slo
+from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import (
     ForecastingPolicy,
     SchedulerState,

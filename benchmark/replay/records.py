@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tiered_kv.api.slo import objectives_met
 from tiered_kv.scheduler.cost_model import CostModel
 
 SCHEMA = 1
@@ -56,9 +57,12 @@ class Record:
         """Answered, first token in time, and the others in time on average."""
         if self.error is not None or self.ttft_s is None:
             return False
-        if self.ttft_slo_s is not None and self.ttft_s > self.ttft_slo_s:
-            return False
-        return self.tbt_slo_s is None or self.tpot_s is None or self.tpot_s <= self.tbt_slo_s
+        return objectives_met(
+            self.ttft_s,
+            self.tpot_s,
+            ttft_objective_s=self.ttft_slo_s,
+            tbt_objective_s=self.tbt_slo_s,
+        )
 
 
 @dataclass(frozen=True, slots=True)

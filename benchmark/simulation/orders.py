@@ -41,13 +41,14 @@ from benchmark.simulation.agreement import policy_args, replay_on, settings_for
 from benchmark.simulation.pace import ROOT, Pace, PaceMaker, at_pace, between, servers_up
 from tqdm import tqdm
 
+from tiered_kv.api.slo import SloClass
 from tiered_kv.simulation.engine import Simulation
 from tiered_kv.simulation.live import RequestRecord
 from tiered_kv.simulation.measured_server import MeasuredServer, read_measured_server
 from tiered_kv.simulation.statistics import meets_slo
 from tiered_kv.simulation.workload.catalog import open_workload
 from tiered_kv.simulation.workload.request import RecordedWorkload, Request
-from tiered_kv.simulation.workload.slo_mix import SloClass, SloMix
+from tiered_kv.simulation.workload.slo_mix import SloMix
 
 POLICIES = ("slack", "fcfs", "lpm", "hrrn", "k-lpm")
 LOADS = (0.8, 1.0, 1.2)

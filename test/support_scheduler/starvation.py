@@ -16,12 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from support_simulation.builders import BLOCK_TOKENS, cost_model
+from tiered_kv.api.slo import Slo
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.scheduler.policies.slack import SlackPolicy
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
-from tiered_kv.scheduler.request import QueuedRequest, Slo
+from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import SchedulerState
 from tiered_kv.scheduler.slack import price
 from tiered_kv.scheduler.waiting import WaitingQueue

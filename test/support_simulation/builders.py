@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tiered_kv.api.slo import NO_SLO, Slo
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import find_model
@@ -16,7 +17,7 @@ from tiered_kv.forest.key import namespace_hash
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
 from tiered_kv.scheduler.measured_costs import PassTimes
 from tiered_kv.scheduler.plan import AdmissionPlan
-from tiered_kv.scheduler.request import NO_SLO, QueuedRequest, Slo
+from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import RequestPolicy, SchedulerState
 from tiered_kv.scheduler.waiting import WaitingQueue
 from tiered_kv.simulation.engine import Simulation, SimulationResult

@@ -21,6 +21,23 @@ class Slo:
 NO_SLO = Slo()
 
 
+def objectives_met(
+    ttft_s: float | None,
+    tbt_s: float | None,
+    *,
+    ttft_objective_s: float | None,
+    tbt_objective_s: float | None,
+) -> bool:
+    """Whether an answer was in time: the one criterion of server, simulator and replay.
+
+    ttft_s: None if there was no first token; tbt_s: None if no other came after it.
+    An objective of None is always met.
+    """
+    if ttft_objective_s is not None and (ttft_s is None or ttft_s > ttft_objective_s):
+        return False
+    return tbt_objective_s is None or tbt_s is None or tbt_s <= tbt_objective_s
+
+
 @dataclass(frozen=True, slots=True)
 class SloClass:
     """A named objective: every request of the class has it, save for what it overrides."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from tiered_kv.api.slo import NO_SLO, Slo
 from tiered_kv.forest.node import Node, Tokens
 
-__all__ = ["NO_SLO", "QueuedRequest", "Slo"]
-
 
 @dataclass(slots=True, eq=False)
 class QueuedRequest:

@@ -14,6 +14,8 @@ from tiered_kv.scheduler.ordered import OrderedIds
 
 #: A tenant this many weighted seconds of work ahead of the last counts half.
 LEAD_HALF_S = 10.0
+#: Tenants with nothing waiting that are remembered: clients name them, so there is no end to them.
+IDLE_MAX = 1024
 
 
 class TenantShares:
@@ -41,14 +43,20 @@ class TenantShares:
     def discard(self, request_id: int) -> None:
         """It is not here any more."""
         tenant = self._tenant_of.pop(request_id, None)
-        if tenant is not None:
-            self._queues[tenant].discard(request_id)
+        if tenant is None:
+            return
+        queue = self._queues[tenant]
+        queue.discard(request_id)
+        if not queue:
+            del self._queues[tenant]
 
     def charge(self, tenant: str, work_s: float) -> None:
         """`tenant` was given this much work, from this queue or another."""
         if tenant not in self._virtual_s:
             self._join(tenant)
         self._virtual_s[tenant] += work_s / self._weights.get(tenant, 1.0)
+        if len(self._virtual_s) - len(self._queues) > 2 * IDLE_MAX:
+            self._forget()
 
     def weight(self, tenant: str) -> float:
         """1 for who is not ahead of the others; less for who is."""
@@ -72,6 +80,15 @@ class TenantShares:
             own = ((queue.key(request_id), request_id) for request_id in queue)
             for _, request_id in heapq.merge(own, sorted(more.get(name, ()))):
                 yield request_id
+
+    def _forget(self) -> None:
+        """Leave IDLE_MAX idle tenants: those furthest ahead, who would gain most by it."""
+        idle = sorted(
+            (name for name in self._virtual_s if name not in self._queues),
+            key=lambda name: (self._virtual_s[name], name),
+        )
+        for name in idle[:-IDLE_MAX]:
+            del self._virtual_s[name]
 
     def _join(self, tenant: str) -> None:
         behind = [

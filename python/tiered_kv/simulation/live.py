@@ -7,8 +7,9 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from tiered_kv.api.slo import Slo
 from tiered_kv.forest.node import Node, Tokens
-from tiered_kv.scheduler.request import QueuedRequest, Slo
+from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.transfers import Transfer
 from tiered_kv.simulation.workload.request import Request, whole_blocks

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tiered_kv.api.slo import objectives_met
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.simulation.engine import SimulationResult
 from tiered_kv.simulation.live import RequestRecord
@@ -39,9 +40,9 @@ def meets_slo(record: RequestRecord, criterion: str = "mean") -> bool:
     if record.finish_s is None:
         return False
     ttft_s, tbt_s = record.ttft_s, TBT_CRITERIA[criterion](record)
-    if record.ttft_slo_s is not None and (ttft_s is None or ttft_s > record.ttft_slo_s):
-        return False
-    return record.tbt_slo_s is None or tbt_s is None or tbt_s <= record.tbt_slo_s
+    return objectives_met(
+        ttft_s, tbt_s, ttft_objective_s=record.ttft_slo_s, tbt_objective_s=record.tbt_slo_s
+    )
 
 
 def summarize(result: SimulationResult, *, criterion: str = "mean") -> dict[str, Any]:

@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support_simulation.builders import Queue
+from tiered_kv.api.slo import Slo
 from tiered_kv.scheduler.memory_forecast import (
     MemoryForecast,
     OutputLengths,
     admissible,
     peak_tokens,
 )
-from tiered_kv.scheduler.request import QueuedRequest, Slo
+from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import request_policies
 
 FUTURES = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), max_size=8)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tiered_kv.scheduler.aging import Overdue
 from tiered_kv.scheduler.ordered import OrderedIds
-from tiered_kv.scheduler.tenants import TenantShares
+from tiered_kv.scheduler.tenants import IDLE_MAX, TenantShares
 
 STEPS = st.lists(
     st.tuples(st.sampled_from(["put", "put", "discard"]), st.integers(0, 6), st.integers(-3, 3))
@@ -61,6 +61,19 @@ class TestTenantShares:
         shares.put("b", 1, 0.0)
         shares.charge("b", 1.0)
         assert list(shares.merged({}, {})) == [0, 1]
+
+    def test_tenants_without_end_are_forgotten_but_those_furthest_ahead(self) -> None:
+        shares = TenantShares({})
+        shares.put("waits", -1, 0.0)
+        for at in range(3 * IDLE_MAX):
+            shares.put(f"t{at}", at, 0.0)
+            shares.charge(f"t{at}", at + 1.0)
+            shares.discard(at)
+        assert shares.weight("waits") == 1.0
+        assert shares.weight("t0") == 1.0
+        assert shares.weight(f"t{3 * IDLE_MAX - 1}") < 0.01
+        assert len(shares) == 1
+        assert list(shares.merged({}, {})) == [-1]
 
     def test_others_are_merged_in_by_key(self) -> None:
         shares = TenantShares({})

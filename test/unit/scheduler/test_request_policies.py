@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from support_simulation.builders import BLOCK_TOKENS, Queue
+from tiered_kv.api.slo import Slo
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.scheduler.policies import lpm
 from tiered_kv.scheduler.policies.niyama import MIN_CHUNK_TOKENS, Niyama
-from tiered_kv.scheduler.request import Slo
 from tiered_kv.scheduler.request_policy import request_policies
 
 NAMES = ("fcfs", "lpm", "dfs-weight", "priority", "hrrn", "k-lpm", "edf", "niyama")

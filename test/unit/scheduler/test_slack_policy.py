@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from support_simulation.builders import BLOCK_TOKENS, Queue, cost_model
+from tiered_kv.api.slo import Slo
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.scheduler.pass_budget import MIN_CHUNK_TOKENS
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.slack import SlackPolicy
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
-from tiered_kv.scheduler.request import QueuedRequest, Slo
+from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import ForecastingPolicy, request_policies
 
 TIGHT, LOOSE = Slo("interactive", 0.5, 0.05), Slo("batch", 30.0, None)

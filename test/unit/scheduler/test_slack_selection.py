@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support_simulation.builders import Queue, cost_model
+from tiered_kv.api.slo import Slo
 from tiered_kv.core.ids import Tier
-from tiered_kv.scheduler.request import Slo
 from tiered_kv.scheduler.request_policy import request_policies
 from tiered_kv.scheduler.slack import Job, least_token_slack_s, price, select_in_time
 

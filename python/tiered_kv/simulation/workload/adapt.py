@@ -90,12 +90,13 @@ class AdaptedWorkload:
             blocks=self._cut(request.blocks, input_tokens),
             next_use_hint_s=None if hint_s is None else hint_s * self._change.pause,
         )
-        if self._change.slo_mix is not None:
-            slo = self._change.slo_mix.assign(request, self._change.seed)
+        mix = self._change.slo_mix
+        if mix is not None:
+            slo = mix.assign(request, self._change.seed)
             adapted.slo_class = slo.name
             adapted.ttft_slo_s = slo.ttft_s
             adapted.tbt_slo_s = slo.tbt_s
-            adapted.priority = slo.priority
+            adapted.priority = mix.priority(slo)
         return adapted
 
     def _scaled(self, n_tokens: int) -> int:

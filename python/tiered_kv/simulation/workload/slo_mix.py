@@ -7,29 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tiered_kv.api.slo import DEFAULT_CLASSES, SloClass
 from tiered_kv.simulation.workload.errors import WorkloadError
 from tiered_kv.simulation.workload.request import Request
-
-
-@dataclass(frozen=True, slots=True)
-class SloClass:
-    """A class of service and its targets in seconds; None for no target."""
-
-    name: str
-    ttft_s: float | None
-    tbt_s: float | None
-    priority: int = 0
-
-
-CLASSES = {
-    slo.name: slo
-    for slo in (
-        SloClass("interactive", ttft_s=1.0, tbt_s=0.05, priority=2),
-        SloClass("standard", ttft_s=5.0, tbt_s=0.1, priority=1),
-        SloClass("batch", ttft_s=60.0, tbt_s=None, priority=0),
-    )
-}
-"""The classes that have a name of their own; their targets are this project's choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +30,17 @@ class SloMix:
                 return slo
         return self.classes[-1]
 
+    def priority(self, slo: SloClass) -> int:
+        """For policies that know nothing else: how many classes may wait longer than `slo`."""
+        return sum(_patience_s(other) > _patience_s(slo) for other in self.classes)
+
+
+def _patience_s(slo: SloClass) -> float:
+    return math.inf if slo.ttft_s is None else slo.ttft_s
+
 
 def parse_slo_mix(text: str) -> SloMix:
-    """A mix written as "interactive:0.3,standard:0.7", or with targets of one's own.
+    """A mix of a server's built-in classes, "interactive:0.3,standard:0.7", or of others.
 
     "chat:0.6:0.5:0.04,bulk:0.4:-:-" gives class `chat` 60% of the sessions, a TTFT target of 0.5 s
     and a TBT target of 40 ms, and class `bulk` no targets. The shares must sum to 1. Raises
@@ -62,18 +50,19 @@ def parse_slo_mix(text: str) -> SloMix:
     shares: list[float] = []
     for part in text.split(","):
         name, *rest = part.strip().split(":")
-        if len(rest) == 1 and name not in CLASSES:
+        known = DEFAULT_CLASSES.find(name)
+        if len(rest) == 1 and known is None:
             raise WorkloadError(
                 f"There is no service class {name!r}; write {name}:SHARE:TTFT_S:TBT_S, or use one "
-                f"of {', '.join(CLASSES)}."
+                f"of {', '.join(DEFAULT_CLASSES.names())}."
             )
         if not name or len(rest) not in {1, 3}:
             raise WorkloadError(
                 f"{part!r} is no part of a mix; write CLASS:SHARE or CLASS:SHARE:TTFT_S:TBT_S."
             )
         shares.append(_number(rest[0], part))
-        if len(rest) == 1:
-            classes.append(CLASSES[name])
+        if len(rest) == 1 and known is not None:
+            classes.append(known)
         else:
             classes.append(SloClass(name, _target(rest[1], part), _target(rest[2], part)))
     if not math.isclose(sum(shares), 1.0, abs_tol=1e-6):

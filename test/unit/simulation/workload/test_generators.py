@@ -204,7 +204,7 @@ def test_a_mix_assigns_its_shares_to_whole_sessions() -> None:
     slow = next(request for request in requests if request.slo_class == "slow")
     assert (slow.ttft_slo_s, slow.tbt_slo_s) == (9.0, None)
     quick = next(request for request in requests if request.slo_class == "interactive")
-    assert (quick.ttft_slo_s, quick.tbt_slo_s, quick.priority) == (1.0, 0.05, 2)
+    assert (quick.ttft_slo_s, quick.tbt_slo_s, quick.priority) == (0.5, 0.05, 1)
 
 
 @pytest.mark.parametrize(
