@@ -1,0 +1,223 @@
+"""The pace of decoding: how long an iteration may be so that the most objectives are met.
+
+With a pace d, requests whose objective is under 2 d decode in every iteration, others in one of
+every floor(objective / d), those without one often enough to keep the bound on parking. Whether
+that can be kept up follows from the sums over all requests, so it is decided before anyone is
+chosen: choosing who is most urgent in an iteration, without asking that, lets everybody take turns
+at being late while the weights are read more often than for all at once.
+
+What it must cost: an iteration reads the weights and takes its fixed part, f seconds, whoever
+decodes. Of an iteration of d seconds the share 1 - f/d produces tokens, against 1 - f/T when all
+decode in T > d seconds. So subsets give up the share (f/d - f/T) / (1 - f/T) of the throughput, and
+are chosen only where the weight of the requests that are in time grows by more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.iteration_config import IterationConfig
+from tiered_kv.scheduler.iteration_policy import RunningRequest, decode_tokens
+
+#: A request that is behind its mean pace by so many intervals is given up before others.
+HOPELESS_INTERVALS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long iterations are to be, and what that is predicted to bring."""
+
+    interval_s: float
+    """Longest iteration; infinity: everyone decodes."""
+    objective_s: float
+    """The token objective that it serves; tighter ones are beyond hope."""
+    in_time: float
+    """Share, by weight, of the requests whose token objective is met or that have none."""
+    throughput: float
+    """Tokens per second, as a share of what decoding everyone gives."""
+    relegated: frozenset[int] = frozenset()
+    """Ids of those who are given up so that others with their objective are in time."""
+
+
+def find_pace(
+    running: Sequence[RunningRequest],
+    costs: CostModel,
+    config: IterationConfig,
+    now_s: float,
+    *,
+    is_cascade: bool = False,
+) -> Pace:
+    """The pace with the most requests in time per second. O(n log n) per distinct objective."""
+    context, n, saved = decode_tokens(running, is_cascade=is_cascade)
+    all_s = costs.iteration_s((), context, n, saved)
+    total = sum(request.weight for request in running)
+    caution = config.caution
+    best = Pace(math.inf, all_s, _in_time(running, all_s / caution, total), 1.0)
+    objectives = {r.tbt_s for r in running if r.tbt_s is not None and caution * r.tbt_s < all_s}
+    if not objectives:
+        return best
+    fixed_s = costs.iteration_s((), 0, 1)
+    for objective_s in sorted(objectives):
+        interval_s = caution * objective_s
+        price = throughput_share(fixed_s, interval_s, all_s)
+        in_time = _in_time(running, objective_s, total)
+        if in_time * price <= best.in_time * best.throughput:
+            continue
+        rotation = Rotation(running, costs, objective_s, config, is_cascade=is_cascade)
+        given_up: list[RunningRequest] = []
+        if not rotation.fits(interval_s):
+            if not config.relegate:
+                continue
+            given_up = rotation.relegated(interval_s, now_s)
+            in_time -= sum(r.weight for r in given_up) / total
+        if (not given_up and not rotation.fits(interval_s)) or (
+            in_time * price <= best.in_time * best.throughput
+        ):
+            continue
+        ids = frozenset(request.request_id for request in given_up)
+        best = Pace(interval_s, objective_s, in_time, price, ids)
+    return best
+
+
+def throughput_share(fixed_s: float, interval_s: float, all_s: float) -> float:
+    """Tokens per second with full iterations of `interval_s`, over those with one of `all_s`.
+
+    fixed_s: of an iteration, whoever decodes: its fixed part, and reading the weights.
+    """
+    if interval_s <= fixed_s or all_s <= fixed_s:
+        return 0.0 if interval_s <= fixed_s else 1.0
+    return min(1.0, (1.0 - fixed_s / interval_s) / (1.0 - fixed_s / all_s))
+
+
+def is_in_every_iteration(request: RunningRequest, objective_s: float) -> bool:
+    """At the pace that serves `objective_s`."""
+    return not request.can_park or (request.tbt_s is not None and request.tbt_s < 2.0 * objective_s)
+
+
+def max_park_s(request: RunningRequest, config: IterationConfig) -> float:
+    """Its bound on the time without a token, or the policy's."""
+    own = request.max_park_s
+    return config.max_park_s if own is None else own
+
+
+def _in_time(running: Sequence[RunningRequest], longest_s: float, total: float) -> float:
+    """Share by weight of those with no objective or one of at least `longest_s`."""
+    late = sum(r.weight for r in running if r.tbt_s is not None and r.tbt_s < longest_s)
+    return 1.0 - late / total if total > 0 else 1.0
+
+
+class Rotation:
+    """Who decodes how often at one pace, and the work of a mean iteration."""
+
+    def __init__(
+        self,
+        running: Sequence[RunningRequest],
+        costs: CostModel,
+        objective_s: float,
+        config: IterationConfig,
+        *,
+        is_cascade: bool,
+    ) -> None:
+        self._running = running
+        self._costs = costs
+        self._objective_s = objective_s
+        self._config = config
+        self._is_cascade = is_cascade
+        self._context = self._n = self._saved = 0.0
+        reads: dict[int, tuple[float, int]] = {}
+        for request in running:
+            share = self._share(request)
+            self._context += share * request.context_tokens
+            self._n += share
+            if is_cascade and request.gang is not None:
+                self._saved += share * request.shared_tokens
+                often, longest = reads.get(request.gang, (0.0, 0))
+                reads[request.gang] = (max(often, share), max(longest, request.shared_tokens))
+        # A gang's shared part is read as often as its most frequent member decodes.
+        self._saved -= sum(share * shared for share, shared in reads.values())
+        # Whole contexts take turns, so that about half of one does not fit at the end.
+        self._context += self._longest_in_turn(running) / 2.0
+
+    def fits(self, interval_s: float) -> bool:
+        """Whether everybody's pace can be kept in iterations of `interval_s`."""
+        return (
+            self._seconds(self._context, self._n, self._saved) <= interval_s
+            and self._longest_s() <= interval_s
+        )
+
+    def relegated(self, interval_s: float, now_s: float) -> list[RunningRequest]:
+        """Who has to be given up so that the others' pace can be kept; all of them may.
+
+        Those first who are behind by more than they could make up for, so that nobody is given up
+        today and somebody else tomorrow; then those with most work per weight, which leaves out
+        the fewest (Moore's rule, as in `slack.py`).
+        """
+        order = [r for r in self._running if r.can_park and r.tbt_s is not None]
+        order.sort(key=lambda r: self._least_first(r, now_s))
+        sums = [(self._context, self._n, self._saved)]
+        for request in order:
+            context, n, saved = sums[-1]
+            less = self._share(request) - self._rare_share(request)
+            shared = request.shared_tokens if request.gang is not None else 0
+            sums.append(
+                (
+                    context - less * request.context_tokens,
+                    n - less,
+                    saved - less * shared if self._is_cascade else 0.0,
+                )
+            )
+        low, high = 1, len(order)
+        while low < high:
+            middle = (low + high) // 2
+            if self._seconds(*sums[middle]) <= interval_s:
+                high = middle
+            else:
+                low = middle + 1
+        while low < len(order) and self._longest_s(order[:low]) > interval_s:
+            low += 1
+        return order[:low]
+
+    def _share(self, request: RunningRequest) -> float:
+        """Of the iterations, those in which it decodes."""
+        if is_in_every_iteration(request, self._objective_s):
+            return 1.0
+        if request.tbt_s is None:
+            return self._rare_share(request)
+        return 1.0 / int(request.tbt_s / self._objective_s + 1e-6)
+
+    def _rare_share(self, request: RunningRequest) -> float:
+        """The same for one that only the bound on parking is kept for."""
+        interval_s = self._config.caution * self._objective_s
+        return min(1.0, interval_s / max_park_s(request, self._config))
+
+    def _seconds(self, context: float, n: float, saved: float) -> float:
+        """Of a mean iteration that reads so much."""
+        return self._costs.iteration_s((), int(context), max(1, round(n)), max(0, int(saved)))
+
+    def _longest_s(self, without: Collection[RunningRequest] = ()) -> float:
+        """Of an iteration with the longest context among those who take turns."""
+        gone = {request.request_id for request in without}
+        kept = [r for r in self._running if r.request_id not in gone]
+        always = [r for r in kept if is_in_every_iteration(r, self._objective_s)]
+        context, n, saved = decode_tokens(always, is_cascade=self._is_cascade)
+        longest = self._longest_in_turn(kept)
+        return self._costs.iteration_s((), context + longest, n + bool(longest), saved)
+
+    def _longest_in_turn(self, requests: Iterable[RunningRequest]) -> int:
+        """Tokens of the longest context among those of `requests` that take turns."""
+        contexts = (
+            r.context_tokens
+            for r in requests
+            if r.tbt_s is not None and not is_in_every_iteration(r, self._objective_s)
+        )
+        return max(contexts, default=0)
+
+    def _least_first(self, request: RunningRequest, now_s: float) -> tuple[bool, float, int]:
+        due_s, tbt_s = request.next_token_due_s, request.tbt_s
+        assert tbt_s is not None
+        is_behind = due_s is not None and now_s - due_s > HOPELESS_INTERVALS * tbt_s
+        work = self._share(request) * request.context_tokens / max(request.weight, 1e-9)
+        return not is_behind, -work, -request.request_id

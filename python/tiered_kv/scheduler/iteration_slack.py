@@ -1,0 +1,159 @@
+"""This project's choice of who decodes: everyone when that fits, else by slack at a fixed pace.
+
+1. If everyone's next token is in time when all decode, all decode.
+2. Else the pace is found at which most requests are in time, and whether it is worth its price
+   (`iteration_pace.py`). If none is, all decode.
+3. At that pace: requests with the tightest objectives, and those that can't be parked, in every
+   iteration; whoever has been parked for too long; then by slack those who would be late after one
+   more iteration, whole gangs together; then those who got their last token the longest ago, as
+   long as the iteration ends before the first token is late.
+
+Docs: docs/scheduler.md, with what follows for the time that anyone can be parked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.iteration_batch import Packing, with_gangs
+from tiered_kv.scheduler.iteration_config import IterationConfig
+from tiered_kv.scheduler.iteration_pace import (
+    Pace,
+    find_pace,
+    is_in_every_iteration,
+    max_park_s,
+)
+from tiered_kv.scheduler.iteration_policy import (
+    IterationPlan,
+    IterationState,
+    RunningRequest,
+    RunningTotals,
+)
+from tiered_kv.scheduler.iteration_prefill import prefill_tokens, share_of
+from tiered_kv.scheduler.iteration_swap import choose_swap_out
+
+
+class SlackIterations:
+    """Stateless; work per plan O(n log n) in the running requests."""
+
+    def __init__(self, config: IterationConfig | None = None) -> None:
+        self.config = config or IterationConfig()
+
+    def fits(self, totals: RunningTotals, costs: CostModel, now_s: float) -> bool:
+        """Whether all decode in time, every objective being an interval from the last decode."""
+        if totals.n_parked:
+            return False
+        tightest_s = totals.tightest_tbt_s
+        if math.isinf(tightest_s) or not totals.n:
+            return True
+        seconds = costs.iteration_s((), totals.context_tokens, totals.n, totals.shared_tokens_saved)
+        return now_s + seconds <= totals.decoded_s + self.config.caution * tightest_s
+
+    def plan(self, state: IterationState) -> IterationPlan:
+        """See `IterationPolicy.plan`."""
+        swap_out: tuple[int, ...] = ()
+        running: Sequence[RunningRequest] = state.running
+        if state.short_tokens > 0:
+            swap_out = choose_swap_out(running, state.short_tokens, state.short_for_tbt_s)
+            leaving = set(swap_out)
+            running = [r for r in running if r.request_id not in leaving]
+        if not running:
+            return IterationPlan(swap_out=swap_out)
+        config = self.config
+        everyone = Packing(state.costs, is_cascade=state.is_cascade)
+        everyone.add(running)
+        all_s = everyone.seconds
+        left_s = min(due_s(request, config) for request in running) - state.now_s
+        if all_s > left_s:
+            pace = find_pace(running, state.costs, config, state.now_s, is_cascade=state.is_cascade)
+            if not math.isinf(pace.interval_s):
+                return self._paced(state, running, pace, swap_out)
+        tokens = prefill_tokens(state, everyone, all_s, left_s, config)
+        return IterationPlan(prefill_tokens=tokens, swap_out=swap_out)
+
+    def _paced(
+        self,
+        state: IterationState,
+        running: Sequence[RunningRequest],
+        pace: Pace,
+        swap_out: tuple[int, ...],
+    ) -> IterationPlan:
+        config, now_s = self.config, state.now_s
+        batch = Packing(state.costs, is_cascade=state.is_cascade)
+        always, turns, spare = _parts(running, pace)
+        due = (due_s(r, config) for r in always if _can_be(r, pace))
+        left_s = min(min(due, default=math.inf) - now_s, pace.interval_s)
+        batch.add(always)
+        if batch.seconds > left_s:
+            # Late already: it gets one interval, as nothing that is left out now would help it.
+            left_s = pace.interval_s
+        # The overdue decode whatever the time.
+        batch.add(r for r in turns + spare if _is_overdue(r, now_s, config))
+        turns = [r for r in turns if not _is_overdue(r, now_s, config)]
+        spare = [r for r in spare if not _is_overdue(r, now_s, config)]
+        urgent_s = now_s + left_s + pace.interval_s
+        urgent = sorted((r for r in turns if due_s(r, config) < urgent_s), key=_by_due(config))
+        spare += [r for r in turns if due_s(r, config) >= urgent_s]
+        others = sorted(spare, key=_by_last_token)
+        if state.is_cascade:
+            urgent, others = with_gangs(urgent), with_gangs(others)
+        others = batch.fill(urgent, left_s) + others
+        needed_s = batch.seconds
+        for_prefill_s = share_of(needed_s, left_s, others, config.prefill_share)
+        fill_s = left_s
+        if state.prefill is not None and state.is_mixed:
+            fill_s -= for_prefill_s - needed_s
+        parked = batch.fill(others, fill_s)
+        limit_s = left_s if state.is_mixed else for_prefill_s
+        tokens = prefill_tokens(state, batch, needed_s, limit_s, config)
+        if not parked:
+            return IterationPlan(prefill_tokens=tokens, swap_out=swap_out)
+        return IterationPlan(tuple(r.request_id for r in batch.chosen), tokens, swap_out)
+
+
+def _parts(
+    running: Sequence[RunningRequest], pace: Pace
+) -> tuple[list[RunningRequest], list[RunningRequest], list[RunningRequest]]:
+    """Those in every iteration, those who take turns, and those who get what time is left."""
+    always, turns, spare = [], [], []
+    for request in running:
+        if request.request_id in pace.relegated:
+            spare.append(request)
+        elif is_in_every_iteration(request, pace.objective_s):
+            always.append(request)
+        else:
+            turns.append(request)
+    return always, turns, spare
+
+
+def due_s(request: RunningRequest, config: IterationConfig) -> float:
+    """When its next token is due, to plan with; without an objective, when it has to decode."""
+    tbt_s = request.tbt_s
+    last_s = request.last_token_s
+    if tbt_s is None:
+        return last_s + max_park_s(request, config)
+    soonest_s = last_s + config.caution * tbt_s
+    if config.stretch == 1.0 or request.next_token_due_s is None:
+        return soonest_s
+    latest_s = last_s + config.caution * config.stretch * tbt_s
+    return min(max(soonest_s, request.next_token_due_s), latest_s)
+
+
+def _is_overdue(request: RunningRequest, now_s: float, config: IterationConfig) -> bool:
+    """Whether it has been parked for as long as anyone may be."""
+    return now_s - request.last_token_s >= max_park_s(request, config)
+
+
+def _can_be(request: RunningRequest, pace: Pace) -> bool:
+    """Whether this pace serves its objective."""
+    return request.tbt_s is not None and request.tbt_s >= pace.objective_s
+
+
+def _by_due(config: IterationConfig) -> Callable[[RunningRequest], tuple[float, int]]:
+    return lambda request: (due_s(request, config), request.request_id)
+
+
+def _by_last_token(request: RunningRequest) -> tuple[float, int]:
+    return request.last_token_s, request.request_id
