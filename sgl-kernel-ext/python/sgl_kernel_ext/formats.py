@@ -11,11 +11,12 @@ int4    4-bit codes with a float16 scale and zero point, as in KIVI (arXiv 2402.
 int2    channel over the page's tokens, values per token over the head's channels. 2 bits likewise.
 kitty   int2, but the channels of each key head with the widest range have 4 bits, as in Kitty
         (arXiv 2511.18643): their upper two bits lie among the 2-bit codes of all channels, their
-        lower two in a section of their own, beside the list of these channels.
+        lower two in a section of their own, beside a bit mask of these channels.
 
-Codes are packed along the channels, the first channel in a byte's low bits. Keys of pages under
-MIN_TOKENS_PER_CHANNEL tokens are grouped per token as well: a scale for one or two tokens of a
-channel would take more room than it saves; kitty is int2 there. An MLA pool's latent is a key.
+Codes and mask bits are packed along the channels, the first channel in a byte's low bits. Keys of
+pages under MIN_TOKENS_PER_CHANNEL tokens are grouped per token as well: a scale for one or two
+tokens of a channel would take more room than it saves; kitty is int2 there. An MLA pool's latent is
+a key.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ ELEMENT_BYTES = {
     "float16": 2,
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
-    "uint16": 2,
     "uint8": 1,
 }
 #: What the lossy formats convert from and to.
@@ -224,7 +224,7 @@ def sections_of(format_: Format, page_size: int, spec: BufferSpec) -> tuple[Sect
         if per_channel and format_ is Format.KITTY:
             n_boosted = boosted_channels(channels)
             arrays += [
-                ("boosted", (heads, n_boosted), "uint16" if channels > 256 else "uint8"),
+                ("boosted", (heads, -(-channels // 8)), "uint8"),
                 ("low_bits", (heads, page_size, -(-n_boosted // 4)), "uint8"),
             ]
     sections = []

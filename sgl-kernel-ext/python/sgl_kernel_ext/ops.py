@@ -4,8 +4,8 @@
     gather_pages(pool, pages, out)                        # all layers, whole pages
     scatter_pages(pool, pages, rows_of_layer, layers=range(3, 4))   # a layer that has arrived
 
-They run as vectorised torch; on CUDA in the current stream. `reference` says, slowly, what they mean.
-Both convert between the pool's elements and the layout's format on the way.
+They run as vectorised torch; on CUDA in the current stream. `reference` says, slowly, what they
+mean. Both convert between the pool's elements and the layout's format on the way.
 """
 
 from __future__ import annotations

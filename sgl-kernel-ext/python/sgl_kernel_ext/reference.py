@@ -10,7 +10,14 @@ from collections.abc import Sequence
 
 import torch
 
-from sgl_kernel_ext.formats import BufferLayout, Format, PageLayout, Role, key_per_channel
+from sgl_kernel_ext.formats import (
+    BufferLayout,
+    Format,
+    PageLayout,
+    Role,
+    boosted_channels,
+    key_per_channel,
+)
 
 #: The largest e4m3 number; this format has no infinity.
 FP8_MAX = 448.0
@@ -104,7 +111,7 @@ def encode_head(x: torch.Tensor, share: BufferLayout, format_: Format) -> dict[s
     names = {section.name for section in share.sections}
     boosted = torch.empty(0, dtype=torch.long)
     if "boosted" in names:
-        n_boosted = share.section("boosted").shape[1]
+        n_boosted = boosted_channels(x.shape[1])
         # A stable sort, so that of equal channels the first are chosen.
         widest_first = torch.sort(spread, descending=True, stable=True).indices
         boosted = widest_first[:n_boosted].sort().values
@@ -113,7 +120,9 @@ def encode_head(x: torch.Tensor, share: BufferLayout, format_: Format) -> dict[s
     codes = quantize(x, zero.float(), scale.float(), steps, axis)
     arrays = {"scale": scale, "zero": zero}
     if "boosted" in names:
-        arrays["boosted"] = boosted.to(torch.uint16 if x.shape[1] > 256 else torch.uint8)
+        mask = torch.zeros(1, x.shape[1], dtype=torch.uint8)
+        mask[0, boosted] = 1
+        arrays["boosted"] = pack(mask, 1)[0]
         arrays["low_bits"] = pack(codes[:, boosted] % 4, 2)
         codes[:, boosted] //= 4
     arrays["codes"] = pack(codes, format_.code_bits)
@@ -139,7 +148,7 @@ def decode_head(
     head_dim = share.spec.head_dim
     codes = unpack(arrays["codes"], format_.code_bits, head_dim)
     if "boosted" in arrays:
-        boosted = arrays["boosted"].long()
+        boosted = unpack(arrays["boosted"][None], 1, head_dim)[0].nonzero().flatten()
         low_bits = unpack(arrays["low_bits"], 2, len(boosted))
         codes[:, boosted] = codes[:, boosted] * 4 + low_bits
     per_channel = share.spec.role is Role.KEY and key_per_channel(codes.shape[0])

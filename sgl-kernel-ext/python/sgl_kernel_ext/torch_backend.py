@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
-from sgl_kernel_ext.formats import BufferLayout, Format, PageLayout, Role, key_per_channel
+from sgl_kernel_ext.formats import (
+    BufferLayout,
+    Format,
+    PageLayout,
+    Role,
+    boosted_channels,
+    key_per_channel,
+)
 from sgl_kernel_ext.reference import FLOAT16_MAX, FP8_MAX, FP8_SCALE_MIN
 
 if TYPE_CHECKING:
@@ -124,8 +131,8 @@ def encode(x: torch.Tensor, out: torch.Tensor, share: BufferLayout, format_: For
         fine = codes.gather(3, columns)
         codes.scatter_(3, columns, fine >> 2)
         store(out, share, "low_bits", pack(fine & 3, 2))
-        wide = share.section("boosted").dtype == "uint16"
-        store(out, share, "boosted", boosted.to(torch.int16 if wide else torch.uint8))
+        mask = spread.new_zeros(spread.shape, dtype=torch.uint8).scatter_(2, boosted, 1)
+        store(out, share, "boosted", pack(mask, 1))
     store(out, share, "codes", pack(codes, format_.code_bits))
 
 
@@ -137,8 +144,11 @@ def decode(data: torch.Tensor, share: BufferLayout, format_: Format) -> torch.Te
     axis = group_axis(share, codes.shape[2])
     values = unpack(codes, format_.code_bits, share.spec.head_dim)
     if any(section.name == "boosted" for section in share.sections):
-        boosted = load(data, share, "boosted").long()
-        low_bits = unpack(load(data, share, "low_bits"), 2, boosted.shape[2])
+        mask = unpack(load(data, share, "boosted"), 1, share.spec.head_dim)
+        # A stable sort brings the channels of the mask to the front, in their order.
+        n_boosted = boosted_channels(share.spec.head_dim)
+        boosted = torch.sort(mask, dim=2, descending=True, stable=True).indices[..., :n_boosted]
+        low_bits = unpack(load(data, share, "low_bits"), 2, n_boosted)
         columns = boosted.unsqueeze(2).expand(-1, -1, values.shape[2], -1)
         values.scatter_(3, columns, values.gather(3, columns) << 2 | low_bits)
     scale, zero = (load(data, share, name).float().unsqueeze(axis) for name in ("scale", "zero"))
@@ -155,7 +165,7 @@ def widest_channels(spread: torch.Tensor, share: BufferLayout) -> torch.Tensor |
     for section in share.sections:
         if section.name == "boosted":
             widest_first = torch.sort(spread, dim=2, descending=True, stable=True).indices
-            return widest_first[..., : section.shape[1]].sort(dim=2).values
+            return widest_first[..., : boosted_channels(spread.shape[2])].sort(dim=2).values
     return None
 
 
@@ -166,11 +176,10 @@ def store(out: torch.Tensor, share: BufferLayout, name: str, array: torch.Tensor
 
 
 def load(data: torch.Tensor, share: BufferLayout, name: str) -> torch.Tensor:
-    """A section as (pages, *its shape); uint16 as int16, which torch can index with."""
+    """A section as (pages, *its shape)."""
     section = share.section(name)
-    dtype = torch.int16 if section.dtype == "uint16" else getattr(torch, section.dtype)
     run = data[:, section.offset : section.offset + section.n_bytes]
-    return viewed(run, dtype).view(-1, *section.shape)
+    return viewed(run, getattr(torch, section.dtype)).view(-1, *section.shape)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
