@@ -1,0 +1,104 @@
+"""Gangs on a real server: what they share is read once, and the answers are plain SGLang's.
+
+The oracle is plain SGLang in float32. `--tiered-kv-debug-integrity` has every plan checked against
+the page tables: a group whose requests do not share their slots stops the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.client import generate, generate_all
+from support.demo_model import host_size
+from support.metrics import scrape
+from support.models import tiny_model_for_two_ranks
+from support.oracle import Oracle, Prompt
+from support.prompts import PromptMaker
+from support.server import FLOAT32, Server
+from support.workload import Request, differences, serve
+from tiered_kv.metrics import names
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+
+NEW_TOKENS = 24
+TIERS = ("--tiered-kv", "--tiered-kv-disk-dir", "none", "--tiered-kv-host-size", host_size(4096))
+WATCH = ("--tiered-kv-debug-integrity", "--enable-metrics")
+
+
+def gang_prompts(
+    prompts: PromptMaker, n_gangs: int, n_members: int, shared: int, own: int = 40
+) -> list[Prompt]:
+    """Interleaved, as they would arrive: the first of every gang, then the second of every, ..."""
+    return [
+        prompts.tokens(f"gang {gang}", shared) + prompts.tokens(f"member {gang} {member}", own)
+        for member in range(n_members)
+        for gang in range(n_gangs)
+    ]
+
+
+def read_share(server: Server) -> float:
+    """Tokens read per token attended to, in all decoding so far."""
+    now = scrape(server)
+    return now.of(names.DECODE_READ_TOKENS) / now.of(names.DECODE_CONTEXT_TOKENS)
+
+
+def test_four_gangs_of_four(
+    make_server: Callable[..., Server], oracle: Oracle, prompts: PromptMaker
+) -> None:
+    asked = gang_prompts(prompts, n_gangs=4, n_members=4, shared=2048)
+    args = ["--page-size", 64, "--max-total-tokens", 16384, "--chunked-prefill-size", 512]
+    with make_server("cascade", *FLOAT32, *args, *TIERS, *WATCH) as server:
+        answers = generate_all(server, asked, NEW_TOKENS, concurrency=16)
+        share = read_share(server)
+    truths = oracle.all_output_ids([(prompt, NEW_TOKENS) for prompt in asked])
+    assert [answer.output_ids for answer in answers] == truths
+    # All sixteen together would read 4 x (2,048 + 4 x own) of 16 x (2,048 + own) tokens: 0.27.
+    assert share < 0.45
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_under_pressure(
+    make_server: Callable[..., Server], oracle: Oracle, prompts: PromptMaker, page_size: int
+) -> None:
+    """Pages of other sizes, a pool too small for all (requests are retracted), and aborts."""
+    asked = gang_prompts(prompts, n_gangs=3, n_members=5, shared=768, own=60)
+    args = ["--page-size", page_size, "--max-total-tokens", 3072, "--chunked-prefill-size", 256]
+    # Admission by SGLang's optimistic estimate, so that decoding runs out of room.
+    args += ["--schedule-conservativeness", "0.1", "--tiered-kv-policy", "upstream"]
+    load = [Request(p, 96, "abort" if i % 7 == 3 else None, 1.5) for i, p in enumerate(asked)]
+    with make_server(f"cascade_{page_size}", *FLOAT32, *args, *TIERS, *WATCH) as server:
+        answers = serve(server, load, concurrency=15)
+        share = read_share(server)
+        assert "Retract requests" in server.log_text()
+        again = generate(server, asked[0], 96).output_ids
+    truths = oracle.all_output_ids([(prompt, 96) for prompt in asked])
+    assert not differences(answers, truths)
+    assert again == truths[0]
+    assert share < 0.75
+
+
+@pytest.mark.long
+def test_two_ranks(
+    make_server: Callable[..., Server], demo_model: Path, prompts: PromptMaker, tmp_path: Path
+) -> None:
+    """Each rank plans for itself; with cascade or without, the answers are the same."""
+    model = tiny_model_for_two_ranks(demo_model, tmp_path / "model")
+    asked = gang_prompts(prompts, n_gangs=2, n_members=4, shared=1024)
+    args = ["--tp", 2, "--page-size", 16, "--max-total-tokens", 8192, "--chunked-prefill-size", 512]
+    found = {}
+    for mode in ("off", "on"):
+        server = make_server(
+            f"cascade_ranks_{mode}",
+            *(*FLOAT32, *args, *TIERS, *WATCH, "--tiered-kv-cascade", mode),
+            model=model,
+        )
+        with server:
+            answers = generate_all(server, asked, NEW_TOKENS, concurrency=8)
+            found[mode] = [answer.output_ids for answer in answers]
+            if mode == "on":
+                assert read_share(server) < 0.6
+    assert found["on"] == found["off"]
