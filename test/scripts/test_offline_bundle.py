@@ -1,0 +1,337 @@
+"""scripts/offline_bundle: what is packed here is installed there, and nothing that was damaged.
+
+Bundles are made of small wheels written here, and installed by the bundle's own `install`, in a
+process of its own; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS / "lib"))
+
+from bundle import cli, install, jit, packages, parts, trim  # noqa: E402
+from bundle.download import find_wheel, platforms  # noqa: E402
+from bundle.errors import BundleError  # noqa: E402
+from bundle.packages import Requirement  # noqa: E402
+
+PART_BYTES = 64 << 10
+
+
+def wheel(folder: Path, name: str, files: dict[str, bytes], tag: str = "py3-none-any") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-1.0-{tag}.whl"
+    dist_info = f"{name}-1.0.dist-info"
+    about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode()
+    trim.write_wheel(path, dist_info, {**files, f"{dist_info}/METADATA": about})
+    return path
+
+
+def description(**changes: Any) -> dict[str, Any]:
+    version = sys.version_info
+    return {
+        "schema": 1,
+        "python": f"{version.major}.{version.minor}",
+        "host": {"pytest": metadata.version("pytest")},
+        "environment": {"KERNELS": "$PREFIX/jit"},
+        "serve_flags": ["--port", "1"],
+        "unpacked_bytes": 1000,
+        "wheels": {},
+        **changes,
+    }
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """Two packages and a file, in several parts."""
+    noise = b"".join(hashlib.sha256(bytes([i])).digest() for i in range(256)) * 24
+    wheels = [
+        wheel(tmp_path / "in", "first", {"first.py": b"value = 1\n", "noise.bin": noise}),
+        wheel(
+            tmp_path / "in",
+            "second",
+            {
+                "second/__init__.py": b"value = 2\n",
+                "second-1.0.data/platlib/second/native.so": b"\x7fELF",
+                "second-1.0.data/scripts/tool": b"#!python\n",
+            },
+        ),
+    ]
+    source = tmp_path / "note.txt"
+    source.write_bytes(noise)
+    out = tmp_path / "bundle"
+    cli.write_bundle(out, PART_BYTES, wheels, [("source/note.txt", source)], description())
+    return out
+
+
+def run_install(bundle: Path, prefix: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(bundle / "install"), "--prefix", str(prefix)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def error_of(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr.splitlines()[-1]
+
+
+def test_what_is_packed_is_installed(bundle: Path, tmp_path: Path) -> None:
+    assert len(list(bundle.glob("payload.tar.*"))) > 2
+    prefix = tmp_path / "a place" / "prefix"
+    result = run_install(bundle, prefix)
+    assert result.returncode == 0, result.stderr
+    assert str(prefix / "serve") in result.stdout
+    assert (prefix / "source/note.txt").read_bytes() == (tmp_path / "note.txt").read_bytes()
+    assert (prefix / "site/second/native.so").read_bytes() == b"\x7fELF"
+    assert not list(prefix.rglob("tool"))
+    code = (
+        "import first, os, second; from importlib.metadata import version as v; "
+        "print(first.value, second.value, v('first'), os.environ['KERNELS'])"
+    )
+    shell = f'. "{prefix}/env" && "$TIERED_KV_PYTHON" -c "{code}"'
+    found = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True)
+    assert found.stdout.split(" ", 3) == ["1", "2", "1.0", f"{prefix}/jit\n"]
+
+
+def test_the_checksums_are_those_that_sha256sum_reads(bundle: Path) -> None:
+    result = subprocess.run(
+        ["sha256sum", "--check", "--strict", parts.CHECKSUMS_NAME],
+        cwd=bundle, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    checked = {line.split(":")[0] for line in result.stdout.splitlines()}
+    assert checked == {path.name for path in bundle.iterdir()} - {parts.CHECKSUMS_NAME}
+
+
+def test_a_damaged_and_a_missing_part_are_named(bundle: Path, tmp_path: Path) -> None:
+    damaged = bytearray((bundle / "payload.tar.001").read_bytes())
+    damaged[1000] ^= 1
+    (bundle / "payload.tar.001").write_bytes(damaged)
+    (bundle / "payload.tar.002").unlink()
+    message = error_of(run_install(bundle, tmp_path / "prefix"))
+    assert "payload.tar.002 is missing and payload.tar.001 is damaged" in message
+    assert not (tmp_path / "prefix").exists()
+
+
+def test_a_second_installation_replaces_the_first(bundle: Path, tmp_path: Path) -> None:
+    prefix = tmp_path / "prefix"
+    assert run_install(bundle, prefix).returncode == 0
+    (prefix / "site/stale.py").touch()
+    assert run_install(bundle, prefix).returncode == 0
+    assert not (prefix / "site/stale.py").exists()
+    assert [path.name for path in prefix.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_folder_of_something_else_is_left_alone(bundle: Path, tmp_path: Path) -> None:
+    prefix = tmp_path / "precious"
+    prefix.mkdir()
+    (prefix / "thesis.tex").touch()
+    assert "holds something else" in error_of(run_install(bundle, prefix))
+    assert [path.name for path in prefix.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"python": "3.7"}, "is for CPython 3.7"),
+        ({"host": {"no-such-package": "1"}}, "has no no-such-package"),
+        ({"unpacked_bytes": 1 << 60}, "are needed"),
+    ],
+)
+def test_a_host_that_does_not_fit_is_told_why(
+    bundle: Path, tmp_path: Path, changes: dict[str, Any], text: str
+) -> None:
+    (bundle / install.DESCRIPTION_NAME).write_text(json.dumps(description(**changes)))
+    names = [path for path in bundle.iterdir() if path.name != parts.CHECKSUMS_NAME]
+    parts.write_checksums([(path.name, parts.sha256_of(path)) for path in names], bundle)
+    assert text in error_of(run_install(bundle, tmp_path / "prefix"))
+
+
+def test_an_archive_that_leads_outside_is_refused(tmp_path: Path) -> None:
+    evil = tmp_path / "payload.tar.000"
+    with tarfile.open(evil, "w") as archive:
+        archive.addfile(tarfile.TarInfo("../outside"), io.BytesIO())
+    with pytest.raises(install.InstallError, match="outside"):
+        install.unpack([evil], tmp_path / "a" / "prefix")
+    assert not (tmp_path / "a" / "outside").exists()
+    assert not (tmp_path / "a" / "prefix").exists()
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, PART_BYTES - 1024, 3 * PART_BYTES, 3 * PART_BYTES + 1])
+def test_parts_joined_are_the_archive(tmp_path: Path, n_bytes: int) -> None:
+    (tmp_path / "file").write_bytes(os.urandom(n_bytes))
+    digests = parts.write_parts([("a/file", tmp_path / "file")], tmp_path, PART_BYTES)
+    paths = [tmp_path / name for name, _ in digests]
+    assert paths == sorted(tmp_path.glob("payload.tar.*"))
+    assert all(path.stat().st_size == PART_BYTES for path in paths[:-1])
+    assert [digest for _, digest in digests] == [parts.sha256_of(path) for path in paths]
+    joined = io.BytesIO(b"".join(path.read_bytes() for path in paths))
+    assert install.JoinedParts(paths).readall() == joined.getvalue()
+    with tarfile.open(fileobj=joined) as archive:
+        member = archive.extractfile("a/file")
+        assert member is not None
+        assert member.read() == (tmp_path / "file").read_bytes()
+
+
+def test_equal_files_give_equal_parts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 1000)
+    first = parts.write_parts([("f", tmp_path / "file")], tmp_path, PART_BYTES)
+    os.utime(tmp_path / "file", (1, 1))
+    assert parts.write_parts([("f", tmp_path / "file")], tmp_path, PART_BYTES) == first
+
+
+def test_fewer_parts_leave_none_of_the_older_ones(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(os.urandom(4 * PART_BYTES))
+    parts.write_parts([("f", tmp_path / "file")], tmp_path, PART_BYTES)
+    parts.write_parts([("f", tmp_path / "file")], tmp_path, 100 * PART_BYTES)
+    assert [path.name for path in tmp_path.glob("payload.tar.*")] == ["payload.tar.000"]
+
+
+def test_parts_that_are_too_small_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="too small"):
+        parts.write_parts([], tmp_path, 1000)
+
+
+KERNEL_FILES = {
+    "sgl_kernel/__init__.py": b"import x\n",
+    "sgl_kernel/sm90/common_ops.abi3.so": b"hopper",
+    "sgl_kernel/sm100/common_ops.abi3.so": b"others",
+    "sgl_kernel/flash_ops.abi3.so": b"large",
+}
+
+
+@pytest.mark.parametrize(("arch", "kept"), [("9.0a", "sm90"), ("8.0", "sm100"), ("10.0a", "sm100")])
+def test_sgl_kernel_keeps_what_its_gpu_needs(tmp_path: Path, arch: str, kept: str) -> None:
+    source = wheel(tmp_path / "in", "sglang_kernel", KERNEL_FILES, "cp310-abi3-linux_x86_64")
+    target = tmp_path / source.name
+    trim.trim_wheel(source, target, trim.is_needed_of_sgl_kernel(arch))
+    with zipfile.ZipFile(target) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert names == {"sgl_kernel/__init__.py", f"sgl_kernel/{kept}/common_ops.abi3.so"}
+        rows = list(csv.reader(io.StringIO(archive.read(f"{DIST_INFO}/RECORD").decode())))
+        assert {row[0] for row in rows} == set(archive.namelist())
+        for name, digest, size in rows:
+            if digest:
+                data = archive.read(name)
+                assert (digest, int(size)) == (trim.record_hash(data), len(data))
+
+
+DIST_INFO = "sglang_kernel-1.0.dist-info"
+
+
+def test_a_wheel_of_other_contents_is_not_trimmed_to_nothing(tmp_path: Path) -> None:
+    source = wheel(tmp_path / "in", "sglang_kernel", {"other/file.so": b"x"})
+    with pytest.raises(BundleError, match="Nothing of sglang_kernel"):
+        trim.trim_wheel(source, tmp_path / source.name, trim.is_needed_of_sgl_kernel("9.0a"))
+
+
+def test_what_the_host_has_is_left_out() -> None:
+    requirements = packages.parse_requirements(
+        "# comment\n\nexact==1.2\nrange==2.0  # host: >=1.5,<3\nopen==4  # host: >=4\nabsent==1\n"
+    )
+    assert [r.name for r in requirements] == ["exact", "range", "open", "absent"]
+
+    def left(freeze: str) -> list[str]:
+        host = packages.parse_freeze(freeze)
+        return [r.name for r in packages.wanted(requirements, host)]
+
+    assert left("exact==1.2+cu130\nRange==2.9\nopen==10.1\n") == ["absent"]
+    assert left("exact==1.3\nrange==3.0\nopen==3.9\n") == ["exact", "range", "open", "absent"]
+    assert left("") == ["exact", "range", "open", "absent"]
+    with pytest.raises(BundleError, match="NAME==VERSION"):
+        left("Package    Version\n")
+
+
+def test_the_requirements_are_of_the_release_that_is_pinned() -> None:
+    pins = {r.name: r.version for r in cli.bundled_requirements()}
+    pyproject = (SCRIPTS.parent / "pyproject.toml").read_text()
+    assert f'"sglang=={pins["sglang"]}"' in pyproject
+    assert not {"torch", "triton"} & set(pins)
+    needed = "\n".join(metadata.requires("sglang") or [])
+    exact = {
+        packages.normalized(name): version
+        for name, version in re.findall(r"^([\w-]+)(?:\[.*\])?==([\w.]+)", needed, re.MULTILINE)
+    }
+    for name in ("flashinfer-python", "sglang-kernel", "transformers", "xgrammar"):
+        assert pins[name] == exact[name]
+
+
+def test_the_wheel_for_the_hosts_python_is_found(tmp_path: Path) -> None:
+    for tag in ("cp311-cp311-linux_x86_64", "cp313-abi3-linux_x86_64"):
+        wheel(tmp_path, "native", {"native.py": b""}, tag)
+    assert find_wheel(tmp_path, Requirement("native", "1.0"), "3.12") is None
+    expected = wheel(tmp_path, "native", {"native.py": b""}, "cp39-abi3-linux_x86_64")
+    assert find_wheel(tmp_path, Requirement("native", "1.0"), "3.12") == expected
+    assert find_wheel(tmp_path, Requirement("native", "1.1"), "3.12") is None
+    expected.write_bytes(expected.read_bytes()[:-30])  # a download that broke off
+    assert find_wheel(tmp_path, Requirement("native", "1.0"), "3.12") is None
+
+
+def test_no_platform_wants_a_newer_glibc_than_the_host_has() -> None:
+    assert "manylinux_2_28_x86_64" in platforms(31)
+    assert "manylinux_2_34_x86_64" not in platforms(31)
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"), [("60MiB", 60 << 20), ("50 MB", 50_000_000), ("70000", 70_000)]
+)
+def test_sizes(text: str, n_bytes: int) -> None:
+    assert cli.size_of(text) == n_bytes
+
+
+def test_prebuilt_kernels_travel_where_their_users_look(tmp_path: Path) -> None:
+    made = tmp_path / "jit"
+    for path in ("flashinfer/page/page.so", "tvm_ffi/key/module.so", "work/left/over.o"):
+        (made / path).parent.mkdir(parents=True)
+        (made / path).write_bytes(b"\x7fELF")
+    assert [name for name, _ in jit.files(made)] == ["jit/tvm_ffi/key/module.so"]
+    built = jit.flashinfer_wheel(made, [Requirement("flashinfer-python", "0.6.15")], tmp_path)
+    install.unpack_wheel(built, tmp_path / "site")
+    code = (
+        "import flashinfer_jit_cache as c, pathlib; print(c.__version__, "
+        "(pathlib.Path(c.get_jit_cache_dir()) / 'page' / 'page.so').read_bytes())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert found.stdout == "0.6.15 b'\\x7fELF'\n"
+
+
+def test_no_kernels_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no such folder"):
+        jit.files(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match="holds no kernels"):
+        jit.files(tmp_path)
+
+
+def test_help_names_the_way_from_here_to_there() -> None:
+    result = subprocess.run(
+        [sys.executable, str(SCRIPTS / "offline_bundle"), "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0
+    for text in ("--build-jit", "--host-packages", "./install --prefix"):
+        assert text in result.stdout
