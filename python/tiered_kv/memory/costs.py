@@ -10,9 +10,11 @@ from tiered_kv.core.ids import Tier
 class Costs(Protocol):
     """Seconds; the same on all tensor-parallel ranks. Tokens are the forest's."""
 
-    @property
-    def bytes_per_token(self) -> float:
-        """KV bytes of one token in all layers."""
+    def bytes_per_token(self, tier: Tier) -> float:
+        """KV bytes of one token in all layers, as `tier` keeps them.
+
+        Tiers may keep them in different formats. What moves between two has the farther one's.
+        """
         ...
 
     def recompute_s(self, start: int, end: int) -> float:
@@ -27,8 +29,11 @@ class Costs(Protocol):
 class EqualCosts:
     """For want of a model: every token costs the same to compute, a hundredth of it to load."""
 
-    bytes_per_token = 1.0
     _LOAD_SHARE = 0.01
+
+    def bytes_per_token(self, tier: Tier) -> float:
+        del tier
+        return 1.0
 
     def recompute_s(self, start: int, end: int) -> float:
         return float(end - start)

@@ -150,7 +150,7 @@ class MemoryManager:
         if self._load_policy is not LoadPolicy.COST:
             return float("inf")
         n_tokens = n_pages * self._forest.page_size
-        n_bytes = int(n_tokens * self._costs.bytes_per_token)
+        n_bytes = int(n_tokens * self._costs.bytes_per_token(Tier.DISK))
         load_s = self._costs.load_s(Tier.DISK, Tier.HOST, n_bytes, queued_bytes)
         return max(2.0 * load_s, self._costs.recompute_s(start, start + n_tokens))
 
@@ -197,7 +197,8 @@ class MemoryManager:
             return 0
         if self._load_policy is LoadPolicy.ALWAYS:
             return n_pages
-        costs, page_bytes = self._costs, self._forest.page_size * self._costs.bytes_per_token
+        costs = self._costs
+        page_bytes = self._forest.page_size * costs.bytes_per_token(max(source, target))
 
         def load_s(queued: int, k: int) -> float:
             return costs.load_s(source, target, int(k * page_bytes), queued)

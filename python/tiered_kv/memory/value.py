@@ -100,11 +100,12 @@ class ValueEviction:
     def cost_per_byte(self, node: Node, tier: Tier) -> float:
         """Seconds to bring back a byte of `node`, lost to `tier`, the cheapest way there is."""
         costs = self._costs
-        n_bytes = max(1.0, node.n_tokens * costs.bytes_per_token)
+        n_bytes = max(1.0, node.n_tokens * costs.bytes_per_token(tier))
         cheapest_s = costs.recompute_s(node.start, node.end)
         for source in self._forest.tiers:
             if source > tier and node.state(source) is Residency.RESIDENT:
-                cheapest_s = min(cheapest_s, costs.load_s(source, tier, int(n_bytes)))
+                moved = max(1, int(node.n_tokens * costs.bytes_per_token(source)))
+                cheapest_s = min(cheapest_s, costs.load_s(source, tier, moved))
                 break
         return cheapest_s / n_bytes
 

@@ -58,10 +58,21 @@ class CostModel:
     """
 
     def __init__(
-        self, model: ModelSpec, device: DeviceSpec, edges: Mapping[Edge, EdgeCost]
+        self,
+        model: ModelSpec,
+        device: DeviceSpec,
+        edges: Mapping[Edge, EdgeCost],
+        *,
+        host_bytes_per_token: float | None = None,
     ) -> None:
         self.model = model
         self.device = device
+        self.host_bytes_per_token = (
+            float(model.kv_bytes_per_token)
+            if host_bytes_per_token is None
+            else host_bytes_per_token
+        )
+        """KV bytes of a token between host and device, which differ if the host encodes them."""
         self.prefill_correction = Correction(device.iteration_floor_s)
         self.decode_correction = Correction(device.iteration_floor_s)
         self._edges = dict(edges)
@@ -255,23 +266,29 @@ class PlacementCosts:
 
     tokens_per_unit: how many tokens one token of the forest stands for; a simulation may run the
     forest over blocks. bytes_per_token: of such a unit, where it is not what the model says, as on
-    one rank of several.
+    one rank of several. tier_bytes_per_token: the same for tiers that keep them in another format.
     """
 
     def __init__(
-        self, model: CostModel, tokens_per_unit: int = 1, *, bytes_per_token: float | None = None
+        self,
+        model: CostModel,
+        tokens_per_unit: int = 1,
+        *,
+        bytes_per_token: float | None = None,
+        tier_bytes_per_token: Mapping[Tier, float] | None = None,
     ) -> None:
         self._model = model
         self._tokens_per_unit = tokens_per_unit
-        self._bytes_per_token = float(
+        unit_bytes = (
             model.model.kv_bytes_per_token * tokens_per_unit
             if bytes_per_token is None
             else bytes_per_token
         )
+        self._bytes_per_token = dict.fromkeys(Tier, float(unit_bytes))
+        self._bytes_per_token.update(tier_bytes_per_token or {})
 
-    @property
-    def bytes_per_token(self) -> float:
-        return self._bytes_per_token
+    def bytes_per_token(self, tier: Tier) -> float:
+        return self._bytes_per_token[tier]
 
     def recompute_s(self, start: int, end: int) -> float:
         unit = self._tokens_per_unit

@@ -42,7 +42,7 @@ def price(request: QueuedRequest, costs: CostModel) -> Price:
     """By what is cached of `request` now, wherever."""
     load_s = 0.0
     if request.host_tokens:
-        n_bytes = int(request.host_tokens * costs.model.kv_bytes_per_token)
+        n_bytes = int(request.host_tokens * costs.host_bytes_per_token)
         load_s = costs.load_s(Tier.HOST, Tier.DEVICE, n_bytes)
     compute_s = costs.marginal_prefill_s(request.uncached_tokens, request.cached_tokens)
     return Price(compute_s, load_s, max(compute_s, load_s))

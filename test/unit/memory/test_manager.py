@@ -193,7 +193,8 @@ def test_an_unknown_policy_is_refused_by_name(forest: Forest) -> None:
 class SlowDisk:
     """A token takes a second to compute; a byte, of which it has one, as long as told to load."""
 
-    bytes_per_token = 1.0
+    def bytes_per_token(self, tier: Tier) -> float:
+        return 1.0
 
     def __init__(self, byte_s: float) -> None:
         self.byte_s = byte_s
