@@ -16,8 +16,9 @@ from tiered_kv.forest.results import Match
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.tiers.device import After, DeviceSlots, PageCopier
-from tiered_kv.tiers.disk.namespace import DiskNamespace
+from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.host import HostPool
+from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Collective, Completion, J, SingleRank
 
@@ -91,6 +92,7 @@ class TierContext:
     calibrator: learns from transfers; None where nothing asks for costs.
     now_s: time as all ranks agree on it, of the last poll with a transfer under way.
     evicted: called with a node that left a tier, and its parent then.
+    disk_format: the pages on disk, where they are not as on the host.
     """
 
     forest: Forest
@@ -98,7 +100,7 @@ class TierContext:
     copier: PageCopier
     allocator: DeviceAllocator
     host: HostPool
-    disk: DiskNamespace | None = None
+    disk: DiskPages | None = None
     collective: Collective = field(default_factory=SingleRank)
     listener: TierListener = field(default_factory=_Silent)
     observer: TransferObserver = field(default_factory=_Silent)
@@ -106,6 +108,7 @@ class TierContext:
     calibrator: Calibrator | None = None
     now_s: float = 0.0
     evicted: Callable[[Node, Node, Tier], None] | None = None
+    disk_format: PageFormat | None = None
     _ops: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def next_op(self) -> int:
@@ -114,6 +117,12 @@ class TierContext:
     @property
     def page_size(self) -> int:
         return self.forest.page_size
+
+    def page_format(self, tier: Tier) -> PageFormat:
+        """The pages in a tier below the device, which is also what moves to and from it."""
+        if tier is Tier.DISK and self.disk_format is not None:
+            return self.disk_format
+        return self.copier.page_format
 
     def alloc_host(self, n_pages: int, keep: Node | None = None) -> PageIds | None:
         """Host slots; if they are for pages below `keep`, its path is not evicted to make room.
@@ -158,7 +167,7 @@ class TierContext:
     def transferred(self, source: Tier, target: Tier, completion: Completion[J]) -> None:
         """A transfer was acknowledged: tell whoever counts it, and learn from it if all came."""
         n_done = completion.n_done
-        n_bytes = n_done * self.copier.page_format.page_bytes
+        n_bytes = n_done * self.page_format(max(source, target)).page_bytes
         self.observer.transferred(source, target, n_done, n_bytes, completion.seconds)
         if self.calibrator is not None and n_done == completion.job.n_pages:
             self.calibrator.observe_transfer(source, target, n_bytes, completion.service_s)

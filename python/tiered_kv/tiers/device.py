@@ -169,12 +169,15 @@ class TorchPageCopier:
         host: npt.NDArray[np.uint8],
         stream: torch.cuda.Stream | None = None,
     ) -> None:
-        self.page_format = buffer_format(page_size, layers, buffers)
         self._buffers = [byte_pages(b, page_size) for b in buffers]
         self._device = buffers[0].device
         self._host = torch.from_numpy(host)
         self._stream = stream
-        self._chunk_pages = max(1, self.STAGING_BYTES // self.page_format.page_bytes)
+        self._use_format(buffer_format(page_size, layers, buffers))
+
+    def _use_format(self, page_format: PageFormat) -> None:
+        self.page_format = page_format
+        self._chunk_pages = max(1, self.STAGING_BYTES // page_format.page_bytes)
 
     def _wait(self, after: After) -> None:
         if self._stream is not None:
@@ -192,24 +195,27 @@ class TorchPageCopier:
         if self._stream is not None:
             self._stream.synchronize()
 
+    def _staging(self, n_pages: int, n_bytes: int) -> torch.Tensor:
+        return torch.empty((n_pages, n_bytes), dtype=torch.uint8, device=self._device)
+
     def to_host(self, device_slots: torch.Tensor, host_pages: PageIds, after: After) -> None:
+        page_bytes = self.page_format.page_bytes
         with torch.cuda.stream(self._stream):
             self._wait(after)
             pages = device_slots[:: self.page_format.page_size] // self.page_format.page_size
             for at in range(0, len(host_pages), self._chunk_pages):
                 chunk = slice(at, at + self._chunk_pages)
-                self._gather(pages[chunk], host_pages[chunk])
+                staging = self._staging(len(host_pages[chunk]), page_bytes)
+                self._gather(pages[chunk], staging)
+                for row, host, n in _rows_of(host_pages[chunk]):
+                    self._host[host : host + n, :page_bytes].copy_(staging[row : row + n], True)
         self._synchronize()
 
-    def _gather(self, device_pages: torch.Tensor, host_pages: PageIds) -> None:
-        page_bytes = self.page_format.page_bytes
-        staging = torch.empty((len(host_pages), page_bytes), dtype=torch.uint8, device=self._device)
+    def _gather(self, device_pages: torch.Tensor, staging: torch.Tensor) -> None:
+        """Fills row i of `staging`, (pages, page bytes), with page i."""
         for segment, buffer in zip(self.page_format.segments, self._buffers, strict=True):
             end = segment.offset + segment.n_bytes
             staging[:, segment.offset : end] = buffer.index_select(0, device_pages)
-        order = np.arange(len(host_pages), dtype=np.int64)
-        for row, host, n in contiguous_runs(order, host_pages):
-            self._host[host : host + n, :page_bytes].copy_(staging[row : row + n], True)
 
     def to_device(
         self,
@@ -218,21 +224,28 @@ class TorchPageCopier:
         after: After,
         layer_done: LayerDone,
     ) -> None:
-        order = np.arange(len(host_pages), dtype=np.int64)
-        runs = list(contiguous_runs(order, host_pages))
-        segments = self.page_format.segments
+        runs = _rows_of(host_pages)
         with torch.cuda.stream(self._stream):
             self._wait(after)
             pages = device_slots[:: self.page_format.page_size] // self.page_format.page_size
-            for i, (segment, buffer) in enumerate(zip(segments, self._buffers, strict=True)):
-                end = segment.offset + segment.n_bytes
-                staging = torch.empty(
-                    (len(host_pages), segment.n_bytes), dtype=torch.uint8, device=self._device
-                )
+            for layer in range(self.page_format.n_layers):
+                start, end = self.page_format.layer_bytes(layer)
+                staging = self._staging(len(host_pages), end - start)
                 for row, host, n in runs:
-                    source = self._host[host : host + n, segment.offset : end]
-                    staging[row : row + n].copy_(source, True)
-                buffer.index_copy_(0, pages, staging)
-                if i + 1 == len(segments) or segments[i + 1].layer != segment.layer:
-                    layer_done(segment.layer, self._record())
+                    staging[row : row + n].copy_(self._host[host : host + n, start:end], True)
+                self._scatter(layer, staging, pages)
+                layer_done(layer, self._record())
         self._synchronize()
+
+    def _scatter(self, layer: int, staging: torch.Tensor, device_pages: torch.Tensor) -> None:
+        """Writes row i of `staging`, (pages, bytes of the layer), to page i."""
+        start, _ = self.page_format.layer_bytes(layer)
+        for segment, buffer in zip(self.page_format.segments, self._buffers, strict=True):
+            if segment.layer == layer:
+                at = segment.offset - start
+                buffer.index_copy_(0, device_pages, staging[:, at : at + segment.n_bytes])
+
+
+def _rows_of(host_pages: PageIds) -> list[tuple[int, int, int]]:
+    """(row, host page, length) of the runs of neighbouring host pages in a staging block."""
+    return list(contiguous_runs(np.arange(len(host_pages), dtype=np.int64), host_pages))

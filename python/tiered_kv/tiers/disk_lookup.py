@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tiered_kv.forest.key import page_hashes
 from tiered_kv.forest.node import Node
-from tiered_kv.tiers.disk.namespace import DiskNamespace
+from tiered_kv.tiers.disk_pages import DiskPages
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class DiskLookup:
     """Which pages of a prompt, from the one at `first_page` on, the disk has without a gap."""
 
     rid: str
-    disk: DiskNamespace
+    disk: DiskPages
     root_hash: bytes
     tokens: array[int]
     page_size: int

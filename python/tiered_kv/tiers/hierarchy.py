@@ -25,7 +25,7 @@ from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.scheduler.calibration import StepObservation
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import DeviceSlots
-from tiered_kv.tiers.disk.namespace import DiskNamespace
+from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.prefetch import Prefetch
 from tiered_kv.tiers.swap import Swap
@@ -104,7 +104,7 @@ class KVHierarchy:
         """The root of the tree that requests with this key share."""
         return self.context.forest.root(_root_hash(self._namespace, extra_key))
 
-    def set_namespace(self, namespace: bytes, disk: DiskNamespace | None) -> None:
+    def set_namespace(self, namespace: bytes, disk: DiskPages | None) -> None:
         """After a flush: the weights have changed, and nothing cached before may be matched."""
         self._namespace = namespace
         self.context.disk = disk

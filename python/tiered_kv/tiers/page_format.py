@@ -2,7 +2,9 @@
 
 The order is layer-major (layer 0 K, layer 0 V, layer 1 K, ...), so that one layer of a page is one
 contiguous slice: a load can hand layer i to the forward pass while layer i + 1 is still copied.
-The same bytes lie in a host slot and in a disk record: no conversion between tiers.
+The same bytes lie in a host slot and in a disk record, unless the tiers are given formats of their
+own (`--tiered-kv-host-format`, `--tiered-kv-disk-format`): `sgl_kernel_ext.formats` says how such a
+page is laid out, and `tiers.codec` converts.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from sgl_kernel_ext.formats import PageLayout
 
 #: Raise when the byte order inside a page changes: it is part of the namespace, so old records
 #: become misses instead of garbage.
@@ -38,10 +42,12 @@ class PageFormat:
 
     `token_bytes[i]` is what buffer i holds per token; `layers[i]` the layer it serves. Buffers
     must come layer by layer.
+    encoding: the layout's fingerprint if the bytes are not the device's own, or empty.
     """
 
     page_size: int
     segments: tuple[Segment, ...]
+    encoding: bytes = b""
 
     @classmethod
     def of_buffers(
@@ -56,6 +62,18 @@ class PageFormat:
             raise ValueError("device buffers must be listed layer by layer")
         return cls(page_size, tuple(segments))
 
+    @classmethod
+    def of_layout(cls, layout: PageLayout) -> PageFormat:
+        """The page format of a layout; a raw one is the same as that of its buffers."""
+        segments = tuple(Segment(b.spec.layer, b.offset, b.n_bytes) for b in layout.buffers)
+        encoding = layout.fingerprint() if layout.format.is_lossy else b""
+        return cls(layout.page_size, segments, encoding)
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether a page that was written and read again may differ from what it was."""
+        return bool(self.encoding)
+
     @property
     def page_bytes(self) -> int:
         last = self.segments[-1]
@@ -66,6 +84,11 @@ class PageFormat:
         """The page's stride in the host pool and on disk: page_bytes, rounded up for O_DIRECT."""
         return round_up(self.page_bytes, ALIGNMENT_BYTES)
 
+    def layer_bytes(self, layer: int) -> tuple[int, int]:
+        """(start, end) of the bytes of one layer."""
+        inside = [s for s in self.segments if s.layer == layer]
+        return inside[0].offset, inside[-1].offset + inside[-1].n_bytes
+
     @property
     def n_layers(self) -> int:
         return self.segments[-1].layer + 1
@@ -75,4 +98,6 @@ class PageFormat:
         text = f"{LAYOUT_VERSION}|{self.page_size}|" + "|".join(
             f"{s.layer},{s.offset},{s.n_bytes}" for s in self.segments
         )
+        if self.encoding:
+            text += f"|{self.encoding.hex()}"
         return hashlib.sha256(text.encode()).digest()

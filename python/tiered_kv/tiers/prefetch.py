@@ -18,8 +18,8 @@ from tiered_kv.forest.key import page_hashes
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.context import TierContext
-from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk_lookup import DiskLookup, Stored, look_up, prompt_of
+from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 
@@ -43,7 +43,7 @@ class Wanted:
 @dataclass(frozen=True, slots=True)
 class DiskRead:
     op: int
-    disk: DiskNamespace
+    disk: DiskPages
     last: Node
     hashes: list[bytes]
     host_pages: PageIds
@@ -246,7 +246,7 @@ class Prefetch:
 
     @property
     def _queued_bytes(self) -> int:
-        return self.queue.pages_in_flight * self._context.copier.page_format.page_bytes
+        return self.queue.pages_in_flight * self._context.page_format(Tier.DISK).page_bytes
 
     def _worth_reading(self, ticket: Ticket, parent: Node, hashes: list[bytes]) -> list[bytes]:
         """The leading part of what the disk has that is sooner read than computed."""

@@ -86,8 +86,10 @@ class Swap:
     def swap_out(self, rid: str, device_slots: torch.Tensor) -> bool:
         """Starts copying whole pages of slots (int64, page by page) to the host.
 
-        False, with nothing changed, if there is no room, or `rid` is swapped already. If the copy
-        fails, `state` becomes None: the pages are where they were.
+        False, with nothing changed, if there is no room, or `rid` is swapped already, or the host
+        keeps pages in a lossy format: the end of a page that is partly filled would decide about
+        the scales of its tokens. If the copy fails, `state` becomes None: the pages are where they
+        were.
         """
         context = self._context
         n_pages = len(device_slots) // context.page_size
@@ -97,6 +99,8 @@ class Swap:
             )
         limit = int(context.host.n_pages * SWAPPED_SHARE)
         if rid in self._entries or n_pages == 0 or self._n_pages + n_pages > limit:
+            return False
+        if context.copier.page_format.is_lossy:
             return False
         host_pages = context.alloc_host(n_pages)
         if host_pages is None:

@@ -21,7 +21,7 @@ from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.context import TierContext, device_slots_of, host_pages_of
 from tiered_kv.tiers.deferred import DeferredNodes
 from tiered_kv.tiers.device import After, wait_for
-from tiered_kv.tiers.disk.namespace import DiskNamespace
+from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 
@@ -51,7 +51,7 @@ class HostWrite:
 @dataclass(frozen=True, slots=True)
 class DiskWrite:
     op: int
-    disk: DiskNamespace
+    disk: DiskPages
     node: Node
     hashes: list[bytes]
     host_pages: PageIds
