@@ -16,6 +16,12 @@ DISK_IO_MODES = ("auto", "direct", "buffered")
 
 LOAD_POLICIES = ("cost", "always", "never")
 
+PAGE_FORMATS = ("raw", "fp8", "int4", "kitty", "int2")
+"""What a tier may keep KV pages in (`sgl_kernel_ext.formats`), the most exact first."""
+
+SAME_FORMAT = "same"
+"""The disk tier's format that means the host's."""
+
 
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
@@ -35,6 +41,9 @@ class HostConfig:
     ratio: float = 2.0
     """Host bytes as a multiple of the device pool's bytes; used only if `size_bytes` is None."""
 
+    page_format: str = "raw"
+    """What pages are kept in; all but raw lose precision."""
+
     def __post_init__(self) -> None:
         _require(
             self.size_bytes is None or self.size_bytes > 0,
@@ -44,6 +53,11 @@ class HostConfig:
         _require(
             math.isfinite(self.ratio) and self.ratio > 0,
             f"The host tier's ratio must be a positive number, not {self.ratio}.",
+        )
+        _require(
+            self.page_format in PAGE_FORMATS,
+            f"The host tier's format must be one of {', '.join(PAGE_FORMATS)}, not "
+            f"{self.page_format!r}.",
         )
 
 
@@ -70,6 +84,9 @@ class DiskConfig:
     clear_on_start: bool = False
     """True deletes all stored pages when the server starts."""
 
+    page_format: str = SAME_FORMAT
+    """What pages are kept in: a format that is at most as exact as the host's, or the same."""
+
     def __post_init__(self) -> None:
         _require(
             self.size_bytes is None or self.size_bytes > 0,
@@ -93,6 +110,16 @@ class DiskConfig:
             self.io_mode in DISK_IO_MODES,
             f"The disk tier's I/O mode must be one of {', '.join(DISK_IO_MODES)}, not "
             f"{self.io_mode!r}.",
+        )
+        _require(
+            self.page_format in (SAME_FORMAT, *PAGE_FORMATS),
+            f"The disk tier's format must be one of {', '.join((SAME_FORMAT, *PAGE_FORMATS))}, not "
+            f"{self.page_format!r}.",
+        )
+        _require(
+            self.page_format == SAME_FORMAT or self.directory is not None,
+            f"The disk tier was given the format {self.page_format} but no directory; name a "
+            "directory or drop the format.",
         )
         _require(
             1 <= self.io_threads <= 64,
@@ -163,6 +190,19 @@ class TieredKVConfig:
             self.host.enabled or not self.disk.enabled,
             "The disk tier is reached through host memory; enable the host tier or disable disk.",
         )
+        host, disk = self.host.page_format, self.disk_page_format
+        _require(
+            PAGE_FORMATS.index(disk) >= PAGE_FORMATS.index(host),
+            f"The disk tier cannot keep pages in {disk} if the host tier keeps them in {host}: "
+            f"they pass through the host, and what {host} has lost stays lost; give the disk tier "
+            f"{host} or a smaller format, or the host tier {disk}.",
+        )
+
+    @property
+    def disk_page_format(self) -> str:
+        """What the disk tier keeps pages in."""
+        named = self.disk.page_format
+        return self.host.page_format if named == SAME_FORMAT else named
 
     @property
     def memory(self) -> MemoryConfig:

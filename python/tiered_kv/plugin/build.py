@@ -15,26 +15,28 @@ import torch
 
 from tiered_kv.core.config import TieredKVConfig
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.plugin import fingerprint, weight_updates
 from tiered_kv.plugin.costs import build_cost_model
 from tiered_kv.plugin.device_pool import DeviceBuffers, EngineAllocator, buffers_of
 from tiered_kv.plugin.kv_events import KvEvents
+from tiered_kv.plugin.kv_formats import TierFormats, tier_formats
 from tiered_kv.plugin.metrics_adapter import MetricsRecorder, PrometheusRecorder
 from tiered_kv.plugin.residency_log import ResidencyLog
 from tiered_kv.plugin.step_times import StepTimes
 from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.cost_model import CostModel, PlacementCosts
 from tiered_kv.tiers.context import TierContext
-from tiered_kv.tiers.device import After, CpuPageCopier, PageCopier, TorchPageCopier, buffer_format
+from tiered_kv.tiers.device import After, CpuPageCopier, PageCopier, TorchPageCopier
 from tiered_kv.tiers.disk.encryption import read_key_file
 from tiered_kv.tiers.disk.io_path import IoMode
-from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.store import DiskStore
+from tiered_kv.tiers.disk_pages import DiskPages
+from tiered_kv.tiers.encoded_copier import EncodedCpuPageCopier, EncodedTorchPageCopier
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
-from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.transfer import Collective, SingleRank
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ class CacheParts:
     events: KvEvents
     metrics: MetricsRecorder
     host_report: HostReport
-    name_weights: Callable[[], tuple[bytes, DiskNamespace | None]]
+    name_weights: Callable[[], tuple[bytes, DiskPages | None]]
     """Names the weights in use now, and opens their namespace on disk."""
     step_times: StepTimes
     residency: ResidencyLog
@@ -112,30 +114,35 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     allocator = params.token_to_kv_pool_allocator
     pool = allocator.get_kvcache()
     device = buffers_of(pool)
-    page_format = buffer_format(params.page_size, device.layers, device.buffers)
+    formats = tier_formats(config, device)
     on_cpu = device.buffers[0].device.type == "cpu"
 
     host = HostPool(
-        page_format,
+        formats.host,
         host_bytes(config, device.n_bytes, n_ranks=ctx.tp_size),
         register=None if on_cpu else register_for_dma,
     )
-    copier = make_copier(page_format.page_size, device, host)
+    copier = make_copier(formats, device, host)
     store = open_disk(config, ctx.tp_rank, ctx.tp_size)
 
-    def name_weights() -> tuple[bytes, DiskNamespace | None]:
-        return name_namespace(ctx, pool, page_format, store)
+    def name_weights() -> tuple[bytes, DiskPages | None]:
+        return name_namespace(ctx, pool, formats, store)
 
     namespace, disk = name_weights()
     events = KvEvents(params.page_size, params.enable_kv_cache_events)
     residency = ResidencyLog(events)
     metrics = make_metrics(ctx)
     forest = Forest(params.page_size)
-    cost_model = build_cost_model(ctx, pool, page_format)
+    cost_model = build_cost_model(ctx, pool, formats.host)
     costs = None
     if cost_model is not None:
         costs = PlacementCosts(
-            cost_model, bytes_per_token=page_format.page_bytes / page_format.page_size
+            cost_model,
+            bytes_per_token=formats.device.token_bytes,
+            tier_bytes_per_token={
+                Tier.HOST: formats.host.token_bytes,
+                Tier.DISK: formats.disk.token_bytes,
+            },
         )
     runner = ctx.tp_worker.model_runner
     context = TierContext(
@@ -150,8 +157,10 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         observer=metrics,
         calibrator=None if cost_model is None else Calibrator(cost_model),
         order_after=tuple if on_cpu else lambda: launched_so_far(runner.forward_stream),
+        disk_format=formats.disk,
     )
     log_sizes(host, pool.size, store)
+    log_formats(formats)
     hierarchy = KVHierarchy(context, namespace)
     return CacheParts(
         hierarchy=hierarchy,
@@ -200,11 +209,17 @@ def register_for_dma(address: int, n_bytes: int) -> None:
         )
 
 
-def make_copier(page_size: int, device: DeviceBuffers, host: HostPool) -> PageCopier:
-    if device.buffers[0].device.type == "cpu":
-        return CpuPageCopier(page_size, device.layers, device.buffers, host.pages)
-    stream = torch.cuda.Stream(device=device.buffers[0].device)
-    return TorchPageCopier(page_size, device.layers, device.buffers, host.pages, stream)
+def make_copier(formats: TierFormats, device: DeviceBuffers, host: HostPool) -> PageCopier:
+    buffers, page_size = device.buffers, formats.device.page_size
+    layout = formats.host_layout if formats.host.is_lossy else None
+    if buffers[0].device.type == "cpu":
+        if layout is None:
+            return CpuPageCopier(page_size, device.layers, buffers, host.pages)
+        return EncodedCpuPageCopier(buffers, layout, host.pages)
+    stream = torch.cuda.Stream(device=buffers[0].device)
+    if layout is None:
+        return TorchPageCopier(page_size, device.layers, buffers, host.pages, stream)
+    return EncodedTorchPageCopier(buffers, layout, host.pages, stream)
 
 
 def launched_so_far(forward_stream: torch.cuda.Stream) -> After:
@@ -235,21 +250,25 @@ def open_disk(config: TieredKVConfig, tp_rank: int, tp_size: int) -> DiskStore |
 
 
 def name_namespace(
-    ctx: TreeCacheBuildContext, pool: Any, page_format: PageFormat, store: DiskStore | None
-) -> tuple[bytes, DiskNamespace | None]:
+    ctx: TreeCacheBuildContext, pool: Any, formats: TierFormats, store: DiskStore | None
+) -> tuple[bytes, DiskPages | None]:
     started = time.perf_counter()
     namespace = fingerprint.namespace_of(
         ctx.tp_worker.model_runner.model,
         ctx.model_config,
         pool,
-        page_format,
+        # What lies on disk is what must not be misread: host pages end with this process.
+        formats.disk,
         shard=f"{ctx.tp_rank} of {ctx.tp_size}",
     )
     logger.info("Tiered KV: named the weights in %.2f s.", time.perf_counter() - started)
     if store is None:
         return namespace, None
-    description = f"{ctx.server_args.model_path} {pool.dtype} page {page_format.page_size}"
-    return namespace, store.namespace(namespace, page_format.page_bytes, description)
+    description = f"{ctx.server_args.model_path} {pool.dtype} page {formats.disk.page_size}"
+    if formats.disk_layout is not None and formats.disk.is_lossy:
+        description += f" as {formats.disk_layout.format}"
+    stored = store.namespace(namespace, formats.disk.page_bytes, description)
+    return namespace, formats.on_disk(stored)
 
 
 def make_collective(ctx: TreeCacheBuildContext) -> Collective:
@@ -262,6 +281,21 @@ def make_metrics(ctx: TreeCacheBuildContext) -> MetricsRecorder:
         return MetricsRecorder()
     served_name = ctx.server_args.served_model_name or ctx.server_args.model_path
     return PrometheusRecorder({"model_name": served_name, "tp_rank": str(ctx.tp_rank)})
+
+
+def log_formats(formats: TierFormats) -> None:
+    """Says that answers may change, if they may."""
+    if formats.host_layout is None or formats.disk_layout is None:
+        return
+    logger.info(
+        "Tiered KV: %.0f bytes of KV per token on the device, %.0f on the host (%s), %.0f on disk "
+        "(%s): what was reused from there may change an answer.",
+        formats.device.token_bytes,
+        formats.host.token_bytes,
+        formats.host_layout.format,
+        formats.disk.token_bytes,
+        formats.disk_layout.format,
+    )
 
 
 def log_sizes(host: HostPool, device_tokens: int, store: DiskStore | None) -> None:

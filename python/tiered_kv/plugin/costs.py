@@ -33,6 +33,7 @@ def build_cost_model(
 ) -> CostModel | None:
     """None for a model whose configuration does not say how large its parts are.
 
+    page_format: of pages on the host.
     Seen as one device: a tensor-parallel group computes together, but each rank moves its own part
     of a page, so the edges are one rank's.
     """
@@ -53,7 +54,7 @@ def build_cost_model(
     logger.info(
         "Tiered KV: costs start from the figures of %s, %.0f bytes of KV per token and rank.",
         device.name,
-        page_format.page_bytes / page_format.page_size,
+        page_format.token_bytes,
     )
     return CostModel(
         model,
@@ -64,6 +65,7 @@ def build_cost_model(
             (Tier.DISK, Tier.HOST): DISK_READ,
             (Tier.HOST, Tier.DISK): DISK_WRITE,
         },
+        host_bytes_per_token=page_format.token_bytes,
     )
 
 

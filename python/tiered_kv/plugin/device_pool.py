@@ -13,10 +13,15 @@ from tiered_kv.core.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class DeviceBuffers:
-    """Token-major buffers (slots, ...) in the order of a page, and the layer each one serves."""
+    """Token-major buffers (slots, heads, head_dim) in the order of a page.
+
+    layers: the layer that each one serves. is_key: whether it holds keys (or MLA's latents, whose
+    channels are alike over tokens as those of keys are) rather than values.
+    """
 
     layers: tuple[int, ...]
     buffers: tuple[torch.Tensor, ...]
+    is_key: tuple[bool, ...]
 
     @property
     def n_bytes(self) -> int:
@@ -39,9 +44,11 @@ def buffers_of(pool: Any) -> DeviceBuffers:
         return DeviceBuffers(
             tuple(layer for layer in range(len(pairs)) for _ in range(2)),
             tuple(buffer for pair in pairs for buffer in pair),
+            (True, False) * len(pairs),
         )
     if isinstance(pool, MLATokenToKVPool):
-        return DeviceBuffers(tuple(range(len(pool.kv_buffer))), tuple(pool.kv_buffer))
+        n_layers = len(pool.kv_buffer)
+        return DeviceBuffers(tuple(range(n_layers)), tuple(pool.kv_buffer), (True,) * n_layers)
     raise ConfigError(
         f"--tiered-kv does not know the KV pool {type(pool).__name__} of this model; start without "
         "--tiered-kv."

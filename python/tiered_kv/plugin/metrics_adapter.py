@@ -141,7 +141,7 @@ class PrometheusRecorder(MetricsRecorder):
             stats = disk.stats()
             resident[Tier.DISK] = stats.pages * page_size
             capacity[Tier.DISK] = (
-                stats.capacity // context.copier.page_format.slot_bytes * page_size
+                stats.capacity // context.page_format(Tier.DISK).slot_bytes * page_size
             )
             self._refresh_disk(stats)
         for metric, values in (

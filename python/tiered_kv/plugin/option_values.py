@@ -17,7 +17,7 @@ from pathlib import Path
 from tiered_kv.api.class_table import parse_classes, with_default
 from tiered_kv.api.fields import TermsError
 from tiered_kv.api.slo import DEFAULT_CLASSES, SloClasses
-from tiered_kv.core.config import DISK_IO_MODES
+from tiered_kv.core.config import DISK_IO_MODES, PAGE_FORMATS, SAME_FORMAT
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.units import parse_bytes
 from tiered_kv.scheduler.request_policy import request_policies
@@ -78,10 +78,25 @@ def disk_io_mode(option: str, value: str | None) -> str:
 
     Raises ConfigError for anything else.
     """
-    mode = "auto" if value is None else str(value).strip().lower()
-    if mode not in DISK_IO_MODES:
-        raise ConfigError(f"{option} must be one of {', '.join(DISK_IO_MODES)}, not {value!r}.")
-    return mode
+    return _one_of(option, value, DISK_IO_MODES)
+
+
+def host_format(option: str, value: str | None) -> str:
+    """What the host tier keeps pages in, raw by default. Raises ConfigError."""
+    return _one_of(option, value, PAGE_FORMATS)
+
+
+def disk_format(option: str, value: str | None) -> str:
+    """What the disk tier keeps pages in, the same as the host by default. Raises ConfigError."""
+    return _one_of(option, value, (SAME_FORMAT, *PAGE_FORMATS))
+
+
+def _one_of(option: str, value: str | None, known: tuple[str, ...]) -> str:
+    """`value`, or the first of `known` for None."""
+    name = known[0] if value is None else str(value).strip().lower()
+    if name not in known:
+        raise ConfigError(f"{option} must be one of {', '.join(known)}, not {value!r}.")
+    return name
 
 
 def request_policy(option: str, value: str) -> str:

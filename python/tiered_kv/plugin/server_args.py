@@ -45,6 +45,20 @@ def _disk_io_mode(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _host_format(text: str) -> str:
+    try:
+        return option_values.host_format("the value", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _disk_format(text: str) -> str:
+    try:
+        return option_values.disk_format("the value", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _eviction_policy(text: str) -> str:
     try:
         eviction_policies.get(text)
@@ -109,6 +123,17 @@ class ServerArgs(upstream_server_args.ServerArgs):
         ),
         NS("memory"),
     ] = 2.0
+    tiered_kv_host_format: A[
+        str,
+        Arg(
+            no_cli=True,
+            type_parser=_host_format,
+            help="What pages are kept in on the host, and read back from: raw (default) exactly as "
+            "on the device; fp8, int4, kitty or int2 in about a half, a third, a fifth or a sixth "
+            "of bfloat16's bytes, which changes answers (docs/formats.md says how much).",
+        ),
+        NS("memory"),
+    ] = "raw"
     tiered_kv_disk_dir: A[
         str | None,
         Arg(
@@ -158,6 +183,17 @@ class ServerArgs(upstream_server_args.ServerArgs):
         ),
         NS("memory"),
     ] = None
+    tiered_kv_disk_format: A[
+        str,
+        Arg(
+            no_cli=True,
+            type_parser=_disk_format,
+            help="What pages are kept in on disk: 'same' as on the host (default), or one of the "
+            "host's formats that is smaller, converted as pages are written and read. Pages of "
+            "one format are never read as another.",
+        ),
+        NS("memory"),
+    ] = "same"
     tiered_kv_eviction_policy: A[
         str,
         Arg(
@@ -306,6 +342,9 @@ class ServerArgs(upstream_server_args.ServerArgs):
             host=HostConfig(
                 size_bytes=host_size,
                 ratio=values.number("--tiered-kv-host-ratio", self.tiered_kv_host_ratio),
+                page_format=values.host_format(
+                    "--tiered-kv-host-format", self.tiered_kv_host_format
+                ),
             ),
             disk=DiskConfig(
                 directory=values.disk_directory("--tiered-kv-disk-dir", self.tiered_kv_disk_dir),
@@ -316,6 +355,9 @@ class ServerArgs(upstream_server_args.ServerArgs):
                 io_mode=values.disk_io_mode("--tiered-kv-disk-io", self.tiered_kv_disk_io),
                 key_file=values.key_file("--tiered-kv-disk-key-file", self.tiered_kv_disk_key_file),
                 clear_on_start=self.tiered_kv_clear_disk,
+                page_format=values.disk_format(
+                    "--tiered-kv-disk-format", self.tiered_kv_disk_format
+                ),
             ),
         )
 

@@ -80,6 +80,11 @@ class PageFormat:
         return last.offset + last.n_bytes
 
     @property
+    def token_bytes(self) -> float:
+        """Bytes per token, the padding of the format included."""
+        return self.page_bytes / self.page_size
+
+    @property
     def slot_bytes(self) -> int:
         """The page's stride in the host pool and on disk: page_bytes, rounded up for O_DIRECT."""
         return round_up(self.page_bytes, ALIGNMENT_BYTES)
