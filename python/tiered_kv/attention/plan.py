@@ -178,3 +178,18 @@ class CascadePlan:
             for row in range(self.n_rows):
                 keys[row] += (leader_of.get(row, self.n_rows),)
         return tuple(sorted(range(self.n_rows), key=lambda row: (keys[row], row)))
+
+    def in_order(self) -> CascadePlan:
+        """The plan of the same batch with its rows in `order`: all groups are consecutive."""
+        place = {row: i for i, row in enumerate(self.order)}
+
+        def moved(group: Group) -> Group:
+            return Group(tuple(sorted(place[row] for row in group.rows)), group.start, group.length)
+
+        return CascadePlan(
+            self.n_rows,
+            tuple(
+                Level(tuple(sorted(map(moved, level.groups), key=lambda group: group.leader)))
+                for level in self.levels
+            ),
+        )
