@@ -84,7 +84,7 @@ def assert_conserved(result: SimulationResult, simulation: Simulation, n: int) -
             assert record.mean_tbt_s == pytest.approx(spent_s / (record.output_tokens - 1))
             assert record.mean_tbt_s <= record.max_tbt_s * (1 + 1e-9)
             assert record.p99_tbt_s <= record.max_tbt_s
-    if result.n_retractions == 0 and not any(i.n_parked for i in simulation.instances):
+    if result.n_retractions == 0 and not any(i.departures.n_parked for i in simulation.instances):
         computed = sum(
             record.input_tokens
             - record.device_hit_tokens

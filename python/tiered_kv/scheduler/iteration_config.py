@@ -22,6 +22,9 @@ class IterationConfig:
     """How far one gap may exceed the objective if the mean pace since the first token still holds:
     1 holds every gap to it, 2 lets a request that is ahead wait twice as long."""
 
+    select: bool = True
+    """Whether anyone is parked; else all decode, and only prefill follows the decode slack."""
+
     relegate: bool = False
     """Whether, when not everyone with the tightest objective can be in time, some of them are given
     up so that the others are. Else all decode, and all are late by a little."""

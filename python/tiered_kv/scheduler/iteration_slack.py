@@ -66,7 +66,7 @@ class SlackIterations:
         everyone.add(running)
         all_s = everyone.seconds
         left_s = min(due_s(request, config) for request in running) - state.now_s
-        if all_s > left_s:
+        if config.select and all_s > left_s:
             pace = find_pace(running, state.costs, config, state.now_s, is_cascade=state.is_cascade)
             if not math.isinf(pace.interval_s):
                 return self._paced(state, running, pace, swap_out)

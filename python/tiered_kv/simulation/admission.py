@@ -78,6 +78,8 @@ class PrefillAdder:
         n_mixed_decodes: int,
     ) -> None:
         self.batch = PrefillBatch()
+        self.missing_tokens = 0
+        """What the last one that memory was short for lacked."""
         self._cache = cache
         self._page = settings.page_tokens
         self._clip = clip = settings.clip_max_new_tokens
@@ -109,11 +111,13 @@ class PrefillAdder:
         # The prefix on the device is in use already or about to be pinned: only the rest is new.
         needed = kv_tokens - queued.device_tokens + max_new + self._page
         if needed >= self._memory_left:
+            self.missing_tokens = needed - self._memory_left + 1
             return Added.NO_MEMORY
         prefix = cache.pin_prefix(live, kv_tokens - 1)
         # Pinning took evictable tokens away.
         new_tokens = kv_tokens - prefix.n_units * cache.block_tokens
         if new_tokens + max_new + self._page >= self._memory_left:
+            self.missing_tokens = new_tokens + max_new + self._page - self._memory_left + 1
             cache.release(live)
             return Added.NO_MEMORY
         prefix = cache.load_back(live, prefix)

@@ -11,6 +11,8 @@ from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.model_spec import MODELS, find_model
 from tiered_kv.core.units import parse_bytes
 from tiered_kv.memory.eviction import eviction_policies
+from tiered_kv.scheduler.iteration_config import IterationConfig
+from tiered_kv.scheduler.iteration_policy import iteration_policies
 from tiered_kv.scheduler.request_policy import request_policies
 from tiered_kv.simulation.jobs import Job, WorkloadChoice
 from tiered_kv.simulation.measured_server import read_measured_server
@@ -55,6 +57,25 @@ def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         default="fcfs",
         help=f"order of waiting requests: {', '.join(request_policies.names())}",
+    )
+    server.add_argument(
+        "--iteration-policy",
+        default="all",
+        help="which running requests decode in an iteration: "
+        f"{', '.join(iteration_policies.names())}; all: everyone, as SGLang does; slack: everyone "
+        "if that is in time, else those whose next tokens are due, the others being parked",
+    )
+    server.add_argument(
+        "--relegate",
+        action="store_true",
+        help="with --iteration-policy slack: when not everyone with the tightest token objective "
+        "can be in time, give up some of them for the others",
+    )
+    server.add_argument(
+        "--swap",
+        action="store_true",
+        help="requests that memory runs out for keep their KV as cache; with --iteration-policy "
+        "slack some also make way for those with tighter objectives",
     )
     server.add_argument("--chunk", type=int, default=8192, help="prefill tokens per iteration")
     server.add_argument("--max-running", type=int, default=256, help="requests decoding at once")
@@ -124,10 +145,14 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
     if arguments.eviction not in FORESIGHTED:
         eviction_policies.get(arguments.eviction)
     request_policies.get(arguments.policy)
+    iteration_policies.get(arguments.iteration_policy)
     settings = InstanceSettings(
         model=find_model(arguments.model),
         device=find_device(arguments.device),
         policy=arguments.policy,
+        iteration_policy=arguments.iteration_policy,
+        iteration=IterationConfig(relegate=arguments.relegate),
+        swap=arguments.swap,
         chunk_tokens=arguments.chunk,
         max_running=arguments.max_running,
         mixed_chunk=arguments.mixed_chunk,

@@ -53,6 +53,7 @@ class SimulationResult:
     busy_s: float
     """Seconds, summed over instances, in which a forward pass ran."""
     n_retractions: int
+    n_swaps: int
     processed_prefill_tokens: int
     links: dict[str, LinkUse]
     n_events: int
@@ -146,7 +147,8 @@ class Simulation:
             end_s=self._events.now(),
             n_iterations=sum(instance.n_iterations for instance in self.instances),
             busy_s=sum(instance.busy_s for instance in self.instances),
-            n_retractions=sum(instance.n_retracted for instance in self.instances),
+            n_retractions=sum(instance.departures.n_retracted for instance in self.instances),
+            n_swaps=sum(instance.departures.n_swapped for instance in self.instances),
             processed_prefill_tokens=sum(
                 instance.processed_prefill_tokens for instance in self.instances
             ),

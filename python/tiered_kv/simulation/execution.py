@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,15 @@ import numpy.typing as npt
 from tiered_kv.scheduler.cost_model import CostModel
 
 FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class DecodeRun:
+    """Decode passes in a row over the same requests."""
+
+    ends_s: FloatArray
+    start_s: float
+    event: int
 
 
 class Execution:

@@ -4,7 +4,7 @@ What it takes over from SGLang 0.5.17 (managers/scheduler.py, schedule_batch.py)
 decode, chunked prefill with one unfinished prompt at a time, the flag that stops admission until
 somebody finishes, reservation by new-token ratio, and retraction when decoding runs out of memory.
 
-Decode passes between two events are simulated in one go: `_DecodeRun` knows when each would end,
+Decode passes between two events are simulated in one go: `DecodeRun` knows when each would end,
 and is cut short at a pass's end when an arrival or a finished transfer could start a prefill.
 """
 
@@ -28,8 +28,10 @@ from tiered_kv.simulation.admission import Added, NewTokenRatio, PrefillAdder, P
 from tiered_kv.simulation.cache import ManagerFactory, TieredCache
 from tiered_kv.simulation.cache_policies.farthest_use import Foresight
 from tiered_kv.simulation.decode_batch import DecodeBatch, record_gaps
+from tiered_kv.simulation.decode_selection import selection_for
+from tiered_kv.simulation.departures import Departures
 from tiered_kv.simulation.events import EventQueue
-from tiered_kv.simulation.execution import Execution, FloatArray
+from tiered_kv.simulation.execution import DecodeRun, Execution, FloatArray
 from tiered_kv.simulation.live import AnswerBlocks, LiveRequest, new_record, queued_request
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.timeline import Timeline, transfer_spans
@@ -50,15 +52,6 @@ class Policies:
     request: RequestPolicy
     make_manager: ManagerFactory
     foresight: Foresight | None = None
-
-
-@dataclass(slots=True)
-class _DecodeRun:
-    """Decode passes in a row over the same requests."""
-
-    ends_s: FloatArray
-    start_s: float
-    event: int
 
 
 class Instance:
@@ -86,8 +79,6 @@ class Instance:
         self.n_iterations = 0
         self.busy_s = 0.0
         self.processed_prefill_tokens = 0
-        self.n_retracted = 0
-        self.n_parked = 0
         self._events = events
         self._execution = Execution(settings.costs(), noise=settings.noise, seed=seed)
         self._on_finish = on_finish
@@ -96,13 +87,25 @@ class Instance:
         self._live: dict[int, LiveRequest] = {}
         self._held: set[int] = set()
         self._running = DecodeBatch(self.cache, is_cascade=settings.cascade)
+        self._selection = selection_for(
+            settings, self._running, self._execution.costs, block_tokens
+        )
         self._unfinished: LiveRequest | None = None
         self._is_full = False
         self._is_refused = False
         self._ratio = NewTokenRatio(settings)
         self._is_busy = False
-        self._run: _DecodeRun | None = None
+        self._run: DecodeRun | None = None
         self._answers = AnswerBlocks(block_tokens)
+        self.departures = Departures(
+            settings,
+            self.cache,
+            self.waiting,
+            self._running,
+            policy,
+            self._answers,
+            self._selection,
+        )
 
     @property
     def n_running(self) -> int:
@@ -124,6 +127,10 @@ class Instance:
         self.cache.prefetch(live)
         self.waiting.add(queued)
         self.policy.on_arrival(queued, now_s)
+        if self._selection is not None:
+            self._selection.arrived(live)
+            if self._selection.may_preempt(live):
+                self._is_full = False
         self._hold(live, now_s)
         self._wake(now_s)
 
@@ -180,13 +187,11 @@ class Instance:
         if self._forecaster is not None:
             self.cache.forecast(self._forecaster.forecast(state))
         if plan.park_unfinished and unfinished is not None:
-            self._park(unfinished, now_s)
-            unfinished = None
-        chunk_tokens = settings.chunk_tokens
-        if plan.prefill_tokens is not None:
-            chunk_tokens = min(chunk_tokens, plan.prefill_tokens)
+            self.departures.park(unfinished, now_s)
+            self._unfinished = unfinished = None
         is_mixed = bool(self._running) and (settings.mixed_chunk or plan.mix_decodes)
-        n_mixed = len(self._running) if is_mixed else 0
+        chunk_tokens = self._chunk_tokens(state, plan, is_mixed=is_mixed)
+        n_mixed = self._running.n_decoding if is_mixed else 0
         if chunk_tokens <= n_mixed:
             self._is_refused = True
             return None
@@ -222,7 +227,11 @@ class Instance:
                     self.cache.stop_prefetch(live)
                 added = adder.add(live)
                 if added is Added.NO_MEMORY:
-                    self._is_full = bool(adder.batch.chunks or self._running)
+                    self._is_refused = self.departures.make_way(
+                        live, adder.missing_tokens, now_s, self.processed_prefill_tokens
+                    )
+                    is_any = bool(adder.batch.chunks or self._running)
+                    self._is_full = is_any and not self._is_refused
                     return
                 if added is Added.NO_BUDGET:
                     return
@@ -236,14 +245,17 @@ class Instance:
             limit *= 2
             order = self.policy.plan(self._state(now_s), limit).order
 
-    def _park(self, live: LiveRequest, now_s: float) -> None:
-        """The prompt that was begun goes back to the queue; its whole blocks stay as cache."""
-        self._unfinished = None
-        self.n_parked += 1
-        self.cache.release(live)
-        live.queued.prefilled_tokens = 0
-        self.waiting.add(live.queued)
-        self.policy.on_arrival(live.queued, now_s)
+    def _chunk_tokens(self, state: SchedulerState, plan: AdmissionPlan, *, is_mixed: bool) -> int:
+        """Most prefill tokens of this iteration; parks who does not decode beside them."""
+        limit, asked = self.settings.chunk_tokens, plan.prefill_tokens
+        selection = self._selection
+        if selection is not None and self._running:
+            iteration = selection.plan(state.now_s, state, is_mixed=is_mixed)
+            if is_mixed:
+                self._running.choose(iteration.decode)
+            if asked is None or iteration.decode is not None:
+                asked = iteration.prefill_tokens
+        return limit if asked is None else min(limit, asked)
 
     def _leave_queue(self, live: LiveRequest, now_s: float) -> None:
         queued = live.queued
@@ -260,7 +272,7 @@ class Instance:
             waiting=self.waiting,
             held=self._held,
             running=[live.queued for live in self._running.requests],
-            decode_context_tokens=self._running.context_tokens,
+            decode_context_tokens=self._running.context_tokens + self._running.parked_tokens,
             processed_prefill_tokens=self.processed_prefill_tokens,
             chunk_tokens=self.settings.chunk_tokens,
             costs=self._execution.costs,
@@ -279,7 +291,7 @@ class Instance:
         if not self.cache.make_room(len(self._running) if batch.is_mixed else 0):
             # The prompt that was begun went on although memory was short.
             self._make_decode_room(now_s)
-        n_decodes = len(self._running) if batch.is_mixed else 0
+        n_decodes = self._running.n_decoding if batch.is_mixed else 0
         prefills = [(new, before) for _, new, before in batch.chunks]
         # At the start, as the server counts: who arrives meanwhile is looked at after the pass.
         self.processed_prefill_tokens += sum(new for new, _ in prefills)
@@ -300,6 +312,8 @@ class Instance:
     ) -> None:
         n_new = sum(new for _, new, _ in batch.chunks)
         self._count(start_s, now_s, 1, "prefill", new_tokens=n_new, decodes=n_decodes)
+        if self._selection is not None:
+            self._selection.passed(decoded=bool(n_decodes))
         if n_decodes:
             self._end_decodes(np.array([now_s]))
         for live, new, before in batch.chunks:
@@ -316,19 +330,27 @@ class Instance:
         queued.output_tokens += 1
         if queued.first_token_s is None:
             queued.first_token_s = live.record.first_token_s = now_s
+        live.last_token_s = now_s
         live.token_times_s.append(array("d", [now_s]))
         if queued.output_tokens >= live.request.output_tokens:
             self._finish(live, now_s)
             self._is_full = False
             return
         self._running.add(live)
+        if self._selection is not None:
+            self._selection.joined(live)
 
     # -- decode -------------------------------------------------------------------------------
 
     def _start_decodes(self, now_s: float) -> None:
-        n = len(self._running)
+        n_steps_max = 0 if self._selection is None else self._selection.choose(now_s)
+        n = self._running.n_decoding
         # A policy that wanted decoding first is asked again after one pass.
         n_steps = 1 if self._is_refused else self._running.passes_until_a_finish()
+        if n_steps_max:
+            n_steps = min(n_steps, n_steps_max)
+        elif self._selection is not None:
+            n_steps = self._selection.passes_that_fit(n_steps)
         free = self.cache.free_tokens
         if free < n * n_steps:
             wanted = min(n_steps, DECODE_STEPS_AHEAD)
@@ -338,7 +360,7 @@ class Instance:
             now_s, self._running.context_tokens, n, n_steps, self._running.shared_tokens_saved
         )
         event = self._events.schedule(float(ends_s[-1]), self._end_run)
-        self._run = _DecodeRun(ends_s, now_s, event)
+        self._run = DecodeRun(ends_s, now_s, event)
 
     def _cut_run(self, now_s: float) -> None:
         """End the run after the pass that is under way."""
@@ -355,7 +377,9 @@ class Instance:
         assert run is not None
         self._run = None
         n_steps = len(run.ends_s)
-        self._count(run.start_s, now_s, n_steps, "decode", decodes=len(self._running))
+        self._count(run.start_s, now_s, n_steps, "decode", decodes=self._running.n_decoding)
+        if self._selection is not None:
+            self._selection.passed(decoded=True)
         self._ratio.decay(n_steps)
         self._end_decodes(run.ends_s)
         self._step(now_s)
@@ -364,7 +388,7 @@ class Instance:
         """Every running request got one token at each of `ends_s`."""
         finished = self._running.advance(ends_s)
         for live in finished:
-            self._running.remove(live)
+            self.departures.leave_batch(live)
             self._finish(live, float(ends_s[-1]))
         if finished:
             self._is_full = False
@@ -376,38 +400,28 @@ class Instance:
         """
         if self.cache.make_room(len(self._running)):
             return True
-        order = self._running.retraction_order()
+        order = self.departures.order(now_s)
         while len(order) > (1 if self._unfinished is None else 0):
-            self._retract(order.pop(0), now_s)
+            self.departures.leave(order.pop(0), now_s, self.processed_prefill_tokens)
             if self.cache.make_room(len(self._running)):
                 break
         self._ratio.after_retraction(self._running.requests)
         self._is_full = False
         if order and not self.cache.make_room(len(self._running)):
+            if self.settings.swap and self.cache.to_host.queued_bytes:
+                # What was swapped out is on its way, and its pages are free when it is written.
+                return False
             (live,) = order
-            self._running.remove(live)
+            self.departures.leave_batch(live)
             self._give_up(live, now_s)
         return bool(self._running)
-
-    def _retract(self, live: LiveRequest, now_s: float) -> None:
-        """Back to the queue: its generated KV is lost, as upstream does it."""
-        self._running.remove(live)
-        self.cache.release(live)
-        queued = live.queued
-        queued.prefilled_tokens = 0
-        queued.n_retractions += 1
-        queued.queued_s = now_s
-        queued.processed_at_arrival = self.processed_prefill_tokens
-        self.n_retracted += 1
-        self.waiting.add(queued)
-        self.policy.on_arrival(queued, now_s)
 
     # -- the end of a request -----------------------------------------------------------------
 
     def _finish(self, live: LiveRequest, now_s: float) -> None:
         queued, record = live.queued, live.record
         queued.last_token_s = record.finish_s = now_s
-        record.n_retractions = queued.n_retractions
+        record.n_retractions, record.n_swaps = queued.n_retractions, live.n_swaps
         record_gaps(live)
         self.cache.commit(live, self._answers.blocks(live), queued.prefilled_tokens)
         if self._foresight is not None:

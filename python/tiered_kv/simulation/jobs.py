@@ -19,7 +19,7 @@ from tiered_kv.simulation.timeline import Timeline
 from tiered_kv.simulation.workload.adapt import Adaptation, AdaptedWorkload
 from tiered_kv.simulation.workload.catalog import open_workload
 from tiered_kv.simulation.workload.request import Workload
-from tiered_kv.simulation.workload.slo_mix import SloMix, parse_slo_mix
+from tiered_kv.simulation.workload.slo_mix import parse_slo_mix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class WorkloadChoice:
             length=self.length,
             pause=self.pause,
             limit=self.limit,
-            slo_mix=_with_priorities(parse_slo_mix(self.slo_mix)) if self.slo_mix else None,
+            slo_mix=parse_slo_mix(self.slo_mix) if self.slo_mix else None,
             seed=self.seed,
         )
         workload = _open(self.spec, self.seed)
@@ -100,6 +100,8 @@ def run_job(
             "model": settings.model.name,
             "device": settings.device.name,
             "policy": settings.policy,
+            "iteration_policy": settings.iteration_policy,
+            "swap": settings.swap,
             "eviction": cache.eviction,
             "whole_leaves": cache.whole_leaves,
             "stop_policy": cache.stop_policy,
@@ -146,17 +148,3 @@ def run_jobs(
 def _open(spec: str, seed: int) -> Workload:
     """A sweep reads its trace once per process."""
     return open_workload(spec, seed)
-
-
-def _with_priorities(mix: SloMix) -> SloMix:
-    """Classes without priorities of their own get them by TTFT objective: the tighter the larger.
-
-    For policies that know priorities only.
-    """
-    if any(slo.priority for slo in mix.classes):
-        return mix
-    targets = sorted({slo.ttft_s or float("inf") for slo in mix.classes}, reverse=True)
-    classes = tuple(
-        replace(slo, priority=targets.index(slo.ttft_s or float("inf"))) for slo in mix.classes
-    )
-    return SloMix(classes, mix.shares)

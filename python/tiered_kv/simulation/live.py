@@ -40,7 +40,13 @@ class RequestRecord:
     """Mean time between tokens; None with a single one."""
     p99_tbt_s: float | None = None
     max_tbt_s: float | None = None
+    n_gaps: int = 0
+    """Times between two of its tokens,"""
+    n_late_gaps: int = 0
+    """and those of them that were longer than its objective."""
     n_retractions: int = 0
+    n_swaps: int = 0
+    """Times that it made way with its KV kept."""
 
     @property
     def ttft_s(self) -> float | None:
@@ -79,6 +85,9 @@ class LiveRequest:
     """Transfers from disk to host that hold it back,"""
     give_up_s: float = math.inf
     """until this time at most."""
+    last_token_s: float = 0.0
+    """When it got its last token."""
+    n_swaps: int = 0
     first_step: int = 0
     """Number of the first decode step it takes part in, since it last joined the batch."""
     token_times_s: list[array[float]] = field(default_factory=list)
@@ -150,7 +159,9 @@ class AnswerBlocks:
         n_new = live.queued.prefilled_tokens // self._block_tokens - len(prompt)
         if n_new <= 0:
             return prompt
-        known = live.request.output_blocks[:n_new]
+        # Blocks of the answer are among `tokens` of one that was swapped out.
+        n_before = len(prompt) - live.request.input_tokens // self._block_tokens
+        known = live.request.output_blocks[n_before : n_before + n_new]
         n_own = n_new - len(known)
         own = array("q", range(self._next, self._next - n_own, -1))
         self._next -= n_own

@@ -34,6 +34,9 @@ _CLASS = {
         "ttft_attainment": _NUMBER,
         "ttft_s": _DISTRIBUTION,
         "mean_tbt_s": _DISTRIBUTION,
+        "p99_tbt_s": _DISTRIBUTION,
+        "tbt_attainment": {**_NUMBER, "description": "of those answered"},
+        "late_gap_share": {**_NUMBER, "description": "of times between tokens, over the objective"},
     },
 }
 _RUN = {

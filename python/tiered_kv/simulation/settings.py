@@ -9,6 +9,7 @@ from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import ModelSpec
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
+from tiered_kv.scheduler.iteration_config import IterationConfig
 from tiered_kv.scheduler.measured_costs import MeasuredCosts, PassTimes
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 
@@ -101,6 +102,17 @@ class InstanceSettings:
 
     slack: SlackConfig = field(default_factory=SlackConfig)
     """Of the request policy slack."""
+
+    iteration_policy: str = "all"
+    """Name of an iteration policy: who decodes. all: everyone in every iteration, as SGLang."""
+
+    iteration: IterationConfig = field(default_factory=IterationConfig)
+    """Of the iteration policy slack."""
+
+    swap: bool = False
+    """Whether requests that make way for others, or for which memory has run out, keep their KV as
+    cache; and whether the iteration policy may have them make way. SGLang drops what they
+    generated, and only when memory has run out."""
 
     chunk_tokens: int = 8192
     """--chunked-prefill-size."""

@@ -68,6 +68,7 @@ def summarize(result: SimulationResult, *, criterion: str = "mean") -> dict[str,
         "hits": hit_tokens(records),
         "retracted_share": sum(r.n_retractions > 0 for r in records) / max(1, len(records)),
         "n_retractions": result.n_retractions,
+        "n_swaps": result.n_swaps,
         "n_iterations": result.n_iterations,
         "busy_share": result.busy_s / span_s,
         "prefill_tokens": result.processed_prefill_tokens,
@@ -133,7 +134,21 @@ def _class_summary(records: list[RequestRecord], criterion: str) -> dict[str, An
         "ttft_attainment": sum(on_time) / len(records),
         "ttft_s": _without_curve(distribution(ttft)),
         "mean_tbt_s": _without_curve(distribution(record.mean_tbt_s for record in records)),
+        "p99_tbt_s": _without_curve(distribution(record.p99_tbt_s for record in records)),
+        "tbt_attainment": _tbt_attainment(records, criterion),
+        "late_gap_share": sum(r.n_late_gaps for r in records)
+        / max(1, sum(r.n_gaps for r in records)),
     }
+
+
+def _tbt_attainment(records: Sequence[RequestRecord], criterion: str) -> float:
+    """Share of those answered whose time between tokens met its objective, if they had one."""
+    finished = [record for record in records if record.finish_s is not None]
+    met = 0
+    for record in finished:
+        tbt_s = TBT_CRITERIA[criterion](record)
+        met += record.tbt_slo_s is None or tbt_s is None or tbt_s <= record.tbt_slo_s
+    return met / max(1, len(finished))
 
 
 def _wait_s(record: RequestRecord) -> float | None:
