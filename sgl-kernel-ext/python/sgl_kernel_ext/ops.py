@@ -4,12 +4,14 @@
     gather_pages(pool, pages, out)                        # all layers, whole pages
     scatter_pages(pool, pages, rows_of_layer, layers=range(3, 4))   # a layer that has arrived
 
-They run as vectorised torch; on CUDA in the current stream. `reference` says, slowly, what they
-mean. Both convert between the pool's elements and the layout's format on the way.
+On CUDA they run as Triton kernels in the current stream and return at once; elsewhere as vectorised
+torch. `reference` says, slowly, what they mean. Both convert between the pool's elements and the
+layout's format on the way.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -19,7 +21,7 @@ from sgl_kernel_ext.formats import BufferSpec, Format, PageLayout, Role
 
 
 class Backend(Protocol):
-    """Moves bytes; the ops have checked shapes. `first_byte` is the page's byte at column 0."""
+    """Carries out copies whose shapes are checked."""
 
     def gather(self, copy: PageCopy) -> None: ...
 
@@ -31,6 +33,7 @@ class PagePool:
 
     buffers[i]: (slots, n_heads, head_dim) of any strides, as layout.buffers[i].spec says; page p is
     rows [p * page_size, (p + 1) * page_size). A tail of less than a page is never touched.
+    backend: "torch", "triton", or "auto": Triton on CUDA, torch elsewhere.
     debug: check that indices lie in range and that no page is written twice. On an accelerator
     this waits for the indices.
     Raises ValueError if the buffers and the layout don't fit each other.
@@ -50,7 +53,7 @@ class PagePool:
         self.debug = debug
         self.device = buffers[0].device
         self.n_pages = min(b.shape[0] for b in buffers) // layout.page_size
-        self.backend = make_backend(backend, self)
+        self.backend = make_backend(choose_backend(backend, self.device), self)
 
 
 class PageCopy:
@@ -144,12 +147,23 @@ def layout_of(
     return PageLayout.of(format_, page_size, specs)
 
 
+def choose_backend(name: str, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return "triton" if has_triton else "torch"
+
+
 def make_backend(name: str, pool: PagePool) -> Backend:
-    if name in ("auto", "torch"):
+    if name == "torch":
         from sgl_kernel_ext.torch_backend import TorchBackend
 
         return TorchBackend(pool.buffers, pool.layout)
-    raise ValueError(f"there is no backend {name!r}; choose auto or torch")
+    if name == "triton":
+        from sgl_kernel_ext.triton_backend import TritonBackend
+
+        return TritonBackend(pool.buffers, pool.layout)
+    raise ValueError(f"there is no backend {name!r}; choose auto, torch or triton")
 
 
 def check_buffers(buffers: Sequence[torch.Tensor], layout: PageLayout) -> None:
