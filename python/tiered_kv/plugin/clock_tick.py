@@ -47,6 +47,11 @@ class SharedClock:
         self._wanted = wanted
         self._on_tick = on_tick
 
+    def also_wanted(self, wanted: Callable[[], bool]) -> None:
+        """Somebody else needs the time as well, whenever `wanted`; asked on rank 0 only."""
+        before = self._wanted
+        self._wanted = lambda: before() or wanted()
+
     def read(self, received: Iterable[Any]) -> Tick | None:
         """The tick that goes with what rank 0 received, or None if there is no need for one."""
         requests = list(_generate_requests(received))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiered_kv.core.errors import UpstreamError
+from tiered_kv.plugin.decode_hook_table import DECODE_HOOKS
 
 
 class Process(enum.Enum):
@@ -139,6 +140,16 @@ HOOKS: tuple[Hook, ...] = (
         process=Process.SCHEDULER,
         why="a policy is told of arrivals instead of looking for them in every step",
     ),
+    *(
+        Hook(
+            target=f"sglang.srt.managers.{target}",
+            kind=kind,
+            function=f"tiered_kv.plugin.{function}",
+            process=Process.SCHEDULER,
+            why=why,
+        )
+        for target, kind, function, why in DECODE_HOOKS
+    ),
     Hook(
         target="sglang.srt.managers.scheduler_components.request_receiver"
         ".SchedulerRequestReceiver._broadcast_reqs_across_ranks",
@@ -247,6 +258,14 @@ HOOKS: tuple[Hook, ...] = (
         function="tiered_kv.plugin.cascade:begin_pass",
         process=Process.SCHEDULER,
         why="requests that share KV would each read it again for every token",
+    ),
+    Hook(
+        target="sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
+        ".can_run_graph",
+        kind="around",
+        function="tiered_kv.plugin.cascade:run_eagerly",
+        process=Process.SCHEDULER,
+        why="requests that share KV would each read it again for every token, in a CUDA graph",
     ),
 )
 

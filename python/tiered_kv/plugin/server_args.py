@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 from sglang.srt import server_args as upstream_server_args
@@ -18,8 +19,10 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 from tiered_kv.api.slo import SloClasses
 from tiered_kv.core.config import LOAD_POLICIES, DiskConfig, HostConfig, TieredKVConfig
 from tiered_kv.core.errors import ConfigError, TieredKVError
+from tiered_kv.core.registry import Registry
 from tiered_kv.memory.eviction import eviction_policies
 from tiered_kv.plugin import cascade_option, option_values, process_carrier, refusals
+from tiered_kv.scheduler.iteration_policy import iteration_policies
 from tiered_kv.scheduler.request_policy import request_policies
 
 PAGE_SIZE_DEFAULT = 64
@@ -59,12 +62,15 @@ def _disk_format(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _eviction_policy(text: str) -> str:
-    try:
-        eviction_policies.get(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+def _named_in(registry: Registry[Any]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        try:
+            registry.get(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return parse
 
 
 def _load_policy(text: str) -> str:
@@ -198,7 +204,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
         str,
         Arg(
             no_cli=True,
-            type_parser=_eviction_policy,
+            type_parser=_named_in(eviction_policies),
             help="What leaves a tier that is full: lru (least recently used, the default), value "
             "(least cost to bring back times probability of reuse per byte), slru or s3fifo.",
         ),
@@ -226,6 +232,19 @@ class ServerArgs(upstream_server_args.ServerArgs):
         ),
         NS("memory"),
     ] = None
+    tiered_kv_iteration_policy: A[
+        str,
+        Arg(
+            no_cli=True,
+            type_parser=_named_in(iteration_policies),
+            help="Who of the running requests decodes in an iteration: all (default: everyone, as "
+            "SGLang does it), slack (everyone where all next tokens are in time; else those with "
+            "the tightest tbt_ms always and the others in turns, which keep their KV meanwhile) or "
+            "round-robin. Where memory is short, slack has loose requests make way for tight ones; "
+            "they come back without recompute. Needs a --tiered-kv-policy but upstream.",
+        ),
+        NS("memory"),
+    ] = "all"
     tiered_kv_slo_classes: A[
         str | None,
         Arg(
@@ -276,6 +295,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
         refusals.check_server_args(self)
         self.tiered_kv_cascade = cascade_option.cascade_mode(self.tiered_kv_cascade)
         self._resolve_policy()
+        iteration_policies.get(self.tiered_kv_iteration_policy)
         self._resolve_slo_classes()
         self._resolve_tiers()
         self._select_cache()

@@ -11,7 +11,7 @@ from tiered_kv.plugin.upstream_symbol import SRT, Symbol, function, methods, obj
 from tiered_kv.plugin.upstream_symbols_attention import ATTENTION
 from tiered_kv.plugin.upstream_symbols_cache import CACHE_INTERFACE, POOLS, REQUESTS_AND_EVENTS
 from tiered_kv.plugin.upstream_symbols_platform import CPU_PLATFORM
-from tiered_kv.plugin.upstream_symbols_scheduler import QUEUE, SCHEDULER
+from tiered_kv.plugin.upstream_symbols_scheduler import DECODE, QUEUE, SCHEDULER
 
 _STREAM = "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
 
@@ -117,6 +117,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     *ARGUMENTS,
     *SCHEDULER,
     *QUEUE,
+    *DECODE,
     *FRONT_ENDS,
     *CACHE_INTERFACE,
     *POOLS,

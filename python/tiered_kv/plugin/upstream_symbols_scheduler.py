@@ -109,7 +109,7 @@ QUEUE = (
         "parking",
     ),
     function(f"{SRT}.managers.schedule_batch.Req.reset_for_retract", "self", "parking"),
-    function(f"{MEM}.common.release_kv_cache", "req tree_cache is_insert", "parking"),
+    function(f"{MEM}.common.release_kv_cache", "req tree_cache is_insert", "parking swap_out"),
     object_(f"{SRT}.managers.schedule_batch.FINISH_ABORT", "", "queued_requests"),
     object_(f"{SRT}.constants.HEALTH_CHECK_RID_PREFIX", "", "queued_requests"),
     object_(f"{SRT}.managers.io_struct.TokenizedGenerateReqInput", "rid time_stats", "clock_tick"),
@@ -122,5 +122,98 @@ QUEUE = (
         f"{SRT}.observability.req_time_stats.APIServerReqTimeStats.__getstate__",
         "self",
         "clock_tick",
+    ),
+)
+
+_PENALTIES = "sglang.srt.sampling.penaltylib"
+_ADAPTER = "sglang.srt.managers.scheduler_components.dp_attn.SchedulerDPAttnAdapter"
+_RATIO = "sglang.srt.managers.scheduler_components.new_token_ratio_tracker.NewTokenRatioTracker"
+
+DECODE = (
+    *methods(
+        f"{SRT}.managers.scheduler.Scheduler",
+        "decode_hook_table decode_selection",
+        update_running_batch="batch",
+    ),
+    object_(
+        f"{SRT}.managers.scheduler.Scheduler",
+        "running_batch result_queue enable_overlap waiting_queue policy page_size "
+        "token_to_kv_pool_allocator new_token_ratio_tracker tree_cache",
+        "decode_selection swap_out",
+    ),
+    *methods(
+        f"{SRT}.managers.schedule_batch.ScheduleBatch",
+        "decode_hook_table decode_batch decode_selection",
+        prepare_for_decode="",
+        filter_batch="chunked_req_to_exclude keep_indices",
+        cumulate_penalty_output_tokens="",
+        retract_decode="server_args",
+        release_req="idx remaing_req_count server_args",
+        new_tokens_required_next_decode="selected_indices",
+    ),
+    object_(
+        f"{SRT}.managers.schedule_batch.ScheduleBatch",
+        "seq_lens seq_lens_cpu orig_seq_lens seq_lens_sum out_cache_loc input_embeds forward_mode "
+        "sampling_info device enable_overlap batch_is_full",
+        "decode_batch decode_penalties decode_selection swap_out",
+    ),
+    function(
+        f"{SRT}.managers.schedule_batch.release_req",
+        "req remaing_req_count server_args req_to_token_pool token_to_kv_pool_allocator "
+        "tree_cache hisparse_coordinator offload_kv",
+        "swap_out",
+    ),
+    function(f"{_ADAPTER}.maybe_prepare_mlp_sync_batch", "self batch need_sync", "decode_hooks"),
+    object_(
+        f"{SRT}.managers.schedule_batch.Req",
+        "kv_committed_len req_pool_idx last_node return_hidden_states multimodal_inputs session "
+        "time_stats",
+        "running_requests decode_penalties swap_out decode_selection",
+    ),
+    *methods(
+        f"{SRT}.managers.schedule_batch.Req",
+        "swap_out",
+        _refresh_fill_ids="",
+        set_extend_range="start end",
+        effective_kv_committed_len="",
+    ),
+    function(f"{MEM}.common.maybe_cache_unfinished_req", "req tree_cache kwargs", "swap_out"),
+    object_(f"{SRT}.managers.schedule_policy.CLIP_MAX_NEW_TOKENS", "", "decode_selection"),
+    object_(f"{_RATIO}", "current estimate_new_token_ratio_after_retract", "decode_selection"),
+    object_(
+        f"{SRT}.sampling.sampling_batch_info.SamplingBatchInfo",
+        "penalizer_orchestrator",
+        "decode_batch decode_penalties",
+    ),
+    object_(
+        f"{_PENALTIES}.orchestrator.BatchedPenalizerOrchestrator",
+        "penalizers is_required batch cumulate_output_tokens",
+        "decode_batch decode_penalties",
+    ),
+    object_(
+        f"{_PENALTIES}.orchestrator._BatchedPenalizer",
+        "_orchestrator_ref is_prepared",
+        "decode_batch decode_penalties",
+    ),
+    *(
+        object_(f"{_PENALTIES}.{module}.{name}", attributes, "decode_penalties")
+        for module, name, attributes in (
+            (
+                "frequency_penalty",
+                "BatchedFrequencyPenalizer",
+                "cumulated_frequency_penalties frequency_penalties",
+            ),
+            (
+                "presence_penalty",
+                "BatchedPresencePenalizer",
+                "cumulated_presence_penalties presence_penalties",
+            ),
+            (
+                "repetition_penalty",
+                "BatchedRepetitionPenalizer",
+                "cumulated_repetition_penalties repetition_penalties",
+            ),
+            ("min_new_tokens", "BatchedMinNewTokensPenalizer", "len_output_tokens"),
+        )
     ),
 )

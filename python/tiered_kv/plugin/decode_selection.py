@@ -1,0 +1,245 @@
+"""Has an iteration policy say which of the running requests decode now, and who makes way.
+
+SGLang's running batch stays whole; for one iteration a part of it runs (`decode_batch.py`). Who is
+not in the part is parked: it keeps its KV and its place, and gets no token. Where memory is short,
+somebody leaves the batch with its KV (`swap_out.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tiered_kv.plugin.decode_batch import decode_part
+from tiered_kv.plugin.running_requests import RunningRequests, terms_of
+from tiered_kv.plugin.swap_out import Leaving
+from tiered_kv.scheduler.iteration_policy import (
+    IterationPlan,
+    IterationPolicy,
+    IterationState,
+    iteration_policies,
+)
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+    from tiered_kv.plugin.clock_tick import SharedClock
+    from tiered_kv.scheduler.cost_model import CostModel
+
+logger = logging.getLogger(__name__)
+
+
+class DecodeSelection:
+    """One policy over the running batch of one scheduler."""
+
+    def __init__(
+        self, scheduler: Any, policy: IterationPolicy, costs: CostModel, clock: SharedClock
+    ) -> None:
+        self.running = RunningRequests()
+        self.leaving = Leaving(scheduler)
+        self.first_in_queue: Req | None = None
+        """Who would be admitted next, as of the last time that the queue was put in order."""
+        self._scheduler = scheduler
+        self._policy = policy
+        self._costs = costs
+        self._clock = clock
+        # While SGLang prepares a decode: the running batch, and who of it decodes (None: all).
+        self._whole: ScheduleBatch | None = None
+        self._chosen: Sequence[Req] | None = None
+        # The running batch, and what runs in its place.
+        self._part: tuple[ScheduleBatch, ScheduleBatch] | None = None
+
+    # -- one decode ---------------------------------------------------------------------------
+
+    def update(self, batch: ScheduleBatch, update: Callable[[], Any]) -> Any:
+        """`update`, SGLang's `update_running_batch`, for a part of `batch` if the policy says so.
+
+        Returns what `update` does: the running batch, whole.
+        """
+        self._part = None
+        self.leaving.settle(batch)
+        self._whole = batch
+        try:
+            return update()
+        finally:
+            self._whole = self._chosen = None
+
+    def fits_in_memory(self, batch: ScheduleBatch, check: Callable[..., bool]) -> bool:
+        """In the place of `check_decode_mem`: whether those who decode find room.
+
+        SGLang asks after it has dropped from `batch` who is finished, before it makes room.
+        """
+        if batch is not self._whole:
+            return check()
+        self._choose(batch)
+        if self._chosen is None:
+            return check()
+        return check(selected_indices=self._rows(batch))
+
+    def prepare(self, batch: ScheduleBatch, prepare: Callable[[], None]) -> None:
+        """In the place of `prepare_for_decode`."""
+        now_s = self._clock.now_s
+        if batch is not self._whole:
+            prepare()
+            if self._whole is None:
+                # Mixed into a prefill, all of them.
+                self.running.some_decode(batch.reqs, now_s)
+            return
+        rows = None if self._chosen is None else self._rows(batch)
+        if rows is None or len(rows) == len(batch.reqs):
+            prepare()
+            self.running.everyone_decodes(now_s)
+            return
+        part = decode_part(batch, rows)
+        self.running.some_decode(part.reqs, now_s)
+        self._part = batch, part
+
+    def batch_to_run(self, batch: ScheduleBatch | None) -> ScheduleBatch | None:
+        """`batch`, or what runs in its place."""
+        if self._part is None or batch is not self._part[0]:
+            return batch
+        part = self._part[1]
+        self._part = None
+        return part
+
+    def after_result(self) -> None:
+        """A result was processed, in an iteration that may be no decode."""
+        self.running.take_tokens(self._clock.now_s)
+
+    # -- who decodes --------------------------------------------------------------------------
+
+    def _choose(self, batch: ScheduleBatch) -> None:
+        """Ask the policy who of `batch` decodes, and who leaves for one who finds no room."""
+        running, now_s = self.running, self._clock.now_s
+        running.keep_up(batch.reqs, now_s)
+        self._chosen = None
+        if batch.batch_is_full and self.first_in_queue is not None:
+            self._make_way(batch, self.first_in_queue)
+        if not self.leaving and self._policy.fits(running.totals, self._costs, now_s):
+            return
+        staying = [req for req in batch.reqs if req not in self.leaving]
+        plan = self._plan(staying)
+        if plan.decode is not None:
+            self._chosen = [running.req(request_id) for request_id in plan.decode]
+        elif len(staying) < len(batch.reqs):
+            self._chosen = staying
+
+    def _plan(
+        self, reqs: Sequence[Req], short_tokens: int = 0, short_for_tbt_s: float | None = None
+    ) -> IterationPlan:
+        return self._policy.plan(
+            IterationState(
+                now_s=self._clock.now_s,
+                running=self.running.look(reqs),
+                costs=self._costs,
+                short_tokens=short_tokens,
+                short_for_tbt_s=short_for_tbt_s,
+            )
+        )
+
+    def _rows(self, batch: ScheduleBatch) -> list[int]:
+        """Of those chosen who are in `batch` still; all of it if none is."""
+        everyone = range(len(batch.reqs))
+        if self._chosen is None:
+            return list(everyone)
+        chosen = set(self._chosen)
+        return [row for row in everyone if batch.reqs[row] in chosen] or list(everyone)
+
+    # -- who makes way ------------------------------------------------------------------------
+
+    def _make_way(self, batch: ScheduleBatch, first: Req) -> None:
+        """Have some leave so that `first`, whose objective is tighter, is admitted."""
+        self.first_in_queue = None  # asked for once: the queue is put in order again
+        if self.leaving or first.finished() or first.req_pool_idx is not None:
+            return
+        tbt_s = terms_of(first).slo.tbt_s
+        if tbt_s is None or not self.running.is_any_looser(tbt_s):
+            return
+        missing = self._missing_tokens(batch, first)
+        for req in batch.reqs:
+            self.running.measure(req)
+        plan = self._plan(batch.reqs, missing, tbt_s)
+        self.leaving.add(self.running.req(request_id) for request_id in plan.swap_out)
+
+    def _missing_tokens(self, batch: ScheduleBatch, first: Req) -> int:
+        """KV tokens that the device lacks for `first`, as SGLang counts them; at least 1.
+
+        See `PrefillAdder` in managers/schedule_policy.py. One, if a place in the batch is missing.
+        """
+        from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+
+        def to_produce(req: Req) -> int:
+            left: int = req.sampling_params.max_new_tokens - len(req.output_ids)
+            return min(left, CLIP_MAX_NEW_TOKENS)
+
+        scheduler = self._scheduler
+        page_size: int = scheduler.page_size
+        free = (
+            scheduler.token_to_kv_pool_allocator.available_size()
+            + scheduler.tree_cache.evictable_size()
+        )
+        reserved = sum(map(to_produce, batch.reqs)) * scheduler.new_token_ratio_tracker.current
+        new = len(first.origin_input_ids) + len(first.output_ids) - len(first.prefix_indices)
+        needed = new + to_produce(first) + page_size
+        return max(1, math.ceil(needed + reserved - free))
+
+    def make_room(
+        self,
+        batch: ScheduleBatch,
+        server_args: Any,
+        retract: Callable[[], tuple[list[Req], float, list[Req]]],
+    ) -> tuple[list[Req], float, list[Req]]:
+        """In the place of `retract_decode`: those who run lack memory for their next tokens.
+
+        Who goes is the policy's choice, as far as it has one, then SGLang's. Returns what
+        `retract_decode` does: who was retracted, the new token ratio, who was aborted.
+        """
+        from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import (
+            NewTokenRatioTracker,
+        )
+
+        victims = self._victims(batch)
+        if not victims:
+            return retract()
+        gone = set(victims)
+        keep = [row for row, req in enumerate(batch.reqs) if req not in gone]
+        for row, req in enumerate(batch.reqs):
+            if req in gone:
+                batch.release_req(row, len(keep), server_args)
+        batch.filter_batch(keep_indices=keep)
+        if batch.check_decode_mem():
+            ratio = NewTokenRatioTracker.estimate_new_token_ratio_after_retract(batch.reqs)
+            return victims, float(ratio), []
+        more, ratio, aborted = retract()
+        return victims + more, ratio, aborted
+
+    def _victims(self, batch: ScheduleBatch) -> list[Req]:
+        for req in batch.reqs:
+            self.running.measure(req)
+        missing = batch.new_tokens_required_next_decode()
+        missing -= self._scheduler.token_to_kv_pool_allocator.available_size()
+        plan = self._plan(batch.reqs, max(1, missing))
+        return [self.running.req(request_id) for request_id in plan.swap_out]
+
+
+def install(scheduler: Any, policy_name: str) -> None:
+    """Put the iteration policy of that name in charge of `scheduler`, which was just made."""
+    if policy_name == "all":
+        return
+    order = getattr(scheduler, "tiered_kv_order", None)
+    parts = scheduler.tree_cache.parts
+    if order is None or parts.cost_model is None:
+        logger.warning(
+            "Tiered KV: everyone decodes in every iteration, since --tiered-kv-iteration-policy %s "
+            "needs the cost model and the clock that come with --tiered-kv-policy.",
+            policy_name,
+        )
+        return
+    policy = iteration_policies.get(policy_name)()
+    selection = DecodeSelection(scheduler, policy, parts.cost_model, order.clock)
+    order.clock.also_wanted(lambda: not scheduler.running_batch.is_empty())
+    scheduler.tree_cache.decode_selection = selection
+    scheduler.policy.tiered_kv_selection = selection
+    logger.info("Tiered KV: who decodes is chosen by the policy %s.", policy_name)

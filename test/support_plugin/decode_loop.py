@@ -1,0 +1,341 @@
+"""SGLang's own scheduler loop over real batches, pools and tiers, with `KvModel` as the model.
+
+Of `Scheduler` only `__init__` is replaced: the loop, the queue, admission, retraction, the handling
+of results are SGLang's. What it would tell other processes is swallowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.managers import scheduler as upstream
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_policy import SchedulePolicy
+from sglang.srt.managers.scheduler_components.batch_result_processor import (
+    SchedulerBatchResultProcessor,
+)
+from sglang.srt.managers.scheduler_components.dp_attn import SchedulerDPAttnAdapter
+from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import NewTokenRatioTracker
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.runtime_context import get_context
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+from support_plugin.kv_model import VOCABULARY, KvModel
+from tiered_kv.core.config import MemoryConfig
+from tiered_kv.core.device_spec import find_device
+from tiered_kv.core.ids import Tier
+from tiered_kv.core.model_spec import find_model
+from tiered_kv.forest.forest import Forest
+from tiered_kv.forest.key import namespace_hash
+from tiered_kv.memory.manager import MemoryManager
+from tiered_kv.plugin.build import CacheParts, HostReport
+from tiered_kv.plugin.clock_tick import SharedClock, Tick
+from tiered_kv.plugin.cpu_allocator import CpuPagedTokenToKVPoolAllocator
+from tiered_kv.plugin.decode_selection import DecodeSelection
+from tiered_kv.plugin.device_pool import EngineAllocator, buffers_of
+from tiered_kv.plugin.kv_events import KvEvents
+from tiered_kv.plugin.metrics_adapter import MetricsRecorder
+from tiered_kv.plugin.prefix_cache import TieredPrefixCache
+from tiered_kv.plugin.residency_log import ResidencyLog
+from tiered_kv.plugin.server_args import ServerArgs
+from tiered_kv.plugin.step_times import StepTimes
+from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.iteration_policy import IterationPolicy
+from tiered_kv.tiers.context import TierContext
+from tiered_kv.tiers.device import CpuPageCopier, buffer_format
+from tiered_kv.tiers.hierarchy import KVHierarchy
+from tiered_kv.tiers.host import HostPool
+
+
+class Quiet:
+    """Takes any call and does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+    def __bool__(self) -> bool:
+        return False
+
+
+#: Attributes of `Scheduler` for what does not take part.
+_OFF = """
+    enable_lora enable_hisparse enable_pdmux enable_unified_memory enable_fpm enable_dp_attention
+    enable_priority_scheduling enable_priority_preemption enable_session_radix_cache
+    enable_hicache_storage enable_dynamic_chunking is_hybrid_swa is_hybrid_ssm is_mixed_chunk
+    require_mlp_sync gracefully_exit schedule_low_priority_values_first _war_barrier_enabled
+    abort_on_priority_when_disabled _engine_paused
+"""
+_NONE = """
+    draft_worker rust_server external_corpus_manager prefill_delayer dllm_config chunked_req
+    min_free_slots_delayer _pending_chunked_abort_req last_batch lora_drainer cur_batch_for_debug
+    forward_sleep_time scripted_scheduler_hook truncation_align_size max_queued_requests
+    hisparse_coordinator priority_scheduling_preemption_threshold
+"""
+PAGE_SIZE = 4
+MAX_RUNNING = 16
+MODEL_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "torch_dtype": "float32",
+}
+
+
+def publish_arguments(directory: Path, **options: Any) -> ServerArgs:
+    """SGLang reads its arguments from a place that the whole process shares.
+
+    Making them puts our hooks into this process, as in a server's.
+    """
+    (directory / "config.json").write_text(json.dumps(MODEL_CONFIG))
+    args = ServerArgs(
+        model_path=str(directory),
+        device="cpu",
+        attention_backend="torch_native",
+        tiered_kv=True,
+        tiered_kv_disk_dir="none",
+        pp_max_micro_batch_size=MAX_RUNNING,
+        **options,
+    )
+    get_context().set_server_args(args)
+    return args
+
+
+def serving_parts(pool: Any, allocator: Any, page_size: int, n_host_pages: int) -> CacheParts:
+    """The tiers over SGLang's pool, without a disk."""
+    device = buffers_of(pool)
+    page_format = buffer_format(page_size, device.layers, device.buffers)
+    host = HostPool(page_format, n_host_pages * page_format.slot_bytes)
+    forest = Forest(page_size)
+    events = KvEvents(page_size, False)
+    residency = ResidencyLog(events)
+    context = TierContext(
+        forest=forest,
+        manager=MemoryManager(forest, MemoryConfig()),
+        copier=CpuPageCopier(page_size, device.layers, device.buffers, host.pages),
+        allocator=EngineAllocator(allocator),
+        host=host,
+        listener=residency,
+    )
+    hierarchy = KVHierarchy(context, namespace_hash("the KV model"))
+    return CacheParts(
+        hierarchy=hierarchy,
+        disk_store=None,
+        events=events,
+        metrics=MetricsRecorder(),
+        host_report=HostReport(host),
+        name_weights=lambda: (namespace_hash("the KV model"), None),
+        step_times=StepTimes(hierarchy, synchronous=True),
+        residency=residency,
+        cost_model=None,
+    )
+
+
+class DecodeLoop(upstream.Scheduler):
+    """`script` is called once per turn of the loop, before anything else, until it says False."""
+
+    def __init__(
+        self,
+        args: ServerArgs,
+        *,
+        overlap: bool,
+        n_pages: int = 64,
+        n_host_pages: int = 128,
+        page_size: int = PAGE_SIZE,
+        chunk_tokens: int | None = None,
+        max_running: int = MAX_RUNNING,
+    ) -> None:
+        self.script: Callable[[], bool] = lambda: False
+        self.finished: dict[str, Req] = {}
+        n_tokens = n_pages * page_size
+        pool = MHATokenToKVPool(
+            n_tokens, page_size, torch.float32, 1, 2, 1, "cpu", enable_memory_saver=False
+        )
+        self.token_to_kv_pool_allocator = CpuPagedTokenToKVPoolAllocator(
+            n_tokens, page_size, torch.float32, "cpu", pool, need_sort=False
+        )
+        self.req_to_token_pool = ReqToTokenPool(max_running, 1024, "cpu", False)
+        params = CacheInitParams(
+            disable=False,
+            req_to_token_pool=self.req_to_token_pool,
+            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
+            page_size=page_size,
+        )
+        parts = serving_parts(pool, self.token_to_kv_pool_allocator, page_size, n_host_pages)
+        self.tree_cache = TieredPrefixCache(params, parts)
+        gate = parts.hierarchy.load_back.gate
+        pool.register_layer_transfer_counter(gate)
+        self.tp_worker = self.model_worker = KvModel(
+            pool, self.req_to_token_pool, gate, overlap=overlap
+        )
+        self._set_switches(args, overlap=overlap, page_size=page_size, max_running=max_running)
+        self.max_total_num_tokens = n_tokens
+        self.chunked_prefill_size = chunk_tokens
+        self._set_components(args)
+        self.init_overlap()
+        self.now_s = 1.0
+        self.clock = SharedClock(wanted=lambda: True, on_tick=lambda: None)
+
+    def _set_switches(
+        self, args: ServerArgs, *, overlap: bool, page_size: int, max_running: int
+    ) -> None:
+        self.server_args = args
+        self.enable_overlap, self.enable_overlap_mlx = overlap, False
+        self.page_size, self.max_running_requests = page_size, max_running
+        self.device = "cpu"
+        self.spec_algorithm = SpeculativeAlgorithm.NONE
+        self.disaggregation_mode = upstream.DisaggregationMode.NULL
+        self.schedule_policy = "fcfs"
+        self.is_generation = self.enable_hierarchical_cache = True
+        for name in _OFF.split():
+            setattr(self, name, False)
+        for name in _NONE.split():
+            setattr(self, name, None)
+        self.max_prefill_tokens = 4096
+        self.max_prefill_bs = 0.0
+        self.forward_ct = self.forward_ct_decode = 0
+        self.total_prefill_uncached_tokens = self.total_prefill_busy_us = 0
+        self.decode_moment_totals = [0.0] * 6
+        self._prev_decode_launch_ts = None
+        self.waiting_queue: list[Req] = []
+        self.running_batch = upstream.ScheduleBatch(reqs=[], batch_is_full=False)
+        self.result_queue: deque[Any] = deque()
+        self.return_health_check_ipcs: deque[Any] = deque()
+
+    def _set_components(self, args: ServerArgs) -> None:
+        quiet = Quiet()
+        self.model_config = SimpleNamespace(
+            vocab_size=VOCABULARY, is_encoder_decoder=False, think_end_ids=None
+        )
+        self.ps = SimpleNamespace(pp_size=1, tp_rank=0)
+        self.policy = SchedulePolicy("fcfs", self.tree_cache, True, False, False)
+        self.new_token_ratio_tracker = NewTokenRatioTracker(
+            init=0.4, min=0.1, decay=0.01, current=0.4
+        )
+        self.forward_stream = self.schedule_stream = quiet
+        self.request_receiver = SimpleNamespace(recv_requests=self._receive)
+        self.flush_wrapper = self.session_controller = self.ipc_channels = quiet
+        self.ipc_channels = SimpleNamespace(send_to_tokenizer=quiet)
+        self.profiler_manager = self.load_inquirer = quiet
+        self.metrics_reporter = Quiet()
+        self.metrics_reporter.num_generated_tokens = self.metrics_reporter.forward_ct_decode = 0
+        self.metrics_collector = self.kv_events_publisher = quiet
+        self.grammar_manager = SimpleNamespace(
+            has_waiting_grammars=lambda: False, grammar_queue=[], abort_requests=lambda _: None
+        )
+        self.dllm_manager = SimpleNamespace(any_staging_reqs=lambda: False)
+        self.load_snapshot_writer = None
+        self.dp_attn_adapter = SchedulerDPAttnAdapter(
+            **dict.fromkeys((f.name for f in dataclasses.fields(SchedulerDPAttnAdapter)), None)
+            | {"get_require_mlp_sync": lambda: False}
+        )
+        self.ngram_embedding_manager = SimpleNamespace(
+            prepare_for_forward=lambda batch, chunked_req: batch
+        )
+        self.batch_result_processor = SchedulerBatchResultProcessor(
+            is_generation=True,
+            disaggregation_mode=self.disaggregation_mode,
+            enable_overlap=self.enable_overlap,
+            enable_overlap_mlx=False,
+            server_args=args,
+            model_config=self.model_config,
+            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
+            tree_cache=self.tree_cache,
+            hisparse_coordinator=None,
+            req_to_token_pool=self.req_to_token_pool,
+            decode_offload_manager=None,
+            metrics_collector=quiet,
+            metrics_reporter=self.metrics_reporter,
+            draft_worker=None,
+            model_worker=self.tp_worker,
+            logprob_result_processor=quiet,
+            output_streamer=SimpleNamespace(stream_output=self._stream),
+            abort_request=self.abort_request,
+        )
+
+    # -- what a test does ---------------------------------------------------------------------
+
+    def choose_by(self, policy: IterationPolicy) -> DecodeSelection:
+        """Puts an iteration policy in charge of who decodes."""
+        costs = CostModel(find_model("Llama-3.1-8B"), find_device("H200-141"), {})
+        selection = DecodeSelection(self, policy, costs, self.clock)
+        self.tree_cache.decode_selection = selection
+        self.tree_cache.resumes_requests = True
+        self.policy.tiered_kv_selection = selection
+        return selection
+
+    def arrive(self, req: Req) -> None:
+        self._add_request_to_queue(req)
+
+    def run(self, script: Callable[[], bool]) -> None:
+        """Turns SGLang's loop until `script`, asked before each turn, says False."""
+        self.script = script
+        self.gracefully_exit = False
+        if self.enable_overlap:
+            self.event_loop_overlap()
+        else:
+            self.event_loop_normal()
+
+    def serve(self, *reqs: Req, patience: int = 2000) -> dict[str, list[int]]:
+        """All of them from their arrival to their last token; what each said."""
+        for req in reqs:
+            self.arrive(req)
+        turns = iter(range(patience))
+
+        def goes_on() -> bool:
+            assert next(turns, None) is not None, "it never ends"
+            return not all(req.finished() for req in reqs) or not self.is_at_rest
+
+        self.run(goes_on)
+        return {req.rid: list(req.output_ids) for req in reqs}
+
+    @property
+    def is_at_rest(self) -> bool:
+        return self.last_batch is None and self.running_batch.is_empty() and not self.waiting_queue
+
+    def check_nothing_is_held(self) -> None:
+        """With no request left: every slot is free or cache, and no pin is left."""
+        assert self.is_at_rest
+        hierarchy = self.tree_cache.hierarchy
+        hierarchy.settle_host_writes()
+        hierarchy.settle_loads()
+        available = self.token_to_kv_pool_allocator.available_size()
+        assert available + self.tree_cache.evictable_size() == self.max_total_num_tokens
+        assert self.tree_cache.protected_size() == 0
+        pool = self.req_to_token_pool
+        assert sorted(pool.free_slots) == list(range(1, pool.size + 1))
+        forest = hierarchy.context.forest
+        forest.check_integrity()
+        host = hierarchy.context.host
+        held = sum(node.n_pages for node in forest.nodes() if node.slots(Tier.HOST) is not None)
+        assert held + host.n_free == host.n_pages
+
+    # -- in the place of other processes ------------------------------------------------------
+
+    def _receive(self) -> list[Any]:
+        self.now_s += 0.01
+        self.clock.take(Tick(self.now_s))
+        self.gracefully_exit = not self.script()
+        return []
+
+    def _stream(self, reqs: list[Req], return_logprob: bool, skip: Req | None = None) -> None:
+        for req in reqs:
+            if req.finished():
+                self.finished[req.rid] = req
+
+    def on_idle(self) -> None:
+        pass
