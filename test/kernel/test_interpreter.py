@@ -1,9 +1,4 @@
-"""The Triton kernels, run by Triton's interpreter, give the reference's bytes in every shape.
-
-Triton decides at import whether to interpret, so these tests run in a process of their own: in the
-main one a single test starts it and the others are skipped. Bytes of pages must be equal. So must
-elements that come back, but for bfloat16, which the interpreter truncates: one step is allowed.
-"""
+"""Runs `interpreted.py`: Triton decides at import whether to interpret, once for a process."""
 
 from __future__ import annotations
 
@@ -13,38 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from kernel.pools import (
-    N_PAGES,
-    Shape,
-    as_int,
-    gathered,
-    page_lists,
-    same_bits,
-    scattered,
-    shapes,
-)
-from sgl_kernel_ext.formats import Format
-from sgl_kernel_ext.ops import PagePool, gather_pages, scatter_pages
-from sgl_kernel_ext.triton_plan import Buffers, plan_launch
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that interprets")
 pytestmark = pytest.mark.timeout(600)
-
-LOSSY = [f for f in Format if f.is_lossy]
-few_pages = st.lists(st.integers(0, N_PAGES - 1), unique=True, max_size=2)
+HERE = Path(__file__).parent
 
 
-@pytest.mark.skipif(INTERPRETED, reason="would start itself again and again")
-def test_in_a_process_that_interprets(request: pytest.FixtureRequest) -> None:
-    wanted = request.config.getoption("markexpr")
+def interpret(marks: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", wanted, __file__],
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-m", "pytest", "-q", "-m", marks, HERE / "interpreted.py"],
+        cwd=HERE.parents[1],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -54,113 +26,10 @@ def test_in_a_process_that_interprets(request: pytest.FixtureRequest) -> None:
     assert " passed" in result.stdout
 
 
-def within_a_step(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal, or in bfloat16 neighbours: the patterns of one sign are ordered as their numbers."""
-    if a.dtype != torch.bfloat16:
-        return same_bits(a, b)
-    bits_a, bits_b = (x.contiguous().view(as_int(x)).int() for x in (a, b))
-    return bool(((bits_a - bits_b).abs() <= 1).all())
+def test_kernels_give_the_references_bytes() -> None:
+    interpret("not long")
 
 
-def check(shape: Shape, format_: Format, pages: list[int], seed: int) -> None:
-    buffers = shape.pool(seed)
-    layout = shape.layout(format_)
-    pool = PagePool(buffers, layout, backend="triton", debug=True)
-    index = torch.tensor(pages, dtype=torch.long)
-    expected = gathered(buffers, layout, pages)
-    out = aligned_rows(*expected.shape)
-    gather_pages(pool, index, out)
-    assert torch.equal(out, expected)
-    target = shape.pool(seed + 1)
-    after = scattered(target, layout, pages, expected)
-    scatter_pages(PagePool(target, layout, backend="triton", debug=True), index, out)
-    near = same_bits if format_ is Format.RAW else within_a_step
-    assert all(near(a, b) for a, b in zip(target, after, strict=True))
-
-
-def aligned_rows(n_rows: int, n_bytes: int) -> torch.Tensor:
-    """Zeroed rows, each of which starts on a boundary as a host pool's slots do."""
-    return torch.zeros(n_rows, -(-n_bytes // 64) * 64, dtype=torch.uint8)[:, :n_bytes]
-
-
-@inside
-@given(shapes(lossy=False, small=True), few_pages, st.integers(0, 99))
-@settings(max_examples=12, deadline=None)
-def test_raw(shape: Shape, pages: list[int], seed: int) -> None:
-    check(shape, Format.RAW, pages, seed)
-
-
-@inside
-@pytest.mark.parametrize("format_", LOSSY)
-@given(shape=shapes(lossy=True, small=True), pages=few_pages, seed=st.integers(0, 99))
-@settings(max_examples=8, deadline=None)
-def test_lossy(format_: Format, shape: Shape, pages: list[int], seed: int) -> None:
-    check(shape, format_, pages, seed)
-
-
-@inside
-@pytest.mark.parametrize("format_", LOSSY)
-def test_a_head_of_several_tiles(format_: Format) -> None:
-    shape = Shape(16, 1, (520,), torch.float32, n_layers=1)
-    launch = plan_launch(
-        Buffers(format_, 16, shape.layout(format_).buffers[0].spec, (520, 520, 1), 16),
-        to_pool=False,
-        has_rows=False,
-        data_align=16,
-    )
-    assert launch.constants["BLOCK_TOKENS"] < shape.page_size
-    check(shape, format_, [4], 0)
-
-
-@inside
-@pytest.mark.parametrize("format_", Format)
-def test_rows_and_layers(format_: Format) -> None:
-    shape = Shape(8, 1, (16, 24), torch.float32, n_layers=3)
-    buffers, target = shape.pool(0), shape.pool(1)
-    layout = shape.layout(format_)
-    pages, rows = torch.tensor([5, 0]), torch.tensor([3, 1])
-    host = aligned_rows(4, layout.page_bytes)
-    gather_pages(PagePool(buffers, layout, backend="triton"), pages, host, rows=rows)
-    assert torch.equal(host[rows], gathered(buffers, layout, [5, 0]))
-    assert not host[[0, 2]].any()
-    start, end = layout.layer_bytes(range(1, 3))
-    after = scattered(target, layout, [2, 6], host[rows])
-    kept = [buffer.clone() for buffer in target[:2]]
-    scatter_pages(
-        PagePool(target, layout, backend="triton"),
-        torch.tensor([2, 6]),
-        host[:, start:end],
-        rows=rows,
-        layers=range(1, 3),
-    )
-    assert all(same_bits(a, b) for a, b in zip(target, kept + after[2:], strict=True))
-
-
-@inside
-def test_raw_bytes_at_any_address() -> None:
-    shape = Shape(4, 1, (8, 8), torch.float32)
-    layout = shape.layout(Format.RAW)
-    buffers = shape.pool(0)
-    for shift in (1, 2, 4):
-        out = torch.zeros(2, layout.page_bytes + shift, dtype=torch.uint8)[:, shift:]
-        gather_pages(PagePool(buffers, layout, backend="triton"), torch.tensor([1, 3]), out)
-        assert torch.equal(out, gathered(buffers, layout, [1, 3]))
-
-
-@inside
-def test_lossy_pages_at_an_odd_address_are_refused() -> None:
-    shape = Shape(4, 1, (8, 8), torch.float32)
-    layout = shape.layout(Format.FP8)
-    out = torch.zeros(1, layout.page_bytes + 4, dtype=torch.uint8)[:, 4:]
-    with pytest.raises(ValueError, match="multiples of 16 bytes"):
-        gather_pages(PagePool(shape.pool(0), layout, backend="triton"), torch.tensor([1]), out)
-
-
-@inside
 @pytest.mark.long
-@pytest.mark.parametrize("format_", Format)
-@given(data=st.data())
-@settings(max_examples=60, deadline=None)
-def test_more_shapes(format_: Format, data: st.DataObject) -> None:
-    shape = data.draw(shapes(lossy=format_.is_lossy))
-    check(shape, format_, data.draw(page_lists), data.draw(st.integers(0, 99)))
+def test_kernels_give_the_references_bytes_in_many_more_shapes() -> None:
+    interpret("long")

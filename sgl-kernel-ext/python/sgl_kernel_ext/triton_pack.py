@@ -122,9 +122,8 @@ def encode_per_token(
         low = tl.min(tl.where(here, x, float("inf")), axis=1)
         high = tl.max(tl.where(here, x, float("-inf")), axis=1)
         zero, spread = zero_and_spread(low, high)
-        scale, reciprocal = scale_and_reciprocal(
-            spread, tl.zeros_like(spread) + ((1 << BITS) - 1.0)
-        )
+        steps = tl.zeros_like(spread) + ((1 << BITS) - 1.0)
+        scale, reciprocal = scale_and_reciprocal(spread, steps)
         tl.store(scales + t, scale, t < TOKENS)
         tl.store(zeros + t, zero, t < TOKENS)
         zero = zero.to(tl.float32)
