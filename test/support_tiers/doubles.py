@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tiered_kv.tiers.device import After, CpuPageCopier, LayerDone
+from tiered_kv.tiers.encoded_copier import EncodedCpuPageCopier
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Collective
 
@@ -83,8 +84,8 @@ class Faults:
             raise error
 
 
-class FaultyCopier(CpuPageCopier):
-    """The CPU copier with `Faults` before each copy, and a delay before each layer of a load."""
+class _FaultyCopies:
+    """Mixed into a copier: `Faults` before each copy, and a delay before each layer of a load."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -94,7 +95,7 @@ class FaultyCopier(CpuPageCopier):
 
     def to_host(self, device_slots: torch.Tensor, host_pages: PageIds, after: After) -> None:
         self.down.pass_through()
-        super().to_host(device_slots, host_pages, after)
+        super().to_host(device_slots, host_pages, after)  # type: ignore[misc]
 
     def to_device(
         self,
@@ -113,7 +114,17 @@ class FaultyCopier(CpuPageCopier):
             if delay_s:
                 time.sleep(delay_s / 4)
 
-        super().to_device(host_pages, device_slots, after, slow_layer_done)
+        super().to_device(  # type: ignore[misc]
+            host_pages, device_slots, after, slow_layer_done
+        )
+
+
+class FaultyCopier(_FaultyCopies, CpuPageCopier):
+    """Between a device and a host that keeps pages as they are."""
+
+
+class FaultyEncodedCopier(_FaultyCopies, EncodedCpuPageCopier):
+    """Between a device and a host that keeps pages in another format."""
 
 
 class FaultyDisk:
@@ -121,7 +132,6 @@ class FaultyDisk:
 
     def __init__(self, namespace: Any) -> None:
         self.namespace = namespace
-        self.page_bytes = namespace.page_bytes
         self.reads = Faults()
         self.writes = Faults()
         self.pages_per_read: int | None = None

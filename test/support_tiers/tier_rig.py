@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from support_tiers.doubles import PATIENCE_S, Faults, FaultyCopier, FaultyDisk, PagedAllocator
+from support_tiers.doubles import (
+    PATIENCE_S,
+    Faults,
+    FaultyCopier,
+    FaultyDisk,
+    FaultyEncodedCopier,
+    PagedAllocator,
+)
+from support_tiers.page_codec import PageCodec, codec, lasting_page, page_layout
 from tiered_kv.core.config import MemoryConfig
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
@@ -29,10 +37,12 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.tiers.context import TierContext, device_slots_of, host_pages_of
-from tiered_kv.tiers.device import byte_pages
+from tiered_kv.tiers.device import buffer_format, byte_pages
+from tiered_kv.tiers.encoded_disk import EncodedDisk
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.in_memory import InMemoryStore
+from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.transfer import Collective, SingleRank
 
 PAGE_SIZE = 4
@@ -92,7 +102,11 @@ class Events:
 
 
 class Rig:
-    """An engine with `n_device_pages`, over `n_host_pages` and `disk` (None: no disk tier)."""
+    """An engine with `n_device_pages`, over `n_host_pages` and `disk` (None: no disk tier).
+
+    host_format: what the host keeps pages in. lasting: a format; what is computed are then pages
+    that this format does not change.
+    """
 
     def __init__(
         self,
@@ -104,17 +118,29 @@ class Rig:
         collective: Collective | None = None,
         namespace: bytes = NAMESPACE,
         shard: int = 0,
+        host_format: str = "raw",
+        lasting: str | None = None,
     ) -> None:
         self.page_size = page_size
+        self.lasting = lasting
+        self.host_codec: PageCodec | None = None
         layers = [layer for layer in range(N_LAYERS) for _ in range(2)]
         n_slots = (n_device_pages + 1) * page_size
         self.buffers = [torch.zeros(n_slots, 2, 4, dtype=torch.bfloat16) for _ in layers]
         self._pages = [byte_pages(buffer, page_size).numpy() for buffer in self.buffers]
-        page_format = FaultyCopier(page_size, layers, self.buffers, np.zeros((1, 1))).page_format
-        self.page_format = page_format
+        self.page_format = buffer_format(page_size, layers, self.buffers)
         self.shard = shard
-        self.host = HostPool(page_format, n_host_pages * page_format.slot_bytes)
-        self.copier = FaultyCopier(page_size, layers, self.buffers, self.host.pages)
+        host_page = self.page_format
+        if host_format != "raw":
+            self.host_codec = codec(host_format, page_size, N_LAYERS)
+            host_page = PageFormat.of_layout(self.host_codec.layout)
+        self.host = HostPool(host_page, n_host_pages * host_page.slot_bytes)
+        self.copier: FaultyCopier | FaultyEncodedCopier
+        if self.host_codec is None:
+            self.copier = FaultyCopier(page_size, layers, self.buffers, self.host.pages)
+        else:
+            layout = self.host_codec.layout
+            self.copier = FaultyEncodedCopier(self.buffers, layout, self.host.pages)
         self.allocator = PagedAllocator(n_device_pages, page_size)
         self.forest = Forest(page_size)
         self.events = Events()
@@ -143,6 +169,8 @@ class Rig:
         self.known_hashes.add(page_hash)
         if self.shard:
             page_hash = page_hash + bytes([self.shard])
+        if self.lasting is not None:
+            return lasting_page(self.lasting, self.page_size, N_LAYERS, page_hash)
         return page_kv(page_hash, self.page_format.page_bytes)
 
     def hashes(self, root: Node, tokens: array[int]) -> list[bytes]:
@@ -373,19 +401,24 @@ class Rig:
                     found = b"".join(buffer[page].tobytes() for buffer in self._pages)
                     assert found == self.kv(page_hash), f"{node!r} is wrong on the device"
             if node.state(Tier.HOST) is Residency.RESIDENT:
-                n_bytes = self.page_format.page_bytes
                 for page_hash, page in zip(node.page_hashes, host_pages_of(node), strict=True):
-                    found = self.host.pages[page, :n_bytes].tobytes()
+                    found = self._from_host_bytes(self.host.pages[page].tobytes())
                     assert found == self.kv(page_hash), f"{node!r} is wrong on the host"
+
+    def _from_host_bytes(self, slot: bytes) -> bytes:
+        """A page as the device has it, of a host slot's bytes."""
+        page = slot[: self.host.page_format.page_bytes]
+        return page if self.host_codec is None else self.host_codec.decode(page)
 
     def check_disk(self) -> None:
         """Every page this rig has met and the disk claims to have is right."""
         namespace = getattr(self.disk, "namespace", self.disk)
         for page_hash in sorted(self.known_hashes):
             if namespace.contains(page_hash):
-                buffer = memoryview(bytearray(self.page_format.page_bytes))
+                buffer = memoryview(bytearray(self.host.page_format.page_bytes))
                 assert namespace.read_pages([page_hash], [buffer]) == 1
-                assert bytes(buffer) == self.kv(page_hash), "a page is wrong on disk"
+                page = self._from_host_bytes(bytes(buffer))
+                assert page == self.kv(page_hash), "a page is wrong on disk"
 
     def check_idle(self) -> None:
         """With no request and nothing in flight, nothing is pinned or half done."""
@@ -424,10 +457,19 @@ class Rig:
             queue.close()
 
 
-def new_disk(store: InMemoryStore | None = None, namespace: bytes = NAMESPACE) -> FaultyDisk:
-    """A disk tier in memory, for the rig's page format."""
-    page_bytes = PAGE_SIZE * 2 * 4 * 2 * 2 * N_LAYERS
-    return FaultyDisk((store or InMemoryStore()).namespace(namespace, page_bytes))
+def new_disk(
+    store: InMemoryStore | None = None,
+    namespace: bytes = NAMESPACE,
+    *,
+    host_format: str = "raw",
+    disk_format: str | None = None,
+) -> FaultyDisk:
+    """A disk tier in memory, for the rig's pages; disk_format: what it keeps them in, if not as the
+    host does."""
+    host = page_layout(host_format, PAGE_SIZE, N_LAYERS)
+    stored = page_layout(disk_format or host_format, PAGE_SIZE, N_LAYERS)
+    pages = (store or InMemoryStore()).namespace(namespace, stored.page_bytes)
+    return FaultyDisk(pages if stored == host else EncodedDisk(pages, host, stored))
 
 
 def on_host(rig: Rig, *prompts: array[int]) -> None:
