@@ -118,11 +118,17 @@ class FlashInferLevels:
         self._merge = merge
         self._wrappers: list[Any] = []
         self._levels: list[LevelArrays] = []
+        self._plan: CascadePlan | None = None
         self.order: torch.Tensor | None = None
         """[rows]: the row of the batch at each place, on the device; None where they agree."""
 
+    def holds(self, plan: CascadePlan) -> bool:
+        """Whether `plan` is the very one that was taken on last: its levels need no planning."""
+        return self._plan is plan
+
     def plan(self, plan: CascadePlan, tables: PageTables) -> None:
         """Take on a plan with at least one level, for a batch whose rows are as in `tables`."""
+        self._plan = plan
         device, shape = tables.slots.device, self._shape
         order = plan.order
         self.order = None

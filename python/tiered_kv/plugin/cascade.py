@@ -10,11 +10,18 @@ other pass (warming up, capturing graphs) finds none and runs as upstream's.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.attention.grouping import Context, path_of
-from tiered_kv.attention.payoff import AttentionShape, CascadeDevice, cascade_device, plan_batch
+from tiered_kv.attention.payoff import (
+    AttentionShape,
+    CascadeDevice,
+    cascade_device,
+    net_saving_s,
+    plan_batch,
+)
 from tiered_kv.attention.plan import CascadePlan
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin import cascade_option
@@ -24,6 +31,10 @@ if TYPE_CHECKING:
     from tiered_kv.attention.grouping import Segment
 
 logger = logging.getLogger(__name__)
+
+#: Seconds that a layer takes longer to launch without a CUDA graph: an estimate of a dozen kernels
+#: of 5 us. A plan must save more than that, because it is carried out without one.
+EAGER_S = 60e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +58,17 @@ class CascadePlanner:
     """
 
     def __init__(
-        self, shape: AttentionShape, device: CascadeDevice, *, max_levels: int = 2
+        self,
+        shape: AttentionShape,
+        device: CascadeDevice,
+        *,
+        min_saving_s: float = 0.0,
+        max_levels: int = 2,
     ) -> None:
+        """min_saving_s: what a plan must be predicted to save in each layer, or it is not used."""
         self.shape = shape
         self.device = device
+        self._min_saving_s = min_saving_s
         self._max_levels = max_levels
         # Requests and their nodes, in turn, of the last plan.
         self._planned_for: list[object] = []
@@ -102,7 +120,9 @@ class CascadePlanner:
                 Context(n, _shared_path(req.last_node, n))
                 for req, n in zip(batch.reqs, n_tokens, strict=True)
             ]
-            self._plan = plan_batch(contexts, self.shape, self.device, self._max_levels)
+            plan = plan_batch(contexts, self.shape, self.device, self._max_levels)
+            pays = net_saving_s(plan, self.shape, self.device) > self._min_saving_s
+            self._plan = plan if pays else CascadePlan(len(contexts))
             self._planned_for = planned_for
         return PlannedBatch(self._plan, n_tokens, is_new)
 
@@ -115,15 +135,16 @@ def _shared_path(node: Any, n_tokens: int) -> tuple[Segment, ...]:
     return path if sum(tokens for _, tokens in path) == node.end else ()
 
 
-def make_planner(model_runner: Any) -> CascadePlanner | None:
+def make_planner(model_runner: Any, why_not: str | None = None) -> CascadePlanner | None:
     """The planner of a rank's attention backend; None if it is to work as upstream's does.
 
-    Raises ConfigError if cascade attention was asked for and the model does not allow it.
+    why_not: what the backend says that cascade attention does not support, if anything. Raises
+    ConfigError if cascade attention was asked for and the model or the backend does not allow it.
     """
     server_args = model_runner.server_args
     if not cascade_option.is_wanted(server_args) or model_runner.is_draft_worker:
         return None
-    reason = _why_not_for_model(model_runner)
+    reason = _why_not_for_model(model_runner) or why_not
     if reason is not None:
         if server_args.tiered_kv_cascade == "on":
             raise ConfigError(
@@ -138,7 +159,9 @@ def make_planner(model_runner: Any) -> CascadePlanner | None:
         head_dim=config.head_dim,
         element_bytes=model_runner.token_to_kv_pool.dtype.itemsize,
     )
-    return CascadePlanner(shape, cascade_device(nearest_device()))
+    has_graphs = server_args.device == "cuda" and not server_args.disable_cuda_graph
+    min_saving_s = EAGER_S if has_graphs else 0.0
+    return CascadePlanner(shape, cascade_device(nearest_device()), min_saving_s=min_saving_s)
 
 
 def _why_not_for_model(model_runner: Any) -> str | None:
@@ -169,3 +192,17 @@ def begin_pass(model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any)
     planner = _planner_of(model_runner)
     if planner is not None:
         planner.begin(forward_batch)
+
+
+def run_eagerly(
+    original: Callable[..., bool], graph_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> bool:
+    """AROUND `DecodeCudaGraphRunner.can_run_graph`: not for a pass whose plan has levels.
+
+    The graphs hold upstream's attention, which would read all KV of every row.
+    """
+    planner = _planner_of(graph_runner.model_runner)
+    planned = None if planner is None else planner.current
+    if planned is not None and planned.plan.levels:
+        return False
+    return original(graph_runner, forward_batch, *args, **kwargs)
