@@ -1,0 +1,276 @@
+"""Time to the first token by where a prompt's KV is: on the real server, with dummy weights.
+
+Three systems in turn, same model and pools: plain SGLang, HiCache with its file backend, and
+--tiered-kv. Each answers the same questions: prompts it has never seen, again at once (KV on the
+device), again after others filled the device (host), again after a flush (disk). What has no such
+tier computes. Then several answers are decoded at once, for the time per output token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+from benchmark.gpu.setting import Setting
+from benchmark.simulation.probe import Answer, Probe
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "test"))
+
+from support.server import Server
+
+FRESH, DEVICE, HOST, DISK = "new", "again", "after others", "after a flush"
+FLUSH_TIMEOUT_S = 180.0
+
+LLAMA_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "torch_dtype": "bfloat16",
+}
+#: The same in small, for machines without a GPU.
+SMALL_CONFIG = {
+    **LLAMA_CONFIG,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 42000,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Prompt lengths from short to long, room for KV, and the decoding batch; tokens and bytes."""
+
+    lengths: tuple[int, ...]
+    device_tokens: int
+    host_tokens: int
+    token_bytes: int
+    page_tokens: int
+    n_decodes: int
+    decode_tokens: int
+    repeats: int
+
+    @property
+    def host_bytes(self) -> int:
+        return self.host_tokens * self.token_bytes
+
+
+LARGE_SIZES = Sizes((2048, 8192, 32768, 65536), 68 * 1024, 240 * 1024, 131072, 64, 8, 128, 2)
+SMALL_SIZES = Sizes((64, 128, 256), 320, 2048, 1024, 16, 2, 8, 1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One first token."""
+
+    system: str
+    state: str
+    tokens: int
+    ttft_s: float
+    cached_tokens: int
+    by_tier: dict[str, int]
+
+
+def write_model(folder: Path, is_small: bool) -> Path:
+    """A folder with nothing but a config.json: enough for --load-format dummy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = SMALL_CONFIG if is_small else LLAMA_CONFIG
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return folder
+
+
+def common_flags(setting: Setting, sizes: Sizes) -> list[str]:
+    flags = ["--load-format", "dummy", "--skip-tokenizer-init", "--skip-server-warmup"]
+    flags += ["--page-size", str(sizes.page_tokens), "--max-total-tokens", str(sizes.device_tokens)]
+    flags += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
+    flags += ["--mm-feature-transport", "cpu"]
+    if setting.on_gpu:
+        return [*flags, "--attention-backend", "flashinfer", "--chunked-prefill-size", "8192"]
+    flags += ["--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"]
+    return [*flags, "--sleep-on-idle", "--disable-overlap-schedule"]
+
+
+def systems(setting: Setting, sizes: Sizes, disk: Path) -> dict[str, dict[str, Any]]:
+    """Name to what `Server` takes beside the common flags: args, and for HiCache env and launcher.
+
+    SGLang's own launcher is for GPUs; benchmark/serving/hicache_on_cpu.py does the same on a CPU.
+    """
+    host_gb = max(1, -(-sizes.host_bytes // 10**9))
+    hicache = ["--enable-hierarchical-cache", "--hicache-write-policy", "write_through"]
+    hicache += ["--hicache-storage-backend", "file"]
+    hicache += ["--hicache-storage-prefetch-policy", "wait_complete"]
+    more: dict[str, Any] = {}
+    if setting.on_gpu:
+        hicache += ["--hicache-size", str(host_gb), "--hicache-io-backend", "kernel"]
+        hicache += ["--hicache-mem-layout", "page_first"]
+    else:
+        hicache += ["--hicache-ratio", str(sizes.host_tokens / sizes.device_tokens)]
+        launcher = Path(__file__).parents[1] / "serving" / "hicache_on_cpu.py"
+        more["launcher"] = (str(launcher),)
+    more["env"] = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(disk / "hicache")}
+    tiered = ["--tiered-kv", "--tiered-kv-host-size", f"{sizes.host_bytes}B"]
+    tiered += ["--tiered-kv-disk-dir", str(disk / "tiered"), "--tiered-kv-disk-size", "40GB"]
+    return {
+        "plain": {"args": []},
+        "hicache": {"args": hicache, **more},
+        "tiered": {"args": tiered},
+    }
+
+
+def measure(setting: Setting, names: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """Samples of every system, and seconds per output token; a system that fails says why.
+
+    names: the systems to measure; all by default.
+    """
+    sizes = SMALL_SIZES if setting.is_small else LARGE_SIZES
+    scratch = setting.folder / "serving"
+    disk = scratch / "disk"
+    model = write_model(scratch / "model", setting.is_small)
+    samples: list[Sample] = []
+    decoding: dict[str, Any] = {}
+    starts: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name, extra in systems(setting, sizes, disk).items():
+        if names is not None and name not in names:
+            continue
+        with emptied(disk):
+            (disk / "hicache").mkdir()
+            args = [*common_flags(setting, sizes), *extra["args"]]
+            options = {key: extra[key] for key in ("env", "launcher") if key in extra}
+            server = Server(args, setting.folder / f"server_{name}.log", model, **options)
+            try:
+                with server:
+                    starts[name] = server.start_seconds
+                    samples += first_tokens(server, name, sizes)
+                    decoding[name] = output_tokens(server, sizes)
+            except (AssertionError, requests.RequestException, RuntimeError) as error:
+                failed[name] = str(error).splitlines()[0]
+    return {
+        "sizes": asdict(sizes),
+        "start_s": starts,
+        "samples": [asdict(sample) for sample in samples],
+        "decoding": decoding,
+        "failed": failed,
+    }
+
+
+@contextlib.contextmanager
+def emptied(folder: Path) -> Iterator[None]:
+    """A folder that is new, and gone afterwards: these are tens of gigabytes."""
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def first_tokens(server: Server, name: str, sizes: Sizes) -> Iterator[Sample]:
+    """Every length in every state.
+
+    The device holds one prompt of the longest length, or one of each of the others. So the
+    longest, asked for last or first, pushes out what is to come from below.
+    """
+    probe = Probe(server.url, seed=7)
+    *shorter, longest = sizes.lengths
+    warm_up(probe, sizes)
+    for _ in range(sizes.repeats):
+        prompts = {n: probe.tokens(n - 1) for n in sizes.lengths}
+        pusher = probe.tokens(longest - 1)
+
+        def ask(state: str, n: int, last: int, prompts: Any = prompts) -> Sample:
+            return sample_of(name, state, n, probe.ask([*prompts[n], last]))
+
+        yield ask(FRESH, longest, 1)
+        yield ask(DEVICE, longest, 2)
+        for n in shorter:
+            yield ask(FRESH, n, 1)
+            yield ask(DEVICE, n, 2)
+        probe.ask([*pusher, 1])
+        yield ask(HOST, longest, 3)
+        for n in reversed(shorter):
+            yield ask(HOST, n, 3)
+        flush(server)
+        yield ask(DISK, longest, 4)
+        for n in reversed(shorter):
+            yield ask(DISK, n, 4)
+
+
+def sample_of(system: str, state: str, n: int, answer: Answer) -> Sample:
+    by_tier = {tier: count for tier, count in answer.by_tier.items() if isinstance(count, int)}
+    return Sample(system, state, n, answer.ttft_s, answer.cached_tokens, by_tier)
+
+
+def warm_up(probe: Probe, sizes: Sizes) -> None:
+    """Kernels are compiled and chosen at first use, by shape."""
+    for n in sizes.lengths:
+        prompt = probe.tokens(n - 1)
+        probe.ask([*prompt, 1], 2)
+        probe.ask([*prompt, 2], 2)
+
+
+def flush(server: Server) -> None:
+    """Empties device and host, once everything is on disk: a busy server refuses."""
+    deadline = time.monotonic() + FLUSH_TIMEOUT_S
+    while True:
+        response = server.post("/flush_cache")
+        if response.status_code == 200:
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the server was busy for {FLUSH_TIMEOUT_S:.0f} s before a flush")
+        time.sleep(0.5)
+
+
+def output_tokens(server: Server, sizes: Sizes) -> dict[str, float]:
+    """Seconds between tokens of answers decoded together: median and 99th percentile."""
+    probe = Probe(server.url, seed=8)
+    prompts = [probe.tokens(sizes.lengths[0]) for _ in range(sizes.n_decodes)]
+    with ThreadPoolExecutor(sizes.n_decodes) as pool:
+        answers = list(pool.map(lambda prompt: probe.ask(prompt, sizes.decode_tokens), prompts))
+    start_s = max(answer.first_s for answer in answers)
+    gaps = sorted(
+        later - earlier
+        for answer in answers
+        for earlier, later in zip(answer.token_times_s, answer.token_times_s[1:], strict=False)
+        if earlier >= start_s
+    )
+    if not gaps:
+        raise RuntimeError("no two answers were decoded at the same time")
+    return {
+        "tpot_s": statistics.median(gaps),
+        "tpot_p99_s": gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))],
+        "n_decodes": sizes.n_decodes,
+        "context_tokens": sizes.lengths[0] + sizes.decode_tokens // 2,
+    }

@@ -1,0 +1,182 @@
+"""scripts/gpu_check runs every part, small, on a CPU, goes on where it was, says what it lacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmark.gpu import __main__ as check  # noqa: E402
+from benchmark.gpu import report, serving  # noqa: E402
+from benchmark.gpu.setting import Setting  # noqa: E402
+
+CHEAP = ("environment", "kernels", "transfers", "cascade")
+
+
+def gpu_check(out: Path, *arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "TIERED_KV_PYTHON": sys.executable,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [str(ROOT / "scripts" / "gpu_check"), "--out", str(out), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The cheap parts, measured once: their folder, and what was printed."""
+    out = tmp_path_factory.mktemp("gpu_check") / "out"
+    result = gpu_check(out, "--small", "--parts", *CHEAP)
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+def result_of(out: Path, part: str) -> dict[str, Any]:
+    document = json.loads((out / f"{part}.json").read_text())
+    assert document["is_small"]
+    assert "result" in document, document
+    result: dict[str, Any] = document["result"]
+    return result
+
+
+@pytest.mark.slow
+def test_kernels_agree_with_their_references(checked: tuple[Path, str]) -> None:
+    result = result_of(checked[0], "kernels")
+    assert {"raw", "fp8", "int4"} <= set(result["correct"])
+    assert all(result["correct"].values())
+    assert all(row["pool_bytes_per_s"] > 0 for row in result["rows"])
+
+
+@pytest.mark.slow
+def test_transfers_compare_ours_with_upstreams_and_memcpy(checked: tuple[Path, str]) -> None:
+    result = result_of(checked[0], "transfers")
+    assert result["exact"]["ours"] is True
+    assert result["exact"]["HiCache direct, layer_first"] is True
+    rows = [row for row in result["rows"] if row["mover"] == "ours"]
+    assert {(row["direction"], row["tokens"]) for row in rows} == {
+        (direction, tokens) for direction in ("to device", "to host") for tokens in (64, 256)
+    }
+    assert all(row["bytes_per_s"] > 0 and row["share_of_memcpy"] > 0 for row in rows)
+    assert sum(row["interference"] is not None for row in rows) == 2
+    (absent,) = [row for row in result["rows"] if row["mover"] == "HiCache kernel, page_first"]
+    assert "CUDA" in absent["reason"]
+
+
+@pytest.mark.slow
+def test_every_part_is_in_the_report(checked: tuple[Path, str]) -> None:
+    out, printed = checked
+    assert (out / "report.md").read_text() == printed
+    for part in CHEAP:
+        assert f"## {part}" in printed
+    assert "Not measured" not in printed
+    assert "figures of such say nothing" in printed
+
+
+@pytest.mark.slow
+def test_what_is_there_is_kept_until_asked_for_again(checked: tuple[Path, str]) -> None:
+    out = checked[0]
+    before = (out / "environment.json").read_text()
+    assert "kept" in gpu_check(out, "--small", "--parts", "environment").stderr
+    assert (out / "environment.json").read_text() == before
+
+
+def test_only_figures_of_this_device_and_size_are_kept(tmp_path: Path) -> None:
+    setting = Setting(torch.device("cpu"), True, tmp_path)
+    done = {"schema": 1, "device": "cpu", "is_small": True, "result": {}}
+    assert check.is_done(done, setting)
+    for changes in ({"device": "NVIDIA H200"}, {"is_small": False}):
+        assert not check.is_done({**done, **changes}, setting)
+    del done["result"]
+    assert not check.is_done({**done, "reason": "no such kernel"}, setting)
+    (tmp_path / "broken.json").write_text("{")
+    assert not check.is_done(check.read_part(tmp_path / "broken.json"), setting)
+
+
+def test_full_sizes_are_refused_without_a_gpu(tmp_path: Path) -> None:
+    result = gpu_check(tmp_path / "out")
+    assert result.returncode == 1
+    assert "add --small" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+SAMPLE = {"system": "tiered", "state": serving.HOST, "tokens": 32768, "cached_tokens": 32704}
+
+
+def served(host_s: float, hicache_s: float, fresh_s: float) -> dict[str, Any]:
+    times = (
+        ("tiered", serving.HOST, host_s),
+        ("hicache", serving.HOST, hicache_s),
+        ("plain", serving.FRESH, fresh_s),
+    )
+    samples = [
+        {**SAMPLE, "system": system, "state": state, "ttft_s": seconds, "by_tier": {"host": 1}}
+        for system, state, seconds in times
+    ]
+    result = {"samples": samples, "decoding": {}, "failed": {}}
+    return {"serving": {"is_small": False, "result": result}}
+
+
+@pytest.mark.parametrize(
+    ("times", "verdicts"),
+    [((0.1, 0.2, 1.0), ["met", "met"]), ((0.3, 0.2, 1.0), ["MISSED", "MISSED"])],
+)
+def test_targets_are_judged_by_what_was_measured(
+    times: tuple[float, float, float], verdicts: list[str]
+) -> None:
+    lines = report.targets(served(*times))
+    assert [line.split(":")[0].removeprefix("- ") for line in lines] == verdicts
+
+
+def test_a_system_that_failed_is_named() -> None:
+    results = served(0.1, 0.2, 1.0)
+    results["serving"]["result"]["failed"] = {"hicache": "the server ended with code 1"}
+    text = report.report(results)
+    assert "hicache failed: the server ended with code 1" in text
+    assert "| 32,768 | after others | 100 (host 1) | 200 (host 1) |  |" in text
+
+
+def test_the_dummy_model_is_llama_8b(tmp_path: Path) -> None:
+    from tiered_kv.core.model_spec import ModelSpec, find_model
+
+    folder = serving.write_model(tmp_path / "model", is_small=False)
+    config = json.loads((folder / "config.json").read_text())
+    model, known = ModelSpec.from_hf_config(config, name="x"), find_model("Llama-3.1-8B")
+    assert model.n_parameters == known.n_parameters
+    assert model.kv_bytes_per_token == known.kv_bytes_per_token
+    assert model.kv_bytes_per_token == serving.LARGE_SIZES.token_bytes
+
+
+@pytest.mark.long
+@pytest.mark.server
+@pytest.mark.timeout(900)
+def test_the_real_server_answers_from_every_tier(tmp_path: Path) -> None:
+    result = gpu_check(tmp_path, "--small", "--parts", "serving", timeout=850)
+    assert result.returncode == 0, result.stderr
+    found = result_of(tmp_path, "serving")
+    assert found["failed"] == {}
+    for tokens in serving.SMALL_SIZES.lengths:
+        for state, tier in ((serving.DEVICE, "device"), (serving.HOST, "host")):
+            (sample,) = report.samples_of(found, "tiered", state, tokens)
+            assert sample["by_tier"].get(tier, 0) > 0, sample
+        (sample,) = report.samples_of(found, "tiered", serving.DISK, tokens)
+        assert sample["by_tier"].get("storage", 0) > 0, sample
+        (sample,) = report.samples_of(found, "plain", serving.DISK, tokens)
+        assert sample["cached_tokens"] == 0
+    assert set(found["decoding"]) == {"plain", "hicache", "tiered"}
