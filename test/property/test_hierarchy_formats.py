@@ -24,7 +24,7 @@ SIZES = [(40, 14), (20, 40)]
 FORMATS = [("fp8", "fp8"), ("int4", "int4"), ("int2", "int2"), ("raw", "fp8"), ("raw", "int4")]
 
 
-@pytest.mark.parametrize(("host", "disk"), FORMATS, ids=lambda name: str(name))
+@pytest.mark.parametrize(("host", "disk"), FORMATS, ids=str)
 @pytest.mark.parametrize("seed", range(N_HISTORIES))
 def test_random_history(seed: int, host: str, disk: str) -> None:
     n_device, n_host = SIZES[seed % len(SIZES)]
