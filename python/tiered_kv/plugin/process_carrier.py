@@ -42,6 +42,13 @@ def prepare_child_process() -> None:
     hooks.install(processes)
     if hooks.Process.SCHEDULER in processes:
         _register_radix_cache()
+        _register_attention_backend()
+
+
+def _register_attention_backend() -> None:
+    from tiered_kv.plugin import cascade_flashinfer
+
+    cascade_flashinfer.register()
 
 
 def _register_radix_cache() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from tiered_kv.plugin.upstream_symbol import SRT, function, object_
+from tiered_kv.plugin.upstream_symbol import MEM, SRT, function, methods, object_
 
 _NATIVE = f"{SRT}.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+_FLASHINFER = f"{SRT}.layers.attention.flashinfer_backend"
+_GRAPHS = f"{SRT}.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 
 ATTENTION = (
     function(
@@ -21,8 +23,8 @@ ATTENTION = (
     object_(
         f"{SRT}.model_executor.model_runner.ModelRunner",
         "attn_backend server_args model_config token_to_kv_pool is_draft_worker use_mla_backend "
-        "sliding_window_size",
-        "cascade",
+        "sliding_window_size init_new_workspace",
+        "cascade cascade_flashinfer",
     ),
     object_(
         f"{SRT}.managers.schedule_batch.ScheduleBatch",
@@ -42,14 +44,21 @@ ATTENTION = (
     ),
     object_(
         f"{SRT}.server_args.ServerArgs",
-        "device tp_size attention_backend enable_deterministic_inference enable_torch_compile",
+        "device tp_size attention_backend enable_deterministic_inference enable_torch_compile "
+        "disable_cuda_graph",
         "cascade cascade_option",
     ),
     function(f"{SRT}.server_args.ServerArgs.get_attention_backends", "self", "cascade_option"),
     object_(
-        f"{SRT}.model_executor.forward_batch_info.ForwardBatch", "req_pool_indices", "cpu_attention"
+        f"{SRT}.model_executor.forward_batch_info.ForwardBatch",
+        "req_pool_indices out_cache_loc seq_lens_cpu",
+        "cpu_attention",
     ),
-    object_(f"{SRT}.layers.radix_attention.RadixAttention", "logit_cap", "cpu_attention"),
+    object_(
+        f"{SRT}.layers.radix_attention.RadixAttention",
+        "logit_cap layer_id scaling k_scale_float v_scale_float tp_q_head_num head_dim",
+        "cpu_attention cascade_flashinfer",
+    ),
     object_(_NATIVE, "req_to_token_pool token_to_kv_pool", "cpu_attention"),
     function(f"{_NATIVE}.init_forward_metadata", "self forward_batch", "cpu_attention"),
     function(
@@ -60,5 +69,44 @@ ATTENTION = (
         "self query output k_cache v_cache req_to_token req_pool_indices seq_lens encoder_lens "
         "scaling enable_gqa causal is_cross_attn sliding_window_size",
         "cpu_attention",
+    ),
+    function(f"{_GRAPHS}.can_run_graph", "self forward_batch", "cascade"),
+    object_(_GRAPHS, "model_runner", "cascade"),
+    function(
+        f"{_FLASHINFER}.FlashInferAttnBackend.__init__",
+        "self model_runner skip_prefill kv_indptr_buf kv_last_page_len_buf init_new_workspace",
+        "cascade_flashinfer",
+    ),
+    *methods(
+        f"{_FLASHINFER}.FlashInferAttnBackend",
+        "cascade_flashinfer",
+        init_forward_metadata="forward_batch",
+        forward_decode="q k v layer forward_batch save_kv_cache",
+        _check_kv_attention_access="phase access",
+        _kv_write_scales="layer",
+    ),
+    object_(
+        f"{_FLASHINFER}.FlashInferAttnBackend",
+        "prefill_kv_access decode_kv_access indices_updater_decode dispatch_reason is_dllm_model "
+        "is_nvfp4_kvcache decode_uses_dequant_workspace workspace_buffer decode_wrappers kv_indptr "
+        "forward_metadata req_to_token_pool token_to_kv_pool",
+        "cascade_flashinfer",
+    ),
+    function(
+        f"{_FLASHINFER}.FlashInferIndicesUpdaterDecode.call_begin_forward",
+        "self wrapper req_pool_indices paged_kernel_lens paged_kernel_lens_sum kv_indptr "
+        "kv_start_idx spec_info seq_lens_cpu use_sliding_window_kv_pool fixed_split_size "
+        "disable_split_kv",
+        "cascade_flashinfer",
+    ),
+    object_(
+        f"{_FLASHINFER}.FlashInferIndicesUpdaterDecode",
+        "num_qo_heads num_kv_heads head_dim data_type q_data_type",
+        "cascade_flashinfer",
+    ),
+    object_(f"{_FLASHINFER}.DecodeMetadata", "decode_wrappers", "cascade_flashinfer"),
+    object_(f"{MEM}.memory_pool.KVWriteLoc", "loc swa_loc", "cascade_flashinfer"),
+    object_(
+        f"{SRT}.layers.attention.attention_registry.ATTENTION_BACKENDS", "", "cascade_flashinfer"
     ),
 )
