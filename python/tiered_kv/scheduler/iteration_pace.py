@@ -15,7 +15,7 @@ are chosen only where the weight of the requests that are in time grows by more.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tiered_kv.scheduler.cost_model import CostModel
@@ -49,34 +49,40 @@ def find_pace(
     now_s: float,
     *,
     is_cascade: bool = False,
+    prefill_load: float = 0.0,
 ) -> Pace:
-    """The pace with the most requests in time per second. O(n log n) per distinct objective."""
+    """The pace with the most requests in time per second. O(n log n) per distinct objective.
+
+    prefill_load: share of the time that is left to prefill, not to decode.
+    """
     context, n, saved = decode_tokens(running, is_cascade=is_cascade)
     all_s = costs.iteration_s((), context, n, saved)
     total = sum(request.weight for request in running)
-    caution = config.caution
-    best = Pace(math.inf, all_s, _in_time(running, all_s / caution, total), 1.0)
-    objectives = {r.tbt_s for r in running if r.tbt_s is not None and caution * r.tbt_s < all_s}
+    caution, decode_share = config.caution, 1.0 - prefill_load
+    # Between two decodes of everyone there is prefill, too.
+    best = Pace(math.inf, all_s, _in_time(running, all_s / (caution * decode_share), total), 1.0)
+    objectives = {
+        r.tbt_s for r in running if r.tbt_s is not None and caution * r.tbt_s * decode_share < all_s
+    }
     if not objectives:
         return best
     fixed_s = costs.iteration_s((), 0, 1)
     for objective_s in sorted(objectives):
         interval_s = caution * objective_s
-        price = throughput_share(fixed_s, interval_s, all_s)
+        decode_s = interval_s * decode_share
+        price = throughput_share(fixed_s, decode_s, all_s)
         in_time = _in_time(running, objective_s, total)
         if in_time * price <= best.in_time * best.throughput:
             continue
         rotation = Rotation(running, costs, objective_s, config, is_cascade=is_cascade)
         given_up: list[RunningRequest] = []
-        if not rotation.fits(interval_s):
+        if not rotation.fits(decode_s):
             if not config.relegate:
                 continue
-            given_up = rotation.relegated(interval_s, now_s)
+            given_up = rotation.relegated(decode_s, now_s)
             in_time -= sum(r.weight for r in given_up) / total
-        if (not given_up and not rotation.fits(interval_s)) or (
-            in_time * price <= best.in_time * best.throughput
-        ):
-            continue
+            if in_time * price <= best.in_time * best.throughput:
+                continue
         ids = frozenset(request.request_id for request in given_up)
         best = Pace(interval_s, objective_s, in_time, price, ids)
     return best
@@ -123,33 +129,38 @@ class Rotation:
     ) -> None:
         self._running = running
         self._costs = costs
-        self._objective_s = objective_s
-        self._config = config
         self._is_cascade = is_cascade
-        self._context = self._n = self._saved = 0.0
+        self._interval_s = config.caution * objective_s
+        self._config = config
+        self._shares: dict[int, float] = {}
+        """Of the iterations, those in which each request decodes."""
+        context = n = saved = 0.0
         reads: dict[int, tuple[float, int]] = {}
         for request in running:
-            share = self._share(request)
-            self._context += share * request.context_tokens
-            self._n += share
+            share = 1.0
+            if not is_in_every_iteration(request, objective_s):
+                share = self._rare_share(request)
+                if request.tbt_s is not None:
+                    share = 1.0 / int(request.tbt_s / objective_s + 1e-6)
+            self._shares[request.request_id] = share
+            context += share * request.context_tokens
+            n += share
             if is_cascade and request.gang is not None:
-                self._saved += share * request.shared_tokens
+                saved += share * request.shared_tokens
                 often, longest = reads.get(request.gang, (0.0, 0))
                 reads[request.gang] = (max(often, share), max(longest, request.shared_tokens))
         # A gang's shared part is read as often as its most frequent member decodes.
-        self._saved -= sum(share * shared for share, shared in reads.values())
+        saved -= sum(share * shared for share, shared in reads.values())
         # Whole contexts take turns, so that about half of one does not fit at the end.
-        self._context += self._longest_in_turn(running) / 2.0
+        context += self._longest_in_turn(running) / 2.0
+        self._work = context, n, saved
 
-    def fits(self, interval_s: float) -> bool:
-        """Whether everybody's pace can be kept in iterations of `interval_s`."""
-        return (
-            self._seconds(self._context, self._n, self._saved) <= interval_s
-            and self._longest_s() <= interval_s
-        )
+    def fits(self, decode_s: float) -> bool:
+        """Whether everybody's pace can be kept in decodes of `decode_s`."""
+        return self._seconds(self._work) <= decode_s and self._longest_s(self._running) <= decode_s
 
-    def relegated(self, interval_s: float, now_s: float) -> list[RunningRequest]:
-        """Who has to be given up so that the others' pace can be kept; all of them may.
+    def relegated(self, decode_s: float, now_s: float) -> list[RunningRequest]:
+        """Who has to be given up so that the others' pace can be kept; it may be everybody.
 
         Those first who are behind by more than they could make up for, so that nobody is given up
         today and somebody else tomorrow; then those with most work per weight, which leaves out
@@ -157,67 +168,56 @@ class Rotation:
         """
         order = [r for r in self._running if r.can_park and r.tbt_s is not None]
         order.sort(key=lambda r: self._least_first(r, now_s))
-        sums = [(self._context, self._n, self._saved)]
+        works = [self._work]
         for request in order:
-            context, n, saved = sums[-1]
-            less = self._share(request) - self._rare_share(request)
-            shared = request.shared_tokens if request.gang is not None else 0
-            sums.append(
-                (
-                    context - less * request.context_tokens,
-                    n - less,
-                    saved - less * shared if self._is_cascade else 0.0,
-                )
-            )
+            context, n, saved = works[-1]
+            less = self._shares[request.request_id] - self._rare_share(request)
+            if self._is_cascade and request.gang is not None:
+                saved -= less * request.shared_tokens
+            works.append((context - less * request.context_tokens, n - less, saved))
+        others = [r for r in self._running if not r.can_park or r.tbt_s is None]
         low, high = 1, len(order)
         while low < high:
             middle = (low + high) // 2
-            if self._seconds(*sums[middle]) <= interval_s:
+            fits = self._seconds(works[middle]) <= decode_s
+            if fits and self._longest_s([*others, *order[middle:]]) <= decode_s:
                 high = middle
             else:
                 low = middle + 1
-        while low < len(order) and self._longest_s(order[:low]) > interval_s:
-            low += 1
         return order[:low]
 
-    def _share(self, request: RunningRequest) -> float:
-        """Of the iterations, those in which it decodes."""
-        if is_in_every_iteration(request, self._objective_s):
-            return 1.0
-        if request.tbt_s is None:
-            return self._rare_share(request)
-        return 1.0 / int(request.tbt_s / self._objective_s + 1e-6)
-
     def _rare_share(self, request: RunningRequest) -> float:
-        """The same for one that only the bound on parking is kept for."""
-        interval_s = self._config.caution * self._objective_s
-        return min(1.0, interval_s / max_park_s(request, self._config))
+        """Of the iterations, those that the bound on parking alone asks for."""
+        if not request.can_park:
+            return 1.0
+        return min(1.0, self._interval_s / max_park_s(request, self._config))
 
-    def _seconds(self, context: float, n: float, saved: float) -> float:
-        """Of a mean iteration that reads so much."""
+    def _seconds(self, work: tuple[float, float, float]) -> float:
+        """Of a mean iteration with (context tokens, requests, shared tokens saved)."""
+        context, n, saved = work
         return self._costs.iteration_s((), int(context), max(1, round(n)), max(0, int(saved)))
 
-    def _longest_s(self, without: Collection[RunningRequest] = ()) -> float:
-        """Of an iteration with the longest context among those who take turns."""
-        gone = {request.request_id for request in without}
-        kept = [r for r in self._running if r.request_id not in gone]
-        always = [r for r in kept if is_in_every_iteration(r, self._objective_s)]
+    def _longest_s(self, kept: Sequence[RunningRequest]) -> float:
+        """Of an iteration with the longest context among those of `kept` who take turns."""
+        always = [r for r in kept if self._shares[r.request_id] == 1.0]
         context, n, saved = decode_tokens(always, is_cascade=self._is_cascade)
         longest = self._longest_in_turn(kept)
         return self._costs.iteration_s((), context + longest, n + bool(longest), saved)
 
     def _longest_in_turn(self, requests: Iterable[RunningRequest]) -> int:
-        """Tokens of the longest context among those of `requests` that take turns."""
-        contexts = (
-            r.context_tokens
-            for r in requests
-            if r.tbt_s is not None and not is_in_every_iteration(r, self._objective_s)
+        """Tokens of the longest context among those that have an objective and take turns."""
+        return max(
+            (
+                r.context_tokens
+                for r in requests
+                if r.tbt_s is not None and self._shares[r.request_id] < 1.0
+            ),
+            default=0,
         )
-        return max(contexts, default=0)
 
     def _least_first(self, request: RunningRequest, now_s: float) -> tuple[bool, float, int]:
         due_s, tbt_s = request.next_token_due_s, request.tbt_s
         assert tbt_s is not None
         is_behind = due_s is not None and now_s - due_s > HOPELESS_INTERVALS * tbt_s
-        work = self._share(request) * request.context_tokens / max(request.weight, 1e-9)
-        return not is_behind, -work, -request.request_id
+        work = self._shares[request.request_id] * request.context_tokens
+        return not is_behind, -work / max(request.weight, 1e-9), -request.request_id

@@ -79,6 +79,8 @@ class IterationState:
     decoded_last: bool = True
     """Whether the iteration before this one decoded: then it is the prefill's turn, a little of it
     even where no slack is left. False while nothing but prefill has run since the last decode."""
+    prefill_load: float = 0.0
+    """Share of the time, of late, in which nobody decoded because prefill ran alone."""
     least_ttft_s: float = math.inf
     """The tightest first-token objective there is: who arrives waits for the iteration's end."""
     short_tokens: int = 0

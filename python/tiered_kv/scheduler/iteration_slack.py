@@ -34,6 +34,9 @@ from tiered_kv.scheduler.iteration_policy import (
 from tiered_kv.scheduler.iteration_prefill import prefill_tokens, share_of
 from tiered_kv.scheduler.iteration_swap import choose_swap_out
 
+#: However much prefill there was, decoding is planned with at least the rest of the time.
+PREFILL_LOAD_MAX = 0.5
+
 
 class SlackIterations:
     """Stateless; work per plan O(n log n) in the running requests."""
@@ -67,7 +70,14 @@ class SlackIterations:
         all_s = everyone.seconds
         left_s = min(due_s(request, config) for request in running) - state.now_s
         if config.select and all_s > left_s:
-            pace = find_pace(running, state.costs, config, state.now_s, is_cascade=state.is_cascade)
+            pace = find_pace(
+                running,
+                state.costs,
+                config,
+                state.now_s,
+                is_cascade=state.is_cascade,
+                prefill_load=min(state.prefill_load, PREFILL_LOAD_MAX),
+            )
             if not math.isinf(pace.interval_s):
                 return self._paced(state, running, pace, swap_out)
         tokens = prefill_tokens(state, everyone, all_s, left_s, config)

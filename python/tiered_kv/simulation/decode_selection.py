@@ -25,6 +25,8 @@ from tiered_kv.simulation.settings import InstanceSettings
 ALL_DECODE = "all"
 #: Where all decode although not everyone is in time, the policy is asked again after so many.
 PASSES_PER_PLAN = 4
+#: The share of prefill is a mean over about so many seconds.
+LOAD_MEMORY_S = 2.0
 #: A request that made way so often keeps its place.
 SWAPS_MAX = 3
 
@@ -58,6 +60,7 @@ class DecodeSelection:
         self._gangs: dict[int, _Gang] = {}
         self._least_ttft_s = math.inf
         self._decoded_last = True
+        self._prefill_load = 0.0
 
     # -- what happens -------------------------------------------------------------------------
 
@@ -90,9 +93,11 @@ class DecodeSelection:
             if not gang.n:
                 del self._gangs[gang_id]
 
-    def passed(self, *, decoded: bool) -> None:
-        """A pass ended; whether anyone decoded in it."""
+    def passed(self, seconds: float, *, decoded: bool) -> None:
+        """A pass ended, or some of the same kind; whether anyone decoded."""
         self._decoded_last = decoded
+        keep = math.exp(-seconds / LOAD_MEMORY_S)
+        self._prefill_load = keep * self._prefill_load + (0.0 if decoded else 1.0 - keep)
 
     # -- plans --------------------------------------------------------------------------------
 
@@ -165,6 +170,7 @@ class DecodeSelection:
             self._costs,
             is_cascade=self._settings.cascade,
             decoded_last=self._decoded_last,
+            prefill_load=self._prefill_load,
             least_ttft_s=self._least_ttft_s,
         )
 

@@ -313,7 +313,7 @@ class Instance:
         n_new = sum(new for _, new, _ in batch.chunks)
         self._count(start_s, now_s, 1, "prefill", new_tokens=n_new, decodes=n_decodes)
         if self._selection is not None:
-            self._selection.passed(decoded=bool(n_decodes))
+            self._selection.passed(now_s - start_s, decoded=bool(n_decodes))
         if n_decodes:
             self._end_decodes(np.array([now_s]))
         for live, new, before in batch.chunks:
@@ -379,7 +379,7 @@ class Instance:
         n_steps = len(run.ends_s)
         self._count(run.start_s, now_s, n_steps, "decode", decodes=self._running.n_decoding)
         if self._selection is not None:
-            self._selection.passed(decoded=True)
+            self._selection.passed(now_s - run.start_s, decoded=True)
         self._ratio.decay(n_steps)
         self._end_decodes(run.ends_s)
         self._step(now_s)
