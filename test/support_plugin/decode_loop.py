@@ -224,7 +224,7 @@ class DecodeLoop(upstream.Scheduler):
         self.ps = SimpleNamespace(pp_size=1, tp_rank=0)
         self.policy = SchedulePolicy("fcfs", self.tree_cache, True, False, False)
         self.new_token_ratio_tracker = NewTokenRatioTracker(
-            init=0.4, min=0.1, decay=0.01, current=0.4
+            init=0.1, min=0.0, decay=0.01, current=0.1
         )
         self.forward_stream = self.schedule_stream = quiet
         self.request_receiver = SimpleNamespace(recv_requests=self._receive)
@@ -232,6 +232,7 @@ class DecodeLoop(upstream.Scheduler):
         self.ipc_channels = SimpleNamespace(send_to_tokenizer=quiet)
         self.profiler_manager = self.load_inquirer = quiet
         self.metrics_reporter = Quiet()
+        self.metrics_reporter.metrics_collector = quiet
         self.metrics_reporter.num_generated_tokens = self.metrics_reporter.forward_ct_decode = 0
         self.metrics_collector = self.kv_events_publisher = quiet
         self.grammar_manager = SimpleNamespace(
@@ -323,6 +324,10 @@ class DecodeLoop(upstream.Scheduler):
         host = hierarchy.context.host
         held = sum(node.n_pages for node in forest.nodes() if node.slots(Tier.HOST) is not None)
         assert held + host.n_free == host.n_pages
+
+    def close(self) -> None:
+        """Ends the tiers' threads."""
+        self.tree_cache.hierarchy.close(1.0)
 
     # -- in the place of other processes ------------------------------------------------------
 

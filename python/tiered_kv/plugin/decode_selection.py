@@ -41,6 +41,8 @@ class DecodeSelection:
         self.leaving = Leaving(scheduler)
         self.first_in_queue: Req | None = None
         """Who would be admitted next, as of the last time that the queue was put in order."""
+        self.n_parts = 0
+        """Iterations in which somebody was parked."""
         self._scheduler = scheduler
         self._policy = policy
         self._costs = costs
@@ -95,6 +97,7 @@ class DecodeSelection:
         part = decode_part(batch, rows)
         self.running.some_decode(part.reqs, now_s)
         self._part = batch, part
+        self.n_parts += 1
 
     def batch_to_run(self, batch: ScheduleBatch | None) -> ScheduleBatch | None:
         """`batch`, or what runs in its place."""
@@ -120,6 +123,10 @@ class DecodeSelection:
         if not self.leaving and self._policy.fits(running.totals, self._costs, now_s):
             return
         staying = [req for req in batch.reqs if req not in self.leaving]
+        if not staying:
+            # Nobody is left to make way for.
+            self.leaving.clear()
+            return
         plan = self._plan(staying)
         if plan.decode is not None:
             self._chosen = [running.req(request_id) for request_id in plan.decode]

@@ -64,11 +64,19 @@ class RunningRequests:
         there = set(reqs)
         for req in self._entries.keys() - there:
             self._remove(req)
-        if len(self._entries) < len(there):
-            for req in reqs:
-                if req not in self._entries:
-                    self._add(req, now_s)
+        for req in self._new(reqs, len(there) - len(self._entries)):
+            self._add(req, now_s)
         self._reqs = reqs
+
+    def _new(self, reqs: list[Req], n_new: int) -> list[Req]:
+        """The `n_new` of `reqs` that are not known yet, in order: they are near the end."""
+        found: list[Req] = []
+        for req in reversed(reqs) if n_new else ():
+            if req not in self._entries:
+                found.append(req)
+                if len(found) == n_new:
+                    break
+        return found[::-1]
 
     def _add(self, req: Req, now_s: float) -> None:
         self._next_id += 1

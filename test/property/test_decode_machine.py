@@ -1,0 +1,161 @@
+"""Random parking, making way, coming back and aborting, on SGLang's own loop and batches.
+
+Method: requests of all kinds arrive at random; in every turn of the loop chance decides who of the
+running decodes, who makes way, who is aborted, what is evicted. The pools are so small that SGLang
+retracts requests as well. Guarantee: every answer is the one that plain SGLang gives to the request
+alone (of an aborted one, its beginning), and afterwards no slot, pin or page is missing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
+
+import torch
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+
+from support_plugin.decode_loop import DecodeLoop
+from support_plugin.decode_requests import Kind, Oracle, kinds, publish_arguments
+from tiered_kv.scheduler.iteration_policy import IterationPlan, IterationState, RunningTotals
+
+TURNS_MAX = 3000
+#: (overlap, page size, device pages, chunk): the smallest just holds the longest request.
+SHAPES = [
+    (True, 4, 17, None),
+    (False, 4, 17, None),
+    (True, 1, 60, 8),
+    (False, 1, 60, 8),
+    (True, 8, 12, 16),
+    (True, 4, 64, 8),
+]
+
+
+class Dice:
+    """An iteration policy by chance; whoever must decode does."""
+
+    def __init__(self, dice: random.Random) -> None:
+        self._dice = dice
+
+    def fits(self, totals: RunningTotals, costs: Any, now_s: float) -> bool:
+        return self._dice.random() < 0.2
+
+    def plan(self, state: IterationState) -> IterationPlan:
+        dice, running = self._dice, state.running
+        if state.short_tokens:
+            able = [r.request_id for r in running if r.can_park and r.can_swap]
+            n = dice.randint(0, min(len(able), len(running) - 1))
+            return IterationPlan(swap_out=tuple(dice.sample(able, n)))
+        if dice.random() < 0.2:
+            return IterationPlan()
+        chosen = dice.sample([r.request_id for r in running], dice.randint(1, len(running)))
+        chosen += [r.request_id for r in running if not r.can_park and r.request_id not in chosen]
+        return IterationPlan(tuple(chosen))
+
+
+class History:
+    """One random history on a loop that may be warm from others."""
+
+    def __init__(self, loop: DecodeLoop, dice: random.Random, number: int) -> None:
+        self._loop = loop
+        self._dice = dice
+        self.selection = loop.choose_by(Dice(dice))
+        chosen = dice.sample(kinds(), dice.randint(2, 8))
+        self._coming = [(f"{number}-{i}.", kind) for i, kind in enumerate(chosen)]
+        self.reqs: dict[str, tuple[Kind, Req]] = {}
+        self.aborted: set[str] = set()
+        self._n_turns = 0
+
+    def turn(self) -> bool:
+        self._n_turns += 1
+        assert self._n_turns < TURNS_MAX, "it never ends"
+        dice, loop = self._dice, self._loop
+        if self._coming and dice.random() < 0.3:
+            rid, kind = self._coming.pop()
+            req = kind.request(rid)
+            self.reqs[rid] = kind, req
+            loop.arrive(req)
+        if dice.random() < 0.1:
+            self._have_some_leave()
+        if dice.random() < 0.03 and self.reqs:
+            rid = dice.choice(list(self.reqs))
+            self.aborted.add(rid)
+            loop.abort_request(AbortReq(rid=rid))
+        if dice.random() < 0.1:
+            loop.tree_cache.hierarchy.evict_device(dice.randint(1, 40))
+        return bool(self._coming) or not loop.is_at_rest
+
+    def _have_some_leave(self) -> None:
+        running = [r for r in self._loop.running_batch.reqs if not r.finished()]
+        if len(running) > 1:
+            n = self._dice.randint(1, len(running) - 1)
+            self.selection.leaving.add(self._dice.sample(running, n))
+
+
+def run(loop: DecodeLoop, oracle: Oracle, number: int) -> Counter[str]:
+    """One history, checked; what happened in it."""
+    history = History(loop, random.Random(number), number)
+    loop.run(history.turn)
+    loop.check_nothing_is_held()
+    n_aborted = 0
+    for rid, (kind, req) in history.reqs.items():
+        said, expected = list(req.output_ids), oracle.answer(kind)
+        if isinstance(req.finished_reason, FINISH_ABORT) or not req.finished():
+            assert rid in history.aborted
+            n_aborted += 1
+            expected = expected[: len(said)]
+        assert said == expected, f"history {number}, request {rid}: {kind}"
+    return Counter(
+        {
+            "aborted": n_aborted,
+            "swapped": history.selection.leaving.n_swapped,
+            "retracted": sum(req.retraction_count for _, req in history.reqs.values()),
+            "parked": history.selection.n_parts,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    torch.compiler.set_stance("force_eager")
+    yield publish_arguments(tmp_path_factory.mktemp("model"))
+    torch.compiler.set_stance("default")
+
+
+def run_all(args: Any, n_histories: int) -> None:
+    totals: Counter[str] = Counter()
+    for shape, (overlap, page_size, n_pages, chunk) in enumerate(SHAPES):
+        loop = DecodeLoop(
+            args,
+            overlap=overlap,
+            page_size=page_size,
+            n_pages=n_pages,
+            n_host_pages=2 * n_pages,
+            chunk_tokens=chunk,
+        )
+        oracle = Oracle(args, overlap=overlap)
+        try:
+            for number in range(shape, n_histories, len(SHAPES)):
+                totals += run(loop, oracle, number)
+        finally:
+            loop.close()
+            oracle.close()
+    # They did happen.
+    for what in ("aborted", "swapped", "retracted", "parked"):
+        assert totals[what] > n_histories // 20, totals
+
+
+def test_answers_are_those_of_plain_sglang(args: Any) -> None:
+    run_all(args, 180)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_answers_are_those_of_plain_sglang_ten_thousand_times(args: Any) -> None:
+    run_all(args, 10_000)
