@@ -1,8 +1,8 @@
 """The Triton kernels, run by Triton's interpreter, give the reference's bytes in every shape.
 
 Not collected by itself: `test_interpreter.py` runs it in a process that interprets. Bytes of pages
-must be equal. So must elements that come back, but for bfloat16, to which the interpreter truncates:
-one step is allowed.
+must be equal. So must elements that come back, but for bfloat16, to which the interpreter
+truncates: one step is allowed.
 """
 
 from __future__ import annotations
