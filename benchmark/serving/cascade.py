@@ -1,0 +1,185 @@
+"""Time of a decode iteration on a CPU server: with cascade attention, without, and plain SGLang.
+
+Three servers with the same model stay up and take turns at every case, because few machines keep
+their speed: "plain" is SGLang without the plugin, "off" is --tiered-kv --tiered-kv-cascade off, and
+"on" is --tiered-kv-cascade on. The requests of a case share the first tokens of their prompts and
+arrive together; what is cached of them is all but a token, so that a turn's time is decoding. An
+iteration's time is that of a generation of many tokens less that of one token, per token; medians
+over the turns, ratios within them. Writes NAME.json and NAME.md.
+
+Example: python benchmark/serving/cascade.py --model ~/.cache/tiered_kv/models/SmolLM2-135M-Instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "test"))
+
+from support.metrics import scrape
+from support.server import BASE_ARGS, Server
+from tiered_kv.metrics import names
+
+TIERED = ("--tiered-kv", "--tiered-kv-disk-dir", "none", "--tiered-kv-host-size", "256MB")
+SYSTEMS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "off": (*TIERED, "--tiered-kv-cascade", "off"),
+    "on": (*TIERED, "--tiered-kv-cascade", "on"),
+}
+FIRST_TOKEN, LAST_TOKEN = 1000, 40000
+#: Tokens of context, over all rows and iterations, that a turn should about attend to.
+TURN_TOKENS = 400_000
+
+
+@contextlib.contextmanager
+def servers(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Server]]:
+    """All three, started one after the other."""
+    most = max(options.shared) + max(options.rows) * (options.own + 40)
+    common = [*BASE_ARGS, "--dtype", options.dtype, "--page-size", "1", "--enable-metrics"]
+    common += ["--max-total-tokens", str(2 * most), "--max-running-requests", "64"]
+    with contextlib.ExitStack() as stack:
+        up = {}
+        for name, flags in tqdm(SYSTEMS.items(), desc="starting", leave=False):
+            # Only the CPU platform: without it SGLang does not serve on a plain CPU.
+            env = {"SGLANG_PLUGINS": "tiered_kv_cpu"} if name == "plain" else {}
+            server = Server([*common, *flags], folder / f"{name}.log", options.model, env=env)
+            up[name] = stack.enter_context(server)
+        yield up
+
+
+def generate(server: Server, prompts: list[list[int]], n_new: int) -> tuple[float, list[Any]]:
+    """Seconds, and the ids of every answer."""
+    sampling = {"temperature": 0, "max_new_tokens": n_new, "ignore_eos": True}
+    start = time.perf_counter()
+    response = server.post(
+        "/generate", {"input_ids": prompts, "sampling_params": sampling}, timeout_s=1200.0
+    )
+    seconds = time.perf_counter() - start
+    response.raise_for_status()
+    return seconds, [answer["output_ids"] for answer in response.json()]
+
+
+def measure(
+    up: dict[str, Server], options: argparse.Namespace, n_rows: int, n_shared: int
+) -> dict[str, Any]:
+    rng = random.Random(f"{n_rows} {n_shared}")
+
+    def ids(n: int) -> list[int]:
+        return [rng.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(n)]
+
+    trunk = ids(n_shared)
+    prompts = [trunk + ids(options.own) for _ in range(n_rows)]
+    iterations = max(4, min(24, TURN_TOKENS // (n_rows * (n_shared + options.own))))
+    for server in up.values():
+        generate(server, prompts[:1], 1)
+        generate(server, prompts, 1)
+    turns: dict[str, list[float]] = {name: [] for name in up}
+    outputs = {}
+    before = decoded(up["on"])
+    for _ in range(options.turns):
+        for name, server in up.items():
+            one, _ = generate(server, prompts, 1)
+            many, outputs[name] = generate(server, prompts, 1 + iterations)
+            turns[name].append(1e3 * (many - one) / iterations)
+    attended, read = (b - a for a, b in zip(before, decoded(up["on"]), strict=True))
+
+    def ratio(slow: str, fast: str) -> float:
+        return statistics.median(s / f for s, f in zip(turns[slow], turns[fast], strict=True))
+
+    pairs = zip(outputs["plain"], outputs["on"], strict=True)
+    return {
+        "rows": n_rows,
+        "shared": n_shared,
+        "iterations": iterations,
+        **{f"{name}_ms": statistics.median(times) for name, times in turns.items()},
+        "plain_by_on": ratio("plain", "on"),
+        "off_by_on": ratio("off", "on"),
+        "off_by_plain": ratio("off", "plain"),
+        "read_share": read / attended,
+        "equal_answers": sum(theirs == ours for theirs, ours in pairs),
+        "turns_ms": turns,
+    }
+
+
+def decoded(server: Server) -> tuple[float, float]:
+    """Tokens that decoding attended to, and those that it read, so far."""
+    now = scrape(server)
+    return now.of(names.DECODE_CONTEXT_TOKENS), now.of(names.DECODE_READ_TOKENS)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    head = "| rows | shared | plain, ms | off, ms | on, ms | plain / on | off / on | read | equal |"
+    lines = [head, "|---" * 9 + "|"]
+    for row in results:
+        lines.append(
+            f"| {row['rows']} | {row['shared']} | {row['plain_ms']:.0f} | {row['off_ms']:.0f} "
+            f"| {row['on_ms']:.0f} | {row['plain_by_on']:.2f} | {row['off_by_on']:.2f} "
+            f"| {row['read_share']:.2f} | {row['equal_answers']} of {row['rows']} |"
+        )
+    return "\n".join(lines)
+
+
+def report(options: argparse.Namespace, results: list[dict[str, Any]]) -> str:
+    return f"""# Cascade attention on a CPU server
+
+Time of a decode iteration of {options.model.name} in {options.dtype}, {options.own} tokens of each
+request's own, {options.turns} turns, on {platform.machine()} with {options.cores} cores. plain:
+SGLang; off: --tiered-kv without cascade attention; on: with it. Ratios are medians of those within
+a turn. read: tokens read per token attended to. equal: answers with the same ids as plain SGLang's.
+{options.note}
+
+{table(results)}
+
+    python benchmark/serving/cascade.py --rows {" ".join(map(str, options.rows))} \\
+        --shared {" ".join(map(str, options.shared))} --own {options.own} --turns {options.turns}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 16, 32], help="batch sizes")
+    parser.add_argument(
+        "--shared", type=int, nargs="+", default=[256, 1024, 4096], help="shared tokens"
+    )
+    parser.add_argument("--own", type=int, default=64, help="tokens of each request's own")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each")
+    parser.add_argument("--note", default="", help="a sentence on the machine, for the report")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmark/results/cascade_cpu"), metavar="NAME"
+    )
+    options = parser.parse_args()
+    options.cores = len(os.sched_getaffinity(0))
+    results: list[dict[str, Any]] = []
+    cases = [(n_rows, n_shared) for n_shared in options.shared for n_rows in options.rows]
+    with (
+        tempfile.TemporaryDirectory(prefix="cascade_") as folder,
+        servers(options, Path(folder)) as up,
+    ):
+        for n_rows, n_shared in tqdm(cases, desc="cases"):
+            results.append(measure(up, options, n_rows, n_shared))
+            # After every case: what was measured is kept if the rest fails.
+            options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+            options.out.with_suffix(".md").write_text(report(options, results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
