@@ -27,6 +27,16 @@ shared tokens and a quarter (4.2x) at 512: break-even is near 256 (TensorRT-LLM 
 QUERY_TILE = 128
 """Query rows, one for each head that shares a KV head, that FlashInfer's largest tile takes."""
 
+CPU_BANDWIDTH = 2e9
+"""Bytes of KV that a core reads per second for long contexts: it computes as much as it reads.
+
+Measured by benchmark/micro/cascade_attention.py, one thread of a shared 2.8 GHz Xeon with AVX-512,
+without groups: 0.82 us a token of 1,536 bytes in float32, 0.60 us of 768 bytes in bfloat16.
+"""
+
+CPU_GROUP_OVERHEAD_S = 300e-6
+"""What a group of four rows takes in a layer beside its reading: calls, merging. Measured likewise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
@@ -153,21 +163,27 @@ class CascadeDevice:
 
 
 def cascade_device(spec: DeviceSpec) -> CascadeDevice:
-    """Stated estimates for `spec`, one rank's device, until something is measured on it.
+    """What is known of `spec`, one rank's device: stated estimates where nothing was measured.
 
     GPU: a level takes about three launches in each layer (its attention, the merge, and the ends of
     the suffixes' kernel, which has less to fill the device with), 2.5 us each with CUDA graphs. If
     the shared KV fits the L2 cache, it is read fast without cascade too, and the saving is less.
-    CPU: torch calls per group instead of launches.
+    CPU: what was measured on one, torch calls per group instead of launches.
     """
-    is_cpu = spec.name.startswith("CPU")
+    if spec.name.startswith("CPU"):
+        return CascadeDevice(
+            name=spec.name,
+            bandwidth=CPU_BANDWIDTH,
+            level_overhead_s=0.0,
+            group_overhead_s=CPU_GROUP_OVERHEAD_S,
+            source="measured on one core of a 2.8 GHz Xeon",
+        )
     return CascadeDevice(
         name=spec.name,
         bandwidth=spec.memory_bandwidth * spec.bandwidth_efficiency,
-        level_overhead_s=0.0 if is_cpu else 7.5e-6,
-        group_overhead_s=200e-6 if is_cpu else 0.0,
-        source=f"estimated: {'200 us a group' if is_cpu else '3 launches of 2.5 us a level'}; "
-        f"bandwidth: {spec.source}",
+        level_overhead_s=7.5e-6,
+        group_overhead_s=0.0,
+        source=f"estimated: 3 launches of 2.5 us a level; bandwidth: {spec.source}",
     )
 
 
