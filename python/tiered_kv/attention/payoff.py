@@ -35,7 +35,7 @@ without groups: 0.82 us a token of 1,536 bytes in float32, 0.60 us of 768 bytes 
 """
 
 CPU_GROUP_OVERHEAD_S = 300e-6
-"""What a group of four rows takes in a layer beside its reading: calls, merging. Measured likewise."""
+"""What a group of four rows takes in a layer beside reading: calls, merging. Measured likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
