@@ -9,6 +9,7 @@ tier computes. Then several answers are decoded at once, for the time per output
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import statistics
 import sys
@@ -72,6 +73,8 @@ class Sizes:
     """Prompt lengths from short to long, room for KV, and the decoding batch; tokens and bytes."""
 
     lengths: tuple[int, ...]
+    short_tokens: int
+    """Prompts up to this length are cheap to compute and to keep."""
     device_tokens: int
     host_tokens: int
     token_bytes: int
@@ -85,8 +88,28 @@ class Sizes:
         return self.host_tokens * self.token_bytes
 
 
-LARGE_SIZES = Sizes((2048, 8192, 32768, 65536), 68 * 1024, 240 * 1024, 131072, 64, 8, 128, 2)
-SMALL_SIZES = Sizes((64, 128, 256), 320, 2048, 1024, 16, 2, 8, 1)
+LARGE_SIZES = Sizes(
+    lengths=(2048, 8192, 32768, 65536),
+    short_tokens=8192,
+    device_tokens=68 * 1024,
+    host_tokens=240 * 1024,
+    token_bytes=131072,
+    page_tokens=64,
+    n_decodes=8,
+    decode_tokens=128,
+    repeats=3,
+)
+SMALL_SIZES = Sizes(
+    lengths=(64, 128, 256),
+    short_tokens=128,
+    device_tokens=320,
+    host_tokens=2048,
+    token_bytes=1024,
+    page_tokens=16,
+    n_decodes=2,
+    decode_tokens=8,
+    repeats=1,
+)
 
 
 @dataclass(frozen=True)
@@ -150,26 +173,29 @@ def systems(setting: Setting, sizes: Sizes, disk: Path) -> dict[str, dict[str, A
 def measure(setting: Setting, names: tuple[str, ...] | None = None) -> dict[str, Any]:
     """Samples of every system, and seconds per output token; a system that fails says why.
 
-    names: the systems to measure; all by default.
+    names: the systems to measure; all by default. Where plain SGLang does not start with CUDA
+    graphs, all are measured without.
     """
     sizes = SMALL_SIZES if setting.is_small else LARGE_SIZES
     scratch = setting.folder / "serving"
-    disk = scratch / "disk"
     model = write_model(scratch / "model", setting.is_small)
     samples: list[Sample] = []
     decoding: dict[str, Any] = {}
     starts: dict[str, float] = {}
     failed: dict[str, str] = {}
-    for name, extra in systems(setting, sizes, disk).items():
+    graphs = setting.on_gpu
+    for name, extra in systems(setting, sizes, scratch / "disk").items():
         if names is not None and name not in names:
             continue
-        with emptied(disk):
-            (disk / "hicache").mkdir()
-            args = [*common_flags(setting, sizes), *extra["args"]]
+        with emptied(scratch / "disk"):
+            (scratch / "disk" / "hicache").mkdir()
+            log = setting.folder / f"server_{name}.log"
+            flags = [*common_flags(setting, sizes), *extra["args"]]
             options = {key: extra[key] for key in ("env", "launcher") if key in extra}
-            server = Server(args, setting.folder / f"server_{name}.log", model, **options)
             try:
-                with server:
+                server, graphs = started(setting, flags, log, model, graphs, options)
+                with contextlib.ExitStack() as stack:
+                    stack.push(server)
                     starts[name] = server.start_seconds
                     samples += first_tokens(server, name, sizes)
                     decoding[name] = output_tokens(server, sizes)
@@ -177,11 +203,32 @@ def measure(setting: Setting, names: tuple[str, ...] | None = None) -> dict[str,
                 failed[name] = str(error).splitlines()[0]
     return {
         "sizes": asdict(sizes),
+        "cuda_graphs": graphs,
         "start_s": starts,
         "samples": [asdict(sample) for sample in samples],
         "decoding": decoding,
         "failed": failed,
     }
+
+
+def started(
+    setting: Setting,
+    flags: list[str],
+    log: Path,
+    model: Path,
+    graphs: bool,
+    options: dict[str, Any],
+) -> tuple[Server, bool]:
+    """A server that answers, and whether it has CUDA graphs. Raises ServerError."""
+    if graphs:
+        try:
+            small_graphs = ["--cuda-graph-max-bs", "16"]
+            return Server([*flags, *small_graphs], log, model, **options).start(), True
+        except AssertionError as error:
+            first_line = str(error).splitlines()[0]
+            sys.stderr.write(f"[gpu_check] not with CUDA graphs ({first_line}); trying without\n")
+    without = ["--disable-cuda-graph"] if setting.on_gpu else []
+    return Server([*flags, *without], log, model, **options).start(), False
 
 
 @contextlib.contextmanager
@@ -200,32 +247,38 @@ def emptied(folder: Path) -> Iterator[None]:
 def first_tokens(server: Server, name: str, sizes: Sizes) -> Iterator[Sample]:
     """Every length in every state.
 
-    The device holds one prompt of the longest length, or one of each of the others. So the
-    longest, asked for last or first, pushes out what is to come from below.
+    The device holds one prompt of the longest length, or one of each of the others. So a prompt of
+    the longest length pushes out all others, whether it is computed or loaded.
     """
     probe = Probe(server.url, seed=7)
     *shorter, longest = sizes.lengths
+    prompts = {n: probe.tokens(n - 1) for n in sizes.lengths}
+    pusher = probe.tokens(longest - 1)
+    last_tokens = itertools.count(1)
+
+    def ask(state: str, n: int, prompt: list[int]) -> Sample:
+        return sample_of(name, state, n, probe.ask([*prompt, next(last_tokens)]))
+
+    def ask_all(state: str) -> Iterator[Sample]:
+        # From long to short: the longest leaves room for what of the others comes after it.
+        for n in reversed(sizes.lengths):
+            yield ask(state, n, prompts[n])
+
     warm_up(probe, sizes)
-    for _ in range(sizes.repeats):
-        prompts = {n: probe.tokens(n - 1) for n in sizes.lengths}
-        pusher = probe.tokens(longest - 1)
-
-        def ask(state: str, n: int, last: int, prompts: Any = prompts) -> Sample:
-            return sample_of(name, state, n, probe.ask([*prompts[n], last]))
-
-        yield ask(FRESH, longest, 1)
-        yield ask(DEVICE, longest, 2)
-        for n in shorter:
-            yield ask(FRESH, n, 1)
-            yield ask(DEVICE, n, 2)
-        probe.ask([*pusher, 1])
-        yield ask(HOST, longest, 3)
-        for n in reversed(shorter):
-            yield ask(HOST, n, 3)
+    for n in (longest, *shorter):
+        # What is computed is written to disk: only short prompts are computed several times.
+        for _ in range(sizes.repeats if n <= sizes.short_tokens else 1):
+            prompts[n] = probe.tokens(n - 1)
+            yield ask(FRESH, n, prompts[n])
+            yield ask(DEVICE, n, prompts[n])
+    # Plain SGLang computes them all again: once says enough.
+    repeats = 1 if name == "plain" else sizes.repeats
+    for _ in range(repeats):
+        probe.ask([*pusher, next(last_tokens)])
+        yield from ask_all(HOST)
+    for _ in range(repeats):
         flush(server)
-        yield ask(DISK, longest, 4)
-        for n in reversed(shorter):
-            yield ask(DISK, n, 4)
+        yield from ask_all(DISK)
 
 
 def sample_of(system: str, state: str, n: int, answer: Answer) -> Sample:
@@ -236,9 +289,10 @@ def sample_of(system: str, state: str, n: int, answer: Answer) -> Sample:
 def warm_up(probe: Probe, sizes: Sizes) -> None:
     """Kernels are compiled and chosen at first use, by shape."""
     for n in sizes.lengths:
-        prompt = probe.tokens(n - 1)
-        probe.ask([*prompt, 1], 2)
-        probe.ask([*prompt, 2], 2)
+        if n <= sizes.short_tokens:
+            prompt = probe.tokens(n - 1)
+            probe.ask([*prompt, 1], 2)
+            probe.ask([*prompt, 2], 2)
 
 
 def flush(server: Server) -> None:
