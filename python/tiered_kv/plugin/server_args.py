@@ -269,9 +269,8 @@ class ServerArgs(upstream_server_args.ServerArgs):
         Arg(
             no_cli=True,
             type_parser=_cascade_mode,
-            help="Read KV that requests share once for all that decode together, where that is "
-            "predicted to pay: on, off, or auto (default: on with --device cpu, off on GPUs, where "
-            "its gain was not measured yet). Needs --attention-backend flashinfer on a GPU.",
+            help="Read KV that decoding requests share once for all, where that pays: on (on a GPU "
+            "with --attention-backend flashinfer), off, or auto (default: on only on a CPU).",
         ),
         NS("memory"),
     ] = "auto"
