@@ -7,7 +7,6 @@ services fit together.
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import json
 import re
@@ -54,16 +53,6 @@ def compose(name: str) -> dict[str, Any]:
 
 def flags_of(words: list[str]) -> set[str]:
     return {word.partition("=")[0] for word in words if word.startswith("--")}
-
-
-@pytest.fixture(scope="module")
-def server_flags() -> set[str]:
-    """Every flag of `sglang.launch_server` with this project installed."""
-    from tiered_kv.plugin.server_args import ServerArgs
-
-    parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
-    return set(parser._option_string_actions)
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)

@@ -163,6 +163,20 @@ def test_the_dummy_model_is_llama_8b(tmp_path: Path) -> None:
     assert model.kv_bytes_per_token == serving.LARGE_SIZES.token_bytes
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_every_system_gets_flags_that_the_server_has(
+    tmp_path: Path, server_flags: set[str], device: str
+) -> None:
+    setting = Setting(torch.device(device), device == "cpu", tmp_path)
+    sizes = serving.SMALL_SIZES
+    found = serving.systems(setting, sizes, tmp_path)
+    assert list(found) == ["plain", "hicache", "tiered"]
+    words = serving.common_flags(setting, sizes)
+    for extra in found.values():
+        words += extra["args"]
+    assert {word for word in words if word.startswith("--")} <= server_flags
+
+
 @pytest.mark.long
 @pytest.mark.server
 @pytest.mark.timeout(900)

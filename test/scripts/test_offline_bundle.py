@@ -325,6 +325,12 @@ def test_no_kernels_is_an_error(tmp_path: Path) -> None:
         jit.files(tmp_path)
 
 
+def test_a_bundle_serves_with_flags_that_the_server_has(server_flags: set[str]) -> None:
+    flags = {word for word in cli.SERVE_FLAGS if word.startswith("--")}
+    assert flags
+    assert flags <= server_flags
+
+
 def test_help_names_the_way_from_here_to_there() -> None:
     result = subprocess.run(
         [sys.executable, str(SCRIPTS / "offline_bundle"), "--help"],
