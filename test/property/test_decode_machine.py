@@ -2,7 +2,8 @@
 
 Method: requests of all kinds arrive at random; in every turn of the loop chance decides who of the
 running decodes, who makes way, who is aborted, what is evicted. The pools are so small that SGLang
-retracts requests as well. Guarantee: every answer is the one that plain SGLang gives to the request
+retracts requests as well, and in every fourth history its own switch for testing has it retract one
+now and then. Guarantee: every answer is the one that plain SGLang gives to the request
 alone (of an aborted one, its beginning), and afterwards no slot, pin or page is missing.
 """
 
@@ -18,6 +19,7 @@ import pytest
 pytest.importorskip("sglang")
 
 import torch
+from sglang.srt.managers import scheduler
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
@@ -26,14 +28,16 @@ from support_plugin.decode_requests import Kind, Oracle, kinds, publish_argument
 from tiered_kv.scheduler.iteration_policy import IterationPlan, IterationState, RunningTotals
 
 TURNS_MAX = 3000
-#: (overlap, page size, device pages, chunk): the smallest just holds the longest request.
-SHAPES = [
-    (True, 4, 17, None),
-    (False, 4, 17, None),
-    (True, 1, 60, 8),
-    (False, 1, 60, 8),
-    (True, 8, 12, 16),
-    (True, 4, 64, 8),
+#: (overlap, page size, device pages, chunk, decodes mixed into prefills): the smallest pools just
+#: hold the longest request.
+SHAPES: list[tuple[bool, int, int, int | None, bool]] = [
+    (True, 4, 14, None, False),
+    (False, 4, 14, None, False),
+    (True, 1, 50, 8, False),
+    (False, 1, 50, 8, False),
+    (True, 8, 9, 16, False),
+    (True, 4, 30, 8, True),
+    (False, 4, 64, 8, True),
 ]
 
 
@@ -66,7 +70,7 @@ class History:
         self._loop = loop
         self._dice = dice
         self.selection = loop.choose_by(Dice(dice))
-        chosen = dice.sample(kinds(), dice.randint(2, 8))
+        chosen = dice.sample(kinds(), dice.randint(2, 10))
         self._coming = [(f"{number}-{i}.", kind) for i, kind in enumerate(chosen)]
         self.reqs: dict[str, tuple[Kind, Req]] = {}
         self.aborted: set[str] = set()
@@ -76,7 +80,7 @@ class History:
         self._n_turns += 1
         assert self._n_turns < TURNS_MAX, "it never ends"
         dice, loop = self._dice, self._loop
-        if self._coming and dice.random() < 0.3:
+        if self._coming and dice.random() < 0.5:
             rid, kind = self._coming.pop()
             req = kind.request(rid)
             self.reqs[rid] = kind, req
@@ -101,7 +105,11 @@ class History:
 def run(loop: DecodeLoop, oracle: Oracle, number: int) -> Counter[str]:
     """One history, checked; what happened in it."""
     history = History(loop, random.Random(number), number)
-    loop.run(history.turn)
+    scheduler.TEST_RETRACT = number % 4 == 0
+    try:
+        loop.run(history.turn)
+    finally:
+        scheduler.TEST_RETRACT = False
     loop.check_nothing_is_held()
     n_aborted = 0
     for rid, (kind, req) in history.reqs.items():
@@ -130,7 +138,7 @@ def args(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def run_all(args: Any, n_histories: int) -> None:
     totals: Counter[str] = Counter()
-    for shape, (overlap, page_size, n_pages, chunk) in enumerate(SHAPES):
+    for shape, (overlap, page_size, n_pages, chunk, is_mixed) in enumerate(SHAPES):
         loop = DecodeLoop(
             args,
             overlap=overlap,
@@ -138,6 +146,7 @@ def run_all(args: Any, n_histories: int) -> None:
             n_pages=n_pages,
             n_host_pages=2 * n_pages,
             chunk_tokens=chunk,
+            is_mixed=is_mixed,
         )
         oracle = Oracle(args, overlap=overlap)
         try:

@@ -71,8 +71,7 @@ class Quiet:
 _OFF = """
     enable_lora enable_hisparse enable_pdmux enable_unified_memory enable_fpm enable_dp_attention
     enable_priority_scheduling enable_priority_preemption enable_session_radix_cache
-    enable_hicache_storage enable_dynamic_chunking is_hybrid_swa is_hybrid_ssm is_mixed_chunk
-    require_mlp_sync gracefully_exit schedule_low_priority_values_first _war_barrier_enabled
+    enable_hicache_storage enable_dynamic_chunking is_hybrid_swa is_hybrid_ssm require_mlp_sync gracefully_exit schedule_low_priority_values_first _war_barrier_enabled
     abort_on_priority_when_disabled _engine_paused
 """
 _NONE = """
@@ -158,6 +157,7 @@ class DecodeLoop(upstream.Scheduler):
         page_size: int = PAGE_SIZE,
         chunk_tokens: int | None = None,
         max_running: int = MAX_RUNNING,
+        is_mixed: bool = False,
     ) -> None:
         self.script: Callable[[], bool] = lambda: False
         self.finished: dict[str, Req] = {}
@@ -185,6 +185,7 @@ class DecodeLoop(upstream.Scheduler):
         self._set_switches(args, overlap=overlap, page_size=page_size, max_running=max_running)
         self.max_total_num_tokens = n_tokens
         self.chunked_prefill_size = chunk_tokens
+        self.is_mixed_chunk = is_mixed
         self._set_components(args)
         self.init_overlap()
         self.now_s = 1.0
@@ -343,4 +344,4 @@ class DecodeLoop(upstream.Scheduler):
                 self.finished[req.rid] = req
 
     def on_idle(self) -> None:
-        pass
+        self.new_token_ratio_tracker.reset()

@@ -72,3 +72,15 @@ def _write_back(whole: ScheduleBatch, part: ScheduleBatch, rows: Sequence[int]) 
     whole.input_embeds = None
     whole.forward_mode = part.forward_mode
     decode_penalties.write_back(whole, part, at_device)
+
+
+def place_mixed_tokens(result: None, batch: ScheduleBatch, running_batch: ScheduleBatch) -> None:
+    """AFTER `ScheduleBatch.mix_with_running`: decodes were mixed into a prefill.
+
+    Under overlap SGLang counts on a result to come for each of them; who was parked has none.
+    """
+    if not getattr(batch.tree_cache, "resumes_requests", False):
+        return
+    decoding = running_batch.reqs
+    prefills = batch.prefix_lens[: len(batch.prefix_lens) - len(decoding)]
+    batch.prefix_lens = prefills + [req.kv_committed_len - 1 for req in decoding]

@@ -55,6 +55,12 @@ DECODE_HOOKS: tuple[tuple[str, str, str, str], ...] = (
         "requests that made way would come back without the penalties they had",
     ),
     (
+        f"{_BATCH}.mix_with_running",
+        "after",
+        "decode_batch:place_mixed_tokens",
+        "requests that had been parked would get the position of another token",
+    ),
+    (
         "schedule_batch.release_req",
         "around",
         "swap_out:release_req",

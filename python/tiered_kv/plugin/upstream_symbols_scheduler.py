@@ -147,6 +147,7 @@ DECODE = (
         prepare_for_decode="",
         filter_batch="chunked_req_to_exclude keep_indices",
         cumulate_penalty_output_tokens="",
+        mix_with_running="running_batch",
         retract_decode="server_args",
         release_req="idx remaing_req_count server_args",
         new_tokens_required_next_decode="selected_indices",
