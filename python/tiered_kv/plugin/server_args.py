@@ -134,9 +134,10 @@ class ServerArgs(upstream_server_args.ServerArgs):
         Arg(
             no_cli=True,
             type_parser=_host_format,
-            help="What pages are kept in on the host, and read back from: raw (default) exactly as "
-            "on the device; fp8, int4, kitty or int2 in about a half, a third, a fifth or a sixth "
-            "of bfloat16's bytes, which changes answers (docs/formats.md says how much).",
+            help="What pages are kept in on the host: raw (default), exactly as on the device; or "
+            "in fewer bytes, so that the same size holds more pages, at the price of answers that "
+            "may differ: fp8 (50%% of bfloat16's), int4 (28%%), kitty (17%%) or int2 (16%%). "
+            "docs/formats.md says what each costs.",
         ),
         NS("memory"),
     ] = "raw"
