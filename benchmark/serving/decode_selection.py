@@ -1,0 +1,345 @@
+"""Who decodes: all running requests in every iteration, or those whose tokens are due.
+
+    python benchmark/serving/decode_selection.py --model-path MODEL
+    python benchmark/serving/decode_selection.py ... --prefix-tokens 512 --new-tokens 16   to try it
+
+Gangs of requests share a prefix that is cached before; then all of them arrive at once, and every
+gang has an interactive one, which was promised a token every so often, and batch ones, which were
+promised a slower mean pace. Systems take turns, every other repeat in the opposite order:
+
+  plain     SGLang without our cache
+  all       --tiered-kv, everyone decodes in every iteration
+  slack     --tiered-kv, --tiered-kv-iteration-policy slack
+
+Objectives are shares of the pace of `plain`, measured first: interactive --interactive-share of
+its median time between tokens, batch --batch-share of it as a mean. The same load with one class
+only, which was promised --loose-share of that pace, shows what choosing costs where there is no
+reason to. Answers are compared with `plain`'s.
+
+The price is stated beside what the bytes say: an iteration reads the weights and every chosen
+request's KV, so decoding fewer at a time reads the weights more often per token.
+
+Prints a table and writes it with all samples to benchmark/results/decode_selection.{md,json}. Needs
+a machine without an accelerator, and a quiet one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+from multiturn_report import machine
+from systems import model_of
+from tqdm import tqdm
+
+from support.prompts import PromptMaker
+from support.server import BASE_ARGS, Server
+
+RESULTS = Path(__file__).parents[1] / "results" / "decode_selection"
+TIERED = ("--tiered-kv", "--tiered-kv-disk-dir", "none", "--tiered-kv-iteration-policy")
+SYSTEMS = {"plain": (), "all": (*TIERED, "all"), "slack": (*TIERED, "slack")}
+DECODE_LINE = re.compile(r"Decode batch, #running-req: (\d+)")
+TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request of the load. tbt_ms: what it is promised."""
+
+    prompt: tuple[int, ...]
+    is_interactive: bool
+    tbt_ms: float | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. times_s: of its tokens, from the load's start."""
+
+    is_interactive: bool
+    times_s: tuple[float, ...]
+    output_ids: tuple[int, ...]
+
+    @property
+    def gaps_s(self) -> list[float]:
+        return [b - a for a, b in zip(self.times_s, self.times_s[1:], strict=False)]
+
+    @property
+    def mean_gap_s(self) -> float:
+        return (self.times_s[-1] - self.times_s[0]) / max(1, len(self.times_s) - 1)
+
+
+@dataclass
+class Run:
+    """One load on one server."""
+
+    system: str
+    load: str
+    answers: list[Answer]
+    decode_sizes: list[int]
+
+    @property
+    def seconds(self) -> float:
+        return max(answer.times_s[-1] for answer in self.answers)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(len(answer.output_ids) for answer in self.answers) / self.seconds
+
+    def gaps_s(self, *, is_interactive: bool) -> list[float]:
+        chosen = [a for a in self.answers if a.is_interactive is is_interactive]
+        return [gap for answer in chosen for gap in answer.gaps_s]
+
+
+def arguments() -> argparse.Namespace:
+    about = (__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        description=about[0],
+        epilog="\n\n".join(about[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model-path", type=Path, required=True)
+    add("--gangs", type=int, default=4)
+    add("--gang-size", type=int, default=4)
+    add("--prefix-tokens", type=int, default=2048)
+    add("--new-tokens", type=int, default=64)
+    add("--repeats", type=int, default=2)
+    add("--interactive-share", type=float, default=0.45)
+    add("--batch-share", type=float, default=4.0)
+    add("--loose-share", type=float, default=3.0)
+    add("--cascade", choices=("on", "off"), default="off",
+        help="read shared KV once, in the systems that can (default: off)")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--page-size", type=int, default=64)
+    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    add("--output", type=Path, default=RESULTS, help="path of the results without suffix")
+    return parser.parse_args()
+
+
+def prompts_of(options: argparse.Namespace) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """(the gangs' prefixes, all prompts gang by gang)"""
+    maker = PromptMaker(options.model_path)
+    prefixes = [maker.tokens(f"gang {i}", options.prefix_tokens) for i in range(options.gangs)]
+    own = [maker.tokens(f"own {i}", 12 + 3 * i) for i in range(options.gang_size)]
+    return prefixes, [(*prefix, *tail) for prefix in prefixes for tail in own]
+
+
+def load_of(
+    name: str, prompts: Sequence[tuple[int, ...]], pace_s: float | None, options: argparse.Namespace
+) -> list[Asked]:
+    """Who asks for what; without a pace, nobody is promised anything."""
+
+    def promised(share: float) -> float | None:
+        return None if pace_s is None else pace_s * share * 1e3
+
+    if name == "one class":
+        return [Asked(prompt, False, promised(options.loose_share)) for prompt in prompts]
+    asked = []
+    for i, prompt in enumerate(prompts):
+        is_first = i % options.gang_size == 0
+        share = options.interactive_share if is_first else options.batch_share
+        asked.append(Asked(prompt, is_first, promised(share)))
+    return asked
+
+
+def stream(server: Server, asked: Asked, new_tokens: int, began: float, *, has_slo: bool) -> Answer:
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    body: dict[str, Any] = {
+        "input_ids": list(asked.prompt), "sampling_params": sampling, "stream": True,
+    }  # fmt: skip
+    if has_slo and asked.tbt_ms is not None:
+        name = "interactive" if asked.is_interactive else "batch"
+        body["slo"] = {"class": name, "ttft_ms": 60_000, "tbt_ms": asked.tbt_ms}
+    times: list[float] = []
+    n_seen, ids = 0, ()
+    with requests.post(
+        f"{server.url}/generate", json=body, stream=True, timeout=TIMEOUT_S
+    ) as response:
+        response.raise_for_status()
+        for line in response.iter_lines(chunk_size=None):
+            if not line.startswith(b"data: {"):
+                continue
+            now = time.perf_counter() - began
+            answer = json.loads(line[len(b"data: ") :])
+            if "error" in answer:
+                raise RuntimeError(f"the server answered with an error: {answer['error']}")
+            ids = tuple(answer["output_ids"])
+            n_tokens = answer["meta_info"]["completion_tokens"]
+            times += [now] * (n_tokens - n_seen)
+            n_seen = n_tokens
+    if len(times) != new_tokens:
+        raise RuntimeError(f"{len(times)} tokens came instead of {new_tokens}")
+    return Answer(asked.is_interactive, tuple(times), ids)
+
+
+def serve(server: Server, system: str, load: str, asked: Sequence[Asked], new_tokens: int) -> Run:
+    """All of them at once."""
+    before = len(decode_sizes(server))
+    answers: list[Answer | None] = [None] * len(asked)
+    errors: list[BaseException] = []
+    began = time.perf_counter()
+
+    def one(i: int) -> None:
+        try:
+            answers[i] = stream(server, asked[i], new_tokens, began, has_slo=system != "plain")
+        except (requests.RequestException, RuntimeError) as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    done = [answer for answer in answers if answer is not None]
+    return Run(system, load, done, decode_sizes(server)[before:])
+
+
+def decode_sizes(server: Server) -> list[int]:
+    return [int(n) for n in DECODE_LINE.findall(server.log.read_text(errors="replace"))]
+
+
+def start(system: str, options: argparse.Namespace, folder: Path, repeat: int) -> Server:
+    n_tokens = options.gangs * (
+        options.prefix_tokens + options.gang_size * (options.new_tokens + 4 * options.page_size)
+    )
+    flags: list[object] = [
+        *BASE_ARGS, "--dtype", options.dtype, "--page-size", options.page_size,
+        "--max-total-tokens", 2 * n_tokens, "--chunked-prefill-size", 512,
+        "--decode-log-interval", 1, *SYSTEMS[system],
+    ]  # fmt: skip
+    if system != "plain":
+        flags += ["--tiered-kv-cascade", options.cascade]
+    log = folder / f"{system}-{repeat}.log"
+    return Server([str(flag) for flag in flags], log, options.model_path)
+
+
+def bytes_price(run: Run, plain: Run, options: argparse.Namespace) -> float:
+    """Throughput as a share of `plain`'s if an iteration takes what it reads."""
+    element_bytes = 4 if options.dtype == "float32" else 2
+    model = model_of(options.model_path, element_bytes)
+    weights = float(model.n_parameters * element_bytes)
+    kv = float(model.kv_bytes_per_token * (options.prefix_tokens + options.new_tokens / 2))
+
+    def bytes_per_token(one: Run) -> float:
+        return weights * len(one.decode_sizes) / sum(one.decode_sizes) + kv
+
+    return bytes_per_token(plain) / bytes_per_token(run)
+
+
+def row(runs: Sequence[Run], plain: Sequence[Run], asked: Sequence[Asked], options: Any) -> str:
+    """One line of the table: medians over the repeats."""
+
+    def median(of: Callable[[Run], float]) -> float:
+        return statistics.median(of(run) for run in runs)
+
+    def p99(run: Run) -> float:
+        gaps = run.gaps_s(is_interactive=True)
+        return float(np.percentile(gaps, 99)) * 1e3 if gaps else float("nan")
+
+    def p50(run: Run) -> float:
+        gaps = run.gaps_s(is_interactive=True)
+        return statistics.median(gaps) * 1e3 if gaps else float("nan")
+
+    def kept(run: Run) -> float:
+        pairs = zip(run.answers, asked, strict=True)
+        others = [(a, b) for a, b in pairs if not b.is_interactive and b.tbt_ms is not None]
+        if not others:
+            return float("nan")
+        return statistics.mean(a.mean_gap_s * 1e3 <= (b.tbt_ms or 0) for a, b in others)
+
+    expected = [answer.output_ids for answer in plain[0].answers]
+    equal = all([answer.output_ids for answer in run.answers] == expected for run in runs)
+    speed = median(lambda run: run.tokens_per_s)
+    share = speed / statistics.median(run.tokens_per_s for run in plain)
+    price = statistics.median(bytes_price(run, plain[0], options) for run in runs)
+    size = median(lambda run: statistics.mean(run.decode_sizes))
+    return (
+        f"| {runs[0].load} | {runs[0].system} | {median(p50):.0f} | {median(p99):.0f} "
+        f"| {median(kept):.0%} | {speed:.1f} | {share:.2f} | {price:.2f} | {size:.1f} "
+        f"| {'yes' if equal else 'NO'} |"
+    )
+
+
+HEAD = (
+    "| load | system | interactive TBT p50 ms | p99 ms | batch in time | tokens/s | of plain "
+    "| what the bytes say | mean decode batch | same answers |\n" + "|---" * 10 + "|"
+)
+LOADS = ("two classes", "one class")
+
+
+def main() -> int:
+    options = arguments()
+    prefixes, prompts = prompts_of(options)
+    systems = ["plain", *(name for name in options.systems if name != "plain")]
+    runs: list[Run] = []
+    asked: dict[str, list[Asked]] = {}
+    pace_s: float | None = None
+    total = len(systems) * options.repeats * len(LOADS)
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=total, unit="load") as bar:
+        for repeat in range(options.repeats):
+            for system in systems if repeat % 2 == 0 else systems[::-1]:
+                bar.set_description(f"{system}, starting")
+                with start(system, options, Path(scratch), repeat) as server:
+                    for prefix in prefixes:
+                        warm = Asked(prefix, is_interactive=False, tbt_ms=None)
+                        stream(server, warm, 1, time.perf_counter(), has_slo=False)
+                    if pace_s is None:
+                        nothing = load_of("one class", prompts, None, options)
+                        first = serve(server, "plain", "pace", nothing, options.new_tokens)
+                        pace_s = statistics.median(first.gaps_s(is_interactive=False))
+                    for load in LOADS:
+                        bar.set_description(f"{system}, {load}")
+                        asked[load] = load_of(load, prompts, pace_s, options)
+                        runs.append(serve(server, system, load, asked[load], options.new_tokens))
+                        bar.update()
+    assert pace_s is not None
+    write(runs, asked, systems, pace_s, options)
+    return 0
+
+
+def write(
+    runs: Sequence[Run],
+    asked: dict[str, list[Asked]],
+    systems: Sequence[str],
+    pace_s: float,
+    options: argparse.Namespace,
+) -> None:
+    lines = [HEAD]
+    for load in LOADS:
+        plain = [run for run in runs if run.load == load and run.system == "plain"]
+        for system in systems:
+            of_system = [run for run in runs if run.load == load and run.system == system]
+            lines.append(row(of_system, plain, asked[load], options))
+    told = {name: str(value) for name, value in vars(options).items()}
+    about = (
+        f"{options.gangs} gangs of {options.gang_size}, {options.prefix_tokens} tokens shared, "
+        f"{options.new_tokens} new tokens each, {options.dtype}, cascade {options.cascade}; plain "
+        f"has a pace of {pace_s * 1e3:.0f} ms. Promised: interactive {options.interactive_share} of it, "
+        f"batch {options.batch_share} as a mean, one class {options.loose_share}. Medians of "
+        f"{options.repeats} repeats. {machine()}."
+    )
+    text = "\n".join(lines)
+    print(f"\n{about}\n\n{text}")
+    options.output.with_suffix(".md").write_text(f"# Who decodes\n\n{about}\n\n{text}\n")
+    samples = [asdict(run) for run in runs]
+    options.output.with_suffix(".json").write_text(
+        json.dumps({"options": told, "pace_s": pace_s, "machine": machine(), "runs": samples})
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
