@@ -14,6 +14,9 @@ from tiered_kv.scheduler.iteration_config import IterationConfig
 from tiered_kv.scheduler.iteration_policy import IterationState
 from tiered_kv.scheduler.pass_budget import MIN_CHUNK_TOKENS, PassBudget, chunk_tokens
 
+#: Prefill's turn is at least this many tokens, whatever they take.
+LEAST_TOKENS = 64
+
 
 def prefill_tokens(
     state: IterationState, batch: Packing, needed_s: float, left_s: float, config: IterationConfig
@@ -36,15 +39,18 @@ def prefill_tokens(
             seconds = max(seconds, needed_s / 2.0)
     if not math.isinf(state.least_ttft_s):
         seconds = min(seconds, max(config.pass_share * state.least_ttft_s, 2.0 * needed_s))
-    budget = PassBudget(
-        seconds=seconds,
-        slowdown=1.0,
-        context_tokens=batch.tokens_read if is_mixed else 0,
-        n_decodes=len(batch.chosen) if is_mixed else 0,
-        least_tokens=MIN_CHUNK_TOKENS if has_turn else 0,
-    )
     unfinished = prefill.unfinished
     cached = 0 if unfinished is None else unfinished.prefilled_tokens
+    context, n_decodes = (batch.tokens_read, len(batch.chosen)) if is_mixed else (0, 0)
+    least_tokens = 0
+    if has_turn:
+        least_tokens = MIN_CHUNK_TOKENS
+        # Far into a long prompt even these take longer than all the decodes.
+        while least_tokens > LEAST_TOKENS and (
+            prefill.costs.iteration_s(((least_tokens, cached),), context, n_decodes) > seconds
+        ):
+            least_tokens //= 2
+    budget = PassBudget(seconds, 1.0, context, n_decodes, least_tokens)
     return chunk_tokens(prefill, budget, cached, 0, math.inf)
 
 

@@ -76,7 +76,7 @@ class SlackIterations:
                 config,
                 state.now_s,
                 is_cascade=state.is_cascade,
-                prefill_load=min(state.prefill_load, PREFILL_LOAD_MAX),
+                prefill_load=_prefill_load(state),
             )
             if not math.isinf(pace.interval_s):
                 return self._paced(state, running, pace, swap_out)
@@ -97,8 +97,9 @@ class SlackIterations:
         left_s = min(min(due, default=math.inf) - now_s, pace.interval_s)
         batch.add(always)
         if batch.seconds > left_s:
-            # Late already: it gets one interval, as nothing that is left out now would help it.
-            left_s = pace.interval_s
+            # Late already: whoever is left out would not change that. It gets one interval more,
+            # less what prefill takes of it.
+            left_s = max(batch.seconds, pace.interval_s * (1.0 - _prefill_load(state)))
         # The overdue decode whatever the time.
         batch.add(r for r in turns + spare if _is_overdue(r, now_s, config))
         turns = [r for r in turns if not _is_overdue(r, now_s, config)]
@@ -121,6 +122,10 @@ class SlackIterations:
         if not parked:
             return IterationPlan(prefill_tokens=tokens, swap_out=swap_out)
         return IterationPlan(tuple(r.request_id for r in batch.chosen), tokens, swap_out)
+
+
+def _prefill_load(state: IterationState) -> float:
+    return min(state.prefill_load, PREFILL_LOAD_MAX)
 
 
 def _parts(
