@@ -24,12 +24,14 @@ class TierFormats:
     disk: PageFormat
     host_layout: PageLayout | None = None
     disk_layout: PageLayout | None = None
+    n_threads: int = 1
+    """How many threads convert pages on their way to the disk, and as many from it."""
 
     def on_disk(self, disk: DiskPages) -> DiskPages:
         """`disk` as the host sees it: its pages in the host's format."""
         if self.host_layout is None or self.disk_layout is None or self.disk == self.host:
             return disk
-        return EncodedDisk(disk, self.host_layout, self.disk_layout)
+        return EncodedDisk(disk, self.host_layout, self.disk_layout, self.n_threads)
 
 
 def tier_formats(config: TieredKVConfig, device: DeviceBuffers) -> TierFormats:
@@ -39,7 +41,16 @@ def tier_formats(config: TieredKVConfig, device: DeviceBuffers) -> TierFormats:
         return TierFormats(own, own, own)
     host = _layout("--tiered-kv-host-format", config.host.page_format, config, device)
     disk = _layout("--tiered-kv-disk-format", config.disk_page_format, config, device)
-    return TierFormats(own, PageFormat.of_layout(host), PageFormat.of_layout(disk), host, disk)
+    # Where the forward pass runs on the same cores, they are its own.
+    on_cpu = device.buffers[0].device.type == "cpu"
+    return TierFormats(
+        own,
+        PageFormat.of_layout(host),
+        PageFormat.of_layout(disk),
+        host,
+        disk,
+        n_threads=1 if on_cpu else config.disk.io_threads,
+    )
 
 
 def _layout(option: str, name: str, config: TieredKVConfig, device: DeviceBuffers) -> PageLayout:

@@ -1,7 +1,7 @@
 """The disk tier where it keeps pages in another format than the host: converts on the way.
 
-On the threads that wait for the disk anyway, a few pages at a time: the host keeps its slots, the
-disk sees pages of its own format only. What is wrong on disk is found there, by the checksum over
+A block of pages at a time, beside the threads of the disk's I/O: the host keeps its slots, the disk
+sees pages of its own format only. What is wrong on disk is found there, by the checksum over
 the stored bytes, and is a miss here as it is without conversion.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -26,14 +27,28 @@ BLOCK_BYTES = 16 << 20
 class _Direction:
     """What converting one way needs, kept: the first touch of fresh memory is slow."""
 
-    def __init__(self, source: PageLayout, target: PageLayout, n_pages: int) -> None:
+    def __init__(
+        self, source: PageLayout, target: PageLayout, n_pages: int, n_threads: int
+    ) -> None:
         self.lock = threading.Lock()
         self.source = _Rows(source, n_pages)
         self.target = _Rows(target, n_pages)
-        self._transcoder = PageTranscoder(source, target, n_pages)
+        part_pages = -(-n_pages // n_threads)
+        self._transcoders = [PageTranscoder(source, target, part_pages) for _ in range(n_threads)]
+        self._threads = ThreadPoolExecutor(n_threads, "tiered-kv-convert", use_one_thread)
 
     def convert(self, n_pages: int) -> None:
-        self._transcoder.convert(self.source.tensor[:n_pages], self.target.tensor[:n_pages])
+        """The first `n_pages` rows of `source` into those of `target`."""
+        step = max(1, -(-n_pages // len(self._transcoders)))
+        parts = [slice(at, min(at + step, n_pages)) for at in range(0, n_pages, step)]
+        converted = [
+            self._threads.submit(
+                transcoder.convert, self.source.tensor[part], self.target.tensor[part]
+            )
+            for transcoder, part in zip(self._transcoders, parts, strict=False)
+        ]
+        for part_converted in converted:
+            part_converted.result()
 
 
 class _Rows:
@@ -53,15 +68,18 @@ class _Rows:
 class EncodedDisk:
     """`disk`, whose pages have the layout `stored`, for callers whose slots have the layout `host`.
 
-    Every method is thread-safe; one thread at a time writes, and one reads.
+    Every method is thread-safe; one thread at a time writes, and one reads. n_threads: how many
+    convert each way.
     """
 
-    def __init__(self, disk: DiskPages, host: PageLayout, stored: PageLayout) -> None:
+    def __init__(
+        self, disk: DiskPages, host: PageLayout, stored: PageLayout, n_threads: int = 1
+    ) -> None:
         device = PageLayout.of(Format.RAW, host.page_size, [b.spec for b in host.buffers])
-        self._n_pages = max(1, BLOCK_BYTES // device.page_bytes)
+        self._n_pages = n_threads * max(1, BLOCK_BYTES // device.page_bytes // n_threads)
         self._disk = disk
-        self._writing = _Direction(host, stored, self._n_pages)
-        self._reading = _Direction(stored, host, self._n_pages)
+        self._writing = _Direction(host, stored, self._n_pages, n_threads)
+        self._reading = _Direction(stored, host, self._n_pages, n_threads)
 
     def __len__(self) -> int:
         """Pages stored."""
@@ -85,7 +103,6 @@ class EncodedDisk:
         new = [i for i, page_hash in enumerate(hashes) if not self._disk.contains(page_hash)]
         n_stored = 0
         with self._writing.lock:
-            use_one_thread()
             for at in range(0, len(new), self._n_pages):
                 block = new[at : at + self._n_pages]
                 self._encode([buffers[i] for i in block])
@@ -103,7 +120,6 @@ class EncodedDisk:
         """Reads and converts the leading pages that are there; returns how many."""
         n_read = 0
         with self._reading.lock:
-            use_one_thread()
             for at in range(0, len(hashes), self._n_pages):
                 block = hashes[at : at + self._n_pages]
                 n_in_block = self._disk.read_pages(block, self._reading.source.views(len(block)))

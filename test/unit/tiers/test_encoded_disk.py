@@ -55,11 +55,11 @@ def open_store(tmp_path: Path) -> Iterator[Callable[[], DiskStore]]:
 class Bench:
     """Pages as the host has them, and where they are on disk in another format."""
 
-    def __init__(self, store: DiskStore, host: str, stored: str) -> None:
+    def __init__(self, store: DiskStore, host: str, stored: str, n_threads: int = 1) -> None:
         self.host = PageCodec(layout_named(host))
         self.stored = PageCodec(layout_named(stored))
         self.namespace: DiskNamespace = store.namespace(NAMESPACE, self.stored.layout.page_bytes)
-        self.disk = EncodedDisk(self.namespace, self.host.layout, self.stored.layout)
+        self.disk = EncodedDisk(self.namespace, self.host.layout, self.stored.layout, n_threads)
         self.slot_bytes = PageFormat.of_layout(self.host.layout).slot_bytes
 
     def on_host(self, seed: int) -> bytes:
@@ -121,6 +121,17 @@ def test_pages_come_back_as_the_reference_says_also_after_a_restart(
     assert len(again.disk) == 8
     assert again.read(seeds) == expected
     assert expected[0] != bench.as_device(bench.on_host(0)), "this lost nothing: no test"
+
+
+@pytest.mark.parametrize("n_threads", [2, 3, 5])
+def test_several_threads_convert_the_same(
+    open_store: Callable[[], DiskStore], n_threads: int
+) -> None:
+    bench = Bench(open_store(), "raw", "int4", n_threads)
+    for seeds in (range(11), range(11, 12), range(12, 16)):
+        assert bench.write(seeds) == len(seeds)
+    for seeds in (range(16), range(1), range(4, 9)):
+        assert bench.read(seeds) == [bench.expected(seed) for seed in seeds]
 
 
 def test_only_new_pages_are_converted(open_store: Callable[[], DiskStore]) -> None:

@@ -1,0 +1,148 @@
+"""What the tiers do when, written to a file while the server runs (Chrome trace, JSON array).
+
+Every thread adds spans; one thread appends them to the file about once a second, whole lines at a
+time, so that a file cut short by `kill -9` still loads: readers of the format don't insist on the
+closing bracket. Both what waits to be written and the file are bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.metrics.timeline import Event, Tracks, counters, span, track_name
+
+logger = logging.getLogger(__name__)
+
+FLUSH_EVERY_S = 1.0
+#: Events that may wait for the next flush; more are dropped, and counted.
+WAITING_MAX = 50_000
+#: Size at which a file is given up: some 400,000 events, as much as a viewer can take.
+FILE_BYTES_MAX = 64 << 20
+
+
+class TimelineFile:
+    """A timeline of one process. `span` and `counters` may be called by any thread.
+
+    Times are `time.perf_counter()`'s; the file counts from when it was opened. Writing stops at
+    `bytes_max`, or after an I/O error: a timeline is no reason to stop serving.
+    Raises ConfigError if the file cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, *, bytes_max: int = FILE_BYTES_MAX, waiting_max: int = WAITING_MAX
+    ) -> None:
+        self.path = path
+        self.n_dropped = 0
+        self._bytes_left = bytes_max
+        self._waiting_max = waiting_max
+        self._waiting: deque[Event] = deque()
+        self._tracks = Tracks()
+        self._lock = threading.Lock()
+        self._started_s = time.perf_counter()
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+            self._file: int | None = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise ConfigError(
+                f"--tiered-kv-trace-file {path} cannot be written ({error.strerror}); name a file "
+                "in a directory that exists and is writable."
+            ) from None
+        self._append(b"[\n")
+        self._closing = threading.Event()
+        self._thread = threading.Thread(
+            target=self._flush_regularly, name="tiered-kv-timeline", daemon=True
+        )
+        self._thread.start()
+
+    def span(
+        self, track: str, name: str, start_s: float, end_s: float, **args: float | int | str
+    ) -> None:
+        """Something that took from `start_s` to `end_s`, on the row `track`."""
+        with self._lock:
+            number = self._number(track)
+            origin = self._started_s
+            self._add(span(number, name, start_s - origin, end_s - origin, args))
+
+    def counters(self, name: str, **values: float) -> None:
+        """Values that hold from now on, drawn as one chart called `name`."""
+        with self._lock:
+            self._add(counters(name, time.perf_counter() - self._started_s, values))
+
+    def _number(self, track: str) -> int:
+        is_new = track not in self._tracks
+        number = self._tracks.number(track)
+        if is_new:
+            self._waiting.append(track_name(number, track))
+        return number
+
+    def _add(self, event: Event) -> None:
+        if len(self._waiting) < self._waiting_max and self._file is not None:
+            self._waiting.append(event)
+        else:
+            self.n_dropped += 1
+
+    def flush(self) -> None:
+        """Appends what waits to the file."""
+        with self._lock:
+            events, self._waiting = self._waiting, deque()
+            if events and self._file is not None:
+                self._append_events(events)
+
+    def close(self) -> None:
+        """Writes what is left, and the closing bracket. Later spans are dropped."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._thread.join()
+        self.flush()
+        with self._lock:
+            # The last element: every line before it ends with a comma.
+            end = {"ph": "M", "name": "end", "pid": 0, "args": {"dropped": self.n_dropped}}
+            self._append(json.dumps(end).encode() + b"\n]\n")
+            self._stop()
+
+    def _flush_regularly(self) -> None:
+        while not self._closing.wait(FLUSH_EVERY_S):
+            self.flush()
+
+    def _append_events(self, events: Sequence[Event] | deque[Event]) -> None:
+        lines = b"".join(json.dumps(event).encode() + b",\n" for event in events)
+        if len(lines) > self._bytes_left:
+            logger.warning("Tiered KV: the timeline %s is full; it ends here.", self.path)
+            self.n_dropped += len(events)
+            self._bytes_left = 0
+            return
+        self._bytes_left -= len(lines)
+        self._append(lines)
+
+    def _append(self, data: bytes) -> None:
+        """One write per call, so that a file never ends within a line but when the disk is full."""
+        if self._file is None:
+            return
+        try:
+            os.write(self._file, data)
+        except OSError as error:
+            logger.warning("Tiered KV: the timeline %s ends here: %s.", self.path, error)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
+
+
+def read_events(path: Path) -> list[Event]:
+    """The events of a timeline's file, also of one whose writer was killed."""
+    text = path.read_text().strip()
+    if not text.endswith("]"):
+        text = text.rstrip(",") + "]"
+    events: list[Event] = json.loads(text)
+    return events
