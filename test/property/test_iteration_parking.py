@@ -24,7 +24,7 @@ def policy(**more: object) -> SlackIterations:
 def test_the_bound_on_parking_holds(relegate: bool, stretch: float) -> None:
     adversary = Adversary(policy(relegate=relegate, stretch=stretch), 1, MAX_PARK_S)
     adversary.run(2_000)
-    assert adversary.n_parked > 2_000
+    assert adversary.n_parked > 500
     assert adversary.broken == []
 
 

@@ -89,7 +89,7 @@ class Adversary:
     policy: IterationPolicy
     seed: int
     max_park_s: float
-    n_running_max: int = 48
+    n_running_max: int = 12
     costs: CostModel = COSTS
     broken: list[int] = field(default_factory=list)
     n_parked: int = 0
