@@ -5,48 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tiered_kv.metrics.timeline import Event, Tracks, counters, span
+
 
 class Timeline:
     """Collects spans and counters in the Trace Event Format; times in seconds go in."""
 
     def __init__(self, *, max_events: int = 500_000) -> None:
         """Stops collecting, and says so in `truncated`, at `max_events`."""
-        self._events: list[dict[str, Any]] = []
-        self._tracks: dict[str, int] = {}
+        self._events: list[Event] = []
+        self._tracks = Tracks()
         self._max_events = max_events
         self.truncated = False
 
     def span(self, track: str, name: str, start_s: float, end_s: float, **args: float) -> None:
         """Something that took from `start_s` to `end_s`, on the row `track`."""
-        self._add(
-            {
-                "ph": "X",
-                "name": name,
-                "pid": 0,
-                "tid": self._tracks.setdefault(track, len(self._tracks) + 1),
-                "ts": start_s * 1e6,
-                "dur": (end_s - start_s) * 1e6,
-                "args": args,
-            }
-        )
+        self._add(span(self._tracks.number(track), name, start_s, end_s, args))
 
     def counters(self, name: str, at_s: float, values: dict[str, float]) -> None:
         """Values that hold from `at_s` on, drawn as one stacked chart called `name`."""
-        self._add({"ph": "C", "name": name, "pid": 0, "ts": at_s * 1e6, "args": values})
+        self._add(counters(name, at_s, values))
 
     def to_json(self) -> dict[str, Any]:
         """The whole trace, ready for json.dump."""
-        names = [
-            {"ph": "M", "name": "thread_name", "pid": 0, "tid": tid, "args": {"name": track}}
-            for track, tid in self._tracks.items()
-        ]
         return {
-            "traceEvents": names + self._events,
+            "traceEvents": self._tracks.names() + self._events,
             "displayTimeUnit": "ms",
             "metadata": {"truncated": self.truncated},
         }
 
-    def _add(self, event: dict[str, Any]) -> None:
+    def _add(self, event: Event) -> None:
         if len(self._events) < self._max_events:
             self._events.append(event)
         else:

@@ -20,6 +20,7 @@ from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.timeline import TimelineFile
 from tiered_kv.tiers.transfer import Collective, Completion, J, SingleRank
 
 
@@ -93,6 +94,7 @@ class TierContext:
     now_s: time as all ranks agree on it, of the last poll with a transfer under way.
     evicted: called with a node that left a tier, and its parent then.
     disk_format: the pages on disk, where they are not as on the host.
+    timeline: where what the tiers do is drawn, if it is to be.
     """
 
     forest: Forest
@@ -109,6 +111,7 @@ class TierContext:
     now_s: float = 0.0
     evicted: Callable[[Node, Node, Tier], None] | None = None
     disk_format: PageFormat | None = None
+    timeline: TimelineFile | None = None
     _ops: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def next_op(self) -> int:

@@ -160,6 +160,8 @@ class TorchPageCopier:
     """
 
     STAGING_BYTES = 64 << 20
+    #: Whether events tell when they came about, for a timeline.
+    timed = False
 
     def __init__(
         self,
@@ -187,7 +189,7 @@ class TorchPageCopier:
     def _record(self) -> torch.cuda.Event | None:
         if self._stream is None:
             return None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(enable_timing=self.timed)
         event.record(self._stream)
         return event
 

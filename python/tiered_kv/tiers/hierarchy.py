@@ -29,6 +29,7 @@ from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.prefetch import Prefetch
 from tiered_kv.tiers.swap import Swap
+from tiered_kv.tiers.timeline import transfer_spans
 from tiered_kv.tiers.transfer import Completion, J, SingleRank, TransferQueue
 from tiered_kv.tiers.write_back import WriteBack
 
@@ -97,6 +98,9 @@ class KVHierarchy:
             self.prefetch.queue: self.prefetch.finished,
             self.swap.queue: self.swap.acknowledged,
         }
+        if context.timeline is not None:
+            for queue in self._finish:
+                queue.observe = transfer_spans(context.timeline)
 
     # -- trees --------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ reads its KV (mem_cache/memory_pool.py: get_key_buffer); index -1 means nothing 
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -14,6 +16,10 @@ class LayerEvent(Protocol):
     """A point in a device stream (torch.cuda.Event)."""
 
     def wait(self) -> None: ...
+
+
+#: Is told of each wait for a layer of a load: the load's index, the layer, from when to when.
+WaitObserver = Callable[[int, int, float, float], None]
 
 
 class LoadBatch:
@@ -64,6 +70,7 @@ class LayerGate:
         self._next_index = 0
         self._open: dict[int, LoadBatch] = {}
         self._consumed: LoadBatch | None = None
+        self.observe: WaitObserver | None = None
 
     def open(self) -> LoadBatch:
         batch = LoadBatch(self._next_index, self.n_layers)
@@ -86,5 +93,12 @@ class LayerGate:
         self._consumed = self._open.get(index) if index >= 0 else None
 
     def wait_until(self, layer: int) -> None:
-        if self._consumed is not None:
-            self._consumed.wait(layer)
+        batch = self._consumed
+        if batch is None:
+            return
+        if self.observe is None:
+            batch.wait(layer)
+            return
+        began_s = time.perf_counter()
+        batch.wait(layer)
+        self.observe(batch.index, layer, began_s, time.perf_counter())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from tiered_kv.tiers.context import TierContext, host_pages_of, match_of
 from tiered_kv.tiers.device import After, DeviceSlots, wait_for
 from tiered_kv.tiers.layer_gate import LayerEvent, LayerGate, LoadBatch
 from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.timeline import draw_layers, draw_waits, layer_ends
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 
 
@@ -52,6 +54,8 @@ class LoadBack:
         self.queue: TransferQueue[DeviceLoad] = TransferQueue("host-to-device", self._copy)
         self._pending: list[Loading] = []
         self._failure: Exception | None = None
+        if context.timeline is not None:
+            self.gate.observe = draw_waits(context.timeline)
 
     @property
     def n_open(self) -> int:
@@ -141,8 +145,15 @@ class LoadBack:
             self.start()
 
     def _copy(self, job: DeviceLoad) -> int:
+        timeline = self._context.timeline
+        ends_s: list[float] = []
+        events: list[LayerEvent | None] = []
+
         def layer_done(layer: int, event: LayerEvent | None) -> None:
             job.batch.layer_done(layer, event)
+            if timeline is not None:
+                ends_s.append(time.perf_counter())
+                events.append(event)
 
         try:
             if self._failure is not None:
@@ -150,11 +161,14 @@ class LoadBack:
                 raise self._failure
             wait_for(job.after)
             self.queue.restart_clock()
+            began_s = time.perf_counter()
             self._context.copier.to_device(job.host_pages, job.device_slots, job.after, layer_done)
         except Exception as error:
             self._failure = error
             job.batch.fail(error)
             raise
+        if timeline is not None and ends_s:
+            draw_layers(timeline, job.batch.index, began_s, layer_ends(ends_s, events))
         return job.n_pages
 
     def loaded(self, completion: Completion[DeviceLoad]) -> None:

@@ -9,6 +9,7 @@ beyond it, requests queue here in order. What nobody waits for any more is not r
 
 from __future__ import annotations
 
+import time
 from array import array
 from dataclasses import dataclass, field
 from typing import cast
@@ -21,6 +22,7 @@ from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.disk_lookup import DiskLookup, Stored, look_up, prompt_of
 from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.timeline import DISK_READS, REQUESTS
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 
 #: Pages held for waiting requests may take at most this share of the host pool: the rest keeps
@@ -68,6 +70,8 @@ class Ticket:
     waits_since_s: float | None = None
     pinned: Node | None = None
     n_loaded_tokens: int = 0
+    asked_s: float = field(default_factory=time.perf_counter)
+    is_drawn: bool = False
 
 
 class Prefetch:
@@ -146,7 +150,15 @@ class Prefetch:
     def done(self, rid: str) -> bool:
         """True when nothing is on its way for this request (any more)."""
         ticket = self._tickets.get(rid)
-        return ticket is None or (ticket.started and not ticket.waiting_for)
+        if ticket is None:
+            return True
+        is_done = ticket.started and not ticket.waiting_for
+        timeline = self._context.timeline
+        if is_done and timeline is not None and not ticket.is_drawn:
+            ticket.is_drawn = True
+            now_s = time.perf_counter()
+            timeline.span(REQUESTS, rid, ticket.asked_s, now_s, tokens=ticket.n_loaded_tokens)
+        return is_done
 
     def loaded_tokens(self, rid: str) -> int:
         """Tokens that were brought from disk to host for this request."""
@@ -306,13 +318,18 @@ class Prefetch:
         return last
 
     def _read(self, job: DiskRead) -> int:
+        timeline = self._context.timeline
         views = self._context.host.views(job.host_pages)
         for at in range(0, job.n_pages, READ_STRETCH_PAGES):
             if not job.wanted.by_anyone:
                 return at
             stretch = slice(at, at + READ_STRETCH_PAGES)
             hashes = job.hashes[stretch]
+            began_s = time.perf_counter()
             n_read = job.disk.read_pages(hashes, views[stretch])
+            if timeline is not None:
+                now_s = time.perf_counter()
+                timeline.span(DISK_READS, f"{n_read} pages", began_s, now_s, op=job.op)
             if n_read < len(hashes):
                 return at + n_read
         return job.n_pages

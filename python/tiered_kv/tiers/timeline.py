@@ -13,11 +13,14 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.metrics.timeline import Event, Tracks, counters, span, track_name
+from tiered_kv.tiers.layer_gate import LayerEvent, WaitObserver
+from tiered_kv.tiers.transfer import Job, JobObserver
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ class TimelineFile:
         self._waiting: deque[Event] = deque()
         self._tracks = Tracks()
         self._lock = threading.Lock()
+        # Of the file; taken before the other, which the scheduler's thread must get at once.
+        self._file_lock = threading.Lock()
         self._started_s = time.perf_counter()
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -91,9 +96,10 @@ class TimelineFile:
 
     def flush(self) -> None:
         """Appends what waits to the file."""
-        with self._lock:
-            events, self._waiting = self._waiting, deque()
-            if events and self._file is not None:
+        with self._file_lock:
+            with self._lock:
+                events, self._waiting = self._waiting, deque()
+            if events:
                 self._append_events(events)
 
     def close(self) -> None:
@@ -103,25 +109,29 @@ class TimelineFile:
         self._closing.set()
         self._thread.join()
         self.flush()
-        with self._lock:
-            # The last element: every line before it ends with a comma.
-            end = {"ph": "M", "name": "end", "pid": 0, "args": {"dropped": self.n_dropped}}
-            self._append(json.dumps(end).encode() + b"\n]\n")
-            self._stop()
+        with self._file_lock:
+            self._finish()
 
     def _flush_regularly(self) -> None:
         while not self._closing.wait(FLUSH_EVERY_S):
             self.flush()
 
-    def _append_events(self, events: Sequence[Event] | deque[Event]) -> None:
+    def _append_events(self, events: Iterable[Event]) -> None:
+        events = list(events)
         lines = b"".join(json.dumps(event).encode() + b",\n" for event in events)
         if len(lines) > self._bytes_left:
             logger.warning("Tiered KV: the timeline %s is full; it ends here.", self.path)
             self.n_dropped += len(events)
-            self._bytes_left = 0
+            self._finish()
             return
         self._bytes_left -= len(lines)
         self._append(lines)
+
+    def _finish(self) -> None:
+        # The last element: every line before it ends with a comma.
+        end = {"ph": "M", "name": "end", "pid": 0, "args": {"dropped": self.n_dropped}}
+        self._append(json.dumps(end).encode() + b"\n]\n")
+        self._stop()
 
     def _append(self, data: bytes) -> None:
         """One write per call, so that a file never ends within a line but when the disk is full."""
@@ -137,6 +147,56 @@ class TimelineFile:
         if self._file is not None:
             os.close(self._file)
         self._file = None
+
+
+def transfer_spans(timeline: TimelineFile) -> JobObserver:
+    """Draws each job of a transfer queue on the queue's own row, without its time in the queue."""
+
+    def observe(queue: str, job: Job, start_s: float, end_s: float, n_done: int) -> None:
+        request = getattr(job, "rid", None)
+        about = {} if request is None else {"request": str(request)}
+        timeline.span(queue, f"{n_done} pages", start_s, end_s, asked=job.n_pages, **about)
+
+    return observe
+
+
+#: Rows and names that `benchmark/serving/load_timeline.py` looks for.
+LAYER_COPIES = "host-to-device, by layer"
+LAYER_WAITS = "forward pass waits for layers"
+REQUESTS = "requests wait for the disk"
+PASSES = "forward passes"
+DISK_READS = "disk reads"
+
+
+def draw_waits(timeline: TimelineFile) -> WaitObserver:
+    """An observer of a gate: from when a pass wanted a layer of a load to when it had it."""
+
+    def observe(load: int, layer: int, start_s: float, end_s: float) -> None:
+        timeline.span(LAYER_WAITS, f"layer {layer}", start_s, end_s, load=load, layer=layer)
+
+    return observe
+
+
+def draw_layers(
+    timeline: TimelineFile, load: int, start_s: float, layer_ends_s: list[float]
+) -> None:
+    """The copies of a load's layers, which follow each other from `start_s` on."""
+    for layer, end_s in enumerate(layer_ends_s):
+        timeline.span(LAYER_COPIES, f"layer {layer}", start_s, end_s, load=load, layer=layer)
+        start_s = end_s
+
+
+def layer_ends(ends_s: list[float], events: list[LayerEvent | None]) -> list[float]:
+    """When each layer of a load that is over was there, in order.
+
+    ends_s: when the copying thread was done with each. With events that is only when it had asked
+    for the copy; then the last copy ended as the thread returned, `ends_s[-1]`, and the others as
+    long before as the events say. `events` must have been recorded with timing.
+    """
+    last = events[-1]
+    if last is None:
+        return ends_s
+    return [ends_s[-1] - cast(Any, event).elapsed_time(last) / 1e3 for event in events]
 
 
 def read_events(path: Path) -> list[Event]:

@@ -29,6 +29,10 @@ class Job(Protocol):
 
 J = TypeVar("J", bound=Job)
 
+#: Is told, on the worker's thread, of a job that is over: the queue's name, the job, from when to
+#: when it ran (time.perf_counter), and how many leading pages arrived.
+JobObserver = Callable[[str, Job, float, float, int], None]
+
 
 @dataclass(frozen=True, slots=True)
 class Completion(Generic[J]):
@@ -70,6 +74,7 @@ class TransferQueue(Generic[J]):
         self._n_acknowledged = 0
         self._pages_in_flight = 0
         self._is_closing = False
+        self.observe: JobObserver | None = None
         self._begun_at = 0.0
         self._progress = threading.Condition()
         self._thread = threading.Thread(target=self._work, name=f"tiered-kv-{name}", daemon=True)
@@ -125,6 +130,10 @@ class TransferQueue(Generic[J]):
         """Called by `run` when its job begins in earnest: what it waited for was no service."""
         self._begun_at = time.perf_counter()
 
+    def exclude(self, seconds: float) -> None:
+        """Called by `run`: for so long its job was held up on purpose, which was no service."""
+        self._begun_at += seconds
+
     def _work(self) -> None:
         while self._finish_one():
             pass
@@ -143,6 +152,8 @@ class TransferQueue(Generic[J]):
             n_done = 0
         ended_at = time.perf_counter()
         completion = Completion(job, n_done, ended_at - submitted_at, ended_at - self._begun_at)
+        if self.observe is not None:
+            self.observe(self.name, job, ended_at - completion.service_s, ended_at, n_done)
         with self._progress:
             self._finished.append(completion)
             self._n_finished += 1
