@@ -328,9 +328,9 @@ def write(
     about = (
         f"{options.gangs} gangs of {options.gang_size}, {options.prefix_tokens} tokens shared, "
         f"{options.new_tokens} new tokens each, {options.dtype}, cascade {options.cascade}; plain "
-        f"has a pace of {pace_s * 1e3:.0f} ms. Promised: interactive {options.interactive_share} of it, "
-        f"batch {options.batch_share} as a mean, one class {options.loose_share}. Medians of "
-        f"{options.repeats} repeats. {machine()}."
+        f"has a pace of {pace_s * 1e3:.0f} ms. Promised, as shares of it: interactive "
+        f"{options.interactive_share}, batch {options.batch_share} as a mean, one class "
+        f"{options.loose_share}. Medians of {options.repeats} repeats. {machine()}."
     )
     text = "\n".join(lines)
     print(f"\n{about}\n\n{text}")

@@ -71,7 +71,8 @@ class Quiet:
 _OFF = """
     enable_lora enable_hisparse enable_pdmux enable_unified_memory enable_fpm enable_dp_attention
     enable_priority_scheduling enable_priority_preemption enable_session_radix_cache
-    enable_hicache_storage enable_dynamic_chunking is_hybrid_swa is_hybrid_ssm require_mlp_sync gracefully_exit schedule_low_priority_values_first _war_barrier_enabled
+    enable_hicache_storage enable_dynamic_chunking is_hybrid_swa is_hybrid_ssm
+    require_mlp_sync gracefully_exit schedule_low_priority_values_first _war_barrier_enabled
     abort_on_priority_when_disabled _engine_paused
 """
 _NONE = """
@@ -268,6 +269,16 @@ class DecodeLoop(upstream.Scheduler):
             output_streamer=SimpleNamespace(stream_output=self._stream),
             abort_request=self.abort_request,
         )
+
+    @property
+    def result_queue(self) -> deque[Any]:
+        """Results to come; a loop that is turned again goes on with what the last one left."""
+        return self._results
+
+    @result_queue.setter
+    def result_queue(self, results: deque[Any]) -> None:
+        if not getattr(self, "_results", None):
+            self._results = results
 
     # -- what a test does ---------------------------------------------------------------------
 
