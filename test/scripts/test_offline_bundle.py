@@ -104,6 +104,7 @@ def test_what_is_packed_is_installed(bundle: Path, tmp_path: Path) -> None:
     assert (prefix / "source/note.txt").read_bytes() == (tmp_path / "note.txt").read_bytes()
     assert (prefix / "site/second/native.so").read_bytes() == b"\x7fELF"
     assert not list(prefix.rglob("tool"))
+    assert list((prefix / "site/second/__pycache__").glob("__init__.*.pyc"))
     code = (
         "import first, os, second; from importlib.metadata import version as v; "
         "print(first.value, second.value, v('first'), os.environ['KERNELS'])"
