@@ -41,25 +41,16 @@ def _size(text: str) -> str:
     return text
 
 
-def _disk_io_mode(text: str) -> str:
-    try:
-        return option_values.disk_io_mode("the value", text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _checked(check: Callable[[str, str], str]) -> Callable[[str], str]:
+    """A parser of `check(option, value)`, whose refusal is argparse's."""
 
+    def parse(text: str) -> str:
+        try:
+            return check("the value", text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-def _host_format(text: str) -> str:
-    try:
-        return option_values.host_format("the value", text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _disk_format(text: str) -> str:
-    try:
-        return option_values.disk_format("the value", text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return parse
 
 
 def _named_in(registry: Registry[Any]) -> Callable[[str], str]:
@@ -78,13 +69,6 @@ def _load_policy(text: str) -> str:
         known = ", ".join(LOAD_POLICIES)
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}.")
     return text
-
-
-def _request_policy(text: str) -> str:
-    try:
-        return option_values.request_policy("the value", text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _cascade_mode(text: str) -> str:
@@ -133,7 +117,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
         str,
         Arg(
             no_cli=True,
-            type_parser=_host_format,
+            type_parser=_checked(option_values.host_format),
             help="What pages are kept in on the host: raw (default), exactly as on the device; or "
             "in fewer bytes, so that the same size holds more pages, at the price of answers that "
             "may differ: fp8 (50%% of bfloat16's), int4 (28%%), kitty (17%%) or int2 (16%%). "
@@ -174,7 +158,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
         str,
         Arg(
             no_cli=True,
-            type_parser=_disk_io_mode,
+            type_parser=_checked(option_values.disk_io_mode),
             help="How the disk tier reads and writes: 'direct' bypasses the page cache (O_DIRECT), "
             "'buffered' uses it, 'auto' uses it for pages wanted again soon while memory is "
             "plentiful. Default: auto.",
@@ -194,7 +178,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
         str,
         Arg(
             no_cli=True,
-            type_parser=_disk_format,
+            type_parser=_checked(option_values.disk_format),
             help="What pages are kept in on disk: 'same' as on the host (default), or one of the "
             "host's formats that is smaller, converted as pages are written and read. Pages of "
             "one format are never read as another.",
@@ -225,7 +209,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
         str | None,
         Arg(
             no_cli=True,
-            type_parser=_request_policy,
+            type_parser=_checked(option_values.request_policy),
             help="Who of the waiting requests is admitted next: "
             f"{', '.join(request_policies.names())}, or 'upstream' for what --schedule-policy "
             f"says. Default: {option_values.POLICY_DEFAULT}, but upstream if --schedule-policy or "
