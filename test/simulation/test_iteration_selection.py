@@ -86,8 +86,7 @@ def test_without_objectives_all_takes_as_long_as_without_a_policy() -> None:
     assert chosen.busy_s == pytest.approx(plain.busy_s, rel=0.02)
 
 
-@pytest.mark.parametrize("policy", ["all", "slack"])
-def test_kv_that_is_kept_is_not_computed_again(policy: str) -> None:
+def test_kv_that_is_kept_is_not_computed_again() -> None:
     # Limits far below what is really produced: admission promises too much.
     requests = [
         replace(request, output_tokens=600 + 10 * (request.request_id % 40))
@@ -98,7 +97,6 @@ def test_kv_that_is_kept_is_not_computed_again(policy: str) -> None:
         host_blocks=2000,
         max_new_tokens=1,
         init_new_token_ratio=0.01,
-        iteration_policy=policy,
     )
     dropped, _ = simulate(requests, settings)
     kept, simulation = watched(recorded(requests), replace(settings, swap=True))
