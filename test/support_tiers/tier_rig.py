@@ -8,13 +8,10 @@ by layer behind the gate, insert), and accounts for every slot of both pools.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,11 +25,13 @@ from support_tiers.doubles import (
     FaultyEncodedCopier,
     PagedAllocator,
 )
+from support_tiers.engine import N_LAYERS, NAMESPACE, PAGE_SIZE, Events, Request, page_kv
+from support_tiers.engine import tokens_of  # noqa: F401 (tests of the rig take it from here)
 from support_tiers.page_codec import PageCodec, codec, lasting_page, page_layout
 from tiered_kv.core.config import MemoryConfig
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
-from tiered_kv.forest.key import namespace_hash, page_hashes
+from tiered_kv.forest.key import page_hashes
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.memory.manager import MemoryManager
@@ -45,60 +44,8 @@ from tiered_kv.tiers.in_memory import InMemoryStore
 from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.transfer import Collective, SingleRank
 
-PAGE_SIZE = 4
-N_LAYERS = 3
-NAMESPACE = namespace_hash("a model")
-
 #: How long a transfer is held back from a call that must wait for it.
 A_MOMENT_S = 0.05
-
-
-def tokens_of(*pages: int, page_size: int = PAGE_SIZE, tail: int = 0) -> array[int]:
-    """A prompt of whole pages, page p being the tokens (p * 1000, p * 1000 + 1, ...)."""
-    run = [page * 1000 + i for page in pages for i in range(page_size)]
-    return array("q", run + [7] * tail)
-
-
-@lru_cache(maxsize=1 << 16)
-def page_kv(page_hash: bytes, page_bytes: int) -> bytes:
-    """What a forward pass computes for the page of this hash: `page_bytes` pseudo-random bytes."""
-    return hashlib.shake_128(page_hash).digest(page_bytes)
-
-
-@dataclass(eq=False)
-class Request:
-    """A running request: its lock, and its slots (the prefix's, then its own whole pages)."""
-
-    tokens: array[int]
-    root: Node
-    locked: Node
-    slots: torch.Tensor
-    n_protected: int
-    n_device: int
-    n_host: int
-    gate_index: int = -1
-
-
-@dataclass
-class Events:
-    """Records what the hierarchy reports, page by page."""
-
-    held: dict[Tier, list[bytes]] = field(default_factory=dict)
-    moved: list[tuple[Tier, Tier, int]] = field(default_factory=list)
-
-    def stored(self, node: Node, tier: Tier) -> None:
-        self.held.setdefault(tier, []).extend(node.page_hashes)
-
-    def removed(self, node: Node, tier: Tier) -> None:
-        for page_hash in node.page_hashes:
-            self.held[tier].remove(page_hash)
-
-    def transferred(
-        self, source: Tier, target: Tier, n_pages: int, n_bytes: int, seconds: float
-    ) -> None:
-        assert n_bytes > 0 or n_pages == 0
-        assert seconds >= 0
-        self.moved.append((source, target, n_pages))
 
 
 class Rig:

@@ -59,7 +59,7 @@ def test_restart(make_rig: MakeRig) -> None:
 
 def test_restart_over_files(make_rig: MakeRig, tmp_path: Path) -> None:
     """The same with the real disk tier, which another process would have written."""
-    page_bytes = new_disk().page_bytes
+    page_bytes = make_rig().page_format.page_bytes
     with DiskStore.open(tmp_path / "disk", capacity_bytes=64 << 20) as store:
         first = make_rig(disk=store.namespace(NAMESPACE, page_bytes))
         first.serve(PROMPT)
