@@ -74,8 +74,12 @@ def bundle(tmp_path: Path) -> Path:
     ]
     source = tmp_path / "note.txt"
     source.write_bytes(noise)
+    check = tmp_path / "check"
+    check.write_text('#!/bin/sh\nprintf "%s\\n" "$KERNELS" "$@"\n')
+    check.chmod(0o755)
+    others = [("source/note.txt", source), ("source/scripts/gpu_check", check)]
     out = tmp_path / "bundle"
-    cli.write_bundle(out, PART_BYTES, wheels, [("source/note.txt", source)], description())
+    cli.write_bundle(out, PART_BYTES, wheels, others, description())
     return out
 
 
@@ -104,6 +108,8 @@ def test_what_is_packed_is_installed(bundle: Path, tmp_path: Path) -> None:
     assert (prefix / "source/note.txt").read_bytes() == (tmp_path / "note.txt").read_bytes()
     assert (prefix / "site/second/native.so").read_bytes() == b"\x7fELF"
     assert not list(prefix.rglob("tool"))
+    serve = (prefix / "serve").read_text()
+    assert '-m sglang.launch_server --tiered-kv --port 1 "$@"' in serve
     assert list((prefix / "site/second/__pycache__").glob("__init__.*.pyc"))
     code = (
         "import first, os, second; from importlib.metadata import version as v; "
@@ -112,6 +118,10 @@ def test_what_is_packed_is_installed(bundle: Path, tmp_path: Path) -> None:
     shell = f'. "{prefix}/env" && "$TIERED_KV_PYTHON" -c "{code}"'
     found = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True)
     assert found.stdout.split(" ", 3) == ["1", "2", "1.0", f"{prefix}/jit\n"]
+    checked = subprocess.run(
+        [prefix / "gpu_check", "--parts", "a b"], capture_output=True, text=True, check=True
+    )
+    assert checked.stdout == f"{prefix}/jit\n--parts\na b\n"
 
 
 def test_the_checksums_are_those_that_sha256sum_reads(bundle: Path) -> None:

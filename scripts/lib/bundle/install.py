@@ -195,7 +195,7 @@ def quoted(path: Path) -> str:
 
 
 def write_scripts(prefix: Path, description: dict[str, object]) -> None:
-    """PREFIX/env, to be sourced, and PREFIX/serve."""
+    """PREFIX/env, to be sourced, PREFIX/serve, whose flags later ones replace, and gpu_check."""
     variables: dict[str, str] = dict(description["environment"])  # type: ignore[call-overload]
     lines = [
         "# Source this: packages of the bundle come first, and kernels are found built.",
@@ -206,13 +206,14 @@ def write_scripts(prefix: Path, description: dict[str, object]) -> None:
     ]
     (prefix / "env").write_text("\n".join(lines) + "\n")
     flags = " ".join(str(flag) for flag in description["serve_flags"])  # type: ignore[attr-defined]
-    serve = prefix / "serve"
-    serve.write_text(
-        "#!/bin/sh\n# SGLang with --tiered-kv; later flags replace these.\n"
-        f". {quoted(prefix)}/env\n"
-        f'exec "$TIERED_KV_PYTHON" -m sglang.launch_server --tiered-kv {flags} "$@"\n'
-    )
-    serve.chmod(0o755)
+    commands = {
+        "serve": f'"$TIERED_KV_PYTHON" -m sglang.launch_server --tiered-kv {flags} "$@"',
+        "gpu_check": '"$PREFIX/source/scripts/gpu_check" "$@"',
+    }
+    for name, command in commands.items():
+        script = prefix / name
+        script.write_text(f"#!/bin/sh\n. {quoted(prefix)}/env\nexec {command}\n")
+        script.chmod(0o755)
 
 
 def compile_packages(site: Path) -> None:
@@ -245,7 +246,7 @@ def install(folder: Path, prefix: Path, *, is_compiled: bool = True) -> None:
     say(f"{n_wheels} packages installed")
     sys.stdout.write(
         f"start a server:   {prefix}/serve --model-path MODEL\n"
-        f"measure this GPU: {prefix}/source/scripts/gpu_check --out gpu_check\n"
+        f"measure this GPU: {prefix}/gpu_check --out gpu_check\n"
         f"anything else:    . {prefix}/env; $TIERED_KV_PYTHON ...\n"
     )
 
