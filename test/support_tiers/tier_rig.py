@@ -25,8 +25,15 @@ from support_tiers.doubles import (
     FaultyEncodedCopier,
     PagedAllocator,
 )
-from support_tiers.engine import N_LAYERS, NAMESPACE, PAGE_SIZE, Events, Request, page_kv
-from support_tiers.engine import tokens_of  # noqa: F401 (tests of the rig take it from here)
+from support_tiers.engine import (
+    N_LAYERS,
+    NAMESPACE,
+    PAGE_SIZE,
+    Events,
+    Request,
+    page_kv,
+    tokens_of,  # noqa: F401 (tests of the rig take it from here)
+)
 from support_tiers.page_codec import PageCodec, codec, lasting_page, page_layout
 from tiered_kv.core.config import MemoryConfig
 from tiered_kv.core.ids import Tier
