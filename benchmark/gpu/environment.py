@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ PACKAGES = (
     "torch", "triton", "sglang", "sglang-kernel", "flashinfer-python", "flashinfer-jit-cache",
     "transformers", "sglang-tiered-kv",
 )  # fmt: skip
-QUERY = "name,driver_version,pcie.link.gen.current,pcie.link.width.current,power.limit"
+QUERY = "name,driver_version,pcie.link.gen.max,pcie.link.width.max,power.limit"
+#: Transfers per second and lane, by generation; the encoding takes 2 of 130 bits.
+PCIE_TRANSFERS = {3: 8e9, 4: 16e9, 5: 32e9, 6: 64e9}
 
 
 def measure(setting: Setting) -> dict[str, Any]:
@@ -69,16 +72,28 @@ def device_facts(setting: Setting) -> dict[str, Any]:
     if not setting.on_gpu:
         return {"name": cpu_name(), "kind": "cpu"}
     properties = torch.cuda.get_device_properties(setting.device)
-    smi = output_of("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader")
+    text = output_of("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader")
+    names = QUERY.split(",")
+    smi = dict(zip(names, text.splitlines()[0].split(", "), strict=False)) if text else {}
     return {
         "name": properties.name,
         "kind": "cuda",
         "capability": f"{properties.major}.{properties.minor}",
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
-        "nvidia_smi": dict(zip(QUERY.split(","), smi.split(", "), strict=False)) if smi else None,
+        "nvidia_smi": smi,
+        "pcie_peak_bytes_s": pcie_peak_bytes_s(smi),
         "cuda": torch.version.cuda,
     }
+
+
+def pcie_peak_bytes_s(smi: Mapping[str, str]) -> float | None:
+    """One way, what no copy can exceed; None if nvidia-smi doesn't say."""
+    try:
+        generation, lanes = (int(smi[f"pcie.link.{name}.max"]) for name in ("gen", "width"))
+        return PCIE_TRANSFERS[generation] * lanes / 8 * 128 / 130
+    except (KeyError, ValueError):
+        return None
 
 
 def peaks(setting: Setting) -> dict[str, float]:

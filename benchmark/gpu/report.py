@@ -59,6 +59,7 @@ def ms(value: float) -> str:
 
 def environment(result: Mapping[str, Any]) -> list[str]:
     device, peaks = result["device"], result["peaks"]
+    pcie = device.get("pcie_peak_bytes_s")
     packages = ", ".join(f"{name} {v}" for name, v in result["packages"].items() if v)
     return [
         f"{device['name']}, {result['cores']} cores, {result['memory_bytes'] / 2**30:.0f} GiB.",
@@ -67,6 +68,7 @@ def environment(result: Mapping[str, Any]) -> list[str]:
         f"Matrix product in plain torch: {peaks['matmul_flops'] / 1e12:.1f} TFLOP/s.",
         f"Copy within the device: {gb_s(peaks['device_copy_bytes_s'])} GB/s read and written.",
         f"A launch and its end: {1e6 * peaks['launch_and_wait_s']:.0f} us.",
+        *([f"PCIe, one way, at most: {gb_s(pcie)} GB/s."] if pcie else []),
     ]
 
 

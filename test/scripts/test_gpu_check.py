@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmark.gpu import __main__ as check  # noqa: E402
-from benchmark.gpu import report, serving  # noqa: E402
+from benchmark.gpu import environment, report, serving  # noqa: E402
 from benchmark.gpu.setting import Setting  # noqa: E402
 
 CHEAP = ("environment", "kernels", "transfers", "cascade")
@@ -142,6 +142,13 @@ def test_targets_are_judged_by_what_was_measured(
 ) -> None:
     lines = report.targets(served(*times))
     assert [line.split(":")[0].removeprefix("- ") for line in lines] == verdicts
+
+
+def test_the_most_that_pcie_can_carry() -> None:
+    smi = {"pcie.link.gen.max": "5", "pcie.link.width.max": "16"}
+    assert environment.pcie_peak_bytes_s(smi) == pytest.approx(63.0e9, rel=1e-3)
+    assert environment.pcie_peak_bytes_s({**smi, "pcie.link.gen.max": "[N/A]"}) is None
+    assert environment.pcie_peak_bytes_s({}) is None
 
 
 def test_a_system_that_failed_is_named() -> None:
