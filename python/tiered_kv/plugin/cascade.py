@@ -10,6 +10,7 @@ other pass (warming up, capturing graphs) finds none and runs as upstream's.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Batches whose plans are remembered: where not everyone decodes in every pass, they take turns.
+PLANS_KEPT = 8
+
 #: Seconds that a layer takes longer to launch without a CUDA graph: an estimate of a dozen kernels
 #: of 5 us. A plan must save more than that, because it is carried out without one.
 EAGER_S = 60e-6
@@ -47,7 +51,7 @@ class PlannedBatch:
     """Tokens of each row's context, the newest included."""
 
     is_new: bool
-    """Whether the plan was made for this batch; else it is the last batch's, and still right."""
+    """Whether the plan was made for this batch; else it is an earlier one's, and still right."""
 
 
 class CascadePlanner:
@@ -70,9 +74,8 @@ class CascadePlanner:
         self.device = device
         self._min_saving_s = min_saving_s
         self._max_levels = max_levels
-        # Requests and their nodes, in turn, of the last plan.
-        self._planned_for: list[object] = []
-        self._plan = CascadePlan(0)
+        # The last plans, newest first, each with what says whose slots they are for.
+        self._plans: list[tuple[list[object], CascadePlan]] = []
         self._launched: tuple[object, PlannedBatch] | None = None
         self._current: PlannedBatch | None = None
 
@@ -113,18 +116,27 @@ class CascadePlanner:
         n_tokens = tuple(batch.seq_lens_cpu.tolist())
         planned_for: list[object] = []
         for req in batch.reqs:
-            planned_for += (req, req.last_node)
-        is_new = planned_for != self._planned_for
-        if is_new:
-            contexts = [
-                Context(n, _shared_path(req.last_node, n))
-                for req, n in zip(batch.reqs, n_tokens, strict=True)
-            ]
-            plan = plan_batch(contexts, self.shape, self.device, self._max_levels)
-            pays = net_saving_s(plan, self.shape, self.device) > self._min_saving_s
-            self._plan = plan if pays else CascadePlan(len(contexts))
-            self._planned_for = planned_for
-        return PlannedBatch(self._plan, n_tokens, is_new)
+            # A request that made way may find its node in other slots when it comes back: they
+            # are in another tensor then.
+            planned_for += (req, req.last_node, req.prefix_indices)
+        for i, (known, plan) in enumerate(self._plans):
+            if len(known) == len(planned_for) and all(map(operator.is_, known, planned_for)):
+                if i:
+                    self._plans.insert(0, self._plans.pop(i))
+                return PlannedBatch(plan, n_tokens, is_new=False)
+        plan = self._new_plan(batch.reqs, n_tokens)
+        self._plans.insert(0, (planned_for, plan))
+        del self._plans[PLANS_KEPT:]
+        return PlannedBatch(plan, n_tokens, is_new=True)
+
+    def _new_plan(self, reqs: list[Any], n_tokens: tuple[int, ...]) -> CascadePlan:
+        contexts = [
+            Context(n, _shared_path(req.last_node, n))
+            for req, n in zip(reqs, n_tokens, strict=True)
+        ]
+        plan = plan_batch(contexts, self.shape, self.device, self._max_levels)
+        pays = net_saving_s(plan, self.shape, self.device) > self._min_saving_s
+        return plan if pays else CascadePlan(len(contexts))
 
 
 def _shared_path(node: Any, n_tokens: int) -> tuple[Segment, ...]:

@@ -31,7 +31,7 @@ ATTENTION = (
         "forward_mode spec_info encoder_lens seq_lens_cpu reqs tree_cache",
         "cascade",
     ),
-    object_(f"{SRT}.managers.schedule_batch.Req", "last_node", "cascade"),
+    object_(f"{SRT}.managers.schedule_batch.Req", "last_node prefix_indices", "cascade"),
     object_(
         f"{SRT}.configs.model_config.ModelConfig",
         "num_attention_heads head_dim is_encoder_decoder",

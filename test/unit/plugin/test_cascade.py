@@ -62,6 +62,7 @@ class Request:
 
     def __init__(self, last_node: Any) -> None:
         self.last_node = last_node
+        self.prefix_indices = torch.arange(3)
 
 
 def groups_of(plan: Any) -> list[list[tuple[tuple[int, ...], int, int]]]:
@@ -96,7 +97,25 @@ def test_a_plan_holds_while_the_batch_grows(
     assert second.n_tokens == (1501, 1401)
 
 
-@pytest.mark.parametrize("change", ["joins", "leaves", "swaps", "deepens", "another request"])
+def test_batches_that_take_turns_keep_their_plans(planner: CascadePlanner) -> None:
+    batches = [decode_batch((SYSTEM, 1500), (SYSTEM, 1400 + i)) for i in range(cascade.PLANS_KEPT)]
+    first = [planner.plan(batch) for batch in batches]
+    again = [planner.plan(batch) for batch in batches]
+    assert all(planned is not None and planned.is_new for planned in first)
+    assert all(
+        after is not None and before is not None and after.plan is before.plan
+        for before, after in zip(first, again, strict=True)
+    )
+    planner.plan(decode_batch((ALONE, 900)))
+    kept, dropped = planner.plan(batches[-1]), planner.plan(batches[0])
+    assert kept is not None
+    assert dropped is not None
+    assert (kept.is_new, dropped.is_new) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "change", ["joins", "leaves", "swaps", "deepens", "another request", "comes back"]
+)
 def test_a_change_makes_a_new_plan(planner: CascadePlanner, change: str) -> None:
     batch = decode_batch((SYSTEM, 3500), (SYSTEM, 3400), (ALONE, 900))
     before = planner.plan(batch)
@@ -111,6 +130,8 @@ def test_a_change_makes_a_new_plan(planner: CascadePlanner, change: str) -> None
         lengths.reverse()
     elif change == "deepens":
         batch.reqs[0].last_node = batch.reqs[1].last_node = DOCUMENT
+    elif change == "comes back":
+        batch.reqs[1].prefix_indices = torch.arange(3)
     else:
         batch.reqs[2] = Request(SYSTEM)
         lengths[2] = 1100
@@ -128,6 +149,7 @@ def test_a_change_makes_a_new_plan(planner: CascadePlanner, change: str) -> None
             "swaps": [[((1, 2), 0, 1024)]],
             "deepens": [[((0, 1), 0, 3072)]],
             "another request": [[((0, 1, 2), 0, 1024)]],
+            "comes back": [[((0, 1), 0, 1024)]],
         }[change]
     )
 
