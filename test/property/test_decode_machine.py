@@ -161,7 +161,7 @@ def run_all(args: Any, n_histories: int) -> None:
 
 
 def test_answers_are_those_of_plain_sglang(args: Any) -> None:
-    run_all(args, 180)
+    run_all(args, 140)
 
 
 @pytest.mark.long

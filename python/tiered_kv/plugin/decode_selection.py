@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tiered_kv.plugin import decode_option
 from tiered_kv.plugin.decode_batch import decode_part
 from tiered_kv.plugin.running_requests import RunningRequests, terms_of
 from tiered_kv.plugin.swap_out import Leaving
@@ -82,10 +83,10 @@ class DecodeSelection:
 
     def prepare(self, batch: ScheduleBatch, prepare: Callable[[], None]) -> None:
         """In the place of `prepare_for_decode`."""
-        now_s = self._clock.now_s
-        if batch is not self._whole:
+        now_s, whole = self._clock.now_s, self._whole
+        if whole is None or batch is not whole:
             prepare()
-            if self._whole is None:
+            if whole is None:
                 # Mixed into a prefill, all of them.
                 self.running.some_decode(batch.reqs, now_s)
             return
@@ -233,14 +234,14 @@ class DecodeSelection:
 
 def install(scheduler: Any, policy_name: str) -> None:
     """Put the iteration policy of that name in charge of `scheduler`, which was just made."""
-    if policy_name == "all":
+    if policy_name == decode_option.EVERYONE:
         return
     order = getattr(scheduler, "tiered_kv_order", None)
     parts = scheduler.tree_cache.parts
     if order is None or parts.cost_model is None:
         logger.warning(
             "Tiered KV: everyone decodes in every iteration, since --tiered-kv-iteration-policy %s "
-            "needs the cost model and the clock that come with --tiered-kv-policy.",
+            "needs the cost model that this model has none of.",
             policy_name,
         )
         return

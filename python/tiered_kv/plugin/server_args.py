@@ -21,7 +21,7 @@ from tiered_kv.core.config import LOAD_POLICIES, DiskConfig, HostConfig, TieredK
 from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.core.registry import Registry
 from tiered_kv.memory.eviction import eviction_policies
-from tiered_kv.plugin import cascade_option, option_values, process_carrier, refusals
+from tiered_kv.plugin import cascade_option, decode_option, option_values, process_carrier, refusals
 from tiered_kv.scheduler.iteration_policy import iteration_policies
 from tiered_kv.scheduler.request_policy import request_policies
 
@@ -279,7 +279,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
         refusals.check_server_args(self)
         self.tiered_kv_cascade = cascade_option.cascade_mode(self.tiered_kv_cascade)
         self._resolve_policy()
-        iteration_policies.get(self.tiered_kv_iteration_policy)
+        decode_option.check(self.tiered_kv_iteration_policy, self.tiered_kv_policy)
         self._resolve_slo_classes()
         self._resolve_tiers()
         self._select_cache()

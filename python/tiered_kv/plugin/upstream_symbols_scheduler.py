@@ -180,6 +180,7 @@ DECODE = (
     ),
     function(f"{MEM}.common.maybe_cache_unfinished_req", "req tree_cache kwargs", "swap_out"),
     object_(f"{SRT}.managers.schedule_policy.CLIP_MAX_NEW_TOKENS", "", "decode_selection"),
+    object_(f"{SRT}.environ.envs", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "decode_option"),
     object_(f"{_RATIO}", "current estimate_new_token_ratio_after_retract", "decode_selection"),
     object_(
         f"{SRT}.sampling.sampling_batch_info.SamplingBatchInfo",
