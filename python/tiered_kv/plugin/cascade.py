@@ -10,9 +10,9 @@ other pass (warming up, capturing graphs) finds none and runs as upstream's.
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.attention.grouping import Context, path_of
@@ -54,6 +54,16 @@ class PlannedBatch:
     """Whether the plan was made for this batch; else it is an earlier one's, and still right."""
 
 
+@dataclass(frozen=True, slots=True)
+class _KnownPlan:
+    """A plan, and for whom: requests and nodes are compared by identity, as they compare."""
+
+    reqs: list[Any]
+    nodes: list[Any]
+    slots: list[Any]
+    plan: CascadePlan
+
+
 class CascadePlanner:
     """Plans for the decode batches of one rank, one after the other.
 
@@ -74,8 +84,8 @@ class CascadePlanner:
         self.device = device
         self._min_saving_s = min_saving_s
         self._max_levels = max_levels
-        # The last plans, newest first, each with what says whose slots they are for.
-        self._plans: list[tuple[list[object], CascadePlan]] = []
+        # Newest first.
+        self._plans: list[_KnownPlan] = []
         self._launched: tuple[object, PlannedBatch] | None = None
         self._current: PlannedBatch | None = None
 
@@ -84,8 +94,9 @@ class CascadePlanner:
         planned = self.plan(batch)
         self._launched = None if planned is None else (forward_batch, planned)
         if planned is not None:
-            read = sum(planned.n_tokens) - planned.plan.saved_tokens
-            batch.tree_cache.parts.metrics.decoded(sum(planned.n_tokens), read)
+            n_tokens = sum(planned.n_tokens)
+            n_read = n_tokens - planned.plan.saved_tokens
+            batch.tree_cache.parts.metrics.decoded(n_tokens, n_read)
 
     def begin(self, forward_batch: object) -> None:
         """The next pass of the model is `forward_batch`'s."""
@@ -114,18 +125,18 @@ class CascadePlanner:
         ):
             return None
         n_tokens = tuple(batch.seq_lens_cpu.tolist())
-        planned_for: list[object] = []
-        for req in batch.reqs:
-            # A request that made way may find its node in other slots when it comes back: they
-            # are in another tensor then.
-            planned_for += (req, req.last_node, req.prefix_indices)
-        for i, (known, plan) in enumerate(self._plans):
-            if len(known) == len(planned_for) and all(map(operator.is_, known, planned_for)):
+        reqs = batch.reqs
+        nodes = [req.last_node for req in reqs]
+        # A request that made way may find its node in other slots when it comes back: they are in
+        # another tensor then.
+        slots = [req.prefix_indices for req in reqs]
+        for i, known in enumerate(self._plans):
+            if known.reqs == reqs and known.nodes == nodes and all(map(is_, known.slots, slots)):
                 if i:
                     self._plans.insert(0, self._plans.pop(i))
-                return PlannedBatch(plan, n_tokens, is_new=False)
-        plan = self._new_plan(batch.reqs, n_tokens)
-        self._plans.insert(0, (planned_for, plan))
+                return PlannedBatch(known.plan, n_tokens, is_new=False)
+        plan = self._new_plan(reqs, n_tokens)
+        self._plans.insert(0, _KnownPlan(list(reqs), nodes, slots, plan))
         del self._plans[PLANS_KEPT:]
         return PlannedBatch(plan, n_tokens, is_new=True)
 
