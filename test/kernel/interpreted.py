@@ -22,8 +22,8 @@ from kernel.pools import (
     scattered,
     shapes,
 )
-from sgl_kernel_ext.formats import Format
-from sgl_kernel_ext.ops import PagePool, gather_pages, scatter_pages
+from sgl_kernel_ext.formats import Format, Role
+from sgl_kernel_ext.ops import PagePool, gather_pages, layout_of, scatter_pages
 from sgl_kernel_ext.triton_plan import Buffers, plan_launch
 
 pytestmark = pytest.mark.timeout(600)
@@ -110,6 +110,22 @@ def test_rows_and_layers(format_: Format) -> None:
         layers=range(1, 3),
     )
     assert all(same_bits(a, b) for a, b in zip(target, kept + after[2:], strict=True))
+
+
+def test_e4m3_at_every_boundary_between_codes() -> None:
+    codes = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (codes[1:] + codes[:-1]) / 2
+    beside = [torch.nextafter(middles, torch.tensor(to)) for to in (-1.0, 1000.0)]
+    numbers = torch.cat([codes, middles, *beside])
+    numbers = torch.cat([numbers, -numbers])
+    x = torch.zeros(16, 1, 64)
+    x.flatten()[: len(numbers)] = numbers  # the largest is 448, so the scale is 1
+    layout = layout_of(Format.FP8, 16, [x], [0], [Role.KEY])
+    out, back = aligned_rows(1, layout.page_bytes), torch.ones_like(x)
+    gather_pages(PagePool([x], layout, backend="triton"), torch.tensor([0]), out)
+    assert torch.equal(out[0, :1024], x.flatten().to(torch.float8_e4m3fn).view(torch.uint8))
+    scatter_pages(PagePool([back], layout, backend="triton"), torch.tensor([0]), out)
+    assert torch.equal(back, x.to(torch.float8_e4m3fn).float())
 
 
 def test_raw_bytes_at_any_address() -> None:
