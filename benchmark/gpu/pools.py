@@ -54,6 +54,9 @@ class Mover(Protocol):
 
     def to_device(self, n_tokens: int) -> None: ...
 
+    def close(self) -> None:
+        """Unpins what it pinned: another pool may be mapped at the same address."""
+
 
 class MemcpyMover:
     """One contiguous copy from and to pinned memory: the most that the link gives."""
@@ -72,6 +75,9 @@ class MemcpyMover:
     def to_device(self, n_tokens: int) -> None:
         n_bytes = n_tokens * self._token_bytes
         self._device[:n_bytes].copy_(self._host[:n_bytes])
+
+    def close(self) -> None:
+        pass
 
 
 class OurMover:
@@ -94,6 +100,7 @@ class OurMover:
             n_tokens // self._page * formats.host.slot_bytes,
             register_for_dma if setting.on_gpu else None,
         )
+        self._is_pinned = setting.on_gpu
         self._host.pages[:] = 0
         self._copier = make_copier(formats, device, self._host)
         self.slots = scattered_slots(n_tokens, n_tokens, self._page, setting.device)
@@ -105,6 +112,10 @@ class OurMover:
     def to_device(self, n_tokens: int) -> None:
         pages = np.arange(n_tokens // self._page, dtype=np.int64)
         self._copier.to_device(pages, self.slots[:n_tokens], (), lambda _layer, _event: None)
+
+    def close(self) -> None:
+        if self._is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._host.pages.ctypes.data)
 
 
 @dataclass(frozen=True)
@@ -168,6 +179,9 @@ class UpstreamMover:
         for layer in range(self._n_layers):
             self._host.load_to_device_per_layer(self._pool, host, device, layer, self._io)
         self._wait()
+
+    def close(self) -> None:
+        self._host.destroy()
 
     def _wait(self) -> None:
         """For this thread's stream only: others go on."""

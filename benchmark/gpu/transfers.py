@@ -7,12 +7,12 @@ a pass is the interference with the time per output token.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,23 +68,20 @@ def measure(setting: Setting) -> dict[str, Any]:
     exact: dict[str, bool | None] = {}
     for name, make in makers:
         try:
-            mover = make()
+            with contextlib.closing(make()) as mover:
+                # Lossy formats are judged by the part `kernels`.
+                exact[name] = None if "fp8" in name else round_trip_is_exact(mover, setting)
+                for direction, tokens, work in moves(mover, setting):
+                    rows.append(
+                        measure_row(setting, name, direction, tokens, work, passes, alone_s, memcpy)
+                    )
         except NotHereError as missing:
             rows.append(Row(name, "both", 0, 0, reason=str(missing)))
-            continue
         except Exception as error:
             if not name.startswith("HiCache"):
                 raise
             # One of upstream's ways that fails is no reason to measure no other.
             rows.append(Row(name, "both", 0, 0, reason=f"{type(error).__name__}: {error}"))
-            continue
-        # Lossy formats are judged by the part `kernels`.
-        exact[name] = None if "fp8" in name else round_trip_is_exact(mover, setting)
-        for direction, tokens, work in moves(mover, setting):
-            rows.append(
-                measure_row(setting, name, direction, tokens, work, passes, alone_s, memcpy)
-            )
-        del mover
         gc.collect()
         if setting.on_gpu:
             torch.cuda.empty_cache()
@@ -187,7 +184,7 @@ class ForwardPasses:
         return statistics.median(seconds)
 
 
-@contextmanager
+@contextlib.contextmanager
 def kept_busy(work: Callable[[], None], setting: Setting) -> Iterator[None]:
     """Another thread repeats `work`, in a stream of its own, until the end."""
     is_over = threading.Event()
