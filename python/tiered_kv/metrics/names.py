@@ -87,6 +87,13 @@ DEFERRED_NODES = Metric(
     (),
     "Runs of pages that wait for room before they are written to host or disk.",
 )
+WRITE_BACK_LIMIT = Metric(
+    "sglang:tiered_kv_write_back_limit_bytes_per_second",
+    Kind.GAUGE,
+    (),
+    "Bytes a second that may be written to host and disk while requests decode; +Inf if there is "
+    "no limit.",
+)
 DISK_BYTES = Metric(
     "sglang:tiered_kv_disk_bytes",
     Kind.GAUGE,
@@ -163,6 +170,7 @@ ALL: tuple[Metric, ...] = (
     PINNED_TOKENS,
     QUEUE_DEPTH,
     DEFERRED_NODES,
+    WRITE_BACK_LIMIT,
     DISK_BYTES,
     DISK_DEGRADED,
     DISK_IO_BYTES,

@@ -160,6 +160,7 @@ class PrometheusRecorder(MetricsRecorder):
         ):
             self._of(names.QUEUE_DEPTH, **_edge(source, target)).set(queue.in_flight)
         self._of(names.DEFERRED_NODES).set(write_back.n_deferred)
+        self._of(names.WRITE_BACK_LIMIT).set(context.pacer.bytes_per_s)
         return True
 
     def _refresh_disk(self, stats: DiskStats) -> None:

@@ -18,6 +18,7 @@ from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.tiers.device import After, DeviceSlots, PageCopier
 from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.host import HostPool
+from tiered_kv.tiers.pacing import WriteBackPacer
 from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.timeline import TimelineFile
@@ -95,6 +96,7 @@ class TierContext:
     evicted: called with a node that left a tier, and its parent then.
     disk_format: the pages on disk, where they are not as on the host.
     timeline: where what the tiers do is drawn, if it is to be.
+    pacer: holds back what is written while requests decode.
     """
 
     forest: Forest
@@ -112,6 +114,7 @@ class TierContext:
     evicted: Callable[[Node, Node, Tier], None] | None = None
     disk_format: PageFormat | None = None
     timeline: TimelineFile | None = None
+    pacer: WriteBackPacer = field(default_factory=WriteBackPacer)
     _ops: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def next_op(self) -> int:

@@ -238,7 +238,9 @@ class KVHierarchy:
         self._settle(self.prefetch.queue)
 
     def _settle(self, queue: TransferQueue[Any]) -> None:
-        if not queue.wait(SETTLE_TIMEOUT_S):
+        with self.context.pacer.hurry():
+            is_over = queue.wait(SETTLE_TIMEOUT_S)
+        if not is_over:
             raise TransferTimeoutError(
                 f"A {queue.name} transfer did not end within {SETTLE_TIMEOUT_S:.0f} s: the device "
                 "or the disk hangs; look at the kernel's log and restart the server."
@@ -305,6 +307,7 @@ class KVHierarchy:
         """Lets what is still to be written reach the disk, as far as the time allows, and stops."""
         # Ranks shut down on their own: nobody to agree with any more.
         self.context.collective = SingleRank()
+        self.context.pacer.stop()
         deadline = time.monotonic() + timeout_s
         queues = (self.write_back.to_host, self.write_back.to_disk)
         while time.monotonic() < deadline:

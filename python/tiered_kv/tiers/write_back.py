@@ -33,6 +33,9 @@ HOST_WRITE_SHARE = 0.25
 #: Of a prompt larger than the host pool, this share of the pool keeps the head.
 STREAM_HEAD_SHARE = 0.5
 MAX_DEFERRED = 16384
+#: Copies under way hold their pages where they come from. If they hold more than this share of what
+#: could be freed there, nothing holds them back.
+PRESSED_SHARE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +97,20 @@ class WriteBack:
 
     def advance(self) -> None:
         """Starts what had to wait, as far as there is room now."""
+        self._context.pacer.press(self._is_pressed())
         if self._disk_deferred:
             self._start_disk_writes()
         if self._host_deferred:
             self._start_host_writes()
+
+    def _is_pressed(self) -> bool:
+        context = self._context
+        if self.to_host.in_flight:
+            free = context.forest.evictable_tokens(Tier.DEVICE) + context.allocator.available()
+            held = self.to_host.pages_in_flight * context.page_size
+            if held > PRESSED_SHARE * (free + held):
+                return True
+        return self.to_disk.pages_in_flight > PRESSED_SHARE * context.host.n_pages
 
     def clear(self) -> None:
         """Forgets what has not been started (the tree is being emptied)."""
@@ -193,9 +206,15 @@ class WriteBack:
         return at
 
     def _copy(self, job: HostWrite) -> int:
+        context, size = self._context, self._context.page_size
         wait_for(job.after)
         self.to_host.restart_clock()
-        self._context.copier.to_host(job.device_slots, job.host_pages, job.after)
+        page_bytes = context.copier.page_format.page_bytes
+        for part in context.pacer.portions(job.n_pages, page_bytes):
+            slots = job.device_slots[part.start * size : part.stop * size]
+            with context.pacer.turn((part.stop - part.start) * page_bytes) as held_up_s:
+                self.to_host.exclude(held_up_s)
+                context.copier.to_host(slots, job.host_pages[part], job.after)
         return job.n_pages
 
     def host_written(self, completion: Completion[HostWrite]) -> None:
@@ -260,7 +279,12 @@ class WriteBack:
 
     def _write(self, job: DiskWrite) -> int:
         job.disk.touch(chain.from_iterable(job.above))
-        job.disk.write_pages(job.hashes, self._context.host.views(job.host_pages))
+        context = self._context
+        page_bytes = context.page_format(Tier.DISK).page_bytes
+        for part in context.pacer.portions(job.n_pages, page_bytes):
+            with context.pacer.turn((part.stop - part.start) * page_bytes) as held_up_s:
+                self.to_disk.exclude(held_up_s)
+                job.disk.write_pages(job.hashes[part], context.host.views(job.host_pages[part]))
         return job.disk.count_prefix(job.hashes)
 
     def disk_written(self, completion: Completion[DiskWrite]) -> None:
