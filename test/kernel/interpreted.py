@@ -23,7 +23,7 @@ from kernel.pools import (
     shapes,
 )
 from sgl_kernel_ext.formats import Format, Role
-from sgl_kernel_ext.ops import PagePool, gather_pages, layout_of, scatter_pages
+from sgl_kernel_ext.ops import PagePool, gather_pages, layout_of, scatter_pages, warm_up
 from sgl_kernel_ext.triton_plan import Buffers, plan_launch
 
 pytestmark = pytest.mark.timeout(600)
@@ -126,6 +126,14 @@ def test_e4m3_at_every_boundary_between_codes() -> None:
     assert torch.equal(out[0, :1024], x.flatten().to(torch.float8_e4m3fn).view(torch.uint8))
     scatter_pages(PagePool([back], layout, backend="triton"), torch.tensor([0]), out)
     assert torch.equal(back, x.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("format_", Format)
+def test_warming_up_changes_nothing(format_: Format) -> None:
+    shape = Shape(8, 1, (16, 24), torch.float32)
+    buffers = shape.pool(0)
+    warm_up(PagePool(buffers, shape.layout(format_), backend="triton", debug=True))
+    assert all(same_bits(a, b) for a, b in zip(buffers, shape.pool(0), strict=True))
 
 
 def test_raw_bytes_at_any_address() -> None:

@@ -43,6 +43,7 @@ def check(case: Case, compiled: Compiled) -> None:
         assert compiled.loads == {"b64", "v4.b32"}, "b64 are table entries and indices"
         assert compiled.stores == {"v4.b32"}
     assert compiled.stack_bytes == 0, "registers are spilled"
+    assert compiled.is_exact, "codes would differ from the reference's"
 
 
 @pytest.mark.parametrize("case", USUAL, ids=lambda case: case.name)

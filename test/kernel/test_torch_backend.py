@@ -17,7 +17,7 @@ from kernel.pools import (
     shapes,
 )
 from sgl_kernel_ext.formats import Format
-from sgl_kernel_ext.ops import PagePool, gather_pages, scatter_pages
+from sgl_kernel_ext.ops import PagePool, gather_pages, scatter_pages, warm_up
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -76,6 +76,29 @@ def test_layers_arrive_one_by_one_in_rows_of_a_larger_pool(format_: Format) -> N
         for i, buffer in enumerate(target):
             there = layout.buffers[i].spec.layer <= layer
             assert same_bits(buffer, expected[i] if there else before[i])
+
+
+@pytest.mark.parametrize("format_", Format)
+def test_far_elements_and_equal_ones_are_the_references_too(format_: Format) -> None:
+    shape = Shape(16, 2, (64,), torch.float32, n_layers=1)
+    (x,) = shape.pool(0)
+    x[3, 0, 4], x[2, 0, 7], x[5, 1, 2], x[:16, 1, 9] = 3e38, -3e38, 1e-40, 2.5
+    layout = shape.layout(format_)
+    expected = gathered([x], layout, [0])
+    out = torch.zeros_like(expected)
+    pool = PagePool([x], layout, backend="torch")
+    gather_pages(pool, torch.tensor([0]), out)
+    assert torch.equal(out, expected)
+    (after,) = scattered([x], layout, [1], expected)
+    scatter_pages(pool, torch.tensor([1]), out)
+    assert same_bits(x, after)
+
+
+def test_warming_up_changes_nothing() -> None:
+    shape = Shape(4, 1, (8, 8), torch.bfloat16)
+    buffers = shape.pool(0)
+    warm_up(PagePool(buffers, shape.layout(Format.KITTY)))
+    assert all(same_bits(a, b) for a, b in zip(buffers, shape.pool(0), strict=True))
 
 
 def test_indices_are_checked_in_debug() -> None:

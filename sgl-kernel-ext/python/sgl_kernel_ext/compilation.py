@@ -63,7 +63,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What came of it; `loads` and `stores` are the forms of PTX instructions on global memory."""
+    """What came of it; `loads` and `stores` are the forms of PTX instructions on global memory.
+
+    is_exact: no multiplication is fused with an addition, no small number taken for zero.
+    """
 
     registers: int
     stack_bytes: int
@@ -71,6 +74,7 @@ class Compiled:
     num_warps: int
     loads: frozenset[str]
     stores: frozenset[str]
+    is_exact: bool
 
 
 #: Name, page size, heads and channels of a pool, and what a layer has.
@@ -118,6 +122,7 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
         launch.num_warps,
         instructions(compiled.asm["ptx"], "ld"),
         instructions(compiled.asm["ptx"], "st"),
+        is_exact=re.search(r"\bfma\.|\.ftz\b", compiled.asm["ptx"]) is None,
     )
 
 

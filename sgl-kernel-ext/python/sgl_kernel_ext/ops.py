@@ -132,6 +132,19 @@ def scatter_pages(
         pool.backend.scatter(copy)
 
 
+def warm_up(pool: PagePool) -> None:
+    """Compiles what later calls will run, which takes seconds a kernel; copies nothing.
+
+    For rows that start at multiples of 16 bytes, as a host pool's do, picked by `rows` or not.
+    """
+    nothing = torch.empty(0, dtype=torch.int64, device=pool.device)
+    data = torch.empty((1, pool.layout.page_bytes), dtype=torch.uint8, device=pool.device)
+    for rows in (None, nothing):
+        copy = PageCopy(pool, nothing, data, rows, None)
+        pool.backend.gather(copy)
+        pool.backend.scatter(copy)
+
+
 def layout_of(
     format_: Format,
     page_size: int,

@@ -76,6 +76,8 @@ class TorchBackend:
     def _blocks(self, copy: PageCopy) -> Iterator[tuple[list[Member], slice]]:
         """Buffers and pages of the call to convert at a time."""
         n_pages = len(copy.pages)
+        if n_pages == 0:
+            return
         for alike in self._alike.values():
             members = [m for m in alike if m[0].spec.layer in copy.layers]
             step, width = n_pages, 1
