@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.plugins import load_plugins
 
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin import cascade_option
@@ -74,3 +77,68 @@ def test_what_it_does_not_go_with(fields: dict[str, Any], words: str) -> None:
 def test_nothing_without_the_flag() -> None:
     assert not cascade_option.is_wanted(server_args("on", tiered_kv=False))
     assert not cascade_option.is_wanted(None)
+
+
+# -- the command line --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder with a Llama's configuration and no weights."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 2048,
+        "torch_dtype": "float32",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return str(tmp_path)
+
+
+def parse(model: str, *argv: str) -> Any:
+    load_plugins()
+    from sglang.srt.server_args import prepare_server_args
+
+    return prepare_server_args(["--model-path", model, "--device", "cpu", *argv])
+
+
+@pytest.mark.parametrize(
+    ("argv", "mode", "wanted"),
+    [
+        (["--tiered-kv"], "auto", True),
+        (["--tiered-kv", "--tiered-kv-cascade", "ON"], "on", True),
+        (["--tiered-kv", "--tiered-kv-cascade", "off"], "off", False),
+        ([], "auto", False),
+    ],
+)
+def test_resolved(model: str, argv: list[str], mode: str, wanted: bool) -> None:
+    args = parse(model, *argv)
+    assert args.tiered_kv_cascade == mode
+    assert cascade_option.is_wanted(args) is wanted
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--tiered-kv", "--tiered-kv-cascade", "sometimes"], "must be one of auto, on, off"),
+        (["--tiered-kv-cascade", "on"], "--tiered-kv-cascade has no effect without --tiered-kv"),
+        (
+            ["--tiered-kv", "--tiered-kv-cascade", "on", "--enable-torch-compile"],
+            "--tiered-kv-cascade on does not go with --enable-torch-compile",
+        ),
+    ],
+)
+def test_refused(
+    model: str, argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(model, *argv)
+    assert exit_.value.code == 2
+    assert words in capsys.readouterr().err
