@@ -7,17 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from benchmark.gpu.setting import KVShape, NotHereError, Setting
-
-
-def device_buffers(shape: KVShape, n_tokens: int, device: torch.device) -> list[torch.Tensor]:
-    """K and V of every layer, layer by layer: (slots, heads, head_dim), filled with bits."""
-    generator = torch.Generator(device=device).manual_seed(0)
-    size = (n_tokens, shape.n_kv_heads, shape.head_dim)
-    return [
-        torch.randn(size, device=device, generator=generator, dtype=torch.float32).to(shape.dtype)
-        for _ in range(2 * shape.n_layers)
-    ]
+from benchmark.gpu.setting import NotHereError, Setting
 
 
 def scattered_slots(

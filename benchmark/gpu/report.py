@@ -75,14 +75,15 @@ def environment(result: Mapping[str, Any]) -> list[str]:
 def kernels(result: Mapping[str, Any]) -> list[str]:
     rows = [
         [
-            row["op"], row["format"], row["backend"], f"{row['token_bytes']:.0f}",
-            gb_s(row["pool_bytes_per_s"]), percent(row["share_of_copy"]),
-            "yes" if result["correct"][row["format"]] else "NO",
+            row["op"], row["format"], row["contender"], row["place"], f"{row['row_bytes']:,}",
+            f"{row['gb_per_s']:.2f}", percent(row["of_memcpy"]),
         ]
         for row in result["rows"]
     ]  # fmt: skip
-    headings = ("op", "format", "backend", "bytes/token", "GB/s", "of a copy", "as the reference")
-    return table(headings, rows)
+    headings = ("op", "format", "by", "rows on", "page bytes", "GB/s of the pool", "of memcpy")
+    wrong = [name for name, is_right in result["correct"].items() if not is_right]
+    agreement = f"NOT as the reference: {', '.join(wrong)}." if wrong else "All as the reference."
+    return [*table(headings, rows), "", agreement]
 
 
 def transfers(result: Mapping[str, Any]) -> list[str]:
