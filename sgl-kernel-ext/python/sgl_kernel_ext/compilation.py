@@ -102,12 +102,11 @@ def cases() -> Iterator[Case]:
 def compile_for(launch: Launch, capability: int) -> Compiled:
     """Compiles a launch for a compute capability, such as 90. Raises what Triton raises."""
     constants: dict[str, Any] = dict(launch.constants)
-    divisible = [["tt.divisibility", 16]]
     source = ASTSource(
         fn=launch.kernel,
         signature=ARGUMENTS | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
-        attrs={(i,): divisible for i in range(len(ARGUMENTS))},
+        attrs={},
     )
     compiled = triton.compile(
         source,

@@ -17,6 +17,7 @@ import triton.language as tl
 from sgl_kernel_ext.triton_quantize import (
     FP8_MAX,
     FP8_SCALE_MIN,
+    NOT_SPECIALIZED,
     e4m3_encode,
     load_tokens,
     locate,
@@ -27,7 +28,7 @@ from sgl_kernel_ext.triton_quantize import (
 )
 
 
-@triton.jit
+@triton.jit(**NOT_SPECIALIZED)
 def copy_raw(
     table, pages, rows, data, row_stride, first_byte,
     WORD: tl.constexpr, TO_POOL: tl.constexpr, PAGE_STRIDE: tl.constexpr,
@@ -59,7 +60,7 @@ def copy_raw(
         tl.store(in_row, tl.load(in_pool, here), here)
 
 
-@triton.jit
+@triton.jit(**NOT_SPECIALIZED)
 def encode_fp8(
     table, pages, rows, data, row_stride, first_byte,
     ELEMENT: tl.constexpr, PAGE_STRIDE: tl.constexpr,
@@ -93,7 +94,7 @@ def encode_fp8(
         tl.store(outside + at, codes.to(tl.uint8), here)
 
 
-@triton.jit
+@triton.jit(**NOT_SPECIALIZED)
 def encode_per_token(
     table, pages, rows, data, row_stride, first_byte,
     ELEMENT: tl.constexpr, PAGE_STRIDE: tl.constexpr,
@@ -133,7 +134,7 @@ def encode_per_token(
         tl.store(outside + at, packed, (t[:, None] < TOKENS) & (byte[None, :] < N_BYTES))
 
 
-@triton.jit
+@triton.jit(**NOT_SPECIALIZED)
 def encode_per_channel(
     table, pages, rows, data, row_stride, first_byte,
     ELEMENT: tl.constexpr, PAGE_STRIDE: tl.constexpr,

@@ -13,6 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+#: Kernels are the same whatever these arguments are divisible by; the alignment that they rely on
+#: is a constant. Else a slice of indices at an odd place would have a server wait for a compiler.
+NOT_SPECIALIZED = {
+    "do_not_specialize": ["row_stride", "first_byte"],
+    "do_not_specialize_on_alignment": ["table", "pages", "rows", "data"],
+}
+
 FP8_MAX = tl.constexpr(448.0)
 FP8_SCALE_MIN = tl.constexpr(2.0**-100)
 FLOAT16_MAX = tl.constexpr(65504.0)

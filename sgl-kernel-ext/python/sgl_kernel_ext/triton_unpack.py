@@ -8,10 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sgl_kernel_ext.triton_quantize import e4m3_decode, locate, unpack
+from sgl_kernel_ext.triton_quantize import NOT_SPECIALIZED, e4m3_decode, locate, unpack
 
 
-@triton.jit
+@triton.jit(**NOT_SPECIALIZED)
 def decode_fp8(
     table, pages, rows, data, row_stride, first_byte,
     ELEMENT: tl.constexpr, PAGE_STRIDE: tl.constexpr,
@@ -37,7 +37,7 @@ def decode_fp8(
     tl.store(inside + head * HEAD_STRIDE + t * TOKEN_STRIDE + d * CHANNEL_STRIDE, x, here)
 
 
-@triton.jit
+@triton.jit(**NOT_SPECIALIZED)
 def decode_int(
     table, pages, rows, data, row_stride, first_byte,
     ELEMENT: tl.constexpr, PAGE_STRIDE: tl.constexpr,
