@@ -36,6 +36,7 @@ from tiered_kv.core.model_spec import find_model
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.memory.manager import MemoryManager
+from tiered_kv.plugin import decode_selection
 from tiered_kv.plugin.build import CacheParts, HostReport
 from tiered_kv.plugin.clock_tick import SharedClock, Tick
 from tiered_kv.plugin.cpu_allocator import CpuPagedTokenToKVPoolAllocator
@@ -44,11 +45,13 @@ from tiered_kv.plugin.device_pool import EngineAllocator, buffers_of
 from tiered_kv.plugin.kv_events import KvEvents
 from tiered_kv.plugin.metrics_adapter import MetricsRecorder
 from tiered_kv.plugin.prefix_cache import TieredPrefixCache
+from tiered_kv.plugin.request_order import RequestOrder
 from tiered_kv.plugin.residency_log import ResidencyLog
 from tiered_kv.plugin.server_args import ServerArgs
 from tiered_kv.plugin.step_times import StepTimes
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.iteration_policy import IterationPolicy
+from tiered_kv.scheduler.request_policy import request_policies
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import CpuPageCopier, buffer_format
 from tiered_kv.tiers.hierarchy import KVHierarchy
@@ -232,7 +235,8 @@ class DecodeLoop(upstream.Scheduler):
         self.request_receiver = SimpleNamespace(recv_requests=self._receive)
         self.flush_wrapper = self.session_controller = self.ipc_channels = quiet
         self.ipc_channels = SimpleNamespace(send_to_tokenizer=quiet)
-        self.profiler_manager = self.load_inquirer = quiet
+        self.profiler_manager = quiet
+        self.load_inquirer = SimpleNamespace(_get_num_pending_tokens=lambda chunk_deduct: 0)
         self.metrics_reporter = Quiet()
         self.metrics_reporter.metrics_collector = quiet
         self.metrics_reporter.num_generated_tokens = self.metrics_reporter.forward_ct_decode = 0
@@ -290,6 +294,24 @@ class DecodeLoop(upstream.Scheduler):
         self.tree_cache.resumes_requests = True
         self.policy.tiered_kv_selection = selection
         return selection
+
+    def govern(self, request_policy: str, iteration_policy: str, costs: CostModel) -> None:
+        """Puts both policies in charge, as the hooks on a server do."""
+        parts = self.tree_cache.parts
+        parts.cost_model = costs
+        order = RequestOrder(
+            self,
+            request_policies.get(request_policy)(),
+            parts.hierarchy,
+            costs,
+            parts.residency,
+            parts.metrics,
+        )
+        self.tiered_kv_order = self.policy.tiered_kv_order = order
+        self.tree_cache.request_order = order
+        self.clock = order.clock
+        self.tree_cache.resumes_requests = True
+        decode_selection.install(self, iteration_policy)
 
     def arrive(self, req: Req) -> None:
         self._add_request_to_queue(req)

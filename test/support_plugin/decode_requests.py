@@ -121,7 +121,7 @@ def kinds(n: int = 48) -> tuple[Kind, ...]:
             max_new_tokens=dice.randint(1, 20),
             sampling=_SAMPLING[seed % len(_SAMPLING)],
             has_grammar=seed % 7 == 3,
-            tbt_s=dice.choice((None, 0.02, 0.05)),
+            tbt_s=dice.choice((None, None, 0.06)),
         )
         for seed in range(n)
     )
