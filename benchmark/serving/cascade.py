@@ -42,7 +42,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
 }
 FIRST_TOKEN, LAST_TOKEN = 1000, 40000
 #: Tokens of context, over all rows and iterations, that a turn should about attend to.
-TURN_TOKENS = 400_000
+TURN_TOKENS = 150_000
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def measure(
 
     trunk = ids(n_shared)
     prompts = [trunk + ids(options.own) for _ in range(n_rows)]
-    iterations = max(4, min(24, TURN_TOKENS // (n_rows * (n_shared + options.own))))
+    iterations = max(2, min(24, TURN_TOKENS // (n_rows * (n_shared + options.own))))
     for server in up.values():
         generate(server, prompts[:1], 1)
         generate(server, prompts, 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.client import generate, generate_all
+from support.client import generate_all
 from support.demo_model import host_size
 from support.metrics import scrape
 from support.models import tiny_model_for_two_ranks
@@ -60,45 +60,33 @@ def test_four_gangs_of_four(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(("page_size", "n_ranks"), [(1, 1), (16, 1), (16, 2)])
 def test_under_pressure(
-    make_server: Callable[..., Server], oracle: Oracle, prompts: PromptMaker, page_size: int
+    make_server: Callable[..., Server],
+    demo_model: Path,
+    prompts: PromptMaker,
+    tmp_path: Path,
+    page_size: int,
+    n_ranks: int,
 ) -> None:
-    """Pages of other sizes, a pool too small for all (requests are retracted), and aborts."""
+    """A pool too small for all, so that requests are retracted, and clients that abort theirs.
+
+    On a small random model. Its truth is what the same server answers to the same prompts under
+    keys of their own, which share nothing: there are no groups.
+    """
+    model = tiny_model_for_two_ranks(demo_model, tmp_path / "model")
     asked = gang_prompts(prompts, n_gangs=3, n_members=5, shared=768, own=60)
-    args = ["--page-size", page_size, "--max-total-tokens", 3072, "--chunked-prefill-size", 256]
-    # Admission by SGLang's optimistic estimate, so that decoding runs out of room.
-    args += ["--schedule-conservativeness", "0.1", "--tiered-kv-policy", "upstream"]
-    load = [Request(p, 96, "abort" if i % 7 == 3 else None, 1.5) for i, p in enumerate(asked)]
-    with make_server(f"cascade_{page_size}", *FLOAT32, *args, *TIERS, *WATCH) as server:
+    args = ["--tp", n_ranks, "--page-size", page_size, "--max-total-tokens", 3584]
+    # Admission by SGLang's estimate, made far too hopeful: decoding runs out of room.
+    args += ["--schedule-conservativeness", "0.01", "--tiered-kv-policy", "upstream"]
+    args += ["--chunked-prefill-size", 256, "--tiered-kv-cascade", "on"]
+    name = f"cascade_{page_size}_{n_ranks}"
+    load = [Request(p, 120, "abort" if i % 7 == 3 else None, 1.5) for i, p in enumerate(asked)]
+    with make_server(name, *FLOAT32, *args, *TIERS, *WATCH, model=model) as server:
         answers = serve(server, load, concurrency=15)
         share = read_share(server)
+        truths = serve(server, [r.alone(f"alone {i}") for i, r in enumerate(load)], 2)
         assert "Retract requests" in server.log_text()
-        again = generate(server, asked[0], 96).output_ids
-    truths = oracle.all_output_ids([(prompt, 96) for prompt in asked])
-    assert not differences(answers, truths)
-    assert again == truths[0]
+    assert not differences(answers, [truth.output_ids for truth in truths if truth is not None])
+    assert sum(answer is not None for answer in answers) == 13
     assert share < 0.75
-
-
-@pytest.mark.long
-def test_two_ranks(
-    make_server: Callable[..., Server], demo_model: Path, prompts: PromptMaker, tmp_path: Path
-) -> None:
-    """Each rank plans for itself; with cascade or without, the answers are the same."""
-    model = tiny_model_for_two_ranks(demo_model, tmp_path / "model")
-    asked = gang_prompts(prompts, n_gangs=2, n_members=4, shared=1024)
-    args = ["--tp", 2, "--page-size", 16, "--max-total-tokens", 8192, "--chunked-prefill-size", 512]
-    found = {}
-    for mode in ("off", "on"):
-        server = make_server(
-            f"cascade_ranks_{mode}",
-            *(*FLOAT32, *args, *TIERS, *WATCH, "--tiered-kv-cascade", mode),
-            model=model,
-        )
-        with server:
-            answers = generate_all(server, asked, NEW_TOKENS, concurrency=8)
-            found[mode] = [answer.output_ids for answer in answers]
-            if mode == "on":
-                assert read_share(server) < 0.6
-    assert found["on"] == found["off"]
