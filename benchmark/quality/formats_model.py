@@ -14,6 +14,8 @@ from sgl_kernel_ext.ops import PagePool, gather_pages, layout_of, scatter_pages
 
 #: Tokens of a long text that are computed at once.
 CHUNK_TOKENS = 512
+#: Tokens of an answer that are checked at once: most that differ do so early.
+CHECKED_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,13 @@ class FormatModel:
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
-    def read(self, text: str) -> Text:
-        """Tokens and exact KV of a text."""
+    def read(self, text: str, n_parts: int = 1) -> list[Text]:
+        """Tokens and exact KV of each of `n_parts` equal parts of a text."""
         ids = self._tokenizer(text, return_tensors="pt").input_ids[0]
+        step = len(ids) // n_parts
+        return [self._read(ids[part * step : (part + 1) * step]) for part in range(n_parts)]
+
+    def _read(self, ids: torch.Tensor) -> Text:
         cache = DynamicCache()
         for at in range(0, len(ids), CHUNK_TOKENS):
             self._logits(ids[None, at : at + CHUNK_TOKENS], cache, n_last=1)
@@ -102,12 +108,19 @@ class FormatModel:
         What precedes them is the same as long as they agree, so this is how long greedy answers do.
         """
         start = (end - 1) // page_size * page_size
-        given = torch.tensor(answer[:-1], dtype=torch.int64)
-        ids = torch.cat([through.text.ids[start:end], given])
         cache = prefix_cache([through.buffers], [start])
-        best = self._logits(ids[None], cache, n_last=len(answer))[0].argmax(-1).tolist()
-        pairs = zip(best, answer, strict=True)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(answer))
+        ids = through.text.ids[start:end]
+        for at in range(0, len(answer), CHECKED_TOKENS):
+            part = answer[at : at + CHECKED_TOKENS]
+            given = torch.tensor(part, dtype=torch.int64)
+            # A token's successor is found with the token: the part's last one is for the next.
+            fed = torch.cat([ids, given[:-1]])
+            best = self._logits(fed[None], cache, n_last=len(part))[0].argmax(-1).tolist()
+            for i, (ours, theirs) in enumerate(zip(best, part, strict=True)):
+                if ours != theirs:
+                    return at + i
+            ids = given[-1:]
+        return len(answer)
 
     def generate(self, text: Text, ends: Sequence[int], n_tokens: int) -> list[list[int]]:
         """Greedy answers to text[:end], for several ends at once, from exact KV."""

@@ -3,13 +3,14 @@
     python benchmark/quality/kv_formats.py --model-path MODEL
     python benchmark/quality/kv_formats.py --model-path MODEL --dtype bfloat16 --prompts 40
 
-The KV of a text is computed once, and its whole pages are taken through each format by the ops that
-the server's copies call (`sgl_kernel_ext`). Then the model goes on from there, as it does after a
-host or disk hit, with everything else exact:
+The KV of a text, in four parts, is computed once, and its whole pages are taken through each format
+by the ops that the server's copies call (`sgl_kernel_ext`). Then the model goes on from there, with
+everything else exact, as it does after a host or disk hit:
 
-perplexity   of the stretches of the text that follow a page boundary, all before it from the pages
-agreement    of greedy answers to prompts that end somewhere in the text, their whole pages from the
-             pages: which share is equal to raw's for 32 tokens, and how long they agree on average
+perplexity   of the stretches of each part that follow a page boundary, all before it from the pages
+agreement    of greedy answers to prompts that end somewhere in a part, all but their last, broken
+             page from the pages: which share is equal to raw's for 32 tokens, and how long they
+             agree on average
 
 An answer agrees up to the first token that differs, so one forward pass over raw's answer tells how
 far: up to there both have the same input. `raw` is the control: it must lose nothing.
@@ -21,6 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,6 +40,8 @@ STRETCH_TOKENS = 256
 ANSWER_TOKENS = 32
 #: Answers of raw that are generated at once.
 BATCH = 8
+#: The text is read as so many, each from its own beginning: a cache is copied as it grows.
+PARTS = 4
 
 
 def arguments() -> argparse.Namespace:
@@ -54,7 +58,7 @@ def arguments() -> argparse.Namespace:
         help="of the model and its KV (default: float32)")  # fmt: skip
     add("--page-size", type=int, default=64)
     add("--prompts", type=int, default=200, help="for the agreement (default: 200)")
-    add("--stretches", type=int, help="score only this many stretches (default: all)")
+    add("--stretches", type=int, help="score only so many stretches of each part (default: all)")
     add("--threads", type=int, help="of torch (default: one per core)")
     add("--out", type=Path, help="default: benchmark/results/kv_formats_DTYPE.{json,md}")
     return parser.parse_args()
@@ -67,11 +71,8 @@ def boundaries(n_tokens: int, page_size: int) -> list[int]:
 
 
 def prompt_ends(n_prompts: int, n_tokens: int, page_size: int) -> list[int]:
-    """Where prompts end: spread over the text, one to a quarter of a page past a page boundary.
-
-    A prompt has at least two whole pages, and its answer must lie where pages were converted too.
-    """
-    n_pages = (n_tokens - ANSWER_TOKENS) // page_size
+    """Where prompts of two whole pages and more end: up to a quarter of a page past the last."""
+    n_pages = n_tokens // page_size
     first, tails = 2, max(1, page_size // 4)
     ends = []
     for i in range(n_prompts):
@@ -85,56 +86,71 @@ def batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield items[at : at + size]
 
 
-def raw_answers(model: FormatModel, text: Text, ends: Sequence[int]) -> list[list[int]]:
-    answers: list[list[int]] = []
-    with tqdm(total=len(ends), desc="raw answers", unit=" prompts", disable=None) as bar:
-        for group in batches(ends, BATCH):
-            answers += model.generate(text, group, ANSWER_TOKENS)
-            bar.update(len(group))
-    return answers
+@dataclass(frozen=True)
+class Part:
+    """A part of the text, where its scored stretches begin, its prompts' ends and raw's answers."""
+
+    text: Text
+    starts: list[int]
+    ends: list[int]
+    answers: list[list[int]]
+
+
+def read_parts(model: FormatModel, options: argparse.Namespace) -> list[Part]:
+    texts = model.read(options.text.read_text(), PARTS)
+    parts = []
+    with tqdm(total=options.prompts, desc="raw answers", unit=" prompts") as bar:
+        for i, text in enumerate(texts):
+            # The first parts have one more if the prompts cannot be divided.
+            n_prompts = len(range(i, options.prompts, PARTS))
+            ends = prompt_ends(n_prompts, text.n_tokens, options.page_size)
+            answers: list[list[int]] = []
+            for group in batches(ends, BATCH):
+                answers += model.generate(text, group, ANSWER_TOKENS)
+                bar.update(len(group))
+            starts = boundaries(text.n_tokens, options.page_size)
+            parts.append(Part(text, starts[: options.stretches], ends, answers))
+    return parts
+
+
+def measure_format(
+    model: FormatModel, format_: Format, parts: Sequence[Part], page_size: int, bar: tqdm
+) -> FormatResult:
+    losses, best, agreed = [], [], []
+    bar.set_postfix(format=str(format_))
+    pages = [kv_through(format_, page_size, part.text) for part in parts]
+    for part, through in zip(parts, pages, strict=True):
+        for start in part.starts:
+            loss, top = model.score(through, start, start + STRETCH_TOKENS)
+            losses.append(loss)
+            best.append(top)
+            bar.update()
+        for end, answer in zip(part.ends, part.answers, strict=True):
+            agreed.append(model.agreeing_tokens(through, end, answer, page_size))
+            bar.update()
+    keys = sum(through.key_error for through in pages) / len(pages)
+    values = sum(through.value_error for through in pages) / len(pages)
+    return FormatResult(str(format_), pages[0].token_bytes, keys, values, losses, best, agreed)
 
 
 def measure(options: argparse.Namespace) -> Report:
     model = FormatModel(options.model_path, getattr(torch, options.dtype))
-    text = model.read(options.text.read_text())
-    starts = boundaries(text.n_tokens, options.page_size)
-    if options.stretches is not None:
-        # Spread over the text: what follows a long prefix counts as well.
-        starts = starts[:: max(1, len(starts) // options.stretches)][: options.stretches]
-    ends = prompt_ends(options.prompts, text.n_tokens, options.page_size)
-    answers = raw_answers(model, text, ends)
-    results = []
-    n_passes = len(Format) * (len(starts) + len(ends))
-    with tqdm(total=n_passes, desc="formats", unit=" passes", disable=None) as bar:
-        for format_ in Format:
-            through = kv_through(format_, options.page_size, text)
-            bar.set_postfix(format=str(format_))
-            losses, best = [], []
-            for start in starts:
-                loss, top = model.score(through, start, start + STRETCH_TOKENS)
-                losses.append(loss)
-                best.append(top)
-                bar.update()
-            agreed = []
-            for end, answer in zip(ends, answers, strict=True):
-                agreed.append(model.agreeing_tokens(through, end, answer, options.page_size))
-                bar.update()
-            results.append(
-                FormatResult(
-                    str(format_), through.token_bytes, through.key_error, through.value_error,
-                    losses, best, agreed,
-                )
-            )  # fmt: skip
+    parts = read_parts(model, options)
+    n_stretches = sum(len(part.starts) for part in parts)
+    with tqdm(
+        total=len(Format) * (n_stretches + options.prompts), desc="formats", unit=" passes"
+    ) as bar:
+        results = [measure_format(model, f, parts, options.page_size, bar) for f in Format]
     return Report(
         model=options.model_path.name,
         dtype=options.dtype,
         text=options.text.name,
-        text_tokens=text.n_tokens,
+        text_tokens=sum(part.text.n_tokens for part in parts),
         page_size=options.page_size,
         stretch_tokens=STRETCH_TOKENS - 1,
         answer_tokens=ANSWER_TOKENS,
-        n_stretches=len(starts),
-        n_prompts=len(ends),
+        n_stretches=n_stretches,
+        n_prompts=options.prompts,
         results=results,
     )
 

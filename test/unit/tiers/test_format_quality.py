@@ -53,7 +53,7 @@ def model(folder: Path) -> FormatModel:
 def text(model: FormatModel) -> Text:
     words = [WORDS[i * i % 7 + i % 6] for i in range(150)]
     with torch.inference_mode():
-        return model.read(" ".join(words))
+        return model.read(" ".join(words))[0]
 
 
 @pytest.fixture(scope="module")
