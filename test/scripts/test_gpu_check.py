@@ -91,12 +91,17 @@ def test_every_part_is_in_the_report(checked: tuple[Path, str]) -> None:
     assert "figures of such say nothing" in printed
 
 
-@pytest.mark.slow
-def test_what_is_there_is_kept_until_asked_for_again(checked: tuple[Path, str]) -> None:
-    out = checked[0]
-    before = (out / "environment.json").read_text()
-    assert "kept" in gpu_check(out, "--small", "--parts", "environment").stderr
-    assert (out / "environment.json").read_text() == before
+def test_what_is_there_is_kept_until_asked_for_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--small", "--device", "cpu", "--out", str(tmp_path), "--parts", "environment"]
+    path = tmp_path / "environment.json"
+    inodes = []
+    for more, is_kept in (([], False), ([], True), (["--again"], False)):
+        assert check.main([*arguments, *more]) == 0
+        inodes.append(path.stat().st_ino)
+        assert ("kept" in capfd.readouterr().err) == is_kept
+    assert inodes[0] == inodes[1]
 
 
 def test_only_figures_of_this_device_and_size_are_kept(tmp_path: Path) -> None:
@@ -111,10 +116,12 @@ def test_only_figures_of_this_device_and_size_are_kept(tmp_path: Path) -> None:
     assert not check.is_done(check.read_part(tmp_path / "broken.json"), setting)
 
 
-def test_full_sizes_are_refused_without_a_gpu(tmp_path: Path) -> None:
-    result = gpu_check(tmp_path / "out")
-    assert result.returncode == 1
-    assert "add --small" in result.stderr.splitlines()[-1]
+def test_full_sizes_are_refused_without_a_gpu(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert check.main(["--device", "cpu", "--out", str(tmp_path / "out")]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "add --small" in line
     assert not (tmp_path / "out").exists()
 
 
