@@ -22,6 +22,7 @@ from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.core.registry import Registry
 from tiered_kv.memory.eviction import eviction_policies
 from tiered_kv.plugin import cascade_option, decode_option, option_values, process_carrier, refusals
+from tiered_kv.plugin.overlap_options import OverlapArgs
 from tiered_kv.scheduler.iteration_policy import iteration_policies
 from tiered_kv.scheduler.request_policy import request_policies
 
@@ -81,7 +82,7 @@ def _cascade_mode(text: str) -> str:
 # The fields are declared `no_cli` because SGLang would list them among its four hundred options;
 # `add_cli_args` adds them to a group of their own.
 @dataclasses.dataclass
-class ServerArgs(upstream_server_args.ServerArgs):
+class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
     """SGLang's arguments and ours. `to_config()` gives ours as a checked value."""
 
     tiered_kv: A[
@@ -282,6 +283,7 @@ class ServerArgs(upstream_server_args.ServerArgs):
         decode_option.check(self.tiered_kv_iteration_policy, self.tiered_kv_policy)
         self._resolve_slo_classes()
         self._resolve_tiers()
+        self.resolve_overlap()
         self._select_cache()
         try:
             super().__post_init__()
@@ -418,7 +420,10 @@ class ServerArgs(upstream_server_args.ServerArgs):
 
 def own_fields() -> list[dataclasses.Field[Any]]:
     """The fields that `ServerArgs` adds to SGLang's."""
-    return [f for f in dataclasses.fields(ServerArgs) if f.name.startswith("tiered_kv")]
+    fields = [f for f in dataclasses.fields(ServerArgs) if f.name.startswith("tiered_kv")]
+    # A dataclass begins with what was mixed in; the help should not.
+    mixed_in = {f.name for f in dataclasses.fields(OverlapArgs)}
+    return sorted(fields, key=lambda f: f.name in mixed_in)
 
 
 def _add_option(
