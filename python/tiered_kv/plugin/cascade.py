@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 #: Batches whose plans are remembered: where not everyone decodes in every pass, they take turns.
 PLANS_KEPT = 8
 
-#: Seconds that a layer takes longer to launch without a CUDA graph: an estimate of a dozen kernels
-#: of 5 us. A plan must save more than that, because it is carried out without one.
-EAGER_S = 60e-6
+#: Seconds that a layer takes longer without a CUDA graph: a cautious estimate, a dozen launches and
+#: the Python between them. A plan must save more, because it is carried out without one.
+EAGER_S = 200e-6
 
 
 @dataclass(frozen=True, slots=True)
