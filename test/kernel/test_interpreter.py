@@ -31,5 +31,6 @@ def test_kernels_give_the_references_bytes() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_kernels_give_the_references_bytes_in_many_more_shapes() -> None:
     interpret("long")
