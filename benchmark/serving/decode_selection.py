@@ -171,7 +171,7 @@ def stream(server: Server, asked: Asked, new_tokens: int, began: float, *, has_s
         for line in response.iter_lines(chunk_size=None):
             if not line.startswith(b"data: {"):
                 continue
-            now = time.perf_counter() - began
+            now = round(time.perf_counter() - began, 5)
             answer = json.loads(line[len(b"data: ") :])
             if "error" in answer:
                 raise RuntimeError(f"the server answered with an error: {answer['error']}")
