@@ -20,6 +20,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from support_plugin.decode_loop import DecodeLoop
 from support_plugin.decode_requests import Kind, Oracle, publish_arguments
+from tiered_kv.plugin.clock_tick import SharedClock
 from tiered_kv.scheduler.iteration_policy import IterationPlan, IterationState, RunningTotals
 
 MakeLoop = Callable[..., DecodeLoop]
@@ -332,3 +333,13 @@ def test_a_parked_request_is_due_since_its_last_token(make_loop: MakeLoop) -> No
     assert now_s - second.last_token_s > 0.04  # a turn takes 10 ms
     assert second.next_token_due_s == pytest.approx(second.last_token_s + 0.2)
     assert first.context_tokens > second.context_tokens
+
+
+def test_the_clock_runs_while_somebody_decodes() -> None:
+    clock = SharedClock(wanted=lambda: False, on_tick=lambda: None)
+    assert clock.read([]) is None
+    running = [False]
+    clock.also_wanted(lambda: running[0])
+    assert clock.read([]) is None
+    running[0] = True
+    assert clock.read([]) is not None
