@@ -80,7 +80,8 @@ class IterationState:
     """Whether the iteration before this one decoded: then it is the prefill's turn, a little of it
     even where no slack is left. False while nothing but prefill has run since the last decode."""
     prefill_load: float = 0.0
-    """Share of the time, of late, in which nobody decoded because prefill ran alone."""
+    """Share of the time that is prefill's alone: what it took of late, or, if prompts wait, at
+    least the third that its turns take (`decoded_last`)."""
     least_ttft_s: float = math.inf
     """The tightest first-token objective there is: who arrives waits for the iteration's end."""
     short_tokens: int = 0
@@ -99,9 +100,8 @@ class IterationPlan:
 
     prefill_tokens: int | None = None
     """Most prefill tokens that the decode slack leaves room for, decodes of a mixed iteration
-    counted as one each (as `AdmissionPlan.prefill_tokens`). It takes that one's place where a
-    subset decodes or where there is none; the configured chunk size limits both. None: no limit;
-    0: decode first."""
+    counted as one each (as `AdmissionPlan.prefill_tokens`). Where a subset decodes it takes that
+    one's place, which counts everyone; else the lesser holds. None: no limit; 0: decode first."""
 
     swap_out: tuple[int, ...] = ()
     """Whose KV goes to the host, in this order; none of them is in `decode`."""

@@ -69,7 +69,11 @@ class SlackIterations:
         everyone.add(running)
         all_s = everyone.seconds
         left_s = min(due_s(request, config) for request in running) - state.now_s
-        if config.select and all_s > left_s:
+        decode_s = left_s
+        if state.prefill is not None and not state.is_mixed:
+            # Those who need not decode each time leave room for the prefill before they do.
+            decode_s *= 1.0 - _prefill_load(state)
+        if config.select and all_s > decode_s:
             pace = find_pace(
                 running,
                 state.costs,

@@ -25,6 +25,8 @@ from tiered_kv.simulation.settings import InstanceSettings
 ALL_DECODE = "all"
 #: Where all decode although not everyone is in time, the policy is asked again after so many.
 PASSES_PER_PLAN = 4
+#: While prompts wait, prefill has at least this share of the time: its turn is half a decode.
+TURN_SHARE = 1.0 / 3.0
 #: The share of prefill is a mean over about so many seconds.
 LOAD_MEMORY_S = 2.0
 #: A request that made way so often keeps its place.
@@ -61,6 +63,7 @@ class DecodeSelection:
         self._least_ttft_s = math.inf
         self._decoded_last = True
         self._prefill_load = 0.0
+        self._is_prefill_wanted = False
 
     # -- what happens -------------------------------------------------------------------------
 
@@ -105,8 +108,11 @@ class DecodeSelection:
         self, now_s: float, prefill: SchedulerState | None = None, *, is_mixed: bool = False
     ) -> IterationPlan:
         """For the next iteration. `prefill`: what the order of the queue is asked with."""
+        self._is_prefill_wanted = self._is_prefill_wanted or prefill is not None
         state = self._state(now_s)
         state.prefill, state.is_mixed = prefill, is_mixed
+        if self._is_prefill_wanted and not is_mixed:
+            state.prefill_load = max(state.prefill_load, TURN_SHARE)
         return self.policy.plan(state)
 
     def choose(self, now_s: float) -> int:
@@ -115,9 +121,11 @@ class DecodeSelection:
         Until then no pass is longer than the tightest objective, or nothing can be done about it.
         """
         if self.policy.fits(self._totals(now_s), self._costs, now_s):
+            self._is_prefill_wanted = False
             self._batch.choose(None)
             return 0
         plan = self.plan(now_s)
+        self._is_prefill_wanted = False
         self._batch.choose(plan.decode)
         return 1 if plan.decode is not None else PASSES_PER_PLAN
 
