@@ -87,7 +87,7 @@ def test_fp8_from_host_and_after_a_restart_from_disk_and_nothing_for_int4(
         asked = Asked(server, prompts, "fp8")
         from_host = asked.again(server)
         wait_for_disk(server)
-        server.restart()
+    with start("fp8") as server:
         from_disk = asked.again(server)
     # The last prompts are still on the device when they are asked for again.
     assert by_tier(from_host)[:4] == [(0, N_REUSABLE, 0)] * 4
@@ -117,7 +117,7 @@ def test_a_disk_with_a_format_of_its_own(
         asked = Asked(server, prompts, f"{host} {on_disk}")
         from_host = asked.again(server)
         wait_for_disk(server)
-        server.restart()
+    with start(host, on_disk) as server:
         from_disk = asked.again(server)
         assert by_tier(from_disk) == [(0, 0, N_REUSABLE)] * N_PROMPTS
         asked.check_agreement(from_disk, on_disk, "disk")
