@@ -163,6 +163,9 @@ def systems(setting: Setting, sizes: Sizes, disk: Path) -> dict[str, dict[str, A
     more["env"] = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(disk / "hicache")}
     tiered = ["--tiered-kv", "--tiered-kv-host-size", f"{sizes.host_bytes}B"]
     tiered += ["--tiered-kv-disk-dir", str(disk / "tiered"), "--tiered-kv-disk-size", "40GB"]
+    if setting.is_small:
+        # So small a model computes sooner than anything can be loaded.
+        tiered += ["--tiered-kv-load-policy", "always"]
     return {
         "plain": {"args": []},
         "hicache": {"args": hicache, **more},

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from benchmark.gpu import __main__ as check  # noqa: E402
 from benchmark.gpu import environment, report, serving  # noqa: E402
 from benchmark.gpu.setting import Setting  # noqa: E402
+from benchmark.simulation.probe import Answer  # noqa: E402
 
 CHEAP = ("environment", "kernels", "transfers", "cascade")
 
@@ -177,6 +179,61 @@ def test_the_dummy_model_is_llama_8b(tmp_path: Path) -> None:
     assert model.n_parameters == known.n_parameters
     assert model.kv_bytes_per_token == known.kv_bytes_per_token
     assert model.kv_bytes_per_token == serving.LARGE_SIZES.token_bytes
+
+
+class ThreeTiers:
+    """A server's cache: tokens of each prompt on the device, least recently asked first to go."""
+
+    def __init__(self, sizes: serving.Sizes) -> None:
+        self.sizes = sizes
+        self.device: dict[int, int] = {}
+        self.host: dict[int, int] = {}
+        self.disk: dict[int, int] = {}
+        self.n_computed = 0
+
+    def tokens(self, n: int) -> list[int]:
+        self.n_prompts = getattr(self, "n_prompts", 0) + 1
+        return [self.n_prompts] * n
+
+    def ask(self, prompt: list[int], n_new: int = 1) -> Answer:
+        name, n_tokens = prompt[0], len(prompt)
+        found = {"device": self.device.pop(name, 0)}
+        for tier, held in (("host", self.host), ("storage", self.disk)):
+            found[tier] = max(0, held.get(name, 0) - sum(found.values()))
+        cached = sum(found.values())
+        self.n_computed += n_tokens - cached
+        self.device[name] = self.host[name] = self.disk[name] = n_tokens - 1
+        for other in list(self.device):
+            surplus = sum(self.device.values()) - self.sizes.device_tokens
+            self.device[other] -= min(max(surplus, 0), self.device[other])
+        assert sum(self.host.values()) <= self.sizes.host_tokens
+        return Answer(0.0, [1.0], cached, found)
+
+    def flush(self, _server: object) -> None:
+        self.device.clear()
+        self.host.clear()
+
+
+@pytest.mark.parametrize("sizes", [serving.LARGE_SIZES, serving.SMALL_SIZES])
+def test_prompts_are_where_their_state_says(
+    monkeypatch: pytest.MonkeyPatch, sizes: serving.Sizes
+) -> None:
+    cache = ThreeTiers(sizes)
+    monkeypatch.setattr(serving, "Probe", lambda _url, seed: cache)
+    monkeypatch.setattr(serving, "flush", cache.flush)
+    server = SimpleNamespace(url="")
+    samples = list(serving.first_tokens(server, "tiered", sizes))  # type: ignore[arg-type]
+    page = sizes.page_tokens
+    tier_of = {serving.DEVICE: "device", serving.HOST: "host", serving.DISK: "storage"}
+    for sample in samples:
+        if sample.state == serving.FRESH:
+            assert sample.cached_tokens == 0
+            continue
+        assert sample.by_tier[tier_of[sample.state]] >= sample.tokens - page, sample
+    kinds = {(sample.state, sample.tokens) for sample in samples}
+    assert len(kinds) == 4 * len(sizes.lengths)
+    # What is computed is written: it must fit the disk tier that the server is given.
+    assert cache.n_computed * sizes.token_bytes < 40e9
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
