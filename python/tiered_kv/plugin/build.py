@@ -20,23 +20,28 @@ from tiered_kv.forest.forest import Forest
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.plugin import fingerprint, weight_updates
 from tiered_kv.plugin.costs import build_cost_model
-from tiered_kv.plugin.device_pool import DeviceBuffers, EngineAllocator, buffers_of
+from tiered_kv.plugin.device_copier import make_copier
+from tiered_kv.plugin.device_pool import EngineAllocator, buffers_of
 from tiered_kv.plugin.kv_events import KvEvents
 from tiered_kv.plugin.kv_formats import TierFormats, tier_formats
 from tiered_kv.plugin.metrics_adapter import MetricsRecorder, PrometheusRecorder
+from tiered_kv.plugin.overlap_options import budget_share, rank_trace_file
+from tiered_kv.plugin.pass_log import Pass, PassLog, draw_passes, pace_by_decodes
 from tiered_kv.plugin.residency_log import ResidencyLog
 from tiered_kv.plugin.step_times import StepTimes
 from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.cost_model import CostModel, PlacementCosts
 from tiered_kv.tiers.context import TierContext
-from tiered_kv.tiers.device import After, CpuPageCopier, PageCopier, TorchPageCopier
+from tiered_kv.tiers.device import After, PageCopier
 from tiered_kv.tiers.disk.encryption import read_key_file
 from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.store import DiskStore
 from tiered_kv.tiers.disk_pages import DiskPages
-from tiered_kv.tiers.encoded_copier import EncodedCpuPageCopier, EncodedTorchPageCopier
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
+from tiered_kv.tiers.interference import InterferenceBudget
+from tiered_kv.tiers.pacing import WriteBackPacer
+from tiered_kv.tiers.timeline import TimelineFile
 from tiered_kv.tiers.transfer import Collective, SingleRank
 
 if TYPE_CHECKING:
@@ -88,6 +93,8 @@ class CacheParts:
     residency: ResidencyLog
     """What became cached, or ceased to be, while somebody waits."""
     cost_model: CostModel | None
+    pass_log: PassLog | None = None
+    """None if nobody wants to know of every pass."""
 
     @property
     def controller_report(self) -> SimpleNamespace:
@@ -122,7 +129,9 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         host_bytes(config, device.n_bytes, n_ranks=ctx.tp_size),
         register=None if on_cpu else register_for_dma,
     )
-    copier = make_copier(formats, device, host)
+    args = ctx.server_args
+    copier = make_copier(formats, device, host, args.tiered_kv_copy_path)
+    timeline = open_timeline(args, ctx.tp_rank, copier)
     store = open_disk(config, ctx.tp_rank, ctx.tp_size)
 
     def name_weights() -> tuple[bytes, DiskPages | None]:
@@ -158,6 +167,8 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         calibrator=None if cost_model is None else Calibrator(cost_model),
         order_after=tuple if on_cpu else lambda: launched_so_far(runner.forward_stream),
         disk_format=formats.disk,
+        timeline=timeline,
+        pacer=make_pacer(budget_share(args, on_cpu=on_cpu)),
     )
     log_sizes(host, pool.size, store)
     log_formats(formats)
@@ -170,6 +181,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         host_report=HostReport(host),
         name_weights=name_weights,
         step_times=StepTimes(hierarchy, synchronous=on_cpu),
+        pass_log=make_pass_log(context, cost_model, synchronous=on_cpu),
         residency=residency,
         cost_model=cost_model,
     )
@@ -209,17 +221,29 @@ def register_for_dma(address: int, n_bytes: int) -> None:
         )
 
 
-def make_copier(formats: TierFormats, device: DeviceBuffers, host: HostPool) -> PageCopier:
-    buffers, page_size = device.buffers, formats.device.page_size
-    layout = formats.host_layout if formats.host.is_lossy else None
-    if buffers[0].device.type == "cpu":
-        if layout is None:
-            return CpuPageCopier(page_size, device.layers, buffers, host.pages)
-        return EncodedCpuPageCopier(buffers, layout, host.pages)
-    stream = torch.cuda.Stream(device=buffers[0].device)
-    if layout is None:
-        return TorchPageCopier(page_size, device.layers, buffers, host.pages, stream)
-    return EncodedTorchPageCopier(buffers, layout, host.pages, stream)
+def open_timeline(server_args: Any, tp_rank: int, copier: PageCopier) -> TimelineFile | None:
+    """Raises ConfigError if the file cannot be written."""
+    path = rank_trace_file(server_args, tp_rank)
+    if path is None:
+        return None
+    logger.info("Tiered KV: a timeline goes to %s; open it in ui.perfetto.dev.", path)
+    copier.timed = True
+    return TimelineFile(path)
+
+
+def make_pacer(share: float | None) -> WriteBackPacer:
+    return WriteBackPacer(None if share is None else InterferenceBudget(share))
+
+
+def make_pass_log(
+    context: TierContext, cost_model: CostModel | None, *, synchronous: bool
+) -> PassLog | None:
+    observers: list[Callable[[Pass], None]] = []
+    if context.timeline is not None:
+        observers.append(draw_passes(context.timeline))
+    if context.pacer.is_wanted:
+        observers.append(pace_by_decodes(context.pacer, cost_model))
+    return PassLog(observers, synchronous=synchronous) if observers else None
 
 
 def launched_so_far(forward_stream: torch.cuda.Stream) -> After:

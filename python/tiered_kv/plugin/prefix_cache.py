@@ -297,6 +297,8 @@ class TieredPrefixCache(RadixCache):
     def release_host_resources(self) -> None:
         """On shutdown: pages on their way to the disk get a few seconds to arrive."""
         self.hierarchy.close(CLOSE_TIMEOUT_S)
+        if self.hierarchy.context.timeline is not None:
+            self.hierarchy.context.timeline.close()
         if self.parts.disk_store is not None:
             self.parts.disk_store.close()
 

@@ -79,9 +79,15 @@ def after_run_batch(result: Any, scheduler: Any, batch: Any, *args: Any, **kwarg
     """AFTER `Scheduler.run_batch`."""
     if getattr(scheduler.server_args, "tiered_kv", False):
         scheduler.tree_cache.step_times.launched(batch)
+        pass_log = scheduler.tree_cache.parts.pass_log
+        if pass_log is not None:
+            pass_log.launched(batch)
 
 
 def after_batch_result(result: None, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `Scheduler.process_batch_result`."""
     if getattr(scheduler.server_args, "tiered_kv", False):
         scheduler.tree_cache.step_times.finished(batch)
+        pass_log = scheduler.tree_cache.parts.pass_log
+        if pass_log is not None:
+            pass_log.finished(batch)

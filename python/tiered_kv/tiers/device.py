@@ -41,6 +41,8 @@ class PageCopier(Protocol):
     """
 
     page_format: PageFormat
+    timed: bool
+    """Whether the events of layers tell when they came about, for a timeline."""
 
     def to_host(self, device_slots: torch.Tensor, host_pages: PageIds, after: After) -> None: ...
 
@@ -113,6 +115,8 @@ class CpuPageCopier:
     transfer takes no cores away from the forward pass's thread pool.
     """
 
+    timed = False
+
     def __init__(
         self,
         page_size: int,
@@ -160,7 +164,6 @@ class TorchPageCopier:
     """
 
     STAGING_BYTES = 64 << 20
-    #: Whether events tell when they came about, for a timeline.
     timed = False
 
     def __init__(

@@ -34,6 +34,7 @@ class EncodedCpuPageCopier:
 
     #: Most bytes of pages that are gathered beside the host pool, where they lie scattered in it.
     STAGING_BYTES = 16 << 20
+    timed = False
 
     def __init__(
         self, buffers: Sequence[torch.Tensor], layout: PageLayout, host: npt.NDArray[np.uint8]
