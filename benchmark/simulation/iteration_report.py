@@ -1,0 +1,202 @@
+"""The report of `iteration.py`: where choosing who decodes wins, and at what price."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
+from tiered_kv.core.device_spec import find_device
+from tiered_kv.core.model_spec import find_model
+from tiered_kv.scheduler.iteration_pace import throughput_share
+from tiered_kv.simulation.settings import InstanceSettings
+
+Run = dict[str, Any]
+POLICIES = ("sglang", "all", "chunks", "round-robin", "slack", "relegate")
+COMPARED = ("sglang", "chunks", "round-robin", "slack", "relegate")
+#: Goodput that differs by less is called equal.
+NEUTRAL = 0.02
+CAUTION = 0.94
+DEVICES = {"8B": ("Llama-3.1-8B", "H200-141"), "70B": ("Llama-3.1-70B", "4xH200-141")}
+
+
+def report(path: Path) -> Path:
+    """The report and plots beside the result file `path`."""
+    groups = _groups(json.loads(path.read_text())["runs"])
+    target = path.with_suffix(".md")
+    _plot(groups, path.with_name(f"{path.stem}-goodput.png"), "goodput")
+    _plot(groups, path.with_name(f"{path.stem}-tbt.png"), "interactive TBT")
+    lines = [INTRODUCTION, "## Where it wins", "", *_verdicts(groups), ""]
+    lines += [f"![goodput]({path.stem}-goodput.png)", "", f"![tbt]({path.stem}-tbt.png)", ""]
+    lines += ["## What it costs", "", *_prices(groups), "", "## All figures", ""]
+    for name, runs in groups.items():
+        lines += [f"### {name}", "", *_table(runs), ""]
+    target.write_text("\n".join(lines))
+    return target
+
+
+def _groups(runs: list[Run]) -> dict[str, dict[str, Run]]:
+    """By scenario, then policy; only scenarios with all policies."""
+    groups: dict[str, dict[str, Run]] = {}
+    for run in runs:
+        scenario = run["scenario"]
+        groups.setdefault(f"{scenario['model']}, {scenario['name']}", {})[run["policy"]] = run
+    whole = {name: runs for name, runs in groups.items() if set(POLICIES) <= set(runs)}
+    return dict(sorted(whole.items(), key=lambda item: not item[0].startswith("8B")))
+
+
+def _verdicts(groups: dict[str, dict[str, Run]]) -> list[str]:
+    """Goodput against decoding everyone in the same order, and against SGLang's defaults."""
+    lines = [
+        (
+            "Goodput (requests/s that met both objectives) as a multiple of `all`'s, in bold where it "
+            f"differs by more than {NEUTRAL:.0%}; and `relegate`'s as a multiple of `sglang`'s."
+        ),
+        "",
+        "| scenario | " + " | ".join(COMPARED) + " | relegate / sglang |",
+        "|---|" + "---|" * (len(COMPARED) + 1),
+    ]
+    for name, runs in groups.items():
+        base = runs["all"]["goodput_rps"]
+        ratios = [_ratio(runs[policy]["goodput_rps"], base) for policy in COMPARED]
+        cells = [f"**{r:.2f}**" if abs(r - 1.0) > NEUTRAL else f"{r:.2f}" for r in ratios]
+        against = _ratio(runs["relegate"]["goodput_rps"], runs["sglang"]["goodput_rps"])
+        lines.append(f"| {name} | {' | '.join(cells)} | {against:.2f} |")
+    return lines
+
+
+def _prices(groups: dict[str, dict[str, Run]]) -> list[str]:
+    """Tokens per busy second against what the bytes of a full batch say."""
+    lines = [
+        (
+            "Output tokens per second in which a pass ran, as a share of `all`'s. *Said* is the share "
+            "that full iterations at the tightest objective give of what one over a full batch gives: "
+            "(1 - f/d) / (1 - f/T), f being the fixed part of an iteration with the weights it reads; "
+            "1 if the full batch is in time. It is the price at full memory: less where memory is not "
+            "full, more where prefill runs in smaller pieces."
+        ),
+        "",
+        "| scenario | full batch, T | d | said | chunks | slack | relegate |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in groups.items():
+        any_run = runs["all"]
+        model, device = DEVICES[any_run["scenario"]["model"]]
+        costs = InstanceSettings(model=find_model(model), device=find_device(device)).costs()
+        tightest_s = CAUTION * (0.05 if any_run["scenario"]["targets"] == "default" else 0.025)
+        full_s = any_run["full_batch_s"]
+        said = 1.0
+        if full_s > tightest_s:
+            said = throughput_share(costs.iteration_s((), 0, 1), tightest_s, full_s)
+        shares = [
+            _ratio(runs[policy]["busy_tokens_per_s"], any_run["busy_tokens_per_s"])
+            for policy in ("chunks", "slack", "relegate")
+        ]
+        cells = " | ".join(f"{share:.2f}" for share in shares)
+        lines.append(
+            f"| {name} | {1e3 * full_s:.0f} ms | {1e3 * tightest_s:.1f} ms | {said:.2f} | {cells} |"
+        )
+    return lines
+
+
+def _table(runs: dict[str, Run]) -> list[str]:
+    one = runs["all"]
+    scenario = one["scenario"]
+    lines = [
+        (
+            f"Contexts of {'/'.join(str(n) for n in scenario['contexts_tokens'])} tokens, "
+            f"{scenario['gang']} to a context, {scenario['n_requests']} requests at "
+            f"{one['rate_rps']:.3g}/s (load {scenario['load']}), answers of "
+            f"{scenario['output_tokens']:.0f} tokens in the median."
+        ),
+        "",
+        (
+            "| policy | in time | goodput, 1/s | tokens/s | iterations | interactive: TBT met, gaps "
+            "late, TTFT met | standard: TBT met, TTFT met | batch: mean TBT |"
+        ),
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for policy in POLICIES:
+        run = runs[policy]
+        classes = run["classes"]
+        cells = [
+            policy,
+            f"{run['attainment']:.0%}",
+            f"{run['goodput_rps']:.3f}",
+            f"{run['output_tokens_per_s']:.0f}",
+            f"{run['n_iterations']}",
+            _cell(
+                classes.get("interactive"), "tbt_attainment", "late_gap_share", "ttft_attainment"
+            ),
+            _cell(classes.get("standard"), "tbt_attainment", "ttft_attainment"),
+            _milliseconds(classes.get("batch")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(figures: Run | None, *names: str) -> str:
+    return "" if figures is None else ", ".join(f"{figures[name]:.0%}" for name in names)
+
+
+def _milliseconds(figures: Run | None) -> str:
+    seconds = None if figures is None else figures["mean_tbt_p50_s"]
+    return "" if seconds is None else f"{1e3 * seconds:.0f} ms"
+
+
+def _ratio(value: float, base: float) -> float:
+    return value / base if base else float("nan")
+
+
+def _plot(groups: dict[str, dict[str, Run]], path: Path, what: str) -> None:
+    """Bars by scenario and policy."""
+    mpl.use("Agg")
+    figure, axes = plt.subplots(figsize=(8, 0.55 * len(groups) + 1.5))
+    policies = COMPARED if what == "goodput" else POLICIES
+    height = 0.8 / len(policies)
+    for at, policy in enumerate(policies):
+        values = [
+            _ratio(runs[policy]["goodput_rps"], runs["all"]["goodput_rps"])
+            if what == "goodput"
+            else runs[policy]["classes"]["interactive"]["tbt_attainment"]
+            for runs in groups.values()
+        ]
+        places = [row + (at - len(policies) / 2 + 0.5) * height for row in range(len(groups))]
+        axes.barh(places, values, height, label=policy)
+    axes.set_yticks(range(len(groups)), list(groups), fontsize=8)
+    axes.invert_yaxis()
+    if what == "goodput":
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set_xlabel("goodput as a multiple of all's")
+    else:
+        axes.set_xlabel("share of interactive requests whose mean time between tokens is in time")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+INTRODUCTION = """\
+# Choosing who decodes, in simulation
+
+Made by `python -m benchmark.simulation.iteration --out benchmark/results`; what the policies do is
+in `docs/scheduler.md`, how the simulator works and what it leaves out in `docs/simulation.md`.
+These are simulated figures: a roofline with assumed efficiencies, one random workload of 16 to 200
+requests for each row, no measurements. Differences of a few requests mean nothing.
+
+Classes: interactive 60% with 25 ms between tokens (50 ms in the row that says so), standard 30%
+with 100 ms, batch 10% without; first-token objectives are a multiple of each prompt's own prefill,
+so that long contexts are not late by themselves. Prefill and decode run in separate passes.
+
+| name | order of the queue | prefill | who decodes |
+|---|---|---|---|
+| sglang | fcfs | 8,192 tokens at a time | everyone |
+| all | slack | what the *mean* pace of running requests leaves | everyone |
+| chunks | slack | what each *next token* leaves | everyone |
+| round-robin | slack | as all | turns by age, within the tightest objective |
+| slack | slack | as chunks | by slack, at a pace that all objectives allow |
+| relegate | slack | as chunks | the same; those who do not fit are given up |
+"""
