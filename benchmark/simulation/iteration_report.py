@@ -51,10 +51,7 @@ def _groups(runs: list[Run]) -> dict[str, dict[str, Run]]:
 def _verdicts(groups: dict[str, dict[str, Run]]) -> list[str]:
     """Goodput against decoding everyone in the same order, and against SGLang's defaults."""
     lines = [
-        (
-            "Goodput (requests/s that met both objectives) as a multiple of `all`'s, in bold where it "
-            f"differs by more than {NEUTRAL:.0%}; and `relegate`'s as a multiple of `sglang`'s."
-        ),
+        GOODPUT_NOTE,
         "",
         "| scenario | " + " | ".join(COMPARED) + " | relegate / sglang |",
         "|---|" + "---|" * (len(COMPARED) + 1),
@@ -71,13 +68,7 @@ def _verdicts(groups: dict[str, dict[str, Run]]) -> list[str]:
 def _prices(groups: dict[str, dict[str, Run]]) -> list[str]:
     """Tokens per busy second against what the bytes of a full batch say."""
     lines = [
-        (
-            "Output tokens per second in which a pass ran, as a share of `all`'s. *Said* is the share "
-            "that full iterations at the tightest objective give of what one over a full batch gives: "
-            "(1 - f/d) / (1 - f/T), f being the fixed part of an iteration with the weights it reads; "
-            "1 if the full batch is in time. It is the price at full memory: less where memory is not "
-            "full, more where prefill runs in smaller pieces."
-        ),
+        PRICE_NOTE,
         "",
         "| scenario | full batch, T | d | said | chunks | slack | relegate |",
         "|---|---|---|---|---|---|---|",
@@ -113,10 +104,7 @@ def _table(runs: dict[str, Run]) -> list[str]:
             f"{scenario['output_tokens']:.0f} tokens in the median."
         ),
         "",
-        (
-            "| policy | in time | goodput, 1/s | tokens/s | iterations | interactive: TBT met, gaps "
-            "late, TTFT met | standard: TBT met, TTFT met | batch: mean TBT |"
-        ),
+        TABLE_HEAD,
         "|---|---|---|---|---|---|---|---|",
     ]
     for policy in POLICIES:
@@ -179,6 +167,19 @@ def _plot(groups: dict[str, dict[str, Run]], path: Path, what: str) -> None:
     plt.close(figure)
 
 
+TABLE_HEAD = (
+    "| policy | in time | goodput, 1/s | tokens/s | iterations | interactive: TBT met, gaps late, "
+    "TTFT met | standard: TBT met, TTFT met | batch: mean TBT |"
+)
+GOODPUT_NOTE = f"""\
+Goodput (requests/s that met both objectives) as a multiple of `all`'s, in bold where it differs by
+more than {NEUTRAL:.0%}; and `relegate`'s as a multiple of `sglang`'s."""
+PRICE_NOTE = """\
+Output tokens per second in which a pass ran, as a share of `all`'s. *Said* is the share that full
+iterations at the tightest objective, d, give of what one over a full batch, T, gives:
+(1 - f/d) / (1 - f/T), f being the fixed part of an iteration with the weights it reads; 1 if the
+full batch is in time. It is the price at full memory: less where memory is not full, more where
+prefill runs in smaller pieces."""
 INTRODUCTION = """\
 # Choosing who decodes, in simulation
 
