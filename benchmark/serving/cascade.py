@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -142,7 +144,7 @@ SGLang; off: --tiered-kv without cascade attention; on: with it. Ratios are medi
 a turn. read: tokens read per token attended to. equal: answers with the same ids as plain SGLang's.
 {options.note}
 
-{table(results)}
+{table(sorted(results, key=lambda row: (row["shared"], row["rows"])))}
 
     python benchmark/serving/cascade.py --rows {" ".join(map(str, options.rows))} \\
         --shared {" ".join(map(str, options.shared))} --own {options.own} --turns {options.turns}
@@ -168,7 +170,8 @@ def main() -> None:
     options = parser.parse_args()
     options.cores = len(os.sched_getaffinity(0))
     results: list[dict[str, Any]] = []
-    cases = [(n_rows, n_shared) for n_shared in options.shared for n_rows in options.rows]
+    # The quickest first: a run that is broken off keeps what it has.
+    cases = sorted(itertools.product(options.rows, options.shared), key=math.prod)
     with (
         tempfile.TemporaryDirectory(prefix="cascade_") as folder,
         servers(options, Path(folder)) as up,
