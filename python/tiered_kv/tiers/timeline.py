@@ -24,6 +24,8 @@ from tiered_kv.tiers.transfer import Job, JobObserver
 
 logger = logging.getLogger(__name__)
 
+#: The event that says when a file's zero was, on time.perf_counter().
+CLOCK = "clock"
 FLUSH_EVERY_S = 1.0
 #: Events that may wait for the next flush; more are dropped, and counted.
 WAITING_MAX = 50_000
@@ -60,7 +62,9 @@ class TimelineFile:
                 f"--tiered-kv-trace-file {path} cannot be written ({error.strerror}); name a file "
                 "in a directory that exists and is writable."
             ) from None
-        self._append(b"[\n")
+        # On Linux this clock is the machine's: other processes can tell what was when.
+        clock = {"ph": "M", "name": CLOCK, "pid": 0, "args": {"perf_counter_s": self._started_s}}
+        self._append(b"[\n" + json.dumps(clock).encode() + b",\n")
         self._closing = threading.Event()
         self._thread = threading.Thread(
             target=self._flush_regularly, name="tiered-kv-timeline", daemon=True
