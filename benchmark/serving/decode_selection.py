@@ -3,9 +3,9 @@
     python benchmark/serving/decode_selection.py --model-path MODEL
     python benchmark/serving/decode_selection.py ... --prefix-tokens 512 --new-tokens 16   to try it
 
-Gangs of requests share a prefix that is cached before; then all of them arrive at once, and every
-gang has an interactive one, which was promised a token every so often, and batch ones, which were
-promised a slower mean pace. Systems take turns, every other repeat in the opposite order:
+Gangs of requests share a prefix that is cached before; then all of them arrive at once. A few,
+spread over the gangs, are interactive and were promised a token every so often; the others are
+batch requests, which were promised a slower mean pace. Systems take turns, every other repeat in the opposite order:
 
   plain     SGLang without our cache
   all       --tiered-kv, everyone decodes in every iteration
@@ -116,8 +116,9 @@ def arguments() -> argparse.Namespace:
     add("--prefix-tokens", type=int, default=2048)
     add("--new-tokens", type=int, default=64)
     add("--repeats", type=int, default=2)
+    add("--interactive", type=int, default=2, help="interactive requests (default: 2)")
     add("--interactive-share", type=float, default=0.45)
-    add("--batch-share", type=float, default=4.0)
+    add("--batch-share", type=float, default=5.0)
     add("--loose-share", type=float, default=3.0)
     add("--cascade", choices=("on", "off"), default="off",
         help="read shared KV once, in the systems that can (default: off)")  # fmt: skip
@@ -146,11 +147,12 @@ def load_of(
 
     if name == "one class":
         return [Asked(prompt, False, promised(options.loose_share)) for prompt in prompts]
+    every = max(1, len(prompts) // max(1, options.interactive))
     asked = []
     for i, prompt in enumerate(prompts):
-        is_first = i % options.gang_size == 0
-        share = options.interactive_share if is_first else options.batch_share
-        asked.append(Asked(prompt, is_first, promised(share)))
+        is_interactive = i % every == 0 and i // every < options.interactive
+        share = options.interactive_share if is_interactive else options.batch_share
+        asked.append(Asked(prompt, is_interactive, promised(share)))
     return asked
 
 
@@ -327,6 +329,7 @@ def write(
     told = {name: str(value) for name, value in vars(options).items()}
     about = (
         f"{options.gangs} gangs of {options.gang_size}, {options.prefix_tokens} tokens shared, "
+        f"{options.interactive} requests interactive, "
         f"{options.new_tokens} new tokens each, {options.dtype}, cascade {options.cascade}; plain "
         f"has a pace of {pace_s * 1e3:.0f} ms. Promised, as shares of it: interactive "
         f"{options.interactive_share}, batch {options.batch_share} as a mean, one class "

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 MakeServer = Callable[..., Server]
 N_GANGS = 4
 GANG_SIZE = 4
-N_NEW = 20
+N_NEW = 12
 #: No decode on a CPU is as short: at most a few requests decode at a time.
 TIGHT_TBT_MS = 20
 DECODE_LINE = re.compile(r"Decode batch, #running-req: (\d+)")
