@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from tiered_kv.tiers.interference import InterferenceBudget
 
@@ -20,6 +22,17 @@ PORTION_BYTES = 8 << 20
 #: Decoding is over if no step has ended for so long, or for so many times the last step's time.
 IDLE_S = 0.25
 IDLE_STEPS = 4.0
+
+
+#: Turns that are remembered until the next decode step ends; nobody asks for more.
+TURNS_MAX = 1024
+
+
+@dataclass(slots=True)
+class _Turn:
+    n_bytes: int
+    start_s: float
+    end_s: float = math.inf
 
 
 class WriteBackPacer:
@@ -40,9 +53,7 @@ class WriteBackPacer:
         self._next_s = -math.inf
         self._n_hurrying = 0
         self._is_pressed = False
-        self._n_moved = 0
-        self._n_moved_before = 0
-        self._n_moving = 0
+        self._turns: deque[_Turn] = deque()
         self._was_quiet = False
 
     @property
@@ -58,15 +69,21 @@ class WriteBackPacer:
         return self._budget is not None
 
     def observe_decode(self, seconds: float, expected_s: float) -> None:
-        """A decode step has ended that took `seconds`; see `InterferenceBudget`."""
+        """A decode step has just ended that took `seconds`; see `InterferenceBudget`.
+
+        What was moved between steps, under a prefill for example, does not count as its harm.
+        """
         budget = self._budget
         if budget is None or seconds <= 0 or expected_s <= 0:
             return
         with self._changed:
-            self._decoding_until_s = self._clock() + max(IDLE_S, IDLE_STEPS * seconds)
-            n_bytes = self._n_moved - self._n_moved_before
-            self._n_moved_before = self._n_moved
-            is_quiet = n_bytes == 0 and self._n_moving == 0
+            now_s = self._clock()
+            self._decoding_until_s = now_s + max(IDLE_S, IDLE_STEPS * seconds)
+            start_s = now_s - seconds
+            turns = [turn for turn in self._turns if turn.end_s >= start_s]
+            self._turns = deque(turns)
+            n_bytes = sum(turn.n_bytes for turn in turns if turn.start_s >= start_s)
+            is_quiet = not turns
             if n_bytes:
                 budget.observe_busy(seconds, expected_s, n_bytes)
             elif is_quiet and self._was_quiet:
@@ -120,13 +137,14 @@ class WriteBackPacer:
             self._wait(self._budget)
             now_s = self._clock()
             self._next_s = max(self._next_s, now_s) + n_bytes / self._budget.bytes_per_s
-            self._n_moved += n_bytes
-            self._n_moving += 1
+            turn = _Turn(n_bytes, now_s)
+            self._turns.append(turn)
+            if len(self._turns) > TURNS_MAX:
+                self._turns.popleft()
         try:
             yield now_s - began_s
         finally:
-            with self._changed:
-                self._n_moving -= 1
+            turn.end_s = self._clock()
 
     def _wait(self, budget: InterferenceBudget) -> None:
         while True:

@@ -166,15 +166,34 @@ def test_time_without_a_limit_earns_and_owes_nothing() -> None:
 
 
 def test_a_step_is_quiet_only_if_nothing_moved_shortly_before() -> None:
-    pacer, budget, _ = limited(bytes_per_s=math.inf)
-    pacer.observe_decode(0.01, 0.01)
+    pacer, budget, clock = limited(bytes_per_s=math.inf)
+
+    def step() -> None:
+        clock.now_s += 0.021
+        pacer.observe_decode(0.02, 0.01)
+
+    step()
+    clock.now_s += 0.01  # into the next step
     with pacer.turn(70):
-        pacer.observe_decode(0.01, 0.01)
-        pacer.observe_decode(0.01, 0.01)  # still under way, its bytes counted
-    pacer.observe_decode(0.01, 0.01)
-    pacer.observe_decode(0.01, 0.01)
+        clock.now_s -= 0.005
+        step()
+        step()  # still under way, its bytes counted
+        clock.now_s += 0.01
+    step()
+    step()
     kinds = [("quiet", 0), ("busy", 70), ("neither", 0), ("neither", 0), ("quiet", 0)]
     assert budget.seen == kinds
+
+
+def test_what_moves_between_decode_steps_is_not_their_harm() -> None:
+    pacer, budget, clock = limited(bytes_per_s=math.inf)
+    for _ in range(3):
+        clock.now_s += 0.1  # a prefill
+        with pacer.turn(70):
+            clock.now_s += 0.1
+        clock.now_s += 0.1
+        pacer.observe_decode(0.05, 0.01)
+    assert budget.seen == [("quiet", 0)] * 3
 
 
 # -- in a hierarchy ---------------------------------------------------------------------------
