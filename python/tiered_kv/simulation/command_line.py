@@ -58,25 +58,7 @@ def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
         default="fcfs",
         help=f"order of waiting requests: {', '.join(request_policies.names())}",
     )
-    server.add_argument(
-        "--iteration-policy",
-        default="all",
-        help="which running requests decode in an iteration: "
-        f"{', '.join(iteration_policies.names())}; all: everyone, as SGLang does; slack: everyone "
-        "if that is in time, else those whose next tokens are due, the others being parked",
-    )
-    server.add_argument(
-        "--relegate",
-        action="store_true",
-        help="with --iteration-policy slack: when not everyone with the tightest token objective "
-        "can be in time, give up some of them for the others",
-    )
-    server.add_argument(
-        "--swap",
-        action="store_true",
-        help="requests that memory runs out for keep their KV as cache; with --iteration-policy "
-        "slack some also make way for those with tighter objectives",
-    )
+    _add_iteration_arguments(server)
     server.add_argument("--chunk", type=int, default=8192, help="prefill tokens per iteration")
     server.add_argument("--max-running", type=int, default=256, help="requests decoding at once")
     server.add_argument(
@@ -102,6 +84,28 @@ def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
         choices=sorted(TBT_CRITERIA),
         default="mean",
         help="which time between a request's tokens must meet its objective",
+    )
+
+
+def _add_iteration_arguments(server: argparse._ArgumentGroup) -> None:
+    server.add_argument(
+        "--iteration-policy",
+        default="all",
+        help="which running requests decode in an iteration: "
+        f"{', '.join(iteration_policies.names())}; all: everyone, as SGLang does; slack: everyone "
+        "if that is in time, else those whose next tokens are due, the others being parked",
+    )
+    server.add_argument(
+        "--relegate",
+        action="store_true",
+        help="with --iteration-policy slack: when not everyone with the tightest token objective "
+        "can be in time, give up some of them for the others",
+    )
+    server.add_argument(
+        "--swap",
+        action="store_true",
+        help="requests that memory runs out for keep their KV as cache; with --iteration-policy "
+        "slack some also make way for those with tighter objectives",
     )
 
 
