@@ -65,7 +65,12 @@ class Iterations:
     def __init__(self, n: int, context_tokens: int, step_s: float) -> None:
         self.clock = SharedClock(wanted=lambda: True, on_tick=lambda: None)
         costs = CostModel(find_model("Llama-3.1-8B"), find_device("H200-141"), {})
-        scheduler = SimpleNamespace(enable_overlap=False, result_queue=())
+        hierarchy = SimpleNamespace(_agree=lambda n_ready: n_ready)
+        scheduler = SimpleNamespace(
+            enable_overlap=False,
+            result_queue=(),
+            tree_cache=SimpleNamespace(hierarchy=hierarchy),
+        )
         policy = iteration_policies.get("slack")()
         self.selection = DecodeSelection(scheduler, policy, costs, self.clock)
         self.context_tokens, self.step_s = context_tokens, step_s

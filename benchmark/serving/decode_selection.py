@@ -5,7 +5,8 @@
 
 Gangs of requests share a prefix that is cached before; then all of them arrive at once. A few,
 spread over the gangs, are interactive and were promised a token every so often; the others are
-batch requests, which were promised a slower mean pace. Systems take turns, every other repeat in the opposite order:
+batch requests, which were promised a slower mean pace. Systems take turns, every other repeat in
+the opposite order:
 
   plain     SGLang without our cache
   all       --tiered-kv, everyone decodes in every iteration

@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,16 +24,10 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from support_plugin.decode_loop import DecodeLoop
-from support_plugin.decode_requests import Kind, Oracle, kinds, publish_arguments
-from tiered_kv.core.device_spec import find_device
-from tiered_kv.core.ids import Tier
-from tiered_kv.core.model_spec import find_model
-from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
+from support_plugin.decode_requests import Kind, Oracle, kinds, light_costs, publish_arguments
 from tiered_kv.scheduler.iteration_policy import IterationPlan, IterationState, RunningTotals
 
 TURNS_MAX = 3000
-HEAVY_KV_BYTES = 300.0
-LIGHT_WEIGHT_BYTES = 0.01
 #: (overlap, page size, device pages, chunk, decodes mixed into prefills): the smallest pools just
 #: hold the longest request.
 SHAPES: list[tuple[bool, int, int, int | None, bool]] = [
@@ -181,14 +174,7 @@ def test_answers_are_those_of_plain_sglang_ten_thousand_times(args: Any) -> None
 @pytest.mark.parametrize("policy", ["slack", "round-robin"])
 def test_our_own_policies_in_charge(args: Any, policy: str, overlap: bool) -> None:
     """The queue's policy, its clock and the choice of who decodes, as a server wires them."""
-    edges = ((Tier.HOST, Tier.DEVICE), (Tier.DEVICE, Tier.HOST))
-    # Contexts are short here: as if they were long, an iteration takes what their KV takes.
-    model = replace(
-        find_model("SmolLM2-135M"),
-        kv_bytes_per_element=HEAVY_KV_BYTES,
-        weight_bytes_per_parameter=LIGHT_WEIGHT_BYTES,
-    )
-    costs = CostModel(model, find_device("CPU-2"), dict.fromkeys(edges, EdgeCost(1e12, 1e-5)))
+    costs = light_costs()
     oracle = Oracle(args, overlap=overlap)
     n_parked = 0
     for number in range(6):

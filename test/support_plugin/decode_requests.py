@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,10 @@ from support_plugin.decode_loop import DecodeLoop, publish_arguments
 from support_plugin.kv_model import VOCABULARY
 from tiered_kv.api.slo import Slo
 from tiered_kv.api.terms import Terms
+from tiered_kv.core.device_spec import find_device
+from tiered_kv.core.ids import Tier
+from tiered_kv.core.model_spec import find_model
+from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUV"
 
@@ -145,4 +149,16 @@ class Oracle:
         self._loop.close()
 
 
-__all__ = ["Kind", "Oracle", "kinds", "publish_arguments"]
+def light_costs() -> CostModel:
+    """Predictions under which an iteration takes what its KV takes.
+
+    Contexts are short here: as if they were long, some objectives allow few to decode at a time.
+    """
+    model = replace(
+        find_model("SmolLM2-135M"), kv_bytes_per_element=300.0, weight_bytes_per_parameter=0.01
+    )
+    edges = ((Tier.HOST, Tier.DEVICE), (Tier.DEVICE, Tier.HOST))
+    return CostModel(model, find_device("CPU-2"), dict.fromkeys(edges, EdgeCost(1e12, 1e-5)))
+
+
+__all__ = ["Kind", "Oracle", "kinds", "light_costs", "publish_arguments"]

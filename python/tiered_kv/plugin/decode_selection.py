@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: In one of so many iterations the observed passes are learned from, if no transfer has led to it.
+LEARN_EVERY = 32
+
 
 class DecodeSelection:
     """One policy over the running batch of one scheduler."""
@@ -44,6 +47,7 @@ class DecodeSelection:
         """Who would be admitted next, as of the last time that the queue was put in order."""
         self.n_parts = 0
         """Iterations in which somebody was parked."""
+        self._n_updates = 0
         self._scheduler = scheduler
         self._policy = policy
         self._costs = costs
@@ -62,6 +66,7 @@ class DecodeSelection:
         Returns what `update` does: the running batch, whole.
         """
         self._part = None
+        self._learn()
         self.leaving.settle(batch)
         self._whole = batch
         try:
@@ -111,6 +116,13 @@ class DecodeSelection:
     def after_result(self) -> None:
         """A result was processed, in an iteration that may be no decode."""
         self.running.take_tokens(self._clock.now_s)
+
+    def _learn(self) -> None:
+        """Have the cost model keep up with the decodes, which the tiers alone do not need."""
+        self._n_updates += 1
+        if self._n_updates % LEARN_EVERY == 0:
+            # Every rank comes here in the same iterations, as it must.
+            self._scheduler.tree_cache.hierarchy._agree([])
 
     # -- who decodes --------------------------------------------------------------------------
 

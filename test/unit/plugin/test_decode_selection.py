@@ -19,8 +19,10 @@ from sglang.srt.managers.io_struct import AbortReq, PauseGenerationReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from support_plugin.decode_loop import DecodeLoop
-from support_plugin.decode_requests import Kind, Oracle, publish_arguments
+from support_plugin.decode_requests import Kind, Oracle, light_costs, publish_arguments
 from tiered_kv.plugin.clock_tick import SharedClock
+from tiered_kv.plugin.step_times import DECODES_PER_OBSERVATION
+from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.iteration_policy import IterationPlan, IterationState, RunningTotals
 
 MakeLoop = Callable[..., DecodeLoop]
@@ -343,3 +345,12 @@ def test_the_clock_runs_while_somebody_decodes() -> None:
     assert clock.read([]) is None
     running[0] = True
     assert clock.read([]) is not None
+
+
+def test_decodes_are_learned_from_without_transfers(make_loop: MakeLoop, overlap: bool) -> None:
+    loop = make_loop(overlap=overlap)
+    loop.govern("slack", "slack", light_costs())
+    calibrator = Calibrator(loop.tree_cache.parts.cost_model)
+    loop.tree_cache.hierarchy.context.calibrator = calibrator
+    loop.serve(*(kind(i, 120).request(str(i)) for i in range(3)))
+    assert calibrator._decode.n_observations >= 120 // DECODES_PER_OBSERVATION // 2
