@@ -3,9 +3,9 @@
     python benchmark/quality/kv_formats.py --model-path MODEL
     python benchmark/quality/kv_formats.py --model-path MODEL --dtype bfloat16 --prompts 40
 
-The KV of a text, in four parts, is computed once, and its whole pages are taken through each format
-by the ops that the server's copies call (`sgl_kernel_ext`). Then the model goes on from there, with
-everything else exact, as it does after a host or disk hit:
+The KV of a text, in three parts, is computed once, and its whole pages are taken through each
+format by the ops that the server's copies call (`sgl_kernel_ext`). Then the model goes on from
+there, with everything else exact, as it does after a host or disk hit:
 
 perplexity   of the stretches of each part that follow a page boundary, all before it from the pages
 agreement    of greedy answers to prompts that end somewhere in a part, all but their last, broken
@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from formats_model import FormatModel, Text, kv_through
+from formats_model import FormatModel, Text, ThroughFormat, kv_through
 from formats_report import FormatResult, Report, table
 from tqdm import tqdm
 
@@ -38,10 +39,12 @@ RESULTS = ROOT / "benchmark" / "results"
 #: Tokens of the text that are scored after each page boundary, and between two such boundaries.
 STRETCH_TOKENS = 256
 ANSWER_TOKENS = 32
+#: (mean negative log-likelihood, best tokens) of a stretch.
+Scored = tuple[float, list[int]]
 #: Answers of raw that are generated at once.
 BATCH = 8
 #: The text is read as so many, each from its own beginning: a cache is copied as it grows.
-PARTS = 4
+PARTS = 3
 
 
 def arguments() -> argparse.Namespace:
@@ -59,6 +62,8 @@ def arguments() -> argparse.Namespace:
     add("--page-size", type=int, default=64)
     add("--prompts", type=int, default=200, help="for the agreement (default: 200)")
     add("--stretches", type=int, help="score only so many stretches of each part (default: all)")
+    add("--minutes", type=float, default=10,
+        help="ask no more prompts after so many (default: 10)")  # fmt: skip
     add("--threads", type=int, help="of torch (default: one per core)")
     add("--out", type=Path, help="default: benchmark/results/kv_formats_DTYPE.{json,md}")
     return parser.parse_args()
@@ -88,59 +93,81 @@ def batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the text, where its scored stretches begin, its prompts' ends and raw's answers."""
+    """A part of the text, its pages through each format, and what is measured of them."""
 
     text: Text
+    through: dict[Format, ThroughFormat]
     starts: list[int]
     ends: list[int]
-    answers: list[list[int]]
 
 
 def read_parts(model: FormatModel, options: argparse.Namespace) -> list[Part]:
-    texts = model.read(options.text.read_text(), PARTS)
     parts = []
-    with tqdm(total=options.prompts, desc="raw answers", unit=" prompts") as bar:
-        for i, text in enumerate(texts):
-            # The first parts have one more if the prompts cannot be divided.
-            n_prompts = len(range(i, options.prompts, PARTS))
-            ends = prompt_ends(n_prompts, text.n_tokens, options.page_size)
-            answers: list[list[int]] = []
-            for group in batches(ends, BATCH):
-                answers += model.generate(text, group, ANSWER_TOKENS)
-                bar.update(len(group))
-            starts = boundaries(text.n_tokens, options.page_size)
-            parts.append(Part(text, starts[: options.stretches], ends, answers))
+    for i, text in enumerate(model.read(options.text.read_text(), PARTS)):
+        through = {f: kv_through(f, options.page_size, text) for f in Format}
+        # The first parts have one more if the prompts cannot be divided.
+        n_prompts = len(range(i, options.prompts, PARTS))
+        ends = prompt_ends(n_prompts, text.n_tokens, options.page_size)
+        starts = boundaries(text.n_tokens, options.page_size)
+        parts.append(Part(text, through, starts[: options.stretches], ends))
     return parts
 
 
-def measure_format(
-    model: FormatModel, format_: Format, parts: Sequence[Part], page_size: int, bar: tqdm
-) -> FormatResult:
-    losses, best, agreed = [], [], []
-    bar.set_postfix(format=str(format_))
-    pages = [kv_through(format_, page_size, part.text) for part in parts]
-    for part, through in zip(parts, pages, strict=True):
-        for start in part.starts:
-            loss, top = model.score(through, start, start + STRETCH_TOKENS)
-            losses.append(loss)
-            best.append(top)
-            bar.update()
-        for end, answer in zip(part.ends, part.answers, strict=True):
-            agreed.append(model.agreeing_tokens(through, end, answer, page_size))
-            bar.update()
-    keys = sum(through.key_error for through in pages) / len(pages)
-    values = sum(through.value_error for through in pages) / len(pages)
-    return FormatResult(str(format_), pages[0].token_bytes, keys, values, losses, best, agreed)
+def score(model: FormatModel, parts: Sequence[Part]) -> dict[Format, list[Scored]]:
+    scored: dict[Format, list[Scored]] = {f: [] for f in Format}
+    n_passes = len(Format) * sum(len(part.starts) for part in parts)
+    with tqdm(total=n_passes, desc="perplexity", unit=" stretches") as bar:
+        for part in parts:
+            for start in part.starts:
+                for f in Format:
+                    end = start + STRETCH_TOKENS
+                    scored[f].append(model.score(part.through[f], start, end))
+                    bar.update()
+    return scored
+
+
+def compare_answers(
+    model: FormatModel, parts: Sequence[Part], page_size: int, stop_at_s: float
+) -> dict[Format, list[int]]:
+    """How long each prompt's answers agree; of as many prompts as there is time for.
+
+    In random order, so that those there was time for are spread over the text.
+    """
+    agreed: dict[Format, list[int]] = {f: [] for f in Format}
+    groups = [(part, group) for part in parts for group in batches(part.ends, BATCH)]
+    random.Random(0).shuffle(groups)
+    with tqdm(total=sum(len(group) for _, group in groups), desc="answers", unit=" prompts") as bar:
+        for part, group in groups:
+            if agreed[Format.RAW] and time.perf_counter() > stop_at_s:
+                break
+            answers = model.generate(part.text, group, ANSWER_TOKENS)
+            for end, answer in zip(group, answers, strict=True):
+                for f in Format:
+                    agreed[f].append(model.agreeing_tokens(part.through[f], end, answer, page_size))
+                bar.update()
+    return agreed
 
 
 def measure(options: argparse.Namespace) -> Report:
+    stop_at_s = time.perf_counter() + 60 * options.minutes
     model = FormatModel(options.model_path, getattr(torch, options.dtype))
     parts = read_parts(model, options)
-    n_stretches = sum(len(part.starts) for part in parts)
-    with tqdm(
-        total=len(Format) * (n_stretches + options.prompts), desc="formats", unit=" passes"
-    ) as bar:
-        results = [measure_format(model, f, parts, options.page_size, bar) for f in Format]
+    scored = score(model, parts)
+    agreed = compare_answers(model, parts, options.page_size, stop_at_s)
+    results = []
+    for f in Format:
+        pages = [part.through[f] for part in parts]
+        results.append(
+            FormatResult(
+                str(f),
+                pages[0].token_bytes,
+                sum(through.key_error for through in pages) / len(pages),
+                sum(through.value_error for through in pages) / len(pages),
+                [loss for loss, _ in scored[f]],
+                [best for _, best in scored[f]],
+                agreed[f],
+            )
+        )
     return Report(
         model=options.model_path.name,
         dtype=options.dtype,
@@ -149,8 +176,8 @@ def measure(options: argparse.Namespace) -> Report:
         page_size=options.page_size,
         stretch_tokens=STRETCH_TOKENS - 1,
         answer_tokens=ANSWER_TOKENS,
-        n_stretches=n_stretches,
-        n_prompts=options.prompts,
+        n_stretches=len(scored[Format.RAW]),
+        n_prompts=len(agreed[Format.RAW]),
         results=results,
     )
 
