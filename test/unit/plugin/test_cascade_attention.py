@@ -131,15 +131,16 @@ def test_bfloat16_is_as_near_to_the_truth_as_upstream() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [Group((0, 3), 0, 80), Group((0, 1, 2), 0, SHARED)], ids=["row", "none"]
+    ("group", "is_wrong"),
+    [(GROUP, [False] * 4), (Group((0, 3), 0, 80), [False, False, False, True])],
+    ids=["right", "wrong"],
 )
-def test_a_wrong_group_would_be_noticed(wrong: Group) -> None:
-    """The control: rows 0 and 3 share nothing; with the group of the plan all is well."""
+def test_a_wrong_group_would_be_noticed(group: Group, is_wrong: list[bool]) -> None:
+    """The control: rows 0 and 3 share nothing, so row 3 reads another's KV."""
     rig = Rig()
-    rig.planned = PlannedBatch(CascadePlan(4, (Level((wrong,)),)), N_TOKENS, is_new=True)
+    rig.planned = PlannedBatch(CascadePlan(4, (Level((group,)),)), N_TOKENS, is_new=True)
     difference = (rig.decode(rig.ours()) - rig.upstreams()).abs().amax(1)
-    is_wrong = [bool(d > 1e-2) for d in difference]
-    assert is_wrong == ([False, False, False, True] if 3 in wrong.rows else [False] * 4)
+    assert [bool(d > 1e-2) for d in difference] == is_wrong
 
 
 def test_the_integrity_check_refuses_a_wrong_group() -> None:
