@@ -97,8 +97,8 @@ class History:
 
     def _have_some_leave(self) -> None:
         running = [r for r in self._loop.running_batch.reqs if not r.finished()]
-        if len(running) > 1:
-            n = self._dice.randint(1, len(running) - 1)
+        if running:
+            n = self._dice.randint(1, len(running))
             self.selection.leaving.add(self._dice.sample(running, n))
 
 

@@ -76,7 +76,8 @@ def note_first_in_queue(
     """AFTER `SchedulePolicy.calc_priority`, which has put the queue in order."""
     selection = getattr(schedule_policy, "tiered_kv_selection", None)
     if selection is not None:
-        selection.first_in_queue = waiting_queue[0] if waiting_queue else None
+        order = getattr(schedule_policy, "tiered_kv_order", None)
+        selection.queue_in_order(waiting_queue, order)
 
 
 def after_batch_result(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:

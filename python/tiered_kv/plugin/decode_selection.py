@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin import decode_option
@@ -27,10 +28,13 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
     from tiered_kv.plugin.clock_tick import SharedClock
+    from tiered_kv.plugin.request_order import RequestOrder
     from tiered_kv.scheduler.cost_model import CostModel
 
 logger = logging.getLogger(__name__)
 
+#: Waiting requests that are looked at for one that others could make way for.
+LOOK_AHEAD = 64
 #: In one of so many iterations the observed passes are learned from, if no transfer has led to it.
 LEARN_EVERY = 32
 
@@ -43,20 +47,22 @@ class DecodeSelection:
     ) -> None:
         self.running = RunningRequests()
         self.leaving = Leaving(scheduler)
-        self.first_in_queue: Req | None = None
-        """Who would be admitted next, as of the last time that the queue was put in order."""
         self.n_parts = 0
         """Iterations in which somebody was parked."""
+        # Who would be admitted next, and whether the queue's policy sees no room for anybody.
+        self._first_in_queue: Req | None = None
+        self._is_held_back = False
         self._n_updates = 0
         self._scheduler = scheduler
         self._policy = policy
         self._costs = costs
         self._clock = clock
-        # While SGLang prepares a decode: the running batch, and who of it decodes (None: all).
+        # While SGLang prepares a decode: the running batch, and who of it decodes (None: all; [] if
+        # all are about to leave).
         self._whole: ScheduleBatch | None = None
         self._chosen: Sequence[Req] | None = None
-        # The running batch, and what runs in its place.
-        self._part: tuple[ScheduleBatch, ScheduleBatch] | None = None
+        # The running batch, and what runs in its place, if anything.
+        self._part: tuple[ScheduleBatch, ScheduleBatch | None] | None = None
 
     # -- one decode ---------------------------------------------------------------------------
 
@@ -84,7 +90,7 @@ class DecodeSelection:
         self._choose(batch)
         if self._chosen is None:
             return check()
-        return check(selected_indices=self._rows(batch))
+        return not self._chosen or check(selected_indices=self._rows(batch))
 
     def prepare(self, batch: ScheduleBatch, prepare: Callable[[], None]) -> None:
         """In the place of `prepare_for_decode`."""
@@ -94,6 +100,10 @@ class DecodeSelection:
             if whole is None:
                 # Mixed into a prefill, all of them.
                 self.running.some_decode(batch.reqs, now_s)
+            return
+        if self._chosen is not None and not self._chosen:
+            self.running.some_decode([], now_s)
+            self._part = batch, None
             return
         rows = None if self._chosen is None else self._rows(batch)
         if rows is None or len(rows) == len(batch.reqs):
@@ -131,14 +141,14 @@ class DecodeSelection:
         running, now_s = self.running, self._clock.now_s
         running.keep_up(batch.reqs, now_s)
         self._chosen = None
-        if batch.batch_is_full and self.first_in_queue is not None:
-            self._make_way(batch, self.first_in_queue)
+        if self._first_in_queue is not None and (batch.batch_is_full or self._is_held_back):
+            self._make_way(batch, self._first_in_queue)
         if not self.leaving and self._policy.fits(running.totals, self._costs, now_s):
             return
         staying = [req for req in batch.reqs if req not in self.leaving]
         if not staying:
-            # Nobody is left to make way for.
-            self.leaving.clear()
+            # They leave when their last results are there: nothing may be launched until then.
+            self._chosen = []
             return
         plan = self._plan(staying)
         if plan.decode is not None:
@@ -169,9 +179,26 @@ class DecodeSelection:
 
     # -- who makes way ------------------------------------------------------------------------
 
+    def queue_in_order(self, offered: Sequence[Req], order: RequestOrder | None) -> None:
+        """SGLang admits from `offered` next. If that is nobody, `order` sees no room for anybody:
+        then whoever waits with the tightest token objective may need others to make way.
+        """
+        self._is_held_back = not offered
+        self._first_in_queue = offered[0] if offered else None
+        if offered or order is None:
+            return
+        waiting = [
+            queued
+            for queued in islice(order.queue.waiting, LOOK_AHEAD)
+            if queued.slo.tbt_s is not None and queued.request_id not in order.queue.held
+        ]
+        if waiting:
+            first = min(waiting, key=lambda queued: (queued.slo.tbt_s, queued.request_id))
+            self._first_in_queue = order.queue.req(first.request_id)
+
     def _make_way(self, batch: ScheduleBatch, first: Req) -> None:
         """Have some leave so that `first`, whose objective is tighter, is admitted."""
-        self.first_in_queue = None  # asked for once: the queue is put in order again
+        self._first_in_queue = None  # asked for once: the queue is put in order again
         if self.leaving or first.finished() or first.req_pool_idx is not None:
             return
         tbt_s = terms_of(first).slo.tbt_s

@@ -85,10 +85,6 @@ class Leaving:
         """They are to leave."""
         self._reqs += [req for req in reqs if req not in self._reqs]
 
-    def clear(self) -> None:
-        """They stay after all."""
-        self._reqs = []
-
     def settle(self, batch: ScheduleBatch) -> None:
         """Those who can leave `batch`, the running batch, do. Who is to end stays, to do so."""
         if not self._reqs:

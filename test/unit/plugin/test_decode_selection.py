@@ -354,3 +354,21 @@ def test_decodes_are_learned_from_without_transfers(make_loop: MakeLoop, overlap
     loop.tree_cache.hierarchy.context.calibrator = calibrator
     loop.serve(*(kind(i, 120).request(str(i)) for i in range(3)))
     assert calibrator._decode.n_observations >= 120 // DECODES_PER_OBSERVATION // 2
+
+
+def test_our_own_policies_have_loose_requests_make_way(
+    make_loop: MakeLoop, overlap: bool, answers: Callable[[Kind], list[int]]
+) -> None:
+    loop = small_loop(make_loop, overlap=overlap)
+    loop.govern("slack", "slack", light_costs())
+    kinds = [kind(0, 40), kind(1, 40), kind(2, 20, tbt_s=0.06)]
+    reqs = [k.request(f"r{i}") for i, k in enumerate(kinds)]
+    for req in reqs[:2]:
+        loop.arrive(req)
+    loop.run(turns(20))
+    loop.arrive(reqs[2])
+    loop.run(lambda: not loop.is_at_rest)
+    assert loop.tree_cache.decode_selection.leaving.n_swapped > 0
+    assert list(loop.finished)[-1] != "r2"
+    assert [list(req.output_ids) for req in reqs] == [answers(k) for k in kinds]
+    loop.check_nothing_is_held()
