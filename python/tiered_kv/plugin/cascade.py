@@ -94,9 +94,9 @@ class CascadePlanner:
         planned = self.plan(batch)
         self._launched = None if planned is None else (forward_batch, planned)
         if planned is not None:
-            n_tokens = sum(planned.n_tokens)
-            n_read = n_tokens - planned.plan.saved_tokens
-            batch.tree_cache.parts.metrics.decoded(n_tokens, n_read)
+            n_tokens, cache = sum(planned.n_tokens), batch.tree_cache
+            cache.saved_tokens = planned.plan.saved_tokens
+            cache.parts.metrics.decoded(n_tokens, n_tokens - cache.saved_tokens)
 
     def begin(self, forward_batch: object) -> None:
         """The next pass of the model is `forward_batch`'s."""

@@ -69,6 +69,8 @@ class TieredPrefixCache(RadixCache):
         self.root_node = self.hierarchy.root()
         # Set if one of our policies orders the waiting queue.
         self.request_order: RequestOrder | None = None
+        # KV tokens that the decode launched last need not read, as others of it do.
+        self.saved_tokens = 0
         self._weights_changed = False
         self._checked_at = 0.0
 

@@ -68,7 +68,9 @@ class StepTimes:
                 context_tokens = sum(
                     len(r.origin_input_ids) + len(r.output_ids) for r in batch.reqs
                 )
-                return StepObservation((), context_tokens, len(batch.reqs), 0.0)
+                # The planner of cascade attention says it when the batch is launched.
+                saved = batch.tree_cache.saved_tokens
+                return StepObservation((), context_tokens, len(batch.reqs), 0.0, saved)
         return None
 
     def _observe(self, step: StepObservation, seconds: float) -> None:

@@ -116,6 +116,8 @@ class StepObservation:
     decode_contexts_tokens: int
     n_decodes: int
     seconds: float
+    shared_tokens_saved: int = 0
+    """As in `CostModel.iteration_s`."""
 
 
 class Calibrator:
@@ -138,10 +140,11 @@ class Calibrator:
         decode_contexts_tokens: int,
         n_decodes: int,
         seconds: float,
+        shared_tokens_saved: int = 0,
     ) -> None:
         """A forward pass took `seconds`. Passes of both kinds at once say little about either."""
         model = self._model
-        whole_s = model.roofline_s(prefills, decode_contexts_tokens, n_decodes)
+        whole_s = model.roofline_s(prefills, decode_contexts_tokens, n_decodes, shared_tokens_saved)
         if not prefills:
             self._decode.observe(whole_s, seconds)
             model.correct(decode=Correction(self._decode.fixed_s, self._decode.scale))

@@ -209,7 +209,11 @@ class KVHierarchy:
         if context.calibrator is not None:
             for step, negative_us in zip(steps, agreed[len(n_ready) + 1 :], strict=True):
                 context.calibrator.observe_step(
-                    step.prefills, step.decode_contexts_tokens, step.n_decodes, -negative_us / 1e6
+                    step.prefills,
+                    step.decode_contexts_tokens,
+                    step.n_decodes,
+                    -negative_us / 1e6,
+                    step.shared_tokens_saved,
                 )
         return agreed[: len(n_ready)]
 

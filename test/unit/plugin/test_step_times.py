@@ -90,9 +90,10 @@ def test_one_in_so_many_decodes_is_observed(clock: list[float]) -> None:
     for n in range(2 * step_times.DECODES_PER_OBSERVATION):
         batch = batch_of(ForwardMode.DECODE, float(n))
         batch.reqs = reqs
+        batch.tree_cache = SimpleNamespace(saved_tokens=7)
         clock[0] = n + 0.5
         times.launched(batch)
-    assert observed == [StepObservation((), 36, 2, 0.5)] * 2
+    assert observed == [StepObservation((), 36, 2, 0.5, 7)] * 2
 
 
 def test_passes_whose_result_never_comes_are_forgotten(clock: list[float]) -> None:

@@ -1,0 +1,39 @@
+"""Which running requests begin alike."""
+
+from __future__ import annotations
+
+from array import array
+
+from tiered_kv.forest.node import Node
+from tiered_kv.plugin.running_gangs import gangs_of
+
+
+def child(parent: Node, node_id: int, n_tokens: int) -> Node:
+    return Node(node_id, parent, array("q", range(n_tokens)), [], parent.end + n_tokens, 3)
+
+
+ROOT = Node.make_root(-1, b"root", 3)
+
+
+def test_those_below_a_node_are_a_gang() -> None:
+    document = child(ROOT, 1, 2_000)
+    asked = [child(document, 2 + at, 64) for at in range(3)]
+    assert gangs_of([*asked, None, ROOT]) == [(1, 2_000)] * 3 + [None, None]
+
+
+def test_the_node_that_saves_most_is_the_gangs() -> None:
+    system = child(ROOT, 1, 512)
+    documents = [child(system, 2, 4_096), child(system, 3, 256)]
+    # Two on the long document save 4,608; three on the system prompt's short one save less there
+    # (2 x 768) than all five on the system prompt (4 x 512).
+    found = gangs_of([documents[0]] * 2 + [documents[1]] * 3)
+    assert found == [(2, 4_608)] * 2 + [(1, 512)] * 3
+
+
+def test_what_is_short_is_shared_with_nobody() -> None:
+    greeting = child(ROOT, 1, 192)
+    assert gangs_of([greeting, child(greeting, 2, 64), child(greeting, 3, 5_000)]) == [None] * 3
+
+
+def test_one_alone_is_no_gang() -> None:
+    assert gangs_of([child(ROOT, 1, 5_000), child(ROOT, 2, 5_000)]) == [None, None]
