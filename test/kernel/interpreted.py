@@ -23,6 +23,7 @@ from kernel.pools import (
 )
 from sgl_kernel_ext.formats import Format, Role
 from sgl_kernel_ext.ops import PagePool, gather_pages, layout_of, scatter_pages, warm_up
+from sgl_kernel_ext.triton_backend import TritonBackend
 from sgl_kernel_ext.triton_plan import Buffers, plan_launch
 
 pytestmark = pytest.mark.timeout(600)
@@ -133,6 +134,14 @@ def test_warming_up_changes_nothing(format_: Format) -> None:
     buffers = shape.pool(0)
     warm_up(PagePool(buffers, shape.layout(format_), backend="triton", debug=True))
     assert all(same_bits(a, b) for a, b in zip(buffers, shape.pool(0), strict=True))
+
+
+@pytest.mark.parametrize(("format_", "launches"), [("raw", 1), ("fp8", 1), ("int4", 2)])
+def test_keys_and_values_share_a_launch_where_they_are_alike(format_: str, launches: int) -> None:
+    shape = Shape(8, 1, (16, 16), torch.float32, n_layers=3)
+    backend = TritonBackend(shape.pool(0), shape.layout(Format(format_)))
+    assert len(backend.groups) == launches
+    assert sum(len(group.layers) for group in backend.groups) == 6
 
 
 def test_raw_bytes_at_any_address() -> None:

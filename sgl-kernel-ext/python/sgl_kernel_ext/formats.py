@@ -21,6 +21,7 @@ a key.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -93,6 +94,12 @@ class BufferSpec:
             )
         if min(self.n_heads, self.head_dim) < 1 or self.layer < 0:
             raise ValueError(f"{self} has no elements; give it heads, channels and a layer")
+
+    def kind(self, format_: Format) -> BufferSpec:
+        """The same for all buffers that a format treats alike: of any layer, and in raw and fp8
+        keys and values."""
+        role = self.role if format_ in (Format.INT4, Format.INT2, Format.KITTY) else Role.KEY
+        return dataclasses.replace(self, layer=0, role=role)
 
     @property
     def token_bytes(self) -> int:

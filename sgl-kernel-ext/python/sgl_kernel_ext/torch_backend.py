@@ -6,7 +6,6 @@ and pages, large enough to make light of the calls into torch, and small enough 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -32,9 +31,8 @@ class TorchBackend:
         self._layout = layout
         self._alike: dict[BufferSpec, list[Member]] = {}
         for share, buffer in zip(layout.buffers, buffers, strict=True):
-            kind = dataclasses.replace(share.spec, layer=0)
             member = (share, pages_of(buffer, layout.page_size))
-            self._alike.setdefault(kind, []).append(member)
+            self._alike.setdefault(share.spec.kind(layout.format), []).append(member)
 
     def gather(self, copy: PageCopy) -> None:
         data = copy.data

@@ -50,11 +50,11 @@ class TritonBackend:
     def __init__(self, buffers: Sequence[torch.Tensor], layout: PageLayout) -> None:
         alike: dict[Buffers, list[tuple[BufferLayout, torch.Tensor]]] = {}
         for share, buffer in zip(layout.buffers, buffers, strict=True):
-            spec = dataclasses.replace(share.spec, layer=0)
+            spec = share.spec.kind(layout.format)
             token, head, channel = buffer.stride()
             key = Buffers(layout.format, layout.page_size, spec, (token, head, channel), 1)
             alike.setdefault(key, []).append((share, buffer))
-        self._groups = [AlikeBuffers(key, members) for key, members in alike.items()]
+        self.groups = [AlikeBuffers(key, members) for key, members in alike.items()]
         self._device = buffers[0].device
 
     def gather(self, copy: PageCopy) -> None:
@@ -67,7 +67,7 @@ class TritonBackend:
         row_stride = copy.data.stride(0)
         start = math.gcd(VECTOR_BYTES, copy.data.data_ptr(), row_stride)
         with on_device(self._device):
-            for group in self._groups:
+            for group in self.groups:
                 members = group.of_layers(copy.layers)
                 offsets = [offset - copy.first_byte for offset in group.offsets[members]]
                 if not offsets:
