@@ -64,6 +64,8 @@ def _write_back(whole: ScheduleBatch, part: ScheduleBatch, rows: Sequence[int]) 
     at_device = at.to(whole.device, non_blocking=True)
     for name in _LENGTHS:
         lengths = getattr(whole, name)
+        if lengths is None:
+            continue  # the mirror on the host, which not every attention backend needs
         # A new tensor: the old one may be in use by a forward pass that is under way.
         index = at if lengths.device.type == "cpu" else at_device
         setattr(whole, name, lengths.index_copy(0, index, getattr(part, name)))
