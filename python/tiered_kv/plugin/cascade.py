@@ -197,7 +197,8 @@ def _why_not_for_model(model_runner: Any) -> str | None:
     return None
 
 
-def _planner_of(model_runner: Any) -> CascadePlanner | None:
+def planner_of(model_runner: Any) -> CascadePlanner | None:
+    """The planner that a model runner's attention follows, if any."""
     return getattr(model_runner.attn_backend, "cascade", None)
 
 
@@ -205,14 +206,14 @@ def plan_launched(
     forward_batch: Any, cls: type, batch: Any, model_runner: Any, *args: Any, **kwargs: Any
 ) -> None:
     """AFTER `ForwardBatch.init_new`."""
-    planner = _planner_of(model_runner)
+    planner = planner_of(model_runner)
     if planner is not None:
         planner.launch(forward_batch, batch)
 
 
 def begin_pass(model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE `ModelRunner.forward`."""
-    planner = _planner_of(model_runner)
+    planner = planner_of(model_runner)
     if planner is not None:
         planner.begin(forward_batch)
 
@@ -224,7 +225,7 @@ def run_eagerly(
 
     The graphs hold upstream's attention, which would read all KV of every row.
     """
-    planner = _planner_of(graph_runner.model_runner)
+    planner = planner_of(graph_runner.model_runner)
     planned = None if planner is None else planner.current
     if planned is not None and planned.plan.levels:
         return False

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin import decode_option
+from tiered_kv.plugin.cascade import planner_of
 from tiered_kv.plugin.decode_batch import decode_part
 from tiered_kv.plugin.running_requests import RunningRequests, terms_of
 from tiered_kv.plugin.swap_out import Leaving
@@ -43,9 +44,16 @@ class DecodeSelection:
     """One policy over the running batch of one scheduler."""
 
     def __init__(
-        self, scheduler: Any, policy: IterationPolicy, costs: CostModel, clock: SharedClock
+        self,
+        scheduler: Any,
+        policy: IterationPolicy,
+        costs: CostModel,
+        clock: SharedClock,
+        *,
+        is_cascade: bool = False,
     ) -> None:
-        self.running = RunningRequests()
+        cache = scheduler.tree_cache
+        self.running = RunningRequests((lambda: cache.saved_tokens) if is_cascade else None)
         self.leaving = Leaving(scheduler)
         self.n_parts = 0
         """Iterations in which somebody was parked."""
@@ -164,6 +172,7 @@ class DecodeSelection:
                 now_s=self._clock.now_s,
                 running=self.running.look(reqs),
                 costs=self._costs,
+                is_cascade=self.running.is_cascade,
                 short_tokens=short_tokens,
                 short_for_tbt_s=short_for_tbt_s,
             )
@@ -285,7 +294,10 @@ def install(scheduler: Any, policy_name: str) -> None:
         )
         return
     policy = iteration_policies.get(policy_name)()
-    selection = DecodeSelection(scheduler, policy, parts.cost_model, order.clock)
+    is_cascade = planner_of(scheduler.tp_worker.model_runner) is not None
+    selection = DecodeSelection(
+        scheduler, policy, parts.cost_model, order.clock, is_cascade=is_cascade
+    )
     order.clock.also_wanted(lambda: not scheduler.running_batch.is_empty())
     scheduler.tree_cache.decode_selection = selection
     scheduler.policy.tiered_kv_selection = selection

@@ -7,7 +7,7 @@ request is touched when it joins, when it leaves, and when the policy is about t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from tiered_kv.api.terms import Terms
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
+from tiered_kv.plugin.running_gangs import gangs_of
 from tiered_kv.plugin.swap_out import can_swap
 from tiered_kv.scheduler.iteration_policy import RunningRequest, RunningTotals
 
@@ -43,7 +44,13 @@ def terms_of(req: Req) -> Terms:
 class RunningRequests:
     """Those in SGLang's running batch, parked or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, saved_tokens: Callable[[], int] | None = None) -> None:
+        """saved_tokens: KV tokens that cascade attention had the last decode not read; None: it is
+        not in use, and gangs are nobody's concern.
+        """
+        self.is_cascade = saved_tokens is not None
+        self._saved_tokens = saved_tokens
+        self._gangs_known_of: list[Req] | None = None
         self.totals = RunningTotals()
         self._entries: dict[Req, _Entry] = {}
         self._reqs: list[Req] | None = None
@@ -67,6 +74,7 @@ class RunningRequests:
         for req in self._new(reqs, len(there) - len(self._entries)):
             self._add(req, now_s)
         self._reqs = reqs
+        self.totals.shared_tokens_saved = 0
 
     def _new(self, reqs: list[Req], n_new: int) -> list[Req]:
         """The `n_new` of `reqs` that are not known yet, in order: they are near the end."""
@@ -121,6 +129,8 @@ class RunningRequests:
         if decoding is self._reqs:
             self._n_all += 1
             totals.decoded(now_s)
+            if self._saved_tokens is not None:
+                totals.shared_tokens_saved = self._saved_tokens()
             return
         totals.n_parked = totals.n - len(decoding)
         totals.context_tokens += len(decoding)
@@ -141,6 +151,7 @@ class RunningRequests:
 
     def look(self, reqs: Iterable[Req]) -> list[RunningRequest]:
         """`reqs`, who run, brought up to date. A request that is to end must decode to do so."""
+        self._find_gangs()
         requests = []
         for req in reqs:
             entry = self._up_to_date(req)
@@ -151,6 +162,16 @@ class RunningRequests:
                 request.next_token_due_s = entry.first_token_s + pace_s
             requests.append(request)
         return requests
+
+    def _find_gangs(self) -> None:
+        """Whenever somebody came or went: who shares what with whom stays the same otherwise."""
+        reqs = self._reqs
+        if not self.is_cascade or reqs is None or reqs is self._gangs_known_of:
+            return
+        self._gangs_known_of = reqs
+        for req, gang in zip(reqs, gangs_of(req.last_node for req in reqs), strict=True):
+            request = self._entries[req].request
+            request.gang, request.shared_tokens = gang or (None, 0)
 
     def measure(self, req: Req) -> None:
         """What making `req` leave would free, and whether that can be undone."""

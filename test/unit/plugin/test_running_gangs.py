@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from array import array
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
 
 from tiered_kv.forest.node import Node
 from tiered_kv.plugin.running_gangs import gangs_of
+from tiered_kv.plugin.running_requests import RunningRequests
 
 
 def child(parent: Node, node_id: int, n_tokens: int) -> Node:
@@ -37,3 +43,48 @@ def test_what_is_short_is_shared_with_nobody() -> None:
 
 def test_one_alone_is_no_gang() -> None:
     assert gangs_of([child(ROOT, 1, 5_000), child(ROOT, 2, 5_000)]) == [None, None]
+
+
+class Running:
+    """As much of SGLang's request as is looked at."""
+
+    def __init__(self, last_node: Node, n_tokens: int) -> None:
+        self.last_node = last_node
+        self.kv_committed_len = n_tokens
+        self.output_ids: list[int] = [1]
+        self.to_finish = None
+
+    def finished(self) -> bool:
+        return False
+
+
+def test_the_policy_is_told_of_gangs_and_of_what_they_save() -> None:
+    document = child(ROOT, 1, 2_048)
+    saved = [0]
+    running = RunningRequests(lambda: saved[0])
+    together: list[Any] = [Running(document, 2_100), Running(document, 2_200)]
+    running.keep_up(together, 1.0)
+    assert [(r.gang, r.shared_tokens) for r in running.look(together)] == [(1, 2_048)] * 2
+    running.everyone_decodes(1.0)
+    saved[0] = 2_048
+    running.take_tokens(1.5)
+    assert running.totals.shared_tokens_saved == 2_048
+    # Who comes has to be looked at, and nothing is known of what all of them save together.
+    three = [*together, Running(child(ROOT, 2, 640), 700)]
+    running.keep_up(three, 2.0)
+    assert running.totals.shared_tokens_saved == 0
+    assert [r.gang for r in running.look(three)] == [1, 1, None]
+    alone = three[1:]
+    running.keep_up(alone, 3.0)
+    assert [(r.gang, r.shared_tokens) for r in running.look(alone)] == [(None, 0)] * 2
+
+
+def test_without_cascade_gangs_are_nobodys_concern() -> None:
+    document = child(ROOT, 1, 2_048)
+    running = RunningRequests()
+    together: list[Any] = [Running(document, 2_100), Running(document, 2_200)]
+    running.keep_up(together, 1.0)
+    assert [r.gang for r in running.look(together)] == [None, None]
+    running.everyone_decodes(1.0)
+    running.take_tokens(1.5)
+    assert running.totals.shared_tokens_saved == 0
