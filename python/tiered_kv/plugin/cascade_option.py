@@ -1,6 +1,6 @@
 """The option `--tiered-kv-cascade`: what it may be, and when it can be had.
 
-`auto`, the default, is `on` where its gain was measured, which is a CPU, and `off` elsewhere. In
+`auto`, the default, is `on` where it was measured, which is on a CPU, and `off` elsewhere. In
 either case a batch is read in groups only if that is predicted to pay (`attention/payoff.py`).
 """
 
