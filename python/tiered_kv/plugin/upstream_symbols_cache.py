@@ -114,7 +114,7 @@ POOLS = (
         "hf_config context_len is_multimodal is_encoder_decoder is_generation dtype",
         "fingerprint refusals costs",
     ),
-    object_(f"{SRT}.managers.tp_worker.TpModelWorker", "model_runner", "build"),
+    object_(f"{SRT}.managers.tp_worker.TpModelWorker", "model_runner", "build decode_selection"),
     object_(f"{SRT}.model_executor.model_runner.ModelRunner", "model forward_stream", "build"),
 )
 

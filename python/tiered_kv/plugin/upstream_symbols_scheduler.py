@@ -138,7 +138,7 @@ DECODE = (
     object_(
         f"{SRT}.managers.scheduler.Scheduler",
         "running_batch result_queue enable_overlap waiting_queue policy page_size "
-        "token_to_kv_pool_allocator new_token_ratio_tracker tree_cache",
+        "token_to_kv_pool_allocator new_token_ratio_tracker tree_cache tp_worker",
         "decode_selection swap_out",
     ),
     *methods(
