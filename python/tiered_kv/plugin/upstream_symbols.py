@@ -51,7 +51,11 @@ ARGUMENTS = (
     function(f"{SRT}.server_args.ServerArgs.from_cli_args", "args", "server_args"),
     function(f"{SRT}.server_args.ServerArgs.__post_init__", "self", "server_args"),
     object_(f"{SRT}.arg_groups.arg_utils.A", "", "server_args overlap_options"),
-    object_(f"{SRT}.arg_groups.arg_utils.Arg", "help type_parser no_cli", "server_args overlap_options"),
+    object_(
+        f"{SRT}.arg_groups.arg_utils.Arg",
+        "help type_parser no_cli",
+        "server_args overlap_options",
+    ),
     object_(f"{SRT}.arg_groups.arg_utils.NS", "path", "server_args overlap_options"),
     object_(f"{SRT}.entrypoints.engine.Engine", "server_args_class", "entry"),
     object_(
