@@ -200,6 +200,7 @@ def main() -> None:
 def command(options: argparse.Namespace) -> str:
     words = ["--model-path", options.model_path.name, "--dtype", options.dtype]
     words += ["--prompts", str(options.prompts), "--page-size", str(options.page_size)]
+    words += ["--minutes", f"{options.minutes:g}"]
     if options.stretches is not None:
         words += ["--stretches", str(options.stretches)]
     return " ".join(words)
