@@ -29,12 +29,14 @@ def say(name: str, start: float, what: str) -> None:
 
 
 def flashinfer_specs() -> list[tuple[str, Callable[[], Any]]]:
-    """What upstream's flashinfer backend and cascade attention use, quickest first."""
+    """What upstream's flashinfer backend and cascade attention use, quickest first.
+
+    Not sampling, the slowest to build: a bundle samples in PyTorch (`cli.SERVE_FLAGS`).
+    """
     import torch
     from flashinfer.jit.attention import gen_batch_decode_module, gen_batch_prefill_module
     from flashinfer.jit.cascade import gen_cascade_module
     from flashinfer.jit.page import gen_page_module
-    from flashinfer.jit.sampling import gen_sampling_module
 
     types = {"dtype_q": torch.bfloat16, "dtype_kv": torch.bfloat16, "dtype_o": torch.bfloat16}
     shape = {
@@ -54,7 +56,6 @@ def flashinfer_specs() -> list[tuple[str, Callable[[], Any]]]:
             "batch prefill, fa2",
             lambda: gen_batch_prefill_module(backend="fa2", use_fp16_qk_reduction=False, **shape),
         ),
-        ("sampling", gen_sampling_module),
     ]
 
 
