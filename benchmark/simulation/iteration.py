@@ -102,9 +102,10 @@ def scenarios() -> Iterator[Scenario]:
                 same = (context,) * 3
                 yield Scenario(name, model, same, gang=8, cascade=cascade, n_requests=64)
         yield Scenario("4k, 32k, 128k by class", model, by_class, load=0.6)
-        n = 24 if model == "8B" else 36
-        name = f"4k beside {n} jobs of 32k"
-        yield Scenario(name, model, (4096, 4096, 32768), load=0.25, n_requests=150, backlog=n)
+    beside = Scenario(
+        "4k beside 24 jobs of 32k", "8B", (4096, 4096, 32768), load=0.25, n_requests=150, backlog=24
+    )
+    yield beside
     same = (16384,) * 3
     yield Scenario("private 16k, 50 ms", "8B", same, targets="default", n_requests=100)
     full = {"load": 1.0, "output_tokens": 1500.0, "n_requests": 100}
