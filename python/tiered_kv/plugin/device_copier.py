@@ -81,6 +81,9 @@ def choose_copier(
     slots = (slots + torch.arange(page_size, device=slots.device)).flatten()
     try:
         copiers = {DMA: dma, KERNEL: kernel_copier(formats, device, host, stream)}
+        if stream is not None:
+            # The pools and the indices were filled in another stream.
+            torch.cuda.synchronize(slots.device)
         measured = copy_paths.measure(copiers, slots, host_pages)
     except Exception as error:
         # Whatever a compiler or a driver can raise: the other path needs neither.

@@ -25,7 +25,7 @@ QUIET_CLIP = 1.25
 STEPS_PER_PROBE = 13
 PROBE_STEPS = 3
 #: Never slower than this, in bytes a second: what waits must go some time.
-RATE_MIN = 8e6
+RATE_MIN = 32e6
 #: At more than this there is nothing to limit.
 RATE_MAX = 1e11
 

