@@ -6,8 +6,8 @@ Simulates an 8B model on one H200 and a 70B model on four, with requests of thre
 interactive, 30% standard, 10% batch) over contexts from 4k to 256k tokens: private ones, ones that
 eight requests share, without and with cascade attention, and contexts that grow with the class's
 patience. Writes simulation_iteration.json, a report and plots. The 102 runs took 25 minutes as one
-process on a busy machine with two cores; --only takes some scenarios, --resume adds what is missing,
---report makes the report alone. Run it in the root of the repository.
+process on a busy machine with two cores; --only takes some scenarios, --resume adds what is
+missing, --report makes the report alone. Run it in the root of the repository.
 """
 
 from __future__ import annotations

@@ -194,11 +194,11 @@ Read with care: in most rows a handful of requests decides between 90% and 94%.
   construction.
 - **It loses, and by much, where the load is more than can be served at the tightest objective**:
   on the 70B model private contexts of 16k at 0.8 of what full batches sustain (0.25 to 0.34 of
-  `all`'s goodput, which itself loses to `sglang`), and shared contexts of 64k. An iteration of 25 ms
-  there sustains 0.75 or less of what a full batch does, so the queue grows without end: tokens
-  come in time, first tokens don't. The policy keeps token objectives and never trades them for first
-  tokens; an operator has to, with a looser token objective, or by admitting less. With cascade
-  attention decodes are cheap, the load is prefill, and the same happens in small.
+  `all`'s goodput, which itself loses to `sglang`), and shared contexts of 64k. An iteration of
+  25 ms there sustains 0.75 or less of what a full batch does, so the queue grows without end:
+  tokens come in time, first tokens don't. The policy keeps token objectives and never trades them
+  for first tokens; an operator has to, with a looser token objective, or by admitting less. With
+  cascade attention decodes are cheap, the load is prefill, and the same happens in small.
 - **The price** in tokens per second on the 8B model is 0 to 11%, what the bytes say or less, save
   the cascade rows, which pay for small prefills. On the 70B model on four devices the weights are
   nearly half of an iteration of 25 ms, so it is a fifth to a quarter, and more with cascade:
