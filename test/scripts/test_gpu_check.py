@@ -236,6 +236,20 @@ def test_prompts_are_where_their_state_says(
     assert cache.n_computed * sizes.token_bytes < 40e9
 
 
+def test_time_per_token_counts_pieces_of_two_tokens_as_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Answers that overlap from second 10 on; a token each second, two of them in one piece."""
+    times = iter(([8.0, 9.0, 10.0, 11.0, 12.0], [10.0, 12.0, 12.0, 13.0, 14.0]))
+    probe = SimpleNamespace(
+        tokens=lambda n: [1] * n, ask=lambda _prompt, _n: Answer(0.0, next(times))
+    )
+    monkeypatch.setattr(serving, "Probe", lambda _url, seed: probe)
+    found = serving.output_tokens(SimpleNamespace(url=""), serving.SMALL_SIZES)  # type: ignore[arg-type]
+    assert found["tpot_s"] == pytest.approx(1.0)
+    assert found["tpot_p99_s"] == 2.0
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_every_system_gets_flags_that_the_server_has(
     tmp_path: Path, server_flags: set[str], device: str
