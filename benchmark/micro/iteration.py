@@ -32,6 +32,7 @@ from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.plugin.clock_tick import SharedClock, Tick
 from tiered_kv.plugin.decode_selection import DecodeSelection
+from tiered_kv.plugin.metrics_adapter import MetricsRecorder
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.iteration_policy import iteration_policies
 
@@ -65,11 +66,13 @@ class Iterations:
     def __init__(self, n: int, context_tokens: int, step_s: float) -> None:
         self.clock = SharedClock(wanted=lambda: True, on_tick=lambda: None)
         costs = CostModel(find_model("Llama-3.1-8B"), find_device("H200-141"), {})
-        hierarchy = SimpleNamespace(_agree=lambda n_ready: n_ready)
+        hierarchy = SimpleNamespace(learn=lambda: None)
         scheduler = SimpleNamespace(
             enable_overlap=False,
             result_queue=(),
-            tree_cache=SimpleNamespace(hierarchy=hierarchy),
+            tree_cache=SimpleNamespace(
+                hierarchy=hierarchy, parts=SimpleNamespace(metrics=MetricsRecorder())
+            ),
         )
         policy = iteration_policies.get("slack")()
         self.selection = DecodeSelection(scheduler, policy, costs, self.clock)

@@ -64,7 +64,9 @@ def test_engine_with_and_without_the_flag(
     # Only as much of the first prompt was pushed out of the device as the others needed.
     assert answers["again"][0].host > 0
     assert found["flushed"]
-    assert [answer.disk for answer in answers["after_flush"]] == [288] * 4
+    assert [answer.cached_tokens for answer in answers["after_flush"]] == [288] * 4
+    # Who has to wait may find on the device what was brought from disk meanwhile.
+    assert answers["after_flush"][0].disk == 288
 
 
 def use_all_tiers(server: Server, prompts: PromptMaker, oracle: Oracle, page_size: int) -> None:
@@ -85,7 +87,8 @@ def use_all_tiers(server: Server, prompts: PromptMaker, oracle: Oracle, page_siz
     assert all(answer.cached_tokens <= N_SHARED for answer in computed)
     assert [a.cached_tokens for a in (from_host, *from_disk)] == [n_reusable] * 6
     assert from_host.host >= n_reusable - N_SHARED
-    assert all(answer.disk >= n_reusable - N_SHARED for answer in from_disk)
+    # Who has to wait may find on the device what was brought from disk meanwhile.
+    assert sum(answer.disk >= n_reusable - N_SHARED for answer in from_disk) >= 2
     given = [answer.output_ids for answer in (*computed, from_host, *from_disk)]
     assert given == [*truths, truths[0], *truths]
 

@@ -159,6 +159,18 @@ DECODE_READ_TOKENS = Metric(
     (),
     "Tokens whose KV every layer read for that, those of a group once.",
 )
+PARTIAL_DECODES = Metric(
+    "sglang:tiered_kv_partial_decodes_total",
+    Kind.COUNTER,
+    (),
+    "Decode iterations in which somebody was parked.",
+)
+MADE_WAY = Metric(
+    "sglang:tiered_kv_made_way_total",
+    Kind.COUNTER,
+    (),
+    "Times that a running request went back to the queue, with its KV, for one that waited.",
+)
 
 ALL: tuple[Metric, ...] = (
     HIT_TOKENS,
@@ -181,4 +193,6 @@ ALL: tuple[Metric, ...] = (
     WAIT_OVER_BOUND,
     DECODE_CONTEXT_TOKENS,
     DECODE_READ_TOKENS,
+    PARTIAL_DECODES,
+    MADE_WAY,
 )

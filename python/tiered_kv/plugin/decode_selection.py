@@ -122,6 +122,7 @@ class DecodeSelection:
         self.running.some_decode(part.reqs, now_s)
         self._part = batch, part
         self.n_parts += 1
+        batch.tree_cache.parts.metrics.some_parked()
 
     def batch_to_run(self, batch: ScheduleBatch | None) -> ScheduleBatch | None:
         """`batch`, or what runs in its place."""
@@ -140,7 +141,7 @@ class DecodeSelection:
         self._n_updates += 1
         if self._n_updates % LEARN_EVERY == 0:
             # Every rank comes here in the same iterations, as it must.
-            self._scheduler.tree_cache.hierarchy._agree([])
+            self._scheduler.tree_cache.hierarchy.learn()
 
     # -- who decodes --------------------------------------------------------------------------
 

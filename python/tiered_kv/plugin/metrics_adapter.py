@@ -46,6 +46,12 @@ class MetricsRecorder:
     def decoded(self, context_tokens: int, read_tokens: int) -> None:
         """A decode batch is launched that attends to so many tokens, and reads so many of them."""
 
+    def some_parked(self) -> None:
+        """Somebody who runs is left out of this decode."""
+
+    def made_way(self) -> None:
+        """Somebody who ran waits again, for another."""
+
     def refresh(self, hierarchy: KVHierarchy, disk: DiskStore | None, device_tokens: int) -> bool:
         """Brings the gauges up to date, if it is time to; returns whether it was."""
         return False
@@ -126,6 +132,12 @@ class PrometheusRecorder(MetricsRecorder):
     def decoded(self, context_tokens: int, read_tokens: int) -> None:
         for counter, n_tokens in zip(self._decoded, (context_tokens, read_tokens), strict=True):
             counter.inc(n_tokens)
+
+    def some_parked(self) -> None:
+        self._of(names.PARTIAL_DECODES).inc()
+
+    def made_way(self) -> None:
+        self._of(names.MADE_WAY).inc()
 
     def refresh(self, hierarchy: KVHierarchy, disk: DiskStore | None, device_tokens: int) -> bool:
         now = time.monotonic()

@@ -122,6 +122,7 @@ class Leaving:
         req.retraction_count = n_retractions
         setattr(req, _N_SWAPS, getattr(req, _N_SWAPS, 0) + 1)
         self.n_swapped += 1
+        scheduler.tree_cache.parts.metrics.made_way()
         scheduler.waiting_queue.append(req)
         req.time_stats.set_wait_queue_entry_time()
         order = getattr(scheduler, "tiered_kv_order", None)

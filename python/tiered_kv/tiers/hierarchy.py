@@ -217,10 +217,17 @@ class KVHierarchy:
                 )
         return agreed[: len(n_ready)]
 
+    def learn(self) -> None:
+        """Learns now from the passes observed since the last poll with a transfer under way.
+
+        Every rank must call it at the same points of its loop.
+        """
+        self._agree([])
+
     def observe_step(self, step: StepObservation) -> None:
         """A forward pass was observed, in the same order on every rank.
 
-        It is learned from at the next poll with a transfer under way: there is no need before.
+        It is learned from at the next poll with a transfer under way, or by `learn`.
         """
         if self.context.calibrator is not None:
             self._steps.append(step)
