@@ -121,7 +121,7 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
             type_parser=_checked(option_values.host_format),
             help="What pages are kept in on the host: raw (default), exactly as on the device; or "
             "in fewer bytes, so that the same size holds more pages, at the price of answers that "
-            "may differ: fp8 (50%% of bfloat16's), int4 (28%%), kitty (17%%) or int2 (16%%). "
+            "may differ: fp8 (50%% of bfloat16's), int4 (28%%), kitty (16%%) or int2 (16%%). "
             "docs/formats.md says what each costs.",
         ),
         NS("memory"),
