@@ -80,6 +80,7 @@ def by_tier(answers: Sequence[Answer]) -> list[tuple[int, int, int]]:
     return [(answer.device, answer.host, answer.disk) for answer in answers]
 
 
+@pytest.mark.long
 def test_fp8_from_host_and_after_a_restart_from_disk_and_nothing_for_int4(
     start: Callable[..., Server], prompts: PromptMaker
 ) -> None:

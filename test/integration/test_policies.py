@@ -237,7 +237,8 @@ def test_a_busy_server_is_healthy_and_is_not_flushed(server: Server, prompts: Pr
     assert server.get("/health_generate").status_code == 200
 
 
-@pytest.mark.parametrize("mode", [pytest.param("in_place", marks=pytest.mark.long), "retract"])
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
 def test_paused_and_continued(
     server: Server, oracle: Oracle, prompts: PromptMaker, mode: str
 ) -> None:

@@ -28,7 +28,7 @@ from tiered_kv.tiers.timeline import (
     read_events,
 )
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
 
 FLUSHED_S = 2.5
 
