@@ -62,15 +62,16 @@ def faulty(
         yield FaultyServer(server, control)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "stops_writes", "loses_reads"),
     [
-        pytest.param("eio_on_write", True, False, marks=pytest.mark.long),
-        pytest.param("disk_full", True, False, marks=pytest.mark.long),
-        pytest.param("eio_on_read", False, True, marks=pytest.mark.long),
-        pytest.param("short_reads", False, True, marks=pytest.mark.long),
+        ("eio_on_write", True, False),
+        ("disk_full", True, False),
+        ("eio_on_read", False, True),
+        ("short_reads", False, True),
         ("bit_flips", False, True),
-        pytest.param("stall", False, False, marks=pytest.mark.long),
+        ("stall", False, False),
     ],
 )
 def test_requests_outlive_a_fault_and_the_tier_recovers(
