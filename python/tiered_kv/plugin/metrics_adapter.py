@@ -80,7 +80,10 @@ class PrometheusRecorder(MetricsRecorder):
             self._metrics[metric.name] = kinds[metric.kind](
                 metric.name, metric.help, labelnames=[*labels, *metric.labels], **options
             )
+        # What is counted from the first is there from the first, as 0.
         self._decoded = (self._of(names.DECODE_CONTEXT_TOKENS), self._of(names.DECODE_READ_TOKENS))
+        self._partial_decodes = self._of(names.PARTIAL_DECODES)
+        self._made_way = self._of(names.MADE_WAY)
         self._refreshed_at = 0.0
         # What the counters of the store said last: Prometheus wants increments.
         self._disk_io: dict[tuple[str, str], int] = {}
@@ -134,10 +137,10 @@ class PrometheusRecorder(MetricsRecorder):
             counter.inc(n_tokens)
 
     def some_parked(self) -> None:
-        self._of(names.PARTIAL_DECODES).inc()
+        self._partial_decodes.inc()
 
     def made_way(self) -> None:
-        self._of(names.MADE_WAY).inc()
+        self._made_way.inc()
 
     def refresh(self, hierarchy: KVHierarchy, disk: DiskStore | None, device_tokens: int) -> bool:
         now = time.monotonic()
