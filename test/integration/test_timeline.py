@@ -61,7 +61,8 @@ def test_one_prompt_from_every_tier(
 
     assert from_host.output_ids == computed.output_ids == from_disk.output_ids
     assert computed.cached_tokens == 0
-    assert from_host.host > 700
+    # What was asked in between left a little of it on the device.
+    assert from_host.host > 600
     assert from_disk.disk > 700
     # Decoding was observed, and a limit derived from it.
     assert limit > 0
