@@ -64,9 +64,7 @@ def test_engine_with_and_without_the_flag(
     # Only as much of the first prompt was pushed out of the device as the others needed.
     assert answers["again"][0].host > 0
     assert found["flushed"]
-    assert [answer.cached_tokens for answer in answers["after_flush"]] == [288] * 4
-    # Who has to wait may find on the device what was brought from disk meanwhile.
-    assert answers["after_flush"][0].disk == 288
+    assert [answer.disk for answer in answers["after_flush"]] == [288] * 4
 
 
 def use_all_tiers(server: Server, prompts: PromptMaker, oracle: Oracle, page_size: int) -> None:
@@ -86,11 +84,8 @@ def use_all_tiers(server: Server, prompts: PromptMaker, oracle: Oracle, page_siz
 
     assert all(answer.cached_tokens <= N_SHARED for answer in computed)
     assert [a.cached_tokens for a in (from_host, *from_disk)] == [n_reusable] * 6
-    # The forecast may have brought it to the device before it was admitted.
-    assert from_host.host + from_host.device >= n_reusable - N_SHARED
-    assert from_host.disk == 0
-    # Who has to wait may find on the device what was brought from disk meanwhile.
-    assert sum(answer.disk >= n_reusable - N_SHARED for answer in from_disk) >= 2
+    assert from_host.host >= n_reusable - N_SHARED
+    assert all(answer.disk >= n_reusable - N_SHARED for answer in from_disk)
     given = [answer.output_ids for answer in (*computed, from_host, *from_disk)]
     assert given == [*truths, truths[0], *truths]
 

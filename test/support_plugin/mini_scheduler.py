@@ -131,6 +131,8 @@ class MiniScheduler:
         )
         self.mixed = self.is_mixed_chunk
         running_batch.reqs += admitted
+        for req in admitted:
+            self._match(req)
         batch = SimpleNamespace(
             reqs=admitted,
             extend_num_tokens=sum(len(req.origin_input_ids) for req in admitted),
@@ -138,6 +140,13 @@ class MiniScheduler:
             decoding_reqs=None,
         )
         return batch, running_batch
+
+    def _match(self, req: Req) -> None:
+        """As `Req.init_next_round_input` and `ScheduleBatch.prepare_for_extend` do."""
+        hierarchy = self._rig.hierarchy
+        prefix = hierarchy.match(hierarchy.root(req.extra_key), req.origin_input_ids)
+        req.last_node = prefix.last_device
+        req.cached_tokens_device = sum(node.n_tokens for node in prefix.device)
 
     @property
     def waiting(self) -> list[str]:

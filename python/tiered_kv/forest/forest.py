@@ -158,6 +158,26 @@ class Forest(Trees):
         self._settle(node, tier, state, slots)
         self._transfers.add(op, tier, node)
 
+    def mark_ahead(self, node: Node, tier: Tier) -> None:
+        """`node`, present in `tier`, is there in expectation of a request; see `take_ahead`."""
+        self._require_known(node)
+        node.records[tier].ahead = True
+
+    def take_ahead(self, last: Node, tier: Tier) -> int:
+        """Tokens down to `last` that were brought to `tier` for whoever runs on them first.
+
+        That is the caller: for the next one the same pages are ordinary cache.
+        """
+        n_tokens = 0
+        node = last
+        while (parent := node.parent) is not None:
+            record = node.records[tier]
+            if record.ahead:
+                record.ahead = False
+                n_tokens += len(node.tokens)
+            node = parent
+        return n_tokens
+
     def finish_transfer(self, op: int, tier: Tier) -> list[Node]:
         """All nodes that `op` moves into `tier` are RESIDENT now; returns them, top down.
 
@@ -209,6 +229,7 @@ class Forest(Trees):
         """`node` becomes ABSENT in `tier`; returns the slots it had."""
         record = node.records[tier]
         self._ledgers[tier].change_state(node, _ABSENT)
+        record.ahead = False
         slots, record.slots = record.slots, None
         return slots
 

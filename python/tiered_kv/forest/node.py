@@ -16,13 +16,15 @@ Tokens: TypeAlias = "array[int]"
 class TierRecord:
     """What is known about one node in one tier; only `TierLedger` and `Forest` write it."""
 
-    __slots__ = ("children_present", "op", "pins", "slots", "state")
+    __slots__ = ("ahead", "children_present", "op", "pins", "slots", "state")
 
     def __init__(self) -> None:
         self.state = Residency.ABSENT
         self.slots: Sliceable | None = None
         self.op: int | None = None
         self.pins = 0
+        self.ahead = False
+        """Brought here in expectation of a request, and no request has run on it yet."""
         self.children_present = 0
         """Children that are not ABSENT in this tier."""
 

@@ -251,7 +251,7 @@ class Trees:
 
     def _split_record(self, upper: Node, lower: Node, tier: Tier, n_pages: int) -> None:
         above, below = upper.records[tier], lower.records[tier]
-        above.state, above.pins = below.state, below.pins
+        above.state, above.pins, above.ahead = below.state, below.pins, below.ahead
         above.children_present = int(below.state is not _ABSENT)
         slots = below.slots
         if slots is not None:

@@ -6,13 +6,16 @@ may arrive as text or as a number, and YAML turns an unquoted `off` or `none` in
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import math
 import os
 import shutil
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from tiered_kv.api.class_table import parse_classes, with_default
 from tiered_kv.api.fields import TermsError
@@ -30,8 +33,25 @@ UPSTREAM_POLICY = "upstream"
 
 POLICY_DEFAULT = "slack"
 
+T = TypeVar("T")
+
 DISK_BYTES_DEFAULT = 32 * 10**9
 DISK_FREE_SHARE_MAX = 0.8
+
+
+def argument(check: Callable[[str, str], T]) -> Callable[[str], T]:
+    """`check(option, value)` as an argparse `type`: what it refuses with ConfigError, that refuses.
+
+    Argparse names the option itself, so `check` is told "the value".
+    """
+
+    def parse(text: str) -> T:
+        try:
+            return check("the value", text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
 def size_bytes(option: str, value: str | int | float) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
@@ -12,6 +11,7 @@ from typing import Any
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.plugin.option_values import argument
 
 COPY_PATHS = ("auto", "dma", "kernel")
 BUDGET_OPTION = "--tiered-kv-write-back-budget"
@@ -61,20 +61,6 @@ def trace_file(option: str, value: str | os.PathLike[str] | None) -> str | None:
     return str(path)
 
 
-def _budget_argument(text: str) -> str:
-    try:
-        return write_back_budget("the value", text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _copy_path_argument(text: str) -> str:
-    try:
-        return copy_path("the value", text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 @dataclasses.dataclass(kw_only=True)
 class OverlapArgs:
     """Mixed into `ServerArgs`, whose options these are."""
@@ -83,7 +69,7 @@ class OverlapArgs:
         str,
         Arg(
             no_cli=True,
-            type_parser=_budget_argument,
+            type_parser=argument(write_back_budget),
             help="By how many percent writing to host and disk may slow down decoding; writing "
             "waits accordingly while requests decode, and is at full speed otherwise. 'off': it "
             f"never waits. Default: auto, which is {BUDGET_DEFAULT:.0f} on GPUs and off with "
@@ -95,7 +81,7 @@ class OverlapArgs:
         str,
         Arg(
             no_cli=True,
-            type_parser=_copy_path_argument,
+            type_parser=argument(copy_path),
             help="How pages move between a GPU and host memory: 'dma' gathers them into blocks "
             "that the copy engines move, 'kernel' reads and writes host memory directly, 'auto' "
             "(default) measures both at the start, for less than a second.",

@@ -17,6 +17,7 @@ from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
 from tiered_kv.api.report import RequestReport
 from tiered_kv.api.terms import Terms
+from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TOKEN_TYPECODE
 from tiered_kv.plugin.prefix_cache import is_named_by_tokens
 from tiered_kv.scheduler.request import QueuedRequest
@@ -60,6 +61,7 @@ class QueuedRequests:
         """Somebody joined the queue, or may start now, since this was last set to False."""
         self.processed_prefill_tokens = 0
         self._hierarchy = hierarchy
+        self._forest = hierarchy.context.forest
         self._policy = policy
         self._residency = residency
         self._metrics = metrics
@@ -199,6 +201,7 @@ class QueuedRequests:
             if queued.request_id not in self._begun:
                 self._begun.add(queued.request_id)
                 self._metrics.admitted(queued, now_s)
+                _credit_source(req, self._forest.take_ahead(req.last_node, Tier.DEVICE))
                 if (report := report_of(req)) is not None:
                     report.wait_s = now_s - queued.arrival_s
             admitted.add(req)
@@ -259,6 +262,19 @@ class QueuedRequests:
             else:
                 self._policy.on_abort(queued, now_s)
         self._ended.clear()
+
+
+def _credit_source(req: Req, n_tokens: int) -> None:
+    """`n_tokens` of its device hit came from host or disk while it waited: that is what counts.
+
+    SGLang has counted where they were when it was admitted (managers/schedule_batch.py:
+    prepare_for_extend).
+    """
+    n_tokens = min(n_tokens, req.cached_tokens_device)
+    from_disk = min(n_tokens, max(0, req.storage_hit_length - req.cached_tokens_storage))
+    req.cached_tokens_device -= n_tokens
+    req.cached_tokens_storage += from_disk
+    req.cached_tokens_host += n_tokens - from_disk
 
 
 def queued_of(req: Req) -> QueuedRequest:

@@ -34,35 +34,17 @@ def _flag(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
-def _size(text: str) -> str:
-    try:
-        option_values.size_bytes("the value", text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _size(option: str, text: str) -> str:
+    option_values.size_bytes(option, text)
     return text
 
 
-def _checked(check: Callable[[str, str], str]) -> Callable[[str], str]:
-    """A parser of `check(option, value)`, whose refusal is argparse's."""
-
-    def parse(text: str) -> str:
-        try:
-            return check("the value", text)
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse
-
-
 def _named_in(registry: Registry[Any]) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        try:
-            registry.get(text)
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+    def check(_option: str, text: str) -> str:
+        registry.get(text)
         return text
 
-    return parse
+    return option_values.argument(check)
 
 
 def _load_policy(text: str) -> str:
@@ -72,11 +54,8 @@ def _load_policy(text: str) -> str:
     return text
 
 
-def _cascade_mode(text: str) -> str:
-    try:
-        return cascade_option.cascade_mode(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _cascade_mode(_option: str, text: str) -> str:
+    return cascade_option.cascade_mode(text)
 
 
 # The fields are declared `no_cli` because SGLang would list them among its four hundred options;
@@ -99,7 +78,7 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
         str | None,
         Arg(
             no_cli=True,
-            type_parser=_size,
+            type_parser=option_values.argument(_size),
             help="Host memory for KV pages on each tensor-parallel rank, for example 8GB, 512MB or "
             "8GiB; a bare number is gigabytes. Overrides --tiered-kv-host-ratio.",
         ),
@@ -118,7 +97,7 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
         str,
         Arg(
             no_cli=True,
-            type_parser=_checked(option_values.host_format),
+            type_parser=option_values.argument(option_values.host_format),
             help="What pages are kept in on the host: raw (default), exactly as on the device; or "
             "in fewer bytes, so that the same size holds more pages, at the price of answers that "
             "may differ: fp8 (50%% of bfloat16's), int4 (28%%), kitty (16%%) or int2 (16%%). "
@@ -139,7 +118,7 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
         str | None,
         Arg(
             no_cli=True,
-            type_parser=_size,
+            type_parser=option_values.argument(_size),
             help="Most disk space that the tier may take, shared by the ranks of this machine; "
             "written as the host size is. Default: 32GB, but at most 80%% of the free space.",
         ),
@@ -159,7 +138,7 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
         str,
         Arg(
             no_cli=True,
-            type_parser=_checked(option_values.disk_io_mode),
+            type_parser=option_values.argument(option_values.disk_io_mode),
             help="How the disk tier reads and writes: 'direct' bypasses the page cache (O_DIRECT), "
             "'buffered' uses it, 'auto' uses it for pages wanted again soon while memory is "
             "plentiful. Default: auto.",
@@ -179,7 +158,7 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
         str,
         Arg(
             no_cli=True,
-            type_parser=_checked(option_values.disk_format),
+            type_parser=option_values.argument(option_values.disk_format),
             help="What pages are kept in on disk: 'same' as on the host (default), or one of the "
             "host's formats that is smaller, converted as pages are written and read. Pages of "
             "one format are never read as another.",
@@ -210,7 +189,7 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
         str | None,
         Arg(
             no_cli=True,
-            type_parser=_checked(option_values.request_policy),
+            type_parser=option_values.argument(option_values.request_policy),
             help="Who of the waiting requests is admitted next: "
             f"{', '.join(request_policies.names())}, or 'upstream' for what --schedule-policy "
             f"says. Default: {option_values.POLICY_DEFAULT}, but upstream if --schedule-policy or "
@@ -254,7 +233,7 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
         str,
         Arg(
             no_cli=True,
-            type_parser=_cascade_mode,
+            type_parser=option_values.argument(_cascade_mode),
             help="Read KV that decoding requests share once for all, where that pays: on (on a GPU "
             "with --attention-backend flashinfer), off, or auto (default: on only on a CPU).",
         ),

@@ -121,9 +121,9 @@ POOLS = (
 REQUESTS_AND_EVENTS = (
     object_(
         f"{SRT}.managers.schedule_batch.Req",
-        "rid origin_input_ids output_ids host_hit_length cached_tokens_device cached_tokens_host "
-        "cached_tokens_storage",
-        "prefix_cache metrics_adapter",
+        "rid origin_input_ids output_ids last_node host_hit_length storage_hit_length "
+        "cached_tokens_device cached_tokens_host cached_tokens_storage",
+        "prefix_cache metrics_adapter queued_requests",
     ),
     object_(
         f"{SRT}.disaggregation.kv_events.BlockStored",

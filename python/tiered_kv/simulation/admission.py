@@ -130,6 +130,7 @@ class PrefillAdder:
         cache.admitted(live)
         loaded = prefix.loaded_units * cache.block_tokens
         if live.record.admitted_s is None:
+            loaded += cache.brought_ahead_tokens(live)
             live.record.disk_hit_tokens = from_disk = min(loaded, live.prefetched_tokens)
             live.record.host_hit_tokens = loaded - from_disk
             live.record.device_hit_tokens = cached - loaded

@@ -306,6 +306,11 @@ class TieredCache:
             self.forest.unpin(live.host_pinned, Tier.HOST)
             live.host_pinned = None
 
+    def brought_ahead_tokens(self, live: LiveRequest) -> int:
+        """Tokens of its prefix that a forecast had brought to the device for it, or its like."""
+        assert live.pinned is not None
+        return self.forest.take_ahead(live.pinned, Tier.DEVICE) * self.block_tokens
+
     # -- moves --------------------------------------------------------------------------------
 
     def _load(self, nodes: list[Node], n_units: int) -> bool:
@@ -341,6 +346,8 @@ class TieredCache:
             if self._load(nodes, sum(node.n_pages for node in nodes)):
                 # Nobody runs on it yet: it is cache like any other.
                 self.forest.unpin(nodes[-1], Tier.DEVICE)
+                for node in nodes:
+                    self.forest.mark_ahead(node, Tier.DEVICE)
 
     def _write_back(self, actions: Iterable[WriteBack]) -> None:
         for action in actions:

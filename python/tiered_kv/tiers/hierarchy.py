@@ -167,6 +167,8 @@ class KVHierarchy:
         for action in context.manager.on_forecast(forecast, free):
             if self.load_back.carry_out(action) is None:
                 break
+            for node_id in action.node_ids:
+                context.forest.mark_ahead(context.forest.node(node_id), Tier.DEVICE)
 
     # -- progress -----------------------------------------------------------------------------
 

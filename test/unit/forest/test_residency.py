@@ -51,6 +51,34 @@ def test_the_state_machine_is_the_documented_one() -> None:
                 check_transition(old, new)
 
 
+# -- brought ahead ----------------------------------------------------------------------------
+
+
+def test_what_was_brought_ahead_counts_for_whoever_runs_on_it_first(
+    forest: Forest, path: list[Node]
+) -> None:
+    top, _, bottom = path
+    below = forest.insert(forest.root(namespace_hash("model")), array("q", range(20)), range(20))
+    for node in (bottom, below.last):
+        forest.mark_ahead(node, DEVICE)
+    upper, lower = forest.split(below.last, 1)
+    assert forest.take_ahead(top, DEVICE) == 0
+    assert forest.take_ahead(upper, DEVICE) == 8
+    assert forest.take_ahead(upper, DEVICE) == 0
+    assert forest.take_ahead(lower, DEVICE) == 4
+
+
+def test_what_was_brought_ahead_in_vain_is_not_ahead_when_it_is_back(
+    forest: Forest, path: list[Node]
+) -> None:
+    bottom = path[-1]
+    forest.set_resident(bottom, HOST, [0])
+    forest.mark_ahead(bottom, DEVICE)
+    forest.evict(bottom, DEVICE)
+    forest.set_resident(bottom, DEVICE, [0])
+    assert forest.take_ahead(bottom, DEVICE) == 0
+
+
 # -- eviction ---------------------------------------------------------------------------------
 
 

@@ -15,9 +15,10 @@ pytest.importorskip("sglang")
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 
 from support_plugin.mini_scheduler import MiniScheduler, Spy, request, running, three
-from support_tiers.tier_rig import PAGE_SIZE, Rig, tokens_of
+from support_tiers.tier_rig import PAGE_SIZE, Rig, on_host, tokens_of
 from tiered_kv.api.slo import Slo
 from tiered_kv.api.terms import Terms
+from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.scheduler.request import QueuedRequest
 
 # -- what a policy sees ------------------------------------------------------------------------
@@ -55,6 +56,26 @@ def test_what_becomes_cached_while_it_waits_is_seen(
     scheduler.step()
     assert (req.tiered_kv_queued.device_tokens, req.tiered_kv_queued.host_tokens) == (0, 8)
     assert other.tiered_kv_queued.cached_tokens == 0
+
+
+def test_what_came_ahead_counts_for_the_tier_that_it_came_from(
+    scheduler: MiniScheduler, rig: Rig
+) -> None:
+    prompt = tokens_of(1, 2, 3)
+    on_host(rig, prompt)
+    node = rig.hierarchy.match(rig.hierarchy.root(), prompt).last
+    rig.hierarchy.forecast(DemandForecast({node.node_id: Expectation(0.1)}))
+    rig.drain()
+    first, second = request("a", prompt), request("b", prompt)
+    first.storage_hit_length = PAGE_SIZE
+    for req in (first, second):
+        scheduler.arrive(req)
+        scheduler.step()
+    found = [
+        (req.cached_tokens_device, req.cached_tokens_host, req.cached_tokens_storage)
+        for req in (first, second)
+    ]
+    assert found == [(0, 2 * PAGE_SIZE, PAGE_SIZE), (3 * PAGE_SIZE, 0, 0)]
 
 
 def test_the_running_requests_are_up_to_date(scheduler: MiniScheduler, spy: Spy) -> None:

@@ -122,6 +122,8 @@ def test_what_is_expected_is_loaded_ahead_into_free_room(make_rig: MakeRig) -> N
     rig.drain()
     assert rig.usable(PROMPT) == (4, 0)
     assert rig.usable(other) == (2, 1), "as far as there is room, its head first"
+    last = rig.hierarchy.match(root, PROMPT).last_device
+    assert rig.forest.take_ahead(last, Tier.DEVICE) == len(PROMPT)
     rig.check_idle()
 
 
