@@ -132,7 +132,7 @@ class MiniScheduler:
         self.mixed = self.is_mixed_chunk
         running_batch.reqs += admitted
         for req in admitted:
-            self._match(req)
+            self.match(req)
         batch = SimpleNamespace(
             reqs=admitted,
             extend_num_tokens=sum(len(req.origin_input_ids) for req in admitted),
@@ -141,7 +141,7 @@ class MiniScheduler:
         )
         return batch, running_batch
 
-    def _match(self, req: Req) -> None:
+    def match(self, req: Req) -> None:
         """As `Req.init_next_round_input` and `ScheduleBatch.prepare_for_extend` do."""
         hierarchy = self._rig.hierarchy
         prefix = hierarchy.match(hierarchy.root(req.extra_key), req.origin_input_ids)
@@ -171,6 +171,7 @@ def running(scheduler: MiniScheduler, rid: str) -> Req:
     scheduler.arrive(req)
     order = scheduler.tiered_kv_order
     scheduler.waiting_queue.remove(req)
+    scheduler.match(req)
     order.queue.admitted([req], order.clock.now_s)
     req.output_ids = array("q", [5, 6])
     return req

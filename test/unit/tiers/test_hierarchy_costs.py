@@ -123,7 +123,7 @@ def test_what_is_expected_is_loaded_ahead_into_free_room(make_rig: MakeRig) -> N
     assert rig.usable(PROMPT) == (4, 0)
     assert rig.usable(other) == (2, 1), "as far as there is room, its head first"
     last = rig.hierarchy.match(root, PROMPT).last_device
-    assert rig.forest.take_ahead(last, Tier.DEVICE) == len(PROMPT)
+    assert rig.forest.take_ahead(last, Tier.DEVICE) == 4 * PAGE_SIZE
     rig.check_idle()
 
 
