@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,18 +10,7 @@ from pathlib import Path
 
 import pytest
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 2048,
-    "torch_dtype": "float32",
-}
+from support.tiny_llama import write_config
 
 Shim = Callable[[str], dict[str, str]]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -33,8 +21,7 @@ def tiny_model(tmp_path: Path) -> str:
     """A Llama's configuration, for `--load-format dummy`."""
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LLAMA))
-    return str(folder)
+    return write_config(folder)
 
 
 @pytest.fixture

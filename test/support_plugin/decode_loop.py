@@ -7,7 +7,6 @@ of results are SGLang's. What it would tell other processes is swallowed.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.runtime_context import get_context
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from support.tiny_llama import write_config
 from support_plugin.kv_model import VOCABULARY, KvModel
 from tiered_kv.core.config import MemoryConfig
 from tiered_kv.core.device_spec import find_device
@@ -86,17 +86,6 @@ _NONE = """
 """
 PAGE_SIZE = 4
 MAX_RUNNING = 16
-MODEL_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "torch_dtype": "float32",
-}
 
 
 def publish_arguments(directory: Path, **options: Any) -> ServerArgs:
@@ -104,7 +93,7 @@ def publish_arguments(directory: Path, **options: Any) -> ServerArgs:
 
     Making them puts our hooks into this process, as in a server's.
     """
-    (directory / "config.json").write_text(json.dumps(MODEL_CONFIG))
+    write_config(directory, vocab_size=VOCABULARY)
     args = ServerArgs(
         model_path=str(directory),
         device="cpu",

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tiered_kv.plugin.launched_passes import LaunchedPasses
 from tiered_kv.tiers.timeline import PASSES
 
 if TYPE_CHECKING:
     from tiered_kv.scheduler.cost_model import CostModel
     from tiered_kv.tiers.pacing import WriteBackPacer
     from tiered_kv.tiers.timeline import TimelineFile
-
-#: Launched passes whose result is still to come; overlap has two at most.
-LAUNCHED_MAX = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,60 +35,28 @@ class Pass:
         return self.end_s - self.start_s
 
 
-class PassLog:
-    """Tells `observers` of every pass when it is over.
-
-    synchronous: see `step_times.StepTimes`, which only needs some passes and keeps them likewise.
-    """
+class PassLog(LaunchedPasses[Pass]):
+    """Tells `observers` of every pass when it is over."""
 
     def __init__(self, observers: list[Callable[[Pass], None]], *, synchronous: bool) -> None:
+        super().__init__(synchronous=synchronous)
         self._observers = observers
-        self._synchronous = synchronous
-        self._launched: dict[float, Pass] = {}
-        self._last_result_at = 0.0
 
-    def launched(self, batch: Any) -> None:
-        launched = describe(batch)
-        if self._synchronous:
-            self._over(launched, launched.start_s, time.monotonic())
-            return
-        self._launched[batch.launch_ts] = launched
-        while len(self._launched) > LAUNCHED_MAX:
-            del self._launched[next(iter(self._launched))]
+    def describe(self, batch: Any) -> Pass:
+        mode, n_requests = batch.forward_mode, len(batch.reqs)
+        context_tokens = 0
+        n_new_tokens = n_requests
+        if mode.is_decode():
+            context_tokens = sum(len(r.origin_input_ids) + len(r.output_ids) for r in batch.reqs)
+        elif mode.is_extend():
+            n_new_tokens = sum(batch.extend_lens)
+        load_index = -1 if batch.hicache_consumer_index is None else batch.hicache_consumer_index
+        return Pass(mode, n_requests, n_new_tokens, context_tokens, load_index, batch.launch_ts)
 
-    def finished(self, batch: Any) -> None:
-        if self._synchronous:
-            return
-        now = time.monotonic()
-        launched = self._launched.pop(batch.launch_ts, None)
-        if launched is not None:
-            self._over(launched, max(launched.start_s, self._last_result_at), now)
-        self._last_result_at = now
-
-    def _over(self, launched: Pass, start_s: float, end_s: float) -> None:
-        over = Pass(
-            launched.mode,
-            launched.n_requests,
-            launched.n_new_tokens,
-            launched.context_tokens,
-            launched.load_index,
-            start_s,
-            end_s,
-        )
+    def over(self, described: Pass, start_s: float, end_s: float) -> None:
+        over = replace(described, start_s=start_s, end_s=end_s)
         for observe in self._observers:
             observe(over)
-
-
-def describe(batch: Any) -> Pass:
-    mode, n_requests = batch.forward_mode, len(batch.reqs)
-    context_tokens = 0
-    n_new_tokens = n_requests
-    if mode.is_decode():
-        context_tokens = sum(len(r.origin_input_ids) + len(r.output_ids) for r in batch.reqs)
-    elif mode.is_extend():
-        n_new_tokens = sum(batch.extend_lens)
-    load_index = -1 if batch.hicache_consumer_index is None else batch.hicache_consumer_index
-    return Pass(mode, n_requests, n_new_tokens, context_tokens, load_index, batch.launch_ts)
 
 
 def draw_passes(timeline: TimelineFile) -> Callable[[Pass], None]:

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 
 from sgl_kernel_ext.formats import PageLayout
-from sgl_kernel_ext.ops import PagePool, gather_pages, scatter_pages
-from tiered_kv.tiers.device import After, LayerDone, PageCopier
+from sgl_kernel_ext.ops import gather_pages, scatter_pages
+from tiered_kv.tiers.device import After, LayerDone, PageCopier, pages_of
 from tiered_kv.tiers.encoded_copier import EncodedTorchPageCopier
 from tiered_kv.tiers.layer_gate import LayerEvent
 from tiered_kv.tiers.page_format import PageFormat
@@ -54,8 +54,7 @@ class KernelPageCopier(EncodedTorchPageCopier):
         *,
         backend: str = "auto",
     ) -> None:
-        super().__init__(buffers, layout, host, stream)
-        self._pool = PagePool(buffers, layout, backend=backend)
+        super().__init__(buffers, layout, host, stream, backend=backend)
         self._layers = [range(i, i + 1) for i in range(layout.n_layers)]
         self._layer_bytes = [layout.layer_bytes(layer) for layer in self._layers]
 
@@ -85,8 +84,8 @@ class KernelPageCopier(EncodedTorchPageCopier):
     def _indices(
         self, device_slots: torch.Tensor, host_pages: PageIds
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        size = self.page_format.page_size
-        return device_slots[::size] // size, torch.from_numpy(host_pages).to(self._device)
+        pages = pages_of(device_slots, self.page_format.page_size)
+        return pages, torch.from_numpy(host_pages).to(self._device)
 
 
 class TwoWayCopier:

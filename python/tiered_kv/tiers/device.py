@@ -95,8 +95,13 @@ def buffer_format(
 
 def page_ids(device_slots: torch.Tensor, page_size: int) -> PageIds:
     """The pages that whole pages of token slots lie in."""
-    slots: PageIds = device_slots[::page_size].cpu().numpy()
-    return slots // page_size
+    pages: PageIds = pages_of(device_slots, page_size).cpu().numpy()
+    return pages
+
+
+def pages_of(device_slots: torch.Tensor, page_size: int) -> torch.Tensor:
+    """The same, where the slots are."""
+    return device_slots[::page_size] // page_size
 
 
 def byte_pages(buffer: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -207,7 +212,7 @@ class TorchPageCopier:
         page_bytes = self.page_format.page_bytes
         with torch.cuda.stream(self._stream):
             self._wait(after)
-            pages = device_slots[:: self.page_format.page_size] // self.page_format.page_size
+            pages = pages_of(device_slots, self.page_format.page_size)
             for at in range(0, len(host_pages), self._chunk_pages):
                 chunk = slice(at, at + self._chunk_pages)
                 staging = self._staging(len(host_pages[chunk]), page_bytes)
@@ -232,7 +237,7 @@ class TorchPageCopier:
         runs = _rows_of(host_pages)
         with torch.cuda.stream(self._stream):
             self._wait(after)
-            pages = device_slots[:: self.page_format.page_size] // self.page_format.page_size
+            pages = pages_of(device_slots, self.page_format.page_size)
             for layer in range(self.page_format.n_layers):
                 start, end = self.page_format.layer_bytes(layer)
                 staging = self._staging(len(host_pages), end - start)

@@ -98,12 +98,15 @@ class EncodedTorchPageCopier(TorchPageCopier):
         layout: PageLayout,
         host: npt.NDArray[np.uint8],
         stream: torch.cuda.Stream | None = None,
+        *,
+        backend: str = "auto",
     ) -> None:
+        """backend: see `sgl_kernel_ext.ops.PagePool`."""
         super().__init__(
             layout.page_size, [b.spec.layer for b in layout.buffers], buffers, host, stream
         )
         self._use_format(PageFormat.of_layout(layout))
-        self._pool = PagePool(buffers, layout)
+        self._pool = PagePool(buffers, layout, backend=backend)
 
     def _gather(self, device_pages: torch.Tensor, staging: torch.Tensor) -> None:
         gather_pages(self._pool, device_pages, staging)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 from sglang.srt.plugins import load_plugins
 
+from support.tiny_llama import write_config
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin import cascade_option
 
@@ -85,21 +85,8 @@ def test_nothing_without_the_flag() -> None:
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder with a Llama's configuration and no weights."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-        "max_position_embeddings": 2048,
-        "torch_dtype": "float32",
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return str(tmp_path)
+    return write_config(tmp_path)
 
 
 def parse(model: str, *argv: str) -> Any:

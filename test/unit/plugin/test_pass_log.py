@@ -10,7 +10,8 @@ import pytest
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from tiered_kv.plugin import pass_log
-from tiered_kv.plugin.pass_log import LAUNCHED_MAX, Pass, PassLog, draw_passes, pace_by_decodes
+from tiered_kv.plugin.launched_passes import LAUNCHED_MAX
+from tiered_kv.plugin.pass_log import Pass, PassLog, draw_passes, pace_by_decodes
 from tiered_kv.tiers.timeline import PASSES, TimelineFile, read_events
 
 

@@ -21,6 +21,7 @@ pytest.importorskip("sglang")
 
 from sglang.srt.plugins import load_plugins  # noqa: E402
 
+from support.tiny_llama import write_config  # noqa: E402
 from tiered_kv.core.config import TieredKVConfig  # noqa: E402
 from tiered_kv.core.errors import ConfigError  # noqa: E402
 
@@ -34,25 +35,12 @@ from tiered_kv.plugin.server_args import ServerArgs, own_fields  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STOCK = ServerArgs.__mro__[1]
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 2048,
-    "torch_dtype": "float32",
-}
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     """A folder with a Llama's configuration and no weights."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    return str(tmp_path)
+    return write_config(tmp_path)
 
 
 @pytest.fixture(autouse=True)

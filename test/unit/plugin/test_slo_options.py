@@ -14,6 +14,7 @@ pytest.importorskip("sglang")
 
 from sglang.srt.plugins import load_plugins  # noqa: E402
 
+from support.tiny_llama import write_config  # noqa: E402
 from tiered_kv.api.slo import DEFAULT_CLASSES, SloClass, SloClasses  # noqa: E402
 from tiered_kv.core.errors import ConfigError  # noqa: E402
 from tiered_kv.plugin.option_values import slo_table  # noqa: E402
@@ -29,20 +30,8 @@ TOML = "[chat]\nttft_ms = 500\ntbt_ms = 50\n\n[bulk]\nmax_wait_ms = 600000\n"
 
 
 def serve(tmp_path: Path, **options: Any) -> ServerArgs:
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-        "torch_dtype": "float32",
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
     return ServerArgs(
-        model_path=str(tmp_path),
+        model_path=write_config(tmp_path),
         device="cuda" if torch.cuda.is_available() else "cpu",
         tiered_kv=True,
         tiered_kv_disk_dir="none",

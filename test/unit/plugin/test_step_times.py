@@ -11,7 +11,7 @@ pytest.importorskip("sglang")
 
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from tiered_kv.plugin import step_times
+from tiered_kv.plugin import launched_passes, step_times
 from tiered_kv.plugin.step_times import StepTimes
 from tiered_kv.scheduler.calibration import StepObservation
 
@@ -24,7 +24,7 @@ class Observed(list[StepObservation]):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr(step_times.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(launched_passes.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -100,7 +100,7 @@ def test_passes_whose_result_never_comes_are_forgotten(clock: list[float]) -> No
     times = StepTimes(Observed(), synchronous=False)  # type: ignore[arg-type]
     for n in range(100):
         times.launched(batch_of(ForwardMode.EXTEND, float(n)))
-    assert len(times._launched) == step_times.LAUNCHED_MAX
+    assert len(times._launched) == launched_passes.LAUNCHED_MAX
 
 
 def test_without_the_flag_nothing_is_touched() -> None:
