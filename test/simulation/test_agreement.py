@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,10 +32,13 @@ from benchmark.simulation.calibrate import (
     residuals,
 )
 from benchmark.simulation.links import LinkSample, fit_link
+from benchmark.simulation.own_passes import own_pace, read_passes
 from benchmark.simulation.pace import Pace, at_pace, between
 from benchmark.simulation.probe import DecodeSample, PrefillSample
 
 from support_simulation.builders import CPU_TIMES as TIMES
+from tiered_kv.plugin.pass_log import Pass, draw_passes
+from tiered_kv.tiers.timeline import TimelineFile
 
 
 def samples(noise: float = 0.0) -> Measurements:
@@ -95,12 +101,36 @@ def test_a_pace_scales_prefills_and_decodes_apart() -> None:
     assert between(Pace(1.0, 2.0), Pace(3.0, 4.0)) == Pace(2.0, 3.0)
 
 
+def test_the_pace_of_passes_in_a_timeline(tmp_path: Path) -> None:
+    timeline = TimelineFile(tmp_path / "trace.json")
+    draw = draw_passes(timeline)
+    start_s = time.monotonic()
+    prefill_s = TIMES.prefill_fixed_s + TIMES.prefill_s([(64, 0), (32, 128)])
+    decode_s = TIMES.decode_fixed_s + TIMES.decode_s(500, 4)
+
+    def ran(at_s: float, seconds: float, *chunks: tuple[int, int], context: int = 0) -> None:
+        mode = SimpleNamespace(name="EXTEND" if chunks else "DECODE")
+        draw(Pass(mode, 4, 4, context, -1, start_s + at_s, start_s + at_s + seconds, chunks))
+
+    ran(-5.0, 4.0, (64, 0))
+    ran(0.0, 2 * prefill_s - 0.01, (64, 0), (32, 128))
+    ran(2 * prefill_s, 3 * decode_s, context=500)
+    ran(9.0, 3 * decode_s, context=500)
+    timeline.close()
+    passes = read_passes(tmp_path / "trace.json")
+    begin_s = passes[1].start_s - 0.5
+    pace = own_pace(passes, begin_s, begin_s + 20.0, TIMES)
+    assert asdict(pace) == pytest.approx({"prefill": 2.0, "decode": 3.0}, rel=1e-3)
+    with pytest.raises(ValueError, match="cut short"):
+        own_pace(passes, begin_s + 1.0, begin_s + 2.0, TIMES)
+
+
 def figures(ttft_s: float, hits: int = 1000) -> Figures:
     return Figures(ttft_s, 2 * ttft_s, hits, 0.1)
 
 
 def compared(policy: str, measured_s: float, simulated_s: float) -> Comparison:
-    return Comparison(policy, figures(measured_s), figures(simulated_s))
+    return Comparison(policy, figures(measured_s), figures(simulated_s), figures(9.5))
 
 
 def test_what_is_too_far_apart_is_named() -> None:
@@ -132,13 +162,13 @@ def test_a_report_shows_both_and_whether_the_machine_kept_its_pace() -> None:
     found = samples()
     server = measured_server(found)
     compared_ones = [
-        replace(compared("fcfs", 10.0, 11.0), paces=(Pace(1.5, 1.25),)),
+        replace(compared("fcfs", 10.0, 11.0), paces=(Pace(1.5, 1.25),), around=(Pace(1.0, 2.0),)),
         compared("lpm", 5.0, 9.0),
     ]
     text = report(found, server, "Questions.", compared_ones)
     assert "| fcfs | server | 10.00 s | 20.00 s | 1,000 |" in text
     assert "| | error | +10.0% | +10.0% | +0.0% |" in text
-    assert "- fcfs: 1.50x / 1.25x" in text
+    assert "| fcfs | 1.50x / 1.25x | 1.00x / 2.00x | -5.0%, -5.0%, +0.0% |" in text
     assert "- lpm: ttft_mean_s is off by +80.0%" in text
     document = json.loads(json.dumps(as_json(found, compared_ones)))
     assert [policy["policy"] for policy in document["policies"]] == ["fcfs", "lpm"]

@@ -29,6 +29,8 @@ class Pass:
     """The load of pages whose layers it waits for, or -1."""
     start_s: float
     end_s: float = 0.0
+    chunks: tuple[tuple[int, int], ...] = ()
+    """Of a pass that prefills: (new tokens, tokens before them) of each request."""
 
     @property
     def seconds(self) -> float:
@@ -44,14 +46,23 @@ class PassLog(LaunchedPasses[Pass]):
 
     def describe(self, batch: Any) -> Pass:
         mode, n_requests = batch.forward_mode, len(batch.reqs)
-        context_tokens = 0
+        context_tokens, chunks = 0, ()
         n_new_tokens = n_requests
         if mode.is_decode():
             context_tokens = sum(len(r.origin_input_ids) + len(r.output_ids) for r in batch.reqs)
         elif mode.is_extend():
+            chunks = tuple(zip(batch.extend_lens, batch.prefix_lens, strict=True))
             n_new_tokens = sum(batch.extend_lens)
         load_index = -1 if batch.hicache_consumer_index is None else batch.hicache_consumer_index
-        return Pass(mode, n_requests, n_new_tokens, context_tokens, load_index, batch.launch_ts)
+        return Pass(
+            mode,
+            n_requests,
+            n_new_tokens,
+            context_tokens,
+            load_index,
+            batch.launch_ts,
+            chunks=chunks,
+        )
 
     def over(self, described: Pass, start_s: float, end_s: float) -> None:
         over = replace(described, start_s=start_s, end_s=end_s)
@@ -67,7 +78,16 @@ def draw_passes(timeline: TimelineFile) -> Callable[[Pass], None]:
     def observe(done: Pass) -> None:
         name = f"{done.mode.name.lower()} {done.n_new_tokens}"
         start_s, end_s = done.start_s + ahead_s, done.end_s + ahead_s
-        timeline.span(PASSES, name, start_s, end_s, requests=done.n_requests, load=done.load_index)
+        timeline.span(
+            PASSES,
+            name,
+            start_s,
+            end_s,
+            requests=done.n_requests,
+            load=done.load_index,
+            chunks=", ".join(f"{new} after {before}" for new, before in done.chunks),
+            context=done.context_tokens,
+        )
 
     return observe
 

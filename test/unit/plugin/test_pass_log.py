@@ -29,6 +29,7 @@ def batch_of(mode: ForwardMode, launch_ts: float, **fields: Any) -> SimpleNamesp
         launch_ts=launch_ts,
         reqs=reqs,
         extend_lens=[64, 7],
+        prefix_lens=[0, 128],
         hicache_consumer_index=-1,
         **fields,
     )
@@ -43,7 +44,7 @@ def test_where_passes_run_in_the_call(clock: list[float]) -> None:
     log.finished(batch)
     log.launched(batch_of(ForwardMode.DECODE, 99.75))
     assert seen == [
-        Pass(ForwardMode.EXTEND, 2, 71, 0, 4, 99.5, 100.0),
+        Pass(ForwardMode.EXTEND, 2, 71, 0, 4, 99.5, 100.0, ((64, 0), (7, 128))),
         Pass(ForwardMode.DECODE, 2, 2, 36, -1, 99.75, 100.0),
     ]
 
@@ -82,11 +83,16 @@ def test_the_pacer_hears_of_decodes_and_what_they_should_take() -> None:
 
 def test_passes_are_drawn(tmp_path: Path) -> None:
     timeline = TimelineFile(tmp_path / "trace.json")
-    draw_passes(timeline)(Pass(ForwardMode.EXTEND, 2, 90, 0, 5, 1.0, 1.5))
+    draw_passes(timeline)(Pass(ForwardMode.EXTEND, 2, 90, 0, 5, 1.0, 1.5, ((64, 0), (26, 128))))
     timeline.close()
     events = read_events(tmp_path / "trace.json")
     (row,) = [e["tid"] for e in events if e["args"] == {"name": PASSES}]
     (span,) = [e for e in events if e["ph"] == "X"]
     assert (span["tid"], span["name"]) == (row, "extend 90")
     assert span["dur"] == pytest.approx(0.5e6)
-    assert span["args"] == {"requests": 2, "load": 5}
+    assert span["args"] == {
+        "requests": 2,
+        "load": 5,
+        "chunks": "64 after 0, 26 after 128",
+        "context": 0,
+    }
