@@ -24,6 +24,7 @@ from tiered_kv.scheduler.iteration_policy import (
     IterationState,
     iteration_policies,
 )
+from tiered_kv.scheduler.prefill_turns import PrefillTurns
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -31,11 +32,14 @@ if TYPE_CHECKING:
     from tiered_kv.plugin.clock_tick import SharedClock
     from tiered_kv.plugin.request_order import RequestOrder
     from tiered_kv.scheduler.cost_model import CostModel
+    from tiered_kv.scheduler.request_policy import SchedulerState
 
 logger = logging.getLogger(__name__)
 
 #: Waiting requests that are looked at for one that others could make way for.
 LOOK_AHEAD = 64
+#: A prefill that seems to have taken so many times what it should was followed by idleness.
+PREFILL_LATE = 3.0
 #: In one of so many iterations the observed passes are learned from, if no transfer has led to it.
 LEARN_EVERY = 32
 
@@ -57,6 +61,9 @@ class DecodeSelection:
         self.leaving = Leaving(scheduler)
         self.n_parts = 0
         """Iterations in which somebody was parked."""
+        # The pass launched last: whether it decoded, when, and how long it should take at most.
+        self._turns = PrefillTurns()
+        self._launched: tuple[bool, float, float] | None = None
         # Who would be admitted next, and whether the queue's policy sees no room for anybody.
         self._first_in_queue: Req | None = None
         self._is_held_back = False
@@ -126,11 +133,31 @@ class DecodeSelection:
 
     def batch_to_run(self, batch: ScheduleBatch | None) -> ScheduleBatch | None:
         """`batch`, or what runs in its place."""
-        if self._part is None or batch is not self._part[0]:
-            return batch
-        part = self._part[1]
-        self._part = None
-        return part
+        if self._part is not None and batch is self._part[0]:
+            batch, self._part = self._part[1], None
+        self._note_launch(batch)
+        return batch
+
+    def _note_launch(self, batch: ScheduleBatch | None) -> None:
+        self._end_last_pass()
+        if batch is None:
+            return
+        mode, most_s = batch.forward_mode, math.inf
+        decodes = mode.is_decode() or mode.is_mixed()
+        if not decodes:
+            chunks = tuple(zip(batch.extend_lens, batch.prefix_lens, strict=True))
+            most_s = PREFILL_LATE * self._costs.iteration_s(chunks, 0, 0)
+        self._launched = decodes, self._clock.now_s, most_s
+
+    def _end_last_pass(self) -> None:
+        """The pass launched last is over, as far as can be known when the next one is planned.
+
+        But one that prefilled may have been followed by nothing, and idling is no prefill.
+        """
+        if self._launched is not None:
+            decoded, launched_s, most_s = self._launched
+            self._turns.passed(min(self._clock.now_s - launched_s, most_s), decoded=decoded)
+            self._launched = None
 
     def after_result(self) -> None:
         """A result was processed, in an iteration that may be no decode."""
@@ -149,7 +176,15 @@ class DecodeSelection:
         """Ask the policy who of `batch` decodes, and who leaves for one who finds no room."""
         running, now_s = self.running, self._clock.now_s
         running.keep_up(batch.reqs, now_s)
+        self._end_last_pass()
         self._chosen = None
+        try:
+            self._choose_of(batch)
+        finally:
+            self._turns.decided()
+
+    def _choose_of(self, batch: ScheduleBatch) -> None:
+        running, now_s = self.running, self._clock.now_s
         if self._first_in_queue is not None and (batch.batch_is_full or self._is_held_back):
             self._make_way(batch, self._first_in_queue)
         if not self.leaving and self._policy.fits(running.totals, self._costs, now_s):
@@ -165,18 +200,40 @@ class DecodeSelection:
         elif len(staying) < len(batch.reqs):
             self._chosen = staying
 
+    def plan_prefill(
+        self, batch: ScheduleBatch, prefill: SchedulerState, least_ttft_s: float
+    ) -> IterationPlan:
+        """What room the decodes of `batch` leave for a prefill that runs before them.
+
+        prefill: what the order of the queue was asked with. least_ttft_s: the tightest first-token
+        objective there is.
+        """
+        reqs = batch.reqs
+        if any(req.finished() for req in reqs):
+            # SGLang drops them only when it prepares the decode.
+            reqs = [req for req in reqs if not req.finished()]
+        self.running.keep_up(reqs, self._clock.now_s)
+        self._end_last_pass()
+        self._turns.wants_prefill()
+        state = self._state(reqs)
+        state.prefill, state.least_ttft_s = prefill, least_ttft_s
+        return self._policy.plan(state)
+
     def _plan(
         self, reqs: Sequence[Req], short_tokens: int = 0, short_for_tbt_s: float | None = None
     ) -> IterationPlan:
-        return self._policy.plan(
-            IterationState(
-                now_s=self._clock.now_s,
-                running=self.running.look(reqs),
-                costs=self._costs,
-                is_cascade=self.running.is_cascade,
-                short_tokens=short_tokens,
-                short_for_tbt_s=short_for_tbt_s,
-            )
+        state = self._state(reqs)
+        state.short_tokens, state.short_for_tbt_s = short_tokens, short_for_tbt_s
+        return self._policy.plan(state)
+
+    def _state(self, reqs: Sequence[Req]) -> IterationState:
+        return IterationState(
+            now_s=self._clock.now_s,
+            running=self.running.look(reqs),
+            costs=self._costs,
+            is_cascade=self.running.is_cascade,
+            decoded_last=self._turns.decoded_last,
+            prefill_load=self._turns.load(),
         )
 
     def _rows(self, batch: ScheduleBatch) -> list[int]:
@@ -302,4 +359,5 @@ def install(scheduler: Any, policy_name: str) -> None:
     order.clock.also_wanted(lambda: not scheduler.running_batch.is_empty())
     scheduler.tree_cache.decode_selection = selection
     scheduler.policy.tiered_kv_selection = selection
+    order.selection = selection
     logger.info("Tiered KV: who decodes is chosen by the policy %s.", policy_name)

@@ -46,7 +46,8 @@ class PassLog(LaunchedPasses[Pass]):
 
     def describe(self, batch: Any) -> Pass:
         mode, n_requests = batch.forward_mode, len(batch.reqs)
-        context_tokens, chunks = 0, ()
+        context_tokens = 0
+        chunks: tuple[tuple[int, int], ...] = ()
         n_new_tokens = n_requests
         if mode.is_decode():
             context_tokens = sum(len(r.origin_input_ids) + len(r.output_ids) for r in batch.reqs)

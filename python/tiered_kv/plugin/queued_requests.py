@@ -7,6 +7,7 @@ brought up to date when a policy is about to look at it.
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
 from collections.abc import Iterable, Sequence
@@ -60,6 +61,8 @@ class QueuedRequests:
         self.has_news = False
         """Somebody joined the queue, or may start now, since this was last set to False."""
         self.processed_prefill_tokens = 0
+        self.least_ttft_s = math.inf
+        """The tightest first-token objective that anybody came with."""
         self._hierarchy = hierarchy
         self._forest = hierarchy.context.forest
         self._policy = policy
@@ -108,6 +111,8 @@ class QueuedRequests:
         terms: Terms = getattr(req, "tiered_kv_terms", _NO_TERMS)
         if req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
             terms = _NO_TERMS  # nobody was promised anything
+        if terms.slo.ttft_s is not None:
+            self.least_ttft_s = min(self.least_ttft_s, terms.slo.ttft_s)
         self._next_id += 1
         return QueuedRequest(
             request_id=self._next_id,

@@ -29,6 +29,7 @@ from tiered_kv.scheduler.request_policy import (
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
+    from tiered_kv.plugin.decode_selection import DecodeSelection
     from tiered_kv.plugin.metrics_adapter import MetricsRecorder
     from tiered_kv.plugin.residency_log import ResidencyLog
     from tiered_kv.tiers.hierarchy import KVHierarchy
@@ -61,6 +62,8 @@ class RequestOrder:
         self.clock = clock_tick.SharedClock(
             wanted=lambda: self.queue.wants_time, on_tick=self._on_tick
         )
+        self.selection: DecodeSelection | None = None
+        """Set if an iteration policy chooses who decodes: it knows what room that leaves."""
         self.parking = Parking(scheduler, self.queue, self.clock)
         self._scheduler = scheduler
         self._policy = policy
@@ -124,7 +127,7 @@ class RequestOrder:
             self.parking.take_out()
         self._everyone = waiting_queue.copy()
         waiting_queue[:] = [queue.req(request_id) for request_id in self._offer(plan, state)]
-        self._set_chunk(plan, len(state.running))
+        self._set_chunk(self._prefill_limit(plan, state), plan.mix_decodes, len(state.running))
 
     def _end_pass(self, batch: ScheduleBatch | None) -> None:
         """Make the queue whole again, without those who are in `batch`."""
@@ -211,24 +214,41 @@ class RequestOrder:
             return tuple(request.request_id for request in state.candidates()[:1])
         return order
 
-    def _set_chunk(self, plan: AdmissionPlan, n_running: int) -> None:
+    def _prefill_limit(self, plan: AdmissionPlan, state: SchedulerState) -> int | None:
+        """Most prefill tokens of this batch; None: as configured.
+
+        `plan` counts on everybody decoding. Where an iteration policy leaves only some of them to
+        it, what these leave room for takes its place. Mixed with a prefill, everybody decodes.
+        """
+        selection, running_batch = self.selection, self._running_batch
+        is_mixed = plan.mix_decodes or self._scheduler.is_mixed_chunk
+        if selection is None or running_batch is None or not state.running or is_mixed:
+            return plan.prefill_tokens
+        iteration = selection.plan_prefill(running_batch, state, self.queue.least_ttft_s)
+        if iteration.decode is not None or plan.prefill_tokens is None:
+            return iteration.prefill_tokens
+        if iteration.prefill_tokens is None:
+            return plan.prefill_tokens
+        return min(plan.prefill_tokens, iteration.prefill_tokens)
+
+    def _set_chunk(self, prefill_tokens: int | None, mix_decodes: bool, n_running: int) -> None:
         """The most tokens of this batch: whole pages, one at least, as configured at most.
 
-        Where decodes are mixed in, they take theirs first. Raises PrefillSkipped if the plan leaves
-        no time for any, and somebody decodes meanwhile.
+        Where decodes are mixed in, they take theirs first. Raises PrefillSkipped if there is no
+        time for any, and somebody decodes meanwhile.
         """
         scheduler = self._scheduler
         chunk_tokens: int | None = scheduler.chunked_prefill_size
         page_size: int = scheduler.page_size
-        if chunk_tokens is not None and plan.mix_decodes:
+        if chunk_tokens is not None and mix_decodes:
             scheduler.is_mixed_chunk = chunk_tokens >= n_running + page_size
-        if plan.prefill_tokens is None:
+        if prefill_tokens is None:
             return
         taken = n_running if scheduler.is_mixed_chunk else 0
-        if n_running and plan.prefill_tokens <= taken:
+        if n_running and prefill_tokens <= taken:
             raise PrefillSkipped
         if chunk_tokens is not None:
-            pages = max(1, (plan.prefill_tokens - taken) // page_size)
+            pages = max(1, (prefill_tokens - taken) // page_size)
             scheduler.chunked_prefill_size = min(chunk_tokens, pages * page_size + taken)
 
     def before_mixing(self) -> None:

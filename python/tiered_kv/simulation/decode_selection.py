@@ -16,6 +16,7 @@ from tiered_kv.scheduler.iteration_policy import (
     iteration_policies,
 )
 from tiered_kv.scheduler.iteration_slack import SlackIterations
+from tiered_kv.scheduler.prefill_turns import PrefillTurns
 from tiered_kv.scheduler.request_policy import SchedulerState
 from tiered_kv.simulation.decode_batch import DecodeBatch
 from tiered_kv.simulation.live import LiveRequest
@@ -25,10 +26,6 @@ from tiered_kv.simulation.settings import InstanceSettings
 ALL_DECODE = "all"
 #: Where all decode although not everyone is in time, the policy is asked again after so many.
 PASSES_PER_PLAN = 4
-#: While prompts wait, prefill has at least this share of the time: its turn is half a decode.
-TURN_SHARE = 1.0 / 3.0
-#: The share of prefill is a mean over about so many seconds.
-LOAD_MEMORY_S = 2.0
 #: A request that made way so often keeps its place.
 SWAPS_MAX = 3
 
@@ -61,9 +58,7 @@ class DecodeSelection:
         self._known: dict[int, RunningRequest] = {}
         self._gangs: dict[int, _Gang] = {}
         self._least_ttft_s = math.inf
-        self._decoded_last = True
-        self._prefill_load = 0.0
-        self._is_prefill_wanted = False
+        self._turns = PrefillTurns()
 
     # -- what happens -------------------------------------------------------------------------
 
@@ -98,9 +93,7 @@ class DecodeSelection:
 
     def passed(self, seconds: float, *, decoded: bool) -> None:
         """A pass ended, or some of the same kind; whether anyone decoded."""
-        self._decoded_last = decoded
-        keep = math.exp(-seconds / LOAD_MEMORY_S)
-        self._prefill_load = keep * self._prefill_load + (0.0 if decoded else 1.0 - keep)
+        self._turns.passed(seconds, decoded=decoded)
 
     # -- plans --------------------------------------------------------------------------------
 
@@ -108,11 +101,11 @@ class DecodeSelection:
         self, now_s: float, prefill: SchedulerState | None = None, *, is_mixed: bool = False
     ) -> IterationPlan:
         """For the next iteration. `prefill`: what the order of the queue is asked with."""
-        self._is_prefill_wanted = self._is_prefill_wanted or prefill is not None
+        if prefill is not None:
+            self._turns.wants_prefill()
         state = self._state(now_s)
         state.prefill, state.is_mixed = prefill, is_mixed
-        if self._is_prefill_wanted and not is_mixed:
-            state.prefill_load = max(state.prefill_load, TURN_SHARE)
+        state.prefill_load = self._turns.load(is_mixed=is_mixed)
         return self.policy.plan(state)
 
     def choose(self, now_s: float) -> int:
@@ -121,11 +114,11 @@ class DecodeSelection:
         Until then no pass is longer than the tightest objective, or nothing can be done about it.
         """
         if self.policy.fits(self._totals(now_s), self._costs, now_s):
-            self._is_prefill_wanted = False
+            self._turns.decided()
             self._batch.choose(None)
             return 0
         plan = self.plan(now_s)
-        self._is_prefill_wanted = False
+        self._turns.decided()
         self._batch.choose(plan.decode)
         return 1 if plan.decode is not None else PASSES_PER_PLAN
 
@@ -177,8 +170,8 @@ class DecodeSelection:
             running,
             self._costs,
             is_cascade=self._settings.cascade,
-            decoded_last=self._decoded_last,
-            prefill_load=self._prefill_load,
+            decoded_last=self._turns.decoded_last,
+            prefill_load=self._turns.load(),
             least_ttft_s=self._least_ttft_s,
         )
 

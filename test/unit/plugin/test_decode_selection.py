@@ -20,10 +20,13 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from support_plugin.decode_loop import DecodeLoop
 from support_plugin.decode_requests import Kind, Oracle, light_costs, publish_arguments
+from tiered_kv.api.slo import Slo
+from tiered_kv.api.terms import Terms
 from tiered_kv.plugin.clock_tick import SharedClock
 from tiered_kv.plugin.step_times import DECODES_PER_OBSERVATION
 from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.iteration_policy import IterationPlan, IterationState, RunningTotals
+from tiered_kv.scheduler.prefill_turns import TURN_SHARE
 
 MakeLoop = Callable[..., DecodeLoop]
 
@@ -354,6 +357,41 @@ def test_decodes_are_learned_from_without_transfers(make_loop: MakeLoop, overlap
     loop.tree_cache.hierarchy.context.calibrator = calibrator
     loop.serve(*(kind(i, 120).request(str(i)) for i in range(3)))
     assert calibrator._decode.n_observations >= 120 // DECODES_PER_OBSERVATION // 2
+
+
+def test_prefill_gets_the_room_that_the_chosen_leave(
+    make_loop: MakeLoop, overlap: bool, answers: Callable[[Kind], list[int]]
+) -> None:
+    class Rooms(Told):
+        """No room for prefill after a prefill, and a page of it after a decode."""
+
+        def plan(self, state: IterationState) -> IterationPlan:
+            plan = super().plan(state)
+            if state.prefill is None:
+                return plan
+            return IterationPlan(plan.decode, 4 if state.decoded_last else 0)
+
+    loop, told = make_loop(overlap=overlap, chunk_tokens=64), Rooms()
+    loop.govern("fcfs", "slack", light_costs())
+    loop.tree_cache.decode_selection._policy = told
+    told.decode = lambda ids: ids[:1]
+    first, second = kind(0, 30), kind(1, 6)
+    kinds = {"first": first, "second": second}
+    loop.arrive(first.request("first"))
+    loop.run(turns(6))
+    assert all(state.prefill is None for state in told.states)
+    before = len(loop.tp_worker.batch_sizes)
+    req = second.request("second")
+    req.tiered_kv_terms = Terms(slo=Slo(ttft_s=0.5))
+    loop.arrive(req)
+    loop.run(lambda: not loop.is_at_rest)
+    asked = [state for state in told.states if state.prefill is not None]
+    assert [state.decoded_last for state in asked[:3]] == [True, False, True]
+    assert all(state.least_ttft_s == 0.5 for state in asked)
+    assert all(state.prefill_load >= TURN_SHARE for state in asked)
+    assert len(loop.tp_worker.batch_sizes) > before + 3
+    for name, one in kinds.items():
+        assert list(loop.finished[name].output_ids) == answers(one)
 
 
 def test_our_own_policies_have_loose_requests_make_way(

@@ -25,6 +25,7 @@ from tiered_kv.plugin.metrics_adapter import MetricsRecorder
 from tiered_kv.plugin.request_order import PLAN_LIMIT, RequestOrder
 from tiered_kv.plugin.residency_log import ResidencyLog
 from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.iteration_policy import IterationPlan
 from tiered_kv.scheduler.request_policy import SchedulerState
 
 # -- the queue ---------------------------------------------------------------------------------
@@ -107,6 +108,53 @@ def test_no_prefill_while_somebody_decodes(scheduler: MiniScheduler, spy: Spy) -
     assert scheduler.step() == []
     assert scheduler.offered is None
     assert scheduler.waiting == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "room", "some_decode", "chunk"),
+    [
+        (12, None, False, 12),
+        (12, 8, False, 8),
+        (8, 12, False, 8),
+        (None, 8, False, 8),
+        (8, 12, True, 12),
+        (8, None, True, CHUNK),
+        (0, 8, True, 8),
+    ],
+)
+def test_decodes_leave_room_for_so_much_prefill(
+    scheduler: MiniScheduler,
+    spy: Spy,
+    asked: int | None,
+    room: int | None,
+    some_decode: bool,
+    chunk: int,
+) -> None:
+    asks: list[tuple[Any, ...]] = []
+
+    def plan_prefill(*args: Any) -> IterationPlan:
+        asks.append(args)
+        return IterationPlan((1,) if some_decode else None, room)
+
+    scheduler.tiered_kv_order.selection = SimpleNamespace(plan_prefill=plan_prefill)
+    three(scheduler)
+    spy.plan_fields = {"prefill_tokens": asked} if asked else {}
+    scheduler.step()
+    assert asks == [], "nobody decodes"
+    spy.plan_fields = {"prefill_tokens": asked}
+    scheduler.step()
+    assert scheduler.chunk_seen == chunk
+    assert [(args[0], args[1]) for args in asks] == [(scheduler.running_batch, spy.states[-1])]
+
+
+def test_decodes_that_leave_no_room_go_first(scheduler: MiniScheduler) -> None:
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    three(scheduler)
+    plans = iter([IterationPlan((1,), 0), IterationPlan((1,), 8)])
+    selection: Any = SimpleNamespace(plan_prefill=lambda *_: next(plans))
+    scheduler.tiered_kv_order.selection = selection
+    assert scheduler.step() == []
+    assert len(scheduler.step()) == 1
 
 
 def test_mixed_decodes_take_theirs_of_the_chunk(scheduler: MiniScheduler, spy: Spy) -> None:

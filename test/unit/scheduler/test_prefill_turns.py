@@ -1,0 +1,37 @@
+"""What share of the time prefill takes, and what it is granted while prompts wait."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tiered_kv.scheduler.prefill_turns import LOAD_MEMORY_S, TURN_SHARE, PrefillTurns
+
+
+def test_the_share_follows_what_ran() -> None:
+    turns = PrefillTurns()
+    assert (turns.decoded_last, turns.load()) == (True, 0.0)
+    turns.passed(LOAD_MEMORY_S, decoded=False)
+    assert not turns.decoded_last
+    assert turns.load() == pytest.approx(1.0 - math.exp(-1.0))
+    turns.passed(2 * LOAD_MEMORY_S, decoded=True)
+    assert turns.decoded_last
+    assert turns.load() == pytest.approx((1.0 - math.exp(-1.0)) * math.exp(-2.0))
+
+
+def test_alternating_passes_come_to_their_share() -> None:
+    turns = PrefillTurns()
+    for _ in range(1000):
+        turns.passed(0.03, decoded=False)
+        turns.passed(0.01, decoded=True)
+    assert turns.load() == pytest.approx(0.75, abs=0.01)
+
+
+def test_prompts_that_wait_are_granted_turns_until_it_is_decided_who_decodes() -> None:
+    turns = PrefillTurns()
+    turns.wants_prefill()
+    assert turns.load() == TURN_SHARE
+    assert turns.load(is_mixed=True) == 0.0, "a mixed pass is everybody's turn"
+    turns.decided()
+    assert turns.load() == 0.0
