@@ -71,6 +71,8 @@ class TieredPrefixCache(RadixCache):
         self.request_order: RequestOrder | None = None
         # KV tokens that the decode launched last need not read, as others of it do.
         self.saved_tokens = 0
+        # Where what was inserted last ended in the tree.
+        self._last_inserted = self.root_node
         self._weights_changed = False
         self._checked_at = 0.0
 
@@ -170,6 +172,7 @@ class TieredPrefixCache(RadixCache):
         assert key is not None
         assert slots is not None
         result = self.hierarchy.insert(self.hierarchy.root(key.extra_key), key.token_ids, slots)
+        self._last_inserted = result.last
         return InsertResult(prefix_len=result.resident_tokens, last_device_node=result.last)
 
     def cache_finished_req(
@@ -181,7 +184,10 @@ class TieredPrefixCache(RadixCache):
         if is_insert:
             self.parts.metrics.finished(req)
         is_insert = is_insert and is_named_by_tokens(req)
+        self._last_inserted = self.root_node
         super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
+        if self.request_order is not None:
+            self.request_order.ended(req, self._last_inserted)
 
     def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
         self.hierarchy.prefetch.release(req.rid)

@@ -8,19 +8,19 @@ in its order; afterwards it is whole again, in the order of arrival, for all els
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.plugin import clock_tick
+from tiered_kv.plugin.foretold import Foretold
 from tiered_kv.plugin.parking import Parking
-from tiered_kv.plugin.queued_requests import QueuedRequests, queued_of
+from tiered_kv.plugin.queued_requests import QueuedRequests, is_aborted, queued_of
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import (
-    ForecastingPolicy,
     RequestPolicy,
     SchedulerState,
     request_policies,
@@ -29,6 +29,7 @@ from tiered_kv.scheduler.request_policy import (
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
+    from tiered_kv.forest.node import Node
     from tiered_kv.plugin.decode_selection import DecodeSelection
     from tiered_kv.plugin.metrics_adapter import MetricsRecorder
     from tiered_kv.plugin.residency_log import ResidencyLog
@@ -62,6 +63,8 @@ class RequestOrder:
         self.clock = clock_tick.SharedClock(
             wanted=lambda: self.queue.wants_time, on_tick=self._on_tick
         )
+        self.foretold = Foretold(hierarchy, policy)
+        self.clock.also_wanted(lambda: self.foretold.is_due(time.perf_counter()))
         self.selection: DecodeSelection | None = None
         """Set if an iteration policy chooses who decodes: it knows what room that leaves."""
         self.parking = Parking(scheduler, self.queue, self.clock)
@@ -74,14 +77,19 @@ class RequestOrder:
         self._running_batch: ScheduleBatch | None = None
         self._everyone: list[Req] | None = None
         self._state: SchedulerState | None = None
-        self._forecast = DemandForecast()
 
     def _on_tick(self) -> None:
         self.queue.tell(self.clock.now_s)
+        self.foretold.tick(self.clock.now_s)
 
     def wait_over_bound_s(self) -> float:
         """By how much the bound on waiting is exceeded now, at most; 0 if it is kept."""
         return self.queue.wait_over_bound_s(self.clock.now_s, self._max_wait_s)
+
+    def ended(self, req: Req, last: Node) -> None:
+        """`req` is over, and its KV is in the tree down to `last`, a root if it is not."""
+        if not is_aborted(req):
+            self.foretold.ended(req, last, self.clock.now_s)
 
     # -- one prefill batch --------------------------------------------------------------------
 
@@ -141,13 +149,14 @@ class RequestOrder:
             n_mixed = len(batch.decoding_reqs or ())
             self.queue.processed_prefill_tokens += batch.extend_num_tokens - n_mixed
             admitted = self.queue.admitted(batch.reqs, self.clock.now_s)
+            self.foretold.admitted(map(queued_of, admitted))
         waiting = [req for req in everyone if req not in admitted] if admitted else everyone
         self._scheduler.waiting_queue = waiting
         self.parking.settle(batch)
         if batch is not None and batch.prefill_stats is not None:
             # It was counted over what was offered.
             batch.prefill_stats.num_pending_tokens = self._pending_tokens()
-        self._foretell(state)
+        self.foretold.planned(state)
 
     def _pending_tokens(self) -> int:
         """As `SchedulerLoadInquirer._get_num_pending_tokens` counts them."""
@@ -260,16 +269,6 @@ class RequestOrder:
             return
         if not running_batch.check_decode_mem():
             self._scheduler.is_mixed_chunk = False
-
-    def _foretell(self, state: SchedulerState) -> None:
-        """Have the tiers know what the policy expects, if that has changed."""
-        policy = self._policy
-        if not isinstance(policy, ForecastingPolicy):
-            return
-        forecast = policy.forecast(state)
-        if forecast is not self._forecast and forecast != self._forecast:
-            self._forecast = forecast
-            self._hierarchy.forecast(forecast)
 
 
 def install(scheduler: Any, policy_name: str) -> None:
