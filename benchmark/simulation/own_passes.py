@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from benchmark.simulation.pace import Pace
@@ -69,8 +68,7 @@ def own_pace(passes: Iterable[TimedPass], start_s: float, end_s: float, times: P
     """
     inside = [p for p in passes if start_s <= p.start_s <= end_s]
     took_s, fitted_s = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
-    for one, after in pairwise([*inside, None]):
-        assert one is not None
+    for one, after in zip(inside, [*inside[1:], None], strict=True):
         is_prefill = bool(one.chunks)
         took_s[is_prefill] += _until(one, after)
         fitted_s[is_prefill] += one.fitted_s(times)

@@ -64,7 +64,6 @@ class QueuedRequests:
         self.least_ttft_s = math.inf
         """The tightest first-token objective that anybody came with."""
         self._hierarchy = hierarchy
-        self._forest = hierarchy.context.forest
         self._policy = policy
         self._residency = residency
         self._metrics = metrics
@@ -206,7 +205,8 @@ class QueuedRequests:
             if queued.request_id not in self._begun:
                 self._begun.add(queued.request_id)
                 self._metrics.admitted(queued, now_s)
-                _credit_source(req, self._forest.take_ahead(req.last_node, Tier.DEVICE))
+                forest = self._hierarchy.context.forest
+                _credit_source(req, forest.take_ahead(req.last_node, Tier.DEVICE))
                 if (report := report_of(req)) is not None:
                     report.wait_s = now_s - queued.arrival_s
             admitted.add(req)

@@ -234,11 +234,7 @@ class RequestOrder:
         if selection is None or running_batch is None or not state.running or is_mixed:
             return plan.prefill_tokens
         iteration = selection.plan_prefill(running_batch, state, self.queue.least_ttft_s)
-        if iteration.decode is not None or plan.prefill_tokens is None:
-            return iteration.prefill_tokens
-        if iteration.prefill_tokens is None:
-            return plan.prefill_tokens
-        return min(plan.prefill_tokens, iteration.prefill_tokens)
+        return iteration.limit_prefill(plan.prefill_tokens)
 
     def _set_chunk(self, prefill_tokens: int | None, mix_decodes: bool, n_running: int) -> None:
         """The most tokens of this batch: whole pages, one at least, as configured at most.

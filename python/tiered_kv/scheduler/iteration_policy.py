@@ -106,6 +106,15 @@ class IterationPlan:
     swap_out: tuple[int, ...] = ()
     """Whose KV goes to the host, in this order; none of them is in `decode`."""
 
+    def limit_prefill(self, asked: int | None) -> int | None:
+        """Most prefill tokens where the request policy, which counts on all who run, says `asked`.
+
+        See `prefill_tokens`; None: no limit.
+        """
+        if self.decode is not None or asked is None:
+            return self.prefill_tokens
+        return asked if self.prefill_tokens is None else min(asked, self.prefill_tokens)
+
 
 EVERYONE = IterationPlan()
 """What SGLang does."""

@@ -247,15 +247,14 @@ class Instance:
 
     def _chunk_tokens(self, state: SchedulerState, plan: AdmissionPlan, *, is_mixed: bool) -> int:
         """Most prefill tokens of this iteration; parks who does not decode beside them."""
-        limits = [self.settings.chunk_tokens, plan.prefill_tokens]
+        limit = plan.prefill_tokens
         if self._selection is not None and self._running:
             iteration = self._selection.plan(state.now_s, state, is_mixed=is_mixed)
             if is_mixed:
                 self._running.choose(iteration.decode)
-            if iteration.decode is not None:
-                limits.pop()
-            limits.append(iteration.prefill_tokens)
-        return min(limit for limit in limits if limit is not None)
+            limit = iteration.limit_prefill(limit)
+        chunk_tokens = self.settings.chunk_tokens
+        return chunk_tokens if limit is None else min(chunk_tokens, limit)
 
     def _leave_queue(self, live: LiveRequest, now_s: float) -> None:
         queued = live.queued
