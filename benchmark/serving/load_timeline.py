@@ -40,15 +40,15 @@ from tiered_kv.tiers.timeline import (
     LAYER_COPIES,
     LAYER_WAITS,
     PASSES,
+    Rows,
     read_events,
+    rows_of,
 )
 
 RESULTS = Path(__file__).parents[1] / "results"
 PAGE_SIZE = 64
 #: The file is written once a second.
 FLUSHED_S = 2.5
-
-Rows = dict[str, list[Event]]
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,6 @@ class LoadReport:
     pass_ms: float
     copy_under_pass_ms: float
     """What of the copy took place while the pass ran."""
-
-
-def rows_of(events: list[Event]) -> Rows:
-    """The spans by the name of their row, in the order of their start."""
-    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    rows: Rows = {name: [] for name in names.values()}
-    for event in events:
-        if event["ph"] == "X":
-            rows[names[event["tid"]]].append(event)
-    for spans in rows.values():
-        spans.sort(key=lambda e: float(e["ts"]))
-    return rows
 
 
 def end_of(event: Event) -> float:

@@ -16,7 +16,7 @@ from benchmark.simulation.pace import Pace
 
 from tiered_kv.metrics.timeline import Event
 from tiered_kv.scheduler.measured_costs import PassTimes
-from tiered_kv.tiers.timeline import CLOCK, PASSES, read_events
+from tiered_kv.tiers.timeline import CLOCK, PASSES, read_events, rows_of
 
 #: A server that has something to do launches its next pass sooner than this.
 IDLE_S = 0.1
@@ -43,9 +43,7 @@ def read_passes(trace: Path) -> list[TimedPass]:
     """All passes in the file that a server wrote (`--tiered-kv-trace-file`), in order."""
     events = read_events(trace)
     clock_s = next(e["args"]["perf_counter_s"] for e in events if e["name"] == CLOCK)
-    (row,) = (e["tid"] for e in events if e["args"] == {"name": PASSES})
-    spans = [e for e in events if e["ph"] == "X" and e["tid"] == row]
-    return sorted((_pass_of(span, clock_s) for span in spans), key=lambda p: p.start_s)
+    return [_pass_of(span, clock_s) for span in rows_of(events)[PASSES]]
 
 
 def _pass_of(span: Event, clock_s: float) -> TimedPass:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from benchmark.serving.load_timeline import end_of, load_report, loads_within, rows_of
+from benchmark.serving.load_timeline import end_of, load_report, loads_within
 
 from support.client import generate
 from support.demo_model import LAYERS, host_size
@@ -26,6 +26,7 @@ from tiered_kv.tiers.timeline import (
     PASSES,
     REQUESTS,
     read_events,
+    rows_of,
 )
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]

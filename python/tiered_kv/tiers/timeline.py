@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.metrics.timeline import Event, Tracks, counters, span, track_name
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: The event that says when a file's zero was, on time.perf_counter().
 CLOCK = "clock"
+Rows: TypeAlias = dict[str, list[Event]]
+"""Spans by the name of the row on which they are drawn."""
 FLUSH_EVERY_S = 1.0
 #: Events that may wait for the next flush; more are dropped, and counted.
 WAITING_MAX = 50_000
@@ -210,3 +212,15 @@ def read_events(path: Path) -> list[Event]:
         text = text.rstrip(",") + "]"
     events: list[Event] = json.loads(text)
     return events
+
+
+def rows_of(events: list[Event]) -> Rows:
+    """The spans by the name of their row, in the order of their start."""
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    rows: Rows = {name: [] for name in names.values()}
+    for event in events:
+        if event["ph"] == "X":
+            rows[names[event["tid"]]].append(event)
+    for spans in rows.values():
+        spans.sort(key=lambda e: float(e["ts"]))
+    return rows

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from benchmark.serving.load_timeline import Question, load_report, loads_within, report, rows_of
+from benchmark.serving.load_timeline import Question, load_report, loads_within, report
 
 from tiered_kv.tiers.timeline import (
     DISK_READS,
@@ -17,6 +17,7 @@ from tiered_kv.tiers.timeline import (
     draw_layers,
     draw_waits,
     read_events,
+    rows_of,
 )
 
 

@@ -33,6 +33,7 @@ from tiered_kv.tiers.timeline import (
     TimelineFile,
     layer_ends,
     read_events,
+    rows_of,
 )
 
 pytestmark = pytest.mark.timeout(60)
@@ -40,15 +41,7 @@ pytestmark = pytest.mark.timeout(60)
 
 def rows(path: Path) -> dict[str, list[Event]]:
     """The spans of a file by the name of their row, in the order of their start."""
-    events = read_events(path)
-    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    found: dict[str, list[Event]] = {name: [] for name in names.values()}
-    for event in events:
-        if event["ph"] == "X":
-            found[names[event["tid"]]].append(event)
-    for spans in found.values():
-        spans.sort(key=lambda e: float(e["ts"]))
-    return found
+    return rows_of(read_events(path))
 
 
 def end_of(event: Event) -> float:
