@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.demand import DemandForecast, Expectation
+from tiered_kv.memory.manager import LOAD_AHEAD_PROBABILITY, LOAD_AHEAD_S
 from tiered_kv.plugin.running_requests import terms_of
 from tiered_kv.scheduler.next_calls import NextCalls
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import ForecastingPolicy, RequestPolicy, SchedulerState
+from tiered_kv.tiers.announced_prompts import AnnouncedPrompts
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 #: How often the time until announced calls is brought up to date.
 REFRESH_S = 1.0
+#: A call's prompt comes from disk so long before it is due: in time to go on to the device.
+FETCH_AHEAD_S = 2 * LOAD_AHEAD_S
 
 
 class Foretold:
@@ -26,6 +30,7 @@ class Foretold:
 
     def __init__(self, hierarchy: KVHierarchy, policy: RequestPolicy) -> None:
         self.calls = NextCalls()
+        self.prompts = AnnouncedPrompts(hierarchy)
         self._hierarchy = hierarchy
         self._policy = policy if isinstance(policy, ForecastingPolicy) else None
         self._queued = DemandForecast()
@@ -56,6 +61,7 @@ class Foretold:
         if hints.next_call_in_s is None or last.is_root:
             return
         self.calls.announce(last.node_id, now_s, hints.next_call_in_s, hints.next_call_probability)
+        self.prompts.remember(last, req.extra_key)
         self._refresh(now_s)
 
     def admitted(self, requests: Iterable[QueuedRequest]) -> None:
@@ -63,11 +69,24 @@ class Foretold:
         if self.calls:
             for request in requests:
                 self.calls.came(node.node_id for node in request.path)
+            self.prompts.forget_others(self.calls)
 
     def _refresh(self, now_s: float) -> None:
         self._refreshed_s = now_s
         self._announced = self.calls.expected(now_s)
+        self.prompts.forget_others(self.calls)
+        self._fetch()
         self._tell()
+
+    def _fetch(self) -> None:
+        """What is due soon and likely comes from disk."""
+        for node_id, expected in list(self._announced.items()):
+            is_soon = expected.starts_in_s <= FETCH_AHEAD_S
+            if is_soon and expected.probability >= LOAD_AHEAD_PROBABILITY:
+                end_id = self.prompts.fetch(node_id)
+                if end_id != node_id:
+                    self.calls.moved(node_id, end_id)
+                    self._announced[end_id] = self._announced.pop(node_id)
 
     def _tell(self) -> None:
         self._hierarchy.forecast(DemandForecast({**self._announced, **self._queued.next_use}))

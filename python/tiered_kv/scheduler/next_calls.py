@@ -39,6 +39,9 @@ class NextCalls:
     def __len__(self) -> int:
         return len(self._calls)
 
+    def __contains__(self, node_id: object) -> bool:
+        return node_id in self._calls
+
     def announce(self, node_id: int, now_s: float, in_s: float, probability: float) -> None:
         """A call that goes on after `node_id` comes in `in_s` seconds; probability 0: none does."""
         self._calls.pop(node_id, None)
@@ -53,6 +56,10 @@ class NextCalls:
         """A request goes on after these nodes: it is there, and need not be expected."""
         for node_id in node_ids:
             self._calls.pop(node_id, None)
+
+    def moved(self, node_id: int, end_id: int) -> None:
+        """What the call after `node_id` goes on from ends at `end_id` by now."""
+        self._calls[end_id] = self._calls.pop(node_id)
 
     def expected(self, now_s: float) -> dict[int, Expectation]:
         """The soonest ones, by node; forgets those that did not come."""

@@ -1,0 +1,93 @@
+"""Disk -> host for calls that were announced: when they come, what they go on from is near.
+
+Between two calls of an agent its context may leave device and host. The tree forgets it then, and
+only its tokens find it on disk; so they are kept here until the call comes, or is not expected any
+more (Continuum, arXiv 2511.02230, and KVFlow, arXiv 2507.07400, bring contexts back in time, too).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tiered_kv.forest.node import Node
+from tiered_kv.tiers.disk_lookup import prompt_of
+
+if TYPE_CHECKING:
+    from tiered_kv.tiers.hierarchy import KVHierarchy
+
+#: Tokens that are kept, of all prompts together (8 bytes each); the oldest prompts go first.
+TOKENS_MAX = 1 << 22
+
+
+@dataclass(slots=True)
+class _Prompt:
+    extra_key: str | None
+    tokens: array[int]
+    ticket: str | None = None
+    """Of the fetch that was started."""
+    is_fetched: bool = False
+
+
+class AnnouncedPrompts:
+    """Prompts by the node at which they ended when the call was announced."""
+
+    def __init__(self, hierarchy: KVHierarchy) -> None:
+        self._hierarchy = hierarchy
+        self._prompts: dict[int, _Prompt] = {}
+        self._n_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def remember(self, last: Node, extra_key: str | None) -> None:
+        """A call goes on from `last`, in the tree of `extra_key`."""
+        self.forget(last.node_id)
+        _, tokens = prompt_of(last, array("q"))
+        self._prompts[last.node_id] = _Prompt(extra_key, tokens)
+        self._n_tokens += len(tokens)
+        while self._n_tokens > TOKENS_MAX:
+            self.forget(next(iter(self._prompts)))
+
+    def forget(self, node_id: int) -> None:
+        """Nobody waits for the call after `node_id` any more."""
+        prompt = self._prompts.pop(node_id, None)
+        if prompt is not None:
+            self._n_tokens -= len(prompt.tokens)
+            self._release(prompt)
+
+    def forget_others(self, expected: Container[int]) -> None:
+        """Forgets all that go on from other nodes."""
+        for node_id in [node_id for node_id in self._prompts if node_id not in expected]:
+            self.forget(node_id)
+
+    def fetch(self, node_id: int) -> int:
+        """Has the disk's part of the prompt read, once; to be called again until it has come.
+
+        Returns the node at which the prompt ends now: what comes from disk comes in new ones. On
+        several ranks all must call it at the same points of their loops.
+        """
+        prompt = self._prompts.get(node_id)
+        if prompt is None or prompt.is_fetched:
+            return node_id
+        prefetch = self._hierarchy.prefetch
+        root = self._hierarchy.root(prompt.extra_key)
+        last = self._hierarchy.match(root, prompt.tokens).last
+        if prompt.ticket is None:
+            prompt.ticket = f"announced call after node {node_id}"
+            prefetch.request(prompt.ticket, last, prompt.tokens[last.end :])
+        if not prefetch.done(prompt.ticket):
+            return node_id
+        self._release(prompt)
+        prompt.is_fetched = True
+        if last.is_root or last.node_id == node_id:
+            return node_id
+        self._prompts[last.node_id] = self._prompts.pop(node_id)
+        return last.node_id
+
+    def _release(self, prompt: _Prompt) -> None:
+        """What it has read is ordinary cache from now on; what it has not, nobody needs."""
+        if prompt.ticket is not None:
+            self._hierarchy.prefetch.release(prompt.ticket)
