@@ -10,7 +10,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -125,6 +125,10 @@ def stream(
     return Sample(turn, *counts, first_s, ended_s, output_ids)
 
 
+#: One request of a load: the conversation's number, and the seconds to pause before it.
+Ask = tuple[int, float]
+
+
 @dataclass(frozen=True)
 class Load:
     """concurrency: requests in flight at most. gap_s: mean pause before a request (exponential)."""
@@ -134,41 +138,48 @@ class Load:
     gap_s: float
     seed: int
 
-    def run(self, url: str, on_answer: Callable[[Sample], None]) -> tuple[list[Sample], float]:
-        """Every conversation's turns, round by round; the samples and the seconds it took.
+    def blocks(self, size: int) -> list[list[Ask]]:
+        """Every conversation's turns, round by round, in runs of at most `size` requests.
 
-        Within a round the order is shuffled; the next turn of a conversation never overtakes the
-        one before it, because a round ends before the next begins.
+        Within a round the order is shuffled. No block has requests of two rounds, so the next turn
+        of a conversation never overtakes the one before it.
         """
         rng = random.Random(self.seed)
-        everyone = [
-            Conversation(self.shape, random.Random(f"{self.seed}/{number}"))
-            for number in range(self.shape.conversations)
+        blocks = []
+        for _ in range(self.shape.turns):
+            order = rng.sample(range(self.shape.conversations), self.shape.conversations)
+            asks = [(n, rng.expovariate(1 / self.gap_s) if self.gap_s else 0.0) for n in order]
+            blocks += [asks[i : i + size] for i in range(0, len(asks), size)]
+        return blocks
+
+
+class Client:
+    """All conversations of a load with one server. `with Client(load, url) as client:`"""
+
+    def __init__(self, load: Load, url: str) -> None:
+        self._url = url
+        self._conversations = [
+            Conversation(load.shape, random.Random(f"{load.seed}/{number}"))
+            for number in range(load.shape.conversations)
         ]
-        samples: list[Sample] = []
-        lock = threading.Lock()
-        local = threading.local()
+        self._pool = ThreadPoolExecutor(load.concurrency)
+        self._local = threading.local()
 
-        def one(work: tuple[Conversation, float]) -> None:
-            conversation, pause_s = work
-            if not hasattr(local, "session"):
-                local.session = requests.Session()
-            time.sleep(pause_s)
-            sample = conversation.ask(url, local.session)
-            with lock:
-                samples.append(sample)
-                on_answer(sample)
+    def __enter__(self) -> Client:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def ask(self, block: Iterable[Ask]) -> tuple[list[Sample], float]:
+        """Asks them, waits for all answers; these in the order of `block`, and the seconds."""
         began = time.perf_counter()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            for _ in range(self.shape.turns):
-                for _ in pool.map(one, self._round(everyone, rng)):
-                    pass
+        samples = list(self._pool.map(self._one, block))
         return samples, time.perf_counter() - began
 
-    def _round(
-        self, everyone: list[Conversation], rng: random.Random
-    ) -> Iterator[tuple[Conversation, float]]:
-        order = rng.sample(everyone, len(everyone))
-        for conversation in order:
-            yield conversation, rng.expovariate(1 / self.gap_s) if self.gap_s else 0.0
+    def _one(self, ask: Ask) -> Sample:
+        number, pause_s = ask
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+        time.sleep(pause_s)
+        return self._conversations[number].ask(self._url, self._local.session)

@@ -5,17 +5,18 @@
 
 Gangs of requests share a prefix that is cached before; then all of them arrive at once. A few,
 spread over the gangs, are interactive and were promised a token every so often; the others are
-batch requests, which were promised a slower mean pace. Systems take turns, every other repeat in
-the opposite order:
+batch requests, which were promised a slower mean pace. All servers are up, one of them works; they
+take turns:
 
   plain     SGLang without our cache
   all       --tiered-kv, everyone decodes in every iteration
   slack     --tiered-kv, --tiered-kv-iteration-policy slack
 
-Objectives are shares of the pace of `plain`, measured first: interactive --interactive-share of
-its median time between tokens, batch --batch-share of it as a mean. The same load with one class
-only, which was promised --loose-share of that pace, shows what choosing costs where there is no
-reason to. Answers are compared with `plain`'s.
+Objectives are shares of the pace of `plain` in the same turn (few machines keep their speed):
+interactive --interactive-share of its median time between tokens, batch --batch-share of it as a
+mean. The same load with one class only, which was promised --loose-share of that pace, shows what
+choosing costs where there is no reason to. Ratios are taken within a turn, and their median over
+all turns. Answers are compared with `plain`'s.
 
 The price is stated beside what the bytes say: an iteration reads the weights and every chosen
 request's KV, so decoding fewer at a time reads the weights more often per token.
@@ -34,7 +35,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,10 +85,13 @@ class Answer:
 
 @dataclass
 class Run:
-    """One load on one server."""
+    """One load on one server. pace_s: of `plain` in the same turn; asked and answers: in order."""
 
     system: str
     load: str
+    repeat: int
+    pace_s: float
+    asked: Sequence[Asked]
     answers: list[Answer]
     decode_sizes: list[int]
 
@@ -102,6 +107,19 @@ class Run:
         chosen = [a for a in self.answers if a.is_interactive is is_interactive]
         return [gap for answer in chosen for gap in answer.gaps_s]
 
+    def interactive_gap_ms(self, percentile: float) -> float:
+        """Between tokens of interactive requests; nan where there are none."""
+        gaps = self.gaps_s(is_interactive=True)
+        return float(np.percentile(gaps, percentile)) * 1e3 if gaps else float("nan")
+
+    def batch_in_time(self) -> float:
+        """Share of the other requests whose mean pace was what they were promised."""
+        pairs = zip(self.answers, self.asked, strict=True)
+        others = [(a, b) for a, b in pairs if not b.is_interactive and b.tbt_ms is not None]
+        if not others:
+            return float("nan")
+        return statistics.mean(a.mean_gap_s * 1e3 <= (b.tbt_ms or 0) for a, b in others)
+
 
 def arguments() -> argparse.Namespace:
     about = (__doc__ or "").split("\n\n")
@@ -116,7 +134,7 @@ def arguments() -> argparse.Namespace:
     add("--gang-size", type=int, default=4)
     add("--prefix-tokens", type=int, default=2048)
     add("--new-tokens", type=int, default=64)
-    add("--repeats", type=int, default=2)
+    add("--repeats", type=int, default=3)
     add("--interactive", type=int, default=2, help="interactive requests (default: 2)")
     add("--interactive-share", type=float, default=0.45)
     add("--batch-share", type=float, default=5.0)
@@ -157,12 +175,12 @@ def load_of(
     return asked
 
 
-def stream(server: Server, asked: Asked, new_tokens: int, began: float, *, has_slo: bool) -> Answer:
+def stream(server: Server, asked: Asked, new_tokens: int, began: float) -> Answer:
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
     body: dict[str, Any] = {
         "input_ids": list(asked.prompt), "sampling_params": sampling, "stream": True,
     }  # fmt: skip
-    if has_slo and asked.tbt_ms is not None:
+    if asked.tbt_ms is not None:
         name = "interactive" if asked.is_interactive else "batch"
         body["slo"] = {"class": name, "ttft_ms": 60_000, "tbt_ms": asked.tbt_ms}
     times: list[float] = []
@@ -187,8 +205,10 @@ def stream(server: Server, asked: Asked, new_tokens: int, began: float, *, has_s
     return Answer(asked.is_interactive, tuple(times), ids)
 
 
-def serve(server: Server, system: str, load: str, asked: Sequence[Asked], new_tokens: int) -> Run:
-    """All of them at once."""
+def serve(
+    server: Server, asked: Sequence[Asked], new_tokens: int
+) -> tuple[list[Answer], list[int]]:
+    """All of them at once; the answers, and how many requests decoded in each iteration."""
     before = len(decode_sizes(server))
     answers: list[Answer | None] = [None] * len(asked)
     errors: list[BaseException] = []
@@ -196,7 +216,7 @@ def serve(server: Server, system: str, load: str, asked: Sequence[Asked], new_to
 
     def one(i: int) -> None:
         try:
-            answers[i] = stream(server, asked[i], new_tokens, began, has_slo=system != "plain")
+            answers[i] = stream(server, asked[i], new_tokens, began)
         except (requests.RequestException, RuntimeError) as error:
             errors.append(error)
 
@@ -208,14 +228,14 @@ def serve(server: Server, system: str, load: str, asked: Sequence[Asked], new_to
     if errors:
         raise errors[0]
     done = [answer for answer in answers if answer is not None]
-    return Run(system, load, done, decode_sizes(server)[before:])
+    return done, decode_sizes(server)[before:]
 
 
 def decode_sizes(server: Server) -> list[int]:
     return [int(n) for n in DECODE_LINE.findall(server.log.read_text(errors="replace"))]
 
 
-def start(system: str, options: argparse.Namespace, folder: Path, repeat: int) -> Server:
+def start(system: str, options: argparse.Namespace, folder: Path) -> Server:
     n_tokens = options.gangs * (
         options.prefix_tokens + options.gang_size * (options.new_tokens + 4 * options.page_size)
     )
@@ -226,8 +246,21 @@ def start(system: str, options: argparse.Namespace, folder: Path, repeat: int) -
     ]  # fmt: skip
     if system != "plain":
         flags += ["--tiered-kv-cascade", options.cascade]
-    log = folder / f"{system}-{repeat}.log"
-    return Server([str(flag) for flag in flags], log, options.model_path)
+    return Server([str(flag) for flag in flags], folder / f"{system}.log", options.model_path)
+
+
+@contextmanager
+def servers_up(
+    systems: Sequence[str], prefixes: Sequence[tuple[int, ...]], options: argparse.Namespace
+) -> Iterator[dict[str, Server]]:
+    """All of them, with the gangs' prefixes in their caches."""
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        up = {}
+        for system in tqdm(systems, desc="starting", unit="server"):
+            up[system] = stack.enter_context(start(system, options, Path(scratch)))
+            for prefix in prefixes:
+                stream(up[system], Asked(prefix, False, None), 1, time.perf_counter())
+        yield up
 
 
 def bytes_price(run: Run, plain: Run, options: argparse.Namespace) -> float:
@@ -243,45 +276,52 @@ def bytes_price(run: Run, plain: Run, options: argparse.Namespace) -> float:
     return bytes_per_token(plain) / bytes_per_token(run)
 
 
-def row(runs: Sequence[Run], plain: Sequence[Run], asked: Sequence[Asked], options: Any) -> str:
-    """One line of the table: medians over the repeats."""
+def row(runs: Sequence[Run], plain: Sequence[Run], options: argparse.Namespace) -> str:
+    """One line of the table: medians over the turns, ratios within them."""
 
     def median(of: Callable[[Run], float]) -> float:
         return statistics.median(of(run) for run in runs)
 
-    def p99(run: Run) -> float:
-        gaps = run.gaps_s(is_interactive=True)
-        return float(np.percentile(gaps, 99)) * 1e3 if gaps else float("nan")
+    def ratio(of: Callable[[Run], float]) -> float:
+        pairs = zip(runs, plain, strict=True)
+        return statistics.median(of(ours) / of(theirs) for ours, theirs in pairs)
 
-    def p50(run: Run) -> float:
-        gaps = run.gaps_s(is_interactive=True)
-        return statistics.median(gaps) * 1e3 if gaps else float("nan")
+    def ids(run: Run) -> list[tuple[int, ...]]:
+        return [answer.output_ids for answer in run.answers]
 
-    def kept(run: Run) -> float:
-        pairs = zip(run.answers, asked, strict=True)
-        others = [(a, b) for a, b in pairs if not b.is_interactive and b.tbt_ms is not None]
-        if not others:
-            return float("nan")
-        return statistics.mean(a.mean_gap_s * 1e3 <= (b.tbt_ms or 0) for a, b in others)
-
-    expected = [answer.output_ids for answer in plain[0].answers]
-    equal = all([answer.output_ids for answer in run.answers] == expected for run in runs)
-    speed = median(lambda run: run.tokens_per_s)
-    share = speed / statistics.median(run.tokens_per_s for run in plain)
-    price = statistics.median(bytes_price(run, plain[0], options) for run in runs)
-    size = median(lambda run: statistics.mean(run.decode_sizes))
+    equal = all(ids(run) == ids(plain[0]) for run in runs)
+    pairs = zip(runs, plain, strict=True)
+    price = statistics.median(bytes_price(ours, theirs, options) for ours, theirs in pairs)
+    in_time = "" if runs[0].system == "plain" else f"{median(Run.batch_in_time):.0%}"
     return (
-        f"| {runs[0].load} | {runs[0].system} | {median(p50):.0f} | {median(p99):.0f} "
-        f"| {median(kept):.0%} | {speed:.1f} | {share:.2f} | {price:.2f} | {size:.1f} "
+        f"| {runs[0].load} | {runs[0].system} | {median(lambda r: r.interactive_gap_ms(50)):.0f} "
+        f"| {median(lambda r: r.interactive_gap_ms(99)):.0f} "
+        f"| {ratio(lambda r: r.interactive_gap_ms(99)):.2f} | {in_time} "
+        f"| {median(lambda r: r.tokens_per_s):.1f} | {ratio(lambda r: r.tokens_per_s):.2f} "
+        f"| {price:.2f} | {median(lambda r: statistics.mean(r.decode_sizes)):.1f} "
         f"| {'yes' if equal else 'NO'} |"
-    )
+    ).replace("nan", "")
 
 
 HEAD = (
-    "| load | system | interactive TBT p50 ms | p99 ms | batch in time | tokens/s | of plain "
-    "| what the bytes say | mean decode batch | same answers |\n" + "|---" * 10 + "|"
+    "| load | system | interactive TBT p50 ms | p99 ms | p99 by plain's | batch in time | tokens/s "
+    "| by plain's | what the bytes say | mean decode batch | same answers |\n" + "|---" * 11 + "|"
 )
 LOADS = ("two classes", "one class")
+
+
+def one_turn(
+    up: dict[str, Server], load: str, prompts: Sequence[tuple[int, ...]], repeat: int, options: Any
+) -> Iterator[Run]:
+    """`plain` first: nobody is promised anything there, its pace is what the others promise."""
+    unpromised = load_of(load, prompts, None, options)
+    answers, sizes = serve(up["plain"], unpromised, options.new_tokens)
+    pace_s = statistics.median(gap for answer in answers for gap in answer.gaps_s)
+    yield Run("plain", load, repeat, pace_s, unpromised, answers, sizes)
+    others = [name for name in up if name != "plain"]
+    for name in others if repeat % 2 == 0 else others[::-1]:
+        asked = load_of(load, prompts, pace_s, options)
+        yield Run(name, load, repeat, pace_s, asked, *serve(up[name], asked, options.new_tokens))
 
 
 def main() -> int:
@@ -289,59 +329,52 @@ def main() -> int:
     prefixes, prompts = prompts_of(options)
     systems = ["plain", *(name for name in options.systems if name != "plain")]
     runs: list[Run] = []
-    asked: dict[str, list[Asked]] = {}
-    pace_s: float | None = None
     total = len(systems) * options.repeats * len(LOADS)
-    with tempfile.TemporaryDirectory() as scratch, tqdm(total=total, unit="load") as bar:
+    with servers_up(systems, prefixes, options) as up, tqdm(total=total, unit="load") as bar:
         for repeat in range(options.repeats):
-            for system in systems if repeat % 2 == 0 else systems[::-1]:
-                bar.set_description(f"{system}, starting")
-                with start(system, options, Path(scratch), repeat) as server:
-                    for prefix in prefixes:
-                        warm = Asked(prefix, is_interactive=False, tbt_ms=None)
-                        stream(server, warm, 1, time.perf_counter(), has_slo=False)
-                    if pace_s is None:
-                        nothing = load_of("one class", prompts, None, options)
-                        first = serve(server, "plain", "pace", nothing, options.new_tokens)
-                        pace_s = statistics.median(first.gaps_s(is_interactive=False))
-                    for load in LOADS:
-                        bar.set_description(f"{system}, {load}")
-                        asked[load] = load_of(load, prompts, pace_s, options)
-                        runs.append(serve(server, system, load, asked[load], options.new_tokens))
-                        bar.update()
-    assert pace_s is not None
-    write(runs, asked, systems, pace_s, options)
+            for load in LOADS:
+                bar.set_description(load)
+                for run in one_turn(up, load, prompts, repeat, options):
+                    runs.append(run)
+                    bar.update()
+            # After every repeat: what was measured is kept if the rest fails.
+            write(runs, systems, options)
     return 0
 
 
-def write(
-    runs: Sequence[Run],
-    asked: dict[str, list[Asked]],
-    systems: Sequence[str],
-    pace_s: float,
-    options: argparse.Namespace,
-) -> None:
+def write(runs: Sequence[Run], systems: Sequence[str], options: argparse.Namespace) -> None:
     lines = [HEAD]
     for load in LOADS:
-        plain = [run for run in runs if run.load == load and run.system == "plain"]
+        of_load = [run for run in runs if run.load == load]
+        plain = [run for run in of_load if run.system == "plain"]
         for system in systems:
-            of_system = [run for run in runs if run.load == load and run.system == system]
-            lines.append(row(of_system, plain, asked[load], options))
+            lines.append(row([run for run in of_load if run.system == system], plain, options))
     told = {name: str(value) for name, value in vars(options).items()}
+    paces = ", ".join(f"{run.pace_s * 1e3:.0f}" for run in runs if run.system == "plain")
     about = (
         f"{options.gangs} gangs of {options.gang_size}, {options.prefix_tokens} tokens shared, "
         f"{options.interactive} requests interactive, "
-        f"{options.new_tokens} new tokens each, {options.dtype}, cascade {options.cascade}; plain "
-        f"has a pace of {pace_s * 1e3:.0f} ms. Promised, as shares of it: interactive "
+        f"{options.new_tokens} new tokens each, {options.dtype}, cascade {options.cascade}; pace "
+        f"of plain, turn by turn: {paces} ms. Promised, as shares of it: interactive "
         f"{options.interactive_share}, batch {options.batch_share} as a mean, one class "
-        f"{options.loose_share}. Medians of {options.repeats} repeats. {machine()}."
+        f"{options.loose_share}. Medians of {runs[-1].repeat + 1} repeats. {machine()}."
     )
     text = "\n".join(lines)
     print(f"\n{about}\n\n{text}")
     options.output.with_suffix(".md").write_text(f"# Who decodes\n\n{about}\n\n{text}\n")
-    samples = [asdict(run) for run in runs]
+    samples = [
+        {
+            "system": run.system,
+            "load": run.load,
+            "repeat": run.repeat,
+            "pace_s": run.pace_s,
+            "decode_sizes": run.decode_sizes,
+            "answers": [asdict(answer) for answer in run.answers],
+        }
+        for run in runs
+    ]
     options.output.with_suffix(".json").write_text(
-        json.dumps({"options": told, "pace_s": pace_s, "machine": machine(), "runs": samples})
+        json.dumps({"options": told, "machine": machine(), "runs": samples}) + "\n"
     )
 
 

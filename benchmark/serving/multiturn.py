@@ -7,25 +7,33 @@ fills: the limit. Prints a table; writes it, the samples as JSON and a plot.
     python benchmark/serving/multiturn.py ... --concurrency 8 --conversations 48
 
 The device's pool is an eighth of the working set (what all conversations have at their end), the
-host's is twice the device's, the disk takes everything. Systems take turns: every repeat runs all
-of them, every other repeat in the opposite order. Needs a machine without an accelerator.
+host's is twice the device's, the disk takes everything. All servers are up at once and one of them
+works: the systems take turns after every request (with --concurrency N: after 2 N requests, all
+answered), in an order drawn anew each time. So all of them meet the same machine, which on shared
+hardware changes its speed within minutes. Needs a machine without an accelerator, and 2 GB of
+memory per system.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from conversations import Load, Sample, Shape, stream
+from conversations import Client, Load, Sample, Shape, stream
 from multiturn_report import Run, machine, plot, row, table
-from systems import SYSTEMS, Sizes, System, attention_per_linear, model_of
+from systems import SYSTEMS, Sizes, attention_per_linear, model_of
 from tqdm import tqdm
+
+from support.server import Server
 
 SHAPES = {
     # 256 new tokens a turn, as in a chat with retrieved passages.
@@ -36,6 +44,8 @@ SHAPES = {
 }
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 RESULTS = Path(__file__).parents[1] / "results"
+#: For each system's own writes to end before the next system's turn.
+SETTLE_S = 0.25
 
 
 def arguments() -> argparse.Namespace:
@@ -92,18 +102,43 @@ def common_flags(options: argparse.Namespace) -> list[object]:
     return [*flags, "--skip-server-warmup", "--sleep-on-idle"]
 
 
-def measure(
-    options: argparse.Namespace, system: System, sizes: Sizes, load: Load, repeat: int, logs: Path
-) -> Run:
-    log = logs / f"{system.name}_{repeat}.log"
-    bar = tqdm(total=load.shape.requests, desc=f"{repeat + 1}: {system.name}", unit="req")
-    with tempfile.TemporaryDirectory(prefix="tiered_kv_bench_", dir=options.scratch) as scratch:
-        server = system.server(options.model_path, common_flags(options), sizes, Path(scratch), log)
-        with bar, server:
+@contextmanager
+def servers_up(
+    options: argparse.Namespace, sizes: Sizes, load: Load, logs: Path
+) -> Iterator[dict[str, Server]]:
+    """One server per system, each warmed up; started one after the other."""
+    with ExitStack() as stack:
+        up = {}
+        for name in tqdm(options.systems, desc="starting", unit="server"):
+            folder = tempfile.TemporaryDirectory(prefix="tiered_kv_bench_", dir=options.scratch)
+            scratch, log = Path(stack.enter_context(folder)), logs / f"{name}.log"
+            server = SYSTEMS[name].server(
+                options.model_path, common_flags(options), sizes, scratch, log
+            )
+            up[name] = stack.enter_context(server)
             warm_up(server.url, load)
+        yield up
+
+
+def measure(up: dict[str, Server], load: Load, repeat: int) -> list[Run]:
+    """The whole load on every server, in turns."""
+    blocks = load.blocks(1 if load.concurrency == 1 else 2 * load.concurrency)
+    runs = {name: Run(name, repeat, [], 0.0, server.start_seconds) for name, server in up.items()}
+    rng = random.Random(load.seed)
+    total = load.shape.requests * len(up)
+    with tqdm(total=total, desc=f"repeat {repeat + 1}", unit="req") as bar, ExitStack() as stack:
+        clients = {}
+        for name, server in up.items():
             server.flush_cache()
-            samples, seconds = load.run(server.url, lambda _: bar.update() and None)
-            return Run(system.name, repeat, samples, seconds, server.start_seconds)
+            clients[name] = stack.enter_context(Client(load, server.url))
+        for block in blocks:
+            for name in rng.sample(list(up), len(up)):
+                samples, seconds = clients[name].ask(block)
+                runs[name].samples += samples
+                runs[name].seconds += seconds
+                bar.update(len(samples))
+                time.sleep(SETTLE_S)
+    return list(runs.values())
 
 
 def warm_up(url: str, load: Load) -> None:
@@ -170,13 +205,17 @@ def write(
     """Writes what has been measured so far; returns the table with its headline."""
     per_linear = attention_per_linear(model_of(options.model_path))
     names = [name for name in options.systems if any(run.system == name for run in runs)]
-    rows = [row([run for run in runs if run.system == name], per_linear) for name in names]
+    by_name = {name: [run for run in runs if run.system == name] for name in names}
+    rows = [row(by_name[name], by_name.get("limit"), per_linear) for name in names]
     output = output_path(options)
     output.parent.mkdir(parents=True, exist_ok=True)
     document = as_json(options, sizes, shape, rows, runs)
     output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     repeats = "1 repeat" if options.repeats == 1 else f"{options.repeats} repeats"
-    report = f"{text}\nTTFT of the turns after the first, {repeats}.\n\n{table(rows)}\n"
+    report = (
+        f"{text}\nTTFT of the turns after the first, {repeats}. By request: the median of each "
+        f"request's TTFT over that of the same request with the limit.\n\n{table(rows)}\n"
+    )
     output.with_suffix(".md").write_text(report)
     plot(rows, runs, options.load, output.with_suffix(".png"))
     return report
@@ -196,11 +235,11 @@ def main() -> int:
     logs = Path(tempfile.mkdtemp(prefix="tiered_kv_bench_logs_"))
     print(f"logs: {logs}", file=sys.stderr)
     runs: list[Run] = []
-    for repeat in range(options.repeats):
-        order = options.systems if repeat % 2 == 0 else options.systems[::-1]
-        for name in order:
-            runs.append(measure(options, SYSTEMS[name], sizes, load, repeat, logs))
-            # After every run: an hour's work shouldn't be lost to a Ctrl-C.
+    with servers_up(options, sizes, load, logs) as up:
+        for repeat in range(options.repeats):
+            # Other conversations each time: nothing of an earlier repeat is found on a disk.
+            runs += measure(up, replace(load, seed=options.seed + repeat), repeat)
+            # After every repeat: an hour's work shouldn't be lost to a Ctrl-C.
             report = write(options, sizes, shape, runs, text)
     print(f"\n{report}\nwritten: {output_path(options)}.json, .md, .png")
     return 0

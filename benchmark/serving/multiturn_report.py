@@ -14,13 +14,15 @@ import numpy as np
 from conversations import Sample
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """One system's answers in one repeat."""
+    """One system's answers in one repeat; all systems of a repeat have the same requests in the
+    same order. seconds: those in which this system was asked.
+    """
 
     system: str
     repeat: int
-    samples: Sequence[Sample]
+    samples: list[Sample]
     seconds: float
     start_seconds: float
 
@@ -38,7 +40,19 @@ def weighted_prefill_tokens(sample: Sample, attention_per_linear: float) -> floa
     return (last - first) + positions * attention_per_linear
 
 
-def row(runs: Sequence[Run], attention_per_linear: float) -> dict[str, Any]:
+def ratios(runs: Sequence[Run], base: Sequence[Run]) -> list[float]:
+    """TTFT of every later turn as a multiple of that of the same request in `base`."""
+    return [
+        ours.ttft_s / theirs.ttft_s
+        for run, other in zip(runs, base, strict=True)
+        for ours, theirs in zip(run.samples, other.samples, strict=True)
+        if ours.turn > 0
+    ]
+
+
+def row(
+    runs: Sequence[Run], base: Sequence[Run] | None, attention_per_linear: float
+) -> dict[str, Any]:
     """All repeats of one system together. TTFT of later turns only: the first has no past."""
     samples = [sample for run in runs for sample in run.samples]
     later = [sample for sample in samples if sample.turn > 0] or samples
@@ -59,6 +73,7 @@ def row(runs: Sequence[Run], attention_per_linear: float) -> dict[str, Any]:
             for run in runs
         ],
         "first_turn_ttft_p50_s": statistics.median(s.ttft_s for s in samples if s.turn == 0),
+        "ttft_by_limit_p50": statistics.median(ratios(runs, base) or [1.0]) if base else None,
         "e2e_p50_s": statistics.median(s.e2e_s for s in later),
         "requests_per_s": len(samples) / seconds,
         "prompt_tokens": prompt,
@@ -75,18 +90,18 @@ def row(runs: Sequence[Run], attention_per_linear: float) -> dict[str, Any]:
 def table(rows: Sequence[Mapping[str, Any]], baseline: str = "limit") -> str:
     base = next((r for r in rows if r["system"] == baseline), None)
     head = (
-        "| system | TTFT p50 | p90 | p99 (s) | p50 / limit | p99 / limit | requests/s "
+        "| system | TTFT p50 | p90 | p99 (s) | p50 / limit | p99 / limit | by request | requests/s "
         "| hits: device | host | disk (tokens) | weighted prefill |\n"
     )
-    head += "|---" * 11 + "|"
+    head += "|---" * 12 + "|"
     lines = [head]
     for r in rows:
-        ratios = [
-            f"{r[key] / base[key]:.2f}x" if base else "" for key in ("ttft_p50_s", "ttft_p99_s")
-        ]
+        keys = ("ttft_p50_s", "ttft_p99_s")
+        by_limit = [f"{r[key] / base[key]:.2f}x" if base else "" for key in keys]
+        by_limit.append(f"{r['ttft_by_limit_p50']:.2f}x" if base else "")
         lines.append(
             f"| {r['system']} | {r['ttft_p50_s']:.3f} | {r['ttft_p90_s']:.3f} "
-            f"| {r['ttft_p99_s']:.3f} | {ratios[0]} | {ratios[1]} | {r['requests_per_s']:.2f} "
+            f"| {r['ttft_p99_s']:.3f} | {' | '.join(by_limit)} | {r['requests_per_s']:.2f} "
             f"| {r['hit_tokens_device']:,} | {r['hit_tokens_host']:,} | {r['hit_tokens_disk']:,} "
             f"| {r['weighted_prefill_tokens']:,.0f} |"
         )

@@ -3,10 +3,10 @@
     python -m benchmark.simulation.orders --model-path MODEL
 
 Needs what `python -m benchmark.simulation.agreement` measured of the server and of this machine
-(`benchmark/results/simulator_agreement_server.json`, or `--measured FILE`). Starts the server once
-per policy, replays every load on it, simulates the same, prints both side by side and writes
-`benchmark/results/request_orders.{md,json}`. About four minutes per policy on two cores, on which
-nothing else should run. Run it in the root of the repository.
+(`benchmark/results/simulator_agreement_server.json`, or `--measured FILE`). Starts one server per
+policy, replays every load on each of them, simulates the same, prints both side by side and writes
+`benchmark/results/request_orders.{md,json}`. About 30 minutes on two cores, on which nothing else
+should run, and 2 GB of memory per policy. Run it in the root of the repository.
 
 The workload: questions on six documents, Poisson arrivals. Load 1 is the rate at which arrivals
 take all of the server's time in the order of arrival, as simulated. 60% of the requests are
@@ -14,9 +14,11 @@ interactive, 30% standard, 10% batch; their objectives are multiples of what pre
 prompt takes. Policies get them as `slo`. Nothing is loaded from the host: what differs is the order
 alone.
 
-A shared machine changes its speed. So before each replay reference passes say how fast it is now
-(`pace.py`); arrivals and objectives are scaled by that, the simulated passes by what was found
-before and after, and times are given in prefills of a whole prompt.
+A shared machine changes its speed. So all servers are up and one works: a load is cut into waves,
+which the policies take in turn, each wave from an empty cache. Before each of them reference passes
+say how fast the machine is now (`pace.py`); arrivals and objectives are scaled by that. The
+simulator's passes are scaled by what the wave's own passes took (`own_passes.py`), and times are
+given in prefills of a whole prompt at that pace.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -38,7 +40,8 @@ from typing import Any
 import numpy as np
 from benchmark.replay.records import Record
 from benchmark.simulation.agreement import policy_args, replay_on, settings_for
-from benchmark.simulation.pace import ROOT, Pace, PaceMaker, at_pace, between, servers_up
+from benchmark.simulation.own_passes import own_pace, read_passes
+from benchmark.simulation.pace import ROOT, Pace, PaceMaker, at_pace, servers_up
 from tqdm import tqdm
 
 from tiered_kv.api.slo import SloClass
@@ -52,6 +55,7 @@ from tiered_kv.simulation.workload.slo_mix import SloMix
 
 POLICIES = ("slack", "fcfs", "lpm", "hrrn", "k-lpm")
 LOADS = (0.8, 1.0, 1.2)
+N_WAVES = 2
 SEED = 5
 QUESTIONS = (
     "rag,requests={n},documents=6,zipf=1.0,retrieved=1,document_tokens=384,system_tokens=64,"
@@ -65,6 +69,19 @@ OBJECTIVES = (
 )
 #: Shares of requests in time that differ by less than this have no order to get right.
 TIE = 0.05
+
+
+@dataclass(frozen=True)
+class Wave:
+    """What one policy made of one wave, on the server or simulated."""
+
+    met: Sequence[tuple[str, bool]]
+    """Class, and whether it was in time, of each request."""
+    ttfts_s: Sequence[float]
+    hit_tokens: int
+    span_s: float
+    unit_s: float
+    """What prefilling a whole prompt took then."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +111,13 @@ def whole_prefill_s(server: MeasuredServer) -> float:
     return result.records[0].ttft_s or 0.0
 
 
-def workload(server: MeasuredServer, n_requests: int, load: float) -> RecordedWorkload:
-    """The same requests in the same order whatever the load, closer together the higher it is."""
+def workload(
+    server: MeasuredServer, n_requests: int, load: float, part: slice = slice(None)
+) -> RecordedWorkload:
+    """The same requests in the same order whatever the load, closer together the higher it is.
+
+    part: of the requests, the first of which arrives when its gap is over.
+    """
     unit_s = whole_prefill_s(server)
     classes = tuple(
         SloClass(name, ttft * unit_s, None if tbt is None else tbt * unit_s)
@@ -117,7 +139,9 @@ def workload(server: MeasuredServer, n_requests: int, load: float) -> RecordedWo
                 tbt_slo_s=slo.tbt_s,
             )
         )
-    return _recorded(adapted)
+    start = part.indices(n_requests)[0]
+    before_s = float(arrivals_s[start - 1]) if start else 0.0
+    return _recorded([replace(r, arrival_s=r.arrival_s - before_s) for r in adapted[part]])
 
 
 def _recorded(requests: Sequence[Request]) -> RecordedWorkload:
@@ -130,15 +154,10 @@ def _busy_s(server: MeasuredServer, requests: Sequence[Request]) -> float:
     return result.busy_s / len(requests)
 
 
-def outcome_of(
-    met: Sequence[tuple[str, bool]],
-    ttfts_s: Sequence[float],
-    hit_tokens: int,
-    span_s: float,
-    unit_s: float,
-) -> Outcome:
-    """met: class, and whether it was in time, of each request."""
-    ttfts = np.array(ttfts_s) / unit_s
+def outcome_of(waves: Sequence[Wave]) -> Outcome:
+    """All waves of a load together, each in its own unit of time."""
+    met = [one for wave in waves for one in wave.met]
+    ttfts = np.array([ttft_s / wave.unit_s for wave in waves for ttft_s in wave.ttfts_s])
     by_class = {
         name: statistics.fmean(is_met for of, is_met in met if of == name)
         for name in sorted({name for name, _ in met})
@@ -147,20 +166,20 @@ def outcome_of(
     return Outcome(
         n_met / len(met),
         by_class,
-        n_met / span_s * unit_s,
+        n_met / sum(wave.span_s / wave.unit_s for wave in waves),
         float(ttfts.mean()),
         float(np.percentile(ttfts, 90)),
         float(np.percentile(ttfts, 99)),
-        hit_tokens,
+        sum(wave.hit_tokens for wave in waves),
     )
 
 
-def measured(records: Sequence[Record], unit_s: float) -> Outcome:
+def measured(records: Sequence[Record], unit_s: float) -> Wave:
     """Raises RuntimeError if a request failed."""
     errors = [record.error for record in records if record.error]
     if errors:
         raise RuntimeError(f"{len(errors)} requests failed, the first: {errors[0]}")
-    return outcome_of(
+    return Wave(
         [(record.slo_class, record.meets_slo) for record in records],
         [record.ttft_s for record in records if record.ttft_s is not None],
         sum(record.cached_tokens or 0 for record in records),
@@ -169,7 +188,7 @@ def measured(records: Sequence[Record], unit_s: float) -> Outcome:
     )
 
 
-def simulated(server: MeasuredServer, policy: str, load: RecordedWorkload) -> Outcome:
+def simulated(server: MeasuredServer, policy: str, load: RecordedWorkload) -> Wave:
     """What clients see besides passes and waiting is added to TTFT."""
     result = Simulation(load, settings_for(server, policy)).run()
     overhead_s = server.request_overhead_s
@@ -179,7 +198,7 @@ def simulated(server: MeasuredServer, policy: str, load: RecordedWorkload) -> Ou
         return replace(record, first_token_s=None if first_s is None else first_s + overhead_s)
 
     records = [seen(record) for record in result.records]
-    return outcome_of(
+    return Wave(
         [(record.slo_class, meets_slo(record)) for record in records],
         [record.ttft_s for record in records if record.ttft_s is not None],
         sum(record.device_hit_tokens for record in records),
@@ -190,42 +209,84 @@ def simulated(server: MeasuredServer, policy: str, load: RecordedWorkload) -> Ou
 
 @dataclass(frozen=True)
 class Pair:
-    """One policy under one load on both, and the machine's pace meanwhile."""
+    """One policy under one load on both, and the machine's pace meanwhile, wave by wave."""
 
     measured: Outcome
     simulated: Outcome
-    pace: Pace
+    paces: tuple[Pace, ...]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One wave on one server; times of `time.perf_counter`."""
+
+    asked: RecordedWorkload
+    records: list[Record]
+    start_s: float
+    end_s: float
+
+
+def replay_wave(url: str, model_path: Path, asked: RecordedWorkload, bar: tqdm[None]) -> Turn:
+    start_s = time.perf_counter()
+    replayed = replay_on(url, model_path, asked, partial(_advance, bar), send_slo=True)
+    records = asyncio.run(replayed)
+    return Turn(asked, records, start_s, time.perf_counter())
 
 
 def replay_all(
     model_path: Path,
-    policy: str,
+    traces: Mapping[str, Path],
     server: MeasuredServer,
     loads: Sequence[float],
     n_requests: int,
     logs: Path,
-) -> list[Pair]:
-    """One server, all loads, each from an empty cache; and the same simulated."""
-    found = []
-    with servers_up(model_path, {policy: policy_args(policy)}, logs) as up:
-        real = up[policy]
-        pace_maker = PaceMaker(real.url, server)
-        before = pace_maker.measure()
-        for load in loads:
-            asked = workload(at_pace(server, before), n_requests, load)
-            real.flush_cache()
-            with tqdm(total=len(asked), unit=" requests", desc=f"{policy} {load:g}") as bar:
-                replayed = replay_on(
-                    real.url, model_path, asked, partial(_advance, bar), send_slo=True
-                )
-                records = asyncio.run(replayed)
-            after = pace_maker.measure()
-            pace = between(before, after)
-            paced = at_pace(server, pace)
-            real_outcome = measured(records, whole_prefill_s(paced))
-            found.append(Pair(real_outcome, simulated(paced, policy, asked), pace))
-            before = after
+) -> dict[float, dict[str, list[Turn]]]:
+    """By load and policy, whose server writes its timeline to what `traces` says."""
+    args_of = {
+        policy: [*policy_args(policy), "--tiered-kv-trace-file", str(trace)]
+        for policy, trace in traces.items()
+    }
+    found: dict[float, dict[str, list[Turn]]] = {load: {p: [] for p in traces} for load in loads}
+    per_wave = -(-n_requests // N_WAVES)
+    total = len(loads) * len(traces) * n_requests
+    with servers_up(model_path, args_of, logs) as up, tqdm(total=total, unit=" requests") as bar:
+        pace_makers = {policy: PaceMaker(real.url, server) for policy, real in up.items()}
+        for start in range(0, n_requests, per_wave):
+            for load in loads:
+                # The order of the policies goes round, so that none always has the same neighbour.
+                for policy in _rotated(list(up), by=loads.index(load) + start // per_wave):
+                    bar.set_description(f"{policy} {load:g}")
+                    pace = pace_makers[policy].measure(repeats=1)
+                    part = slice(start, start + per_wave)
+                    asked = workload(at_pace(server, pace), n_requests, load, part)
+                    up[policy].flush_cache()
+                    turn = replay_wave(up[policy].url, model_path, asked, bar)
+                    found[load][policy].append(turn)
     return found
+
+
+def _rotated(names: list[str], by: int) -> list[str]:
+    at = by % len(names)
+    return names[at:] + names[:at]
+
+
+def compare(
+    turns: dict[float, dict[str, list[Turn]]], traces: Mapping[str, Path], server: MeasuredServer
+) -> dict[float, dict[str, Pair]]:
+    """Every wave at the pace of its own passes, on the server and simulated."""
+    passes = {policy: read_passes(trace) for policy, trace in traces.items()}
+
+    def pair(policy: str, waves: Sequence[Turn]) -> Pair:
+        paces = [own_pace(passes[policy], w.start_s, w.end_s, server.times) for w in waves]
+        paced = [at_pace(server, pace) for pace in paces]
+        real = [measured(w.records, whole_prefill_s(p)) for w, p in zip(waves, paced, strict=True)]
+        model = [simulated(p, policy, w.asked) for w, p in zip(waves, paced, strict=True)]
+        return Pair(outcome_of(real), outcome_of(model), tuple(paces))
+
+    return {
+        load: {policy: pair(policy, waves) for policy, waves in by_policy.items()}
+        for load, by_policy in turns.items()
+    }
 
 
 def _advance(bar: tqdm[None], _record: Record) -> None:
@@ -266,7 +327,7 @@ def table(pairs: dict[str, Pair]) -> str:
             f"{a.hit_tokens:,} ({b.hit_tokens:,})",
             late_ratio,
             f"{a.goodput / fcfs.goodput:.2f}" if fcfs and fcfs.goodput else "-",
-            str(pair.pace),
+            "; ".join(map(str, pair.paces)),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -283,7 +344,8 @@ def report(found: dict[float, dict[str, Pair]], unit_s: float, n_requests: int) 
         "Made by `python -m benchmark.simulation.orders`: the real server on two cores without a "
         "GPU, and in brackets the simulator. The unit of time is the prefill of a whole prompt at "
         f"the machine's pace then ({unit_s:.2f} s when it was calibrated). {n_requests} requests "
-        f"per load; {objectives}. Pace: reference prefills / decodes against the calibration."
+        f"per load in {N_WAVES} waves, which the policies take in turn; {objectives}. Pace: a "
+        "wave's own prefills / decodes against the calibration."
     )
     parts = ["# Orders of the waiting queue on the real server", about]
     for load, pairs in found.items():
@@ -327,26 +389,21 @@ def main() -> int:
     logs = Path(tempfile.mkdtemp(prefix="tiered_kv_orders_"))
     print(f"logs: {logs}", file=sys.stderr)
     began = time.monotonic()
-    found: dict[float, dict[str, Pair]] = {load: {} for load in options.loads}
-    for policy in options.policies:
-        pairs = replay_all(
-            options.model_path, policy, server, options.loads, options.requests, logs
-        )
-        for load, pair in zip(options.loads, pairs, strict=True):
-            found[load][policy] = pair
-        unit_s = whole_prefill_s(server)
-        text = report(found, unit_s, options.requests)
-        document: dict[str, Any] = {
-            "unit_s": unit_s,
-            "requests": options.requests,
-            "loads": {
-                f"{load:g}": {name: asdict(pair) for name, pair in pairs.items()}
-                for load, pairs in found.items()
-            },
-        }
-        # After every policy: an hour's work shouldn't be lost to a Ctrl-C.
-        options.output.with_suffix(".md").write_text(text)
-        options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    traces = {policy: logs / f"{policy}_trace.json" for policy in options.policies}
+    turns = replay_all(options.model_path, traces, server, options.loads, options.requests, logs)
+    found = compare(turns, traces, server)
+    unit_s = whole_prefill_s(server)
+    text = report(found, unit_s, options.requests)
+    document: dict[str, Any] = {
+        "unit_s": unit_s,
+        "requests": options.requests,
+        "loads": {
+            f"{load:g}": {name: asdict(pair) for name, pair in pairs.items()}
+            for load, pairs in found.items()
+        },
+    }
+    options.output.with_suffix(".md").write_text(text)
+    options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     print(f"{text}\n{(time.monotonic() - began) / 60:.1f} minutes; written: {options.output}.md")
     return 0
 

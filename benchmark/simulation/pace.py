@@ -68,13 +68,13 @@ class PaceMaker:
         self._prefix = self._probe.tokens(DECODE_CONTEXT)
         self._probe.ask(self._prefix, 4)
 
-    def measure(self) -> Pace:
-        """About ten seconds on two cores.
+    def measure(self, repeats: int = REPEATS) -> Pace:
+        """About ten seconds on two cores with two repeats.
 
         Raises RuntimeError if no pass could be timed.
         """
         times, prefills, decodes = self._times, list[float](), list[float]()
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             prefill = self._probe.prefill(1, PREFILL_TOKENS, ())
             if prefill is not None:
                 fitted_s = times.prefill_fixed_s + times.prefill_s(prefill.chunks)

@@ -9,6 +9,7 @@ from benchmark.simulation.orders import (
     OBJECTIVES,
     Outcome,
     Pair,
+    Wave,
     disagreements,
     outcome_of,
     report,
@@ -49,17 +50,32 @@ def test_objectives_are_multiples_of_a_whole_prefill() -> None:
 
 def test_slack_has_more_in_time_than_the_order_of_arrival() -> None:
     load = workload(SERVER, 60, 1.2)
-    slack, fcfs = (simulated(SERVER, policy, load) for policy in ("slack", "fcfs"))
+    slack, fcfs = (outcome_of([simulated(SERVER, policy, load)]) for policy in ("slack", "fcfs"))
     assert slack.in_time > 1.5 * fcfs.in_time
     assert slack.in_time_by_class.keys() == fcfs.in_time_by_class.keys()
 
 
 def test_an_outcome() -> None:
-    outcome = outcome_of([("a", True), ("a", False), ("b", True)], [1.0, 2.0, 3.0], 7, 4.0, 2.0)
+    calm = Wave([("a", True), ("a", False), ("b", True)], [1.0, 2.0, 3.0], 7, 4.0, 2.0)
+    outcome = outcome_of([calm])
     assert outcome.in_time == pytest.approx(2 / 3)
     assert outcome.in_time_by_class == {"a": 0.5, "b": 1.0}
     assert outcome.goodput == 1.0
     assert outcome.ttft_mean == 1.0
+    # The machine took twice as long for everything: the same in its own unit.
+    slow = Wave(calm.met, [2.0, 4.0, 6.0], 7, 8.0, 4.0)
+    both = outcome_of([calm, slow])
+    assert both.in_time_by_class == outcome.in_time_by_class
+    assert (both.goodput, both.ttft_mean, both.hit_tokens) == (1.0, 1.0, 14)
+
+
+def test_waves_are_parts_of_the_load() -> None:
+    whole = workload(SERVER, 20, 1.0).requests
+    first, second = (workload(SERVER, 20, 1.0, part) for part in (slice(0, 12), slice(12, 24)))
+    assert [r.blocks for r in (*first.requests, *second.requests)] == [r.blocks for r in whole]
+    assert [r.slo_class for r in second.requests] == [r.slo_class for r in whole[12:]]
+    apart = [r.arrival_s - whole[11].arrival_s for r in whole[12:]]
+    assert [r.arrival_s for r in second.requests] == pytest.approx(apart)
 
 
 def test_only_pairs_that_are_apart_are_ranked() -> None:
@@ -68,7 +84,7 @@ def test_only_pairs_that_are_apart_are_ranked() -> None:
     model = {"fcfs": base, "x": replace(base, in_time=0.4), "y": replace(base, in_time=0.3)}
     assert disagreements(real, real) == []
     assert disagreements(real, model) == ["fcfs and x"]
-    pairs = {name: Pair(real[name], model[name], Pace(1.1, 0.9)) for name in real}
+    pairs = {name: Pair(real[name], model[name], (Pace(1.1, 0.9),)) for name in real}
     text = report({1.0: pairs}, 1.5, 60)
     assert "ranks otherwise: fcfs and x" in text
     assert "| x | 90% (40%) |" in text
