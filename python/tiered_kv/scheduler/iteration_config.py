@@ -29,6 +29,9 @@ class IterationConfig:
     """Whether, when not everyone with the tightest objective can be in time, some of them are given
     up so that the others are. Else all decode, and all are late by a little."""
 
+    yields: bool = True
+    """Whether token objectives give way while first tokens would be late for them."""
+
     prefill_share: float = 0.5
     """Of the time that the due decodes leave, what prefill gets while others wait to decode."""
 

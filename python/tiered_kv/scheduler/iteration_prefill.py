@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 from tiered_kv.scheduler.iteration_batch import Packing
 from tiered_kv.scheduler.iteration_config import IterationConfig
@@ -16,6 +17,8 @@ from tiered_kv.scheduler.pass_budget import MIN_CHUNK_TOKENS, PassBudget, chunk_
 
 #: Prefill's turn is at least this many tokens, whatever they take.
 LEAST_TOKENS = 64
+#: So many of those who wait are looked at.
+QUEUE_LOOK = 64
 
 
 def prefill_tokens(
@@ -52,6 +55,38 @@ def prefill_tokens(
             least_tokens //= 2
     budget = PassBudget(seconds, 1.0, context, n_decodes, least_tokens)
     return chunk_tokens(prefill, budget, cached, 0, math.inf)
+
+
+def is_queue_late(state: IterationState, tokens: int | None, needed_s: float) -> bool:
+    """Whether first tokens that could be in time are late if each decode leaves room for `tokens`.
+
+    By deadline, those aside that would be late even if nobody decoded (`slack.py` says who). Such
+    a pace can't be kept: the queue would grow, and all first tokens be late in the end.
+    needed_s: of the decode between two chunks. O(n log n) in the first `QUEUE_LOOK` who wait.
+    """
+    prefill = state.prefill
+    if prefill is None or not tokens:
+        return False
+    costs, unfinished = prefill.costs, prefill.unfinished
+    cached = 0 if unfinished is None else unfinished.prefilled_tokens
+    cycle_s = costs.iteration_s(((tokens, cached),), 0, 0) + needed_s
+    slowdown = cycle_s / costs.marginal_prefill_s(tokens, cached)
+    jobs = [
+        (request.deadline_s, request.uncached_tokens, request.cached_tokens)
+        for request in islice(prefill.waiting, QUEUE_LOOK)
+        if not math.isinf(request.deadline_s)
+    ]
+    if unfinished is not None:
+        left = max(1, unfinished.prompt_tokens - cached)
+        jobs.append((unfinished.deadline_s, left, cached))
+    work_s = 0.0
+    for deadline_s, new, before in sorted(jobs):
+        own_s, left_s = costs.marginal_prefill_s(new, before), deadline_s - state.now_s
+        if work_s + own_s <= left_s:
+            work_s += own_s
+            if work_s * slowdown > left_s:
+                return True
+    return False
 
 
 def share_of(needed_s: float, left_s: float, others: Sequence[object], share: float) -> float:

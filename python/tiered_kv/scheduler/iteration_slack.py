@@ -31,7 +31,7 @@ from tiered_kv.scheduler.iteration_policy import (
     RunningRequest,
     RunningTotals,
 )
-from tiered_kv.scheduler.iteration_prefill import prefill_tokens, share_of
+from tiered_kv.scheduler.iteration_prefill import is_queue_late, prefill_tokens, share_of
 from tiered_kv.scheduler.iteration_swap import choose_swap_out
 
 #: However much prefill there was, decoding is planned with at least the rest of the time.
@@ -85,6 +85,8 @@ class SlackIterations:
             if not math.isinf(pace.interval_s):
                 return self._paced(state, running, pace, swap_out)
         tokens = prefill_tokens(state, everyone, all_s, left_s, config)
+        if config.yields and is_queue_late(state, tokens, all_s):
+            tokens = None
         return IterationPlan(prefill_tokens=tokens, swap_out=swap_out)
 
     def _paced(
@@ -123,6 +125,8 @@ class SlackIterations:
         parked = batch.fill(others, fill_s)
         limit_s = left_s if state.is_mixed else for_prefill_s
         tokens = prefill_tokens(state, batch, needed_s, limit_s, config)
+        if config.yields and is_queue_late(state, tokens, needed_s):
+            return IterationPlan(swap_out=swap_out)
         if not parked:
             return IterationPlan(prefill_tokens=tokens, swap_out=swap_out)
         return IterationPlan(tuple(r.request_id for r in batch.chosen), tokens, swap_out)
