@@ -19,6 +19,8 @@ from tiered_kv.scheduler.pass_budget import MIN_CHUNK_TOKENS, PassBudget, chunk_
 LEAST_TOKENS = 64
 #: So many of those who wait are looked at.
 QUEUE_LOOK = 64
+#: Of these, so many must be late for token objectives' sake before these give way.
+LATE_MIN = 2
 
 
 def prefill_tokens(
@@ -60,9 +62,10 @@ def prefill_tokens(
 def is_queue_late(state: IterationState, tokens: int | None, needed_s: float) -> bool:
     """Whether first tokens that could be in time are late if each decode leaves room for `tokens`.
 
-    By deadline, those aside that would be late even if nobody decoded (`slack.py` says who). Such
-    a pace can't be kept: the queue would grow, and all first tokens be late in the end.
-    needed_s: of the decode between two chunks. O(n log n) in the first `QUEUE_LOOK` who wait.
+    By deadline, those aside that would be late even if nobody decoded. Such a pace can't be kept:
+    the queue would grow, and all first tokens be late in the end. A single one is not worth
+    everybody's pace. needed_s: of the decode between two chunks. O(n log n) in the first
+    `QUEUE_LOOK` who wait.
     """
     prefill = state.prefill
     if prefill is None or not tokens:
@@ -79,14 +82,18 @@ def is_queue_late(state: IterationState, tokens: int | None, needed_s: float) ->
     if unfinished is not None:
         left = max(1, unfinished.prompt_tokens - cached)
         jobs.append((unfinished.deadline_s, left, cached))
-    work_s = 0.0
+    alone_s = beside_s = 0.0
+    n_late = 0
     for deadline_s, new, before in sorted(jobs):
         own_s, left_s = costs.marginal_prefill_s(new, before), deadline_s - state.now_s
-        if work_s + own_s <= left_s:
-            work_s += own_s
-            if work_s * slowdown > left_s:
-                return True
-    return False
+        if alone_s + own_s > left_s:
+            continue
+        alone_s += own_s
+        if (beside_s + own_s) * slowdown > left_s:
+            n_late += 1
+        else:
+            beside_s += own_s
+    return n_late >= LATE_MIN
 
 
 def share_of(needed_s: float, left_s: float, others: Sequence[object], share: float) -> float:

@@ -19,6 +19,8 @@ ALONE_S = COSTS.marginal_prefill_s(N_BLOCKS * BLOCK_TOKENS + 1)
 REQUESTS = ((20, 7_000, 0.025), (4, 7_000, 0.1))
 #: The second class can take turns, so that the first is in time.
 TOO_MANY = ((20, 12_000, 0.025), (20, 20_000, 0.1), (4, 40_000, None))
+#: Both in time if nobody decoded, neither otherwise.
+LATE: list[float | None] = [1.1 * ALONE_S, 2.2 * ALONE_S]
 
 
 def plan(
@@ -43,7 +45,8 @@ def test_who_is_in_time_anyway_or_beyond_hope_changes_nothing(ttft_s: float | No
 
 
 def test_for_first_tokens_that_could_be_in_time_the_request_policy_decides() -> None:
-    late = plan(running(*REQUESTS), [1.1 * ALONE_S])
+    assert plan(running(*REQUESTS), [1.1 * ALONE_S]).prefill_tokens, "one is not worth it"
+    late = plan(running(*REQUESTS), LATE)
     assert late == IterationPlan()
     assert late.limit_prefill(777) == 777
 
@@ -51,20 +54,20 @@ def test_for_first_tokens_that_could_be_in_time_the_request_policy_decides() -> 
 def test_a_queue_is_late_of_which_everyone_alone_would_be_in_time() -> None:
     in_time = plan(running(*REQUESTS), [4 * ALONE_S])
     assert in_time.prefill_tokens
-    assert plan(running(*REQUESTS), [4 * ALONE_S] * 3) == IterationPlan()
+    assert plan(running(*REQUESTS), [4 * ALONE_S] * 4) == IterationPlan()
 
 
 def test_nobody_is_parked_while_the_queue_is_late() -> None:
     assert plan(running(*TOO_MANY), [None]).decode is not None
-    assert plan(running(*TOO_MANY), [1.1 * ALONE_S]) == IterationPlan()
+    assert plan(running(*TOO_MANY), LATE) == IterationPlan()
 
 
 def test_it_can_be_switched_off() -> None:
-    strict = plan(running(*REQUESTS), [1.1 * ALONE_S], IterationConfig(yields=False))
+    strict = plan(running(*REQUESTS), LATE, IterationConfig(yields=False))
     assert strict.prefill_tokens
 
 
 def test_only_the_first_of_a_long_queue_are_looked_at() -> None:
-    beyond: list[float | None] = [None] * QUEUE_LOOK + [1.1 * ALONE_S]
+    beyond: list[float | None] = [None] * (QUEUE_LOOK - 1) + LATE
     assert plan(running(*REQUESTS), beyond).prefill_tokens
     assert plan(running(*REQUESTS), beyond[1:]) == IterationPlan()

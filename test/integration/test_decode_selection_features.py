@@ -1,0 +1,161 @@
+"""What requests may ask for beside plain decoding, while only some of them decode at a time.
+
+Grammars, several answers to one prompt, streams and LoRA adapters; the oracle is plain SGLang in
+float32, with the same adapters.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from support.client import generate, in_parallel, post_generate, request_body
+from support.demo_model import host_size
+from support.oracle import Oracle
+from support.prompts import PromptMaker
+from support.server import ALWAYS_LOAD, FLOAT32, Server
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+
+MakeServer = Callable[..., Server]
+N_NEW = 12
+#: No decode on a CPU is as short: at most a few requests decode at a time.
+TIGHT = {"class": "interactive", "tbt_ms": 20}
+BATCH = {"class": "batch"}
+DECODE_LINE = re.compile(r"Decode batch, #running-req: (\d+)")
+WORDS = r"([a-z]{2,7} ){4,12}"
+ADAPTER_RANK = 4
+
+
+def selection_args(*more: object) -> list[object]:
+    return [
+        *FLOAT32, "--chunked-prefill-size", 512, "--max-total-tokens", 8192, "--page-size", 16,
+        "--tiered-kv", *ALWAYS_LOAD, "--tiered-kv-host-size", host_size(4096),
+        "--tiered-kv-disk-dir", "none", "--tiered-kv-iteration-policy", "round-robin",
+        "--tiered-kv-debug-integrity", "--decode-log-interval", 1, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(make_server: MakeServer) -> Iterator[Server]:
+    with make_server("selection-features", *selection_args()) as server:
+        yield server
+
+
+def decode_sizes(server: Server) -> list[int]:
+    return [int(n) for n in DECODE_LINE.findall(server.log.read_text())]
+
+
+def slo_of(i: int) -> dict[str, Any]:
+    return BATCH if i % 2 else TIGHT
+
+
+def streamed(server: Server, prompt: tuple[int, ...], slo: dict[str, Any]) -> list[list[int]]:
+    """What each piece of the stream says the answer is so far."""
+    body = {**request_body(prompt, N_NEW), "slo": slo, "stream": True}
+    with post_generate(server, body) as response:
+        assert response.status_code == 200
+        pieces = [line for line in response.text.splitlines() if line.startswith("data: {")]
+    return [json.loads(piece[len("data: ") :])["output_ids"] for piece in pieces]
+
+
+def test_grammars_several_answers_and_streams_while_others_take_turns(
+    server: Server, oracle: Oracle, prompts: PromptMaker
+) -> None:
+    asked = [prompts.tokens(f"feature {i}", 70 + 5 * i) for i in range(9)]
+    grammar = {"regex": WORDS, "max_new_tokens": 24}
+
+    def constrained(one: Server, i: int, **extra: Any) -> Any:
+        return generate(one, asked[i], sampling_params=grammar, **extra).output_ids
+
+    def several(one: Server, i: int, **extra: Any) -> Any:
+        body = request_body(asked[i], N_NEW, sampling_params={"n": 3}, **extra)
+        answers = post_generate(one, body).json()
+        return [tuple(answer["output_ids"]) for answer in answers]
+
+    def stream_of(one: Server, i: int, slo: dict[str, Any]) -> Any:
+        return streamed(one, asked[i], slo)
+
+    kinds = (constrained, several, stream_of)
+    before = len(decode_sizes(server))
+    ours = in_parallel(lambda i: kinds[i % 3](server, i, slo=slo_of(i)), range(9), 9)
+    sizes = decode_sizes(server)[before:]
+    # Three times one and three times three answers, and three streams: all at once it is 15.
+    assert max(sizes) < 15, sizes
+    for i, answer in enumerate(ours):
+        plain = generate(oracle.server, asked[i], N_NEW).output_ids
+        if kinds[i % 3] is constrained:
+            assert answer == constrained(oracle.server, i)
+            assert answer[:N_NEW] != plain, "the grammar changed nothing"
+        elif kinds[i % 3] is several:
+            assert answer == [plain] * 3
+        else:
+            assert tuple(answer[-1]) == plain
+            for piece, longer in itertools.pairwise(answer):
+                assert longer[: len(piece)] == piece
+                assert len(longer) > len(piece)
+
+
+def write_adapter(folder: Path, model: Path, seed: int) -> Path:
+    """An adapter of random weights for the attention's queries, strong enough to be noticed."""
+    config = json.loads((model / "config.json").read_text())
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    width = heads * config.get("head_dim", hidden // heads)
+    random = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        down = torch.randn(ADAPTER_RANK, hidden, generator=random) * 0.2
+        weights[f"{name}.lora_A.weight"] = down
+        weights[f"{name}.lora_B.weight"] = torch.randn(width, ADAPTER_RANK, generator=random) * 0.2
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    about = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": ADAPTER_RANK, "bias": "none",
+        "lora_alpha": ADAPTER_RANK, "lora_dropout": 0.0, "target_modules": ["q_proj"],
+        "base_model_name_or_path": str(model),
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.long
+def test_adapters_while_others_take_turns(
+    make_server: MakeServer, prompts: PromptMaker, demo_model: Path, tmp_path: Path
+) -> None:
+    """One prompt with three adapters and without: its KV must not be shared between them."""
+    names = ["one", "two", "three"]
+    paths = [
+        f"{name}={write_adapter(tmp_path / name, demo_model, seed)}"
+        for seed, name in enumerate(names)
+    ]
+    lora = ["--enable-lora", "--lora-backend", "torch_native", "--lora-paths", *paths]
+    lora += ["--max-loras-per-batch", 4]
+    prompt = prompts.tokens("adapted", 150)
+    asked = [(prompt[: 150 - 20 * (i // 4)], [None, *names][i % 4]) for i in range(8)]
+
+    def ask(server: Server, adapter: str | None, tokens: tuple[int, ...], **extra: Any) -> Any:
+        if adapter is not None:
+            extra["lora_path"] = adapter
+        return generate(server, tokens, N_NEW, **extra)
+
+    with make_server("lora-plain", *FLOAT32, "--page-size", 16, *lora) as plain:
+        expected = [ask(plain, adapter, tokens).output_ids for tokens, adapter in asked]
+    assert len(set(expected)) == len(expected), "the adapters change nothing"
+    with make_server("lora-selection", *selection_args(*lora)) as server:
+        for _ in range(2):
+            before = len(decode_sizes(server))
+            answers = in_parallel(
+                lambda i: ask(server, asked[i][1], asked[i][0], slo=slo_of(i)), range(8), 8
+            )
+            assert [answer.output_ids for answer in answers] == expected
+            assert max(decode_sizes(server)[before:]) < len(asked)
+        assert all(answer.cached_tokens for answer in answers), "of the second time"
