@@ -7,7 +7,6 @@ brought up to date when a policy is about to look at it.
 
 from __future__ import annotations
 
-import math
 import time
 from array import array
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ from tiered_kv.forest.key import TOKEN_TYPECODE
 from tiered_kv.plugin.prefix_cache import is_named_by_tokens
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import RequestPolicy
+from tiered_kv.scheduler.tightest import TightestObjective
 from tiered_kv.scheduler.waiting import WaitingQueue
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ class QueuedRequests:
         self.has_news = False
         """Somebody joined the queue, or may start now, since this was last set to False."""
         self.processed_prefill_tokens = 0
-        self.least_ttft_s = math.inf
-        """The tightest first-token objective that anybody came with."""
+        self.tightest = TightestObjective()
         self._hierarchy = hierarchy
         self._policy = policy
         self._residency = residency
@@ -110,8 +109,7 @@ class QueuedRequests:
         terms: Terms = getattr(req, "tiered_kv_terms", _NO_TERMS)
         if req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
             terms = _NO_TERMS  # nobody was promised anything
-        if terms.slo.ttft_s is not None:
-            self.least_ttft_s = min(self.least_ttft_s, terms.slo.ttft_s)
+        self.tightest.arrived(terms.slo.ttft_s, clock.now_s)
         self._next_id += 1
         return QueuedRequest(
             request_id=self._next_id,

@@ -128,7 +128,7 @@ class Instance:
         self.waiting.add(queued)
         self.policy.on_arrival(queued, now_s)
         if self._selection is not None:
-            self._selection.arrived(live)
+            self._selection.arrived(live, now_s)
             if self._selection.may_preempt(live):
                 self._is_full = False
         self._hold(live, now_s)

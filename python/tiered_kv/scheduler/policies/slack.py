@@ -41,6 +41,7 @@ from tiered_kv.scheduler.slack import (
     select_in_time,
 )
 from tiered_kv.scheduler.tenants import TenantShares
+from tiered_kv.scheduler.tightest import TightestObjective
 
 #: Deadlines looked at to decide who can be in time; later ones follow by deadline.
 HORIZON = 64
@@ -80,7 +81,7 @@ class SlackPolicy:
         self._gangs = Gangs()
         self._memory = MemoryForecast(config.length_quantile, config.memory_margin)
         self._slowdown = 1.0
-        self._least_ttft_s = math.inf
+        self._tightest = TightestObjective()
         self._context_tokens = 0
         self._decoded_s = 0.0
         """When the running requests had got their last tokens."""
@@ -88,12 +89,10 @@ class SlackPolicy:
 
     # -- what happens -------------------------------------------------------------------------
 
-    def on_arrival(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
+    def on_arrival(self, request: QueuedRequest, now_s: float) -> None:
         """It is priced at the next plan, which knows the costs."""
         self._changed[request.request_id] = request
-        ttft_s = request.slo.ttft_s
-        if ttft_s is not None:
-            self._least_ttft_s = min(self._least_ttft_s, ttft_s)
+        self._tightest.arrived(request.slo.ttft_s, now_s)
         if self._config.gangs:
             self._gangs.add(request)
         if self._config.aging:
@@ -150,7 +149,8 @@ class SlackPolicy:
         if state.decode_context_tokens != self._context_tokens:
             # Contexts grow with every token.
             self._context_tokens, self._decoded_s = state.decode_context_tokens, state.now_s
-        budget = pass_budget(state, self._config, self._least_ttft_s, self._decoded_s)
+        least_ttft_s = self._tightest.seconds(state.now_s)
+        budget = pass_budget(state, self._config, least_ttft_s, self._decoded_s)
         self._slowdown = budget.slowdown
         unfinished = state.unfinished
         jobs = self._jobs(state)
