@@ -176,33 +176,35 @@ Read with care: in most rows a handful of requests decides between 90% and 94%.
 
 - **What wins most is not who decodes but how much is prefilled between two decodes** (`chunks`):
   far into a long prompt, the 256 tokens that `all` prefills at least take longer than a token
-  objective. Keeping each next token in time, in pieces of down to 64 tokens, is worth 1.35 to 1.6
+  objective. Keeping each next token in time, in pieces of down to 64 tokens, is worth 1.5 to 1.6
   times the goodput with private contexts of 64k and 256k, and 1.41 where contexts differ by class
-  (8B; 1.03 on 70B).
+  (8B; 1.02 on 70B).
 - **Parking wins where running requests are too many for the tightest objective.** Contexts of 16k
-  that eight share, each reading its own copy: 1.15 times the goodput with `slack`, 1.48 with
-  `relegate`, which gives up a few interactive requests so that the others are in time (94% of all
-  instead of 61%), for 3 to 4% of the tokens. Jobs of 32k without an objective beside short
+  that eight share, each reading its own copy: 1.09 times the goodput with `slack`, 1.44 with
+  `relegate`, which gives up a few interactive requests so that the others are in time (91% of all
+  instead of 61%), for 1 to 3% of the tokens. Jobs of 32k without an objective beside short
   interactive requests: 1.06, at no loss of tokens. It is a matter of bursts and backlogs: where
   load is steady and can be served at all, small prefills already keep the batch at a size that is
   in time, and nobody needs to be parked.
 - **Where single requests are large, little can be saved**: of contexts of 64k that eight share,
-  eight fill 25 ms. `relegate` gains a little on the 8B model and nothing on 70B. Taking turns
-  without asking whether it pays (`round-robin`) is worst of all there.
+  eight fill 25 ms. Taking turns without asking whether it pays (`round-robin`) is worst of all
+  there.
 - **Neutral** where all fits: on the 8B model private contexts of 4k and 16k, and objectives of
   50 ms (the memory of an H200 is read in 33 ms). One class alone is never divided, so neutral by
   construction.
-- **It loses, and by much, where the load is more than can be served at the tightest objective**:
-  on the 70B model private contexts of 16k at 0.8 of what full batches sustain (0.25 to 0.34 of
-  `all`'s goodput, which itself loses to `sglang`), and shared contexts of 64k. An iteration of
-  25 ms there sustains 0.75 or less of what a full batch does, so the queue grows without end:
-  tokens come in time, first tokens don't. The policy keeps token objectives and never trades them
-  for first tokens; an operator has to, with a looser token objective, or by admitting less. With
-  cascade attention decodes are cheap, the load is prefill, and the same happens in small.
-- **The price** in tokens per second on the 8B model is 0 to 11%, what the bytes say or less, save
+- **It loses where the load is more than can be served at the tightest objective**: on the 70B model
+  private contexts of 16k at 0.8 of what full batches sustain (0.56 of `all`'s goodput, which itself
+  loses to `sglang`), and contexts of 64k with cascade attention (0.89). An iteration of 25 ms there
+  sustains 0.75 or less of what a full batch does. Token objectives give way when two or more who
+  wait would be late for their sake; without that (`yields=False`) the queue grows without end, and
+  the same rows had 0.31 and 0.79, shared contexts of 64k on 70B 0.74 instead of 0.97. It is a
+  trade: private contexts of 64k on 70B had 1.35 with it switched off, and have 0.98; shared 16k on
+  8B had 1.15, and has 1.09. Giving way for one late request instead of two gave 0.70 in the worst
+  row, but 1.20 instead of 1.60 with 256k.
+- **The price** in tokens per second on the 8B model is 0 to 10%, what the bytes say or less, save
   the cascade rows, which pay for small prefills. On the 70B model on four devices the weights are
-  nearly half of an iteration of 25 ms, so it is a fifth to a quarter, and more with cascade:
-  25 ms is a dear objective there, whoever decodes.
+  nearly half of an iteration of 25 ms, so it is up to a fifth, and 29% in the row that is
+  overloaded: 25 ms is a dear objective there, whoever decodes.
 """
 TABLE_HEAD = (
     "| policy | in time | goodput, 1/s | tokens/s | iterations | interactive: TBT met, gaps late, "
