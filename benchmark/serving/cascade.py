@@ -45,6 +45,8 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
 FIRST_TOKEN, LAST_TOKEN = 1000, 40000
 #: Tokens of context, over all rows and iterations, that a turn should about attend to.
 TURN_TOKENS = 150_000
+#: At least so many: the first ones may run before all rows have been prefilled.
+ITERATIONS_MIN = 8
 
 
 @contextlib.contextmanager
@@ -85,7 +87,7 @@ def measure(
 
     trunk = ids(n_shared)
     prompts = [trunk + ids(options.own) for _ in range(n_rows)]
-    iterations = max(2, min(24, TURN_TOKENS // (n_rows * (n_shared + options.own))))
+    iterations = max(ITERATIONS_MIN, min(24, TURN_TOKENS // (n_rows * (n_shared + options.own))))
     for server in up.values():
         generate(server, prompts[:1], 1)
         generate(server, prompts, 1)
