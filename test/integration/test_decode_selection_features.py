@@ -105,22 +105,25 @@ def test_grammars_several_answers_and_streams_while_others_take_turns(
 
 
 def write_adapter(folder: Path, model: Path, seed: int) -> Path:
-    """An adapter of random weights for the attention's queries, strong enough to be noticed."""
+    """An adapter of random weights for the attention's inputs, strong enough to be noticed."""
     config = json.loads((model / "config.json").read_text())
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    width = heads * config.get("head_dim", hidden // heads)
+    head_dim = config.get("head_dim") or hidden // heads
+    kv_width = config["num_key_value_heads"] * head_dim
+    widths = {"q_proj": heads * head_dim, "k_proj": kv_width, "v_proj": kv_width}
     random = torch.Generator().manual_seed(seed)
     weights = {}
     for layer in range(config["num_hidden_layers"]):
-        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        down = torch.randn(ADAPTER_RANK, hidden, generator=random) * 0.2
-        weights[f"{name}.lora_A.weight"] = down
-        weights[f"{name}.lora_B.weight"] = torch.randn(width, ADAPTER_RANK, generator=random) * 0.2
+        for module, width in widths.items():
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            down, up = (ADAPTER_RANK, hidden), (width, ADAPTER_RANK)
+            weights[f"{name}.lora_A.weight"] = torch.randn(down, generator=random) * 0.1
+            weights[f"{name}.lora_B.weight"] = torch.randn(up, generator=random) * 0.1
     folder.mkdir()
     save_file(weights, folder / "adapter_model.safetensors")
     about = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": ADAPTER_RANK, "bias": "none",
-        "lora_alpha": ADAPTER_RANK, "lora_dropout": 0.0, "target_modules": ["q_proj"],
+        "lora_alpha": ADAPTER_RANK, "lora_dropout": 0.0, "target_modules": list(widths),
         "base_model_name_or_path": str(model),
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(about))
