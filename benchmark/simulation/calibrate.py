@@ -156,11 +156,11 @@ def residuals(found: Measurements, times: PassTimes) -> list[tuple[str, float, f
     rows = []
     for sample in found.prefills:
         new, cached = sample.chunks[0]
-        fitted = times.prefill_fixed_s + times.prefill_s(sample.chunks)
+        fitted = times.prefill_pass_s(sample.chunks)
         name = f"prefill {len(sample.chunks)} x {new} after {cached}"
         rows.append((name, sample.seconds, fitted))
     for passes in found.decodes:
-        fitted = times.decode_fixed_s + times.decode_s(passes.context_tokens, passes.n_requests)
+        fitted = times.decode_pass_s(passes.context_tokens, passes.n_requests)
         name = f"decode {passes.n_requests}, {passes.context_tokens} tokens of context"
         rows.append((name, passes.seconds, fitted))
     return rows

@@ -35,8 +35,8 @@ class TimedPass:
 
     def fitted_s(self, times: PassTimes) -> float:
         if self.chunks:
-            return times.prefill_fixed_s + times.prefill_s(self.chunks)
-        return times.decode_fixed_s + times.decode_s(self.context_tokens, self.n_requests)
+            return times.prefill_pass_s(self.chunks)
+        return times.decode_pass_s(self.context_tokens, self.n_requests)
 
 
 def read_passes(trace: Path) -> list[TimedPass]:

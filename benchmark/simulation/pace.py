@@ -77,12 +77,11 @@ class PaceMaker:
         for _ in range(repeats):
             prefill = self._probe.prefill(1, PREFILL_TOKENS, ())
             if prefill is not None:
-                fitted_s = times.prefill_fixed_s + times.prefill_s(prefill.chunks)
+                fitted_s = times.prefill_pass_s(prefill.chunks)
                 prefills.append(prefill.seconds / fitted_s)
             passes = self._probe.decode(DECODE_REQUESTS, self._prefix, DECODE_TOKENS)
             if passes is not None:
-                fitted_s = times.decode_fixed_s
-                fitted_s += times.decode_s(passes.context_tokens, passes.n_requests)
+                fitted_s = times.decode_pass_s(passes.context_tokens, passes.n_requests)
                 decodes.append(passes.seconds / fitted_s)
         if not prefills or not decodes:
             raise RuntimeError("No reference pass could be timed; is the machine busy?")

@@ -49,12 +49,12 @@ def samples(noise: float = 0.0) -> Measurements:
         return seconds * float(random.lognormal(0.0, noise))
 
     prefills = [
-        PrefillSample(chunks, noisy(TIMES.prefill_fixed_s + TIMES.prefill_s(chunks)))
+        PrefillSample(chunks, noisy(TIMES.prefill_pass_s(chunks)))
         for n, new, cached in PREFILLS
         for chunks in [((new, cached),) * n]
     ]
     decodes = [
-        DecodeSample(n, n * cached, noisy(TIMES.decode_fixed_s + TIMES.decode_s(n * cached, n)))
+        DecodeSample(n, n * cached, noisy(TIMES.decode_pass_s(n * cached, n)))
         for n, cached in DECODES
     ]
     return Measurements(tuple(prefills), tuple(decodes), 0.02)

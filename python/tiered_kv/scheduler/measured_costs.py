@@ -61,6 +61,14 @@ class PassTimes:
         """A decode pass, without its fixed part."""
         return self.decode_request_s * n_decodes + self.decode_context_s * context_tokens
 
+    def prefill_pass_s(self, prefills: Sequence[tuple[int, int]]) -> float:
+        """A whole pass that prefills chunks of (new, cached) tokens."""
+        return self.prefill_fixed_s + self.prefill_s(prefills)
+
+    def decode_pass_s(self, context_tokens: int, n_decodes: int) -> float:
+        """A whole pass that only decodes."""
+        return self.decode_fixed_s + self.decode_s(context_tokens, n_decodes)
+
 
 class MeasuredCosts(CostModel):
     """`CostModel` with measured passes in place of the roofline.
