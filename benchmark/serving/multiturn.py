@@ -10,7 +10,7 @@ The device's pool is an eighth of the working set (what all conversations have a
 host's is twice the device's, the disk takes everything. All servers are up at once and one of them
 works: the systems take turns after every request (with --concurrency N: after 2 N requests, all
 answered), in an order drawn anew each time. So all of them meet the same machine, which on shared
-hardware changes its speed within minutes. Needs a machine without an accelerator, and 2 GB of
+hardware changes its speed within minutes. Needs a machine without an accelerator, and 3.2 GB of
 memory per system.
 """
 

@@ -6,7 +6,7 @@ Needs what `python -m benchmark.simulation.agreement` measured of the server and
 (`benchmark/results/simulator_agreement_server.json`, or `--measured FILE`). Starts one server per
 policy, replays every load on each of them, simulates the same, prints both side by side and writes
 `benchmark/results/request_orders.{md,json}`. About 30 minutes on two cores, on which nothing else
-should run, and 2 GB of memory per policy. Run it in the root of the repository.
+should run, and 3.2 GB of memory per policy. Run it in the root of the repository.
 
 The workload: questions on six documents, Poisson arrivals. Load 1 is the rate at which arrivals
 take all of the server's time in the order of arrival, as simulated. 60% of the requests are
