@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from support.client import generate, in_parallel, post_generate, request_body
 from support.demo_model import host_size
+from support.injection import injected
 from support.oracle import Oracle
 from support.prompts import PromptMaker
 from support.server import ALWAYS_LOAD, FLOAT32, Server
@@ -142,6 +143,7 @@ def test_adapters_while_others_take_turns(
     ]
     lora = ["--enable-lora", "--lora-backend", "torch_native", "--lora-paths", *paths]
     lora += ["--max-loras-per-batch", 4]
+    unpinned = injected("unpinned")
     prompt = prompts.tokens("adapted", 150)
     asked = [(prompt[: 150 - 20 * (i // 4)], [None, *names][i % 4]) for i in range(8)]
 
@@ -150,10 +152,11 @@ def test_adapters_while_others_take_turns(
             extra["lora_path"] = adapter
         return generate(server, tokens, N_NEW, **extra)
 
-    with make_server("lora-plain", *FLOAT32, "--page-size", 16, *lora) as plain:
+    plain_args = [*FLOAT32, "--page-size", 16, *lora]
+    with make_server("lora-plain", *plain_args, env=unpinned) as plain:
         expected = [ask(plain, adapter, tokens).output_ids for tokens, adapter in asked]
     assert len(set(expected)) == len(expected), "the adapters change nothing"
-    with make_server("lora-selection", *selection_args(*lora)) as server:
+    with make_server("lora-selection", *selection_args(*lora), env=unpinned) as server:
         for _ in range(2):
             before = len(decode_sizes(server))
             answers = in_parallel(
