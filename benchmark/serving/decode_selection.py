@@ -16,7 +16,9 @@ Objectives are shares of the pace of `plain` in the same turn (few machines keep
 interactive --interactive-share of its median time between tokens, batch --batch-share of it as a
 mean. The same load with one class only, which was promised --loose-share of that pace, shows what
 choosing costs where there is no reason to. Ratios are taken within a turn, and their median over
-all turns. Answers are compared with `plain`'s.
+all turns. Answers are compared with `plain`'s. Before all that each of our servers decodes 64
+tokens of the same requests: a server that has just started predicts iterations by its preset, and
+learns how long they really take from the first dozens of them.
 
 The price is stated beside what the bytes say: an iteration reads the weights and every chosen
 request's KV, so decoding fewer at a time reads the weights more often per token.
@@ -308,6 +310,8 @@ HEAD = (
     "| by plain's | what the bytes say | mean decode batch | same answers |\n" + "|---" * 11 + "|"
 )
 LOADS = ("two classes", "one class")
+#: Two times what the cost model learns from at once.
+LEARNED_TOKENS = 64
 
 
 def one_turn(
@@ -331,6 +335,9 @@ def main() -> int:
     runs: list[Run] = []
     total = len(systems) * options.repeats * len(LOADS)
     with servers_up(systems, prefixes, options) as up, tqdm(total=total, unit="load") as bar:
+        for name in systems[1:]:
+            bar.set_description(f"{name} learns")
+            serve(up[name], load_of("one class", prompts, None, options), LEARNED_TOKENS)
         for repeat in range(options.repeats):
             for load in LOADS:
                 bar.set_description(load)

@@ -29,6 +29,9 @@ class IterationConfig:
     """Whether, when not everyone with the tightest objective can be in time, some of them are given
     up so that the others are. Else all decode, and all are late by a little."""
 
+    least_throughput: float = 0.4
+    """Share of the throughput that parking has to leave where nobody waits for it."""
+
     yields: bool = True
     """Whether token objectives give way while first tokens would be late for them."""
 
@@ -44,6 +47,7 @@ class IterationConfig:
             ("caution", self.caution, 0 < self.caution <= 1),
             ("stretch", self.stretch, self.stretch >= 1),
             ("prefill_share", self.prefill_share, 0 <= self.prefill_share <= 1),
+            ("least_throughput", self.least_throughput, 0 <= self.least_throughput <= 1),
             ("pass_share", self.pass_share, self.pass_share > 0),
         ):
             if not is_right:

@@ -8,8 +8,10 @@ at being late while the weights are read more often than for all at once.
 
 What it must cost: an iteration reads the weights and takes its fixed part, f seconds, whoever
 decodes. Of an iteration of d seconds the share 1 - f/d produces tokens, against 1 - f/T when all
-decode in T > d seconds. So subsets give up the share (f/d - f/T) / (1 - f/T) of the throughput, and
-are chosen only where the weight of the requests that are in time grows by more.
+decode in T > d seconds. So subsets give up the share (f/d - f/T) / (1 - f/T) of the throughput.
+Where throughput is scarce, because there are prompts to be computed, they are chosen only if the
+weight of the requests that are in time grows by more; else it is enough that it grows, and that
+the throughput does not fall below a limit.
 """
 
 from __future__ import annotations
@@ -50,10 +52,12 @@ def find_pace(
     *,
     is_cascade: bool = False,
     prefill_load: float = 0.0,
+    is_scarce: bool = True,
 ) -> Pace:
     """The pace with the most requests in time per second. O(n log n) per distinct objective.
 
-    prefill_load: share of the time that is left to prefill, not to decode.
+    prefill_load: share of the time that is left to prefill, not to decode. is_scarce: whether
+    throughput counts; else the most requests in time, however long they take.
     """
     context, n, saved = decode_tokens(running, is_cascade=is_cascade)
     all_s = costs.iteration_s((), context, n, saved)
@@ -72,7 +76,10 @@ def find_pace(
         decode_s = interval_s * decode_share
         price = throughput_share(fixed_s, decode_s, all_s)
         in_time = _in_time(running, objective_s, total)
-        if in_time * price <= best.in_time * best.throughput:
+        if price <= (0.0 if is_scarce else config.least_throughput):
+            continue
+        least = best.in_time * best.throughput / price if is_scarce else best.in_time
+        if in_time <= least:
             continue
         rotation = Rotation(running, costs, objective_s, config, is_cascade=is_cascade)
         given_up: list[RunningRequest] = []
@@ -81,7 +88,7 @@ def find_pace(
                 continue
             given_up = rotation.relegated(decode_s, now_s)
             in_time -= sum(r.weight for r in given_up) / total
-            if in_time * price <= best.in_time * best.throughput:
+            if in_time <= least:
                 continue
         ids = frozenset(request.request_id for request in given_up)
         best = Pace(interval_s, objective_s, in_time, price, ids)

@@ -36,6 +36,8 @@ from tiered_kv.scheduler.iteration_swap import choose_swap_out
 
 #: However much prefill there was, decoding is planned with at least the rest of the time.
 PREFILL_LOAD_MAX = 0.5
+#: With less prefill than this share of the time, nobody waits for what a slower pace gives up.
+SPARE_LOAD = 0.05
 
 
 class SlackIterations:
@@ -81,6 +83,7 @@ class SlackIterations:
                 state.now_s,
                 is_cascade=state.is_cascade,
                 prefill_load=_prefill_load(state),
+                is_scarce=state.prefill is not None or state.prefill_load > SPARE_LOAD,
             )
             if not math.isinf(pace.interval_s):
                 return self._paced(state, running, pace, swap_out)

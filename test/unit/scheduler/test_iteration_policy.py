@@ -114,13 +114,25 @@ def test_nobody_is_parked_for_an_objective_that_cannot_be_met() -> None:
     assert chosen(SlackIterations(), requests, 0.0) == requests
 
 
-def test_nobody_is_parked_for_one_of_many() -> None:
+def test_nobody_is_parked_for_one_of_many_while_prompts_want_the_time() -> None:
     """It would cost more than it brings, unless that one weighs more."""
     requests = running((1, 2_000, 0.01), (60, 12_000, None))
-    assert chosen(SlackIterations(), requests, 0.0) == requests
+    assert chosen(SlackIterations(), requests, 0.0, prefill_load=0.2) == requests
     requests[0].weight = 1000.0
-    assert requests[0] in chosen(SlackIterations(), requests, 0.0)
-    assert len(chosen(SlackIterations(), requests, 0.0)) < 61
+    few = chosen(SlackIterations(), requests, 0.0, prefill_load=0.2)
+    assert requests[0] in few
+    assert len(few) < 61
+
+
+def test_where_nobody_wants_the_time_one_of_many_is_served_within_a_limit() -> None:
+    requests = running((1, 2_000, 0.01), (60, 12_000, None))
+    few = chosen(SlackIterations(), requests, 0.0)
+    assert requests[0] in few
+    assert len(few) < 61
+    fixed_s = COSTS.iteration_s((), 0, 1)
+    share = throughput_share(fixed_s, IterationConfig().caution * 0.01, seconds(requests))
+    config = IterationConfig(least_throughput=share + 0.01)
+    assert chosen(SlackIterations(config), requests, 0.0) == requests
 
 
 def test_relegation_saves_most_of_a_class_that_cannot_be_in_time_as_a_whole() -> None:
