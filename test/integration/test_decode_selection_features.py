@@ -118,8 +118,8 @@ def write_adapter(folder: Path, model: Path, seed: int) -> Path:
         for module, width in widths.items():
             name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
             down, up = (ADAPTER_RANK, hidden), (width, ADAPTER_RANK)
-            weights[f"{name}.lora_A.weight"] = torch.randn(down, generator=random) * 0.1
-            weights[f"{name}.lora_B.weight"] = torch.randn(up, generator=random) * 0.1
+            weights[f"{name}.lora_A.weight"] = torch.randn(down, generator=random) * 0.3
+            weights[f"{name}.lora_B.weight"] = torch.randn(up, generator=random) * 0.3
     folder.mkdir()
     save_file(weights, folder / "adapter_model.safetensors")
     about = {
