@@ -23,8 +23,11 @@ FORGETTING = 0.985
 #: Old observations go quicker while half of the recent ones miss by more than this logarithm.
 FORGETTING_WHEN_WRONG = 0.8
 WRONG = 0.3
-#: How much the fit clings to what it believed before, in observations.
+#: How much the fit clings to the scale it believed before, in observations.
 INERTIA = 0.1
+#: And to the fixed part. As long as all steps are alike, nothing tells one from the other; then the
+#: machine is slower or faster than was believed, it does not have other fixed costs.
+FIXED_INERTIA = 10.0
 #: No update moves a parameter by more than this factor; the first ones may move it further.
 STEP_MAX = 1.5
 FIRST_STEP_MAX = 4.0
@@ -93,7 +96,7 @@ class AffineFit:
         """The least squares, drawn a little to the present parameters: (fixed_s, scale)."""
         n, sx, sy, sxx, sxy = self._sums
         # Without scatter in x, only the sum of both terms is known: inertia decides their share.
-        pull_fixed, pull_scale = INERTIA * weight, INERTIA * weight * x * x
+        pull_fixed, pull_scale = FIXED_INERTIA * weight, INERTIA * weight * x * x
         a11, a12, a22 = n + pull_fixed, sx, sxx + pull_scale
         b1, b2 = sy + pull_fixed * self.fixed_s, sxy + pull_scale * self.scale
         determinant = a11 * a22 - a12 * a12

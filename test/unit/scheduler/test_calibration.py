@@ -132,3 +132,17 @@ def test_equal_observations_give_equal_parameters() -> None:
         for fit in fits:
             fit.observe(x, y)
     assert (fits[0].fixed_s, fits[0].scale) == (fits[1].fixed_s, fits[1].scale)
+
+
+def test_steps_that_are_all_alike_change_the_scale_not_the_fixed_part() -> None:
+    fit = AffineFit(0.0)
+    for _ in range(100):
+        fit.observe(0.2, 1.2)
+    assert fit.predict(0.2) == pytest.approx(1.2, rel=0.01)
+    # Half as much work, which was never seen, takes little more than half as long.
+    assert fit.predict(0.1) < 0.56 * 1.2
+    # Until it was seen to take longer.
+    for at in range(300):
+        fit.observe(*((0.2, 1.2), (0.1, 1.0))[at % 2])
+    assert fit.predict(0.1) == pytest.approx(1.0, rel=0.05)
+    assert fit.predict(0.2) == pytest.approx(1.2, rel=0.05)
