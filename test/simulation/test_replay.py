@@ -182,7 +182,8 @@ def test_an_open_loop_reports_what_the_server_did(
     assert summary["cached_share"] == pytest.approx(40 / 102)
     for record, due_s in zip(records, (0.0, 0.05, 0.1), strict=True):
         assert record["scheduled_s"] == pytest.approx(due_s)
-        assert due_s <= record["sent_s"] < due_s + 5
+        # An event loop may wake up a tick of its clock early.
+        assert due_s - 1e-3 <= record["sent_s"] < due_s + 5
         assert record["output_tokens"] == 5
         assert record["ttft_s"] >= FIRST_S
         assert len(record["gaps_s"]) == 4
