@@ -356,7 +356,8 @@ def write(runs: Sequence[Run], systems: Sequence[str], options: argparse.Namespa
         plain = [run for run in of_load if run.system == "plain"]
         for system in systems:
             lines.append(row([run for run in of_load if run.system == system], plain, options))
-    told = {name: str(value) for name, value in vars(options).items()}
+    told = {name: str(value) for name, value in vars(options).items() if name != "output"}
+    told["model_path"] = options.model_path.name
     paces = ", ".join(f"{run.pace_s * 1e3:.0f}" for run in runs if run.system == "plain")
     about = (
         f"{options.gangs} gangs of {options.gang_size}, {options.prefix_tokens} tokens shared, "
