@@ -141,6 +141,8 @@ def run_server(args: argparse.Namespace, scratch: Path) -> tuple[list[Question],
         *BASE_ARGS,
         *("--dtype", args.dtype, "--page-size", PAGE_SIZE, "--context-length", n + 1024),
         *("--max-total-tokens", n + 1024, "--chunked-prefill-size", -1, "--enable-metrics"),
+        # What SGLang derives from prefills without chunks is below 0 on a small machine.
+        *("--mem-fraction-static", 0.6),
         *("--tiered-kv", "--tiered-kv-host-ratio", 3, "--tiered-kv-load-policy", "always"),
         *("--tiered-kv-disk-dir", scratch / "disk", "--tiered-kv-disk-size", "4GB"),
         *("--tiered-kv-trace-file", trace),
