@@ -61,15 +61,17 @@ class Foretold:
         if hints.next_call_in_s is None or last.is_root:
             return
         self.calls.announce(last.node_id, now_s, hints.next_call_in_s, hints.next_call_probability)
-        self.prompts.remember(last, req.extra_key)
+        if hints.next_call_probability >= LOAD_AHEAD_PROBABILITY:
+            self.prompts.remember(last, req.extra_key)
         self._refresh(now_s)
 
     def admitted(self, requests: Iterable[QueuedRequest]) -> None:
         """`requests` run: what they go on from is needed now, and not again as far as is known."""
         if self.calls:
             for request in requests:
-                self.calls.came(node.node_id for node in request.path)
-            self.prompts.forget_others(self.calls)
+                node_ids = [node.node_id for node in request.path]
+                self.calls.came(node_ids)
+                self.prompts.forget(node_ids)
 
     def _refresh(self, now_s: float) -> None:
         self._refreshed_s = now_s

@@ -8,7 +8,7 @@ more (Continuum, arXiv 2511.02230, and KVFlow, arXiv 2507.07400, bring contexts 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,24 +44,24 @@ class AnnouncedPrompts:
 
     def remember(self, last: Node, extra_key: str | None) -> None:
         """A call goes on from `last`, in the tree of `extra_key`."""
-        self.forget(last.node_id)
+        self.forget([last.node_id])
         _, tokens = prompt_of(last, array("q"))
         self._prompts[last.node_id] = _Prompt(extra_key, tokens)
         self._n_tokens += len(tokens)
         while self._n_tokens > TOKENS_MAX:
-            self.forget(next(iter(self._prompts)))
+            self.forget([next(iter(self._prompts))])
 
-    def forget(self, node_id: int) -> None:
-        """Nobody waits for the call after `node_id` any more."""
-        prompt = self._prompts.pop(node_id, None)
-        if prompt is not None:
-            self._n_tokens -= len(prompt.tokens)
-            self._release(prompt)
+    def forget(self, node_ids: Iterable[int]) -> None:
+        """Nobody waits for the calls after these nodes any more."""
+        for node_id in node_ids:
+            prompt = self._prompts.pop(node_id, None)
+            if prompt is not None:
+                self._n_tokens -= len(prompt.tokens)
+                self._release(prompt)
 
     def forget_others(self, expected: Container[int]) -> None:
         """Forgets all that go on from other nodes."""
-        for node_id in [node_id for node_id in self._prompts if node_id not in expected]:
-            self.forget(node_id)
+        self.forget([node_id for node_id in self._prompts if node_id not in expected])
 
     def fetch(self, node_id: int) -> int:
         """Has the disk's part of the prompt read, once; to be called again until it has come.
@@ -73,19 +73,24 @@ class AnnouncedPrompts:
         if prompt is None or prompt.is_fetched:
             return node_id
         prefetch = self._hierarchy.prefetch
-        root = self._hierarchy.root(prompt.extra_key)
-        last = self._hierarchy.match(root, prompt.tokens).last
         if prompt.ticket is None:
+            last = self._end_of(prompt)
             prompt.ticket = f"announced call after node {node_id}"
             prefetch.request(prompt.ticket, last, prompt.tokens[last.end :])
         if not prefetch.done(prompt.ticket):
             return node_id
         self._release(prompt)
         prompt.is_fetched = True
+        last = self._end_of(prompt)
         if last.is_root or last.node_id == node_id:
             return node_id
         self._prompts[last.node_id] = self._prompts.pop(node_id)
         return last.node_id
+
+    def _end_of(self, prompt: _Prompt) -> Node:
+        """How far the prompt goes that device and host have now."""
+        root = self._hierarchy.root(prompt.extra_key)
+        return self._hierarchy.match(root, prompt.tokens).last
 
     def _release(self, prompt: _Prompt) -> None:
         """What it has read is ordinary cache from now on; what it has not, nobody needs."""
