@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -55,7 +54,6 @@ from support.server import BASE_ARGS, Server
 RESULTS = Path(__file__).parents[1] / "results" / "decode_selection"
 TIERED = ("--tiered-kv", "--tiered-kv-disk-dir", "none", "--tiered-kv-iteration-policy")
 SYSTEMS = {"plain": (), "all": (*TIERED, "all"), "slack": (*TIERED, "slack")}
-DECODE_LINE = re.compile(r"Decode batch, #running-req: (\d+)")
 TIMEOUT_S = 900.0
 
 
@@ -211,7 +209,7 @@ def serve(
     server: Server, asked: Sequence[Asked], new_tokens: int
 ) -> tuple[list[Answer], list[int]]:
     """All of them at once; the answers, and how many requests decoded in each iteration."""
-    before = len(decode_sizes(server))
+    before = len(server.decode_sizes())
     answers: list[Answer | None] = [None] * len(asked)
     errors: list[BaseException] = []
     began = time.perf_counter()
@@ -230,11 +228,7 @@ def serve(
     if errors:
         raise errors[0]
     done = [answer for answer in answers if answer is not None]
-    return done, decode_sizes(server)[before:]
-
-
-def decode_sizes(server: Server) -> list[int]:
-    return [int(n) for n in DECODE_LINE.findall(server.log.read_text(errors="replace"))]
+    return done, server.decode_sizes()[before:]
 
 
 def start(system: str, options: argparse.Namespace, folder: Path) -> Server:

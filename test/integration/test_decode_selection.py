@@ -7,7 +7,6 @@ this machine's speed: what is tested is the mechanism. The oracle is plain SGLan
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,10 +17,10 @@ from typing import Any
 import pytest
 
 from support.client import Answer, generate, in_parallel
-from support.demo_model import host_size
 from support.oracle import Oracle
 from support.prompts import PromptMaker
-from support.server import ALWAYS_LOAD, FLOAT32, Server
+from support.selection import TIGHT_TBT_MS, selection_args
+from support.server import Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
@@ -29,24 +28,12 @@ MakeServer = Callable[..., Server]
 N_GANGS = 4
 GANG_SIZE = 4
 N_NEW = 12
-#: No decode on a CPU is as short: at most a few requests decode at a time.
-TIGHT_TBT_MS = 20
-DECODE_LINE = re.compile(r"Decode batch, #running-req: (\d+)")
 
 PENALTIES: tuple[dict[str, Any], ...] = (
     {"frequency_penalty": 0.9},
     {"presence_penalty": 1.1},
     {"frequency_penalty": 0.3, "presence_penalty": 0.4, "min_new_tokens": N_NEW},
 )
-
-
-def selection_args(policy: str, n_tokens: int, *more: object) -> list[object]:
-    return [
-        *FLOAT32, "--chunked-prefill-size", 512, "--max-total-tokens", n_tokens,
-        "--tiered-kv", *ALWAYS_LOAD, "--tiered-kv-host-size", host_size(8192),
-        "--tiered-kv-disk-dir", "none", "--tiered-kv-iteration-policy", policy,
-        "--tiered-kv-debug-integrity", "--decode-log-interval", 1, *more,
-    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,11 +87,6 @@ def alone(oracle: Oracle, asked: list[Asked]) -> list[tuple[int, ...]]:
     return [one.ask_plain(oracle.server).output_ids for one in asked]
 
 
-def decode_sizes(server: Server) -> list[int]:
-    """How many decoded in each iteration."""
-    return [int(n) for n in DECODE_LINE.findall(server.log.read_text())]
-
-
 @pytest.fixture(scope="module")
 def server(make_server: MakeServer) -> Iterator[Server]:
     args = selection_args("round-robin", 16384, "--page-size", 16)
@@ -124,9 +106,9 @@ def test_gangs_that_take_turns_say_what_plain_sglang_says(
 ) -> None:
     asked = gangs(prompts, 256)
     expected = oracle.all_output_ids([(one.prompt, one.n_new) for one in asked])
-    before = len(decode_sizes(server))
+    before = len(server.decode_sizes())
     assert serve(server, asked) == expected
-    sizes = decode_sizes(server)[before:]
+    sizes = server.decode_sizes()[before:]
     # All at once, it would be one iteration per token.
     assert len(sizes) > 2 * N_NEW, sizes
     assert max(sizes) < len(asked), sizes

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,41 +17,27 @@ import torch
 from safetensors.torch import save_file
 
 from support.client import generate, in_parallel, post_generate, request_body
-from support.demo_model import host_size
 from support.injection import injected
 from support.oracle import Oracle
 from support.prompts import PromptMaker
-from support.server import ALWAYS_LOAD, FLOAT32, Server
+from support.selection import TIGHT_TBT_MS, selection_args
+from support.server import FLOAT32, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
 MakeServer = Callable[..., Server]
 N_NEW = 12
-#: No decode on a CPU is as short: at most a few requests decode at a time.
-TIGHT = {"class": "interactive", "tbt_ms": 20}
+TIGHT = {"class": "interactive", "tbt_ms": TIGHT_TBT_MS}
 BATCH = {"class": "batch"}
-DECODE_LINE = re.compile(r"Decode batch, #running-req: (\d+)")
 WORDS = r"([a-z]{2,7} ){4,12}"
 ADAPTER_RANK = 4
-
-
-def selection_args(*more: object) -> list[object]:
-    return [
-        *FLOAT32, "--chunked-prefill-size", 512, "--max-total-tokens", 8192, "--page-size", 16,
-        "--tiered-kv", *ALWAYS_LOAD, "--tiered-kv-host-size", host_size(4096),
-        "--tiered-kv-disk-dir", "none", "--tiered-kv-iteration-policy", "round-robin",
-        "--tiered-kv-debug-integrity", "--decode-log-interval", 1, *more,
-    ]  # fmt: skip
+PAGES = ("--page-size", 16)
 
 
 @pytest.fixture(scope="module")
 def server(make_server: MakeServer) -> Iterator[Server]:
-    with make_server("selection-features", *selection_args()) as server:
+    with make_server("selection-features", *selection_args("round-robin", 8192, *PAGES)) as server:
         yield server
-
-
-def decode_sizes(server: Server) -> list[int]:
-    return [int(n) for n in DECODE_LINE.findall(server.log.read_text())]
 
 
 def slo_of(i: int) -> dict[str, Any]:
@@ -86,9 +71,9 @@ def test_grammars_several_answers_and_streams_while_others_take_turns(
         return streamed(one, asked[i], slo)
 
     kinds = (constrained, several, stream_of)
-    before = len(decode_sizes(server))
+    before = len(server.decode_sizes())
     ours = in_parallel(lambda i: kinds[i % 3](server, i, slo=slo_of(i)), range(9), 9)
-    sizes = decode_sizes(server)[before:]
+    sizes = server.decode_sizes()[before:]
     # Three times one and three times three answers, and three streams: all at once it is 15.
     assert max(sizes) < 15, sizes
     for i, answer in enumerate(ours):
@@ -152,16 +137,18 @@ def test_adapters_while_others_take_turns(
             extra["lora_path"] = adapter
         return generate(server, tokens, N_NEW, **extra)
 
-    plain_args = [*FLOAT32, "--page-size", 16, *lora]
+    plain_args = [*FLOAT32, *PAGES, *lora]
     with make_server("lora-plain", *plain_args, env=unpinned) as plain:
         expected = [ask(plain, adapter, tokens).output_ids for tokens, adapter in asked]
     assert len(set(expected)) == len(expected), "the adapters change nothing"
-    with make_server("lora-selection", *selection_args(*lora), env=unpinned) as server:
+    with make_server(
+        "lora-selection", *selection_args("round-robin", 8192, *PAGES, *lora), env=unpinned
+    ) as server:
         for _ in range(2):
-            before = len(decode_sizes(server))
+            before = len(server.decode_sizes())
             answers = in_parallel(
                 lambda i: ask(server, asked[i][1], asked[i][0], slo=slo_of(i)), range(8), 8
             )
             assert [answer.output_ids for answer in answers] == expected
-            assert max(decode_sizes(server)[before:]) < len(asked)
+            assert max(server.decode_sizes()[before:]) < len(asked)
         assert all(answer.cached_tokens for answer in answers), "of the second time"

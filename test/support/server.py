@@ -36,6 +36,7 @@ STOP_TIMEOUT_S = 30.0
 
 #: Lines of a log that no test may cause, unless it says that it expects them.
 TROUBLE = re.compile(r"Traceback \(most recent call last\)|\bERROR\b|[Ll]eak|IntegrityError")
+DECODE_LINE = re.compile(r"Decode batch, #running-req: (\d+)")
 #: The command line, and the arguments that SGLang prints at the start: four hundred names.
 NOT_A_MESSAGE = re.compile(r"^\$ |server_args=ServerArgs\(")
 LOG_LINE_WIDTH_MAX = 500
@@ -221,6 +222,10 @@ class Server:
 
     def messages(self) -> list[str]:
         return [line for line in self.log_text().splitlines() if not NOT_A_MESSAGE.search(line)]
+
+    def decode_sizes(self) -> list[int]:
+        """How many requests decoded in each iteration, with `--decode-log-interval 1`."""
+        return [int(n) for n in DECODE_LINE.findall(self.log_text())]
 
     def trouble(self) -> list[str]:
         """Log lines that tell of an error, a leak or a traceback and are not `expected`."""
