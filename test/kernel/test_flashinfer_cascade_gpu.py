@@ -11,8 +11,18 @@ import pytest
 import torch
 
 from support_attention.batches import Batch, draw_batch, in_float64, relative_error
-from tiered_kv.attention.flashinfer_runner import FlashInferCascadeRunner, KernelShape
-from tiered_kv.attention.plan import CascadePlan
+from tiered_kv.attention.flashinfer_graph import (
+    example_plan,
+    fits_graph,
+    flashinfer_graph_levels,
+)
+from tiered_kv.attention.flashinfer_runner import (
+    WORKSPACE_BYTES,
+    FlashInferCascadeRunner,
+    KernelShape,
+    suffix_slots,
+)
+from tiered_kv.attention.plan import CascadePlan, Group, Level
 from tiered_kv.attention.runner import PageTables
 
 pytestmark = pytest.mark.skipif(
@@ -33,15 +43,18 @@ def drawn(seed: int, dtype: torch.dtype) -> Batch:
         seed += 1000
 
 
-def runner_for(batch: Batch) -> FlashInferCascadeRunner:
-    shape = KernelShape(
+def shape_of(batch: Batch) -> KernelShape:
+    return KernelShape(
         n_query_heads=batch.query.shape[1],
         n_kv_heads=batch.keys.shape[1],
         head_dim=batch.query.shape[2],
         query_dtype=batch.query.dtype,
         kv_dtype=batch.keys.dtype,
     )
-    return FlashInferCascadeRunner(shape, torch.device("cuda"))
+
+
+def runner_for(batch: Batch) -> FlashInferCascadeRunner:
+    return FlashInferCascadeRunner(shape_of(batch), torch.device("cuda"))
 
 
 def run(batch: Batch, plan: CascadePlan) -> torch.Tensor:
@@ -81,3 +94,100 @@ def test_one_runner_serves_one_batch_after_the_other() -> None:
         runner.prepare(batch.plan(max_levels), tables)
         output = runner.run(query, keys, values, torch.empty_like(query), batch.scale)
         assert relative_error(output.cpu(), exact) < 0.02
+
+
+class GraphDecoder:
+    """A CUDA graph of one layer's attention for `N_ROWS` rows, over a batch's KV."""
+
+    N_ROWS = 16
+
+    def __init__(self, batch: Batch, n_levels: int) -> None:
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+        device, n_rows = torch.device("cuda"), self.N_ROWS
+        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.batch, self.shape = batch, shape_of(batch)
+        self.kv_cache = (batch.keys.cuda()[:, None], batch.values.cuda()[:, None])
+        self.slots = batch.tables.slots.cuda()
+        maker = flashinfer_graph_levels(self.shape, workspace, len(batch.keys), n_levels)
+        self.levels = maker.make(n_rows, n_levels)
+        self.decode = BatchDecodeWithPagedKVCacheWrapper(
+            workspace,
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=self.shape.n_query_heads >= 4 * self.shape.n_kv_heads,
+            paged_kv_indptr_buffer=torch.zeros(n_rows + 1, dtype=torch.int32, device=device),
+            paged_kv_indices_buffer=torch.zeros(
+                n_rows * self.slots.shape[1], dtype=torch.int32, device=device
+            ),
+            paged_kv_last_page_len_buffer=torch.ones(n_rows, dtype=torch.int32, device=device),
+        )
+        self.query = torch.zeros(
+            n_rows, *batch.query.shape[1:], dtype=batch.query.dtype, device=device
+        )
+        rows = torch.zeros(n_rows, dtype=torch.int64, device=device)
+        self._plan(example_plan(n_rows, n_levels), PageTables(self.slots, rows, (9,) * n_rows))
+        for _ in range(2):
+            self._attend()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = self._attend()
+
+    def _plan(self, plan: CascadePlan, tables: PageTables) -> None:
+        padded = self.levels.plan(plan, tables)
+        order = list(padded.order)
+        tables = PageTables(
+            tables.slots,
+            tables.table_rows[torch.tensor(order, device="cuda")],
+            tuple(tables.n_tokens[row] for row in order),
+        )
+        starts = tuple(padded.shared_tokens[row] for row in order)
+        indptr, slots = suffix_slots(starts, tables)
+        shape = self.shape
+        self.decode.plan(
+            indptr,
+            slots,
+            torch.ones(self.N_ROWS, dtype=torch.int32),
+            shape.n_query_heads,
+            shape.n_kv_heads,
+            shape.head_dim,
+            1,
+            q_data_type=shape.query_dtype,
+            kv_data_type=shape.kv_dtype,
+        )
+
+    def _attend(self) -> torch.Tensor:
+        scale = self.batch.scale
+        query = self.query[self.levels.order]
+        merged, lse = self.decode.forward_return_lse(query, self.kv_cache, sm_scale=scale)
+        self.levels.merge_into(merged, lse, query, self.kv_cache, sm_scale=scale)
+        output = torch.empty_like(merged)
+        output[self.levels.order] = merged
+        return output
+
+    def replay(self, plan: CascadePlan) -> torch.Tensor:
+        tables, n = self.batch.tables, plan.n_rows
+        padding = self.N_ROWS - n
+        rows = torch.cat([tables.table_rows, torch.zeros(padding, dtype=torch.int64)]).cuda()
+        self._plan(plan, PageTables(self.slots, rows, (*tables.n_tokens, *(1,) * padding)))
+        self.query[:n] = self.batch.query.cuda()
+        self.graph.replay()
+        return self.output[:n].cpu()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_one_graph_replays_plans_that_fit(seed: int) -> None:
+    """Captured with an example; then the batch's plan, half of it, and the batch's again."""
+    while True:
+        batch = drawn(seed, torch.bfloat16)
+        plan = batch.plan(1)
+        if plan.levels and fits_graph(plan, GraphDecoder.N_ROWS):
+            break
+        seed += 1000
+    exact = in_float64(batch)
+    plain = relative_error(run(batch, batch.plan(0)), exact)
+    halves = tuple(Group(group.rows, 0, -(-group.length // 2)) for group in plan.levels[0].groups)
+    decoder = GraphDecoder(batch, 1)
+    for current in (plan, CascadePlan(plan.n_rows, (Level(halves),)), plan):
+        assert relative_error(decoder.replay(current), exact) <= 1.5 * plain + 1e-4

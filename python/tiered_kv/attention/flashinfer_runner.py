@@ -97,6 +97,24 @@ def level_arrays(level: Level, tables: PageTables) -> LevelArrays:
     )
 
 
+def plan_level(wrapper: Any, arrays: LevelArrays, shape: KernelShape) -> None:
+    """Have a prefill wrapper plan a level; does not synchronise with the device."""
+    wrapper.plan(
+        arrays.qo_indptr,
+        arrays.kv_indptr,
+        arrays.kv_indices,
+        arrays.last_page_len,
+        shape.n_query_heads,
+        shape.n_kv_heads,
+        shape.head_dim,
+        1,
+        causal=False,
+        q_data_type=shape.query_dtype,
+        kv_data_type=shape.kv_dtype,
+        non_blocking=True,
+    )
+
+
 def can_merge(n_query_heads: int, head_dim: int, element_bytes: int) -> bool:
     """Whether FlashInfer's merge kernel can be launched for so many heads on a rank."""
     elements = max(16 // element_bytes, head_dim // 32)
@@ -139,20 +157,7 @@ class FlashInferLevels:
         while len(self._wrappers) < len(self._levels):
             self._wrappers.append(self._make_wrapper())
         for wrapper, arrays in zip(self._wrappers, self._levels, strict=False):
-            wrapper.plan(
-                arrays.qo_indptr,
-                arrays.kv_indptr,
-                arrays.kv_indices,
-                arrays.last_page_len,
-                shape.n_query_heads,
-                shape.n_kv_heads,
-                shape.head_dim,
-                1,
-                causal=False,
-                q_data_type=shape.query_dtype,
-                kv_data_type=shape.kv_dtype,
-                non_blocking=True,
-            )
+            plan_level(wrapper, arrays, shape)
 
     def merge_into(
         self,

@@ -37,8 +37,11 @@ logger = logging.getLogger(__name__)
 PLANS_KEPT = 8
 
 #: Seconds that a layer takes longer without a CUDA graph: a cautious estimate, a dozen launches and
-#: the Python between them. A plan must save more, because it is carried out without one.
+#: the Python between them. A plan that no graph can replay must save more.
 EAGER_S = 200e-6
+
+#: Passes over shared KV in one batch; each is captured in a CUDA graph of its own, for every size.
+LEVELS_MAX = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +79,15 @@ class CascadePlanner:
         shape: AttentionShape,
         device: CascadeDevice,
         *,
-        min_saving_s: float = 0.0,
-        max_levels: int = 2,
+        eager_s: float = 0.0,
+        max_levels: int = LEVELS_MAX,
     ) -> None:
-        """min_saving_s: what a plan must be predicted to save in each layer, or it is not used."""
+        """eager_s: seconds that a layer takes longer for a plan that no CUDA graph can replay."""
         self.shape = shape
         self.device = device
-        self._min_saving_s = min_saving_s
+        self.has_graph: Callable[[CascadePlan], bool] = _never
+        """Whether a plan can be replayed in a CUDA graph; a backend that has graphs says so."""
+        self._eager_s = eager_s
         self._max_levels = max_levels
         # Newest first.
         self._plans: list[_KnownPlan] = []
@@ -146,8 +151,15 @@ class CascadePlanner:
             for req, n in zip(reqs, n_tokens, strict=True)
         ]
         plan = plan_batch(contexts, self.shape, self.device, self._max_levels)
-        pays = net_saving_s(plan, self.shape, self.device) > self._min_saving_s
+        saving_s = net_saving_s(plan, self.shape, self.device)
+        if not plan.levels or saving_s <= 0:
+            return CascadePlan(len(contexts))
+        pays = saving_s > self._eager_s or self.has_graph(plan)
         return plan if pays else CascadePlan(len(contexts))
+
+
+def _never(plan: CascadePlan) -> bool:
+    return False
 
 
 def _shared_path(node: Any, n_tokens: int) -> tuple[Segment, ...]:
@@ -183,8 +195,8 @@ def make_planner(model_runner: Any, why_not: str | None = None) -> CascadePlanne
         element_bytes=model_runner.token_to_kv_pool.dtype.itemsize,
     )
     has_graphs = server_args.device == "cuda" and not server_args.disable_cuda_graph
-    min_saving_s = EAGER_S if has_graphs else 0.0
-    return CascadePlanner(shape, cascade_device(nearest_device()), min_saving_s=min_saving_s)
+    eager_s = EAGER_S if has_graphs else 0.0
+    return CascadePlanner(shape, cascade_device(nearest_device()), eager_s=eager_s)
 
 
 def _why_not_for_model(model_runner: Any) -> str | None:
@@ -216,17 +228,3 @@ def begin_pass(model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any)
     planner = planner_of(model_runner)
     if planner is not None:
         planner.begin(forward_batch)
-
-
-def run_eagerly(
-    original: Callable[..., bool], graph_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
-) -> bool:
-    """AROUND `DecodeCudaGraphRunner.can_run_graph`: not for a pass whose plan has levels.
-
-    The graphs hold upstream's attention, which would read all KV of every row.
-    """
-    planner = planner_of(graph_runner.model_runner)
-    planned = None if planner is None else planner.current
-    if planned is not None and planned.plan.levels:
-        return False
-    return original(graph_runner, forward_batch, *args, **kwargs)

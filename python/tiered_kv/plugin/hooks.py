@@ -259,13 +259,20 @@ HOOKS: tuple[Hook, ...] = (
         process=Process.SCHEDULER,
         why="requests that share KV would each read it again for every token",
     ),
-    Hook(
-        target="sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
-        ".can_run_graph",
-        kind="around",
-        function="tiered_kv.plugin.cascade:run_eagerly",
-        process=Process.SCHEDULER,
-        why="requests that share KV would each read it again for every token, in a CUDA graph",
+    *(
+        Hook(
+            target="sglang.srt.model_executor.runner.decode_cuda_graph_runner"
+            f".DecodeCudaGraphRunner.{method}",
+            kind="around",
+            function=f"tiered_kv.plugin.cascade_graphs:{function}",
+            process=Process.SCHEDULER,
+            why="requests that share KV would each read it again for every token, in a CUDA graph",
+        )
+        for method, function in (
+            ("can_run_graph", "may_run_graph"),
+            ("capture_one_shape", "capture_variants"),
+            ("_resolve_lora_variant", "variant_of_pass"),
+        )
     ),
 )
 

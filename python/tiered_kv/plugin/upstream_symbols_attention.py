@@ -70,8 +70,24 @@ ATTENTION = (
         "scaling enable_gqa causal is_cross_attn sliding_window_size",
         "cpu_attention",
     ),
-    function(f"{_GRAPHS}.can_run_graph", "self forward_batch", "cascade"),
-    object_(_GRAPHS, "model_runner", "cascade"),
+    *methods(
+        _GRAPHS,
+        "cascade_graphs",
+        can_run_graph="forward_batch",
+        capture_one_shape="size forward stream_idx variant_label",
+        _resolve_lora_variant="forward_batch",
+    ),
+    object_(
+        _GRAPHS,
+        "attn_backend backend capture_bs capture_forward_mode enable_two_batch_overlap "
+        "require_gathered_buffer",
+        "cascade_graphs",
+    ),
+    object_(
+        f"{SRT}.model_executor.runner_backend.full_cuda_graph_backend.FullCudaGraphBackend",
+        "",
+        "cascade_graphs",
+    ),
     function(
         f"{_FLASHINFER}.FlashInferAttnBackend.__init__",
         "self model_runner skip_prefill kv_indptr_buf kv_last_page_len_buf init_new_workspace",
@@ -81,6 +97,9 @@ ATTENTION = (
         f"{_FLASHINFER}.FlashInferAttnBackend",
         "cascade_flashinfer",
         init_forward_metadata="forward_batch",
+        init_cuda_graph_state="max_bs max_num_tokens kv_indices_buf",
+        init_forward_metadata_out_graph="forward_batch in_capture",
+        get_cuda_graph_seq_len_fill_value="",
         forward_decode="q k v layer forward_batch save_kv_cache",
         _check_kv_attention_access="phase access",
         _kv_write_scales="layer",
@@ -89,7 +108,7 @@ ATTENTION = (
         f"{_FLASHINFER}.FlashInferAttnBackend",
         "prefill_kv_access decode_kv_access indices_updater_decode dispatch_reason is_dllm_model "
         "is_nvfp4_kvcache decode_uses_dequant_workspace workspace_buffer decode_wrappers kv_indptr "
-        "forward_metadata req_to_token_pool token_to_kv_pool",
+        "decode_cuda_graph_metadata forward_metadata req_to_token_pool token_to_kv_pool",
         "cascade_flashinfer",
     ),
     function(

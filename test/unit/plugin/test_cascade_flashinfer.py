@@ -1,7 +1,7 @@
 """The FlashInfer backend's own part of a pass, with stand-ins for upstream's and the kernels.
 
 Guarantee: what is planned and permuted gives full attention for every row of the batch; passes
-without levels are upstream's alone, and only they may run in its CUDA graphs. No kernel was run.
+without levels are upstream's alone. No kernel was run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from support_attention.flashinfer import PagedDecode, PagedPrefill, merge_in_pla
 from tiered_kv.attention.flashinfer_runner import FlashInferLevels, KernelShape
 from tiered_kv.attention.plan import CascadePlan
 from tiered_kv.core.errors import ConfigError
-from tiered_kv.plugin import cascade, cascade_flashinfer
+from tiered_kv.plugin import cascade_flashinfer
 from tiered_kv.plugin.cascade import PlannedBatch
 from tiered_kv.plugin.cascade_flashinfer import CascadeFlashInferBackend
 
@@ -87,8 +87,9 @@ class Rig:
         self.pool = Pool(batch)
         for name, value in {
             "cascade": self,
-            "_levels": FlashInferLevels(shape, make_wrapper, merge_in_place),
-            "_is_cascade": False,
+            "_eager_levels": FlashInferLevels(shape, make_wrapper, merge_in_place),
+            "_parts": None,
+            "cascade_graphs": None,
             "req_to_token_pool": SimpleNamespace(req_to_token=batch.tables.slots),
             "token_to_kv_pool": self.pool,
             "indices_updater_decode": Updater(batch.tables.slots),
@@ -179,24 +180,6 @@ def test_other_passes_are_upstreams(case: str, monkeypatch: pytest.MonkeyPatch) 
     rig.decode()
     assert calls == ["plan", "decode"]
     assert rig.wrappers == []
-
-
-def test_only_passes_without_levels_run_in_graphs() -> None:
-    batch, plan = draw(3)
-    planner = SimpleNamespace(current=None)
-    runner = SimpleNamespace(attn_backend=SimpleNamespace(cascade=planner))
-    graphs = SimpleNamespace(model_runner=runner)
-
-    def can_run() -> bool:
-        return cascade.run_eagerly(lambda *args: True, graphs, "pass")
-
-    assert can_run()
-    planner.current = PlannedBatch(CascadePlan(4), (9,) * 4, is_new=True)
-    assert can_run()
-    planner.current = PlannedBatch(plan, batch.tables.n_tokens, is_new=True)
-    assert not can_run()
-    runner.attn_backend = SimpleNamespace()
-    assert can_run()
 
 
 @pytest.mark.parametrize(
