@@ -91,6 +91,8 @@ class CostModel:
             self._flops_per_pair_decode = 2.0 * model.n_layers * model.n_heads * width
         self._kv_bytes = float(model.kv_bytes_per_token)
         self._weight_bytes = float(model.weight_bytes)
+        packed_bytes = device.prefill_weight_reads * self._weight_bytes
+        self._packing_s = packed_bytes / self._bandwidth
         # A mixture of experts reads more of them the more tokens there are.
         self._inactive_share = 1.0 - min(1.0, model.n_active_parameters / model.n_parameters)
 
@@ -102,6 +104,7 @@ class CostModel:
             return 0.0
         work = self._prefill_work(new_tokens, cached_tokens)
         seconds = self._roofline(work.flops, work.n_bytes + self._weights_read(new_tokens))
+        seconds += self._packing_s
         return self.prefill_correction.fixed_s + self.prefill_correction.scale * seconds
 
     def marginal_prefill_s(self, new_tokens: int, cached_tokens: int = 0) -> float:
@@ -238,7 +241,8 @@ class CostModel:
 
     def _pass_s(self, prefill: Work, decode: Work, n_tokens: int) -> float:
         n_bytes = prefill.n_bytes + decode.n_bytes + self._weights_read(n_tokens)
-        return self._roofline(prefill.flops + decode.flops, n_bytes)
+        seconds = self._roofline(prefill.flops + decode.flops, n_bytes)
+        return seconds + self._packing_s if prefill.flops else seconds
 
     def _weights_read(self, n_tokens: int) -> float:
         if not self._inactive_share:

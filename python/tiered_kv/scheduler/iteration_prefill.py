@@ -13,7 +13,12 @@ from itertools import islice
 from tiered_kv.scheduler.iteration_batch import Packing
 from tiered_kv.scheduler.iteration_config import IterationConfig
 from tiered_kv.scheduler.iteration_policy import IterationState
-from tiered_kv.scheduler.pass_budget import MIN_CHUNK_TOKENS, PassBudget, chunk_tokens
+from tiered_kv.scheduler.pass_budget import (
+    MIN_CHUNK_TOKENS,
+    PassBudget,
+    arrivals_limit_s,
+    chunk_tokens,
+)
 
 #: Prefill's turn is at least this many tokens, whatever they take.
 LEAST_TOKENS = 64
@@ -42,10 +47,10 @@ def prefill_tokens(
         if has_turn:
             # Else nobody would be admitted while decoding takes all that its objectives allow.
             seconds = max(seconds, needed_s / 2.0)
-    if not math.isinf(state.least_ttft_s):
-        seconds = min(seconds, max(config.pass_share * state.least_ttft_s, 2.0 * needed_s))
     unfinished = prefill.unfinished
     cached = 0 if unfinished is None else unfinished.prefilled_tokens
+    wanted_s = config.pass_share * state.least_ttft_s
+    seconds = min(seconds, arrivals_limit_s(prefill, cached, wanted_s, needed_s))
     context, n_decodes = (batch.tokens_read, len(batch.chosen)) if is_mixed else (0, 0)
     least_tokens = 0
     if has_turn:

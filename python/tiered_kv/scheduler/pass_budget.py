@@ -2,6 +2,7 @@
 
 It ends before any running request's next token is late (Niyama's and Sarathi's chunks by slack),
 and it is short against the tightest first-token objective: who arrives meanwhile waits for its end.
+Nobody may arrive, though, so for that alone a prompt is not cut so small that it takes longer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from tiered_kv.scheduler.slack import least_token_slack_s
 MIN_CHUNK_TOKENS = 256
 #: The tokens are found to this precision.
 STEP_TOKENS = 64
+#: A prompt may take so much longer, as a share, for being cut up for those who may arrive.
+CUTTING_SHARE = 0.05
 #: Of the time until the next token is due, this share is used: predictions are not exact.
 CAUTION = 0.94
 
@@ -70,7 +73,11 @@ def pass_budget(
             seconds -= decode_s
             if has_turn:
                 seconds = max(seconds, decode_s / 2.0)
-        seconds = min(seconds, max(rules.pass_share * least_ttft_s, 2.0 * decode_s))
+        cached = 0 if state.unfinished is None else state.unfinished.prefilled_tokens
+        seconds = min(
+            seconds,
+            arrivals_limit_s(state, cached, rules.pass_share * least_ttft_s, decode_s),
+        )
     n_decodes, context = (n_running, context) if is_mixed else (0, 0)
     budget = PassBudget(seconds, 1.0, context, n_decodes, least_tokens)
     tokens = chunk_tokens(state, budget, 0, 0, math.inf)
@@ -80,6 +87,31 @@ def pass_budget(
     beside_s = costs.iteration_s(((tokens, 0),), context, n_decodes)
     slowdown = max(1.0, beside_s / alone_s)
     return PassBudget(seconds, slowdown, context, n_decodes, least_tokens)
+
+
+def arrivals_limit_s(state: SchedulerState, cached: int, wanted_s: float, decode_s: float) -> float:
+    """Longest iteration for the sake of who may arrive meanwhile and wait for its end.
+
+    wanted_s: short against their objectives; infinity if nobody had any. decode_s: of a decode of
+    all who run, which comes in between. Never so short that a prompt, `cached` tokens of which are
+    there, would take noticeably longer in such pieces than in the longest that are configured.
+    """
+    wanted_s = max(wanted_s, 2.0 * decode_s)
+    if math.isinf(wanted_s):
+        return wanted_s
+    most = max(state.chunk_tokens, MIN_CHUNK_TOKENS)
+
+    def piece_s(tokens: int) -> float:
+        """Of the piece in the middle, which attends to as much as the average one."""
+        return state.costs.iteration_s(((tokens, cached + (most - tokens) // 2),), 0, 0)
+
+    tokens, whole_s = MIN_CHUNK_TOKENS, piece_s(most)
+    while tokens < most:
+        seconds = piece_s(tokens)
+        if seconds * most <= (1.0 + CUTTING_SHARE) * whole_s * tokens:
+            return max(wanted_s, seconds)
+        tokens *= 2
+    return max(wanted_s, whole_s)
 
 
 def chunk_tokens(
