@@ -19,7 +19,7 @@ MIN_CHUNK_TOKENS = 256
 #: The tokens are found to this precision.
 STEP_TOKENS = 64
 #: A prompt may take so much longer, as a share, for being cut up for those who may arrive.
-CUTTING_SHARE = 0.05
+CUTTING_SHARE = 0.03
 #: Of the time until the next token is due, this share is used: predictions are not exact.
 CAUTION = 0.94
 
@@ -108,7 +108,7 @@ def arrivals_limit_s(state: SchedulerState, cached: int, wanted_s: float, decode
     tokens, whole_s = MIN_CHUNK_TOKENS, piece_s(most)
     while tokens < most:
         seconds = piece_s(tokens)
-        if seconds * most <= (1.0 + CUTTING_SHARE) * whole_s * tokens:
+        if seconds * -(-most // tokens) <= (1.0 + CUTTING_SHARE) * whole_s:
             return max(wanted_s, seconds)
         tokens *= 2
     return max(wanted_s, whole_s)

@@ -56,6 +56,22 @@ def test_a_long_prefill_costs_its_arithmetic() -> None:
     assert make().prefill_s(n) == pytest.approx(1e-3 + flops / 1e14)
 
 
+def test_a_device_that_packs_weights_does_so_once_for_each_pass_that_prefills() -> None:
+    plain, packing = make(), make(device=replace(DEVICE, prefill_weight_reads=2.0))
+    packed_s = 2.0 * MODEL.weight_bytes / 1e12
+    assert packing.prefill_s(4000) == pytest.approx(plain.prefill_s(4000) + packed_s)
+    for prefills in (((4000, 0),), ((4000, 0), (300, 50))):
+        expected = plain.iteration_s(prefills, 900, 3) + packed_s
+        assert packing.iteration_s(prefills, 900, 3) == pytest.approx(expected)
+        assert packing.roofline_s(prefills, 900, 3) == pytest.approx(
+            plain.roofline_s(prefills, 900, 3) + packed_s
+        )
+    assert packing.iteration_s((), 900, 3) == plain.iteration_s((), 900, 3)
+    assert packing.marginal_prefill_s(4000) == plain.marginal_prefill_s(4000)
+    with pytest.raises(ConfigError, match="prefill_weight_reads"):
+        replace(DEVICE, prefill_weight_reads=-1.0)
+
+
 def test_a_short_prefill_and_a_decode_step_cost_the_weights() -> None:
     model = make()
     assert model.prefill_s(1) == pytest.approx(1e-3 + (10e9 + 2e6) / 1e12)
