@@ -8,11 +8,12 @@ Each part writes OUT/PART.json when it is done, and a part whose file is there i
 again (--again does), so an interrupted check goes on where it was. All that is there is printed in
 the end.
 
-  environment  versions, hardware, peaks of plain torch
-  kernels      gather, scatter and conversion of pages: against references, bytes/s against a copy
-  transfers    device to host and back: ours, HiCache's ways, memcpy; alone and beside decoding
-  cascade      decode attention over shared prefixes
-  serving      time to first token by tier on the real server: plain, HiCache, --tiered-kv in turn
+  environment     versions, hardware, peaks of plain torch
+  kernels         gather, scatter and conversion of pages: against references, and in bytes/s
+  transfers       device to host and back: ours, HiCache's ways, memcpy; alone and beside decoding
+  cascade         decode attention over shared prefixes
+  cascade_server  the same on real servers in turn, CUDA graphs on; only if it is asked for
+  serving         time to first token by tier on the real server: plain, HiCache, ours in turn
 
 `python -m tiered_kv.calibrate OUT` makes a preset of the cost model out of the files.
 """
@@ -36,6 +37,8 @@ from tqdm import tqdm
 
 SCHEMA = 1
 PARTS = ("environment", "kernels", "transfers", "cascade", "serving")
+#: Measured only if they are named: with them a check takes longer than it should.
+MORE_PARTS = ("cascade_server",)
 
 
 def run_part(part: str, setting: Setting) -> dict[str, Any]:
@@ -111,7 +114,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--out", type=Path, default=Path("gpu_check"), help="folder (default: %(default)s)")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="which (all)")
+    add("--parts", nargs="+", choices=PARTS + MORE_PARTS, default=PARTS, metavar="PART",
+        help=f"which (default: all but {', '.join(MORE_PARTS)})")  # fmt: skip
     add("--small", action="store_true", help="sizes for a test; the only ones for a CPU")
     add("--again", action="store_true", help="measure parts that are there already, too")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
@@ -129,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(device, options.small, folder)
     failed = []
-    with tqdm([part for part in PARTS if part in options.parts], unit=" parts") as bar:
+    with tqdm([part for part in PARTS + MORE_PARTS if part in options.parts], unit=" parts") as bar:
         for part in bar:
             bar.set_description(part)
             path = folder / f"{part}.json"
@@ -144,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             write_json(path, facts)
             tqdm.write(f"[gpu_check] {part}: {facts['seconds']} s", file=sys.stderr)
-    found = {part: read_part(folder / f"{part}.json") for part in PARTS}
+    found = {part: read_part(folder / f"{part}.json") for part in PARTS + MORE_PARTS}
     text = report({part: document for part, document in found.items() if document})
     (folder / "report.md").write_text(text)
     sys.stdout.write(text)

@@ -24,6 +24,7 @@ def report(results: Results) -> str:
         "kernels": kernels,
         "transfers": transfers,
         "cascade": cascade,
+        "cascade_server": cascade_server,
         "serving": serving,
     }
     lines: list[str] = []
@@ -117,6 +118,25 @@ def cascade(result: Mapping[str, Any]) -> list[str]:
     )
 
 
+def cascade_server(result: Mapping[str, Any]) -> list[str]:
+    names = ("plain_ms", "off_ms", "on_ms", "plain_by_on", "off_by_on", "read_share")
+    rows = [
+        [f"{row['rows']}", f"{row['shared']:,}", *(f"{row[name]:.3g}" for name in names)]
+        for row in result["rows"]
+    ]
+    headings = (
+        "rows",
+        "shared",
+        "plain, ms",
+        "off, ms",
+        "on, ms",
+        "plain / on",
+        "off / on",
+        "read",
+    )
+    return table(headings, rows)
+
+
 def serving(result: Mapping[str, Any]) -> list[str]:
     names = list(dict.fromkeys(sample["system"] for sample in result["samples"]))
     tokens = sorted({sample["tokens"] for sample in result["samples"]})
@@ -173,6 +193,10 @@ def targets(results: Results) -> list[str]:
             lines.append(
                 verdict(f"{name}: interference, unlimited", felt, felt <= INTERFERENCE_MAX, 0.03)
             )
+    gangs = results.get("cascade_server", {}).get("result")
+    if gangs:
+        least = min(row["off_by_on"] for row in gangs["rows"])
+        lines.append(verdict("least gain of an iteration by cascade", least, least >= 1, 1))
     served = results.get("serving", {}).get("result")
     if served:
         lines += serving_targets(served)

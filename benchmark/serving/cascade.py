@@ -1,4 +1,4 @@
-"""Time of a decode iteration on a CPU server: with cascade attention, without, and plain SGLang.
+"""Time of a decode iteration on a server: with cascade attention, without, and plain SGLang.
 
 Three servers with the same model stay up and take turns at every case, because few machines keep
 their speed: "plain" is SGLang without the plugin, "off" is --tiered-kv --tiered-kv-cascade off, and
@@ -7,7 +7,12 @@ arrive together; what is cached of them is all but a token, so that a turn's tim
 iteration's time is that of a generation of many tokens less that of one token, per token; medians
 over the turns, ratios within them. Writes NAME.json and NAME.md.
 
+On a GPU all three have CUDA graphs and FlashInfer's attention, and all three have to fit into its
+memory. With --dummy the model's folder needs a config.json only, and its weights are random.
+
 Example: python benchmark/serving/cascade.py --model ~/.cache/tiered_kv/models/SmolLM2-135M-Instruct
+         python benchmark/serving/cascade.py --device cuda --dtype bfloat16 --model LLAMA_8B \\
+             --rows 8 32 128 --shared 512 2048 8192 32768 --out benchmark/results/cascade_gpu
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "test"))
@@ -42,25 +48,37 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "off": (*TIERED, "--tiered-kv-cascade", "off"),
     "on": (*TIERED, "--tiered-kv-cascade", "on"),
 }
+#: No warm-up: with dummy weights and no tokenizer there is nothing to say.
+GPU_ARGS = ("--attention-backend", "flashinfer", "--sampling-backend", "pytorch",
+            "--grammar-backend", "none", "--mm-feature-transport", "cpu",
+            "--skip-server-warmup")  # fmt: skip
 FIRST_TOKEN, LAST_TOKEN = 1000, 40000
 #: Tokens of context, over all rows and iterations, that a turn should about attend to.
 TURN_TOKENS = 150_000
 #: At least so many: the first ones may run before all rows have been prefilled.
 ITERATIONS_MIN = 8
+#: On a GPU they take milliseconds.
+GPU_ITERATIONS = 64
 
 
 @contextlib.contextmanager
 def servers(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Server]]:
     """All three, started one after the other."""
     most = max(options.shared) + max(options.rows) * (options.own + 40)
-    common = [*BASE_ARGS, "--dtype", options.dtype, "--page-size", "1", "--enable-metrics"]
-    common += ["--max-total-tokens", str(2 * most), "--max-running-requests", "64"]
+    common = [*(BASE_ARGS if options.device == "cpu" else GPU_ARGS), "--dtype", options.dtype]
+    common += ["--page-size", "1", "--enable-metrics", "--max-total-tokens", str(2 * most)]
+    common += ["--max-running-requests", str(max(64, *options.rows))]
+    if options.device == "cuda":
+        common += ["--cuda-graph-max-bs", str(max(options.rows))]
+    if options.dummy:
+        common += ["--load-format", "dummy", "--skip-tokenizer-init"]
     with contextlib.ExitStack() as stack:
         up = {}
         for name, flags in tqdm(SYSTEMS.items(), desc="starting", leave=False):
             # Only the CPU platform: without it SGLang does not serve on a plain CPU.
             env = {"SGLANG_PLUGINS": "tiered_kv_cpu"} if name == "plain" else {}
-            server = Server([*common, *flags], folder / f"{name}.log", options.model, env=env)
+            log = folder / f"{name}.log"
+            server = Server([*common, *flags], log, options.model, env=env)
             up[name] = stack.enter_context(server)
         yield up
 
@@ -87,7 +105,10 @@ def measure(
 
     trunk = ids(n_shared)
     prompts = [trunk + ids(options.own) for _ in range(n_rows)]
-    iterations = max(ITERATIONS_MIN, min(24, TURN_TOKENS // (n_rows * (n_shared + options.own))))
+    iterations = GPU_ITERATIONS
+    if options.device == "cpu":
+        most = TURN_TOKENS // (n_rows * (n_shared + options.own))
+        iterations = max(ITERATIONS_MIN, min(24, most))
     for server in up.values():
         generate(server, prompts[:1], 1)
         generate(server, prompts, 1)
@@ -138,17 +159,18 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def report(options: argparse.Namespace, results: list[dict[str, Any]]) -> str:
-    return f"""# Cascade attention on a CPU server
+    return f"""# Cascade attention on a {"CPU" if options.device == "cpu" else "GPU"} server
 
 Time of a decode iteration of {options.model.name} in {options.dtype}, {options.own} tokens of each
-request's own, {options.turns} turns, on {platform.machine()} with {options.cores} cores. plain:
+request's own, {options.turns} turns, on {options.machine}. plain:
 SGLang; off: --tiered-kv without cascade attention; on: with it. Ratios are medians of those within
 a turn. read: tokens read per token attended to. equal: answers with the same ids as plain SGLang's.
 {options.note}
 
 {table(sorted(results, key=lambda row: (row["shared"], row["rows"])))}
 
-    python benchmark/serving/cascade.py --rows {" ".join(map(str, options.rows))} \\
+    python benchmark/serving/cascade.py --device {options.device} \\
+        --rows {" ".join(map(str, options.rows))} \\
         --shared {" ".join(map(str, options.shared))} --own {options.own} --turns {options.turns}
 """
 
@@ -162,6 +184,8 @@ def main() -> None:
     parser.add_argument(
         "--shared", type=int, nargs="+", default=[256, 1024, 4096], help="shared tokens"
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dummy", action="store_true", help="random weights and no tokenizer")
     parser.add_argument("--own", type=int, default=64, help="tokens of each request's own")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--turns", type=int, default=3, help="measurements of each")
@@ -170,7 +194,14 @@ def main() -> None:
         "--out", type=Path, default=Path("benchmark/results/cascade_cpu"), metavar="NAME"
     )
     options = parser.parse_args()
-    options.cores = len(os.sched_getaffinity(0))
+    if options.device == "cuda" and options.dtype == "float32":
+        parser.error("FlashInfer has no kernels for float32; give --dtype bfloat16.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU; give --device cpu.")
+    if options.device == "cuda":
+        options.machine = torch.cuda.get_device_name()
+    else:
+        options.machine = f"{platform.machine()} with {len(os.sched_getaffinity(0))} cores"
     results: list[dict[str, Any]] = []
     # The quickest first: a run that is broken off keeps what it has.
     cases = sorted(itertools.product(options.rows, options.shared), key=math.prod)

@@ -155,6 +155,13 @@ def test_targets_are_judged_by_what_was_measured(
     assert [line.split(":")[0].removeprefix("- ") for line in lines] == verdicts
 
 
+def test_cascade_must_never_be_slower() -> None:
+    rows = [{"off_by_on": 1.4}, {"off_by_on": 0.97}]
+    found = {"cascade_server": {"is_small": False, "result": {"rows": rows}}}
+    (line,) = report.targets(found)
+    assert line.startswith("- MISSED: least gain of an iteration by cascade 0.970")
+
+
 def test_the_most_that_pcie_can_carry() -> None:
     smi = {"pcie.link.gen.max": "5", "pcie.link.width.max": "16"}
     assert environment.pcie_peak_bytes_s(smi) == pytest.approx(63.0e9, rel=1e-3)
@@ -262,6 +269,18 @@ def test_every_system_gets_flags_that_the_server_has(
     for extra in found.values():
         words += extra["args"]
     assert {word for word in words if word.startswith("--")} <= server_flags
+
+
+@pytest.mark.long
+@pytest.mark.server
+@pytest.mark.timeout(600)
+def test_cascade_on_real_servers(tmp_path: Path) -> None:
+    result = gpu_check(tmp_path, "--small", "--parts", "cascade_server", timeout=560)
+    assert result.returncode == 0, result.stderr
+    (row,) = result_of(tmp_path, "cascade_server")["rows"]
+    assert (row["rows"], row["equal_answers"]) == (4, 4)
+    assert row["on_ms"] > 0
+    assert "## cascade_server" in result.stdout
 
 
 @pytest.mark.long

@@ -1,0 +1,39 @@
+"""Decode iterations over shared prefixes on real servers: benchmark/serving/cascade.py's table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmark.gpu.serving import write_model
+from benchmark.gpu.setting import NotHereError, Setting
+
+SCRIPT = Path(__file__).parents[1] / "serving" / "cascade.py"
+#: Batches and shared tokens that the anchors speak of; a turn is some 24 iterations.
+LARGE = ("--rows", "8", "32", "128", "--shared", "512", "2048", "8192", "32768", "--own", "256")
+SMALL = ("--rows", "4", "--shared", "300", "--own", "8", "--turns", "1")
+TIMEOUT_S = 560.0
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """Its rows. Raises NotHereError with the script's last line if it fails."""
+    model = write_model(setting.folder / "cascade_model", setting.is_small)
+    name = setting.folder / "cascade_server_rows"
+    arguments = ["--model", str(model), "--dummy", "--out", str(name)]
+    arguments += SMALL if setting.is_small else LARGE
+    if setting.on_gpu:
+        arguments += ["--device", "cuda", "--dtype", "bfloat16"]
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    if result.returncode != 0:
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise NotHereError(f"{SCRIPT.name} failed: {last}")
+    return {"arguments": arguments, "rows": json.loads(name.with_suffix(".json").read_text())}
