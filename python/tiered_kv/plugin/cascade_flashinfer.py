@@ -115,7 +115,9 @@ class CascadeFlashInferBackend(FlashInferAttnBackend):
         n_tokens = (*planned.n_tokens, *(fill,) * (n_rows - len(planned.n_tokens)))
         rows = forward_batch.req_pool_indices[:n_rows]
         slots = self.req_to_token_pool.req_to_token
-        plan = levels.plan(planned.plan, PageTables(slots, rows, n_tokens))
+        assert self.cascade_graphs is not None
+        tables = PageTables(slots, rows, n_tokens)
+        plan = self.cascade_graphs.plan(planned.plan, levels, tables)
         wrapper = self.decode_cuda_graph_metadata[n_rows][0]
         self._plan_suffixes(wrapper, plan, n_tokens, rows, levels.order)
         self._parts = wrapper, levels

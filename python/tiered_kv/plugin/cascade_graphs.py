@@ -20,6 +20,7 @@ from tiered_kv.attention.flashinfer_graph import GraphLevels, GraphLevelsMaker, 
 
 if TYPE_CHECKING:
     from tiered_kv.attention.plan import CascadePlan
+    from tiered_kv.attention.runner import PageTables
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class CascadeGraphs:
         self._levels: dict[tuple[int, int], GraphLevels] = {}
         self._sizes: list[int] = []
         self._asked: tuple[CascadePlan | None, GraphLevels | None] = (None, None)
+        self._planned: tuple[CascadePlan, GraphLevels, CascadePlan] | None = None
         self.capturing: GraphLevels | None = None
         """What the graph that is being captured attends with; None for upstream's graphs."""
 
@@ -48,6 +50,7 @@ class CascadeGraphs:
     def capture(self, n_rows: int, n_levels: int) -> Iterator[None]:
         """While a variant is captured; it may be replayed if that ends well."""
         self.capturing = self._maker.make(n_rows, n_levels)
+        self._planned = None
         try:
             yield
             self._levels[n_rows, n_levels] = self.capturing
@@ -64,6 +67,18 @@ class CascadeGraphs:
         if self._asked[0] is not plan:
             self._asked = (plan, self._find(plan))
         return self._asked[1]
+
+    def plan(self, plan: CascadePlan, levels: GraphLevels, tables: PageTables) -> CascadePlan:
+        """Have `levels` take on a plan, unless it was the last to do so; returns it padded.
+
+        tables: of the padded batch. All sizes share their buffers of slots.
+        """
+        last = self._planned
+        if last is None or last[0] is not plan or last[1] is not levels:
+            # Not known to hold anything if it fails half-way.
+            self._planned = None
+            last = self._planned = plan, levels, levels.plan(plan, tables)
+        return last[2]
 
     def _find(self, plan: CascadePlan) -> GraphLevels | None:
         if not plan.levels or not self._sizes or plan.n_rows > self._sizes[-1]:

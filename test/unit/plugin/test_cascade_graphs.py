@@ -64,6 +64,25 @@ def test_a_pass_is_replayed_in_the_graph_of_its_plan(
     assert rig.runner.backend.replayed == [theirs, ours, theirs, ours]
 
 
+def test_levels_are_planned_when_the_plan_or_the_graph_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch, plan = drawn(3, 1)
+    rig = Rig(batch, monkeypatch)
+    rig.capture()
+    graphs = rig.backend.cascade_graphs
+    planned: list[CascadePlan] = []
+    levels = graphs.levels_for(plan)
+    original = levels.plan
+    monkeypatch.setattr(levels, "plan", lambda p, t: planned.append(p) or original(p, t))
+    other = CascadePlan(plan.n_rows, plan.levels)
+    for current in (plan, plan, CascadePlan(plan.n_rows), plan, other, other, plan):
+        output = rig.decode(current)
+        assert output is not None
+        assert worst_error(output, in_float64(batch)) < 1e-12
+    assert [current is plan for current in planned] == [True, False, True]
+
+
 def test_a_plan_that_does_not_fit_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, plan = next(
         (batch, plan)
