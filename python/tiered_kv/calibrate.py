@@ -213,6 +213,8 @@ def source_of(spec: DeviceSpec) -> str:
     lines = ["    DeviceSpec("]
     for field in fields(spec):
         value = getattr(spec, field.name)
+        if value == field.default:
+            continue
         text = json.dumps(value) if isinstance(value, str) else f"{value!r}"
         if field.name == "memory_bytes":
             text = f"{value:_}"

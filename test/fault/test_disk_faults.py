@@ -7,10 +7,12 @@ page, reads of what can be read go on, the tier says that it is degraded and com
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -124,17 +126,24 @@ def test_stall(tmp_path: Path, io: HangingIo, caplog: pytest.LogCaptureFixture) 
     """Who was caught by the stall gets the right pages in the end; nobody else waits for it."""
     caplog.set_level(logging.INFO, logger="tiered_kv")
     results: dict[str, int] = {}
-    with DiskStore.open(tmp_path / "disk", capacity_bytes=64 * MIB, io_ops=io) as store:
+    with contextlib.ExitStack() as stack:
+        disk = DiskStore.open(tmp_path / "disk", capacity_bytes=64 * MIB, io_ops=io)
+        store = stack.enter_context(disk)
         ns = store.namespace(bytes(32), PAGE_BYTES)
         assert write(ns, range(40)) == 40
         io.answers.clear()
-        began = time.monotonic()
+        # Closing waits for what is under way: it must not hang if something below fails.
+        stack.callback(io.answers.set)
         caught = [
             threading.Thread(target=lambda: results.update(read=read(ns, range(20)))),
             threading.Thread(target=lambda: results.update(write=write(ns, range(50, 60)))),
         ]
         for thread in caught:
             thread.start()
+        # On a busy machine it is a while until both are caught.
+        while io.n_waiting < len(caught):
+            time.sleep(0.01)
+        began = time.monotonic()
         while time.monotonic() - began < STALL_AFTER_S + 0.3:
             time.sleep(0.05)
         n_refused = 0
@@ -146,7 +155,7 @@ def test_stall(tmp_path: Path, io: HangingIo, caplog: pytest.LogCaptureFixture) 
             assert ns.contains(page_hash(30))
             assert read(ns, range(30, 40)) == 0
             assert write(ns, range(60, 70)) == 0
-            assert time.monotonic() - started < 1.0
+            assert time.monotonic() - started < STALL_AFTER_S
             n_refused += 1
             time.sleep(0.05)
         assert n_refused > 5
@@ -161,7 +170,9 @@ def test_stall(tmp_path: Path, io: HangingIo, caplog: pytest.LogCaptureFixture) 
         assert store.stats().checksum_failures == store.stats().io_errors == 0
     hangs, back = caplog.messages
     assert "does not answer for 2 s" in hangs
-    assert "answers again after 5." in back
+    seconds = re.search(r"answers again after (\d+\.\d)", back)
+    assert seconds is not None
+    assert float(seconds[1]) >= STALL_S - 0.1
 
 
 def test_stalls_are_told_from_slowness() -> None:
