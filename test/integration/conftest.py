@@ -15,6 +15,7 @@ from support.demo_model import host_size
 from support.kv_events import KvEventListener
 from support.oracle import Oracle
 from support.prompts import PromptMaker
+from support.selection import selection_args
 from support.server import ALWAYS_LOAD, BASE_ARGS, FLOAT32, Server
 
 PAGE_SIZE = 16
@@ -78,6 +79,14 @@ def three_tiers_for_all(
     args = ["--page-size", PAGE_SIZE, "--max-total-tokens", 1024, "--chunked-prefill-size", 256]
     watch = ["--enable-metrics", "--tiered-kv-debug-integrity", *kv_events.server_args]
     with make_server("three_tiers", *FLOAT32, *args, *tiers, *watch) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def taking_turns(make_server: Callable[..., Server]) -> Iterator[Server]:
+    """float32; some of the running requests decode in nearly every iteration, the others wait."""
+    args = selection_args("round-robin", 16384, "--page-size", PAGE_SIZE)
+    with make_server("taking_turns", *args) as server:
         yield server
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,13 +87,6 @@ def alone(oracle: Oracle, asked: list[Asked]) -> list[tuple[int, ...]]:
     return [one.ask_plain(oracle.server).output_ids for one in asked]
 
 
-@pytest.fixture(scope="module")
-def server(make_server: MakeServer) -> Iterator[Server]:
-    args = selection_args("round-robin", 16384, "--page-size", 16)
-    with make_server("selection", *args) as server:
-        yield server
-
-
 def check_idle(server: Server) -> None:
     """SGLang and we check the books of an idle server."""
     server.flush_cache()
@@ -102,29 +95,29 @@ def check_idle(server: Server) -> None:
 
 
 def test_gangs_that_take_turns_say_what_plain_sglang_says(
-    server: Server, oracle: Oracle, prompts: PromptMaker
+    taking_turns: Server, oracle: Oracle, prompts: PromptMaker
 ) -> None:
     asked = gangs(prompts, 256)
     expected = oracle.all_output_ids([(one.prompt, one.n_new) for one in asked])
-    before = len(server.decode_sizes())
-    assert serve(server, asked) == expected
-    sizes = server.decode_sizes()[before:]
+    before = len(taking_turns.decode_sizes())
+    assert serve(taking_turns, asked) == expected
+    sizes = taking_turns.decode_sizes()[before:]
     # All at once, it would be one iteration per token.
     assert len(sizes) > 2 * N_NEW, sizes
     assert max(sizes) < len(asked), sizes
-    check_idle(server)
+    check_idle(taking_turns)
 
 
 def test_penalties_count_every_token_once(
-    server: Server, oracle: Oracle, prompts: PromptMaker
+    taking_turns: Server, oracle: Oracle, prompts: PromptMaker
 ) -> None:
     asked = penalised(prompts)
-    assert serve(server, asked) == alone(oracle, asked)
-    check_idle(server)
+    assert serve(taking_turns, asked) == alone(oracle, asked)
+    check_idle(taking_turns)
 
 
 def test_log_probabilities_and_stop_strings_survive_parking(
-    server: Server, oracle: Oracle, prompts: PromptMaker
+    taking_turns: Server, oracle: Oracle, prompts: PromptMaker
 ) -> None:
     plain = [Asked(prompts.tokens(f"detail {i}", 60), is_interactive=True) for i in range(4)]
     texts = [one.ask_plain(oracle.server).text for one in plain]
@@ -135,7 +128,7 @@ def test_log_probabilities_and_stop_strings_survive_parking(
         else Asked(one.prompt, one.is_interactive, extra={"return_logprob": True})
         for i, (one, stop) in enumerate(zip(plain, stops, strict=True))
     ]
-    answers = in_parallel(lambda one: one.ask(server), asked, len(asked))
+    answers = in_parallel(lambda one: one.ask(taking_turns), asked, len(asked))
     for one, answer in zip(asked, answers, strict=True):
         expected = one.ask_plain(oracle.server)
         assert (answer.text, answer.output_ids) == (expected.text, expected.output_ids)
@@ -144,7 +137,7 @@ def test_log_probabilities_and_stop_strings_survive_parking(
             theirs = expected.meta_info["output_token_logprobs"]
             assert [token for _, token, *_ in ours] == [token for _, token, *_ in theirs]
             assert [p for p, *_ in ours] == pytest.approx([p for p, *_ in theirs], abs=1e-3)
-    check_idle(server)
+    check_idle(taking_turns)
 
 
 def abort_later(server: Server, rid: str) -> None:

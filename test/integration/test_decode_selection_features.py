@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,6 @@ ADAPTER_RANK = 4
 PAGES = ("--page-size", 16)
 
 
-@pytest.fixture(scope="module")
-def server(make_server: MakeServer) -> Iterator[Server]:
-    with make_server("selection-features", *selection_args("round-robin", 8192, *PAGES)) as server:
-        yield server
-
-
 def slo_of(i: int) -> dict[str, Any]:
     return BATCH if i % 2 else TIGHT
 
@@ -54,7 +48,7 @@ def streamed(server: Server, prompt: tuple[int, ...], slo: dict[str, Any]) -> li
 
 
 def test_grammars_several_answers_and_streams_while_others_take_turns(
-    server: Server, oracle: Oracle, prompts: PromptMaker
+    taking_turns: Server, oracle: Oracle, prompts: PromptMaker
 ) -> None:
     asked = [prompts.tokens(f"feature {i}", 70 + 5 * i) for i in range(9)]
     grammar = {"regex": WORDS, "max_new_tokens": 24}
@@ -71,9 +65,9 @@ def test_grammars_several_answers_and_streams_while_others_take_turns(
         return streamed(one, asked[i], slo)
 
     kinds = (constrained, several, stream_of)
-    before = len(server.decode_sizes())
-    ours = in_parallel(lambda i: kinds[i % 3](server, i, slo=slo_of(i)), range(9), 9)
-    sizes = server.decode_sizes()[before:]
+    before = len(taking_turns.decode_sizes())
+    ours = in_parallel(lambda i: kinds[i % 3](taking_turns, i, slo=slo_of(i)), range(9), 9)
+    sizes = taking_turns.decode_sizes()[before:]
     # Three times one and three times three answers, and three streams: all at once it is 15.
     assert max(sizes) < 15, sizes
     for i, answer in enumerate(ours):
