@@ -2,7 +2,9 @@
 
 It ends before any running request's next token is late (Niyama's and Sarathi's chunks by slack),
 and it is short against the tightest first-token objective: who arrives meanwhile waits for its end.
-Nobody may arrive, though, so for that alone a prompt is not cut so small that it takes longer.
+Nobody may arrive, though, so for that alone a prompt is not cut so small that it takes longer. And
+where a next token will be late whatever the chunk, or can't be in time even alone on the machine,
+the chunk is not made smaller for it than is worth a pass.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from tiered_kv.scheduler.slack import least_token_slack_s
 
 #: Fewer tokens than this are not worth an iteration.
 MIN_CHUNK_TOKENS = 256
+#: Nor are so few that a prompt takes so much longer, as a share, in pieces of that size.
+WORTH_SHARE = 0.15
 #: The tokens are found to this precision.
 STEP_TOKENS = 64
 #: A prompt may take so much longer, as a share, for being cut up for those who may arrive.
@@ -64,16 +68,18 @@ def pass_budget(
     decode_s = costs.iteration_s((), context, n_running) if n_running else 0.0
     is_mixed = rules.mix_decodes
     has_turn = is_mixed or not n_running or decoded_s >= state.now_s
-    least_tokens = MIN_CHUNK_TOKENS if has_turn else 0
+    cached = 0 if state.unfinished is None else state.unfinished.prefilled_tokens
+    least_tokens = _least_piece(state, cached, WORTH_SHARE)[0] if has_turn else 0
     seconds = math.inf
     if rules.slack:
-        seconds = least_token_slack_s(state.running, state.now_s, decoded_s, CAUTION)
+        # In a mixed iteration they get their tokens, if late; else they might wait for many.
+        possible_s = costs.iteration_s((), 0, 1) if is_mixed else 0.0
+        seconds = least_token_slack_s(state.running, state.now_s, decoded_s, CAUTION, possible_s)
         if not is_mixed:
             # They decode once more after it.
             seconds -= decode_s
             if has_turn:
                 seconds = max(seconds, decode_s / 2.0)
-        cached = 0 if state.unfinished is None else state.unfinished.prefilled_tokens
         seconds = min(
             seconds,
             arrivals_limit_s(state, cached, rules.pass_share * least_ttft_s, decode_s),
@@ -99,6 +105,14 @@ def arrivals_limit_s(state: SchedulerState, cached: int, wanted_s: float, decode
     wanted_s = max(wanted_s, 2.0 * decode_s)
     if math.isinf(wanted_s):
         return wanted_s
+    return max(wanted_s, _least_piece(state, cached, CUTTING_SHARE)[1])
+
+
+def _least_piece(state: SchedulerState, cached: int, share: float) -> tuple[int, float]:
+    """The least tokens in pieces of which the longest chunk takes at most `share` longer.
+
+    cached: tokens of the prompt that are there. Returns seconds of such a piece, too.
+    """
     most = max(state.chunk_tokens, MIN_CHUNK_TOKENS)
 
     def piece_s(tokens: int) -> float:
@@ -108,10 +122,10 @@ def arrivals_limit_s(state: SchedulerState, cached: int, wanted_s: float, decode
     tokens, whole_s = MIN_CHUNK_TOKENS, piece_s(most)
     while tokens < most:
         seconds = piece_s(tokens)
-        if seconds * -(-most // tokens) <= (1.0 + CUTTING_SHARE) * whole_s:
-            return max(wanted_s, seconds)
+        if seconds * -(-most // tokens) <= (1.0 + share) * whole_s:
+            return tokens, seconds
         tokens *= 2
-    return max(wanted_s, whole_s)
+    return most, whole_s
 
 
 def chunk_tokens(

@@ -126,14 +126,19 @@ def select_beside(
 
 
 def least_token_slack_s(
-    running: Iterable[QueuedRequest], now_s: float, decoded_s: float, share: float = 1.0
+    running: Iterable[QueuedRequest],
+    now_s: float,
+    decoded_s: float,
+    share: float = 1.0,
+    least_tbt_s: float = 0.0,
 ) -> float:
     """Seconds until the first of their next tokens is due, if mean gaps are to hold.
 
     Counted from each one's first token, so that what was gained before can be spent. One that is
     behind cannot be helped by stopping everybody else: it gets one interval from `decoded_s` on,
     the last time they all got a token. Infinity if nobody has an objective; negative if it is
-    late. share: of the objectives, to keep some of them in hand.
+    late. share: of the objectives, to keep some of them in hand. least_tbt_s: tighter ones than
+    this don't count, because nobody could keep them.
     """
     least_s = math.inf
     for request in running:
@@ -141,6 +146,8 @@ def least_token_slack_s(
         if tbt_s is None:
             continue
         tbt_s *= share
+        if tbt_s < least_tbt_s:
+            continue
         due_s = decoded_s + tbt_s
         first_s = request.first_token_s
         if first_s is not None:

@@ -263,6 +263,20 @@ class TestTheIteration:
         assert costs.iteration_s(((n_new, 0),), running.prompt_tokens, 1) <= 0.05
         assert costs.iteration_s(((n_new + 512, 0),), running.prompt_tokens, 1) > 0.04
 
+    def test_an_objective_that_nobody_could_keep_makes_no_chunk_smaller(self) -> None:
+        def chunk(tbt_s: float | None) -> int:
+            q = queue()
+            q.arrive(0, blocks(0, 200))
+            running = q.arrive(1, blocks(1), slo=Slo("some", None, tbt_s))
+            running.first_token_s, running.output_tokens = 0.0, 5
+            q.now_s = 0.1
+            return self.plan_beside(running, q).prefill_tokens
+
+        alone_s = cost_model().iteration_s((), 0, 1)
+        assert chunk(0.9 * alone_s) == chunk(None)
+        # Just possible alone: not beside a prefill, but then with as little of it as is worth it.
+        assert chunk(1.2 * alone_s) < chunk(0.03) < chunk(None)
+
     def test_prefill_has_its_turn_even_if_decoding_alone_takes_too_long(self) -> None:
         q = queue(mix_decodes=False)
         q.arrive(0, blocks(0, 200), slo=LOOSE)

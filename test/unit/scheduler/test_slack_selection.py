@@ -76,5 +76,8 @@ def test_tokens_are_due_by_the_first_one_and_who_is_behind_gets_one_interval() -
     other = q.arrive(1, [2], slo=Slo("standard", 2.0, 0.1))
     other.first_token_s, other.output_tokens = 1.05, 2
     assert least_token_slack_s([request, other], 1.1, 1.1) == pytest.approx(0.15)
+    # Whatever is tighter than anybody could be served does not count.
+    assert least_token_slack_s([request, other], 1.1, 1.1, 1.0, 0.06) == pytest.approx(0.15)
+    assert least_token_slack_s([request, other], 1.1, 1.1, 0.5, 0.06) == float("inf")
     request.slo = other.slo = Slo("batch", 30.0, None)
     assert least_token_slack_s([request, other], 1.1, 1.1) == float("inf")
