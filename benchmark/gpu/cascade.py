@@ -32,16 +32,16 @@ def measure(setting: Setting) -> dict[str, Any]:
     return {"arguments": arguments, "rows": found}
 
 
-def output(arguments: list[str]) -> str:
-    """What the benchmark prints. Raises NotHereError with its last line if it fails."""
+def output(arguments: list[str], script: Path = SCRIPT, timeout_s: float = TIMEOUT_S) -> str:
+    """What a benchmark prints. Raises NotHereError with its last line if it fails."""
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=timeout_s,
         check=False,
     )
     if result.returncode != 0:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise NotHereError(f"{SCRIPT.name} failed: {last}")
+        raise NotHereError(f"{script.name} failed: {last}")
     return result.stdout

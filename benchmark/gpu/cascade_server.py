@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmark.gpu.cascade import output
 from benchmark.gpu.serving import write_model
-from benchmark.gpu.setting import NotHereError, Setting
+from benchmark.gpu.setting import Setting
 
 SCRIPT = Path(__file__).parents[1] / "serving" / "cascade.py"
 #: Batches and shared tokens that the anchors speak of; a turn is some 24 iterations.
@@ -26,14 +25,5 @@ def measure(setting: Setting) -> dict[str, Any]:
     arguments += SMALL if setting.is_small else LARGE
     if setting.on_gpu:
         arguments += ["--device", "cuda", "--dtype", "bfloat16"]
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    if result.returncode != 0:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise NotHereError(f"{SCRIPT.name} failed: {last}")
+    output(arguments, SCRIPT, TIMEOUT_S)
     return {"arguments": arguments, "rows": json.loads(name.with_suffix(".json").read_text())}

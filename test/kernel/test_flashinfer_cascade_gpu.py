@@ -19,7 +19,6 @@ from tiered_kv.attention.flashinfer_graph import (
 from tiered_kv.attention.flashinfer_runner import (
     WORKSPACE_BYTES,
     FlashInferCascadeRunner,
-    KernelShape,
     suffix_slots,
 )
 from tiered_kv.attention.plan import CascadePlan, Group, Level
@@ -43,18 +42,8 @@ def drawn(seed: int, dtype: torch.dtype) -> Batch:
         seed += 1000
 
 
-def shape_of(batch: Batch) -> KernelShape:
-    return KernelShape(
-        n_query_heads=batch.query.shape[1],
-        n_kv_heads=batch.keys.shape[1],
-        head_dim=batch.query.shape[2],
-        query_dtype=batch.query.dtype,
-        kv_dtype=batch.keys.dtype,
-    )
-
-
 def runner_for(batch: Batch) -> FlashInferCascadeRunner:
-    return FlashInferCascadeRunner(shape_of(batch), torch.device("cuda"))
+    return FlashInferCascadeRunner(batch.kernel_shape(), torch.device("cuda"))
 
 
 def run(batch: Batch, plan: CascadePlan) -> torch.Tensor:
@@ -106,7 +95,7 @@ class GraphDecoder:
 
         device, n_rows = torch.device("cuda"), self.N_ROWS
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self.batch, self.shape = batch, shape_of(batch)
+        self.batch, self.shape = batch, batch.kernel_shape()
         self.kv_cache = (batch.keys.cuda()[:, None], batch.values.cuda()[:, None])
         self.slots = batch.tables.slots.cuda()
         maker = flashinfer_graph_levels(self.shape, workspace, len(batch.keys), n_levels)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tiered_kv.attention.flashinfer_runner import KernelShape
 from tiered_kv.attention.grouping import Context, GroupingCosts, best_plans
 from tiered_kv.attention.plan import CascadePlan
 from tiered_kv.attention.runner import PageTables
@@ -26,6 +27,15 @@ class Batch:
 
     def plan(self, max_levels: int) -> CascadePlan:
         return best_plans(self.contexts, GroupingCosts(), max_levels)[-1]
+
+    def kernel_shape(self) -> KernelShape:
+        return KernelShape(
+            n_query_heads=self.query.shape[1],
+            n_kv_heads=self.keys.shape[1],
+            head_dim=self.query.shape[2],
+            query_dtype=self.query.dtype,
+            kv_dtype=self.keys.dtype,
+        )
 
     def slots_of(self, row: int) -> torch.Tensor:
         return self.tables.slots[self.tables.table_rows[row], : self.tables.n_tokens[row]].long()

@@ -26,7 +26,6 @@ from sglang.srt.model_executor.runner.shape_key import ShapeKey
 from support_attention.batches import Batch
 from support_attention.graph import GraphDecode, GraphPrefill, RecordedGraph, merge_in_graph
 from tiered_kv.attention.flashinfer_graph import GraphLevelsMaker
-from tiered_kv.attention.flashinfer_runner import KernelShape
 from tiered_kv.attention.plan import CascadePlan
 from tiered_kv.plugin import cascade_flashinfer, cascade_graphs
 from tiered_kv.plugin.cascade import PlannedBatch
@@ -146,13 +145,7 @@ class Rig:
             "cascade": self.planner,
             "cascade_graphs": None,
             "_parts": None,
-            "_shape": KernelShape(
-                n_query_heads=self.n_heads,
-                n_kv_heads=batch.keys.shape[1],
-                head_dim=self.head_dim,
-                query_dtype=batch.query.dtype,
-                kv_dtype=batch.keys.dtype,
-            ),
+            "_shape": batch.kernel_shape(),
             "workspace_buffer": None,
             "req_to_token_pool": SimpleNamespace(req_to_token=slots),
             "token_to_kv_pool": pool,

@@ -21,21 +21,10 @@ from tiered_kv.attention.flashinfer_graph import (
     fits_graph,
     groups_of_graph,
 )
-from tiered_kv.attention.flashinfer_runner import KernelShape
 from tiered_kv.attention.plan import CascadePlan, Group, Level
 from tiered_kv.attention.runner import PageTables
 
 N_ROWS = 16
-
-
-def shape_of(batch: Batch) -> KernelShape:
-    return KernelShape(
-        n_query_heads=batch.query.shape[1],
-        n_kv_heads=batch.keys.shape[1],
-        head_dim=batch.query.shape[2],
-        query_dtype=batch.query.dtype,
-        kv_dtype=batch.keys.dtype,
-    )
 
 
 class Decoder:
@@ -45,7 +34,12 @@ class Decoder:
         self.batch = batch
         n_slots = len(batch.keys)
         maker = GraphLevelsMaker(
-            shape_of(batch), n_slots, n_levels, GraphPrefill, merge_in_graph, torch.device("cpu")
+            batch.kernel_shape(),
+            n_slots,
+            n_levels,
+            GraphPrefill,
+            merge_in_graph,
+            torch.device("cpu"),
         )
         self.levels = maker.make(N_ROWS, n_levels)
         self.decode = GraphDecode(N_ROWS, N_ROWS * batch.tables.slots.shape[1])

@@ -17,7 +17,6 @@ from support_attention.batches import Batch, draw_batch, in_float64, worst_error
 from support_attention.flashinfer import PagedPrefill, attend, merge_in_place
 from tiered_kv.attention.flashinfer_runner import (
     FlashInferLevels,
-    KernelShape,
     can_merge,
     in_order,
     level_arrays,
@@ -27,19 +26,9 @@ from tiered_kv.attention.plan import CascadePlan, Group, Level
 from tiered_kv.attention.runner import PageTables
 
 
-def shape_of(batch: Batch) -> KernelShape:
-    return KernelShape(
-        n_query_heads=batch.query.shape[1],
-        n_kv_heads=batch.keys.shape[1],
-        head_dim=batch.query.shape[2],
-        query_dtype=batch.query.dtype,
-        kv_dtype=batch.keys.dtype,
-    )
-
-
 def carry_out(batch: Batch, plan: CascadePlan) -> torch.Tensor:
     """As `FlashInferCascadeRunner` and the server's backend do it, with the stand-ins."""
-    levels = FlashInferLevels(shape_of(batch), PagedPrefill, merge_in_place)
+    levels = FlashInferLevels(batch.kernel_shape(), PagedPrefill, merge_in_place)
     tables, starts, query, order = batch.tables, plan.shared_tokens, batch.query, None
     if plan.levels:
         levels.plan(plan, tables)

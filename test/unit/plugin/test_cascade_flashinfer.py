@@ -17,7 +17,7 @@ from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 
 from support_attention.batches import Batch, draw_batch, in_float64, worst_error
 from support_attention.flashinfer import PagedDecode, PagedPrefill, merge_in_place
-from tiered_kv.attention.flashinfer_runner import FlashInferLevels, KernelShape
+from tiered_kv.attention.flashinfer_runner import FlashInferLevels
 from tiered_kv.attention.plan import CascadePlan
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin import cascade_flashinfer
@@ -71,13 +71,7 @@ class Rig:
     def __init__(self, batch: Batch, planned: PlannedBatch | None) -> None:
         backend = object.__new__(CascadeFlashInferBackend)
         n_heads, head_dim = batch.query.shape[1:]
-        shape = KernelShape(
-            n_query_heads=n_heads,
-            n_kv_heads=batch.keys.shape[1],
-            head_dim=head_dim,
-            query_dtype=batch.query.dtype,
-            kv_dtype=batch.keys.dtype,
-        )
+        shape = batch.kernel_shape()
         self.wrappers: list[PagedPrefill] = []
 
         def make_wrapper() -> PagedPrefill:
