@@ -36,9 +36,9 @@ from benchmark.gpu.setting import NotHereError, Setting
 from tqdm import tqdm
 
 SCHEMA = 1
-PARTS = ("environment", "kernels", "transfers", "cascade", "serving")
-#: Measured only if they are named: with them a check takes longer than it should.
-MORE_PARTS = ("cascade_server",)
+DEFAULT_PARTS = ("environment", "kernels", "transfers", "cascade", "serving")
+#: The last ones only if they are named: with them a check takes longer than it should.
+PARTS = (*DEFAULT_PARTS, "cascade_server")
 
 
 def run_part(part: str, setting: Setting) -> dict[str, Any]:
@@ -114,8 +114,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--out", type=Path, default=Path("gpu_check"), help="folder (default: %(default)s)")
-    add("--parts", nargs="+", choices=PARTS + MORE_PARTS, default=PARTS, metavar="PART",
-        help=f"which (default: all but {', '.join(MORE_PARTS)})")  # fmt: skip
+    add("--parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS, metavar="PART",
+        help=f"which (default: {', '.join(DEFAULT_PARTS)})")  # fmt: skip
     add("--small", action="store_true", help="sizes for a test; the only ones for a CPU")
     add("--again", action="store_true", help="measure parts that are there already, too")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(device, options.small, folder)
     failed = []
-    with tqdm([part for part in PARTS + MORE_PARTS if part in options.parts], unit=" parts") as bar:
+    with tqdm([part for part in PARTS if part in options.parts], unit=" parts") as bar:
         for part in bar:
             bar.set_description(part)
             path = folder / f"{part}.json"
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             write_json(path, facts)
             tqdm.write(f"[gpu_check] {part}: {facts['seconds']} s", file=sys.stderr)
-    found = {part: read_part(folder / f"{part}.json") for part in PARTS + MORE_PARTS}
+    found = {part: read_part(folder / f"{part}.json") for part in PARTS}
     text = report({part: document for part, document in found.items() if document})
     (folder / "report.md").write_text(text)
     sys.stdout.write(text)

@@ -11,7 +11,7 @@ from benchmark.gpu.serving import write_model
 from benchmark.gpu.setting import Setting
 
 SCRIPT = Path(__file__).parents[1] / "serving" / "cascade.py"
-#: Batches and shared tokens that the anchors speak of; a turn is some 24 iterations.
+#: Batches and shared tokens that the anchors speak of.
 LARGE = ("--rows", "8", "32", "128", "--shared", "512", "2048", "8192", "32768", "--own", "256")
 SMALL = ("--rows", "4", "--shared", "300", "--own", "8", "--turns", "1")
 TIMEOUT_S = 560.0

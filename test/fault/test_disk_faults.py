@@ -132,6 +132,7 @@ def test_stall(tmp_path: Path, io: HangingIo, caplog: pytest.LogCaptureFixture) 
         ns = store.namespace(bytes(32), PAGE_BYTES)
         assert write(ns, range(40)) == 40
         io.answers.clear()
+        hung = time.monotonic()
         # Closing waits for what is under way: it must not hang if something below fails.
         stack.callback(io.answers.set)
         caught = [
@@ -155,13 +156,14 @@ def test_stall(tmp_path: Path, io: HangingIo, caplog: pytest.LogCaptureFixture) 
             assert ns.contains(page_hash(30))
             assert read(ns, range(30, 40)) == 0
             assert write(ns, range(60, 70)) == 0
-            assert time.monotonic() - started < STALL_AFTER_S
+            assert time.monotonic() - started < 1.0
             n_refused += 1
             time.sleep(0.05)
         assert n_refused > 5
         io.answers.set()
         for thread in caught:
             thread.join()
+        hung_s = time.monotonic() - hung
         assert results == {"read": 20, "write": 10}
         assert not store.stats().degraded
         assert read(ns, range(30, 40)) == 10, "a miss during a stall drops nothing"
@@ -172,7 +174,7 @@ def test_stall(tmp_path: Path, io: HangingIo, caplog: pytest.LogCaptureFixture) 
     assert "does not answer for 2 s" in hangs
     seconds = re.search(r"answers again after (\d+\.\d)", back)
     assert seconds is not None
-    assert float(seconds[1]) >= STALL_S - 0.1
+    assert STALL_S <= float(seconds[1]) <= hung_s + 0.1
 
 
 def test_stalls_are_told_from_slowness() -> None:

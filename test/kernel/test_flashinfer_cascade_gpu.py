@@ -19,7 +19,8 @@ from tiered_kv.attention.flashinfer_graph import (
 from tiered_kv.attention.flashinfer_runner import (
     WORKSPACE_BYTES,
     FlashInferCascadeRunner,
-    suffix_slots,
+    in_order,
+    plan_suffixes,
 )
 from tiered_kv.attention.plan import CascadePlan, Group, Level
 from tiered_kv.attention.runner import PageTables
@@ -125,26 +126,9 @@ class GraphDecoder:
 
     def _plan(self, plan: CascadePlan, tables: PageTables) -> None:
         padded = self.levels.plan(plan, tables)
-        order = list(padded.order)
-        tables = PageTables(
-            tables.slots,
-            tables.table_rows[torch.tensor(order, device="cuda")],
-            tuple(tables.n_tokens[row] for row in order),
-        )
-        starts = tuple(padded.shared_tokens[row] for row in order)
-        indptr, slots = suffix_slots(starts, tables)
-        shape = self.shape
-        self.decode.plan(
-            indptr,
-            slots,
-            torch.ones(self.N_ROWS, dtype=torch.int32),
-            shape.n_query_heads,
-            shape.n_kv_heads,
-            shape.head_dim,
-            1,
-            q_data_type=shape.query_dtype,
-            kv_data_type=shape.kv_dtype,
-        )
+        starts = tuple(padded.shared_tokens[row] for row in padded.order)
+        tables = in_order(tables, padded.order, self.levels.order)
+        plan_suffixes(self.decode, starts, tables, self.shape)
 
     def _attend(self) -> torch.Tensor:
         scale = self.batch.scale

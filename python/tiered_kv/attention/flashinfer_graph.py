@@ -26,6 +26,7 @@ from tiered_kv.attention.flashinfer_runner import (
     LevelArrays,
     in_order,
     level_arrays,
+    merge_levels,
     plan_level,
 )
 from tiered_kv.attention.plan import CascadePlan, Group, Level
@@ -140,9 +141,9 @@ class GraphLevels:
         **options: Any,
     ) -> None:
         """As `FlashInferLevels.merge_into`; this is what a graph holds."""
-        for wrapper, has_kv in zip(self._wrappers, self._has_kv, strict=True):
-            attended, its_lse = wrapper.forward_return_lse(query, kv_cache, causal=False, **options)
-            self._merge(output, lse, attended, its_lse, mask=has_kv)
+        merge_levels(
+            self._wrappers, self._has_kv, self._merge, output, lse, query, kv_cache, **options
+        )
 
 
 def filled_up(arrays: LevelArrays, n_groups: int) -> LevelArrays:

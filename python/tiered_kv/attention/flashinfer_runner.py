@@ -17,7 +17,7 @@ here was run on a GPU yet; the planned arrays were executed by a stand-in of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,9 +173,24 @@ class FlashInferLevels:
         the layer's, as the decode wrapper takes it; options: those of both wrappers'
         `forward_return_lse`.
         """
-        for wrapper, arrays in zip(self._wrappers, self._levels, strict=False):
-            attended, its_lse = wrapper.forward_return_lse(query, kv_cache, causal=False, **options)
-            self._merge(output, lse, attended, its_lse, mask=arrays.has_kv)
+        masks = [arrays.has_kv for arrays in self._levels]
+        merge_levels(self._wrappers, masks, self._merge, output, lse, query, kv_cache, **options)
+
+
+def merge_levels(
+    wrappers: Sequence[Any],
+    masks: Sequence[torch.Tensor | None],
+    merge: Callable[..., None],
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    kv_cache: Any,
+    **options: Any,
+) -> None:
+    """Have planned prefill wrappers attend, one for each of `masks`; merge what these let in."""
+    for wrapper, mask in zip(wrappers, masks, strict=False):
+        attended, its_lse = wrapper.forward_return_lse(query, kv_cache, causal=False, **options)
+        merge(output, lse, attended, its_lse, mask=mask)
 
 
 def in_order(tables: PageTables, order: tuple[int, ...], on_device: torch.Tensor) -> PageTables:
@@ -229,19 +244,7 @@ class FlashInferCascadeRunner:
             if self._levels.order is not None:
                 shared = tuple(shared[row] for row in plan.order)
                 tables = in_order(tables, plan.order, self._levels.order)
-        indptr, indices = suffix_slots(shared, tables)
-        shape = self._shape
-        self._suffixes.plan(
-            indptr,
-            indices,
-            torch.ones(plan.n_rows, dtype=torch.int32),
-            shape.n_query_heads,
-            shape.n_kv_heads,
-            shape.head_dim,
-            1,
-            q_data_type=shape.query_dtype,
-            kv_data_type=shape.kv_dtype,
-        )
+        plan_suffixes(self._suffixes, shared, tables, self._shape)
 
     def run(
         self,
@@ -265,6 +268,24 @@ class FlashInferCascadeRunner:
         else:
             output[order] = merged
         return output
+
+
+def plan_suffixes(
+    wrapper: Any, starts: tuple[int, ...], tables: PageTables, shape: KernelShape
+) -> None:
+    """Have a decode wrapper plan each row's tokens from its start on."""
+    indptr, indices = suffix_slots(starts, tables)
+    wrapper.plan(
+        indptr,
+        indices,
+        torch.ones(len(starts), dtype=torch.int32),
+        shape.n_query_heads,
+        shape.n_kv_heads,
+        shape.head_dim,
+        1,
+        q_data_type=shape.query_dtype,
+        kv_data_type=shape.kv_dtype,
+    )
 
 
 def suffix_slots(starts: tuple[int, ...], tables: PageTables) -> tuple[torch.Tensor, torch.Tensor]:

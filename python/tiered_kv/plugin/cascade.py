@@ -209,9 +209,9 @@ def _why_not_for_model(model_runner: Any) -> str | None:
     return None
 
 
-def planner_of(model_runner: Any) -> CascadePlanner | None:
-    """The planner that a model runner's attention follows, if any."""
-    return getattr(model_runner.attn_backend, "cascade", None)
+def planner_of(runner: Any) -> CascadePlanner | None:
+    """The planner that the attention of a model runner or graph runner follows, if any."""
+    return getattr(runner.attn_backend, "cascade", None)
 
 
 def plan_launched(

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.attention.flashinfer_graph import GraphLevels, GraphLevelsMaker, fits_graph
+from tiered_kv.plugin.cascade import planner_of
 
 if TYPE_CHECKING:
     from tiered_kv.attention.plan import CascadePlan
@@ -137,16 +138,24 @@ def capture_variants(
             original(graph_runner, size, forward, stream_idx, label_of(n_levels))
 
 
+def _plan_of_pass(graph_runner: Any) -> CascadePlan | None:
+    planner = planner_of(graph_runner)
+    planned = None if planner is None else planner.current
+    return None if planned is None else planned.plan
+
+
+def _levels_of_pass(graph_runner: Any) -> GraphLevels | None:
+    """What the pass that has begun attends with in a graph of ours; None if in none."""
+    graphs, plan = graphs_of(graph_runner), _plan_of_pass(graph_runner)
+    return None if graphs is None or plan is None else graphs.levels_for(plan)
+
+
 def variant_of_pass(
     original: Callable[..., str | None], graph_runner: Any, forward_batch: Any
 ) -> str | None:
     """AROUND `DecodeCudaGraphRunner._resolve_lora_variant`: the label of the pass's graph."""
-    graphs = graphs_of(graph_runner)
-    if graphs is not None:
-        planned = graph_runner.attn_backend.cascade.current
-        if planned is not None and graphs.levels_for(planned.plan) is not None:
-            return label_of(len(planned.plan.levels))
-    return original(graph_runner, forward_batch)
+    levels = _levels_of_pass(graph_runner)
+    return original(graph_runner, forward_batch) if levels is None else label_of(levels.n_levels)
 
 
 def may_run_graph(
@@ -156,10 +165,7 @@ def may_run_graph(
 
     The others hold upstream's attention, which would read all KV of every row.
     """
-    planner = getattr(graph_runner.attn_backend, "cascade", None)
-    planned = None if planner is None else planner.current
-    if planned is not None and planned.plan.levels:
-        graphs = graphs_of(graph_runner)
-        if graphs is None or graphs.levels_for(planned.plan) is None:
-            return False
+    plan = _plan_of_pass(graph_runner)
+    if plan is not None and plan.levels and _levels_of_pass(graph_runner) is None:
+        return False
     return original(graph_runner, forward_batch, *args, **kwargs)
