@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,14 @@ def _hicache_file(policy: str) -> Callable[[Sizes, Path], list[object]]:
     return flags
 
 
-def _tiered(*more: object) -> Callable[[Sizes, Path], list[object]]:
-    def flags(sizes: Sizes, disk: Path) -> list[object]:
-        host = f"{sizes.host * sizes.token_bytes}B"
-        tiers = ["--tiered-kv", "--tiered-kv-host-size", host, "--tiered-kv-disk-dir", disk]
-        return [*_device(sizes.device), *tiers, "--tiered-kv-disk-size", "64GB", *more]
+def _tiered(sizes: Sizes, disk: Path) -> list[object]:
+    host = f"{sizes.host * sizes.token_bytes}B"
+    tiers = ["--tiered-kv", "--tiered-kv-host-size", host, "--tiered-kv-disk-dir", disk]
+    return [*_device(sizes.device), *tiers, "--tiered-kv-disk-size", "64GB"]
 
-    return flags
+
+def _tiered_limit(sizes: Sizes, disk: Path) -> list[object]:
+    return _tiered(replace(sizes, device=sizes.limit), disk)
 
 
 SYSTEMS = {
@@ -100,7 +101,12 @@ SYSTEMS = {
             )
             for policy in PREFETCH_POLICIES
         ),
-        System("tiered", "--tiered-kv: device, host and disk", _tiered()),
+        System("tiered", "--tiered-kv: device, host and disk", _tiered),
+        System(
+            "tiered_limit",
+            "--tiered-kv, everything fits on the device: what tiers cost without being needed",
+            _tiered_limit,
+        ),
     )
 }
 
