@@ -261,7 +261,6 @@ class Rig:
             + hierarchy.load_back.n_open
             + hierarchy.prefetch.lookups.in_flight
             + hierarchy.prefetch.queue.in_flight
-            + hierarchy.swap.queue.in_flight
         )
 
     def drain(self) -> None:
@@ -344,8 +343,7 @@ class Rig:
             if node.state(Tier.HOST) is not Residency.ABSENT:
                 held += host_pages_of(node).tolist()
         assert len(set(held)) == len(held), "a host page belongs to two nodes"
-        n_swapped = self.hierarchy.swap.n_swapped_pages
-        assert len(held) + n_swapped + self.host.n_free == self.host.n_pages, "host pages were lost"
+        assert len(held) + self.host.n_free == self.host.n_pages, "host pages were lost"
 
     def _check_bytes(self) -> None:
         for node in self.forest.nodes():
@@ -406,7 +404,6 @@ class Rig:
             hierarchy.load_back.queue,
             hierarchy.prefetch.lookups,
             hierarchy.prefetch.queue,
-            hierarchy.swap.queue,
         ):
             queue.close()
 

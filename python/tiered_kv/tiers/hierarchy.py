@@ -28,7 +28,6 @@ from tiered_kv.tiers.device import DeviceSlots
 from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.prefetch import Prefetch
-from tiered_kv.tiers.swap import Swap
 from tiered_kv.tiers.timeline import transfer_spans
 from tiered_kv.tiers.transfer import Completion, J, SingleRank, TransferQueue
 from tiered_kv.tiers.write_back import WriteBack
@@ -85,7 +84,6 @@ class KVHierarchy:
         self.write_back = WriteBack(context)
         self.load_back = LoadBack(context)
         self.prefetch = Prefetch(context)
-        self.swap = Swap(context)
         self._namespace = namespace
         self._started_at = time.monotonic()
         self._steps: list[StepObservation] = []
@@ -96,7 +94,6 @@ class KVHierarchy:
             self.write_back.to_disk: self.write_back.disk_written,
             self.prefetch.lookups: self.prefetch.looked_up,
             self.prefetch.queue: self.prefetch.finished,
-            self.swap.queue: self.swap.acknowledged,
         }
         if context.timeline is not None:
             for queue in self._finish:
@@ -290,7 +287,6 @@ class KVHierarchy:
         TransferTimeoutError if a transfer hangs.
         """
         self.settle_loads()
-        self._settle(self.swap.queue)
         self.prefetch.clear()
         deadline = time.monotonic() + FLUSH_TIMEOUT_S
         while True:
@@ -305,7 +301,6 @@ class KVHierarchy:
             if not (self.write_back.to_host.in_flight or self.write_back.to_disk.in_flight):
                 break
         self.write_back.clear()
-        self.swap.clear()
         self.context.forest.clear()
         self.context.host.clear()
 

@@ -95,13 +95,3 @@ def test_what_is_observed_and_learned_are_the_bytes_that_moved(make_rig: MakeRig
 def test_a_host_pool_of_the_same_size_holds_more_pages(make_rig: MakeRig) -> None:
     raw, int4 = make_rig(page_size=256), make_rig(page_size=256, host_format="int4")
     assert int4.host.slot_bytes < raw.host.slot_bytes
-
-
-def test_requests_are_not_swapped_to_a_lossy_host(make_rig: MakeRig) -> None:
-    rig = make_rig(host_format="fp8", lasting="fp8")
-    slots = rig.allocator.alloc(2 * PAGE_SIZE)
-    n_free = rig.host.n_free
-    assert not rig.hierarchy.swap.swap_out("r", slots)
-    assert rig.hierarchy.swap.state("r") is None
-    assert rig.host.n_free == n_free
-    rig.allocator.free(slots)
