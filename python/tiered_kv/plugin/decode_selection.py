@@ -200,13 +200,10 @@ class DecodeSelection:
         elif len(staying) < len(batch.reqs):
             self._chosen = staying
 
-    def plan_prefill(
-        self, batch: ScheduleBatch, prefill: SchedulerState, least_ttft_s: float
-    ) -> IterationPlan:
+    def plan_prefill(self, batch: ScheduleBatch, prefill: SchedulerState) -> IterationPlan:
         """What room the decodes of `batch` leave for a prefill that runs before them.
 
-        prefill: what the order of the queue was asked with. least_ttft_s: the tightest first-token
-        objective there is.
+        prefill: what the order of the queue was asked with.
         """
         reqs = batch.reqs
         if any(req.finished() for req in reqs):
@@ -216,7 +213,7 @@ class DecodeSelection:
         self._end_last_pass()
         self._turns.wants_prefill()
         state = self._state(reqs)
-        state.prefill, state.least_ttft_s = prefill, least_ttft_s
+        state.prefill = prefill
         return self._policy.plan(state)
 
     def _plan(

@@ -22,7 +22,6 @@ from tiered_kv.forest.key import TOKEN_TYPECODE
 from tiered_kv.plugin.prefix_cache import is_named_by_tokens
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import RequestPolicy
-from tiered_kv.scheduler.tightest import TightestObjective
 from tiered_kv.scheduler.waiting import WaitingQueue
 
 if TYPE_CHECKING:
@@ -61,7 +60,6 @@ class QueuedRequests:
         self.has_news = False
         """Somebody joined the queue, or may start now, since this was last set to False."""
         self.processed_prefill_tokens = 0
-        self.tightest = TightestObjective()
         self._hierarchy = hierarchy
         self._policy = policy
         self._residency = residency
@@ -109,7 +107,6 @@ class QueuedRequests:
         terms: Terms = getattr(req, "tiered_kv_terms", _NO_TERMS)
         if req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
             terms = _NO_TERMS  # nobody was promised anything
-        self.tightest.arrived(terms.slo.ttft_s, clock.now_s)
         self._next_id += 1
         return QueuedRequest(
             request_id=self._next_id,

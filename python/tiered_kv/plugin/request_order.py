@@ -233,8 +233,7 @@ class RequestOrder:
         is_mixed = plan.mix_decodes or self._scheduler.is_mixed_chunk
         if selection is None or running_batch is None or not state.running or is_mixed:
             return plan.prefill_tokens
-        least_ttft_s = self.queue.tightest.seconds(state.now_s)
-        iteration = selection.plan_prefill(running_batch, state, least_ttft_s)
+        iteration = selection.plan_prefill(running_batch, state)
         return iteration.limit_prefill(plan.prefill_tokens)
 
     def _set_chunk(self, prefill_tokens: int | None, mix_decodes: bool, n_running: int) -> None:

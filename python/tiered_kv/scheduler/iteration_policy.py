@@ -82,8 +82,6 @@ class IterationState:
     prefill_load: float = 0.0
     """Share of the time that is prefill's alone: what it took of late, or, if prompts wait, at
     least the third that its turns take (`decoded_last`)."""
-    least_ttft_s: float = math.inf
-    """The tightest first-token objective there is: who arrives waits for the iteration's end."""
     short_tokens: int = 0
     """KV tokens that the device lacks: `IterationPlan.swap_out` says who makes room. 0: none."""
     short_for_tbt_s: float | None = None

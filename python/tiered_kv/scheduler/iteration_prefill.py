@@ -49,7 +49,7 @@ def prefill_tokens(
             seconds = max(seconds, needed_s / 2.0)
     unfinished = prefill.unfinished
     cached = 0 if unfinished is None else unfinished.prefilled_tokens
-    wanted_s = config.pass_share * state.least_ttft_s
+    wanted_s = config.pass_share * prefill.least_ttft_s
     seconds = min(seconds, arrivals_limit_s(prefill, cached, wanted_s, needed_s))
     context, n_decodes = (batch.tokens_read, len(batch.chosen)) if is_mixed else (0, 0)
     least_tokens = 0

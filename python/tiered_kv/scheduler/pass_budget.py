@@ -54,9 +54,7 @@ class PassBudget:
     """Prefill tokens that are computed whatever the time."""
 
 
-def pass_budget(
-    state: SchedulerState, rules: BudgetRules, least_ttft_s: float, decoded_s: float
-) -> PassBudget:
+def pass_budget(state: SchedulerState, rules: BudgetRules, decoded_s: float) -> PassBudget:
     """For the next iteration; the running requests got their last tokens at `decoded_s`.
 
     Where decoding alone takes as long as its objectives allow, prefill still has its turn after
@@ -82,7 +80,7 @@ def pass_budget(
                 seconds = max(seconds, decode_s / 2.0)
         seconds = min(
             seconds,
-            arrivals_limit_s(state, cached, rules.pass_share * least_ttft_s, decode_s),
+            arrivals_limit_s(state, cached, rules.pass_share * state.least_ttft_s, decode_s),
         )
     n_decodes, context = (n_running, context) if is_mixed else (0, 0)
     budget = PassBudget(seconds, 1.0, context, n_decodes, least_tokens)

@@ -48,6 +48,12 @@ class SchedulerState:
     loading_bytes: int = 0
     """Bytes that are queued on the way from the host to the device."""
 
+    @property
+    def least_ttft_s(self) -> float:
+        """The tightest first-token objective of late: who comes next may have it, and waits for the
+        iteration's end. Infinity if there is none."""
+        return self.waiting.tightest.seconds(self.now_s)
+
     def candidates(self) -> list[QueuedRequest]:
         """Those who wait and may start, in queue order."""
         held = self.held

@@ -17,10 +17,12 @@ class TightestObjective:
         self._arrivals: deque[tuple[float, float]] = deque()
 
     def arrived(self, ttft_s: float | None, now_s: float) -> None:
-        """Somebody came with this objective, None: with none. Times must not go back."""
+        """Somebody came with this objective, None: with none. Who comes back counts as new."""
         if ttft_s is None:
             return
         arrivals = self._arrivals
+        if arrivals:
+            now_s = max(now_s, arrivals[-1][0])
         while arrivals and arrivals[-1][1] >= ttft_s:
             arrivals.pop()
         arrivals.append((now_s, ttft_s))

@@ -14,6 +14,7 @@ from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.scheduler.request import QueuedRequest
+from tiered_kv.scheduler.tightest import TightestObjective
 
 _ABSENT = Residency.ABSENT
 _ON_HOST = frozenset({Residency.RESIDENT, Residency.LOADING})
@@ -28,6 +29,8 @@ class WaitingQueue:
         1 on a server. A simulation over traces of block ids stores a block as one token.
         """
         self.tokens_per_unit = tokens_per_unit
+        self.tightest = TightestObjective()
+        """Of those who joined of late."""
         self._forest = forest
         self._requests: dict[int, QueuedRequest] = {}
         # By node id: a node that left the forest must not be kept alive.
@@ -51,6 +54,7 @@ class WaitingQueue:
     def add(self, request: QueuedRequest) -> None:
         """`request` joins at the end; its cached tokens are looked up."""
         self._requests[request.request_id] = request
+        self.tightest.arrived(request.slo.ttft_s, request.queued_s)
         self._look_up(request)
 
     def remove(self, request: QueuedRequest) -> None:

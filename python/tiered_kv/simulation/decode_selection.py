@@ -18,7 +18,6 @@ from tiered_kv.scheduler.iteration_policy import (
 from tiered_kv.scheduler.iteration_slack import SlackIterations
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
 from tiered_kv.scheduler.request_policy import SchedulerState
-from tiered_kv.scheduler.tightest import TightestObjective
 from tiered_kv.simulation.decode_batch import DecodeBatch
 from tiered_kv.simulation.live import LiveRequest
 from tiered_kv.simulation.settings import InstanceSettings
@@ -58,14 +57,9 @@ class DecodeSelection:
         self._block_tokens = block_tokens
         self._known: dict[int, RunningRequest] = {}
         self._gangs: dict[int, _Gang] = {}
-        self._tightest = TightestObjective()
         self._turns = PrefillTurns()
 
     # -- what happens -------------------------------------------------------------------------
-
-    def arrived(self, live: LiveRequest, now_s: float) -> None:
-        """A request joined the queue."""
-        self._tightest.arrived(live.queued.slo.ttft_s, now_s)
 
     def joined(self, live: LiveRequest) -> None:
         """A request joined the batch."""
@@ -173,7 +167,6 @@ class DecodeSelection:
             is_cascade=self._settings.cascade,
             decoded_last=self._turns.decoded_last,
             prefill_load=self._turns.load(),
-            least_ttft_s=self._tightest.seconds(now_s),
         )
 
     def _totals(self, now_s: float) -> RunningTotals:

@@ -127,10 +127,8 @@ class Instance:
         self.cache.prefetch(live)
         self.waiting.add(queued)
         self.policy.on_arrival(queued, now_s)
-        if self._selection is not None:
-            self._selection.arrived(live, now_s)
-            if self._selection.may_preempt(live):
-                self._is_full = False
+        if self._selection is not None and self._selection.may_preempt(live):
+            self._is_full = False
         self._hold(live, now_s)
         self._wake(now_s)
 

@@ -387,7 +387,7 @@ def test_prefill_gets_the_room_that_the_chosen_leave(
     loop.run(lambda: not loop.is_at_rest)
     asked = [state for state in told.states if state.prefill is not None]
     assert [state.decoded_last for state in asked[:3]] == [True, False, True]
-    assert all(state.least_ttft_s == 0.5 for state in asked)
+    assert all(state.prefill.least_ttft_s == 0.5 for state in asked)
     assert all(state.prefill_load >= TURN_SHARE for state in asked)
     assert len(loop.tp_worker.batch_sizes) > before + 3
     for name, one in kinds.items():

@@ -10,6 +10,7 @@ import pytest
 
 from support_scheduler.iterations import COSTS, running, seconds
 from support_simulation.builders import Queue
+from tiered_kv.api.slo import NO_SLO, Slo
 from tiered_kv.scheduler.iteration_policy import IterationState, RunningRequest
 from tiered_kv.scheduler.iteration_slack import SlackIterations
 from tiered_kv.scheduler.iteration_swap import choose_swap_out
@@ -85,9 +86,11 @@ def test_who_is_swapped_out_does_not_decode() -> None:
 # -- prefill --------------------------------------------------------------------------------------
 
 
-def prefill_tokens(requests: list[RunningRequest], now_s: float, **more: object) -> int | None:
+def prefill_tokens(
+    requests: list[RunningRequest], now_s: float, slo: Slo = NO_SLO, **more: object
+) -> int | None:
     queue = Queue(FirstComeFirstServed())
-    queue.arrive(1000, range(200))
+    queue.arrive(1000, range(200), slo=slo)
     state = IterationState(now_s, requests, COSTS, prefill=queue.state(), **more)  # type: ignore[arg-type]
     return SlackIterations().plan(state).prefill_tokens
 
@@ -131,7 +134,7 @@ def test_prefill_and_the_decodes_beside_it_share_one_iteration() -> None:
 
 def test_with_an_objective_for_first_tokens_prefills_stay_short() -> None:
     requests = running((4, 1_000, None))
-    short = prefill_tokens(requests, 0.0, least_ttft_s=0.5)
+    short = prefill_tokens(requests, 0.0, Slo(ttft_s=0.5))
     long = prefill_tokens(requests, 0.0)
     assert short
     assert long

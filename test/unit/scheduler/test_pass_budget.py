@@ -86,7 +86,8 @@ def test_what_is_worth_a_pass_on_this_device() -> None:
     def least_tokens(costs: CostModel) -> int:
         alone: Any = state(costs, 2048)
         alone.running, alone.unfinished, alone.now_s, alone.decode_context_tokens = [], None, 0.0, 0
-        return pass_budget(alone, SlackConfig(), math.inf, 0.0).least_tokens
+        alone.least_ttft_s = math.inf
+        return pass_budget(alone, SlackConfig(), 0.0).least_tokens
 
     assert least_tokens(GPU) == 256
     tokens = least_tokens(CPU)

@@ -41,7 +41,6 @@ from tiered_kv.scheduler.slack import (
     select_in_time,
 )
 from tiered_kv.scheduler.tenants import TenantShares
-from tiered_kv.scheduler.tightest import TightestObjective
 
 #: Deadlines looked at to decide who can be in time; later ones follow by deadline.
 HORIZON = 64
@@ -81,7 +80,6 @@ class SlackPolicy:
         self._gangs = Gangs()
         self._memory = MemoryForecast(config.length_quantile, config.memory_margin)
         self._slowdown = 1.0
-        self._tightest = TightestObjective()
         self._context_tokens = 0
         self._decoded_s = 0.0
         """When the running requests had got their last tokens."""
@@ -89,10 +87,9 @@ class SlackPolicy:
 
     # -- what happens -------------------------------------------------------------------------
 
-    def on_arrival(self, request: QueuedRequest, now_s: float) -> None:
+    def on_arrival(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
         """It is priced at the next plan, which knows the costs."""
         self._changed[request.request_id] = request
-        self._tightest.arrived(request.slo.ttft_s, now_s)
         if self._config.gangs:
             self._gangs.add(request)
         if self._config.aging:
@@ -149,8 +146,7 @@ class SlackPolicy:
         if state.decode_context_tokens != self._context_tokens:
             # Contexts grow with every token.
             self._context_tokens, self._decoded_s = state.decode_context_tokens, state.now_s
-        least_ttft_s = self._tightest.seconds(state.now_s)
-        budget = pass_budget(state, self._config, least_ttft_s, self._decoded_s)
+        budget = pass_budget(state, self._config, self._decoded_s)
         self._slowdown = budget.slowdown
         unfinished = state.unfinished
         jobs = self._jobs(state)
