@@ -91,8 +91,7 @@ CALIBRATION_ARGS = (
     *("--max-total-tokens", "8192", "--chunked-prefill-size", "2048"),
 )
 REPLAY_ARGS = (
-    *TIER_ARGS,
-    *("--max-total-tokens", str(POOL_TOKENS), "--chunked-prefill-size", str(CHUNK_TOKENS)),
+    *(*TIER_ARGS, "--chunked-prefill-size", str(CHUNK_TOKENS)),
     *("--max-prefill-tokens", str(CHUNK_TOKENS), "--max-running-requests", str(MAX_RUNNING)),
 )
 
@@ -131,10 +130,12 @@ def load_in_words() -> str:
     return f"{n_requests} requests in {N_WAVES} waves; a pool of {POOL_TOKENS:,} tokens."
 
 
-def settings_for(server: MeasuredServer, policy: str) -> InstanceSettings:
-    """The server of `REPLAY_ARGS`."""
+def settings_for(
+    server: MeasuredServer, policy: str, pool_tokens: int = POOL_TOKENS
+) -> InstanceSettings:
+    """The server of `policy_args`."""
     model = server.model_spec()
-    pool_bytes = int(POOL_TOKENS * model.kv_bytes_per_token)
+    pool_bytes = int(pool_tokens * model.kv_bytes_per_token)
     return server.applied_to(
         InstanceSettings(
             model=model,
@@ -263,9 +264,10 @@ async def replay_on(
         )
 
 
-def policy_args(policy: str) -> list[str]:
-    """Flags of a server on which a workload is replayed."""
-    return [*SERVER_ARGS, *REPLAY_ARGS, "--tiered-kv-policy", policy]
+def policy_args(policy: str, pool_tokens: int = POOL_TOKENS) -> list[str]:
+    """Flags of a server on which a workload is replayed. pool_tokens: of the device."""
+    pool = ("--max-total-tokens", str(pool_tokens))
+    return [*SERVER_ARGS, *REPLAY_ARGS, *pool, "--tiered-kv-policy", policy]
 
 
 def run(

@@ -8,7 +8,8 @@ policy, replays every load on each of them, simulates the same, prints both side
 `benchmark/results/request_orders.{md,json}`. About 30 minutes on two cores, on which nothing else
 should run, and 3.2 GB of memory per policy. Run it in the root of the repository.
 
-The workload: questions on six documents, Poisson arrivals. Load 1 is the rate at which arrivals
+The workload: questions on twelve documents, Poisson arrivals; the device's pool holds four to eight
+requests, or two thirds of the documents. Load 1 is the rate at which arrivals
 take all of the server's time in the order of arrival, as simulated. 60% of the requests are
 interactive, 30% standard, 10% batch; their objectives are multiples of what prefilling a whole
 prompt takes. Policies get them as `slo`. Nothing is loaded from the host: what differs is the order
@@ -57,8 +58,9 @@ POLICIES = ("slack", "fcfs", "lpm", "hrrn", "k-lpm")
 LOADS = (0.8, 1.0, 1.2)
 N_WAVES = 2
 SEED = 5
+POOL_TOKENS = 4096
 QUESTIONS = (
-    "rag,requests={n},documents=6,zipf=1.0,retrieved=1,document_tokens=384,system_tokens=64,"
+    "rag,requests={n},documents=12,zipf=1.0,retrieved=1,document_tokens=384,system_tokens=64,"
     "question_tokens=48,output_tokens=6,block_tokens=64,arrivals=at-once"
 )
 #: (class, share, TTFT and mean TBT objectives as multiples of prefilling a whole prompt).
@@ -107,7 +109,7 @@ def whole_prefill_s(server: MeasuredServer) -> float:
     requests = list(open_workload(QUESTIONS.format(n=20), SEED).initial())
     n_tokens = int(statistics.median(request.input_tokens for request in requests))
     alone = [replace(requests[0], input_tokens=n_tokens)]
-    result = Simulation(_recorded(alone), settings_for(server, "fcfs")).run()
+    result = Simulation(_recorded(alone), settings_for(server, "fcfs", POOL_TOKENS)).run()
     return result.records[0].ttft_s or 0.0
 
 
@@ -150,7 +152,7 @@ def _recorded(requests: Sequence[Request]) -> RecordedWorkload:
 
 def _busy_s(server: MeasuredServer, requests: Sequence[Request]) -> float:
     """Seconds of the server's time per request, if all come at once and go in their order."""
-    result = Simulation(_recorded(requests), settings_for(server, "fcfs")).run()
+    result = Simulation(_recorded(requests), settings_for(server, "fcfs", POOL_TOKENS)).run()
     return result.busy_s / len(requests)
 
 
@@ -190,7 +192,7 @@ def measured(records: Sequence[Record], unit_s: float) -> Wave:
 
 def simulated(server: MeasuredServer, policy: str, load: RecordedWorkload) -> Wave:
     """What clients see besides passes and waiting is added to TTFT."""
-    result = Simulation(load, settings_for(server, policy)).run()
+    result = Simulation(load, settings_for(server, policy, POOL_TOKENS)).run()
     overhead_s = server.request_overhead_s
 
     def seen(record: RequestRecord) -> RequestRecord:
@@ -243,7 +245,7 @@ def replay_all(
 ) -> dict[float, dict[str, list[Turn]]]:
     """By load and policy, whose server writes its timeline to what `traces` says."""
     args_of = {
-        policy: [*policy_args(policy), "--tiered-kv-trace-file", str(trace)]
+        policy: [*policy_args(policy, POOL_TOKENS), "--tiered-kv-trace-file", str(trace)]
         for policy, trace in traces.items()
     }
     found: dict[float, dict[str, list[Turn]]] = {load: {p: [] for p in traces} for load in loads}
@@ -344,8 +346,8 @@ def report(found: dict[float, dict[str, Pair]], unit_s: float, n_requests: int) 
         "Made by `python -m benchmark.simulation.orders`: the real server on two cores without a "
         "GPU, and in brackets the simulator. The unit of time is the prefill of a whole prompt at "
         f"the machine's pace then ({unit_s:.2f} s when it was calibrated). {n_requests} requests "
-        f"per load in {N_WAVES} waves, which the policies take in turn; {objectives}. Pace: a "
-        "wave's own prefills / decodes against the calibration."
+        f"per load in {N_WAVES} waves, which the policies take in turn; a pool of {POOL_TOKENS:,} "
+        f"tokens; {objectives}. Pace: a wave's own prefills / decodes against the calibration."
     )
     parts = ["# Orders of the waiting queue on the real server", about]
     for load, pairs in found.items():

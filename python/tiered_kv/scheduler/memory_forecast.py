@@ -5,6 +5,10 @@ request that has produced n tokens is predicted to reach a quantile of those pas
 exceed n. Requests give their memory back as they finish, the shortest remainder first, so the
 peak is the largest of the sums at those moments. If the peak fits, nobody has to be retracted,
 unless answers turn out longer than the quantile.
+
+A prefix that several share is there once. So a request is counted with what it adds to the device:
+what that lacks of it, and of what it has, the part that could be evicted otherwise. The rest is
+pinned by others, and is not given back when one of them ends.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.node import Node
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import SchedulerState
 
@@ -120,20 +126,21 @@ class MemoryForecast:
         if state.available_tokens is None or not order:
             return None
         running = [self._future(request) for request in state.running]
-        held = sum(context for context, _ in running)
+        held = sum(own for own, _ in running)
         if state.unfinished is not None:
             running.append(self._future(state.unfinished))
-            held += state.unfinished.prefilled_tokens
-        candidates = []
+            held += max(0, state.unfinished.prefilled_tokens - state.unfinished.device_tokens)
+        candidates, claimed = [], set[Node]()
         for request in order:
             left = self.lengths.total(request, self._quantile) - request.output_tokens
-            candidates.append((request.prompt_tokens + request.output_tokens, left))
+            own = _own_tokens(request) + _claim(request, claimed, state.waiting.tokens_per_unit)
+            candidates.append((own, left))
         capacity = int((held + state.available_tokens) * (1.0 - self._margin))
         n = admissible(running, candidates, capacity)
         return n if running else max(n, 1)
 
     def _future(self, request: QueuedRequest) -> tuple[int, int]:
-        """(tokens held, tokens to come) of a request that runs, or is about to.
+        """(tokens held besides the cached prefix, tokens to come) of a request that runs.
 
         Predicted once, and again when it turns out longer: per step, that is a look-up.
         """
@@ -142,4 +149,21 @@ class MemoryForecast:
         if total <= produced:
             total = self.lengths.total(request, self._quantile)
             self._totals[request.request_id] = total
-        return request.prompt_tokens + produced, total - produced
+        return _own_tokens(request), total - produced
+
+
+def _own_tokens(request: QueuedRequest) -> int:
+    """What the device lacked of it when it was last looked up; since then it holds that."""
+    return request.prompt_tokens + request.output_tokens - request.device_tokens
+
+
+def _claim(request: QueuedRequest, claimed: set[Node], tokens_per_unit: int) -> int:
+    """Tokens of its cached prefix that nobody holds yet, and that it would. Added to `claimed`."""
+    tokens = 0
+    for node in request.path:
+        if node.end > request.device_units:
+            break
+        if node not in claimed and not node.records[Tier.DEVICE].pins:
+            claimed.add(node)
+            tokens += node.n_tokens * tokens_per_unit
+    return tokens

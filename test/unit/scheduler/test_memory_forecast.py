@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from support_simulation.builders import Queue
 from tiered_kv.api.slo import Slo
+from tiered_kv.core.ids import Tier
 from tiered_kv.scheduler.memory_forecast import (
     MemoryForecast,
     OutputLengths,
@@ -126,6 +127,33 @@ class TestMemoryForecast:
         assert self.forecast().admit_at_most(state, list(q.waiting)) == 1
         state.available_tokens = 30 + 65 + 29
         assert self.forecast().admit_at_most(state, list(q.waiting)) == 0
+
+    def test_a_prefix_that_several_share_counts_once(self) -> None:
+        q = Queue(request_policies.get("fcfs")())
+        q.cache(range(1, 9))
+        for request_id in range(4):
+            q.arrive(request_id, [*range(1, 9), 100 + request_id])  # 8 * 64 cached, 65 besides
+        state, own = q.state(), 65 + 40
+        # Evictable as it is, the prefix is part of what is available, and held from then on.
+        state.available_tokens = 8 * 64 + 3 * own
+        assert self.forecast().admit_at_most(state, list(q.waiting)) == 3
+        state.available_tokens -= 1
+        assert self.forecast().admit_at_most(state, list(q.waiting)) == 2
+
+    def test_what_others_hold_of_a_prefix_needs_no_room(self) -> None:
+        q = Queue(request_policies.get("fcfs")())
+        q.cache(range(1, 9))
+        for request_id in range(4):
+            q.arrive(request_id, [*range(1, 9), 100 + request_id])
+        running = q.waiting.get(3)
+        q.forest.pin(running.path[-1], Tier.DEVICE)
+        q.admit(3)
+        q.running = [running]
+        state, own = q.state(), 65 + 40
+        state.available_tokens = 40 + 2 * own
+        assert self.forecast().admit_at_most(state, list(q.waiting)) == 2
+        state.available_tokens -= 1
+        assert self.forecast().admit_at_most(state, list(q.waiting)) == 1
 
     def test_alone_somebody_is_admitted_and_unknown_memory_says_nothing(self) -> None:
         q = self.queue()
