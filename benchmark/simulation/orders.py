@@ -9,17 +9,16 @@ policy, replays every load on each of them, simulates the same, prints both side
 should run, and 3.2 GB of memory per policy. Run it in the root of the repository.
 
 The workload: questions on twelve documents, Poisson arrivals; the device's pool holds four to eight
-requests, or two thirds of the documents. Load 1 is the rate at which arrivals
-take all of the server's time in the order of arrival, as simulated. 60% of the requests are
-interactive, 30% standard, 10% batch; their objectives are multiples of what prefilling a whole
-prompt takes. Policies get them as `slo`. Nothing is loaded from the host: what differs is the order
-alone.
+requests, or two thirds of the documents. Load 1 is the rate at which arrivals take all of the
+server's time in the order of arrival, as simulated. 60% of the requests are interactive, 30%
+standard, 10% batch; their objectives are multiples of what prefilling a whole prompt takes.
+Policies get them as `slo`. Nothing is loaded from the host: what differs is the order alone.
 
 A shared machine changes its speed. So all servers are up and one works: a load is cut into waves,
-which the policies take in turn, each wave from an empty cache. Before each of them reference passes
-say how fast the machine is now (`pace.py`); arrivals and objectives are scaled by that. The
-simulator's passes are scaled by what the wave's own passes took (`own_passes.py`), and times are
-given in prefills of a whole prompt at that pace.
+which the policies take in turn, each wave from an empty cache. Before all of them take it reference
+passes say how fast the machine is now (`pace.py`); arrivals and objectives are scaled by that,
+alike for all policies. The simulator's passes are scaled by what the wave's own passes took
+(`own_passes.py`), and times are given in prefills of a whole prompt at that pace.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -57,6 +56,8 @@ from tiered_kv.simulation.workload.slo_mix import SloMix
 POLICIES = ("slack", "fcfs", "lpm", "hrrn", "k-lpm")
 LOADS = (0.8, 1.0, 1.2)
 N_WAVES = 2
+#: Reference passes before a wave run on so many servers; the median counts.
+PACERS = 3
 SEED = 5
 POOL_TOKENS = 4096
 QUESTIONS = (
@@ -256,11 +257,14 @@ def replay_all(
         for start in range(0, n_requests, per_wave):
             for load in loads:
                 # The order of the policies goes round, so that none always has the same neighbour.
-                for policy in _rotated(list(up), by=loads.index(load) + start // per_wave):
+                order = _rotated(list(up), by=loads.index(load) + start // per_wave)
+                # Once for all: a slow moment before one's turn must not give it more time.
+                around = [pace_makers[policy].measure(repeats=1) for policy in order[:PACERS]]
+                pace = Pace(*(statistics.median(p) for p in zip(*map(astuple, around), strict=True)))
+                part = slice(start, start + per_wave)
+                asked = workload(at_pace(server, pace), n_requests, load, part)
+                for policy in order:
                     bar.set_description(f"{policy} {load:g}")
-                    pace = pace_makers[policy].measure(repeats=1)
-                    part = slice(start, start + per_wave)
-                    asked = workload(at_pace(server, pace), n_requests, load, part)
                     up[policy].flush_cache()
                     turn = replay_wave(up[policy].url, model_path, asked, bar)
                     found[load][policy].append(turn)

@@ -58,6 +58,10 @@ class DeviceSpec:
     """How often a prefill's pass reads the weights before it computes with them. A CPU's matrix
     products pack them first; a GPU's read them while it computes."""
 
+    mixes_decodes: bool = True
+    """Whether decodes in the pass of a prefill cost less than a pass of their own. Not where the
+    kernels of prefills take them one by one."""
+
     def __post_init__(self) -> None:
         for field in ("memory_bytes", "flops", "memory_bandwidth", "host_link_bandwidth"):
             value = getattr(self, field)
@@ -161,6 +165,7 @@ _PRESETS = (
         bandwidth_efficiency=0.8,
         iteration_floor_s=40e-3,
         prefill_weight_reads=3.0,
+        mixes_decodes=False,
         source="two cores of a 2.8 GHz Xeon with AVX-512, float32: the best of 10 torch matrix "
         "products (215 GFLOP/s), a matrix-vector product (11.8 GB/s read) and a copy (5.7 GB/s); "
         "efficiency, floor and packing from SmolLM2-135M's passes: a decode 0.10 s, a prefill "

@@ -60,7 +60,7 @@ def prefill_tokens(
             prefill.costs.iteration_s(((least_tokens, cached),), context, n_decodes) > seconds
         ):
             least_tokens //= 2
-    budget = PassBudget(seconds, 1.0, context, n_decodes, least_tokens)
+    budget = PassBudget(seconds, 1.0, context, n_decodes, least_tokens, is_mixed)
     return chunk_tokens(prefill, budget, cached, 0, math.inf)
 
 

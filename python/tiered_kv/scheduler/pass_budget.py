@@ -10,7 +10,7 @@ the chunk is not made smaller for it than is worth a pass.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tiered_kv.scheduler.request_policy import SchedulerState
@@ -24,6 +24,8 @@ WORTH_SHARE = 0.15
 STEP_TOKENS = 64
 #: A prompt may take so much longer, as a share, for being cut up for those who may arrive.
 CUTTING_SHARE = 0.03
+#: Prefill waits for at most so many decodes in a row that gain it room.
+DECODES_AHEAD = 4
 #: Of the time until the next token is due, this share is used: predictions are not exact.
 CAUTION = 0.94
 
@@ -52,11 +54,16 @@ class PassBudget:
     n_decodes: int
     least_tokens: int
     """Prefill tokens that are computed whatever the time."""
+    mix_decodes: bool
+    """Whether those who run decode in the same iteration."""
+    saves_up: bool = False
+    """A few decodes leave more time soon. Until then a prompt is computed only if it fits whole."""
 
 
 def pass_budget(state: SchedulerState, rules: BudgetRules, decoded_s: float) -> PassBudget:
     """For the next iteration; the running requests got their last tokens at `decoded_s`.
 
+    Where a few decodes gain enough time for a prefill that is worth a pass, it waits for them.
     Where decoding alone takes as long as its objectives allow, prefill still has its turn after
     each decode, a third of the time: else nobody would be admitted until they are done. O(running).
     """
@@ -64,11 +71,11 @@ def pass_budget(state: SchedulerState, rules: BudgetRules, decoded_s: float) -> 
     n_running = len(state.running)
     context = state.decode_context_tokens
     decode_s = costs.iteration_s((), context, n_running) if n_running else 0.0
-    is_mixed = rules.mix_decodes
+    is_mixed = rules.mix_decodes and costs.device.mixes_decodes
     has_turn = is_mixed or not n_running or decoded_s >= state.now_s
     cached = 0 if state.unfinished is None else state.unfinished.prefilled_tokens
-    least_tokens = _least_piece(state, cached, WORTH_SHARE)[0] if has_turn else 0
-    seconds = math.inf
+    least_tokens, least_s = _least_piece(state, cached, WORTH_SHARE)
+    seconds, saves_up = math.inf, False
     if rules.slack:
         # In a mixed iteration they get their tokens, if late; else they might wait for many.
         possible_s = costs.iteration_s((), 0, 1) if is_mixed else 0.0
@@ -76,6 +83,9 @@ def pass_budget(state: SchedulerState, rules: BudgetRules, decoded_s: float) -> 
         if not is_mixed:
             # They decode once more after it.
             seconds -= decode_s
+            wanted_s = least_s - seconds
+            saves_up = wanted_s > 0 and _decodes_make_room(state, wanted_s, decode_s)
+            has_turn = has_turn and not saves_up
             if has_turn:
                 seconds = max(seconds, decode_s / 2.0)
         seconds = min(
@@ -83,14 +93,22 @@ def pass_budget(state: SchedulerState, rules: BudgetRules, decoded_s: float) -> 
             arrivals_limit_s(state, cached, rules.pass_share * state.least_ttft_s, decode_s),
         )
     n_decodes, context = (n_running, context) if is_mixed else (0, 0)
-    budget = PassBudget(seconds, 1.0, context, n_decodes, least_tokens)
+    least_tokens = least_tokens if has_turn else 0
+    budget = PassBudget(seconds, 1.0, context, n_decodes, least_tokens, is_mixed)
     tokens = chunk_tokens(state, budget, 0, 0, math.inf)
     if tokens <= 0:
-        return budget
+        return replace(budget, saves_up=saves_up)
     alone_s = costs.marginal_prefill_s(tokens)
     beside_s = costs.iteration_s(((tokens, 0),), context, n_decodes)
     slowdown = max(1.0, beside_s / alone_s)
-    return PassBudget(seconds, slowdown, context, n_decodes, least_tokens)
+    return replace(budget, slowdown=slowdown, saves_up=saves_up)
+
+
+def _decodes_make_room(state: SchedulerState, wanted_s: float, decode_s: float) -> bool:
+    """Whether a few decodes, each sooner than its tokens are due, gain `wanted_s` of slack."""
+    objectives = (request.slo.tbt_s for request in state.running)
+    least_s = min((tbt_s for tbt_s in objectives if tbt_s is not None), default=math.inf)
+    return wanted_s <= DECODES_AHEAD * (CAUTION * least_s - decode_s)
 
 
 def arrivals_limit_s(state: SchedulerState, cached: int, wanted_s: float, decode_s: float) -> float:
@@ -136,6 +154,8 @@ def chunk_tokens(
     """
     high = max(state.chunk_tokens, MIN_CHUNK_TOKENS)
     seconds = budget.seconds
+    if budget.saves_up and not 0 < _seconds(state, budget, first_tokens, cached) <= seconds:
+        return 0
     if first_tokens and first_tokens < high:
         alone_s = _seconds(state, budget, first_tokens, cached)
         if alone_s <= due_s:

@@ -14,7 +14,13 @@ import pytest
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.cost_model import CostModel
-from tiered_kv.scheduler.pass_budget import CUTTING_SHARE, arrivals_limit_s, pass_budget
+from tiered_kv.scheduler.pass_budget import (
+    CUTTING_SHARE,
+    PassBudget,
+    arrivals_limit_s,
+    chunk_tokens,
+    pass_budget,
+)
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.request_policy import SchedulerState
 
@@ -93,6 +99,18 @@ def test_what_is_worth_a_pass_on_this_device() -> None:
     tokens = least_tokens(CPU)
     assert 512 <= tokens <= 1024
     assert pieces_s(CPU, tokens, 2048) <= 1.16 * CPU.iteration_s(((2048, 0),), 0, 0)
+
+
+def test_what_fits_whole_need_not_wait_for_more_room() -> None:
+    seconds = CPU.iteration_s(((320, 0),), 0, 0)
+    budget = PassBudget(seconds, 1.0, 0, 0, 0, mix_decodes=False, saves_up=True)
+
+    def tokens(first_tokens: int) -> int:
+        return chunk_tokens(state(CPU, 2048), budget, 0, first_tokens, math.inf)
+
+    assert tokens(300) >= 300
+    assert tokens(900) == 0
+    assert tokens(0) == 0, "whoever is first needs something"
 
 
 def test_without_objectives_nothing_limits() -> None:

@@ -6,7 +6,10 @@ import pytest
 
 from support_simulation.builders import BLOCK_TOKENS, Queue, cost_model
 from tiered_kv.api.slo import Slo
+from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.core.model_spec import find_model
+from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.pass_budget import MIN_CHUNK_TOKENS
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.slack import SlackPolicy
@@ -288,6 +291,40 @@ class TestTheIteration:
         # It was prefill's turn; now, without a token in between, it is decoding's.
         q.now_s = 0.12
         assert q.plan().prefill_tokens == 0
+
+    def beside(self, prompt: int, gained_s: float, tbt_s: float) -> int:
+        """Prefill tokens after a decode, for `prompt` blocks, without mixing; `gained_s`: by how
+        much the running request is ahead of its objective."""
+        q = queue(mix_decodes=False)
+        q.arrive(0, blocks(0, prompt), slo=LOOSE)
+        running = q.arrive(1, blocks(1), slo=Slo("steady", 5.0, tbt_s))
+        q.now_s = 10.0
+        # Of its first five tokens, the fifth was due at 10 s + `gained_s`.
+        running.output_tokens, running.first_token_s = 5, q.now_s + gained_s - 4 * tbt_s
+        return self.plan_beside(running, q).prefill_tokens
+
+    def test_a_prefill_waits_for_a_few_decodes_that_gain_it_room(self) -> None:
+        costs = cost_model()
+        decode_s, least_s = costs.iteration_s((), 65, 1), costs.iteration_s(((256, 0),), 0, 0)
+        tbt_s = 1.3 * (decode_s + least_s) / 2
+        assert self.beside(200, 0.0, tbt_s) == 0
+        assert self.beside(200, least_s + decode_s, tbt_s) >= 256
+
+    def test_but_not_where_decodes_gain_hardly_any(self) -> None:
+        assert self.beside(200, 0.0, 1.1 * cost_model().iteration_s((), 65, 1)) >= MIN_CHUNK_TOKENS
+
+    def test_decodes_are_mixed_in_only_where_the_device_gains_by_it(self) -> None:
+        def mixes(device: str) -> bool:
+            q = queue()
+            q.arrive(0, blocks(0, 20))
+            q.running = [q.arrive(1, blocks(1))]
+            q.admit(1)
+            state = q.state()
+            state.costs = CostModel(find_model("SmolLM2-135M"), find_device(device), {})
+            return q.policy.plan(state, 10).mix_decodes
+
+        assert mixes("H200-141")
+        assert not mixes("CPU-2"), "SGLang's CPU attention takes their rows one by one as prompts"
 
     def test_nobody_joins_the_first_if_that_made_it_late(self) -> None:
         q = queue(pass_share=10.0)

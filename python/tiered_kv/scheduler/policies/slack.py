@@ -165,7 +165,7 @@ class SlackPolicy:
         return AdmissionPlan(
             head,
             prefill_tokens=self._chunk_tokens(state, budget, head, is_parked),
-            mix_decodes=self._config.mix_decodes,
+            mix_decodes=budget.mix_decodes,
             relegated=frozenset(late.intersection(head)),
             admit_at_most=self._admit_at_most(state, head),
             park_unfinished=is_parked,
@@ -368,7 +368,9 @@ class SlackPolicy:
         cached = first_tokens = 0
         due_s = math.inf
         if state.unfinished is not None and not is_parked:
-            cached = state.unfinished.prefilled_tokens
+            begun = state.unfinished
+            cached = begun.prefilled_tokens
+            first_tokens = max(1, begun.prompt_tokens + begun.output_tokens - cached)
         elif head:
             entry = self._entries[head[0]]
             cached, first_tokens = entry.request.cached_tokens, entry.request.uncached_tokens
