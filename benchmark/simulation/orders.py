@@ -260,7 +260,8 @@ def replay_all(
                 order = _rotated(list(up), by=loads.index(load) + start // per_wave)
                 # Once for all: a slow moment before one's turn must not give it more time.
                 around = [pace_makers[policy].measure(repeats=1) for policy in order[:PACERS]]
-                pace = Pace(*(statistics.median(p) for p in zip(*map(astuple, around), strict=True)))
+                kinds = zip(*map(astuple, around), strict=True)
+                pace = Pace(*map(statistics.median, kinds))
                 part = slice(start, start + per_wave)
                 asked = workload(at_pace(server, pace), n_requests, load, part)
                 for policy in order:
