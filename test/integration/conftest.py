@@ -84,8 +84,12 @@ def three_tiers_for_all(
 
 @pytest.fixture(scope="session")
 def taking_turns(make_server: Callable[..., Server]) -> Iterator[Server]:
-    """float32; some of the running requests decode in nearly every iteration, the others wait."""
-    args = selection_args("round-robin", 16384, "--page-size", PAGE_SIZE)
+    """float32; some of the running requests decode in nearly every iteration, the others wait.
+
+    Where prompts are computed all decode beside them, as on GPUs.
+    """
+    mixed = "--enable-mixed-chunk"
+    args = selection_args("round-robin", 16384, "--page-size", PAGE_SIZE, mixed)
     with make_server("taking_turns", *args) as server:
         yield server
 
