@@ -179,7 +179,7 @@ class Queue:
             waiting=self.waiting,
             held=self.held,
             running=self.running,
-            decode_context_tokens=sum(request.prompt_tokens for request in self.running),
+            decode_context_tokens=sum(r.prompt_tokens + r.output_tokens for r in self.running),
             processed_prefill_tokens=self.processed,
             chunk_tokens=8192,
             costs=cost_model(),

@@ -60,8 +60,27 @@ class PassBudget:
     """A few decodes leave more time soon. Until then a prompt is computed only if it fits whole."""
 
 
-def pass_budget(state: SchedulerState, rules: BudgetRules, decoded_s: float) -> PassBudget:
-    """For the next iteration; the running requests got their last tokens at `decoded_s`.
+class DecodeWatch:
+    """When those who run got their last tokens, as far as plans were asked for meanwhile."""
+
+    def __init__(self) -> None:
+        self.decoded_s = 0.0
+        self.in_a_row = 0
+        """Decodes since the last prefill."""
+        self._context_tokens = 0
+        self._prefilled_tokens = 0
+
+    def look(self, state: SchedulerState) -> None:
+        """Contexts grow with every token."""
+        if state.processed_prefill_tokens != self._prefilled_tokens:
+            self._prefilled_tokens, self.in_a_row = state.processed_prefill_tokens, -1
+        if state.decode_context_tokens != self._context_tokens:
+            self._context_tokens, self.decoded_s = state.decode_context_tokens, state.now_s
+            self.in_a_row += 1
+
+
+def pass_budget(state: SchedulerState, rules: BudgetRules, decodes: DecodeWatch) -> PassBudget:
+    """For the next iteration.
 
     Where a few decodes gain enough time for a prefill that is worth a pass, it waits for them.
     Where decoding alone takes as long as its objectives allow, prefill still has its turn after
@@ -72,19 +91,26 @@ def pass_budget(state: SchedulerState, rules: BudgetRules, decoded_s: float) -> 
     context = state.decode_context_tokens
     decode_s = costs.iteration_s((), context, n_running) if n_running else 0.0
     is_mixed = rules.mix_decodes and costs.device.mixes_decodes
-    has_turn = is_mixed or not n_running or decoded_s >= state.now_s
+    has_turn = is_mixed or not n_running or decodes.decoded_s >= state.now_s
     cached = 0 if state.unfinished is None else state.unfinished.prefilled_tokens
     least_tokens, least_s = _least_piece(state, cached, WORTH_SHARE)
     seconds, saves_up = math.inf, False
     if rules.slack:
         # In a mixed iteration they get their tokens, if late; else they might wait for many.
         possible_s = costs.iteration_s((), 0, 1) if is_mixed else 0.0
-        seconds = least_token_slack_s(state.running, state.now_s, decoded_s, CAUTION, possible_s)
+        seconds = least_token_slack_s(
+            state.running, state.now_s, decodes.decoded_s, CAUTION, possible_s
+        )
         if not is_mixed:
             # They decode once more after it.
             seconds -= decode_s
             wanted_s = least_s - seconds
-            saves_up = wanted_s > 0 and _decodes_make_room(state, wanted_s, decode_s)
+            # Predictions are not exact: in the end prefill has its turn whatever was gained.
+            saves_up = (
+                wanted_s > 0
+                and decodes.in_a_row < DECODES_AHEAD
+                and _decodes_make_room(state, wanted_s, decode_s)
+            )
             has_turn = has_turn and not saves_up
             if has_turn:
                 seconds = max(seconds, decode_s / 2.0)

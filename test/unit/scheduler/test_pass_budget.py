@@ -16,6 +16,7 @@ from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.pass_budget import (
     CUTTING_SHARE,
+    DecodeWatch,
     PassBudget,
     arrivals_limit_s,
     chunk_tokens,
@@ -93,7 +94,7 @@ def test_what_is_worth_a_pass_on_this_device() -> None:
         alone: Any = state(costs, 2048)
         alone.running, alone.unfinished, alone.now_s, alone.decode_context_tokens = [], None, 0.0, 0
         alone.least_ttft_s = math.inf
-        return pass_budget(alone, SlackConfig(), 0.0).least_tokens
+        return pass_budget(alone, SlackConfig(), DecodeWatch()).least_tokens
 
     assert least_tokens(GPU) == 256
     tokens = least_tokens(CPU)

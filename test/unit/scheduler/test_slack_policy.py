@@ -310,6 +310,22 @@ class TestTheIteration:
         assert self.beside(200, 0.0, tbt_s) == 0
         assert self.beside(200, least_s + decode_s, tbt_s) >= 256
 
+    def test_and_no_longer_if_they_gain_none(self) -> None:
+        """Each takes as long as its tokens may, where much less was predicted."""
+        q = queue(mix_decodes=False)
+        q.arrive(0, blocks(0, 200), slo=LOOSE)
+        running = q.arrive(1, blocks(1), slo=Slo("steady", 5.0, 0.008))
+        running.output_tokens, running.first_token_s = 1, 0.0
+        q.now_s = 0.008
+        chunks = [self.plan_beside(running, q).prefill_tokens]
+        for _ in range(9):
+            q.now_s += 0.008
+            running.output_tokens += 1
+            chunks.append(q.plan().prefill_tokens)
+        turns = [at for at, chunk in enumerate(chunks) if chunk]
+        assert turns
+        assert 1 < turns[0] <= 5
+
     def test_but_not_where_decodes_gain_hardly_any(self) -> None:
         assert self.beside(200, 0.0, 1.1 * cost_model().iteration_s((), 65, 1)) >= MIN_CHUNK_TOKENS
 

@@ -25,7 +25,7 @@ from tiered_kv.scheduler.aging import Overdue, aged_key
 from tiered_kv.scheduler.gang import Gangs
 from tiered_kv.scheduler.memory_forecast import MemoryForecast
 from tiered_kv.scheduler.ordered import OrderedIds
-from tiered_kv.scheduler.pass_budget import PassBudget, chunk_tokens, pass_budget
+from tiered_kv.scheduler.pass_budget import DecodeWatch, PassBudget, chunk_tokens, pass_budget
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.prompt_trie import TrieNode
@@ -80,9 +80,7 @@ class SlackPolicy:
         self._gangs = Gangs()
         self._memory = MemoryForecast(config.length_quantile, config.memory_margin)
         self._slowdown = 1.0
-        self._context_tokens = 0
-        self._decoded_s = 0.0
-        """When the running requests had got their last tokens."""
+        self._decodes = DecodeWatch()
         self._head: tuple[int, ...] = ()
 
     # -- what happens -------------------------------------------------------------------------
@@ -143,10 +141,8 @@ class SlackPolicy:
     def plan(self, state: SchedulerState, limit: int) -> AdmissionPlan:
         """See `RequestPolicy.plan`."""
         self._take_in(state)
-        if state.decode_context_tokens != self._context_tokens:
-            # Contexts grow with every token.
-            self._context_tokens, self._decoded_s = state.decode_context_tokens, state.now_s
-        budget = pass_budget(state, self._config, self._decoded_s)
+        self._decodes.look(state)
+        budget = pass_budget(state, self._config, self._decodes)
         self._slowdown = budget.slowdown
         unfinished = state.unfinished
         jobs = self._jobs(state)
