@@ -14,13 +14,14 @@ from tiered_kv.scheduler.iteration_batch import Packing
 from tiered_kv.scheduler.iteration_config import IterationConfig
 from tiered_kv.scheduler.iteration_policy import IterationState
 from tiered_kv.scheduler.pass_budget import (
-    MIN_CHUNK_TOKENS,
+    WORTH_SHARE,
     PassBudget,
     arrivals_limit_s,
     chunk_tokens,
+    least_piece,
 )
 
-#: Prefill's turn is at least this many tokens, whatever they take.
+#: Prefill's turn is at least what is worth a pass, and at least this many tokens.
 LEAST_TOKENS = 64
 #: So many of those who wait are looked at.
 QUEUE_LOOK = 64
@@ -54,12 +55,8 @@ def prefill_tokens(
     context, n_decodes = (batch.tokens_read, len(batch.chosen)) if is_mixed else (0, 0)
     least_tokens = 0
     if has_turn:
-        least_tokens = MIN_CHUNK_TOKENS
-        # Far into a long prompt even these take longer than all the decodes.
-        while least_tokens > LEAST_TOKENS and (
-            prefill.costs.iteration_s(((least_tokens, cached),), context, n_decodes) > seconds
-        ):
-            least_tokens //= 2
+        # Far into a long prompt few tokens take longer than all the decodes, and are worth it.
+        least_tokens, _ = least_piece(prefill, cached, WORTH_SHARE, LEAST_TOKENS)
     budget = PassBudget(seconds, 1.0, context, n_decodes, least_tokens, is_mixed)
     return chunk_tokens(prefill, budget, cached, 0, math.inf)
 

@@ -93,7 +93,7 @@ def pass_budget(state: SchedulerState, rules: BudgetRules, decodes: DecodeWatch)
     is_mixed = rules.mix_decodes and costs.device.mixes_decodes
     has_turn = is_mixed or not n_running or decodes.decoded_s >= state.now_s
     cached = 0 if state.unfinished is None else state.unfinished.prefilled_tokens
-    least_tokens, least_s = _least_piece(state, cached, WORTH_SHARE)
+    least_tokens, least_s = least_piece(state, cached, WORTH_SHARE)
     seconds, saves_up = math.inf, False
     if rules.slack:
         # In a mixed iteration they get their tokens, if late; else they might wait for many.
@@ -147,21 +147,24 @@ def arrivals_limit_s(state: SchedulerState, cached: int, wanted_s: float, decode
     wanted_s = max(wanted_s, 2.0 * decode_s)
     if math.isinf(wanted_s):
         return wanted_s
-    return max(wanted_s, _least_piece(state, cached, CUTTING_SHARE)[1])
+    return max(wanted_s, least_piece(state, cached, CUTTING_SHARE)[1])
 
 
-def _least_piece(state: SchedulerState, cached: int, share: float) -> tuple[int, float]:
+def least_piece(
+    state: SchedulerState, cached: int, share: float, floor: int = MIN_CHUNK_TOKENS
+) -> tuple[int, float]:
     """The least tokens in pieces of which the longest chunk takes at most `share` longer.
 
-    cached: tokens of the prompt that are there. Returns seconds of such a piece, too.
+    cached: tokens of the prompt that are there. floor: no fewer. Returns seconds of such a piece,
+    too.
     """
-    most = max(state.chunk_tokens, MIN_CHUNK_TOKENS)
+    most = max(state.chunk_tokens, floor)
 
     def piece_s(tokens: int) -> float:
         """Of the piece in the middle, which attends to as much as the average one."""
         return state.costs.iteration_s(((tokens, cached + (most - tokens) // 2),), 0, 0)
 
-    tokens, whole_s = MIN_CHUNK_TOKENS, piece_s(most)
+    tokens, whole_s = floor, piece_s(most)
     while tokens < most:
         seconds = piece_s(tokens)
         if seconds * -(-most // tokens) <= (1.0 + share) * whole_s:
