@@ -174,37 +174,35 @@ def _plot(groups: dict[str, dict[str, Run]], path: Path, what: str) -> None:
 FINDINGS = """\
 Read with care: in most rows a handful of requests decides between 90% and 94%.
 
-- **What wins most is not who decodes but how much is prefilled between two decodes** (`chunks`):
-  far into a long prompt, the 256 tokens that `all` prefills at least take longer than a token
-  objective. Keeping each next token in time, in pieces of down to 64 tokens, is worth 1.5 to 1.6
-  times the goodput with private contexts of 64k and 256k, and 1.41 where contexts differ by class
-  (8B; 1.02 on 70B).
+- **What wins most is not who decodes but when prompts are computed between two decodes**, and
+  that is the request policy's doing (`all`): a prefill waits for up to four decodes if these gain
+  it room for a piece that is worth a pass. Against `sglang` that is 1.7 times the goodput with
+  private contexts of 64k and 256k and 1.3 where contexts differ by class (8B; 2.1 with 64k and
+  1.4 by class on 70B). When prefill had its turn after every decode, with 256 tokens at least,
+  the same rows of `all` had 59%, 62%, 66%, 38% and 62% in time, little more than `sglang`'s.
+- **Keeping each next token in time rather than the mean** (`chunks`, `slack`), in pieces of down
+  to 64 tokens, was worth 1.5 to 1.6 against that, and is worth nothing now: 0.94 to 1.00 in most
+  rows, 0.88 with private contexts of 64k.
 - **Parking wins where running requests are too many for the tightest objective.** Contexts of 16k
-  that eight share, each reading its own copy: 1.09 times the goodput with `slack`, 1.44 with
+  that eight share, each reading its own copy: 1.04 times the goodput with `slack`, 1.37 with
   `relegate`, which gives up a few interactive requests so that the others are in time (91% of all
-  instead of 61%), for 1 to 3% of the tokens. Jobs of 32k without an objective beside short
-  interactive requests: 1.06, at no loss of tokens. It is a matter of bursts and backlogs: where
+  instead of 64%), for 1 to 3% of the tokens. Jobs of 32k without an objective beside short
+  interactive requests: 1.08, at no loss of tokens. It is a matter of bursts and backlogs: where
   load is steady and can be served at all, small prefills already keep the batch at a size that is
   in time, and nobody needs to be parked.
 - **Where single requests are large, little can be saved**: of contexts of 64k that eight share,
   eight fill 25 ms. Taking turns without asking whether it pays (`round-robin`) is worst of all
   there.
-- **Neutral** where all fits: on the 8B model private contexts of 4k and 16k, and objectives of
-  50 ms (the memory of an H200 is read in 33 ms). One class alone is never divided, so neutral by
-  construction.
-- **It loses where the load is more than can be served at the tightest objective**: on the 70B model
-  private contexts of 16k at 0.8 of what full batches sustain (0.56 of `all`'s goodput, which itself
-  loses to `sglang`), and contexts of 64k with cascade attention (0.89). An iteration of 25 ms there
-  sustains 0.75 or less of what a full batch does. Token objectives give way when two or more who
-  wait would be late for their sake; without that (`yields=False`) the queue grows without end, and
-  the same rows had 0.31 and 0.79, shared contexts of 64k on 70B 0.74 instead of 0.97. It is a
-  trade: private contexts of 64k on 70B had 1.35 with it switched off, and have 0.98; shared 16k on
-  8B had 1.15, and has 1.09. Giving way for one late request instead of two gave 0.70 in the worst
-  row, but 1.20 instead of 1.60 with 256k.
-- **The price** in tokens per second on the 8B model is 0 to 10%, what the bytes say or less, save
-  the cascade rows, which pay for small prefills. On the 70B model on four devices the weights are
-  nearly half of an iteration of 25 ms, so it is up to a fifth, and 29% in the row that is
-  overloaded: 25 ms is a dear objective there, whoever decodes.
+- **Neutral** where all fits: on the 8B model private contexts of 4k, 16k and 256k, and objectives
+  of 50 ms (the memory of an H200 is read in 33 ms). One class alone is never divided, so neutral
+  by construction.
+- **It loses where the load is more than can be served at the tightest objective**: on the 70B
+  model private contexts of 16k at 0.8 of what full batches sustain (0.82 of `all`'s goodput), and
+  contexts of 64k with cascade attention (0.95). An iteration of 25 ms there sustains 0.75 or less
+  of what a full batch does. Token objectives give way when two or more who wait would be late for
+  their sake.
+- **The price** in tokens per second is 0 to 8% on the 8B model and up to 5% on the 70B model,
+  what the bytes say or less, save the cascade rows, which pay for small prefills.
 """
 TABLE_HEAD = (
     "| policy | in time | goodput, 1/s | tokens/s | iterations | interactive: TBT met, gaps late, "
