@@ -70,9 +70,9 @@ def arguments() -> argparse.Namespace:
     add("--page-size", type=int, default=64)
     add("--host-ratio", type=float, default=2.0, help="host pool / device pool (default: 2)")
     add("--device-share", type=float, default=1 / 8, help="device pool / working set")
-    usual = [name for name in SYSTEMS if name != "tiered_limit"]
+    usual = [name for name, system in SYSTEMS.items() if system.is_usual]
     add("--systems", nargs="+", choices=SYSTEMS, default=usual, metavar="NAME",
-        help=f"which to run, of: {', '.join(SYSTEMS)} (default: all but the last)")  # fmt: skip
+        help=f"which to run, of: {', '.join(SYSTEMS)} (default: {', '.join(usual)})")  # fmt: skip
     add("--scratch", type=Path, help="where disk tiers live meanwhile (default: the temp folder)")
     default = "benchmark/results/multiturn_LOAD_cCONCURRENCY"
     add("--output", type=Path, help=f"path of the results without suffix (default: {default})")

@@ -37,6 +37,8 @@ class System:
     what: str
     flags: Callable[[Sizes, Path], Sequence[object]]
     is_hicache: bool = False
+    is_usual: bool = True
+    """Whether a comparison has it unless it is told otherwise."""
 
     def server(
         self, model: Path, common: Sequence[object], sizes: Sizes, scratch: Path, log: Path
@@ -106,6 +108,7 @@ SYSTEMS = {
             "tiered_limit",
             "--tiered-kv, everything fits on the device: what tiers cost without being needed",
             _tiered_limit,
+            is_usual=False,
         ),
     )
 }

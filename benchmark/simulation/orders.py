@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -41,11 +41,11 @@ import numpy as np
 from benchmark.replay.records import Record
 from benchmark.simulation.agreement import policy_args, replay_on, settings_for
 from benchmark.simulation.own_passes import own_pace, read_passes
-from benchmark.simulation.pace import ROOT, Pace, PaceMaker, at_pace, servers_up
+from benchmark.simulation.pace import ROOT, Pace, PaceMaker, at_pace, median, servers_up
 from tqdm import tqdm
 
 from tiered_kv.api.slo import SloClass
-from tiered_kv.simulation.engine import Simulation
+from tiered_kv.simulation.engine import Simulation, SimulationResult
 from tiered_kv.simulation.live import RequestRecord
 from tiered_kv.simulation.measured_server import MeasuredServer, read_measured_server
 from tiered_kv.simulation.statistics import meets_slo
@@ -105,12 +105,16 @@ class Outcome:
     hit_tokens: int
 
 
+def _simulate(server: MeasuredServer, policy: str, load: RecordedWorkload) -> SimulationResult:
+    return Simulation(load, settings_for(server, policy, POOL_TOKENS)).run()
+
+
 def whole_prefill_s(server: MeasuredServer) -> float:
     """Seconds that the median prompt takes alone, with nothing cached."""
     requests = list(open_workload(QUESTIONS.format(n=20), SEED).initial())
     n_tokens = int(statistics.median(request.input_tokens for request in requests))
     alone = [replace(requests[0], input_tokens=n_tokens)]
-    result = Simulation(_recorded(alone), settings_for(server, "fcfs", POOL_TOKENS)).run()
+    result = _simulate(server, "fcfs", _recorded(alone))
     return result.records[0].ttft_s or 0.0
 
 
@@ -153,7 +157,7 @@ def _recorded(requests: Sequence[Request]) -> RecordedWorkload:
 
 def _busy_s(server: MeasuredServer, requests: Sequence[Request]) -> float:
     """Seconds of the server's time per request, if all come at once and go in their order."""
-    result = Simulation(_recorded(requests), settings_for(server, "fcfs", POOL_TOKENS)).run()
+    result = _simulate(server, "fcfs", _recorded(requests))
     return result.busy_s / len(requests)
 
 
@@ -193,7 +197,7 @@ def measured(records: Sequence[Record], unit_s: float) -> Wave:
 
 def simulated(server: MeasuredServer, policy: str, load: RecordedWorkload) -> Wave:
     """What clients see besides passes and waiting is added to TTFT."""
-    result = Simulation(load, settings_for(server, policy, POOL_TOKENS)).run()
+    result = _simulate(server, policy, load)
     overhead_s = server.request_overhead_s
 
     def seen(record: RequestRecord) -> RequestRecord:
@@ -259,9 +263,7 @@ def replay_all(
                 # The order of the policies goes round, so that none always has the same neighbour.
                 order = _rotated(list(up), by=loads.index(load) + start // per_wave)
                 # Once for all: a slow moment before one's turn must not give it more time.
-                around = [pace_makers[policy].measure(repeats=1) for policy in order[:PACERS]]
-                kinds = zip(*map(astuple, around), strict=True)
-                pace = Pace(*map(statistics.median, kinds))
+                pace = median([pace_makers[p].measure(repeats=1) for p in order[:PACERS]])
                 part = slice(start, start + per_wave)
                 asked = workload(at_pace(server, pace), n_requests, load, part)
                 for policy in order:

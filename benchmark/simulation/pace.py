@@ -46,6 +46,12 @@ def between(before: Pace, after: Pace) -> Pace:
     return Pace((before.prefill + after.prefill) / 2, (before.decode + after.decode) / 2)
 
 
+def median(paces: Sequence[Pace]) -> Pace:
+    """Of several measurements of the same time."""
+    prefill = statistics.median(pace.prefill for pace in paces)
+    return Pace(prefill, statistics.median(pace.decode for pace in paces))
+
+
 def at_pace(server: MeasuredServer, pace: Pace) -> MeasuredServer:
     """`server` on a machine that is as fast as `pace` says."""
     times = {

@@ -160,9 +160,7 @@ def _own_tokens(request: QueuedRequest) -> int:
 def _claim(request: QueuedRequest, claimed: set[Node], tokens_per_unit: int) -> int:
     """Tokens of its cached prefix that nobody holds yet, and that it would. Added to `claimed`."""
     tokens = 0
-    for node in request.path:
-        if node.end > request.device_units:
-            break
+    for node in request.device_path:
         if node not in claimed and not node.records[Tier.DEVICE].pins:
             claimed.add(node)
             tokens += node.n_tokens * tokens_per_unit

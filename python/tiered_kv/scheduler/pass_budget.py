@@ -71,7 +71,7 @@ class DecodeWatch:
         self._prefilled_tokens = 0
 
     def look(self, state: SchedulerState) -> None:
-        """Contexts grow with every token."""
+        """Contexts grow with every token, and by those whose prefill ended: no decode, hence -1."""
         if state.processed_prefill_tokens != self._prefilled_tokens:
             self._prefilled_tokens, self.in_a_row = state.processed_prefill_tokens, -1
         if state.decode_context_tokens != self._context_tokens:
@@ -121,12 +121,11 @@ def pass_budget(state: SchedulerState, rules: BudgetRules, decodes: DecodeWatch)
     n_decodes, context = (n_running, context) if is_mixed else (0, 0)
     least_tokens = least_tokens if has_turn else 0
     budget = PassBudget(seconds, 1.0, context, n_decodes, least_tokens, is_mixed)
-    tokens = chunk_tokens(state, budget, 0, 0, math.inf)
-    if tokens <= 0:
-        return replace(budget, saves_up=saves_up)
-    alone_s = costs.marginal_prefill_s(tokens)
-    beside_s = costs.iteration_s(((tokens, 0),), context, n_decodes)
-    slowdown = max(1.0, beside_s / alone_s)
+    tokens, slowdown = chunk_tokens(state, budget, 0, 0, math.inf), 1.0
+    if tokens > 0:
+        alone_s = costs.marginal_prefill_s(tokens)
+        beside_s = costs.iteration_s(((tokens, 0),), context, n_decodes)
+        slowdown = max(1.0, beside_s / alone_s)
     return replace(budget, slowdown=slowdown, saves_up=saves_up)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from tiered_kv.api.slo import NO_SLO, Slo
 from tiered_kv.forest.node import Node, Tokens
@@ -87,11 +89,17 @@ class QueuedRequest:
         return start_s + self.output_tokens * tbt_s
 
     @property
+    def unprefilled_tokens(self) -> int:
+        """Of prompt and earlier output, those whose KV the device lacks, once it was begun."""
+        return self.prompt_tokens + self.output_tokens - self.prefilled_tokens
+
+    @property
+    def device_path(self) -> Iterator[Node]:
+        """The nodes of its prefix that the device has, top down."""
+        return takewhile(lambda node: node.end <= self.device_units, self.path)
+
+    @property
     def last_device_node(self) -> Node:
         """The deepest node of its prefix that the device has; the root if there is none."""
-        last = self.root
-        for node in self.path:
-            if node.end > self.device_units:
-                break
-            last = node
+        *_, last = (self.root, *self.device_path)
         return last

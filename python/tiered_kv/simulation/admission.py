@@ -142,7 +142,7 @@ class PrefillAdder:
 
     def _add(self, live: LiveRequest, limit: int, ready_s: float) -> None:
         queued = live.queued
-        left = queued.prompt_tokens + queued.output_tokens - queued.prefilled_tokens
+        left = queued.unprefilled_tokens
         new = min(left, limit)
         batch = self.batch
         batch.chunks.append((live, new, queued.prefilled_tokens))

@@ -254,9 +254,7 @@ class SlackPolicy:
         return select_beside(jobs, own, now_s, slowdown, may_park=may_park)
 
     def _work_left_s(self, state: SchedulerState, request: QueuedRequest) -> float:
-        done = request.prefilled_tokens
-        left = request.prompt_tokens + request.output_tokens - done
-        return state.costs.marginal_prefill_s(left, done)
+        return state.costs.marginal_prefill_s(request.unprefilled_tokens, request.prefilled_tokens)
 
     def _max_wait_s(self, request: QueuedRequest) -> float:
         max_wait_s = request.slo.max_wait_s
@@ -364,9 +362,8 @@ class SlackPolicy:
         cached = first_tokens = 0
         due_s = math.inf
         if state.unfinished is not None and not is_parked:
-            begun = state.unfinished
-            cached = begun.prefilled_tokens
-            first_tokens = max(1, begun.prompt_tokens + begun.output_tokens - cached)
+            cached = state.unfinished.prefilled_tokens
+            first_tokens = max(1, state.unfinished.unprefilled_tokens)
         elif head:
             entry = self._entries[head[0]]
             cached, first_tokens = entry.request.cached_tokens, entry.request.uncached_tokens
