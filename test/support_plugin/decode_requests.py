@@ -155,7 +155,7 @@ def light_costs() -> CostModel:
     Contexts are short here: as if they were long, some objectives allow few to decode at a time.
     """
     model = replace(
-        find_model("SmolLM2-135M"), kv_bytes_per_element=300.0, weight_bytes_per_parameter=0.01
+        find_model("SmolLM2-135M"), kv_bytes_per_element=60.0, weight_bytes_per_parameter=0.01
     )
     edges = ((Tier.HOST, Tier.DEVICE), (Tier.DEVICE, Tier.HOST))
     return CostModel(model, find_device("CPU-2"), dict.fromkeys(edges, EdgeCost(1e12, 1e-5)))

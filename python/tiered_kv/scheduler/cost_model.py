@@ -48,6 +48,8 @@ class Work:
 
     flops: float
     n_bytes: float
+    again_s: float = 0.0
+    """Seconds of reads beyond those, where kernels read something more than once."""
 
 
 class CostModel:
@@ -91,8 +93,13 @@ class CostModel:
             self._flops_per_pair_decode = 2.0 * model.n_layers * model.n_heads * width
         self._kv_bytes = float(model.kv_bytes_per_token)
         self._weight_bytes = float(model.weight_bytes)
-        packed_bytes = device.prefill_weight_reads * self._weight_bytes
-        self._packing_s = packed_bytes / self._bandwidth
+        # What kernels read beyond the roofline's once, whatever they compute meanwhile.
+        weights_s = self._weight_bytes / self._bandwidth
+        kv_s = self._kv_bytes / self._bandwidth
+        self._packing_s = device.prefill_weight_reads * weights_s
+        self._reread_s_per_cached = (device.prefill_kv_reads - 1.0) * kv_s
+        self._reread_s_per_request = device.decode_weight_reads * weights_s
+        self._reread_s_per_context = (device.decode_kv_reads - 1.0) * kv_s
         # A mixture of experts reads more of them the more tokens there are.
         self._inactive_share = 1.0 - min(1.0, model.n_active_parameters / model.n_parameters)
 
@@ -104,7 +111,7 @@ class CostModel:
             return 0.0
         work = self._prefill_work(new_tokens, cached_tokens)
         seconds = self._roofline(work.flops, work.n_bytes + self._weights_read(new_tokens))
-        seconds += self._packing_s
+        seconds += self._packing_s + work.again_s
         return self.prefill_correction.fixed_s + self.prefill_correction.scale * seconds
 
     def marginal_prefill_s(self, new_tokens: int, cached_tokens: int = 0) -> float:
@@ -113,7 +120,7 @@ class CostModel:
             return 0.0
         work = self._prefill_work(new_tokens, cached_tokens, n_logits=0)
         # Arithmetic binds in any prefill worth a decision: the weights are read in any case.
-        return self.prefill_correction.scale * self._roofline(work.flops, work.n_bytes)
+        return self.prefill_correction.scale * self._work_s(work)
 
     def iteration_s(
         self,
@@ -132,10 +139,7 @@ class CostModel:
         if n_new + n_decodes <= 0:
             return 0.0
         decode = self._decode_work(decode_contexts_tokens, n_decodes, shared_tokens_saved)
-        correction = self._mixed(
-            self._roofline(prefill.flops, prefill.n_bytes),
-            self._roofline(decode.flops, decode.n_bytes),
-        )
+        correction = self._mixed(self._work_s(prefill), self._work_s(decode))
         seconds = self._pass_s(prefill, decode, n_new + n_decodes)
         return correction.fixed_s + correction.scale * seconds
 
@@ -222,32 +226,40 @@ class CostModel:
             + n_logits * self._flops_per_logits
             + pairs * self._flops_per_pair_prefill
         )
-        return Work(flops, (cached + 2 * new) * self._kv_bytes)
+        n_bytes = (cached + 2 * new) * self._kv_bytes
+        return Work(flops, n_bytes, cached * self._reread_s_per_cached)
 
     def _chunks_work(self, prefills: Sequence[tuple[int, int]]) -> tuple[int, Work]:
         """(new tokens, work) of all chunks."""
-        n_new, flops, n_bytes = 0, 0.0, 0.0
+        n_new, flops, n_bytes, again_s = 0, 0.0, 0.0, 0.0
         for new, cached in prefills:
             work = self._prefill_work(new, cached)
             n_new += new
             flops += work.flops
             n_bytes += work.n_bytes
-        return n_new, Work(flops, n_bytes)
+            again_s += work.again_s
+        return n_new, Work(flops, n_bytes, again_s)
 
     def _decode_work(self, context_tokens: int, n_decodes: int, saved_tokens: int) -> Work:
         flops = n_decodes * (self._flops_per_token + self._flops_per_logits)
-        read = max(0, context_tokens - saved_tokens) + n_decodes
-        return Work(flops + context_tokens * self._flops_per_pair_decode, read * self._kv_bytes)
+        flops += context_tokens * self._flops_per_pair_decode
+        read = max(0, context_tokens - saved_tokens)
+        again_s = n_decodes * self._reread_s_per_request + read * self._reread_s_per_context
+        return Work(flops, (read + n_decodes) * self._kv_bytes, again_s)
 
     def _pass_s(self, prefill: Work, decode: Work, n_tokens: int) -> float:
         n_bytes = prefill.n_bytes + decode.n_bytes + self._weights_read(n_tokens)
         seconds = self._roofline(prefill.flops + decode.flops, n_bytes)
+        seconds += prefill.again_s + decode.again_s
         return seconds + self._packing_s if prefill.flops else seconds
 
     def _weights_read(self, n_tokens: int) -> float:
         if not self._inactive_share:
             return self._weight_bytes
         return float(self._weight_bytes * (1.0 - self._inactive_share**n_tokens))
+
+    def _work_s(self, work: Work) -> float:
+        return self._roofline(work.flops, work.n_bytes) + work.again_s
 
     def _roofline(self, flops: float, n_bytes: float) -> float:
         return max(flops / self._flops, n_bytes / self._bandwidth)

@@ -72,6 +72,30 @@ def test_a_device_that_packs_weights_does_so_once_for_each_pass_that_prefills() 
         replace(DEVICE, prefill_weight_reads=-1.0)
 
 
+def test_what_is_read_again_comes_on_top_of_the_roofline() -> None:
+    plain = make()
+    again = make(
+        device=replace(DEVICE, decode_weight_reads=0.5, decode_kv_reads=3.0, prefill_kv_reads=5.0)
+    )
+    weights_s, kv_s = MODEL.weight_bytes / 1e12, MODEL.kv_bytes_per_token / 1e12
+    decode_s = 8 * 0.5 * weights_s + 2.0 * (900 - 300) * kv_s
+    assert again.iteration_s((), 900, 8, 300) == pytest.approx(
+        plain.iteration_s((), 900, 8, 300) + decode_s
+    )
+    prefill_s = 4.0 * (50 + 1000) * kv_s
+    prefills = ((4000, 50), (16, 1000))
+    for ask in (CostModel.iteration_s, CostModel.roofline_s):
+        expected = ask(plain, prefills, 900, 8, 300) + decode_s + prefill_s
+        assert ask(again, prefills, 900, 8, 300) == pytest.approx(expected)
+    assert again.prefill_s(16, 1000) == pytest.approx(plain.prefill_s(16, 1000) + 4000 * kv_s)
+    more_s = again.marginal_prefill_s(16, 1000) - plain.marginal_prefill_s(16, 1000)
+    assert more_s == pytest.approx(4000 * kv_s)
+    assert again.prefill_s(4000) == plain.prefill_s(4000)
+    for field in ("decode_kv_reads", "prefill_kv_reads"):
+        with pytest.raises(ConfigError, match=f"{field} .* must be at least 1, not 0.5"):
+            replace(DEVICE, **{field: 0.5})
+
+
 def test_a_short_prefill_and_a_decode_step_cost_the_weights() -> None:
     model = make()
     assert model.prefill_s(1) == pytest.approx(1e-3 + (10e9 + 2e6) / 1e12)
