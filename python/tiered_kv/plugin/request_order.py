@@ -135,7 +135,7 @@ class RequestOrder:
             self.parking.take_out()
         self._everyone = waiting_queue.copy()
         waiting_queue[:] = [queue.req(request_id) for request_id in self._offer(plan, state)]
-        self._set_chunk(self._prefill_limit(plan, state), plan.mix_decodes, len(state.running))
+        self._set_chunk(self._prefill_limit(plan, state), plan, state)
 
     def _end_pass(self, batch: ScheduleBatch | None) -> None:
         """Make the queue whole again, without those who are in `batch`."""
@@ -236,20 +236,28 @@ class RequestOrder:
         iteration = selection.plan_prefill(running_batch, state)
         return iteration.limit_prefill(plan.prefill_tokens)
 
-    def _set_chunk(self, prefill_tokens: int | None, mix_decodes: bool, n_running: int) -> None:
+    def _set_chunk(
+        self, prefill_tokens: int | None, plan: AdmissionPlan, state: SchedulerState
+    ) -> None:
         """The most tokens of this batch: whole pages, one at least, as configured at most.
 
         Where decodes are mixed in, they take theirs first. Raises PrefillSkipped if there is no
-        time for any, and somebody decodes meanwhile.
+        time for any, or no memory, and somebody decodes meanwhile.
         """
-        scheduler = self._scheduler
+        scheduler, n_running = self._scheduler, len(state.running)
         chunk_tokens: int | None = scheduler.chunked_prefill_size
         page_size: int = scheduler.page_size
-        if chunk_tokens is not None and mix_decodes:
+        if chunk_tokens is not None and plan.mix_decodes:
             scheduler.is_mixed_chunk = chunk_tokens >= n_running + page_size
+        taken = n_running if scheduler.is_mixed_chunk else 0
+        available_tokens = state.available_tokens
+        if scheduler.chunked_req is not None and n_running and available_tokens is not None:
+            # SGLang goes on with a prompt that was begun whatever memory says, and would stop if
+            # there was none. A decode ends somebody, or has somebody make way.
+            limit = available_tokens // page_size * page_size + taken
+            prefill_tokens = limit if prefill_tokens is None else min(prefill_tokens, limit)
         if prefill_tokens is None:
             return
-        taken = n_running if scheduler.is_mixed_chunk else 0
         if n_running and prefill_tokens <= taken:
             raise PrefillSkipped
         if chunk_tokens is not None:

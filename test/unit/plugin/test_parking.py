@@ -8,7 +8,7 @@ pytest.importorskip("sglang")
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
-from support_plugin.mini_scheduler import MiniScheduler, Spy, request
+from support_plugin.mini_scheduler import MiniScheduler, Spy, request, running
 from support_tiers.tier_rig import PAGE_SIZE, Rig, tokens_of
 from tiered_kv.plugin import scheduler_hooks
 from tiered_kv.scheduler.request import QueuedRequest
@@ -87,3 +87,29 @@ def test_some_cannot_make_way(scheduler: MiniScheduler, spy: Spy, begun: Req, fi
     scheduler.step()
     assert not spy.states[-1].can_park
     assert scheduler.chunked_req is begun
+
+
+# -- memory for it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_it_goes_on_as_far_as_there_is_memory_while_somebody_decodes(
+    scheduler: MiniScheduler, rig: Rig, begun: Req, is_mixed: bool
+) -> None:
+    """SGLang would go on without, and stop the server."""
+    allocator = rig.context.allocator
+    scheduler.is_mixed_chunk = is_mixed
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    for n_pages in (2, 1):
+        allocator.alloc(allocator.available() - n_pages * PAGE_SIZE)
+        scheduler.arrive(request(f"beside {n_pages}"))
+        n_mixed = len(scheduler.running_batch.reqs) if is_mixed else 0
+        scheduler.step()
+        assert scheduler.chunk_seen == n_pages * PAGE_SIZE + n_mixed
+    allocator.alloc(allocator.available())
+    scheduler.arrive(request("a third"))
+    assert scheduler.step() == []
+    assert scheduler.chunked_req is begun
+    assert scheduler.waiting == ["a third"]
+    scheduler.running_batch.reqs.clear()
+    assert scheduler.step() == ["a third"], "nobody could make room for it"
