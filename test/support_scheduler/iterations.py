@@ -132,9 +132,10 @@ class Adversary:
             now_s += passes_s[-1]
             decoded_last = True
             # A pass that was under way, a prefill in its turn, the pass with it.
-            bound_s = self.max_park_s + 3.0 * max(passes_s[-200:])
+            three_s = 3.0 * max(passes_s[-200:])
             for request in requests:
                 waited_s = now_s - request.last_token_s
+                bound_s = max(self.max_park_s, request.tbt_s or 0.0) + three_s
                 self.worst_share = max(self.worst_share, waited_s / bound_s)
                 if waited_s > bound_s:
                     self.broken.append(request.request_id)
@@ -146,9 +147,9 @@ class Adversary:
     def _arrival(
         self, request_id: int, now_s: float, random: np.random.Generator
     ) -> RunningRequest:
-        tbt_s = (0.02, 0.025, 0.05, 0.2, None)[int(random.integers(5))]
+        tbt_s = (0.02, 0.025, 0.05, 0.2, 0.7, None)[int(random.integers(6))]
         context = int(2.0 ** random.uniform(8, 13))
-        if tbt_s is None and random.random() < 0.5:
+        if (tbt_s is None or tbt_s > 0.5) and random.random() < 0.5:
             # One that never fits beside those with objectives.
             context = 400_000
         gang = int(random.integers(4)) if random.random() < 0.5 else None

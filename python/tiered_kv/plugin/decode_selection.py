@@ -214,7 +214,9 @@ class DecodeSelection:
         self._turns.wants_prefill()
         state = self._state(reqs)
         state.prefill = prefill
-        return self._policy.plan(state)
+        plan = self._policy.plan(state)
+        self._turns.planned(is_hurried=plan.is_hurried)
+        return plan
 
     def _plan(
         self, reqs: Sequence[Req], short_tokens: int = 0, short_for_tbt_s: float | None = None
@@ -231,6 +233,7 @@ class DecodeSelection:
             is_cascade=self.running.is_cascade,
             decoded_last=self._turns.decoded_last,
             prefill_load=self._turns.load(),
+            is_hurried=self._turns.is_hurried,
         )
 
     def _rows(self, batch: ScheduleBatch) -> list[int]:

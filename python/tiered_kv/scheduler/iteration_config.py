@@ -13,7 +13,8 @@ class IterationConfig:
 
     max_park_s: float = 1.0
     """Longest time without a token before a request decodes whatever else is due, where the
-    request says nothing; what an iteration under way takes comes on top."""
+    request says nothing and was not promised less; what an iteration under way takes comes on top.
+    """
 
     caution: float = 0.94
     """Share of each token objective that is planned with: predictions are not exact."""

@@ -9,9 +9,9 @@ at being late while the weights are read more often than for all at once.
 What it must cost: an iteration reads the weights and takes its fixed part, f seconds, whoever
 decodes. Of an iteration of d seconds the share 1 - f/d produces tokens, against 1 - f/T when all
 decode in T > d seconds. So subsets give up the share (f/d - f/T) / (1 - f/T) of the throughput.
-Where throughput is scarce, because there are prompts to be computed, they are chosen only if the
-weight of the requests that are in time grows by more; else it is enough that it grows, and that
-the throughput does not fall below a limit.
+Where throughput is scarce, because first tokens would be late for lack of it, they are chosen only
+if the weight of the requests that are in time grows by more; else it is enough that it grows, and
+that the throughput does not fall below a limit.
 """
 
 from __future__ import annotations
@@ -111,9 +111,9 @@ def is_in_every_iteration(request: RunningRequest, objective_s: float) -> bool:
 
 
 def max_park_s(request: RunningRequest, config: IterationConfig) -> float:
-    """Its bound on the time without a token, or the policy's."""
+    """Its bound on the time without a token; else the policy's, or its objective if longer."""
     own = request.max_park_s
-    return config.max_park_s if own is None else own
+    return max(config.max_park_s, request.tbt_s or 0.0) if own is None else own
 
 
 def _in_time(running: Sequence[RunningRequest], longest_s: float, total: float) -> float:

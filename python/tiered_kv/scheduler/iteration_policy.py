@@ -44,7 +44,8 @@ class RunningRequest:
     can_swap: bool = True
     """False: its KV stays on the device, as when it made way for others before."""
     max_park_s: float | None = None
-    """Longest time without a token before it decodes whatever else is due; None: the policy's."""
+    """Longest time without a token before it decodes whatever else is due; None: the policy's, or
+    `tbt_s` if that is longer."""
     weight: float = 1.0
     """What it counts for where not everyone can be in time."""
     own_tokens: int | None = None
@@ -82,6 +83,8 @@ class IterationState:
     prefill_load: float = 0.0
     """Share of the time that is prefill's alone: what it took of late, or, if prompts wait, at
     least the third that its turns take (`decoded_last`)."""
+    is_hurried: bool = False
+    """Without `prefill`: what the last plan with it said (`IterationPlan.is_hurried`)."""
     short_tokens: int = 0
     """KV tokens that the device lacks: `IterationPlan.swap_out` says who makes room. 0: none."""
     short_for_tbt_s: float | None = None
@@ -104,14 +107,29 @@ class IterationPlan:
     swap_out: tuple[int, ...] = ()
     """Whose KV goes to the host, in this order; none of them is in `decode`."""
 
-    def limit_prefill(self, asked: int | None) -> int | None:
+    admit_at_most: int | None = None
+    """Most waiting requests that are admitted within `prefill_tokens`; None: no such limit."""
+
+    is_hurried: bool = False
+    """Whether who waits needs the throughput: see `iteration_prefill.is_hurried`."""
+
+    def limit_prefill(self, asked: int | None, page_tokens: int = 1) -> int | None:
         """Most prefill tokens where the request policy, which counts on all who run, says `asked`.
 
-        See `prefill_tokens`; None: no limit.
+        See `prefill_tokens`; None: no limit. page_tokens: who fills the batch counts whole pages
+        of each prompt, so that those to be admitted fit with theirs.
         """
+        own = self.prefill_tokens
+        if own is not None and self.admit_at_most:
+            own += (page_tokens - 1) * self.admit_at_most
         if self.decode is not None or asked is None:
-            return self.prefill_tokens
-        return asked if self.prefill_tokens is None else min(asked, self.prefill_tokens)
+            return own
+        return asked if own is None else min(asked, own)
+
+    def limit_admission(self, asked: int | None) -> int | None:
+        """Most requests to admit where the request policy says `asked`; None: no limit."""
+        limits = [most for most in (asked, self.admit_at_most) if most is not None]
+        return min(limits, default=None)
 
 
 EVERYONE = IterationPlan()

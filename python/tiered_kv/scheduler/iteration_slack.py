@@ -31,13 +31,11 @@ from tiered_kv.scheduler.iteration_policy import (
     RunningRequest,
     RunningTotals,
 )
-from tiered_kv.scheduler.iteration_prefill import is_queue_late, prefill_tokens, share_of
+from tiered_kv.scheduler.iteration_prefill import PrefillRoom, is_hurried, prefill_room, share_of
 from tiered_kv.scheduler.iteration_swap import choose_swap_out
 
 #: However much prefill there was, decoding is planned with at least the rest of the time.
 PREFILL_LOAD_MAX = 0.5
-#: With less prefill than this share of the time, nobody waits for what a slower pace gives up.
-SPARE_LOAD = 0.05
 
 
 class SlackIterations:
@@ -75,22 +73,31 @@ class SlackIterations:
         if state.prefill is not None and not state.is_mixed:
             # Those who need not decode each time leave room for the prefill before they do.
             decode_s *= 1.0 - _prefill_load(state)
+        hurried = is_hurried(state, all_s)
         if config.select and all_s > decode_s:
+            pace = self._pace(state, running, hurried=hurried)
+            if not math.isinf(pace.interval_s):
+                return self._paced(state, running, pace, swap_out, hurried=hurried)
+        room = prefill_room(state, everyone, all_s, left_s, config) or PrefillRoom()
+        return _plan(None, room, swap_out, hurried=hurried)
+
+    def _pace(
+        self, state: IterationState, running: Sequence[RunningRequest], *, hurried: bool
+    ) -> Pace:
+        """If there is none at which everyone is in time beside prefill, one between prefills."""
+        for load in (_prefill_load(state), 0.0):
             pace = find_pace(
                 running,
                 state.costs,
-                config,
+                self.config,
                 state.now_s,
                 is_cascade=state.is_cascade,
-                prefill_load=_prefill_load(state),
-                is_scarce=state.prefill is not None or state.prefill_load > SPARE_LOAD,
+                prefill_load=load,
+                is_scarce=hurried,
             )
-            if not math.isinf(pace.interval_s):
-                return self._paced(state, running, pace, swap_out)
-        tokens = prefill_tokens(state, everyone, all_s, left_s, config)
-        if config.yields and is_queue_late(state, tokens, all_s):
-            tokens = None
-        return IterationPlan(prefill_tokens=tokens, swap_out=swap_out)
+            if hurried or not math.isinf(pace.interval_s):
+                break
+        return pace
 
     def _paced(
         self,
@@ -98,6 +105,8 @@ class SlackIterations:
         running: Sequence[RunningRequest],
         pace: Pace,
         swap_out: tuple[int, ...],
+        *,
+        hurried: bool,
     ) -> IterationPlan:
         config, now_s = self.config, state.now_s
         batch = Packing(state.costs, is_cascade=state.is_cascade)
@@ -127,12 +136,21 @@ class SlackIterations:
             fill_s -= for_prefill_s - needed_s
         parked = batch.fill(others, fill_s)
         limit_s = left_s if state.is_mixed else for_prefill_s
-        tokens = prefill_tokens(state, batch, needed_s, limit_s, config)
-        if config.yields and is_queue_late(state, tokens, needed_s):
-            return IterationPlan(swap_out=swap_out)
-        if not parked:
-            return IterationPlan(prefill_tokens=tokens, swap_out=swap_out)
-        return IterationPlan(tuple(r.request_id for r in batch.chosen), tokens, swap_out)
+        room = prefill_room(state, batch, needed_s, limit_s, config)
+        if room is None:
+            return IterationPlan(swap_out=swap_out, is_hurried=True)
+        chosen = tuple(r.request_id for r in batch.chosen) if parked else None
+        return _plan(chosen, room, swap_out, hurried=hurried)
+
+
+def _plan(
+    decode: tuple[int, ...] | None,
+    room: PrefillRoom,
+    swap_out: tuple[int, ...],
+    *,
+    hurried: bool,
+) -> IterationPlan:
+    return IterationPlan(decode, room.tokens, swap_out, room.admit_at_most, hurried)
 
 
 def _prefill_load(state: IterationState) -> float:

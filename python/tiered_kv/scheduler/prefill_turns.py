@@ -18,7 +18,7 @@ class PrefillTurns:
         self.decoded_last = True
         """Whether the last pass decoded."""
         self._load = 0.0
-        self._is_wanted = False
+        self._is_wanted = self._is_hurried = False
 
     def passed(self, seconds: float, *, decoded: bool) -> None:
         """A pass ended, or some of the same kind; whether anyone decoded."""
@@ -26,9 +26,18 @@ class PrefillTurns:
         keep = math.exp(-seconds / LOAD_MEMORY_S)
         self._load = keep * self._load + (0.0 if decoded else 1.0 - keep)
 
+    @property
+    def is_hurried(self) -> bool:
+        """See `IterationState.is_hurried`."""
+        return self._is_wanted and self._is_hurried
+
     def wants_prefill(self) -> None:
         """Prompts wait: until the next `decided` prefill has its turns."""
         self._is_wanted = True
+
+    def planned(self, *, is_hurried: bool) -> None:
+        """What the plan says that was asked with these prompts."""
+        self._is_hurried = is_hurried
 
     def decided(self) -> None:
         """It was chosen who decodes."""

@@ -101,7 +101,10 @@ class DecodeSelection:
         state = self._state(now_s)
         state.prefill, state.is_mixed = prefill, is_mixed
         state.prefill_load = self._turns.load(is_mixed=is_mixed)
-        return self.policy.plan(state)
+        plan = self.policy.plan(state)
+        if prefill is not None:
+            self._turns.planned(is_hurried=plan.is_hurried)
+        return plan
 
     def choose(self, now_s: float) -> int:
         """Park and unpark for a pass without prefill; in how many to choose again. 0: any number.
@@ -167,6 +170,7 @@ class DecodeSelection:
             is_cascade=self._settings.cascade,
             decoded_last=self._turns.decoded_last,
             prefill_load=self._turns.load(),
+            is_hurried=self._turns.is_hurried,
         )
 
     def _totals(self, now_s: float) -> RunningTotals:

@@ -147,6 +147,21 @@ def test_decodes_leave_room_for_so_much_prefill(
     assert [(args[0], args[1]) for args in asks] == [(scheduler.running_batch, spy.states[-1])]
 
 
+def test_decodes_leave_room_for_so_many_requests(scheduler: MiniScheduler, spy: Spy) -> None:
+    """With the pages of each, however few tokens it adds."""
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    three(scheduler)
+    plans = iter([IterationPlan((1,), 2, admit_at_most=2), IterationPlan((1,), 100)])
+    selection: Any = SimpleNamespace(plan_prefill=lambda *_: next(plans))
+    scheduler.tiered_kv_order.selection = selection
+    scheduler.admit = 3
+    assert scheduler.step() == ["a", "b"]
+    assert scheduler.chunk_seen == 2 * PAGE_SIZE
+    assert scheduler.waiting == ["c"]
+    spy.plan_fields = {"admit_at_most": 0}
+    assert scheduler.step() == []
+
+
 def test_decodes_that_leave_no_room_go_first(scheduler: MiniScheduler) -> None:
     scheduler.running_batch.reqs.append(running(scheduler, "r"))
     three(scheduler)

@@ -9,7 +9,7 @@ import pytest
 from support_scheduler.iterations import COSTS, chosen, decode, running, seconds
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.scheduler.iteration_config import IterationConfig
-from tiered_kv.scheduler.iteration_pace import find_pace, throughput_share
+from tiered_kv.scheduler.iteration_pace import find_pace, max_park_s, throughput_share
 from tiered_kv.scheduler.iteration_policy import (
     EVERYONE,
     AllDecode,
@@ -117,9 +117,10 @@ def test_nobody_is_parked_for_an_objective_that_cannot_be_met() -> None:
 def test_nobody_is_parked_for_one_of_many_while_prompts_want_the_time() -> None:
     """It would cost more than it brings, unless that one weighs more."""
     requests = running((1, 2_000, 0.01), (60, 12_000, None))
-    assert chosen(SlackIterations(), requests, 0.0, prefill_load=0.2) == requests
+    hurry = {"prefill_load": 0.2, "is_hurried": True}
+    assert chosen(SlackIterations(), requests, 0.0, **hurry) == requests
     requests[0].weight = 1000.0
-    few = chosen(SlackIterations(), requests, 0.0, prefill_load=0.2)
+    few = chosen(SlackIterations(), requests, 0.0, **hurry)
     assert requests[0] in few
     assert len(few) < 61
 
@@ -185,6 +186,15 @@ def test_the_overdue_decode_whatever_the_time() -> None:
     assert requests[-1] in chosen(SlackIterations(), requests, 0.0)
     requests[-1].max_park_s = 5.0
     assert requests[-1] not in chosen(SlackIterations(), requests, 0.001)
+
+
+def test_nobody_is_overdue_before_the_token_that_was_promised() -> None:
+    config = IterationConfig(max_park_s=1.0)
+    for tbt_s, bound_s in ((None, 1.0), (0.05, 1.0), (3.0, 3.0)):
+        (request,) = running((1, 8_000, tbt_s))
+        assert max_park_s(request, config) == bound_s
+        request.max_park_s = 0.5
+        assert max_park_s(request, config) == 0.5, "its own bound comes first"
 
 
 def test_turns_by_age_reach_everyone() -> None:

@@ -1,12 +1,18 @@
-"""When token objectives give way to the queue's first tokens."""
+"""When token objectives give way to the queue's first tokens, and how much prefill has its turn."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from support_scheduler.iterations import COSTS, running, seconds
 from support_simulation.builders import BLOCK_TOKENS, Queue
 from tiered_kv.api.slo import Slo
+from tiered_kv.core.device_spec import find_device
+from tiered_kv.core.model_spec import find_model
+from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.iteration_config import IterationConfig
 from tiered_kv.scheduler.iteration_policy import IterationPlan, IterationState, RunningRequest
 from tiered_kv.scheduler.iteration_prefill import QUEUE_LOOK
@@ -47,19 +53,19 @@ def test_who_is_in_time_anyway_or_beyond_hope_changes_nothing(ttft_s: float | No
 def test_for_first_tokens_that_could_be_in_time_the_request_policy_decides() -> None:
     assert plan(running(*REQUESTS), [1.1 * ALONE_S]).prefill_tokens, "one is not worth it"
     late = plan(running(*REQUESTS), LATE)
-    assert late == IterationPlan()
+    assert late == IterationPlan(is_hurried=True)
     assert late.limit_prefill(777) == 777
 
 
 def test_a_queue_is_late_of_which_everyone_alone_would_be_in_time() -> None:
     in_time = plan(running(*REQUESTS), [4 * ALONE_S])
     assert in_time.prefill_tokens
-    assert plan(running(*REQUESTS), [4 * ALONE_S] * 4) == IterationPlan()
+    assert plan(running(*REQUESTS), [4 * ALONE_S] * 4) == IterationPlan(is_hurried=True)
 
 
 def test_nobody_is_parked_while_the_queue_is_late() -> None:
     assert plan(running(*TOO_MANY), [None]).decode is not None
-    assert plan(running(*TOO_MANY), LATE) == IterationPlan()
+    assert plan(running(*TOO_MANY), LATE) == IterationPlan(is_hurried=True)
 
 
 def test_it_can_be_switched_off() -> None:
@@ -70,4 +76,79 @@ def test_it_can_be_switched_off() -> None:
 def test_only_the_first_of_a_long_queue_are_looked_at() -> None:
     beyond: list[float | None] = [None] * (QUEUE_LOOK - 1) + LATE
     assert plan(running(*REQUESTS), beyond).prefill_tokens
-    assert plan(running(*REQUESTS), beyond[1:]) == IterationPlan()
+    assert plan(running(*REQUESTS), beyond[1:]) == IterationPlan(is_hurried=True)
+
+
+# -- how much, and who ----------------------------------------------------------------------------
+
+CPU = CostModel(find_model("SmolLM2-135M"), find_device("CPU-2"), {})
+SHARED = range(2048 // BLOCK_TOKENS)
+CACHED = len(SHARED) * BLOCK_TOKENS
+#: Two were promised more than can be kept beside a prefill of any size, the others next to nothing.
+MIXED = ((2, 2_000, 0.2), (6, 2_000, 5.0))
+
+
+def on_cpu(
+    ttft_s: float, requests: list[RunningRequest], *, n: int = 12, **more: Any
+) -> IterationPlan:
+    """`n` requests wait that add 16 tokens to a prefix on the device; a decode came last."""
+    queue = Queue(FirstComeFirstServed())
+    queue.cache(SHARED)
+    for at in range(n):
+        blocks = [*SHARED, 1000 + at]
+        queue.arrive(1000 + at, blocks, tokens=CACHED + 16, slo=Slo(ttft_s=ttft_s))
+    prefill = replace(queue.state(), costs=CPU, chunk_tokens=512)
+    return SlackIterations().plan(IterationState(0.0, requests, CPU, prefill=prefill, **more))
+
+
+def piece_s(n_requests: int) -> float:
+    return CPU.iteration_s(((16, CACHED),) * n_requests, 0, 0)
+
+
+def test_while_nobody_is_in_a_hurry_prefill_comes_in_pieces_that_delay_decodes_less() -> None:
+    plan = on_cpu(60.0, running(*MIXED))
+    assert plan.decode == (0, 1, 2), "parked although the pace can be kept between prefills only"
+    assert not plan.is_hurried
+    n = plan.admit_at_most
+    assert n is not None
+    assert plan.prefill_tokens == 16 * n
+    assert 12 / n * piece_s(n) <= 2.0 * piece_s(12)
+    assert piece_s(n) < piece_s(12) / 3.0
+
+
+def test_in_a_hurry_it_takes_what_is_worth_a_pass_and_throughput_counts() -> None:
+    all_s = CPU.iteration_s((), 16_000, 8)
+    work_s = 12 * CPU.marginal_prefill_s(16, CACHED)
+    plan = on_cpu(2.5 * (all_s + work_s), running(*MIXED))
+    assert plan.is_hurried
+    assert plan.decode is None
+    n = plan.admit_at_most
+    assert n is not None
+    assert 12 / n * piece_s(n) <= 1.15 * piece_s(12)
+    too_late = on_cpu(1.1 * work_s, running(*MIXED))
+    assert too_late == IterationPlan(is_hurried=True), "then the request policy decides"
+
+
+def test_between_two_turns_decodes_go_first_unless_all_that_waits_fits() -> None:
+    waiting = on_cpu(60.0, running(*MIXED), decoded_last=False)
+    assert waiting.prefill_tokens == 0
+    patient = running((8, 2_000, 5.0))
+    assert on_cpu(60.0, patient, decoded_last=False).limit_prefill(None) == 512
+
+
+def test_who_is_in_a_hurry_is_remembered_for_the_decode_that_follows() -> None:
+    requests = running(*MIXED)
+    for hurried, decode in ((False, (0, 1, 2)), (True, None)):
+        state = IterationState(0.0, requests, CPU, prefill_load=0.34, is_hurried=hurried)
+        assert SlackIterations().plan(state).decode == decode
+
+
+def test_those_admitted_fit_with_whole_pages() -> None:
+    plan = IterationPlan((1,), 40, admit_at_most=3)
+    assert plan.limit_prefill(None) == plan.limit_prefill(10) == 40
+    assert plan.limit_prefill(None, page_tokens=64) == 40 + 3 * 63
+    assert IterationPlan(None, 40, admit_at_most=3).limit_prefill(100, page_tokens=64) == 100
+    assert plan.limit_admission(None) == plan.limit_admission(5) == 3
+    assert plan.limit_admission(2) == 2
+    assert IterationPlan().limit_admission(None) is None
+    assert IterationPlan(None, 0).limit_prefill(None, page_tokens=64) == 0

@@ -35,3 +35,15 @@ def test_prompts_that_wait_are_granted_turns_until_it_is_decided_who_decodes() -
     assert turns.load(is_mixed=True) == 0.0, "a mixed pass is everybody's turn"
     turns.decided()
     assert turns.load() == 0.0
+
+
+def test_what_a_plan_says_of_prompts_that_wait_holds_as_long() -> None:
+    turns = PrefillTurns()
+    turns.wants_prefill()
+    turns.planned(is_hurried=True)
+    assert turns.is_hurried
+    turns.decided()
+    assert not turns.is_hurried
+    turns.wants_prefill()
+    turns.planned(is_hurried=False)
+    assert not turns.is_hurried
