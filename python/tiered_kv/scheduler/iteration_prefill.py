@@ -46,13 +46,26 @@ class PrefillRoom:
     """See `IterationPlan.admit_at_most`."""
 
 
+def prompts_ahead(state: IterationState) -> PromptsAhead | None:
+    """What a prefill that runs alone could compute; None if there is nothing, or it is mixed."""
+    if state.prefill is None or state.is_mixed:
+        return None
+    return PromptsAhead(state.prefill) or None
+
+
 def prefill_room(
-    state: IterationState, batch: Packing, needed_s: float, left_s: float, config: IterationConfig
+    state: IterationState,
+    ahead: PromptsAhead | None,
+    batch: Packing,
+    needed_s: float,
+    left_s: float,
+    config: IterationConfig,
 ) -> PrefillRoom | None:
     """For the iteration in which, or before which, `batch` decodes.
 
-    needed_s: of the decode that has to follow a prefill which runs alone. left_s: seconds until
-    the first of its tokens is due. None: if this held, first tokens would be late for it.
+    ahead: `prompts_ahead` of the state. needed_s: of the decode that has to follow a prefill which
+    runs alone. left_s: seconds until the first of its tokens is due. None: if this held, first
+    tokens would be late for it.
     """
     prefill = state.prefill
     if prefill is None:
@@ -63,8 +76,7 @@ def prefill_room(
         if tokens and config.yields and is_queue_late(state, chunks, needed_s):
             return None
         return PrefillRoom(tokens)
-    ahead = PromptsAhead(prefill)
-    if not ahead:
+    if ahead is None:
         return PrefillRoom()
     return _room_before(state, ahead, needed_s, left_s, config)
 
@@ -132,7 +144,7 @@ def _room(
     return PrefillRoom(piece.tokens, piece.n_admitted)
 
 
-def is_hurried(state: IterationState, all_s: float) -> bool:
+def is_hurried(state: IterationState, ahead: PromptsAhead | None, all_s: float) -> bool:
     """Whether throughput counts more than token objectives, for the sake of who waits.
 
     That is so if first tokens need more than a share of the time they have, even if everybody
@@ -143,8 +155,7 @@ def is_hurried(state: IterationState, all_s: float) -> bool:
     if state.is_mixed:
         # A pass that leaves somebody out is one that computes less of the prompts, too.
         return True
-    ahead = PromptsAhead(state.prefill)
-    if not ahead:
+    if ahead is None:
         return False
     worth = ahead.worth_a_pass(WORTH_SHARE)
     return is_queue_late(state, worth.chunks, all_s, HURRY_SHARE)

@@ -69,6 +69,7 @@ class PromptsAhead:
                 self._chunks.append((new, request.cached_tokens))
                 left -= new
         self._sizes = self._possible_sizes()
+        self._pieces: dict[int, Piece] = {}
 
     def __bool__(self) -> bool:
         return bool(self._chunks)
@@ -120,6 +121,13 @@ class PromptsAhead:
         return sizes
 
     def _piece(self, tokens: int) -> Piece:
+        """The same object each time: what it takes is predicted once."""
+        piece = self._pieces.get(tokens)
+        if piece is None:
+            piece = self._pieces[tokens] = self._cut(tokens)
+        return piece
+
+    def _cut(self, tokens: int) -> Piece:
         chunks, left = [], tokens
         for new, cached in self._chunks:
             if left <= 0:
