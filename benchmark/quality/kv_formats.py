@@ -13,8 +13,8 @@ agreement    of greedy answers to prompts that end somewhere in a part, all but 
              agree on average
 
 An answer agrees up to the first token that differs, so one forward pass over raw's answer tells how
-far: up to there both have the same input. `raw` is the control: it must lose nothing in float32, and
-says in bfloat16 what rounding alone does.
+far: up to there both have the same input. `raw` is the control: it must lose nothing in float32;
+in bfloat16 it says what rounding alone does.
 """
 
 from __future__ import annotations
