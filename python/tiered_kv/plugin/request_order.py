@@ -133,11 +133,10 @@ class RequestOrder:
         plan = self._plan(state)
         if plan.park_unfinished and state.can_park:
             self.parking.take_out()
-        tokens, admit_at_most = self._limits(plan, state)
+        plan = self._limited(plan, state)
         self._everyone = waiting_queue.copy()
-        offered = self._offer(plan, state, admit_at_most)
-        waiting_queue[:] = [queue.req(request_id) for request_id in offered]
-        self._set_chunk(tokens, plan, state)
+        waiting_queue[:] = [queue.req(request_id) for request_id in self._offer(plan, state)]
+        self._set_chunk(plan, state)
 
     def _end_pass(self, batch: ScheduleBatch | None) -> None:
         """Make the queue whole again, without those who are in `batch`."""
@@ -217,39 +216,35 @@ class RequestOrder:
                 return plan
             limit *= 2
 
-    def _offer(
-        self, plan: AdmissionPlan, state: SchedulerState, admit_at_most: int | None
-    ) -> tuple[int, ...]:
-        order = plan.order[:admit_at_most]
+    def _offer(self, plan: AdmissionPlan, state: SchedulerState) -> tuple[int, ...]:
+        order = plan.order[: plan.admit_at_most]
         goes_on = state.unfinished is not None and not plan.park_unfinished
         if not order and not state.running and not goes_on:
             # Nothing runs that a request could wait for: a policy that is too careful would hang.
             return tuple(request.request_id for request in state.candidates()[:1])
         return order
 
-    def _limits(self, plan: AdmissionPlan, state: SchedulerState) -> tuple[int | None, int | None]:
-        """Most prefill tokens of this batch (None: as configured), and most to admit to it.
+    def _limited(self, plan: AdmissionPlan, state: SchedulerState) -> AdmissionPlan:
+        """`plan`, as far as those who decode leave room.
 
-        `plan` counts on everybody decoding. Where an iteration policy leaves only some of them to
-        it, what these leave room for takes its place. Mixed with a prefill, everybody decodes.
+        It counts on everybody decoding. Where an iteration policy leaves only some of them to it,
+        what these leave room for takes its place. Mixed with a prefill, everybody decodes.
         """
         selection, running_batch = self.selection, self._running_batch
         is_mixed = plan.mix_decodes or self._scheduler.is_mixed_chunk
         if selection is None or running_batch is None or not state.running or is_mixed:
-            return plan.prefill_tokens, plan.admit_at_most
+            return plan
         iteration = selection.plan_prefill(running_batch, state)
-        tokens = iteration.limit_prefill(plan.prefill_tokens, self._scheduler.page_size)
-        return tokens, iteration.limit_admission(plan.admit_at_most)
+        return iteration.limit(plan, self._scheduler.page_size)
 
-    def _set_chunk(
-        self, prefill_tokens: int | None, plan: AdmissionPlan, state: SchedulerState
-    ) -> None:
+    def _set_chunk(self, plan: AdmissionPlan, state: SchedulerState) -> None:
         """The most tokens of this batch: whole pages, one at least, as configured at most.
 
         Where decodes are mixed in, they take theirs first. Raises PrefillSkipped if there is no
         time for any, or no memory, and somebody decodes meanwhile.
         """
         scheduler, n_running = self._scheduler, len(state.running)
+        prefill_tokens = plan.prefill_tokens
         chunk_tokens: int | None = scheduler.chunked_prefill_size
         page_size: int = scheduler.page_size
         if chunk_tokens is not None and plan.mix_decodes:

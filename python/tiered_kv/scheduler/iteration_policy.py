@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 from tiered_kv.core.registry import Registry
 from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.request_policy import SchedulerState
 
 
@@ -113,23 +114,20 @@ class IterationPlan:
     is_hurried: bool = False
     """Whether who waits needs the throughput: see `iteration_prefill.is_hurried`."""
 
-    def limit_prefill(self, asked: int | None, page_tokens: int = 1) -> int | None:
-        """Most prefill tokens where the request policy, which counts on all who run, says `asked`.
+    def limit(self, plan: AdmissionPlan, page_tokens: int = 1) -> AdmissionPlan:
+        """`plan` of the request policy, as far as those who decode leave room for it.
 
-        See `prefill_tokens`; None: no limit. page_tokens: who fills the batch counts whole pages
-        of each prompt, so that those to be admitted fit with theirs.
+        It counts on all who run to decode: where some do, `prefill_tokens` takes its limit's place.
+        page_tokens: who fills the batch counts whole pages of each prompt, so that those to be
+        admitted fit with theirs.
         """
-        own = self.prefill_tokens
-        if own is not None and self.admit_at_most:
-            own += (page_tokens - 1) * self.admit_at_most
-        if self.decode is not None or asked is None:
-            return own
-        return asked if own is None else min(asked, own)
-
-    def limit_admission(self, asked: int | None) -> int | None:
-        """Most requests to admit where the request policy says `asked`; None: no limit."""
-        limits = [most for most in (asked, self.admit_at_most) if most is not None]
-        return min(limits, default=None)
+        tokens, asked = self.prefill_tokens, plan.prefill_tokens
+        if tokens is not None and self.admit_at_most:
+            tokens += (page_tokens - 1) * self.admit_at_most
+        if self.decode is None and asked is not None:
+            tokens = asked if tokens is None else min(asked, tokens)
+        limits = [n for n in (plan.admit_at_most, self.admit_at_most) if n is not None]
+        return replace(plan, prefill_tokens=tokens, admit_at_most=min(limits, default=None))
 
 
 EVERYONE = IterationPlan()

@@ -188,7 +188,10 @@ class Instance:
             self.departures.park(unfinished, now_s)
             self._unfinished = unfinished = None
         is_mixed = bool(self._running) and (settings.mixed_chunk or plan.mix_decodes)
-        chunk_tokens, admit_at_most = self._limits(state, plan, is_mixed=is_mixed)
+        plan = self._limited(plan, state, is_mixed=is_mixed)
+        chunk_tokens = settings.chunk_tokens
+        if plan.prefill_tokens is not None:
+            chunk_tokens = min(chunk_tokens, plan.prefill_tokens)
         n_mixed = self._running.n_decoding if is_mixed else 0
         if chunk_tokens <= n_mixed:
             self._is_refused = True
@@ -204,17 +207,15 @@ class Instance:
         if unfinished is not None:
             adder.add_unfinished(unfinished)
         if unfinished is None or adder.batch.unfinished is None:
-            self._admit(adder, plan.order, admit_at_most, now_s)
+            self._admit(adder, plan, now_s)
         batch = adder.batch
         batch.is_mixed = is_mixed
         self._unfinished = batch.unfinished
         return batch if batch.chunks else None
 
-    def _admit(
-        self, adder: PrefillAdder, order: tuple[int, ...], n_left: int | None, now_s: float
-    ) -> None:
-        """Admit at most `n_left` in `order`, asking the policy for more when that is used up."""
-        limit = PLAN_LIMIT
+    def _admit(self, adder: PrefillAdder, plan: AdmissionPlan, now_s: float) -> None:
+        """Admit in the order of `plan`, asking the policy for more when that is used up."""
+        limit, order, n_left = PLAN_LIMIT, plan.order, plan.admit_at_most
         while True:
             for request_id in order:
                 if n_left == 0:
@@ -245,22 +246,16 @@ class Instance:
             limit *= 2
             order = self.policy.plan(self._state(now_s), limit).order
 
-    def _limits(
-        self, state: SchedulerState, plan: AdmissionPlan, *, is_mixed: bool
-    ) -> tuple[int, int | None]:
-        """Most prefill tokens of this iteration, and most to admit (None: no such limit).
-
-        Parks who does not decode beside them.
-        """
-        limit, admit_at_most = plan.prefill_tokens, plan.admit_at_most
-        if self._selection is not None and self._running:
-            iteration = self._selection.plan(state.now_s, state, is_mixed=is_mixed)
-            if is_mixed:
-                self._running.choose(iteration.decode)
-            limit = iteration.limit_prefill(limit, self.settings.page_tokens)
-            admit_at_most = iteration.limit_admission(admit_at_most)
-        chunk_tokens = self.settings.chunk_tokens
-        return chunk_tokens if limit is None else min(chunk_tokens, limit), admit_at_most
+    def _limited(
+        self, plan: AdmissionPlan, state: SchedulerState, *, is_mixed: bool
+    ) -> AdmissionPlan:
+        """`plan`, as far as decodes leave room; parks who does not decode beside the prefill."""
+        if self._selection is None or not self._running:
+            return plan
+        iteration = self._selection.plan(state.now_s, state, is_mixed=is_mixed)
+        if is_mixed:
+            self._running.choose(iteration.decode)
+        return iteration.limit(plan, self.settings.page_tokens)
 
     def _leave_queue(self, live: LiveRequest, now_s: float) -> None:
         queued = live.queued

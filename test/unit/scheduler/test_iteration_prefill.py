@@ -17,6 +17,7 @@ from tiered_kv.scheduler.iteration_config import IterationConfig
 from tiered_kv.scheduler.iteration_policy import IterationPlan, IterationState, RunningRequest
 from tiered_kv.scheduler.iteration_prefill import QUEUE_LOOK
 from tiered_kv.scheduler.iteration_slack import SlackIterations
+from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.fcfs import FirstComeFirstServed
 
 N_BLOCKS = 200
@@ -54,7 +55,8 @@ def test_for_first_tokens_that_could_be_in_time_the_request_policy_decides() -> 
     assert plan(running(*REQUESTS), [1.1 * ALONE_S]).prefill_tokens, "one is not worth it"
     late = plan(running(*REQUESTS), LATE)
     assert late == IterationPlan(is_hurried=True)
-    assert late.limit_prefill(777) == 777
+    asked = AdmissionPlan((1, 2), prefill_tokens=777, admit_at_most=2)
+    assert late.limit(asked) == asked
 
 
 def test_a_queue_is_late_of_which_everyone_alone_would_be_in_time() -> None:
@@ -133,7 +135,7 @@ def test_between_two_turns_decodes_go_first_unless_all_that_waits_fits() -> None
     waiting = on_cpu(60.0, running(*MIXED), decoded_last=False)
     assert waiting.prefill_tokens == 0
     patient = running((8, 2_000, 5.0))
-    assert on_cpu(60.0, patient, decoded_last=False).limit_prefill(None) == 512
+    assert on_cpu(60.0, patient, decoded_last=False).prefill_tokens == 512
 
 
 def test_who_is_in_a_hurry_is_remembered_for_the_decode_that_follows() -> None:
@@ -144,11 +146,18 @@ def test_who_is_in_a_hurry_is_remembered_for_the_decode_that_follows() -> None:
 
 
 def test_those_admitted_fit_with_whole_pages() -> None:
-    plan = IterationPlan((1,), 40, admit_at_most=3)
-    assert plan.limit_prefill(None) == plan.limit_prefill(10) == 40
-    assert plan.limit_prefill(None, page_tokens=64) == 40 + 3 * 63
-    assert IterationPlan(None, 40, admit_at_most=3).limit_prefill(100, page_tokens=64) == 100
-    assert plan.limit_admission(None) == plan.limit_admission(5) == 3
-    assert plan.limit_admission(2) == 2
-    assert IterationPlan().limit_admission(None) is None
-    assert IterationPlan(None, 0).limit_prefill(None, page_tokens=64) == 0
+    some, everyone = IterationPlan((1,), 40, admit_at_most=3), IterationPlan(None, 40, (), 3)
+    assert limits(some, None, None) == limits(some, 10, 5) == (40, 3)
+    assert limits(some, None, 2, page_tokens=64) == (40 + 3 * 63, 2)
+    assert limits(everyone, 10, 5) == (10, 3)
+    assert limits(everyone, 100, 5, page_tokens=64) == (100, 3)
+    assert limits(IterationPlan(None, 0), None, None, page_tokens=64) == (0, None)
+
+
+def limits(
+    plan: IterationPlan, tokens: int | None, n: int | None, page_tokens: int = 1
+) -> tuple[int | None, int | None]:
+    asked = AdmissionPlan((7, 8), tokens, relegated=frozenset({8}), admit_at_most=n)
+    limited = plan.limit(asked, page_tokens)
+    assert replace(limited, prefill_tokens=tokens, admit_at_most=n) == asked
+    return limited.prefill_tokens, limited.admit_at_most
