@@ -32,11 +32,13 @@ class Answer:
     def of(cls, body: dict[str, Any]) -> Answer:
         meta = body["meta_info"]
         details = meta.get("cached_tokens_details") or {}
+        is_aborted = meta["finish_reason"]["type"] == "abort" and "prompt_tokens" not in meta
         return cls(
             text=body["text"],
             output_ids=tuple(body["output_ids"]),
-            prompt_tokens=meta["prompt_tokens"],
-            cached_tokens=meta["cached_tokens"],
+            # SGLang says neither of a request that is aborted while it waits.
+            prompt_tokens=meta["prompt_tokens"] if not is_aborted else 0,
+            cached_tokens=meta["cached_tokens"] if not is_aborted else 0,
             device=details.get("device", 0),
             host=details.get("host", 0),
             disk=details.get("storage", 0),
