@@ -79,10 +79,6 @@ class PromptsAhead:
         """All of it."""
         return self._piece(self._sizes[-1])
 
-    def first(self) -> Piece:
-        """The least that can be computed: a prompt, or a few tokens of it."""
-        return self._piece(self._sizes[0])
-
     def within(self, seconds: float) -> Piece | None:
         """The largest piece whose pass takes at most `seconds`; None if there is none."""
         if self.whole.seconds <= seconds:

@@ -45,13 +45,18 @@ def test_readers_and_writers_while_segments_are_reused(
     ns = store.namespace(NAMESPACE, PAGE_BYTES)
     universe = 1200
     payloads = [page_payload(seed, PAGE_BYTES) for seed in range(universe)]
-    deadline = time.monotonic() + 3.0
+    began = time.monotonic()
     n_read = [0]
+
+    def goes_on() -> bool:
+        """For three seconds, longer where the disk is slow: how much is reused depends on it."""
+        took_s = time.monotonic() - began
+        return took_s < 3.0 or (took_s < 60.0 and store.stats().reclaimed_segments <= 5)
 
     def write_some(worker: int) -> None:
         choose = random.Random(worker)
         buffers = [aligned(PAGE_BYTES) for _ in range(16)]
-        while time.monotonic() < deadline:
+        while goes_on():
             seeds = choose.sample(range(universe), choose.randint(1, 16))
             for seed, buffer in zip(seeds, buffers, strict=False):
                 buffer[:] = payloads[seed]
@@ -60,7 +65,7 @@ def test_readers_and_writers_while_segments_are_reused(
     def read_some(worker: int) -> None:
         choose = random.Random(100 + worker)
         buffers = [aligned(PAGE_BYTES) for _ in range(16)]
-        while time.monotonic() < deadline:
+        while goes_on():
             first = choose.randrange(universe)
             seeds = [(first + i) % universe for i in range(16)]
             seeds = [seed for seed in seeds if ns.contains(page_hash(seed))]
@@ -73,7 +78,7 @@ def test_readers_and_writers_while_segments_are_reused(
         [lambda w=w: write_some(w) for w in range(3)] + [lambda w=w: read_some(w) for w in range(3)]
     )
     stats = store.stats()
-    assert stats.reclaimed_segments > 0  # how many depends on the disk
+    assert stats.reclaimed_segments > 5
     assert n_read[0] > 100
     assert stats.checksum_failures == stats.io_errors == 0
     assert not stats.degraded
