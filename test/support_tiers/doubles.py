@@ -152,6 +152,10 @@ class FaultyDisk:
     def touch(self, hashes: Iterable[bytes]) -> None:
         self.namespace.touch(hashes)
 
+    def drain_dropped(self) -> list[bytes] | None:
+        dropped: list[bytes] | None = self.namespace.drain_dropped()
+        return dropped
+
     def write_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> int:
         self.writes.pass_through()
         n = self.pages_per_write

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -50,6 +51,10 @@ class Events:
 
     held: dict[Tier, list[bytes]] = field(default_factory=dict)
     moved: list[tuple[Tier, Tier, int]] = field(default_factory=list)
+    #: Pages that the disk gave up by itself.
+    gone: list[bytes] = field(default_factory=list)
+    #: Pages that did not get where they were to be written.
+    lost: dict[Tier, int] = field(default_factory=dict)
 
     def stored(self, node: Node, tier: Tier) -> None:
         self.held.setdefault(tier, []).extend(node.page_hashes)
@@ -57,6 +62,12 @@ class Events:
     def removed(self, node: Node, tier: Tier) -> None:
         for page_hash in node.page_hashes:
             self.held[tier].remove(page_hash)
+
+    def dropped(self, page_hashes: Sequence[bytes], tier: Tier) -> None:
+        self.gone += page_hashes
+
+    def unwritten(self, target: Tier, n_pages: int) -> None:
+        self.lost[target] = self.lost.get(target, 0) + n_pages
 
     def transferred(
         self, source: Tier, target: Tier, n_pages: int, n_bytes: int, seconds: float

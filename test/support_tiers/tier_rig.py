@@ -135,7 +135,10 @@ class Rig:
     def admit(
         self, tokens: array[int], extra_key: str | None = None, *, run: bool = True
     ) -> Request | None:
-        """Match, lock, load back, allocate; None (and nothing held) if there is no room."""
+        """Match, lock, load back, allocate, run.
+
+        None (and nothing held) if there is no room, or what it loads never came.
+        """
         hierarchy, forest = self.hierarchy, self.forest
         root = hierarchy.root(extra_key)
         prefix = hierarchy.match(root, tokens, len(tokens) - 1)
@@ -165,14 +168,17 @@ class Rig:
         )
         self.requests.append(request)
         request.gate_index = hierarchy.load_back.start()
-        if run:
-            self.forward(request)
+        if run and not self.forward(request):
+            return None
         return request
 
-    def forward(self, request: Request) -> None:
-        """Runs all layers: each reads the prefix's KV behind the gate and writes its own."""
-        gate = self.hierarchy.load_back.gate
-        gate.set_consumer(request.gate_index)
+    def forward(self, request: Request) -> bool:
+        """Runs all layers: each reads the prefix's KV behind the gate and writes its own.
+
+        False if pages that it loads never came: then it is thrown away, as if it had never run.
+        """
+        gate, gate_index = self.hierarchy.load_back.gate, request.gate_index
+        gate.set_consumer(gate_index)
         hashes = self.hashes(request.root, request.tokens)
         pages = self.allocator.pages_of(request.slots)
         n_prefix = request.n_protected // self.page_size
@@ -185,12 +191,17 @@ class Rig:
                         continue
                     part = kv[segment.offset : segment.offset + segment.n_bytes]
                     if position < n_prefix:
-                        assert buffer[page].tobytes() == part, (
+                        assert buffer[page].tobytes() == part or gate.has_failed(gate_index), (
                             f"layer {layer} of page {position} is not what was computed"
                         )
                     else:
                         buffer[page] = np.frombuffer(part, dtype=np.uint8)
             # What the partial page at the end holds is nobody's business.
+        if gate_index < 0 or not self.hierarchy.has_failed(gate_index):
+            return True
+        self.abort(request)
+        self.hierarchy.leave_failed_loads()
+        return False
 
     def stash(self, request: Request, n_tokens: int | None = None) -> None:
         """Like `cache_unfinished_req`: whole pages join the tree, the request goes on."""
@@ -313,7 +324,7 @@ class Rig:
         self.context.evict_host(self.host.n_pages)
 
     def flush(self) -> None:
-        """Like `/flush_cache`, with no request left."""
+        """Like `/flush_cache`, with no request left; pages may still be on their way to disk."""
         assert not self.requests
         self.hierarchy.flush()
         self.allocator.free_pages = list(range(1, self.allocator.n_pages + 1))
@@ -342,6 +353,11 @@ class Rig:
         for node in self.forest.nodes():
             if node.state(Tier.HOST) is not Residency.ABSENT:
                 held += host_pages_of(node).tolist()
+        n_flushes = self.context.epoch.flushes
+        for queue in (self.hierarchy.write_back.to_disk, self.hierarchy.prefetch.queue):
+            for job in queue.open_jobs:
+                if job.epoch.flushes != n_flushes:
+                    held += job.host_pages.tolist()
         assert len(set(held)) == len(held), "a host page belongs to two nodes"
         assert len(held) + self.host.n_free == self.host.n_pages, "host pages were lost"
 
@@ -397,14 +413,7 @@ class Rig:
         if isinstance(self.disk, FaultyDisk):
             self.disk.reads.release()
             self.disk.writes.release()
-        hierarchy = self.hierarchy
-        for queue in (
-            hierarchy.write_back.to_host,
-            hierarchy.write_back.to_disk,
-            hierarchy.load_back.queue,
-            hierarchy.prefetch.lookups,
-            hierarchy.prefetch.queue,
-        ):
+        for queue in (*self.hierarchy.progress.queues(), self.hierarchy.used.queue):
             queue.close()
 
 

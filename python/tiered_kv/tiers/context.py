@@ -64,6 +64,9 @@ class TierListener(Protocol):
 
     def removed(self, node: Node, tier: Tier) -> None: ...
 
+    def dropped(self, page_hashes: Sequence[bytes], tier: Tier) -> None:
+        """Pages left a tier by themselves; each rank is told of its own."""
+
 
 class TransferObserver(Protocol):
     """Is told of every acknowledged transfer (for metrics)."""
@@ -71,6 +74,17 @@ class TransferObserver(Protocol):
     def transferred(
         self, source: Tier, target: Tier, n_pages: int, n_bytes: int, seconds: float
     ) -> None: ...
+
+    def unwritten(self, target: Tier, n_pages: int) -> None:
+        """So many pages were to be copied to `target`, and were not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """How often everything was forgotten. Jobs carry that of their start."""
+
+    flushes: int = 0
+    disk_clears: int = 0
 
 
 class _Silent:
@@ -80,9 +94,15 @@ class _Silent:
     def removed(self, node: Node, tier: Tier) -> None:
         pass
 
+    def dropped(self, page_hashes: Sequence[bytes], tier: Tier) -> None:
+        pass
+
     def transferred(
         self, source: Tier, target: Tier, n_pages: int, n_bytes: int, seconds: float
     ) -> None:
+        pass
+
+    def unwritten(self, target: Tier, n_pages: int) -> None:
         pass
 
 
@@ -92,6 +112,7 @@ class TierContext:
 
     order_after: the points in the device's streams that a copy started now must wait for.
     calibrator: learns from transfers; None where nothing asks for costs.
+    epoch: changes whenever the tree is emptied or the disk cleared.
     now_s: time as all ranks agree on it, of the last poll with a transfer under way.
     evicted: called with a node that left a tier, and its parent then.
     disk_format: the pages on disk, where they are not as on the host.
@@ -111,6 +132,7 @@ class TierContext:
     order_after: Callable[[], After] = tuple
     calibrator: Calibrator | None = None
     now_s: float = 0.0
+    epoch: Epoch = field(default_factory=Epoch)
     evicted: Callable[[Node, Node, Tier], None] | None = None
     disk_format: PageFormat | None = None
     timeline: TimelineFile | None = None

@@ -1,18 +1,17 @@
 """The three tiers as one cache: what the engine's prefix cache calls.
 
-One thread owns a hierarchy (the scheduler's). Every call returns without waiting for I/O, but for
-`settle_*`, which wait for memory copies that are already running, and not for ever.
+One thread owns a hierarchy (the scheduler's). No call waits for a disk, or raises because of one;
+`settle_*` and what needs them wait for copies between memories, and not for ever.
 """
 
 from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
+import numpy as np
 import torch
 
 from tiered_kv.core.errors import TieredKVError
@@ -26,18 +25,16 @@ from tiered_kv.scheduler.calibration import StepObservation
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import DeviceSlots
 from tiered_kv.tiers.disk_pages import DiskPages
+from tiered_kv.tiers.disk_use import DroppedPages, UsedPages
 from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.prefetch import Prefetch
+from tiered_kv.tiers.progress import SETTLE_TIMEOUT_S, Progress
 from tiered_kv.tiers.timeline import transfer_spans
-from tiered_kv.tiers.transfer import Completion, J, SingleRank, TransferQueue
+from tiered_kv.tiers.transfer import SingleRank
 from tiered_kv.tiers.write_back import WriteBack
 
-#: A copy between memories takes milliseconds; one that takes this long will never end.
-SETTLE_TIMEOUT_S = 60.0
-#: How long a flush waits for what is still to be written to the disk.
-FLUSH_TIMEOUT_S = 10.0
-#: Observed forward passes that may wait to be learned from.
-STEPS_MAX = 16
+#: How long `drain` goes on copying to the host what had to wait for room there.
+DRAIN_S = 2.0
 #: Longest rest of an idle loop, in seconds: what a request that comes then may wait longer.
 REST_S = 0.001
 
@@ -84,19 +81,21 @@ class KVHierarchy:
         self.write_back = WriteBack(context)
         self.load_back = LoadBack(context)
         self.prefetch = Prefetch(context)
+        self.dropped = DroppedPages(context)
+        self.used = UsedPages(context)
         self._namespace = namespace
-        self._started_at = time.monotonic()
-        self._steps: list[StepObservation] = []
-        # What becomes of a finished transfer, in the order in which a poll looks at the queues.
-        self._finish: dict[TransferQueue[Any], Callable[[Completion[Any]], None]] = {
-            self.write_back.to_host: self.write_back.host_written,
-            self.load_back.queue: self.load_back.loaded,
-            self.write_back.to_disk: self.write_back.disk_written,
-            self.prefetch.lookups: self.prefetch.looked_up,
-            self.prefetch.queue: self.prefetch.finished,
-        }
+        self.progress = Progress(
+            context,
+            {
+                self.write_back.to_host: self.write_back.host_written,
+                self.load_back.queue: self.load_back.loaded,
+                self.write_back.to_disk: self.write_back.disk_written,
+                self.prefetch.lookups: self.prefetch.looked_up,
+                self.prefetch.queue: self.prefetch.finished,
+            },
+        )
         if context.timeline is not None:
-            for queue in self._finish:
+            for queue in self.progress.queues():
                 queue.observe = transfer_spans(context.timeline)
 
     # -- trees --------------------------------------------------------------------------------
@@ -105,13 +104,23 @@ class KVHierarchy:
         """The root of the tree that requests with this key share."""
         return self.context.forest.root(_root_hash(self._namespace, extra_key))
 
+    @property
+    def namespace(self) -> bytes:
+        return self._namespace
+
     def set_namespace(self, namespace: bytes, disk: DiskPages | None) -> None:
-        """After a flush: the weights have changed, and nothing cached before may be matched."""
+        """The weights in use are called `namespace`, and so is all that is in the tree.
+
+        If that is another name than before, the tree must be empty.
+        """
         self._namespace = namespace
         self.context.disk = disk
 
     def suspend_disk(self) -> None:
-        """The weights are changing: pages computed from now on have no name until a flush."""
+        """The weights are changing: what is computed from now on has no name until there is one.
+
+        What is under way to the disk was computed before, and arrives under the old name.
+        """
         self.context.disk = None
 
     # -- what a request does ------------------------------------------------------------------
@@ -138,13 +147,17 @@ class KVHierarchy:
         left unwritten (the tier had failed, or was full), for as long as it is in use. The caller
         frees those of `slots[:resident_tokens]` that are not the tree's own.
         """
-        if self.load_back.n_open:
-            # The tree's slots replace the caller's: they must hold the KV by then.
-            self.settle_loads()
+        # The tree's slots replace the caller's: they must hold the KV by then.
+        if self.load_back.n_open and not self.settle_loads():
+            raise TransferTimeoutError(
+                f"Copies to the device did not end within {SETTLE_TIMEOUT_S:.0f} s: the device "
+                "hangs; look at the kernel's log and restart the server."
+            )
         result = self.context.forest.insert(root, tokens, DeviceSlots(slots))
         self.context.stored(result.adopted, Tier.DEVICE)
         self.write_back.inserted(result.adopted or (result.last,))
-        self.write_back.resident_on_host((result.last,))
+        self.write_back.resident_on_host(_path_to(result.last))
+        self.used.note(result.last)
         return result
 
     def evict_device(self, n_tokens: int) -> int:
@@ -152,8 +165,7 @@ class KVHierarchy:
         freed = self.context.evict_device(n_tokens)
         if freed < n_tokens and (self.write_back.to_host.in_flight or self.load_back.n_open):
             # Pages that a copy still holds: copies are short, and running out of slots is fatal.
-            self.settle_host_writes()
-            self.settle_loads()
+            self.settle_copies()
             freed += self.context.evict_device(n_tokens - freed)
         return freed
 
@@ -162,7 +174,7 @@ class KVHierarchy:
         context = self.context
         free = context.allocator.available() // context.page_size
         for action in context.manager.on_forecast(forecast, free):
-            if self.load_back.carry_out(action) is None:
+            if not self.load_back.load_ahead(action):
                 break
             for node_id in action.node_ids:
                 context.forest.mark_ahead(context.forest.node(node_id), Tier.DEVICE)
@@ -174,13 +186,16 @@ class KVHierarchy:
 
         Under tensor parallelism every rank must call it at the same points of its loop.
         """
-        if any(queue.in_flight for queue in self._finish):
-            n_ready = self._agree([queue.n_ready for queue in self._finish])
-            for queue, n in zip(self._finish, n_ready, strict=True):
-                self._acknowledge(queue, n)
+        if self.progress.is_busy or self.dropped.is_looking:
+            self.dropped.counted(self.progress.advance(self.dropped.votes()))
+        if self.load_back.has_failed:
+            self._give_up_failed_loads()
+        # No pass is being formed: nobody will wait for these.
+        self.load_back.gate.close_failed()
         self.load_back.advance()
         self.write_back.advance()
         self.prefetch.advance()
+        self.used.advance()
 
     def rest(self) -> None:
         """Gives the interpreter to the transfers under way, until one is done or REST_S is over.
@@ -188,128 +203,112 @@ class KVHierarchy:
         For a loop with nothing else to do: were it to spin, every transfer would wait for it after
         each of its calls to the disk, for up to 5 ms (`sys.getswitchinterval`).
         """
-        busy = [queue for queue in self._finish if queue.in_flight]
+        busy = [queue for queue in self.progress.queues() if queue.in_flight]
         if busy and not any(queue.n_ready for queue in busy):
             # What a request waits for, if there is such a thing.
             (self.prefetch.queue if self.prefetch.queue in busy else busy[0]).wait_for_one(REST_S)
-
-    def _agree(self, n_ready: list[int]) -> list[int]:
-        """One minimum over the ranks for all that a poll has to agree on.
-
-        Besides the transfers that are done: the time, and how long the forward passes took that
-        were observed since; as negative values, so that the slowest rank's count.
-        """
-        context = self.context
-        steps, self._steps = self._steps, []
-        now_us = int((time.monotonic() - self._started_at) * 1e6)
-        step_us = [-int(step.seconds * 1e6) for step in steps]
-        agreed = context.collective.minimum([*n_ready, now_us, *step_us])
-        context.now_s = agreed[len(n_ready)] / 1e6
-        if context.calibrator is not None:
-            for step, negative_us in zip(steps, agreed[len(n_ready) + 1 :], strict=True):
-                context.calibrator.observe_step(
-                    step.prefills,
-                    step.decode_contexts_tokens,
-                    step.n_decodes,
-                    -negative_us / 1e6,
-                    step.shared_tokens_saved,
-                )
-        return agreed[: len(n_ready)]
 
     def learn(self) -> None:
         """Learns now from the passes observed since the last poll with a transfer under way.
 
         Every rank must call it at the same points of its loop.
         """
-        self._agree([])
+        self.progress.learn()
 
     def observe_step(self, step: StepObservation) -> None:
         """A forward pass was observed, in the same order on every rank.
 
         It is learned from at the next poll with a transfer under way, or by `learn`.
         """
-        if self.context.calibrator is not None:
-            self._steps.append(step)
-            del self._steps[:-STEPS_MAX]
+        self.progress.observe_step(step)
 
-    def settle_host_writes(self) -> None:
-        """Waits for the device -> host copies under way. Raises TransferTimeoutError."""
-        self._settle(self.write_back.to_host)
+    def settle_copies(self) -> bool:
+        """Waits for the copies under way, both ways; False if they take too long."""
+        is_over = self.progress.settle(self.write_back.to_host)
+        return self.settle_loads() and is_over
 
-    def settle_loads(self) -> None:
-        """Waits for the host -> device copies asked for. Raises TransferTimeoutError."""
-        self.load_back.start()
-        self._settle(self.load_back.queue)
+    def settle_loads(self) -> bool:
+        """Waits for the host -> device copies asked for; False if they take too long.
 
-    def settle_disk(self) -> None:
-        """Waits for all disk I/O under way. Raises TransferTimeoutError."""
-        self._settle(self.write_back.to_disk)
-        self._settle(self.prefetch.lookups)
-        self._settle(self.prefetch.queue)
-
-    def _settle(self, queue: TransferQueue[Any]) -> None:
-        with self.context.pacer.hurry():
-            is_over = queue.wait(SETTLE_TIMEOUT_S)
-        if not is_over:
-            raise TransferTimeoutError(
-                f"A {queue.name} transfer did not end within {SETTLE_TIMEOUT_S:.0f} s: the device "
-                "or the disk hangs; look at the kernel's log and restart the server."
-            )
-        self._acknowledge(queue, queue.in_flight)
-
-    def _acknowledge(self, queue: TransferQueue[Any], n: int) -> None:
-        """The oldest `n` transfers of a queue are done, on all ranks."""
-        for completion in self._agreed(queue.acknowledge(n)):
-            self._finish[queue](completion)
-
-    def _agreed(self, completions: list[Completion[J]]) -> list[Completion[J]]:
-        """A page counts as moved only if it moved on every rank, a job as long as on the slowest.
-
-        Both in one minimum: what is learned from the times decides, so ranks must learn alike.
+        Those that failed have left the tree then.
         """
-        if not completions:
-            return completions
-        counts = [c.n_done for c in completions]
-        times_us = [-int(c.service_s * 1e6) for c in completions]
-        agreed = self.context.collective.minimum([*counts, *times_us])
-        n = len(completions)
-        return [
-            replace(c, n_done=n_done, service_s=-negative_us / 1e6)
-            for c, n_done, negative_us in zip(completions, agreed[:n], agreed[n:], strict=True)
-        ]
+        self.load_back.start()
+        is_over = self.progress.settle(self.load_back.queue)
+        if self.load_back.has_failed:
+            self._give_up_failed_loads()
+        return is_over
+
+    def _give_up_failed_loads(self) -> None:
+        """Later ones may build on them, and go, too."""
+        self.load_back.start()
+        if self.progress.settle(self.load_back.queue):
+            self.load_back.give_up_failed()
+
+    def has_failed(self, gate_index: int) -> bool:
+        """Whether a forward pass that waited at the gate read KV that never came, on any rank.
+
+        Every rank asks after each pass that had a gate index to wait for, -1 being none. If so, the
+        caller throws away what the pass computed, lets go of the pages that it read, and calls
+        `leave_failed_loads`, before it does anything else.
+        """
+        is_good = not self.load_back.gate.has_failed(gate_index)
+        return not self.context.collective.minimum([int(is_good)])[0]
+
+    def leave_failed_loads(self) -> None:
+        """Nobody holds pages any more that never came: they leave the tree."""
+        self.settle_loads()
+        self.load_back.gate.close_failed()
 
     # -- whole-cache operations ---------------------------------------------------------------
 
-    def flush(self) -> None:
-        """Empties device and host bookkeeping; the disk keeps its pages, and gets what waits.
+    def drain(self) -> bool:
+        """Ends what touches the device's memory; False if a copy hangs, on any rank.
 
-        The caller has no request in flight, and resets the engine's allocator itself. Raises
-        TransferTimeoutError if a transfer hangs.
+        What waits for room on the host is copied as far as there is some. Nothing waits for a disk:
+        what is on the host is written behind.
         """
-        self.settle_loads()
-        self.prefetch.clear()
-        deadline = time.monotonic() + FLUSH_TIMEOUT_S
+        deadline = time.monotonic() + DRAIN_S
+        to_host = self.write_back.to_host
         while True:
-            self.settle_host_writes()
-            self.settle_disk()
-            n_waiting = self.write_back.n_deferred
+            if not self.settle_copies():
+                return False
             # Whether time is up must be agreed: ranks that part here would wait for each other.
             (more,) = self.context.collective.minimum([int(time.monotonic() < deadline)])
-            if not (n_waiting and more):
-                break
+            if not more:
+                return True
             self.write_back.advance()
-            if not (self.write_back.to_host.in_flight or self.write_back.to_disk.in_flight):
-                break
-        self.write_back.clear()
-        self.context.forest.clear()
-        self.context.host.clear()
+            if not to_host.in_flight:
+                return True
+
+    def flush(self) -> None:
+        """Empties device and host; the disk keeps its pages, and gets those that are on the host.
+
+        The caller has no request in flight, and resets the engine's allocator itself. Raises
+        TransferTimeoutError if a copy between device and host hangs: `drain` first.
+        """
+        if not self.drain():
+            raise TransferTimeoutError(
+                "The cache cannot be emptied while a copy between device and host hangs: look at "
+                "the kernel's log and restart the server."
+            )
+        context = self.context
+        self.prefetch.clear()
+        being_read = [job.host_pages for job in self.prefetch.queue.open_jobs]
+        keep = np.concatenate([self.write_back.hand_over(), *being_read])
+        context.epoch = replace(context.epoch, flushes=context.epoch.flushes + 1)
+        self.dropped.forget()
+        context.forest.clear()
+        context.host.clear(keep)
 
     def forget_disk(self) -> None:
-        """The disk is being cleared: no node may claim to be there."""
-        self.settle_disk()
-        for node in self.context.forest.nodes():
+        """The disk is being cleared: no node may claim to be there, now or later."""
+        context = self.context
+        context.epoch = replace(context.epoch, disk_clears=context.epoch.disk_clears + 1)
+        self.write_back.forget_disk()
+        self.dropped.forget()
+        for node in context.forest.nodes():
             if node.state(Tier.DISK) is Residency.RESIDENT:
-                self.context.forest.evict(node, Tier.DISK)
+                context.forest.evict(node, Tier.DISK)
 
     def close(self, timeout_s: float) -> None:
         """Lets what is still to be written reach the disk, as far as the time allows, and stops."""
@@ -324,8 +323,17 @@ class KVHierarchy:
             self.poll()
             if not any(queue.in_flight for queue in queues) and not self.write_back.n_deferred:
                 break
-        for open_queue in self._finish:
+        for open_queue in (*self.progress.queues(), self.used.queue):
             open_queue.close()
+
+
+def _path_to(node: Node) -> tuple[Node, ...]:
+    """The nodes from `node` up to its root, which is not among them."""
+    path = []
+    while (parent := node.parent) is not None:
+        path.append(node)
+        node = parent
+    return tuple(path)
 
 
 @lru_cache(maxsize=4096)

@@ -61,8 +61,9 @@ class HostPool:
     def free(self, ids: PageIds) -> None:
         self._slots.free(ids)
 
-    def clear(self) -> None:
-        self._slots.clear()
+    def clear(self, keep: PageIds) -> None:
+        """All slots but those in `keep` are free."""
+        self._slots.clear(keep)
 
     def views(self, ids: PageIds) -> list[memoryview]:
         """The slots' whole bytes (padding included), writable, without a copy."""

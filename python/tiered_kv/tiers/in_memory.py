@@ -24,6 +24,7 @@ class InMemoryNamespace:
         self.page_bytes = page_bytes
         self.slot_bytes = round_up(page_bytes, ALIGNMENT_BYTES)
         self._store = store
+        self._dropped: list[bytes] | None = []
 
     def __len__(self) -> int:
         """Pages stored."""
@@ -44,6 +45,18 @@ class InMemoryNamespace:
         """Pages are in use in a nearer tier: they stay as long as pages that are read from here."""
         for page_hash in hashes:
             self._store.get(self.namespace_id, page_hash)
+
+    def drain_dropped(self) -> list[bytes] | None:
+        """Pages given up since the last call; None if all were."""
+        dropped, self._dropped = self._dropped, []
+        return None if dropped is None else [h for h in dropped if not self.contains(h)]
+
+    def note_dropped(self, page_hash: bytes | None) -> None:
+        """The page has gone; None: all have."""
+        if page_hash is None:
+            self._dropped = None
+        elif self._dropped is not None:
+            self._dropped.append(page_hash)
 
     def write_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> int:
         """Store pages; returns how many were not stored before.
@@ -129,6 +142,8 @@ class InMemoryStore:
         with self._lock:
             self._pages.clear()
             self._bytes_used = 0
+            for namespace in self._namespaces.values():
+                namespace.note_dropped(None)
 
     def close(self) -> None:
         """Later reads and writes do nothing. Closing twice is harmless."""
@@ -163,6 +178,7 @@ class InMemoryStore:
             self._pages[key] = page
             self._bytes_used += round_up(len(page), ALIGNMENT_BYTES)
             while self.capacity_bytes is not None and self._bytes_used > self.capacity_bytes:
-                _, oldest = self._pages.popitem(last=False)
+                (owner, name), oldest = self._pages.popitem(last=False)
                 self._bytes_used -= round_up(len(oldest), ALIGNMENT_BYTES)
+                self._namespaces[owner].note_dropped(name)
             return True

@@ -2,6 +2,9 @@
 
 The engine calls `set_consumer(index)` before a batch runs and `wait_until(layer)` when a layer
 reads its KV (mem_cache/memory_pool.py: get_key_buffer); index -1 means nothing to wait for.
+
+A load that fails opens the gate: a forward pass cannot be left in its middle. Whoever ran it asks
+`has_failed` afterwards, and throws away what was computed.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ class LoadBatch:
         self.n_layers = n_layers
         self._layers_done = 0
         self._events: list[LayerEvent | None] = [None] * n_layers
-        self._error: BaseException | None = None
+        self.has_failed = False
         self._changed = threading.Condition()
 
     def layer_done(self, layer: int, event: LayerEvent | None = None) -> None:
@@ -39,10 +42,10 @@ class LoadBatch:
             self._layers_done = layer + 1
             self._changed.notify_all()
 
-    def fail(self, error: BaseException) -> None:
-        """Wakes the waiter with an error: a batch must not run on KV that never arrived."""
+    def fail(self) -> None:
+        """Lets the waiter go: its KV will never be there."""
         with self._changed:
-            self._error = error
+            self.has_failed = True
             self._changed.notify_all()
 
     @property
@@ -52,11 +55,9 @@ class LoadBatch:
     def wait(self, layer: int) -> None:
         if self._layers_done <= layer:
             with self._changed:
-                self._changed.wait_for(lambda: self._layers_done > layer or self._error is not None)
-        if self._error is not None:
-            raise RuntimeError(
-                f"KV pages could not be copied to the device: {self._error}"
-            ) from self._error
+                self._changed.wait_for(lambda: self._layers_done > layer or self.has_failed)
+        if self.has_failed:
+            return
         event = self._events[layer]
         if event is not None:
             event.wait()
@@ -81,6 +82,18 @@ class LayerGate:
     def close(self, batch: LoadBatch) -> None:
         """The load is complete and acknowledged; later consumers need not wait."""
         self._open.pop(batch.index, None)
+
+    def has_failed(self, index: int) -> bool:
+        """Whether a pass that has waited for load `index` read KV that never arrived.
+
+        Pages of earlier loads may be in its batch, too: those that failed stay open until then.
+        """
+        return any(b.has_failed for b in self._open.values() if b.index <= index)
+
+    def close_failed(self) -> None:
+        """Nobody waits any more for loads that failed."""
+        for batch in [batch for batch in self._open.values() if batch.has_failed]:
+            self.close(batch)
 
     def newest_open(self) -> int:
         """The index of the newest load still open, or -1.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from tiered_kv.tiers.layer_gate import LayerEvent, LayerGate, LoadBatch
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.timeline import draw_layers, draw_waits, layer_ends
 from tiered_kv.tiers.transfer import Completion, TransferQueue
+
+#: Most loads that are left out after one that failed.
+LEFT_OUT_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +50,20 @@ class DeviceLoad:
 
 
 class LoadBack:
-    """Reserves device pages at admission, copies when the batch is formed, acknowledges on poll."""
+    """Reserves device pages at admission, copies when the batch is formed, acknowledges on poll.
+
+    A load that fails costs the batch that waits for it, which is computed again (`passed`), and
+    further attempts: as many are left out as failed, and twice as many each time, until one works.
+    """
 
     def __init__(self, context: TierContext) -> None:
         self._context = context
         self.gate = LayerGate(context.copier.page_format.n_layers)
         self.queue: TransferQueue[DeviceLoad] = TransferQueue("host-to-device", self._copy)
         self._pending: list[Loading] = []
-        self._failure: Exception | None = None
+        self._failed: list[DeviceLoad] = []
+        self._n_left_out = 0
+        self._n_to_leave_out = 0
         if context.timeline is not None:
             self.gate.observe = draw_waits(context.timeline)
 
@@ -73,7 +83,7 @@ class LoadBack:
         """
         context = self._context
         match = match_of(last)
-        if match is None:
+        if match is None or self._is_left_out():
             return None
         action = context.manager.on_match(
             match,
@@ -81,6 +91,16 @@ class LoadBack:
             queued_bytes=self._pages_ahead * context.copier.page_format.page_bytes,
         )
         return None if action is None else self.carry_out(action)
+
+    def _is_left_out(self) -> bool:
+        if self._n_to_leave_out == 0:
+            return False
+        self._n_to_leave_out -= 1
+        return True
+
+    def load_ahead(self, action: Load) -> bool:
+        """Like `load`, for nobody yet; False without room, or while loads fail."""
+        return self._n_left_out == 0 and self.carry_out(action) is not None
 
     def carry_out(self, action: Load) -> tuple[torch.Tensor, Node] | None:
         """Reserves what `action` names; see `load`."""
@@ -156,16 +176,12 @@ class LoadBack:
                 events.append(event)
 
         try:
-            if self._failure is not None:
-                # Whoever waits for this load counts on all loads before it.
-                raise self._failure
             wait_for(job.after)
             self.queue.restart_clock()
             began_s = time.perf_counter()
             self._context.copier.to_device(job.host_pages, job.device_slots, job.after, layer_done)
-        except Exception as error:
-            self._failure = error
-            job.batch.fail(error)
+        except Exception:
+            job.batch.fail()
             raise
         if timeline is not None and ends_s:
             draw_layers(timeline, job.batch.index, began_s, layer_ends(ends_s, events))
@@ -173,14 +189,34 @@ class LoadBack:
 
     def loaded(self, completion: Completion[DeviceLoad]) -> None:
         context, job = self._context, completion.job
-        if completion.n_done < job.n_pages:
-            # The batch that waits for these pages has failed at the gate; going on would serve
-            # whatever lies in the slots.
-            raise RuntimeError("KV pages could not be copied to the device; see the log above")
+        if completion.n_done < job.n_pages or self._failed:
+            # Later loads may continue what failed.
+            job.batch.fail()
+            self._failed.append(job)
+            return
         self.gate.close(job.batch)
+        self._n_left_out = 0
         for load in job.loads:
             nodes = context.forest.finish_transfer(load.op, Tier.DEVICE)
             context.forest.unpin(load.last, Tier.DEVICE)
             context.forest.unpin(load.last, Tier.HOST)
             context.stored(nodes, Tier.DEVICE)
         context.transferred(Tier.HOST, Tier.DEVICE, completion)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether loads have failed whose pages are still in the tree."""
+        return bool(self._failed)
+
+    def give_up_failed(self) -> None:
+        """Takes the pages that never came out of the tree; no load may be in flight."""
+        context = self._context
+        loads = [load for job in self._failed for load in job.loads]
+        self._failed.clear()
+        for load in reversed(loads):
+            context.forest.unpin(load.last, Tier.DEVICE)
+            context.forest.unpin(load.last, Tier.HOST)
+            for _, slots in context.forest.abort_transfer(load.op, Tier.DEVICE):
+                context.allocator.free(cast(DeviceSlots, slots).tensor)
+        self._n_left_out = min(max(len(loads), 2 * self._n_left_out), LEFT_OUT_MAX)
+        self._n_to_leave_out = self._n_left_out

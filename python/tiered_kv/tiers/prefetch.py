@@ -18,12 +18,12 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import page_hashes
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers.context import TierContext
+from tiered_kv.tiers.context import Epoch, TierContext
 from tiered_kv.tiers.disk_lookup import DiskLookup, Stored, look_up, prompt_of
 from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.timeline import DISK_READS, REQUESTS
-from tiered_kv.tiers.transfer import Completion, TransferQueue
+from tiered_kv.tiers.transfer import Completion, TransferQueue, Wanted
 
 #: Pages held for waiting requests may take at most this share of the host pool: the rest keeps
 #: taking what is being computed.
@@ -35,13 +35,6 @@ INLINE_LOOKUP_PAGES = 32
 READ_STRETCH_PAGES = 64
 
 
-@dataclass(slots=True)
-class Wanted:
-    """Set to False by the owner when nobody waits for a read any more; read by the worker."""
-
-    by_anyone: bool = True
-
-
 @dataclass(frozen=True, slots=True)
 class DiskRead:
     op: int
@@ -50,6 +43,7 @@ class DiskRead:
     hashes: list[bytes]
     host_pages: PageIds
     wanted: Wanted
+    epoch: Epoch
 
     @property
     def n_pages(self) -> int:
@@ -314,7 +308,9 @@ class Prefetch:
         ticket.waiting_for.add(op)
         assert context.disk is not None
         wanted = self._reads[op] = Wanted()
-        self.queue.submit(DiskRead(op, context.disk, last, hashes, host_pages, wanted))
+        self.queue.submit(
+            DiskRead(op, context.disk, last, hashes, host_pages, wanted, context.epoch)
+        )
         return last
 
     def _read(self, job: DiskRead) -> int:
@@ -340,9 +336,12 @@ class Prefetch:
         """The leading pages that arrived become readable; the rest are a miss, and computed."""
         context, job = self._context, completion.job
         was_wanted = self._reads.pop(job.op).by_anyone
+        if job.epoch.flushes != context.epoch.flushes:
+            context.host.free(job.host_pages)
+            return
         nodes, lost = context.forest.finish_leading(job.op, Tier.HOST, completion.n_done)
         for node in nodes:
-            if node.state(Tier.DISK) is Residency.ABSENT:
+            if node.state(Tier.DISK) is Residency.ABSENT and job.epoch == context.epoch:
                 context.forest.set_resident(node, Tier.DISK)
         for node, slots in lost:
             context.host.free(cast(PageIds, slots))

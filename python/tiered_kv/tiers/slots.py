@@ -43,7 +43,9 @@ class SlotAllocator:
         self._ring.put(np.arange(tail, tail + n), ids, mode="wrap")
         self._n_free += n
 
-    def clear(self) -> None:
-        self._ring = np.arange(self.n_slots, dtype=np.int64)
+    def clear(self, keep: PageIds) -> None:
+        """All slots but those in `keep` are free."""
+        free = np.setdiff1d(np.arange(self.n_slots, dtype=np.int64), keep)
+        self._ring[: len(free)] = free
         self._head = 0
-        self._n_free = self.n_slots
+        self._n_free = len(free)

@@ -8,6 +8,7 @@ tensor-parallel ranks agree on completions by one minimum over those counts.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -32,6 +33,18 @@ J = TypeVar("J", bound=Job)
 #: Is told, on the worker's thread, of a job that is over: the queue's name, the job, from when to
 #: when it ran (time.perf_counter), and how many leading pages arrived.
 JobObserver = Callable[[str, Job, float, float, int], None]
+
+
+@dataclass(slots=True)
+class Wanted:
+    """Of a job: changed by the owner when nobody needs it any more; read by the worker."""
+
+    by_anyone: bool = True
+    until_s: float = math.inf
+    """By time.monotonic."""
+
+    def is_over(self) -> bool:
+        return not self.by_anyone or time.monotonic() > self.until_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +81,7 @@ class TransferQueue(Generic[J]):
         self.name = name
         self._run = run
         self._jobs: queue.SimpleQueue[tuple[J, float] | None] = queue.SimpleQueue()
+        self._open: deque[J] = deque()
         self._finished: deque[Completion[J]] = deque()
         self._n_submitted = 0
         self._n_finished = 0
@@ -92,6 +106,11 @@ class TransferQueue(Generic[J]):
         return self._pages_in_flight
 
     @property
+    def open_jobs(self) -> tuple[J, ...]:
+        """The jobs in flight, in the order of submission."""
+        return tuple(self._open)
+
+    @property
     def n_ready(self) -> int:
         """Jobs finished on this rank and not yet acknowledged."""
         return self._n_finished - self._n_acknowledged
@@ -99,12 +118,15 @@ class TransferQueue(Generic[J]):
     def submit(self, job: J) -> None:
         self._n_submitted += 1
         self._pages_in_flight += job.n_pages
+        self._open.append(job)
         self._jobs.put((job, time.perf_counter()))
 
     def acknowledge(self, n: int) -> list[Completion[J]]:
         """Takes the next `n` completions (n <= n_ready), in the order of submission."""
         taken = [self._finished.popleft() for _ in range(n)]
         self._n_acknowledged += n
+        for _ in range(n):
+            self._open.popleft()
         self._pages_in_flight -= sum(c.job.n_pages for c in taken)
         return taken
 

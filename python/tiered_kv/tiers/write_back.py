@@ -4,26 +4,31 @@ A page is written as soon as it is in the tree. What finds no room (the queue is
 page is in use) waits in a bounded list, the most valuable first; what is evicted before its turn is
 lost to the tiers below and would be computed again. A prompt larger than the host pool streams
 through it: its leading pages stay, the others make room for the next ones once the disk has them.
+
+A flush waits for no disk: what is on the host and not on the disk yet keeps its host pages, belongs
+to no node any more, and is written behind, for a limited time.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import cast
 
+import numpy as np
 import torch
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers.context import TierContext, device_slots_of, host_pages_of
+from tiered_kv.tiers.context import Epoch, TierContext, device_slots_of, host_pages_of
 from tiered_kv.tiers.deferred import DeferredNodes
 from tiered_kv.tiers.device import After, wait_for
 from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.slots import PageIds
-from tiered_kv.tiers.transfer import Completion, TransferQueue
+from tiered_kv.tiers.transfer import Completion, TransferQueue, Wanted
 
 #: Disk writes hold their host pages: they may have at most this share of the host pool in flight,
 #: so that a slow disk never stops the host tier from taking new pages.
@@ -36,6 +41,8 @@ MAX_DEFERRED = 16384
 #: Copies under way hold their pages where they come from. If they hold more than this share of what
 #: could be freed there, nothing holds them back.
 PRESSED_SHARE = 0.2
+#: What a flush found on the host may be written for so long.
+BEHIND_FLUSH_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,8 @@ class DiskWrite:
     hashes: list[bytes]
     host_pages: PageIds
     above: tuple[list[bytes], ...]
+    epoch: Epoch
+    wanted: Wanted
 
     @property
     def n_pages(self) -> int:
@@ -112,10 +121,27 @@ class WriteBack:
                 return True
         return self.to_disk.pages_in_flight > PRESSED_SHARE * context.host.n_pages
 
-    def clear(self) -> None:
-        """Forgets what has not been started (the tree is being emptied)."""
+    def hand_over(self) -> PageIds:
+        """The tree is about to be emptied, and no copy to the host is under way.
+
+        Starts all writes to the disk that had to wait, and forgets the rest. Returns the host pages
+        of those under way: they stay until their write is acknowledged.
+        """
+        self._start_disk_writes(limit=self._context.host.n_pages)
+        lost = {n for node in self._host_deferred.nodes() for n in self._unwritten_path(node)}
+        if lost:
+            self._context.observer.unwritten(Tier.HOST, sum(node.n_pages for node in lost))
         self._host_deferred.clear()
-        self._disk_deferred.clear()
+        until_s = time.monotonic() + BEHIND_FLUSH_S
+        for job in self.to_disk.open_jobs:
+            job.wanted.until_s = min(job.wanted.until_s, until_s)
+        pages = [job.host_pages for job in self.to_disk.open_jobs]
+        return np.concatenate(pages) if pages else np.empty(0, dtype=np.int64)
+
+    def forget_disk(self) -> None:
+        """What is on its way to the disk is not written, or has been for nothing."""
+        for job in self.to_disk.open_jobs:
+            job.wanted.by_anyone = False
 
     def _defer(self, deferred: DeferredNodes, node_id: int) -> None:
         deferred.add(self._context.forest.node(node_id))
@@ -143,12 +169,17 @@ class WriteBack:
         while self._host_deferred:
             node = self._host_deferred.first()
             if not all(map(self._start_host_write, self._parts(self._unwritten_path(node)))):
-                protected = self._context.forest.protected_tokens(Tier.HOST)
-                if protected == 0 and not self._disk_deferred:
+                if not self._is_host_in_use() and not self._disk_deferred:
                     # Nothing is in use that could make room later: its own path fills the pool.
                     self._host_deferred.discard(node)
                 return
             self._host_deferred.discard(node)
+
+    def _is_host_in_use(self) -> bool:
+        """Whether host pages are held that will be free later: by nodes, or behind a flush."""
+        host, forest = self._context.host, self._context.forest
+        evictable = forest.evictable_tokens(Tier.HOST) // self._context.page_size
+        return host.n_free + evictable < host.n_pages
 
     def _unwritten_path(self, node: Node) -> list[Node]:
         """The node and those above it that lack a host copy (it may have been split), top first.
@@ -221,6 +252,7 @@ class WriteBack:
         context, job = self._context, completion.job
         context.forest.unpin(job.node, Tier.DEVICE)
         if completion.n_done < job.n_pages:
+            context.observer.unwritten(Tier.HOST, job.n_pages)
             for node, slots in context.forest.abort_transfer(job.op, Tier.HOST):
                 context.host.free(cast(PageIds, slots))
                 self._give_up_below(node)
@@ -241,8 +273,10 @@ class WriteBack:
 
     # -- host -> disk -------------------------------------------------------------------------
 
-    def _start_disk_writes(self) -> None:
-        limit = max(1, int(self._context.host.n_pages * DISK_WRITE_SHARE))
+    def _start_disk_writes(self, limit: int | None = None) -> None:
+        """limit: the most pages that may be on their way."""
+        if limit is None:
+            limit = max(1, int(self._context.host.n_pages * DISK_WRITE_SHARE))
         while self._disk_deferred:
             in_flight = self.to_disk.pages_in_flight
             node = self._disk_deferred.first()
@@ -275,13 +309,20 @@ class WriteBack:
         context.forest.start_transfer(node, Tier.DISK, Residency.WRITING_BACK, None, op)
         context.forest.pin(node, Tier.HOST)
         hashes, above = list(node.page_hashes), _hashes_above(node)
-        self.to_disk.submit(DiskWrite(op, context.disk, node, hashes, host_pages, above))
+        epoch, wanted = context.epoch, Wanted()
+        self.to_disk.submit(
+            DiskWrite(op, context.disk, node, hashes, host_pages, above, epoch, wanted)
+        )
 
     def _write(self, job: DiskWrite) -> int:
+        if job.wanted.is_over():
+            return 0
         job.disk.touch(chain.from_iterable(job.above))
         context = self._context
         page_bytes = context.page_format(Tier.DISK).page_bytes
         for part in context.pacer.portions(job.n_pages, page_bytes):
+            if job.wanted.is_over():
+                break
             with context.pacer.turn((part.stop - part.start) * page_bytes) as held_up_s:
                 self.to_disk.exclude(held_up_s)
                 job.disk.write_pages(job.hashes[part], context.host.views(job.host_pages[part]))
@@ -290,7 +331,13 @@ class WriteBack:
     def disk_written(self, completion: Completion[DiskWrite]) -> None:
         context, job = self._context, completion.job
         context.forest.unpin(job.node, Tier.HOST)
-        if completion.n_done < job.n_pages:
+        has_arrived = completion.n_done == job.n_pages and job.wanted.by_anyone
+        if not has_arrived:
+            context.observer.unwritten(Tier.DISK, job.n_pages)
+        if job.epoch.flushes != context.epoch.flushes:
+            context.host.free(job.host_pages)
+            return
+        if not has_arrived:
             # The tier is degraded or full: the pages stay where they are, and are tried again when
             # they are used the next time.
             context.forest.abort_transfer(job.op, Tier.DISK)

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from support_tiers.costs import give_costs, page_s
 from support_tiers.tier_rig import PAGE_SIZE, Rig, new_disk, on_disk, on_host, tokens_of
 from tiered_kv.core.ids import Tier
 from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.scheduler.calibration import Calibrator, StepObservation
-from tiered_kv.tiers import hierarchy as hierarchy_module
+from tiered_kv.tiers import progress
 from tiered_kv.tiers.hierarchy import TransferTimeoutError
 
 pytestmark = pytest.mark.timeout(60)
@@ -136,15 +137,32 @@ def test_what_is_expected_late_or_hardly_is_not_loaded_ahead(make_rig: MakeRig) 
         assert rig.in_flight == 0
 
 
-def test_a_copy_that_hangs_is_an_error_and_not_a_hang(
-    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_a_copy_that_hangs_is_an_answer_and_not_a_hang(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, direction: str
 ) -> None:
-    monkeypatch.setattr(hierarchy_module, "SETTLE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(progress, "SETTLE_TIMEOUT_S", 0.05)
     rig = make_rig()
-    rig.copier.down.hold()
-    rig.serve(PROMPT)
-    with pytest.raises(TransferTimeoutError, match="device-to-host transfer did not end"):
-        rig.hierarchy.settle_host_writes()
+    hierarchy = rig.hierarchy
+    if direction == "down":
+        rig.copier.down.hold()
+        rig.serve(PROMPT)
+    else:
+        on_host(rig, PROMPT)
+        rig.copier.up.hold()
+        request = rig.admit(PROMPT, run=False)
+        assert request is not None
+        rig.abort(request)
+    assert not hierarchy.drain()
+    assert hierarchy.evict_device(16) == 0
+    with pytest.raises(TransferTimeoutError, match="cannot be emptied while a copy"):
+        hierarchy.flush()
+    if direction == "up":
+        with pytest.raises(TransferTimeoutError, match="to the device did not end"):
+            hierarchy.insert(hierarchy.root(), tokens_of(9), torch.arange(4))
+    rig.check()
     rig.copier.down.release()
+    rig.copier.up.release()
+    assert hierarchy.drain()
     rig.drain()
     rig.check_idle()

@@ -186,7 +186,7 @@ def test_without_a_disk_such_a_prompt_leaves_its_head_on_the_host(make_rig: Make
     rig.check_idle()
 
 
-def test_what_waits_is_written_before_a_flush_forgets_it(make_rig: MakeRig) -> None:
+def test_what_waits_is_written_behind_a_flush(make_rig: MakeRig) -> None:
     """Disk writes in flight may hold half of the host pool: the others wait for them."""
     rig = make_rig(64, 16, new_disk())
     prompts = [tokens_of(*range(n, n + 6)) for n in (10, 20)]
@@ -195,8 +195,12 @@ def test_what_waits_is_written_before_a_flush_forgets_it(make_rig: MakeRig) -> N
         rig.serve(prompt)
         rig.poll_until(lambda: rig.hierarchy.write_back.to_host.in_flight == 0)
     assert rig.hierarchy.write_back.n_deferred > 0
-    rig.meanwhile(rig.flush, rig.disk.writes)
+    rig.flush()
+    assert rig.host.n_free == 4
+    rig.disk.writes.release()
+    rig.drain()
     assert [rig.stored_pages(prompt) for prompt in prompts] == [6, 6]
+    assert rig.host.n_free == 16
     rig.check_idle()
 
 

@@ -52,10 +52,13 @@ class SlotMachine(RuleBasedStateMachine):
         with pytest.raises(AssertionError, match="slots freed"):
             self.slots.free(np.zeros(len(self.out) + 1, dtype=np.int64))
 
-    @rule()
-    def clear(self) -> None:
-        self.slots.clear()
-        self.queue, self.out = deque(range(self.slots.n_slots)), []
+    @rule(data=st.data())
+    def clear(self, data: st.DataObject) -> None:
+        kept = data.draw(st.permutations(self.out))
+        kept = kept[: data.draw(st.integers(0, len(kept)))]
+        self.slots.clear(np.array(kept, dtype=np.int64))
+        self.queue = deque(slot for slot in range(self.slots.n_slots) if slot not in set(kept))
+        self.out = kept
 
     @invariant()
     def counts(self) -> None:
@@ -96,8 +99,14 @@ def test_every_slot_is_aligned_and_apart() -> None:
     assert pool.alloc(1) is None
     pool.free(ids[:3])
     assert pool.n_free == 3
-    pool.clear()
-    assert pool.n_free == 8
+    pool.clear(keep=ids[:2])
+    assert pool.n_free == 6
+    taken = pool.alloc(6)
+    assert taken is not None
+    assert sorted([*taken.tolist(), *ids[:2].tolist()]) == list(range(8))
+    assert pool.alloc(1) is None
+    pool.free(ids[:2])
+    assert pool.n_free == 2
 
 
 def test_a_pool_too_small_says_how_much_it_needs() -> None:

@@ -226,8 +226,7 @@ def test_a_failed_load_draws_no_layers(drawn: tuple[Rig, TimelineFile]) -> None:
     rig.drain()
     rig.context.evict_device(48 * rig.page_size)
     rig.copier.fail_at_layer = 1
-    with pytest.raises(RuntimeError, match="the bus is gone"):
-        rig.admit(prompt)
+    assert rig.admit(prompt) is None
     assert rig.hierarchy.load_back.queue.wait(10)
     timeline.close()
     found = rows(timeline.path)

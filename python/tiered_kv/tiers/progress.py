@@ -1,0 +1,118 @@
+"""What becomes of transfers: the same on all ranks, in the same order.
+
+A transfer counts when it is done on every rank, and the ranks agree on that by one minimum. What
+else a poll has to agree on goes with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tiered_kv.scheduler.calibration import StepObservation
+from tiered_kv.tiers.context import TierContext
+from tiered_kv.tiers.transfer import Completion, J, TransferQueue
+
+#: A copy between memories takes milliseconds; one that takes this long will never end.
+SETTLE_TIMEOUT_S = 10.0
+#: Observed forward passes that may wait to be learned from.
+STEPS_MAX = 16
+
+#: What is done with each finished transfer of a queue.
+Finish = Callable[[Completion[Any]], None]
+
+
+class Progress:
+    """finish: the queues between the tiers, in the order in which a poll looks at them."""
+
+    def __init__(self, context: TierContext, finish: Mapping[TransferQueue[Any], Finish]) -> None:
+        self._context = context
+        self._finish = finish
+        self._started_at = time.monotonic()
+        self._steps: list[StepObservation] = []
+
+    def queues(self) -> list[TransferQueue[Any]]:
+        return list(self._finish)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is in flight: the same on every rank."""
+        return any(queue.in_flight for queue in self._finish)
+
+    def observe_step(self, step: StepObservation) -> None:
+        """A forward pass was observed, in the same order on every rank."""
+        if self._context.calibrator is not None:
+            self._steps.append(step)
+            del self._steps[:-STEPS_MAX]
+
+    def advance(self, votes: Sequence[int] = ()) -> list[int]:
+        """Acknowledges what is done on all ranks; returns the minimum of each vote.
+
+        The ranks give equally many votes.
+        """
+        n_ready = [queue.n_ready for queue in self._finish]
+        agreed = self._agree([*n_ready, *votes])
+        for queue, n in zip(self._finish, agreed, strict=False):
+            self._acknowledge(queue, n)
+        return agreed[len(n_ready) :]
+
+    def learn(self) -> None:
+        """Learns now from the passes observed since the ranks have agreed last."""
+        self._agree([])
+
+    def settle(self, queue: TransferQueue[Any], timeout_s: float | None = None) -> bool:
+        """Waits for what is in flight in `queue`; False if it took too long on some rank."""
+        if not queue.in_flight:
+            return True
+        with self._context.pacer.hurry():
+            queue.wait(SETTLE_TIMEOUT_S if timeout_s is None else timeout_s)
+        (n,) = self._context.collective.minimum([queue.n_ready])
+        is_over = n == queue.in_flight
+        self._acknowledge(queue, n)
+        return is_over
+
+    def _agree(self, values: list[int]) -> list[int]:
+        """The minimum of each value over the ranks.
+
+        And of the time, and of how long the forward passes took that were observed since; as
+        negative values, so that the slowest rank's count.
+        """
+        context = self._context
+        steps, self._steps = self._steps, []
+        now_us = int((time.monotonic() - self._started_at) * 1e6)
+        step_us = [-int(step.seconds * 1e6) for step in steps]
+        agreed = context.collective.minimum([*values, now_us, *step_us])
+        context.now_s = agreed[len(values)] / 1e6
+        if context.calibrator is not None:
+            for step, negative_us in zip(steps, agreed[len(values) + 1 :], strict=True):
+                context.calibrator.observe_step(
+                    step.prefills,
+                    step.decode_contexts_tokens,
+                    step.n_decodes,
+                    -negative_us / 1e6,
+                    step.shared_tokens_saved,
+                )
+        return agreed[: len(values)]
+
+    def _acknowledge(self, queue: TransferQueue[Any], n: int) -> None:
+        """The oldest `n` transfers of a queue are done, on all ranks."""
+        for completion in self._agreed(queue.acknowledge(n)):
+            self._finish[queue](completion)
+
+    def _agreed(self, completions: list[Completion[J]]) -> list[Completion[J]]:
+        """A page counts as moved only if it moved on every rank, a job as long as on the slowest.
+
+        Both in one minimum: what is learned from the times decides, so ranks must learn alike.
+        """
+        if not completions:
+            return completions
+        counts = [c.n_done for c in completions]
+        times_us = [-int(c.service_s * 1e6) for c in completions]
+        agreed = self._context.collective.minimum([*counts, *times_us])
+        n = len(completions)
+        return [
+            replace(c, n_done=n_done, service_s=-negative_us / 1e6)
+            for c, n_done, negative_us in zip(completions, agreed[:n], agreed[n:], strict=True)
+        ]
