@@ -335,8 +335,7 @@ class DecodeLoop(upstream.Scheduler):
         """With no request left: every slot is free or cache, and no pin is left."""
         assert self.is_at_rest
         hierarchy = self.tree_cache.hierarchy
-        hierarchy.settle_host_writes()
-        hierarchy.settle_loads()
+        assert hierarchy.settle_copies()
         available = self.token_to_kv_pool_allocator.available_size()
         assert available + self.tree_cache.evictable_size() == self.max_total_num_tokens
         assert self.tree_cache.protected_size() == 0

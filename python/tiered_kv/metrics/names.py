@@ -94,6 +94,25 @@ WRITE_BACK_LIMIT = Metric(
     "Bytes a second that may be written to host and disk while requests decode; +Inf if there is "
     "no limit.",
 )
+UNWRITTEN_PAGES = Metric(
+    "sglang:tiered_kv_unwritten_pages_total",
+    Kind.COUNTER,
+    ("target",),
+    "Pages that were to be copied to this tier and were not: the copy failed or was refused, a "
+    "flush took them away, or the disk was cleared meanwhile.",
+)
+FAILED_LOADS = Metric(
+    "sglang:tiered_kv_failed_loads_total",
+    Kind.COUNTER,
+    (),
+    "Forward passes that were repeated because pages could not be copied to the device.",
+)
+DISK_SUSPENDED = Metric(
+    "sglang:tiered_kv_disk_suspended",
+    Kind.GAUGE,
+    (),
+    "1 while the disk tier is not used because KV of several weights is cached, else 0.",
+)
 DISK_BYTES = Metric(
     "sglang:tiered_kv_disk_bytes",
     Kind.GAUGE,
@@ -183,6 +202,9 @@ ALL: tuple[Metric, ...] = (
     QUEUE_DEPTH,
     DEFERRED_NODES,
     WRITE_BACK_LIMIT,
+    UNWRITTEN_PAGES,
+    FAILED_LOADS,
+    DISK_SUSPENDED,
     DISK_BYTES,
     DISK_DEGRADED,
     DISK_IO_BYTES,

@@ -111,7 +111,7 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     gate = parts.hierarchy.load_back.gate
     ctx.params.token_to_kv_pool_allocator.get_kvcache().register_layer_transfer_counter(gate)
     ctx.tp_worker.register_hicache_layer_transfer_counter(gate)
-    weight_updates.track(cache)
+    weight_updates.track(cache, ctx.tp_worker)
     return cache
 
 

@@ -28,6 +28,12 @@ class MetricsRecorder:
     ) -> None:
         pass
 
+    def unwritten(self, target: Tier, n_pages: int) -> None:
+        pass
+
+    def failed_load(self) -> None:
+        """A forward pass ran over pages that could not be copied to the device."""
+
     def finished(self, req: Any) -> None:
         pass
 
@@ -84,6 +90,9 @@ class PrometheusRecorder(MetricsRecorder):
         self._decoded = (self._of(names.DECODE_CONTEXT_TOKENS), self._of(names.DECODE_READ_TOKENS))
         self._partial_decodes = self._of(names.PARTIAL_DECODES)
         self._made_way = self._of(names.MADE_WAY)
+        self._failed_loads = self._of(names.FAILED_LOADS)
+        for target in (Tier.HOST, Tier.DISK):
+            self.unwritten(target, 0)
         self._refreshed_at = 0.0
         # What the counters of the store said last: Prometheus wants increments.
         self._disk_io: dict[tuple[str, str], int] = {}
@@ -97,6 +106,12 @@ class PrometheusRecorder(MetricsRecorder):
         edge = _edge(source, target)
         self._of(names.TRANSFER_BYTES, **edge).inc(n_bytes)
         self._of(names.TRANSFER_SECONDS, **edge).observe(seconds)
+
+    def unwritten(self, target: Tier, n_pages: int) -> None:
+        self._of(names.UNWRITTEN_PAGES, target=target.name.lower()).inc(n_pages)
+
+    def failed_load(self) -> None:
+        self._failed_loads.inc()
 
     def finished(self, req: Any) -> None:
         """Counts where the KV of a finished request's prompt came from."""
@@ -159,6 +174,7 @@ class PrometheusRecorder(MetricsRecorder):
                 stats.capacity // context.page_format(Tier.DISK).slot_bytes * page_size
             )
             self._refresh_disk(stats)
+            self._of(names.DISK_SUSPENDED).set(int(context.disk is None))
         for metric, values in (
             (names.RESIDENT_TOKENS, resident),
             (names.CAPACITY_TOKENS, capacity),

@@ -29,6 +29,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
+from tiered_kv.plugin.cache.weight_names import WeightNames
 from tiered_kv.tiers.context import device_slots_of
 from tiered_kv.tiers.hierarchy import KVHierarchy
 
@@ -73,13 +74,15 @@ class TieredPrefixCache(RadixCache):
         self.saved_tokens = 0
         # Where what was inserted last ended in the tree.
         self._last_inserted = self.root_node
-        self._weights_changed = False
+        self.weights = WeightNames(parts.hierarchy, parts.name_weights)
         self._checked_at = 0.0
 
     # -- lookup -------------------------------------------------------------------------------
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """The device part of the prefix now, and how many tokens the host could add."""
+        if not self.weights.is_named:
+            self.look_at_weights()
         key = params.key
         hierarchy = self.hierarchy
         root = hierarchy.root(key.extra_key)
@@ -243,22 +246,9 @@ class TieredPrefixCache(RadixCache):
         if is_due and order is not None:
             parts.metrics.longest_wait(order.wait_over_bound_s())
 
-    @property
-    def ongoing_write_through(self) -> range:
-        write_back = self.hierarchy.write_back
-        return range(write_back.to_host.in_flight + write_back.n_deferred)
-
-    @property
-    def ongoing_load_back(self) -> range:
-        return range(self.hierarchy.load_back.n_open)
-
-    @property
-    def ongoing_prefetch(self) -> range:
-        return range(self.hierarchy.prefetch.queue.in_flight)
-
-    @property
-    def ongoing_backup(self) -> range:
-        return range(self.hierarchy.write_back.to_disk.in_flight)
+    # A scheduler that asks whether it is idle means its requests. Transfers go on behind, and
+    # whatever needs them out of the way settles them (`reset`, idle.py).
+    ongoing_write_through = ongoing_load_back = ongoing_prefetch = ongoing_backup = range(0)
 
     # -- administration -----------------------------------------------------------------------
 
@@ -267,28 +257,22 @@ class TieredPrefixCache(RadixCache):
         self._no_indices = torch.empty((0,), dtype=torch.int64, device=self.device)
         if self._hierarchy is not None:
             self._hierarchy.flush()
-            if self._weights_changed:
-                self._hierarchy.set_namespace(*self.parts.name_weights())
-                self._weights_changed = False
+            self.weights.emptied()
             self.root_node = self._hierarchy.root()
             self.parts.events.cleared()
             if self.request_order is not None:
                 self.request_order.queue.look_up_all()
 
-    def weights_changing(self) -> None:
-        """Nothing goes to or comes from the disk until a flush has named the new weights."""
-        self._weights_changed = True
-        self.hierarchy.suspend_disk()
+    def look_at_weights(self) -> None:
+        """The weights may have changed, and something is about to be computed with them."""
+        self.weights.look()
+        self.root_node = self.hierarchy.root()
 
     def take_events(self) -> list[Any]:
-        disk = self.hierarchy.context.disk
-        if disk is not None:
-            # The disk makes room by itself. More than it can name at once are left unsaid.
-            self.parts.events.dropped(disk.drain_dropped() or (), Tier.DISK)
         return self.parts.events.take()
 
     def clear_storage_backend(self) -> bool:
-        """Deletes what the disk holds (`/clear_hicache_storage_backend`)."""
+        """Forgets what the disk holds (`/clear_hicache_storage_backend`); it is deleted behind."""
         if self.parts.disk_store is None:
             logger.warning("Tiered KV: there is no disk tier to clear.")
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tiered_kv.core.ids import Tier
@@ -30,6 +30,9 @@ class ResidencyLog:
     def removed(self, node: Node, tier: Tier) -> None:
         self._note(node, tier)
         self._inner.removed(node, tier)
+
+    def dropped(self, page_hashes: Sequence[bytes], tier: Tier) -> None:
+        self._inner.dropped(page_hashes, tier)
 
     def _note(self, node: Node, tier: Tier) -> None:
         if self.is_wanted and tier <= Tier.HOST:

@@ -1,25 +1,157 @@
-"""Weights that change while the server runs: KV computed with others must not come back.
+"""Weights that change, and memory that is given away, while the server runs.
 
-Before an update the disk tier is suspended, since what is computed afterwards has no name yet; the
-flush that upstream does after an update (unless told not to) names the new weights and resumes it.
+KV computed with other weights must not come back; and whoever needs an idle server gets one as far
+as that depends on us (`idle.py`). What cannot be done is answered before anything is touched.
 """
 
 from __future__ import annotations
 
+import logging
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from tiered_kv.plugin.cache import idle
 
 if TYPE_CHECKING:
     from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
 
-_caches: weakref.WeakSet[TieredPrefixCache] = weakref.WeakSet()
+logger = logging.getLogger(__name__)
+
+# By the worker whose model the KV is computed with.
+_caches: weakref.WeakKeyDictionary[Any, TieredPrefixCache] = weakref.WeakKeyDictionary()
+
+Update = Callable[..., Any]
 
 
-def track(cache: TieredPrefixCache) -> None:
-    _caches.add(cache)
+def track(cache: TieredPrefixCache, worker: Any) -> None:
+    _caches[worker] = cache
 
 
-def before_update(updater: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE SchedulerWeightUpdaterManager.update_weights_from_*."""
-    for cache in _caches:
-        cache.weights_changing()
+def agree_on_outcome(original: Update, worker: Any, recv_req: Any) -> tuple[bool, str]:
+    """AROUND BaseTpWorker.update_weights_from_*: (success, message).
+
+    An update that fails on one rank has failed; ranks that part here would wait for each other.
+    And one that raises has failed, too: SGLang's own way back from a file of another shape does.
+    """
+    cache = _caches.get(worker)
+    if cache is None:
+        outcome: tuple[bool, str] = original(worker, recv_req)
+        return outcome
+    try:
+        success, message = original(worker, recv_req)
+    except Exception as error:
+        logger.exception("Tiered KV: an update of the weights failed")
+        success, message = False, f"{type(error).__name__}: {error}"
+    (is_everywhere,) = cache.hierarchy.context.collective.minimum([int(success)])
+    if success and not is_everywhere:
+        message = "The update failed on another rank; see the server's log."
+    return bool(is_everywhere), message
+
+
+def update(original: Update, updater: Any, recv_req: Any) -> Any:
+    """AROUND SchedulerWeightUpdaterManager.update_weights_from_*."""
+    scheduler = updater.scheduler
+    cache = idle.cache_of(scheduler)
+    if cache is None:
+        return original(updater, recv_req)
+    if recv_req.flush_cache and not idle.make_idle(scheduler):
+        return _refusal(
+            recv_req,
+            "The weights were not updated: requests are running, and the cache cannot be flushed "
+            "under them; wait for them, pause them with mode retract, or send flush_cache: false.",
+        )
+    if not cache.hierarchy.drain():
+        return _refusal(
+            recv_req,
+            "The weights were not updated: a copy between device and host hangs; restart the "
+            "server.",
+        )
+    cache.weights.changing(is_computing=not scheduler.is_fully_idle())
+    output = original(updater, recv_req)
+    if not output.success:
+        _failed(scheduler, cache, has_flush=recv_req.flush_cache)
+    return output
+
+
+def _failed(scheduler: Any, cache: TieredPrefixCache, *, has_flush: bool) -> None:
+    """The weights may be the old ones, the new ones, or a part of each: they say so themselves."""
+    logger.warning("Tiered KV: an update of the weights has failed; looking which are in use now.")
+    cache.look_at_weights()
+    if has_flush and not cache.weights.is_named:
+        scheduler.flush_cache()
+
+
+def _refusal(recv_req: Any, message: str) -> Any:
+    from sglang.srt.managers import io_struct
+
+    logger.error("Tiered KV: %s", message)
+    output = {
+        io_struct.UpdateWeightFromDiskReqInput: io_struct.UpdateWeightFromDiskReqOutput,
+        io_struct.UpdateWeightsFromDistributedReqInput: (
+            io_struct.UpdateWeightsFromDistributedReqOutput
+        ),
+        io_struct.UpdateWeightsFromTensorReqInput: io_struct.UpdateWeightsFromTensorReqOutput,
+        io_struct.UpdateWeightsFromIPCReqInput: io_struct.UpdateWeightsFromIPCReqOutput,
+    }[type(recv_req)]
+    return output(success=False, message=message)
+
+
+def release_memory(original: Update, updater: Any, recv_req: Any) -> Any:
+    """AROUND SchedulerWeightUpdaterManager.release_memory_occupation.
+
+    The cache is empty, and no copy under way, before the memory goes. SGLang's answer cannot say
+    no: what cannot be done is logged.
+    """
+    from sglang.srt.constants import (
+        GPU_MEMORY_ALL_TYPES,
+        GPU_MEMORY_TYPE_KV_CACHE,
+        GPU_MEMORY_TYPE_WEIGHTS,
+    )
+    from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqOutput
+
+    scheduler = updater.scheduler
+    cache = idle.cache_of(scheduler)
+    if cache is None:
+        return original(updater, recv_req)
+    tags = [t for t in recv_req.tags or GPU_MEMORY_ALL_TYPES if t not in updater.offload_tags]
+    if not tags:
+        return ReleaseMemoryOccupationReqOutput()
+    if not idle.make_idle(scheduler) or not cache.hierarchy.drain():
+        logger.error("Tiered KV: no memory was released, since the server is not idle.")
+        return ReleaseMemoryOccupationReqOutput()
+    if GPU_MEMORY_TYPE_KV_CACHE in tags:
+        scheduler.flush_cache()
+    if GPU_MEMORY_TYPE_WEIGHTS in tags:
+        cache.weights.taken_away()
+    recv_req.tags = tags
+    return original(updater, recv_req)
+
+
+def resume_memory(original: Update, updater: Any, recv_req: Any) -> Any:
+    """AROUND SchedulerWeightUpdaterManager.resume_memory_occupation."""
+    from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_WEIGHTS
+    from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqOutput
+
+    cache = idle.cache_of(updater.scheduler)
+    if cache is None:
+        return original(updater, recv_req)
+    tags = [tag for tag in recv_req.tags or GPU_MEMORY_ALL_TYPES if tag in updater.offload_tags]
+    if not tags:
+        return ResumeMemoryOccupationReqOutput()
+    recv_req.tags = tags
+    output = original(updater, recv_req)
+    if GPU_MEMORY_TYPE_WEIGHTS in tags:
+        cache.weights.back()
+    return output
+
+
+async def release_when_idle(original: Update, manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND TokenizerControlMixin.release_memory_occupation.
+
+    Like an update of the weights it comes when all requests are over, unless they are paused.
+    """
+    if not getattr(manager.server_args, "tiered_kv", False) or manager.is_pause:
+        return await original(manager, *args, **kwargs)
+    async with manager.model_update_lock.writer_lock:
+        return await original(manager, *args, **kwargs)

@@ -258,7 +258,7 @@ def test_it_comes_back_from_the_host(
 
     def until_it_waits() -> bool:
         if reqs[1] in loop.waiting_queue:
-            hierarchy.settle_host_writes()
+            assert hierarchy.settle_copies()
             assert hierarchy.evict_device(10_000) > 0
             return False
         return True

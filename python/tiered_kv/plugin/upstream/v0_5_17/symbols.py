@@ -8,6 +8,7 @@ holds the three together.
 from __future__ import annotations
 
 from tiered_kv.plugin.upstream.symbol import SRT, Symbol, function, methods, object_
+from tiered_kv.plugin.upstream.v0_5_17.symbols_administration import ADMINISTRATION
 from tiered_kv.plugin.upstream.v0_5_17.symbols_attention import ATTENTION
 from tiered_kv.plugin.upstream.v0_5_17.symbols_cache import (
     CACHE_INTERFACE,
@@ -136,6 +137,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     *SCHEDULER,
     *QUEUE,
     *DECODE,
+    *ADMINISTRATION,
     *FRONT_ENDS,
     *CACHE_INTERFACE,
     *POOLS,

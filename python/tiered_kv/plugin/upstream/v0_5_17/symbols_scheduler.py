@@ -5,7 +5,6 @@ from __future__ import annotations
 from tiered_kv.plugin.upstream.symbol import MEM, SRT, function, methods, object_
 
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
-_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 SCHEDULER = (
     function(
@@ -22,7 +21,7 @@ SCHEDULER = (
     object_(
         f"{SRT}.managers.scheduler.Scheduler",
         "server_args tree_cache enable_hicache_storage enable_hierarchical_cache "
-        "clear_hicache_storage_wrapped flush_cache",
+        "clear_hicache_storage_wrapped",
         "hooks.scheduler cache.prefix_cache",
     ),
     function(f"{SRT}.managers.scheduler.Scheduler.on_idle", "self", "hooks.scheduler"),
@@ -51,13 +50,6 @@ SCHEDULER = (
         "sglang.srt.managers.detokenizer_manager.run_detokenizer_process",
         "",
         "start.process_carrier",
-    ),
-    *(
-        function(f"{_UPDATER}.update_weights_from_{kind}", "self recv_req", "cache.weight_updates")
-        for kind in ("disk", "distributed", "tensor", "ipc")
-    ),
-    function(
-        f"{_UPDATER}.flush_cache_after_weight_update", "self recv_req", "cache.weight_updates"
     ),
 )
 
