@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sglang.srt.managers import scheduler as upstream
@@ -29,6 +29,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from support.tiny_llama import write_config
 from support_plugin.kv_model import VOCABULARY, KvModel
+from support_tiers.doubles import Faults, FaultyDisk
 from tiered_kv.core.config import MemoryConfig
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.ids import Tier
@@ -54,8 +55,33 @@ from tiered_kv.scheduler.iteration_policy import IterationPolicy
 from tiered_kv.scheduler.request_policy import request_policies
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import CpuPageCopier, buffer_format
+from tiered_kv.tiers.disk.store import DiskStore
+from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
+from tiered_kv.tiers.in_memory import InMemoryStore
+
+
+class PretendDisk:
+    """A disk tier in memory, for all namespaces; its reads and writes can be held back, or fail."""
+
+    def __init__(self) -> None:
+        self.store = InMemoryStore()
+        self.reads, self.writes = Faults(), Faults()
+
+    def namespace(self, name: bytes, page_bytes: int) -> FaultyDisk:
+        pages = FaultyDisk(self.store.namespace(name, page_bytes))
+        pages.reads, pages.writes = self.reads, self.writes
+        return pages
+
+    def clear(self) -> None:
+        self.store.clear()
+
+    def release(self) -> None:
+        """It works, and goes on."""
+        for faults in (self.reads, self.writes):
+            faults.error = None
+            faults.release()
 
 
 class Quiet:
@@ -107,30 +133,44 @@ def publish_arguments(directory: Path, **options: Any) -> ServerArgs:
     return args
 
 
-def serving_parts(pool: Any, allocator: Any, page_size: int, n_host_pages: int) -> CacheParts:
-    """The tiers over SGLang's pool, without a disk."""
+def serving_parts(
+    pool: Any,
+    allocator: Any,
+    page_size: int,
+    n_host_pages: int,
+    disk: PretendDisk | None,
+    version: Callable[[], int],
+) -> CacheParts:
+    """The tiers over SGLang's pool. version: that of the weights in use."""
     device = buffers_of(pool)
     page_format = buffer_format(page_size, device.layers, device.buffers)
     host = HostPool(page_format, n_host_pages * page_format.slot_bytes)
     forest = Forest(page_size)
     events = KvEvents(page_size, False)
     residency = ResidencyLog(events)
+
+    def name_weights() -> tuple[bytes, DiskPages | None]:
+        name = namespace_hash("the KV model", str(version()))
+        return name, None if disk is None else disk.namespace(name, page_format.page_bytes)
+
+    name, pages = name_weights()
     context = TierContext(
         forest=forest,
         manager=MemoryManager(forest, MemoryConfig()),
         copier=CpuPageCopier(page_size, device.layers, device.buffers, host.pages),
         allocator=EngineAllocator(allocator),
         host=host,
+        disk=pages,
         listener=residency,
     )
-    hierarchy = KVHierarchy(context, namespace_hash("the KV model"))
+    hierarchy = KVHierarchy(context, name)
     return CacheParts(
         hierarchy=hierarchy,
-        disk_store=None,
+        disk_store=cast(DiskStore, disk),
         events=events,
         metrics=MetricsRecorder(),
         host_report=HostReport(host),
-        name_weights=lambda: (namespace_hash("the KV model"), None),
+        name_weights=name_weights,
         step_times=StepTimes(hierarchy, synchronous=True),
         residency=residency,
         cost_model=None,
@@ -151,6 +191,7 @@ class DecodeLoop(upstream.Scheduler):
         chunk_tokens: int | None = None,
         max_running: int = MAX_RUNNING,
         is_mixed: bool = False,
+        disk: PretendDisk | None = None,
     ) -> None:
         self.script: Callable[[], bool] = lambda: False
         self.finished: dict[str, Req] = {}
@@ -168,18 +209,25 @@ class DecodeLoop(upstream.Scheduler):
             token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
             page_size=page_size,
         )
-        parts = serving_parts(pool, self.token_to_kv_pool_allocator, page_size, n_host_pages)
+        self.tp_worker = self.model_worker = KvModel(pool, self.req_to_token_pool, overlap=overlap)
+        parts = serving_parts(
+            pool,
+            self.token_to_kv_pool_allocator,
+            page_size,
+            n_host_pages,
+            disk,
+            lambda: self.tp_worker.version,
+        )
         self.tree_cache = TieredPrefixCache(params, parts)
         gate = parts.hierarchy.load_back.gate
         pool.register_layer_transfer_counter(gate)
-        self.tp_worker = self.model_worker = KvModel(
-            pool, self.req_to_token_pool, gate, overlap=overlap
-        )
+        self.tp_worker.register_hicache_layer_transfer_counter(gate)
         self._set_switches(args, overlap=overlap, page_size=page_size, max_running=max_running)
         self.max_total_num_tokens = n_tokens
         self.chunked_prefill_size = chunk_tokens
         self.is_mixed_chunk = is_mixed
         self._set_components(args)
+        self.enable_hicache_storage = disk is not None
         self.init_overlap()
         self.now_s = 1.0
         self.clock = SharedClock(wanted=lambda: True, on_tick=lambda: None)
@@ -231,7 +279,10 @@ class DecodeLoop(upstream.Scheduler):
         self.metrics_reporter.num_generated_tokens = self.metrics_reporter.forward_ct_decode = 0
         self.metrics_collector = self.kv_events_publisher = quiet
         self.grammar_manager = SimpleNamespace(
-            has_waiting_grammars=lambda: False, grammar_queue=[], abort_requests=lambda _: None
+            has_waiting_grammars=lambda: False,
+            grammar_queue=[],
+            abort_requests=lambda _: None,
+            clear=lambda: None,
         )
         self.dllm_manager = SimpleNamespace(any_staging_reqs=lambda: False)
         self.load_snapshot_writer = None
@@ -335,7 +386,10 @@ class DecodeLoop(upstream.Scheduler):
         """With no request left: every slot is free or cache, and no pin is left."""
         assert self.is_at_rest
         hierarchy = self.tree_cache.hierarchy
-        assert hierarchy.settle_copies()
+        assert hierarchy.drain()
+        while hierarchy.progress.is_busy:
+            hierarchy.poll()
+            hierarchy.rest()
         available = self.token_to_kv_pool_allocator.available_size()
         assert available + self.tree_cache.evictable_size() == self.max_total_num_tokens
         assert self.tree_cache.protected_size() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 import time
@@ -81,7 +82,7 @@ class Faults:
             time.sleep(delay_s)
         error = self.errors_to_come.popleft() if self.errors_to_come else self.error
         if error is not None:
-            raise error
+            raise type(error)(*error.args)
 
 
 class _FaultyCopies:
@@ -139,6 +140,25 @@ class FaultyDisk:
         #: How many leading pages the next reads bring, one entry per read; then all of them.
         self.reads_to_come: deque[int] = deque()
         self.n_read_calls = 0
+
+    def of_namespace(self, name: bytes) -> FaultyDisk:
+        """Another namespace of the same disk, with the same faults."""
+        other, pages = copy.copy(self), self._pages
+        stored = pages._store.namespace(name, pages.page_bytes)
+        if self.namespace is pages:
+            other.namespace = stored
+        else:
+            other.namespace = copy.copy(self.namespace)
+            other.namespace._disk = stored
+        return other
+
+    def clear_all(self) -> None:
+        self._pages._store.clear()
+
+    @property
+    def _pages(self) -> Any:
+        """The namespace below a conversion, if there is one."""
+        return getattr(self.namespace, "_disk", self.namespace)
 
     def __len__(self) -> int:
         return len(self.namespace)

@@ -8,18 +8,22 @@ hierarchy's decisions do not depend on how fast either of them is.
 from __future__ import annotations
 
 import random
+import time
 from array import array
 from collections.abc import Callable
 
 from support_tiers.doubles import FaultyDisk
 from support_tiers.tier_rig import Request, Rig, tokens_of
 from tiered_kv.core.ids import Tier
+from tiered_kv.forest.key import namespace_hash
 from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.scheduler.calibration import StepObservation
 
 MAX_RUNNING = 4
 MAX_WAITING = 5
 MAX_PAGES = 9
+#: No step waits for the disk, which may hang until another step; the machine may be busy.
+LONGEST_STEP_S = 5.0
 
 
 class History:
@@ -50,18 +54,27 @@ class History:
             (0.7, self._change_faults),
             (1, self._observe_step),
             (0.7, self._forecast),
-            (0.3, self._flush),
+            (0.4, self._flush),
+            (0.3, self._change_weights),
             (0.2, self._forget_disk),
+            (0.4, self._drain),
+            (0.3, self._hang),
+            (0.6, self._work_again),
         ]
+        self.n_weights = 0
 
     def step(self) -> None:
         weights = [weight for weight, _ in self.steps]
         (chosen,) = self.rng.choices([step for _, step in self.steps], weights)
+        started = time.monotonic()
         self.log.append(chosen())
+        took = time.monotonic() - started
+        assert took < LONGEST_STEP_S, f"{self.log[-1]} waited {took:.1f} s"
         self.rig.check()
 
     def finish(self) -> None:
         """Ends every request, lets everything settle, and looks for anything left over."""
+        self._work_again()
         for request in list(self.rig.requests):
             self.rig.finish(request)
         for rid in list(self.waiting):
@@ -178,6 +191,7 @@ class History:
         """Differently on every rank: one disk may work while the other does not."""
         disk, copier = self.rig.disk, self.rig.copier
         copier.down.error = self.world.choice((*[None] * 5, OSError("no copy to the host")))
+        copier.up.error = self.world.choice((*[None] * 5, OSError("no copy to the device")))
         if isinstance(disk, FaultyDisk):
             disk.pages_per_read = self.world.choice((None, None, None, 0, 1, 2))
             disk.pages_per_write = self.world.choice((None, None, None, 0, 2))
@@ -200,16 +214,45 @@ class History:
         return f"expect {len(expected)} nodes"
 
     def _flush(self) -> str:
-        if self.rig.requests:
-            return "flush: requests are running"
-        for rid in list(self.waiting):
-            self.rig.hierarchy.prefetch.release(rid)
-        self.waiting.clear()
+        """Whatever is under way; who waits goes on waiting, with nothing on its way for it."""
+        for request in list(self.rig.requests):
+            self.rig.abort(request)
         self.rig.flush()
         return "flush"
+
+    def _change_weights(self) -> str:
+        """Some are in use a second time."""
+        hierarchy = self.rig.hierarchy
+        hierarchy.suspend_disk()
+        self._flush()
+        self.n_weights += 1
+        name = namespace_hash(f"weights {self.n_weights % 3}")
+        if self.rig.disk is not None:
+            self.rig.disk = self.rig.disk.of_namespace(name)
+        hierarchy.set_namespace(name, self.rig.disk)
+        return f"other weights: {self.n_weights}"
+
+    def _drain(self) -> str:
+        assert self.rig.hierarchy.drain()
+        return "drain"
+
+    def _hang(self) -> str:
+        """The disk does not answer, on this rank or not."""
+        if isinstance(self.rig.disk, FaultyDisk):
+            for faults in (self.rig.disk.reads, self.rig.disk.writes):
+                if self.world.random() < 0.5:
+                    faults.hold()
+        return "the disk hangs"
+
+    def _work_again(self) -> str:
+        if isinstance(self.rig.disk, FaultyDisk):
+            self.rig.disk.reads.release()
+            self.rig.disk.writes.release()
+        return "the disk answers"
 
     def _forget_disk(self) -> str:
         if self.rig.disk is None:
             return "forget the disk: there is none"
         self.rig.hierarchy.forget_disk()
+        self.rig.disk.clear_all()
         return "forget the disk"

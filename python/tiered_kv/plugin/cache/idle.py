@@ -78,12 +78,20 @@ def flush_cache(original: Callable[..., bool], scheduler: Any, *args: Any, **kwa
     if scheduler.is_fully_idle() and not cache.hierarchy.drain():
         logger.error("Tiered KV: not flushed, since a copy between device and host hangs.")
         return False
-    is_flushed = original(scheduler, *args, **kwargs)
-    if is_flushed:
+    return original(scheduler, *args, **kwargs)
+
+
+def look_on_disk(original: Callable[..., None], scheduler: Any, req: Any) -> None:
+    """AROUND Scheduler._prefetch_kvcache: not during a pause, which may end with other weights."""
+    if cache_of(scheduler) is None or not scheduler._engine_paused:
+        original(scheduler, req)
+
+
+def after_pause(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER Scheduler.continue_generation."""
+    if cache_of(scheduler) is not None:
         for req in scheduler.waiting_queue:
-            # Paused requests find on disk what they had looked up before.
             scheduler._prefetch_kvcache(req)
-    return is_flushed
 
 
 def keep_up_while_paused(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:

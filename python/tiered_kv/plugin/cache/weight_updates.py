@@ -121,7 +121,7 @@ def release_memory(original: Update, updater: Any, recv_req: Any) -> Any:
         logger.error("Tiered KV: no memory was released, since the server is not idle.")
         return ReleaseMemoryOccupationReqOutput()
     if GPU_MEMORY_TYPE_KV_CACHE in tags:
-        scheduler.flush_cache()
+        scheduler.flush_cache(empty_cache=False)
     if GPU_MEMORY_TYPE_WEIGHTS in tags:
         cache.weights.taken_away()
     recv_req.tags = tags

@@ -72,6 +72,20 @@ ADMINISTRATION_HOOKS = (
         why="pages on their way would wait for the end of a pause",
     ),
     Hook(
+        target=f"{_SCHEDULER}._prefetch_kvcache",
+        kind="around",
+        function="tiered_kv.plugin.cache.idle:look_on_disk",
+        process=Process.SCHEDULER,
+        why="KV of the old weights would be brought nearer before an update that flushes nothing",
+    ),
+    Hook(
+        target=f"{_SCHEDULER}.continue_generation",
+        kind="after",
+        function="tiered_kv.plugin.cache.idle:after_pause",
+        process=Process.SCHEDULER,
+        why="what requests that were paused could have from the disk would be computed",
+    ),
+    Hook(
         target=f"{_SCHEDULER}.maybe_sleep_on_idle",
         kind="around",
         function="tiered_kv.plugin.cache.idle:sleep_when_idle",

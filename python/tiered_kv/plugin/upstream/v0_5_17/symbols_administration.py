@@ -60,6 +60,7 @@ ADMINISTRATION = (
         process_input_requests="recv_reqs",
         maybe_sleep_on_idle="",
         pause_generation="recv_req",
+        continue_generation="recv_req",
         _prefetch_kvcache="req",
     ),
     object_(

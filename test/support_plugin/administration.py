@@ -1,0 +1,117 @@
+"""What trainers and operators send to SGLang's scheduler, as its dispatcher hands it over."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.managers.io_struct import (
+    ContinueGenerationReqInput,
+    PauseGenerationReqInput,
+    ReleaseMemoryOccupationReqInput,
+    ResumeMemoryOccupationReqInput,
+    UpdateWeightFromDiskReqInput,
+)
+from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
+from sglang.srt.managers.tp_worker import BaseTpWorker
+from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
+
+from support_plugin.decode_loop import DecodeLoop, PretendDisk
+from support_plugin.kv_model import KvModel
+from tiered_kv.forest.key import namespace_hash
+from tiered_kv.plugin.cache import weight_updates
+
+
+class Worker(BaseTpWorker):
+    """SGLang's worker, whose model is the KV model: `model_path` says what becomes of an update."""
+
+    def __init__(self, model: KvModel) -> None:
+        self._model = model
+
+    @property
+    def model_runner(self) -> Any:
+        updater = SimpleNamespace(update_weights_from_disk=self._update)
+        return SimpleNamespace(weight_updater=updater)
+
+    def forward_batch_generation(self, forward_batch: Any) -> None:
+        raise NotImplementedError
+
+    def _update(
+        self, model_path: str, load_format: str, recapture_cuda_graph: bool
+    ) -> tuple[bool, str]:
+        if model_path == "not there":
+            return False, "no such folder"
+        if model_path != "the same":
+            self._model.version += 1
+        if model_path == "another shape":
+            raise ValueError("a tensor of another shape")
+        return model_path != "half of it", "loaded"
+
+
+class Administrator:
+    """Every call answers, whatever the scheduler is doing."""
+
+    def __init__(self, loop: DecodeLoop) -> None:
+        self._loop = loop
+        worker = Worker(loop.tp_worker)
+        weight_updates.track(loop.tree_cache, worker)
+        self._updater = SchedulerWeightUpdaterManager(
+            tp_worker=worker,
+            draft_worker=None,
+            tp_cpu_group=None,
+            memory_saver_adapter=TorchMemorySaverAdapter.create(enable=False),
+            flush_cache=loop.flush_cache,
+            is_fully_idle=loop.is_fully_idle,
+            scheduler=loop,
+        )
+
+    def update(self, model_path: str = "others", *, flush: bool = True) -> tuple[bool, str]:
+        """model_path: others, the same; not there, half of it, another shape.
+
+        If it asks for no flush, KV of the old weights may be read from then on.
+        """
+        model = self._loop.tp_worker
+        before = model.version
+        request = UpdateWeightFromDiskReqInput(
+            model_path=model_path, flush_cache=flush, torch_empty_cache=False
+        )
+        output = self._updater.update_weights_from_disk(request)
+        if model.version == before:
+            return output.success, output.message
+        model.versions = {model.version} if flush else model.versions | {model.version}
+        return output.success, output.message
+
+    def flush(self) -> bool:
+        is_flushed = self._loop.flush_cache(empty_cache=False)
+        if is_flushed:
+            self._loop.tp_worker.versions = {self._loop.tp_worker.version}
+        return bool(is_flushed)
+
+    def pause(self, mode: str) -> None:
+        self._loop.pause_generation(PauseGenerationReqInput(mode=mode))
+
+    def go_on(self) -> None:
+        self._loop.continue_generation(ContinueGenerationReqInput())
+
+    def release_memory(self) -> bool:
+        """Whether the memory of the KV cache is gone: what lies there then is overwritten."""
+        self._updater.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=["kv_cache"]))
+        if "kv_cache" not in self._updater.offload_tags:
+            return False
+        for buffer in self._loop.token_to_kv_pool_allocator.get_kvcache().get_kv_buffer(0):
+            buffer.fill_(-7.0)
+        return True
+
+    def resume_memory(self) -> None:
+        self._updater.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=["kv_cache"]))
+
+
+def versions_on_disk(disk: PretendDisk) -> dict[int, set[float]]:
+    """By the version of the weights that names pages: whose KV is in them."""
+    names = {namespace_hash("the KV model", str(version)): version for version in range(1000)}
+    found: dict[int, set[float]] = {}
+    for (namespace, _), page in disk.store._pages.items():
+        values = torch.frombuffer(bytearray(page), dtype=torch.float32).reshape(2, -1, 2)[1]
+        found.setdefault(names[namespace], set()).update(values[:, 0].tolist())
+    return found

@@ -1,0 +1,172 @@
+"""Copies to the device that fail under SGLang's own scheduler loop: requests are computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
+
+import torch
+
+from support_plugin.decode_loop import DecodeLoop
+from support_plugin.decode_requests import Kind, Oracle, light_costs, publish_arguments
+
+MakeLoop = Callable[..., DecodeLoop]
+GREEDY = {"ignore_eos": True}
+PROMPT = Kind(family=2, seed=0, n_own=20, max_new_tokens=8, sampling=GREEDY)
+LONGER = Kind(family=2, seed=0, n_own=44, max_new_tokens=8, sampling=GREEDY)
+OTHER = Kind(family=1, seed=1, n_own=6, max_new_tokens=30, sampling=GREEDY)
+#: Of the 31 tokens of PROMPT: whole pages, and one token to be computed.
+N_REUSABLE = 28
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    torch.compiler.set_stance("force_eager")
+    yield publish_arguments(tmp_path_factory.mktemp("model"))
+    torch.compiler.set_stance("default")
+
+
+@pytest.fixture(params=[True, False], ids=["overlap", "no-overlap"])
+def overlap(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture
+def make_loop(args: Any, overlap: bool) -> Iterator[MakeLoop]:
+    made: list[DecodeLoop] = []
+
+    def make(**options: Any) -> DecodeLoop:
+        made.append(DecodeLoop(args, overlap=overlap, **options))
+        return made[-1]
+
+    yield make
+    for loop in made:
+        loop.close()
+
+
+@pytest.fixture
+def answers(args: Any, overlap: bool) -> Iterator[Callable[[Kind], list[int]]]:
+    oracle = Oracle(args, overlap=overlap)
+    yield oracle.answer
+    oracle.close()
+
+
+def on_host(loop: DecodeLoop, *kinds: Kind) -> None:
+    """Their KV is on the host alone."""
+    for i, kind in enumerate(kinds):
+        loop.serve(kind.request(f"before {i}"))
+    assert loop.tree_cache.hierarchy.drain()
+    loop.tree_cache.hierarchy.evict_device(10_000)
+
+
+def fail_loads(loop: DecodeLoop, monkeypatch: pytest.MonkeyPatch, n: int) -> list[int]:
+    """The next `n` copies to the device fail; returns the pages of every copy that is tried."""
+    copier = loop.tree_cache.hierarchy.context.copier
+    to_device = copier.to_device
+    tried: list[int] = []
+
+    def copy(host_pages: Any, *rest: Any) -> None:
+        tried.append(len(host_pages))
+        if len(tried) <= n:
+            raise OSError("no such luck")
+        to_device(host_pages, *rest)
+
+    monkeypatch.setattr(copier, "to_device", copy)
+    return tried
+
+
+def test_the_requests_of_a_failed_load_are_computed_again(
+    make_loop: MakeLoop,
+    monkeypatch: pytest.MonkeyPatch,
+    answers: Callable[[Kind], list[int]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loop = make_loop()
+    on_host(loop, PROMPT)
+    tried = fail_loads(loop, monkeypatch, 1)
+    reqs = [PROMPT.request("a"), OTHER.request("b")]
+    said = loop.serve(*reqs)
+    assert list(said.values()) == [answers(PROMPT), answers(OTHER)]
+    assert tried == [7]
+    assert "the requests that needed them, 2, are computed again" in caplog.text
+    # Nothing of it was in the cache after all.
+    counted = [
+        (r.cached_tokens, r.cached_tokens_device, r.cached_tokens_host, r.retraction_count)
+        for r in reqs
+    ]
+    assert counted == [(0, 0, 0, 0), (0, 0, 0, 0)]
+    loop.check_nothing_is_held()
+    # It was not for ever.
+    assert loop.tree_cache.hierarchy.drain()
+    loop.tree_cache.hierarchy.evict_device(10_000)
+    again = PROMPT.request("c")
+    loop.serve(again)
+    assert tried == [7, 7]
+    assert again.cached_tokens_host == N_REUSABLE
+    loop.check_nothing_is_held()
+
+
+def test_beside_requests_that_decode(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch, answers: Callable[[Kind], list[int]]
+) -> None:
+    for is_mixed in (False, True):
+        loop = make_loop(is_mixed=is_mixed, chunk_tokens=16)
+        if is_mixed:
+            loop.govern("fcfs", "all", light_costs())
+        on_host(loop, PROMPT)
+        tried = fail_loads(loop, monkeypatch, 1)
+        decoding, loading = OTHER.request("b"), PROMPT.request("a")
+        loop.arrive(decoding)
+        loop.run(lambda req=decoding: len(req.output_ids) < 4)  # type: ignore[misc]
+        loop.serve(loading)
+        loop.run(lambda loop=loop: not loop.is_at_rest)  # type: ignore[misc]
+        assert tried == [7]
+        assert list(loading.output_ids) == answers(PROMPT)
+        assert list(decoding.output_ids) == answers(OTHER)
+        loop.check_nothing_is_held()
+        monkeypatch.undo()
+
+
+def test_in_the_first_chunk_of_a_long_prompt(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch, answers: Callable[[Kind], list[int]]
+) -> None:
+    loop = make_loop(chunk_tokens=8)
+    on_host(loop, PROMPT)
+    tried = fail_loads(loop, monkeypatch, 1)
+    req = LONGER.request("a")
+    loop.serve(req)
+    assert tried == [7]
+    assert list(req.output_ids) == answers(LONGER)
+    assert req.cached_tokens == 0
+    loop.check_nothing_is_held()
+
+
+def test_a_device_that_takes_nothing_any_more_only_costs_time(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch, answers: Callable[[Kind], list[int]]
+) -> None:
+    loop = make_loop()
+    tried = fail_loads(loop, monkeypatch, 10_000)
+    for n in range(12):
+        on_host(loop, PROMPT)
+        req = PROMPT.request(f"r{n}")
+        loop.serve(req)
+        assert list(req.output_ids) == answers(PROMPT)
+    assert 2 <= len(tried) <= 6
+    loop.check_nothing_is_held()
+
+
+def test_nobody_asks_after_passes_that_loaded_nothing(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The question is a collective call."""
+    loop = make_loop()
+
+    def asked(index: int) -> bool:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(loop.tree_cache.hierarchy, "has_failed", asked)
+    loop.serve(PROMPT.request("a"), OTHER.request("b"))
