@@ -26,6 +26,7 @@ from benchmark.simulation.probe import Answer, Probe
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "test"))
 
+from support.metrics import wait_for_disk
 from support.server import Server
 
 FRESH, DEVICE, HOST, DISK = "new", "again", "after others", "after a flush"
@@ -161,7 +162,7 @@ def systems(setting: Setting, sizes: Sizes, disk: Path) -> dict[str, dict[str, A
         launcher = Path(__file__).parents[1] / "serving" / "hicache_on_cpu.py"
         more["launcher"] = (str(launcher),)
     more["env"] = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(disk / "hicache")}
-    tiered = ["--tiered-kv", "--tiered-kv-host-size", f"{sizes.host_bytes}B"]
+    tiered = ["--tiered-kv", "--enable-metrics", "--tiered-kv-host-size", f"{sizes.host_bytes}B"]
     tiered += ["--tiered-kv-disk-dir", str(disk / "tiered"), "--tiered-kv-disk-size", "40GB"]
     if setting.is_small:
         # So small a model computes sooner than anything can be loaded.
@@ -300,6 +301,8 @@ def warm_up(probe: Probe, sizes: Sizes) -> None:
 
 def flush(server: Server) -> None:
     """Empties device and host, once everything is on disk: a busy server refuses."""
+    if "--tiered-kv" in server.args:
+        wait_for_disk(server, timeout_s=FLUSH_TIMEOUT_S)
     deadline = time.monotonic() + FLUSH_TIMEOUT_S
     while True:
         response = server.post("/flush_cache")

@@ -39,6 +39,12 @@ def test_two_ranks_stay_in_step(
         server.flush_cache()
         from_disk = generate_all(server, asked, concurrency=4)
 
+        # Ranks that part over an update, or over one that fails, would wait for each other.
+        for path, status in ((model, 200), (tmp_path / "nowhere", 400), (model, 200)):
+            body = {"model_path": str(path)}
+            assert server.post("/update_weights_from_disk", body).status_code == status
+        after_updates = generate_all(server, asked, concurrency=4)
+
         load = mixed_requests(prompts, 80, seed=3)
         answers = serve(server, load, concurrency=16)
         truths = serve(server, [r.alone(f"alone {i}") for i, r in enumerate(load)], 4)
@@ -47,8 +53,9 @@ def test_two_ranks_stay_in_step(
     assert [answer.disk + answer.device for answer in from_disk] == [288] * 5
     # What is next in the queue may be on the device ahead of its turn, where there is room.
     assert all(answer.disk > 288 // 2 for answer in from_disk)
-    given = [answer.output_ids for answer in (*from_host, *from_disk)]
-    assert given == [answer.output_ids for answer in (*computed[:2], *computed)]
+    assert all(answer.disk > 288 // 2 for answer in after_updates)
+    given = [answer.output_ids for answer in (*from_host, *from_disk, *after_updates)]
+    assert given == [answer.output_ids for answer in (*computed[:2], *computed, *computed)]
     assert len({answer.output_ids for answer in computed}) == 5, "the model ignores its prompts"
     assert all(truth is not None and truth.cached_tokens == 0 for truth in truths)
     assert not differences(answers, [truth.output_ids for truth in truths])

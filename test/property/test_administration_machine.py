@@ -33,7 +33,7 @@ from support_plugin.decode_requests import Kind, Oracle, kinds, light_costs, pub
 N_HISTORIES = int(os.environ.get("TIERED_KV_PROPERTY_EXAMPLES", "60"))
 TURNS_MAX = 3000
 #: Nothing here waits for anything but copies of some pages; the machine may be busy.
-ANSWER_S = 5.0
+ANSWER_S = 15.0
 #: (overlap, device pages, host pages, chunk, decodes mixed in, who is in charge of the queue).
 SHAPES: list[tuple[bool, int, int, int | None, bool, str | None]] = [
     (True, 40, 60, None, False, None),

@@ -8,9 +8,13 @@ from pathlib import Path
 INJECT = Path(__file__).with_name("inject")
 
 
-def injected(name: str, **settings: object) -> dict[str, str]:
-    """The environment for a Server in whose processes inject/`name`.py is at work."""
-    assert (INJECT / f"{name}.py").is_file(), name
+def injected(names: str, **settings: object) -> dict[str, str]:
+    """The environment for a Server in whose processes inject/`name`.py are at work.
+
+    names: one, or several separated by commas.
+    """
+    for name in names.split(","):
+        assert (INJECT / f"{name}.py").is_file(), name
     variables = {key: str(value) for key, value in settings.items()}
     path = os.pathsep.join(filter(None, (str(INJECT), os.environ.get("PYTHONPATH"))))
-    return {"PYTHONPATH": path, "TIERED_KV_TEST_INJECT": name, **variables}
+    return {"PYTHONPATH": path, "TIERED_KV_TEST_INJECT": names, **variables}

@@ -1,8 +1,8 @@
 """On PYTHONPATH, this breaks a part of a server on purpose, in every process that it starts.
 
-Python imports a module of this name at its start. TIERED_KV_TEST_INJECT names what is to be broken:
-a module beside this one, with TARGET, the module to be changed, and `inject(module)`, which is
-called once TARGET has been executed.
+Python imports a module of this name at its start. TIERED_KV_TEST_INJECT names what is to be broken,
+separated by commas: modules beside this one, with TARGET, the module to be changed, and
+`inject(module)`, which is called once TARGET has been executed.
 """
 
 from __future__ import annotations
@@ -37,5 +37,5 @@ class InjectingFinder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if name := os.environ.get("TIERED_KV_TEST_INJECT"):
+for name in filter(None, os.environ.get("TIERED_KV_TEST_INJECT", "").split(",")):
     sys.meta_path.insert(0, InjectingFinder(importlib.import_module(name)))

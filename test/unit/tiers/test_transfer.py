@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tiered_kv.tiers.transfer import SingleRank, TransferQueue
+from tiered_kv.tiers.transfer import SingleRank, TransferQueue, Wanted
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -79,6 +79,27 @@ def test_what_is_in_flight_is_what_is_not_acknowledged(make_queue: MakeQueue) ->
     assert (queue.in_flight, queue.pages_in_flight, queue.n_ready) == (1, 4, 1)
     queue.acknowledge(1)
     assert (queue.in_flight, queue.pages_in_flight, queue.n_ready) == (0, 0, 0)
+
+
+def test_open_jobs_are_those_in_flight(make_queue: MakeQueue) -> None:
+    queue = make_queue(all_pages)
+    jobs = [Copy(1), Copy(2), Copy(3)]
+    for job in jobs:
+        queue.submit(job)
+    assert queue.wait(PATIENCE_S)
+    assert queue.open_jobs == tuple(jobs)
+    queue.acknowledge(2)
+    assert queue.open_jobs == (jobs[2],)
+
+
+def test_what_nobody_wants_any_more_is_over() -> None:
+    wanted = Wanted()
+    assert not wanted.is_over()
+    wanted.until_s = time.monotonic() + 60
+    assert not wanted.is_over()
+    wanted.until_s = time.monotonic() - 0.001
+    assert wanted.is_over()
+    assert Wanted(by_anyone=False).is_over()
 
 
 def test_an_exception_counts_as_no_pages_and_the_next_job_runs(
