@@ -18,6 +18,7 @@ from tiered_kv.api.fields import TermsError
 from tiered_kv.api.parse import HINTS, SLO, fields_in, fields_in_headers, parse_terms
 from tiered_kv.api.report import RequestReport
 from tiered_kv.api.slo import SloClasses
+from tiered_kv.plugin.requests import guard
 from tiered_kv.plugin.requests import reports as request_reports
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,9 @@ async def check_http_request(original: Callable[..., Any], request: Any) -> Any:
     classes = None if state is None else classes_of(state.tokenizer_manager.server_args)
     if classes is not None and SCOPE_KEY not in request.scope:
         try:
+            guard.refuse_internal_fields(body)
             request.scope[SCOPE_KEY] = fields_of_http(body, request.headers, classes)
-        except TermsError as error:
+        except ValueError as error:
             raise HTTPException(status_code=400, detail=str(error)) from None
     return body
 

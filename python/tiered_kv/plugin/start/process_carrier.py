@@ -25,6 +25,7 @@ def prepare_main_process() -> None:
     for process in hooks.Process:
         hooks.verify_installed(process)
     _register_radix_cache()
+    _guard_routes()
 
 
 def prepare_child_process() -> None:
@@ -42,9 +43,19 @@ def prepare_child_process() -> None:
     upstream.verify_version()
     processes = hooks.loaded_processes()
     hooks.install(processes)
+    if hooks.Process.HTTP_SERVER in processes:
+        _guard_routes()
     if hooks.Process.SCHEDULER in processes:
         _register_radix_cache()
         _register_attention_backend()
+
+
+def _guard_routes() -> None:
+    from sglang.srt.entrypoints import http_server
+
+    from tiered_kv.plugin.requests import guard
+
+    guard.answer_with_400(http_server.app)
 
 
 def _register_attention_backend() -> None:
