@@ -60,7 +60,8 @@ TOKEN = st.one_of(
 TOKENS = st.one_of(
     st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=PROMPT_TOKENS_MAX),
     st.integers(1, 1100).map(lambda n: [5] * n),
-    st.lists(TOKEN, max_size=8),
+    st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=8),
+    st.lists(TOKEN, max_size=3),
 )
 FEW = st.integers(0, 6)
 FRACTION = st.floats(0, 2, allow_nan=False)
@@ -91,18 +92,18 @@ HINTS = bodies(
 OURS = {"slo": SLO, "hints": HINTS}
 
 PENALTIES = {
-    "frequency_penalty": st.floats(-2.5, 2.5, allow_nan=False),
-    "presence_penalty": st.floats(-2.5, 2.5, allow_nan=False),
-    "repetition_penalty": st.floats(0, 3, allow_nan=False),
+    "frequency_penalty": st.floats(-2.1, 2, allow_nan=False),
+    "presence_penalty": st.floats(-2, 2.1, allow_nan=False),
+    "repetition_penalty": st.floats(0.1, 2.1, allow_nan=False),
 }
 SAMPLING = {
     **PENALTIES,
     "temperature": FRACTION,
-    "top_p": st.floats(0, 1.2, allow_nan=False),
+    "top_p": st.floats(0.1, 1.05, allow_nan=False),
     "top_k": st.sampled_from([-1, 0, 1, 5, 2**31]),
-    "min_p": st.floats(0, 1.2, allow_nan=False),
+    "min_p": st.floats(0, 1.05, allow_nan=False),
     "stop": STOP,
-    "stop_token_ids": st.lists(TOKEN, max_size=4),
+    "stop_token_ids": st.lists(st.integers(0, VOCABULARY), max_size=4),
     "stop_regex": st.sampled_from(["[a-z]+", "(", "a{1,1000}", ""]),
     "ignore_eos": FLAG,
     "skip_special_tokens": FLAG,
@@ -111,7 +112,8 @@ SAMPLING = {
     "ebnf": st.sampled_from(['root ::= "a"', "root ::=", ""]),
     "json_schema": st.sampled_from(['{"type": "object"}', "{", '{"type": "nothing"}', "null"]),
     "logit_bias": st.dictionaries(
-        st.sampled_from(["5", "-1", "49151", "49152", "abc", "99999999999"]), st.floats(-100, 100)
+        st.sampled_from(["5", "6", "7", "8", "9", "-1", "49151", "49152", "abc"]),
+        st.floats(-100, 100),
     ),
     "custom_params": st.one_of(st.fixed_dictionaries({}, optional=OURS), st.just({"x": 1})),
 }
@@ -300,11 +302,16 @@ MESSAGES: st.SearchStrategy[Body] = bodies(
     },
 ).map(lambda body: ("/v1/messages", body))
 
+OLLAMA = bodies(
+    {"num_predict": FEW},
+    {"temperature": FRACTION, "top_k": st.integers(-1, 50), "stop": STOP, "seed": SEED},
+)
 OTHERS: st.SearchStrategy[Body] = st.one_of(
-    bodies({**MODEL, "messages": st.lists(MESSAGE, max_size=3)}, {"stream": FLAG, **OURS}).map(
-        lambda body: ("/api/chat", body)
-    ),
-    bodies({**MODEL, "prompt": TEXT}, {"stream": FLAG, "options": NATIVE_SAMPLING, **OURS}).map(
+    bodies(
+        {**MODEL, "messages": st.lists(MESSAGE, max_size=3), "options": OLLAMA},
+        {"stream": FLAG, **OURS},
+    ).map(lambda body: ("/api/chat", body)),
+    bodies({**MODEL, "prompt": TEXT, "options": OLLAMA}, {"stream": FLAG, **OURS}).map(
         lambda body: ("/api/generate", body)
     ),
     bodies(

@@ -28,6 +28,23 @@ GUARD_HOOKS = (
         )
         for target, process in _READERS
     ),
+    *(
+        Hook(
+            target=f"sglang.srt.entrypoints.ollama.serving.OllamaServing.{method}",
+            kind="around",
+            function=f"{_GUARD}:begin_stream",
+            process=Process.HTTP_SERVER,
+            why="a stream that cannot begin would be cut off instead of being answered with 400",
+        )
+        for method in ("_stream_chat_response", "_stream_generate_response")
+    ),
+    Hook(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager.score_request",
+        kind="before",
+        function=f"{_GUARD}:check_score",
+        process=Process.TOKENIZER,
+        why="a score of no labels would be answered with 500, as if the server had failed",
+    ),
     Hook(
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
         kind="around",

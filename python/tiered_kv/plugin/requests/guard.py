@@ -11,10 +11,11 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 import numpy as np
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -26,7 +27,7 @@ CLIENT_FAULTS = (
     *(TypeError, KeyError, IndexError, AttributeError, AssertionError),
     *(ArithmeticError, RecursionError, NotImplementedError, UnicodeError, re.error),
 )
-_INT64 = np.iinfo(np.int64)
+_INT32, _INT64 = np.iinfo(np.int32), np.iinfo(np.int64)
 
 
 def _told(error: Exception) -> ValueError:
@@ -78,6 +79,25 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({**body, "error": {"message": str(told)}}, status_code=400)
 
 
+async def begin_stream(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """AROUND a coroutine that returns a StreamingResponse and leaves its errors to nobody.
+
+    The first chunk is fetched before the response begins, while there still is a status to say.
+    """
+    response = await original(*args, **kwargs)
+    chunks = response.body_iterator
+    first = await anext(chunks, None)
+
+    async def all_chunks() -> AsyncIterator[Any]:
+        if first is not None:
+            yield first
+        async for chunk in chunks:
+            yield chunk
+
+    response.body_iterator = all_chunks()
+    return response
+
+
 # -- what no client has a value for ----------------------------------------------------------------
 
 #: Fields of a body that SGLang's own processes fill in. A client's would reach the scheduler as
@@ -113,6 +133,7 @@ def check_tokenized(
     if tokenized.input_ids is not None and tokenized.mm_inputs is None:
         check_prompt(tokenized.input_ids, vocabulary)
     check_sampling(tokenized.sampling_params, vocabulary)
+    check_labels(getattr(obj, "custom_labels", None), manager.server_args)
     return tokenized
 
 
@@ -133,19 +154,48 @@ def check_prompt(ids: Sequence[int], vocabulary: int) -> None:
 
 
 def check_sampling(sampling: Any, vocabulary: int) -> None:
-    """Raises ValueError for token ids and numbers that would only fail in the scheduler.
+    """Raises ValueError for types and numbers that would only fail in the scheduler.
 
-    sampling: upstream's SamplingParams, normalised and verified by it.
+    sampling: upstream's SamplingParams, normalised and verified by it. SGLang makes it out of
+    whatever was sent and puts its numbers into tensors of 32 bits, the seed into one of 64.
     """
+    for field in msgspec.structs.fields(sampling):
+        value = getattr(sampling, field.name)
+        try:
+            msgspec.convert(value, field.type)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{field.name}: {error}.") from None
+        bounds = _INT64 if field.name == "sampling_seed" else _INT32
+        if isinstance(value, int) and not bounds.min <= value <= bounds.max:
+            raise ValueError(f"{field.name} must fit {bounds.bits} bits, not {str(value)[:60]}.")
     for token in sampling.stop_token_ids or ():
-        if not isinstance(token, int) or not 0 <= token < vocabulary:
+        if not 0 <= token < vocabulary:
             raise ValueError(
-                f"stop_token_ids has {str(token)[:60]}, but the model's token ids are 0 to "
-                f"{vocabulary - 1}."
+                f"stop_token_ids has {token}, but the model's token ids are 0 to {vocabulary - 1}."
             )
-    seed = sampling.sampling_seed
-    if seed is not None and not _INT64.min <= seed <= _INT64.max:
-        raise ValueError("the seed must fit 64 bits.")
+
+
+def check_labels(labels: Mapping[str, str] | None, server_args: Any) -> None:
+    """Raises ValueError for labels of metrics that the server was not told of.
+
+    Prometheus' client refuses them when the first token comes, in the loop that all answers pass.
+    """
+    allowed = server_args.tokenizer_metrics_allowed_custom_labels or ()
+    for label in labels or ():
+        if label not in allowed:
+            raise ValueError(
+                f"custom_labels has {str(label)[:60]}, which is not among the server's "
+                "--tokenizer-metrics-allowed-custom-labels."
+            )
+
+
+def check_score(manager: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE `TokenizerManager.score_request`. Raises ValueError.
+
+    Without a label the scheduler returns no probabilities, and SGLang reads the first.
+    """
+    if not kwargs.get("label_token_ids"):
+        raise ValueError("label_token_ids must name at least one token.")
 
 
 # -- the scheduler ---------------------------------------------------------------------------------

@@ -18,11 +18,12 @@ def prepare_main_process() -> None:
     is a plain message and an exit code. Raises UpstreamError.
     """
     from tiered_kv.plugin.hooks import table as hooks
+    from tiered_kv.plugin.hooks.hook import Process
     from tiered_kv.plugin.upstream import release as upstream
 
     upstream.verify()
-    hooks.install(hooks.Process)
-    for process in hooks.Process:
+    hooks.install(Process)
+    for process in Process:
         hooks.verify_installed(process)
     _register_radix_cache()
     _guard_routes()
@@ -37,15 +38,16 @@ def prepare_child_process() -> None:
     from sglang.srt.plugins import load_plugins
 
     from tiered_kv.plugin.hooks import table as hooks
+    from tiered_kv.plugin.hooks.hook import Process
     from tiered_kv.plugin.upstream import release as upstream
 
     load_plugins()
     upstream.verify_version()
     processes = hooks.loaded_processes()
     hooks.install(processes)
-    if hooks.Process.HTTP_SERVER in processes:
+    if Process.HTTP_SERVER in processes:
         _guard_routes()
-    if hooks.Process.SCHEDULER in processes:
+    if Process.SCHEDULER in processes:
         _register_radix_cache()
         _register_attention_backend()
 
