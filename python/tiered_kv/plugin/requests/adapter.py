@@ -19,6 +19,7 @@ from tiered_kv.api.parse import HINTS, SLO, fields_in, fields_in_headers, parse_
 from tiered_kv.api.report import RequestReport
 from tiered_kv.api.slo import SloClasses
 from tiered_kv.plugin.requests import reports as request_reports
+from tiered_kv.plugin.requests import tenants
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ async def check_http_request(original: Callable[..., Any], request: Any) -> Any:
     if classes is not None and SCOPE_KEY not in request.scope:
         try:
             request.scope[SCOPE_KEY] = fields_of_http(body, request.headers, classes)
+            request.scope[tenants.SCOPE_KEY] = tenants.key_of_body(body)
+            tenants.forget_unknown(body)
         except TermsError as error:
             raise HTTPException(status_code=400, detail=str(error)) from None
     return body
@@ -94,6 +97,9 @@ def lift_fields(
     if classes is None or not isinstance(obj, GenerateReqInput):
         return original(manager, obj, request)
     sent = _fields_sent_with(request, classes)
+    tenants.put_key(obj, request)
+    # SGLang finds it by `lora_path`; a client's own would reach the scheduler as it is.
+    obj.lora_id = None
     obj.sampling_params = place(
         obj.sampling_params, sent, classes, manager.preferred_sampling_params
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from tiered_kv.plugin.upstream.symbol import SRT, Symbol, function, methods, object_
 from tiered_kv.plugin.upstream.v0_5_17.symbols_attention import ATTENTION
 from tiered_kv.plugin.upstream.v0_5_17.symbols_cache import (
+    ADAPTERS,
     CACHE_INTERFACE,
     POOLS,
     REQUESTS_AND_EVENTS,
@@ -20,7 +21,7 @@ from tiered_kv.plugin.upstream.v0_5_17.symbols_scheduler import DECODE, QUEUE, S
 _STREAM = "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
 
 PLUGIN_SYSTEM = (
-    object_("sglang.version.__version__", "", "upstream.release"),
+    object_("sglang.version.__version__", "", "upstream.release cache.build"),
     function(f"{SRT}.plugins.load_plugins", "", "start.process_carrier"),
     object_(f"{SRT}.plugins.hook_registry.HookRegistry", "", "start.entry hooks.table"),
     function(
@@ -92,8 +93,13 @@ FRONT_ENDS = (
     ),
     object_(
         f"{SRT}.managers.io_struct.GenerateReqInput",
-        "sampling_params batch_size parallel_sample_num",
-        "requests.adapter requests.openai_responses",
+        "sampling_params batch_size parallel_sample_num extra_key lora_id",
+        "requests.adapter requests.openai_responses requests.tenants",
+    ),
+    function(
+        f"{SRT}.entrypoints.openai.serving_base.OpenAIServingBase._compute_extra_key",
+        "self request",
+        "requests.tenants",
     ),
     function(f"{SRT}.entrypoints.http_server.ORJSONRequest.json", "self", "requests.adapter"),
     function(f"{SRT}.entrypoints.http_server.get_global_state", "", "requests.adapter"),
@@ -139,6 +145,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     *FRONT_ENDS,
     *CACHE_INTERFACE,
     *POOLS,
+    *ADAPTERS,
     *REQUESTS_AND_EVENTS,
     *CPU_PLATFORM,
     *ATTENTION,
