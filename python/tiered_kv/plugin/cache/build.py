@@ -71,9 +71,8 @@ class RankMinimum:
     def gather(self, data: bytes) -> list[bytes]:
         """What every rank gave, in their order; equally long on all."""
         own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        n_ranks = torch.distributed.get_world_size(self._group)
-        found = [torch.empty_like(own) for _ in range(n_ranks)]
-        torch.distributed.all_gather(found, own, group=self._group)
+        found = [torch.empty_like(own) for _ in range(self._group.size())]
+        self._group.allgather([found], [own]).wait()
         return [bytes(one.tolist()) for one in found]
 
 
