@@ -10,14 +10,13 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from tiered_kv.core.errors import TieredKVError
 from tiered_kv.core.ids import Tier
-from tiered_kv.forest.key import namespace_hash
+from tiered_kv.forest.key import SHARED_TREE, TreeKey, tree_hash
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import InsertResult
@@ -75,8 +74,8 @@ class KVHierarchy:
     """Forest, policy and tiers, wired together.
 
     namespace: 32 bytes naming everything that makes KV reusable at all (the model's weights and
-    configuration, dtype, page layout, tensor-parallel shard); a request's own key (adapter, tenant
-    salt) picks the tree within it.
+    configuration, dtype, page layout, shard); a request's own key (adapter, tenant salt) picks the
+    tree within it.
     """
 
     def __init__(self, context: TierContext, namespace: bytes) -> None:
@@ -101,9 +100,10 @@ class KVHierarchy:
 
     # -- trees --------------------------------------------------------------------------------
 
-    def root(self, extra_key: str | None = None) -> Node:
-        """The root of the tree that requests with this key share."""
-        return self.context.forest.root(_root_hash(self._namespace, extra_key))
+    def root(self, key: TreeKey | None = None) -> Node:
+        """The root of the tree that requests with this key share; None is `SHARED_TREE`."""
+        key = key or SHARED_TREE
+        return self.context.forest.root(tree_hash(self._namespace, key), key)
 
     def set_namespace(self, namespace: bytes, disk: DiskPages | None) -> None:
         """After a flush: the weights have changed, and nothing cached before may be matched."""
@@ -326,9 +326,3 @@ class KVHierarchy:
                 break
         for open_queue in self._finish:
             open_queue.close()
-
-
-@lru_cache(maxsize=4096)
-def _root_hash(namespace: bytes, extra_key: str | None) -> bytes:
-    parts = ("shared",) if extra_key is None else ("keyed", extra_key)
-    return namespace_hash(namespace, *parts)

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+from sglang.version import __version__ as sglang_release
 
 from tiered_kv.core.config import TieredKVConfig
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.memory.manager import MemoryManager
-from tiered_kv.plugin.cache import fingerprint, weight_updates
+from tiered_kv.plugin.cache import adapters, fingerprint, weight_updates
 from tiered_kv.plugin.cache.costs import build_cost_model
 from tiered_kv.plugin.cache.device_copier import make_copier
 from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
@@ -66,6 +68,13 @@ class RankMinimum:
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MIN, group=self._group)
         return [int(value) for value in tensor.tolist()]
 
+    def gather(self, data: bytes) -> list[bytes]:
+        """What every rank gave, in their order; equally long on all."""
+        own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        found = [torch.empty_like(own) for _ in range(self._group.size())]
+        self._group.allgather([found], [own]).wait()
+        return [bytes(one.tolist()) for one in found]
+
 
 class HostReport:
     """What upstream's metrics reporter reads of a host pool, in tokens."""
@@ -112,6 +121,8 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     ctx.params.token_to_kv_pool_allocator.get_kvcache().register_layer_transfer_counter(gate)
     ctx.tp_worker.register_hicache_layer_transfer_counter(gate)
     weight_updates.track(cache)
+    lora_manager = getattr(ctx.tp_worker.model_runner, "lora_manager", None)
+    adapters.track(adapters.AdapterNames(lora_manager, make_collective(ctx)))
     return cache
 
 
@@ -276,17 +287,40 @@ def open_disk(config: TieredKVConfig, tp_rank: int, tp_size: int) -> DiskStore |
 def name_namespace(
     ctx: TreeCacheBuildContext, pool: Any, formats: TierFormats, store: DiskStore | None
 ) -> tuple[bytes, DiskPages | None]:
+    """The namespace of KV computed from now on, and its pages on disk if they are kept there.
+
+    On several ranks all must call it at the same points.
+    """
     started = time.perf_counter()
-    namespace = fingerprint.namespace_of(
-        ctx.tp_worker.model_runner.model,
+    model = ctx.tp_worker.model_runner.model
+    collective = make_collective(ctx)
+    checksum = fingerprint.weights_checksum(model)
+    checksums = collective.gather(checksum) if isinstance(collective, RankMinimum) else [checksum]
+    is_replicated = isinstance(pool, MLATokenToKVPool)
+    n_kv_heads = None if is_replicated else ctx.model_config.get_total_num_kv_heads()
+    parts = fingerprint.parts_of(
+        model,
         ctx.model_config,
+        ctx.server_args,
         pool,
         # What lies on disk is what must not be misread: host pages end with this process.
         formats.disk,
-        shard=f"{ctx.tp_rank} of {ctx.tp_size}",
+        weights=fingerprint.weights_of_all(checksums),
+        shard=fingerprint.kv_shard(ctx.tp_rank, ctx.tp_size, n_kv_heads),
+        release=sglang_release,
     )
-    logger.info("Tiered KV: named the weights in %.2f s.", time.perf_counter() - started)
+    namespace = fingerprint.namespace_of(parts)
+    logger.info(
+        "Tiered KV: named the weights in %.2f s; the namespace is %s, of %s.",
+        time.perf_counter() - started,
+        namespace.hex()[:8],
+        fingerprint.described(parts),
+    )
     if store is None:
+        return namespace, None
+    reason = fingerprint.beyond_names(ctx.model_config)
+    if reason is not None:
+        logger.warning("Tiered KV: nothing is kept on disk: %s.", reason)
         return namespace, None
     description = f"{ctx.server_args.model_path} {pool.dtype} page {formats.disk.page_size}"
     if formats.disk_layout is not None and formats.disk.is_lossy:

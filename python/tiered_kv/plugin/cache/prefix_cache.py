@@ -28,6 +28,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from tiered_kv.core.ids import Tier
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.node import Node
 from tiered_kv.tiers.context import device_slots_of
 from tiered_kv.tiers.hierarchy import KVHierarchy
@@ -98,7 +99,7 @@ class TieredPrefixCache(RadixCache):
             host_hit_length=prefix.n_host_tokens,
         )
 
-    def root_node_handle(self, extra_key: str | None = None) -> Node:
+    def root_node_handle(self, extra_key: TreeKey | None = None) -> Node:
         return self.hierarchy.root(extra_key)
 
     def is_root(self, node: Node) -> bool:

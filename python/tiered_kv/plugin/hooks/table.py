@@ -16,6 +16,7 @@ from tiered_kv.core.errors import UpstreamError
 from tiered_kv.plugin.hooks.decode_table import DECODE_HOOKS
 from tiered_kv.plugin.hooks.guard_table import GUARD_HOOKS
 from tiered_kv.plugin.hooks.hook import Hook, Process
+from tiered_kv.plugin.hooks.naming_table import NAMING_HOOKS
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
@@ -121,6 +122,16 @@ HOOKS: tuple[Hook, ...] = (
             why=why,
         )
         for target, kind, function, why in DECODE_HOOKS
+    ),
+    *(
+        Hook(
+            target=f"sglang.srt.{target}",
+            kind=kind,
+            function=f"tiered_kv.plugin.{function}",
+            process=Process[process],
+            why=why,
+        )
+        for process, target, kind, function, why in NAMING_HOOKS
     ),
     Hook(
         target="sglang.srt.managers.scheduler_components.request_receiver"

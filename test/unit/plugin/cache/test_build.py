@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -99,3 +101,21 @@ def test_the_allocator_frees_whole_pages() -> None:
     assert allocator.alloc(64) is None
     allocator.free(slots)
     assert allocator.available() == 64
+
+
+def test_ranks_gather_what_each_of_them_gave() -> None:
+    """Two ranks of gloo in one process: a group needs a store in common, not a process each."""
+    store = torch.distributed.HashStore()
+    given = [bytes(range(32)), bytes(range(100, 132))]
+    gathered: list[list[bytes]] = [[], []]
+
+    def rank(index: int) -> None:
+        group = torch.distributed.ProcessGroupGloo(store, index, 2, timedelta(seconds=30))
+        gathered[index] = build.RankMinimum(group).gather(given[index])
+
+    threads = [threading.Thread(target=rank, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert gathered == [given, given]
