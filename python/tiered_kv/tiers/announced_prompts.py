@@ -90,7 +90,7 @@ class AnnouncedPrompts:
     def _end_of(self, prompt: _Prompt) -> Node:
         """How far the prompt goes that device and host have now."""
         root = self._hierarchy.root(prompt.extra_key)
-        return self._hierarchy.match(root, prompt.tokens).last
+        return self._hierarchy.peek(root, prompt.tokens)
 
     def _release(self, prompt: _Prompt) -> None:
         """What it has read is ordinary cache from now on; what it has not, nobody needs."""

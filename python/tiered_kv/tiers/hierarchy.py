@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -119,17 +119,14 @@ class KVHierarchy:
     def match(self, root: Node, tokens: array[int], limit: int | None = None) -> UsablePrefix:
         """The longest prefix of `tokens[:limit]` that device, then host, can provide now."""
         path = self.context.forest.match(root, tokens, limit).path
-        n_device = 0
-        for node in path:
-            if node.state(Tier.DEVICE) is Residency.ABSENT:
-                break
-            n_device += 1
-        n_usable = n_device
-        for node in path[n_device:]:
-            if node.state(Tier.HOST) is not Residency.RESIDENT:
-                break
-            n_usable += 1
+        n_device, n_usable = _usable(path)
         return UsablePrefix(root, path[:n_device], path[n_device:n_usable])
+
+    def peek(self, root: Node, tokens: array[int]) -> Node:
+        """The last node that such a prefix goes through to its end; looking is no use of it."""
+        path = self.context.forest.peek(root, tokens).path
+        _, n_usable = _usable(path)
+        return path[n_usable - 1] if n_usable else root
 
     def insert(self, root: Node, tokens: array[int], slots: torch.Tensor) -> InsertResult:
         """Takes over those device slots of `tokens` (whole pages) that the tree lacks.
@@ -326,6 +323,21 @@ class KVHierarchy:
                 break
         for open_queue in self._finish:
             open_queue.close()
+
+
+def _usable(path: Sequence[Node]) -> tuple[int, int]:
+    """How many leading nodes the device can provide, and how many it and then the host can."""
+    n_device = 0
+    for node in path:
+        if node.state(Tier.DEVICE) is Residency.ABSENT:
+            break
+        n_device += 1
+    n_usable = n_device
+    for node in path[n_device:]:
+        if node.state(Tier.HOST) is not Residency.RESIDENT:
+            break
+        n_usable += 1
+    return n_device, n_usable
 
 
 @lru_cache(maxsize=4096)

@@ -124,6 +124,18 @@ def test_a_fetch_ends_with_the_call_or_with_the_wait_for_it(
     rig.drain()
 
 
+def test_looking_for_an_announced_prompt_is_no_use_of_it(
+    scheduler: MiniScheduler, rig: Rig
+) -> None:
+    rig.serve(PROMPT)
+    prompts = scheduler.tiered_kv_order.foretold.prompts
+    node = rig.hierarchy.match(rig.hierarchy.root(), PROMPT).last
+    prompts.remember(node, None)
+    before = node.hits, node.last_access
+    assert prompts.fetch(node.node_id) == node.node_id
+    assert (node.hits, node.last_access) == before
+
+
 def test_the_oldest_prompts_are_forgotten_beyond_a_bound(
     scheduler: MiniScheduler, rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
