@@ -237,10 +237,11 @@ class Rig:
         return request
 
     def arrive(self, rid: str, tokens: array[int], extra_key: str | None = None) -> None:
-        """Like `_prefetch_kvcache` at enqueue: looks at the disk below what can be used now."""
+        """Like `_prefetch_kvcache` at enqueue, and the poll that follows in the same pass."""
         root = self.hierarchy.root(extra_key)
         prefix = self.hierarchy.match(root, tokens, len(tokens) - 1)
         self.hierarchy.prefetch.request(rid, prefix.last, tokens[prefix.last.end :])
+        self.hierarchy.poll()
 
     # -- waiting ------------------------------------------------------------------------------
 
@@ -324,6 +325,7 @@ class Rig:
         self.forest.check_integrity()
         self._check_device_slots()
         self._check_host_slots()
+        self._check_held_pages()
         self._check_bytes()
 
     def _check_device_slots(self) -> None:
@@ -344,6 +346,20 @@ class Rig:
                 held += host_pages_of(node).tolist()
         assert len(set(held)) == len(held), "a host page belongs to two nodes"
         assert len(held) + self.host.n_free == self.host.n_pages, "host pages were lost"
+
+    def _check_held_pages(self) -> None:
+        """What waiting requests hold counts once, is within its share, and cannot be evicted."""
+        order, tickets = self.hierarchy.prefetch._order, self.hierarchy.prefetch.tickets
+        held = {int(page) for pages in order._held.values() for page in pages}
+        assert order.room_pages - order.free_pages == len(held) <= order.room_pages
+        assert set(order._held) == {t.name for t in tickets.values() if t.pinned is not None}
+        pinned = {
+            int(page)
+            for node in self.forest.nodes()
+            if node.pins(Tier.HOST) and node.state(Tier.HOST) is not Residency.ABSENT
+            for page in host_pages_of(node)
+        }
+        assert held <= pinned
 
     def _check_bytes(self) -> None:
         for node in self.forest.nodes():

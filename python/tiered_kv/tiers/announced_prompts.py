@@ -76,8 +76,8 @@ class AnnouncedPrompts:
         if prompt.ticket is None:
             last = self._end_of(prompt)
             prompt.ticket = f"announced call after node {node_id}"
-            prefetch.request(prompt.ticket, last, prompt.tokens[last.end :])
-        if not prefetch.done(prompt.ticket):
+            prefetch.request(prompt.ticket, last, prompt.tokens[last.end :], is_ahead=True)
+        if not prefetch.is_settled(prompt.ticket):
             return node_id
         self._release(prompt)
         prompt.is_fetched = True
