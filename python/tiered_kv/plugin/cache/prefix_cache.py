@@ -29,6 +29,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
+from tiered_kv.plugin.requests.view import is_named_by_tokens
 from tiered_kv.tiers.context import device_slots_of
 from tiered_kv.tiers.hierarchy import KVHierarchy
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
-    from tiered_kv.plugin.cache.build import CacheParts
+    from tiered_kv.plugin.cache.parts import CacheParts
     from tiered_kv.plugin.queue.order import RequestOrder
 
 logger = logging.getLogger(__name__)
@@ -319,12 +320,3 @@ class TieredPrefixCache(RadixCache):
 
     def pretty_print(self) -> None:
         print(self.hierarchy.context.forest.view())  # noqa: T201
-
-
-def is_named_by_tokens(req: Req) -> bool:
-    """Whether a prompt's KV depends on its token ids alone, so that they may name it.
-
-    Embeddings given by the client override those of the tokens. Upstream does not match such
-    prompts, but inserts what they computed; on disk that would outlive the request's own error.
-    """
-    return req.positional_embed_overrides is None and req.input_embeds is None

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin.attention.cascade import planner_of
 from tiered_kv.plugin.decode.batch import decode_part
-from tiered_kv.plugin.decode.running import RunningRequests, terms_of
+from tiered_kv.plugin.decode.running import RunningRequests
 from tiered_kv.plugin.decode.swap_out import Leaving
 from tiered_kv.plugin.options import decode as decode_option
+from tiered_kv.plugin.requests.view import terms_of
 from tiered_kv.scheduler.iteration_policy import (
     IterationPlan,
     IterationPolicy,

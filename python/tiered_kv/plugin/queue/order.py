@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from tiered_kv.plugin.queue import clock_tick
 from tiered_kv.plugin.queue.foretold import Foretold
 from tiered_kv.plugin.queue.parking import Parking
-from tiered_kv.plugin.queue.queued import QueuedRequests, is_aborted, queued_of
+from tiered_kv.plugin.queue.queued import QueuedRequests
+from tiered_kv.plugin.requests.view import is_aborted, queued_of
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.slack_config import SlackConfig

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tiered_kv.plugin.cache.prefix_cache import is_named_by_tokens
+from tiered_kv.plugin.requests.view import is_named_by_tokens
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req

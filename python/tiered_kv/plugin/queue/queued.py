@@ -15,11 +15,17 @@ from typing import TYPE_CHECKING
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
-from tiered_kv.api.report import RequestReport
 from tiered_kv.api.terms import Terms
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TOKEN_TYPECODE
-from tiered_kv.plugin.cache.prefix_cache import is_named_by_tokens
+from tiered_kv.plugin.requests.view import (
+    QUEUED,
+    is_aborted,
+    is_named_by_tokens,
+    queued_of,
+    report_of,
+    terms_of,
+)
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import RequestPolicy
 from tiered_kv.scheduler.waiting import WaitingQueue
@@ -32,9 +38,6 @@ if TYPE_CHECKING:
     from tiered_kv.plugin.queue.clock_tick import SharedClock
     from tiered_kv.tiers.hierarchy import KVHierarchy
 
-#: The attribute of SGLang's request under which ours is kept.
-QUEUED = "tiered_kv_queued"
-_NO_TERMS = Terms()
 _NO_TOKENS = array(TOKEN_TYPECODE)
 
 
@@ -104,9 +107,8 @@ class QueuedRequests:
         self.has_news = True
 
     def _make(self, req: Req, clock: SharedClock) -> QueuedRequest:
-        terms: Terms = getattr(req, "tiered_kv_terms", _NO_TERMS)
-        if req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
-            terms = _NO_TERMS  # nobody was promised anything
+        is_probe = req.rid.startswith(HEALTH_CHECK_RID_PREFIX)  # nobody was promised anything
+        terms = Terms() if is_probe else terms_of(req)
         self._next_id += 1
         return QueuedRequest(
             request_id=self._next_id,
@@ -275,19 +277,3 @@ def _credit_source(req: Req, n_tokens: int) -> None:
     req.cached_tokens_device -= n_tokens
     req.cached_tokens_storage += from_disk
     req.cached_tokens_host += n_tokens - from_disk
-
-
-def queued_of(req: Req) -> QueuedRequest:
-    queued: QueuedRequest = getattr(req, QUEUED)
-    return queued
-
-
-def report_of(req: Req) -> RequestReport | None:
-    report: RequestReport | None = getattr(req, "tiered_kv_report", None)
-    return report
-
-
-def is_aborted(req: Req) -> bool:
-    from sglang.srt.managers.schedule_batch import FINISH_ABORT
-
-    return isinstance(req.finished_reason or req.to_finish, FINISH_ABORT)
