@@ -297,7 +297,7 @@ class DecodeLoop(upstream.Scheduler):
             parts.metrics,
         )
         self.tiered_kv_order = self.policy.tiered_kv_order = order
-        self.tree_cache.request_order = order
+        self.tree_cache.observer = order
         self.clock = order.clock
         self.tree_cache.resumes_requests = True
         decode_selection.install(self, iteration_policy)

@@ -111,7 +111,7 @@ class MiniScheduler:
     def _raw(self, running_batch: Any) -> tuple[Any, Any]:
         self.offered = None
         self._rig.hierarchy.poll()
-        self.tiered_kv_order.after_poll()
+        self.tiered_kv_order.polled()
         if running_batch.batch_is_full or not self.waiting_queue:
             return None, running_batch
         scheduler_hooks.put_in_order(
@@ -127,7 +127,7 @@ class MiniScheduler:
             return None, running_batch
         self.waiting_queue = [req for req in self.waiting_queue if req not in admitted]
         scheduler_hooks.before_mixing(
-            None, SimpleNamespace(tree_cache=SimpleNamespace(request_order=self.tiered_kv_order))
+            None, SimpleNamespace(tree_cache=SimpleNamespace(observer=self.tiered_kv_order))
         )
         self.mixed = self.is_mixed_chunk
         running_batch.reqs += admitted

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from tiered_kv.plugin.decode.batch import decode_part
 from tiered_kv.plugin.decode.running import RunningRequests
 from tiered_kv.plugin.decode.swap_out import Leaving
 from tiered_kv.plugin.options import decode as decode_option
-from tiered_kv.plugin.requests.view import terms_of
+from tiered_kv.plugin.requests.view import queued_of, terms_of
 from tiered_kv.scheduler.iteration_policy import (
     IterationPlan,
     IterationPolicy,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
     from tiered_kv.plugin.queue.clock_tick import SharedClock
-    from tiered_kv.plugin.queue.order import RequestOrder
     from tiered_kv.scheduler.cost_model import CostModel
     from tiered_kv.scheduler.request_policy import SchedulerState
 
@@ -247,22 +246,21 @@ class DecodeSelection:
 
     # -- who makes way ------------------------------------------------------------------------
 
-    def queue_in_order(self, offered: Sequence[Req], order: RequestOrder | None) -> None:
-        """SGLang admits from `offered` next. If that is nobody, `order` sees no room for anybody:
-        then whoever waits with the tightest token objective may need others to make way.
+    def queue_in_order(self, offered: Sequence[Req], able: Iterable[Req]) -> None:
+        """SGLang admits from `offered` next. If that is nobody, the queue's policy sees no room for
+        anybody: then whoever waits with the tightest token objective may need others to make way.
+
+        able: those who wait and could start if there were room, in the order of arrival.
         """
         self._is_held_back = not offered
         self._first_in_queue = offered[0] if offered else None
-        if offered or order is None:
-            return
-        waiting = [
-            queued
-            for queued in islice(order.queue.waiting, LOOK_AHEAD)
-            if queued.slo.tbt_s is not None and queued.request_id not in order.queue.held
-        ]
-        if waiting:
-            first = min(waiting, key=lambda queued: (queued.slo.tbt_s, queued.request_id))
-            self._first_in_queue = order.queue.req(first.request_id)
+        if not offered:
+            hurried = [r for r in islice(able, LOOK_AHEAD) if terms_of(r).slo.tbt_s is not None]
+            self._first_in_queue = min(
+                hurried,
+                key=lambda req: (terms_of(req).slo.tbt_s, queued_of(req).request_id),
+                default=None,
+            )
 
     def _make_way(self, batch: ScheduleBatch, first: Req) -> None:
         """Have some leave so that `first`, whose objective is tighter, is admitted."""
@@ -360,5 +358,5 @@ def install(scheduler: Any, policy_name: str) -> None:
     order.clock.also_wanted(lambda: not scheduler.running_batch.is_empty())
     scheduler.tree_cache.decode_selection = selection
     scheduler.policy.tiered_kv_selection = selection
-    order.selection = selection
+    order.room = selection
     logger.info("Tiered KV: who decodes is chosen by the policy %s.", policy_name)

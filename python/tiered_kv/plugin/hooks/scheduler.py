@@ -75,9 +75,9 @@ def put_in_order(
 
 def before_mixing(result: None, batch: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `ScheduleBatch.prepare_for_extend`; decodes are mixed in right after it, if at all."""
-    order = getattr(batch.tree_cache, "request_order", None)
-    if order is not None:
-        order.before_mixing()
+    observer = getattr(batch.tree_cache, "observer", None)
+    if observer is not None:
+        observer.before_mixing()
 
 
 def after_batch_result(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:

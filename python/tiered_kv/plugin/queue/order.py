@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin.queue import clock_tick
@@ -18,6 +18,7 @@ from tiered_kv.plugin.queue.parking import Parking
 from tiered_kv.plugin.queue.queued import QueuedRequests
 from tiered_kv.plugin.requests.view import is_aborted, queued_of
 from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.decode_room import DecodeRoom
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.request import QueuedRequest
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from tiered_kv.forest.node import Node
     from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
     from tiered_kv.plugin.cache.residency_log import ResidencyLog
-    from tiered_kv.plugin.decode.selection import DecodeSelection
     from tiered_kv.tiers.hierarchy import KVHierarchy
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class RequestOrder:
         )
         self.foretold = Foretold(hierarchy, policy)
         self.clock.also_wanted(lambda: self.foretold.is_due(time.perf_counter()))
-        self.selection: DecodeSelection | None = None
+        self.room: DecodeRoom[ScheduleBatch] | None = None
         """Set if an iteration policy chooses who decodes: it knows what room that leaves."""
         self.parking = Parking(scheduler, self.queue, self.clock)
         self._scheduler = scheduler
@@ -87,10 +87,21 @@ class RequestOrder:
         """By how much the bound on waiting is exceeded now, at most; 0 if it is kept."""
         return self.queue.wait_over_bound_s(self.clock.now_s, self._max_wait_s)
 
-    def ended(self, req: Req, last: Node) -> None:
-        """`req` is over, and its KV is in the tree down to `last`, a root if it is not."""
+    # -- what the cache sees (plugin/cache/observer.py) -----------------------------------------
+
+    def first_token(self, req: Req) -> None:
+        """`req` has a token, and goes on."""
+        self.queue.first_token(req)
+
+    def released(self, req: Req, last: Node) -> None:
+        """`req` holds no KV any more; what it computed is in the tree down to `last`."""
+        self.queue.ended(req)
         if not is_aborted(req):
             self.foretold.ended(req, last, self.clock.now_s)
+
+    def emptied(self) -> None:
+        """Nothing is cached any more."""
+        self.queue.look_up_all()
 
     # -- one prefill batch --------------------------------------------------------------------
 
@@ -112,7 +123,7 @@ class RequestOrder:
             self._end_pass(batch)
         return batch, running_batch
 
-    def after_poll(self) -> None:
+    def polled(self) -> None:
         """Transfers were acknowledged: at the start of `form`, before it looks whether it may stop.
 
         It stops if the batch was full and nobody has left it since. But who has joined the queue
@@ -166,6 +177,11 @@ class RequestOrder:
         unfinished = scheduler.chunked_req
         done = 0 if unfinished is None else unfinished.extend_range.length
         return int(scheduler.load_inquirer._get_num_pending_tokens(chunk_deduct=done))
+
+    def able(self) -> Iterator[Req]:
+        """Those who wait and could start now if there were room, in the order of arrival."""
+        queue = self.queue
+        return (queue.req(i) for i in queue.waiting.requests if i not in queue.held)
 
     # -- the plan -----------------------------------------------------------------------------
 
@@ -231,11 +247,11 @@ class RequestOrder:
         It counts on everybody decoding. Where an iteration policy leaves only some of them to it,
         what these leave room for takes its place. Mixed with a prefill, everybody decodes.
         """
-        selection, running_batch = self.selection, self._running_batch
+        room, running_batch = self.room, self._running_batch
         is_mixed = plan.mix_decodes or self._scheduler.is_mixed_chunk
-        if selection is None or running_batch is None or not state.running or is_mixed:
+        if room is None or running_batch is None or not state.running or is_mixed:
             return plan
-        iteration = selection.plan_prefill(running_batch, state)
+        iteration = room.plan_prefill(running_batch, state)
         return iteration.limit(plan, self._scheduler.page_size)
 
     def _set_chunk(self, plan: AdmissionPlan, state: SchedulerState) -> None:
@@ -299,6 +315,6 @@ def install(scheduler: Any, policy_name: str) -> None:
     )
     scheduler.tiered_kv_order = order
     scheduler.policy.tiered_kv_order = order
-    cache.request_order = order
+    cache.observer = order
     clock_tick.attach(scheduler.request_receiver, order.clock)
     logger.info("Tiered KV: the waiting queue is ordered by the policy %s.", policy_name)

@@ -34,7 +34,7 @@ def hinted(rid: str, *hints: float) -> Any:
 
 def announce(scheduler: MiniScheduler, rig: Rig, *hints: float) -> None:
     last = rig.hierarchy.match(rig.hierarchy.root(), PROMPT).last
-    scheduler.tiered_kv_order.ended(hinted("a", *hints), last)
+    scheduler.tiered_kv_order.released(hinted("a", *hints), last)
 
 
 def pages_on_device(rig: Rig) -> int:
@@ -92,7 +92,7 @@ def test_other_keys_prompts_are_found_under_their_keys(scheduler: MiniScheduler,
     last = rig.hierarchy.match(rig.hierarchy.root("tenant"), PROMPT).last
     req = hinted("a", 60.0)
     req.extra_key = "tenant"
-    scheduler.tiered_kv_order.ended(req, last)
+    scheduler.tiered_kv_order.released(req, last)
     rig.drain()
     rig.drop_from_device()
     rig.drop_from_host()

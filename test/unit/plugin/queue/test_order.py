@@ -136,7 +136,7 @@ def test_decodes_leave_room_for_so_much_prefill(
         asks.append(args)
         return IterationPlan((1,) if some_decode else None, room)
 
-    scheduler.tiered_kv_order.selection = SimpleNamespace(plan_prefill=plan_prefill)
+    scheduler.tiered_kv_order.room = SimpleNamespace(plan_prefill=plan_prefill)
     three(scheduler)
     spy.plan_fields = {"prefill_tokens": asked} if asked else {}
     scheduler.step()
@@ -153,7 +153,7 @@ def test_decodes_leave_room_for_so_many_requests(scheduler: MiniScheduler, spy: 
     three(scheduler)
     plans = iter([IterationPlan((1,), 2, admit_at_most=2), IterationPlan((1,), 100)])
     selection: Any = SimpleNamespace(plan_prefill=lambda *_: next(plans))
-    scheduler.tiered_kv_order.selection = selection
+    scheduler.tiered_kv_order.room = selection
     scheduler.admit = 3
     assert scheduler.step() == ["a", "b"]
     assert scheduler.chunk_seen == 2 * PAGE_SIZE
@@ -167,7 +167,7 @@ def test_decodes_that_leave_no_room_go_first(scheduler: MiniScheduler) -> None:
     three(scheduler)
     plans = iter([IterationPlan((1,), 0), IterationPlan((1,), 8)])
     selection: Any = SimpleNamespace(plan_prefill=lambda *_: next(plans))
-    scheduler.tiered_kv_order.selection = selection
+    scheduler.tiered_kv_order.room = selection
     assert scheduler.step() == []
     assert len(scheduler.step()) == 1
 
@@ -270,7 +270,7 @@ def just_made(rig: Rig, policy: str, *, costs: CostModel | None) -> Any:
     args = SimpleNamespace(tiered_kv=True, tiered_kv_policy=policy, schedule_policy="fcfs")
     return SimpleNamespace(
         server_args=args,
-        tree_cache=SimpleNamespace(parts=parts, request_order=None),
+        tree_cache=SimpleNamespace(parts=parts, observer=None),
         policy=SimpleNamespace(),
         request_receiver=object(),
     )
@@ -282,7 +282,7 @@ def test_the_policy_named_is_put_in_charge(rig: Rig) -> None:
     scheduler_hooks.order_waiting_queue(None, scheduler)
     order = scheduler.tiered_kv_order
     assert isinstance(order, RequestOrder)
-    assert scheduler.policy.tiered_kv_order is scheduler.tree_cache.request_order is order
+    assert scheduler.policy.tiered_kv_order is scheduler.tree_cache.observer is order
 
 
 def test_sglang_stays_in_charge_where_it_is_told_to_or_costs_are_unknown(
@@ -297,4 +297,4 @@ def test_sglang_stays_in_charge_where_it_is_told_to_or_costs_are_unknown(
     assert "--schedule-policy fcfs orders the queue" in caplog.text
     for scheduler in (told, unknown):
         assert not hasattr(scheduler, "tiered_kv_order")
-        assert scheduler.tree_cache.request_order is None
+        assert scheduler.tree_cache.observer is None
