@@ -13,6 +13,10 @@ Batch_contra = TypeVar("Batch_contra", contravariant=True)
 class DecodeRoom(Protocol[Batch_contra]):
     """Whoever chooses who decodes; the batch is that of those who run, as the engine has it."""
 
+    def begin_pass(self, batch: Batch_contra) -> None:
+        """A scheduling pass begins, in which those in `batch` run; perhaps nobody."""
+        ...
+
     def plan_prefill(self, batch: Batch_contra, prefill: SchedulerState) -> IterationPlan:
         """What room the decodes of `batch` leave for a prefill that runs before them.
 

@@ -68,6 +68,13 @@ class RunningRequests:
         self._reqs = reqs
         self.totals.shared_tokens_saved = 0
 
+    def clear(self) -> None:
+        """Nobody runs any more."""
+        for req in list(self._entries):
+            self._remove(req)
+        self._reqs = self._gangs_known_of = self._decoding = None
+        self.totals.n_parked = self.totals.shared_tokens_saved = 0
+
     def _new(self, reqs: list[Req], n_new: int) -> list[Req]:
         """The `n_new` of `reqs` that are not known yet, in order: they are near the end."""
         found: list[Req] = []

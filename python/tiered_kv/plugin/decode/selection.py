@@ -55,7 +55,9 @@ class DecodeSelection:
         clock: SharedClock,
         *,
         is_cascade: bool = False,
+        on_parked: Callable[[Sequence[Req]], None] | None = None,
     ) -> None:
+        """on_parked: told who skips an iteration, and of nobody when all take part again."""
         cache = scheduler.tree_cache
         self.running = RunningRequests((lambda: cache.saved_tokens) if is_cascade else None)
         self.leaving = Leaving(scheduler)
@@ -72,6 +74,8 @@ class DecodeSelection:
         self._policy = policy
         self._costs = costs
         self._clock = clock
+        self._on_parked = on_parked
+        self._are_some_parked = False
         # While SGLang prepares a decode: the running batch, and who of it decodes (None: all; [] if
         # all are about to leave).
         self._whole: ScheduleBatch | None = None
@@ -115,6 +119,7 @@ class DecodeSelection:
             if whole is None:
                 # Mixed into a prefill, all of them.
                 self.running.some_decode(batch.reqs, now_s)
+                self._park(())
             return
         if self._chosen is not None and not self._chosen:
             self.running.some_decode([], now_s)
@@ -124,12 +129,21 @@ class DecodeSelection:
         if rows is None or len(rows) == len(batch.reqs):
             prepare()
             self.running.everyone_decodes(now_s)
+            self._park(())
             return
         part = decode_part(batch, rows)
         self.running.some_decode(part.reqs, now_s)
         self._part = batch, part
         self.n_parts += 1
+        decoding = set(part.reqs)
+        self._park([req for req in batch.reqs if req not in decoding])
         batch.tree_cache.parts.metrics.some_parked()
+
+    def _park(self, reqs: Sequence[Req]) -> None:
+        if reqs or self._are_some_parked:
+            self._are_some_parked = bool(reqs)
+            if self._on_parked is not None:
+                self._on_parked(reqs)
 
     def batch_to_run(self, batch: ScheduleBatch | None) -> ScheduleBatch | None:
         """`batch`, or what runs in its place."""
@@ -199,6 +213,14 @@ class DecodeSelection:
             self._chosen = [running.req(request_id) for request_id in plan.decode]
         elif len(staying) < len(batch.reqs):
             self._chosen = staying
+
+    def begin_pass(self, batch: ScheduleBatch) -> None:
+        """A scheduling pass begins, in which those in `batch` run; perhaps nobody."""
+        if batch.is_empty() and self.running.totals.n:
+            self.running.clear()
+            self.leaving.clear()
+            self._first_in_queue = None
+            self._park(())
 
     def plan_prefill(self, batch: ScheduleBatch, prefill: SchedulerState) -> IterationPlan:
         """What room the decodes of `batch` leave for a prefill that runs before them.
@@ -353,7 +375,12 @@ def install(scheduler: Any, policy_name: str) -> None:
     policy = iteration_policies.get(policy_name)()
     is_cascade = planner_of(scheduler.tp_worker.model_runner) is not None
     selection = DecodeSelection(
-        scheduler, policy, parts.cost_model, order.clock, is_cascade=is_cascade
+        scheduler,
+        policy,
+        parts.cost_model,
+        order.clock,
+        is_cascade=is_cascade,
+        on_parked=order.queue.parked,
     )
     order.clock.also_wanted(lambda: not scheduler.running_batch.is_empty())
     scheduler.tree_cache.decode_selection = selection

@@ -11,6 +11,7 @@ pytest.importorskip("sglang")
 
 import torch
 from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
 from support_plugin.decode_loop import DecodeLoop
 from support_plugin.decode_requests import Kind, light_costs, publish_arguments
@@ -29,6 +30,7 @@ N_PAGES = len(PROMPT) // PAGE_SIZE
 def hinted(rid: str, *hints: float) -> Any:
     req = request(rid, PROMPT)
     req.tiered_kv_terms = Terms(hints=Hints(None, *hints))
+    req.finished_reason = FINISH_LENGTH(1)
     return req
 
 
