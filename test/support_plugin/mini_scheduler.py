@@ -71,6 +71,12 @@ class MiniScheduler:
     def __init__(self, rig: Rig, policy: Any) -> None:
         self.waiting_queue: list[Req] = []
         self.chunked_req: Req | None = None
+        self._pending_chunked_abort_req: Req | None = None
+        self.max_queued_requests: int | None = None
+        self.has_queue_room = True
+        self.sent: list[Any] = []
+        tokenizer = SimpleNamespace(send_output=lambda answer, req: self.sent.append(answer))
+        self.ipc_channels = SimpleNamespace(send_to_tokenizer=tokenizer)
         self.chunked_prefill_size: int | None = CHUNK
         self.max_prefill_tokens = 16384
         self.page_size = PAGE_SIZE
@@ -82,6 +88,7 @@ class MiniScheduler:
         )
         self.offered: list[str] | None = None
         self.chunk_seen: int | None = None
+        self.chunks_seen: list[Req | None] = []
         self.mix_seen: bool | None = None
         self.mixed: bool | None = None
         self.admit = 1
@@ -98,8 +105,13 @@ class MiniScheduler:
         self.tiered_kv_order.clock.take(Tick(now_s))
 
     def arrive(self, req: Req) -> None:
-        self.waiting_queue.append(req)
-        scheduler_hooks.note_arrival(None, self, req)
+        scheduler_hooks.add_to_queue(MiniScheduler._append, self, req)
+
+    _add_request_to_queue = arrive
+
+    def _append(self, req: Req) -> None:
+        if self.has_queue_room:
+            self.waiting_queue.append(req)
 
     def step(self) -> list[str]:
         """A pass of `_get_new_batch_prefill_raw`; returns who was admitted."""
@@ -111,7 +123,7 @@ class MiniScheduler:
     def _raw(self, running_batch: Any) -> tuple[Any, Any]:
         self.offered = None
         self._rig.hierarchy.poll()
-        self.tiered_kv_order.after_poll()
+        self.tiered_kv_order.polled()
         if running_batch.batch_is_full or not self.waiting_queue:
             return None, running_batch
         scheduler_hooks.put_in_order(
@@ -121,13 +133,14 @@ class MiniScheduler:
             running_batch,
         )
         self.offered = [req.rid for req in self.waiting_queue]
+        self.chunks_seen.append(self.chunked_req)
         self.chunk_seen, self.mix_seen = self.chunked_prefill_size, self.is_mixed_chunk
         admitted = self.waiting_queue[: self.admit]
         if not admitted:
             return None, running_batch
         self.waiting_queue = [req for req in self.waiting_queue if req not in admitted]
         scheduler_hooks.before_mixing(
-            None, SimpleNamespace(tree_cache=SimpleNamespace(request_order=self.tiered_kv_order))
+            None, SimpleNamespace(tree_cache=SimpleNamespace(observer=self.tiered_kv_order))
         )
         self.mixed = self.is_mixed_chunk
         running_batch.reqs += admitted
@@ -172,6 +185,6 @@ def running(scheduler: MiniScheduler, rid: str) -> Req:
     order = scheduler.tiered_kv_order
     scheduler.waiting_queue.remove(req)
     scheduler.match(req)
-    order.queue.admitted([req], order.clock.now_s)
+    order.queue.admitted([req])
     req.output_ids = array("q", [5, 6])
     return req

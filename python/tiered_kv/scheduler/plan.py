@@ -29,6 +29,6 @@ class AdmissionPlan:
     """Most requests of `order` to admit before asking again; None: no such limit. More would break
     the memory forecast, or the deadline of one of the first."""
 
-    park_unfinished: bool = False
+    put_back_unfinished: bool = False
     """Whether the prompt that was begun goes back to the queue instead of on. What is computed of
-    it stays in the cache, so whole pages are not lost. Only if `SchedulerState.can_park`."""
+    it stays in the cache, so whole pages are not lost. Only if `SchedulerState.can_put_back`."""

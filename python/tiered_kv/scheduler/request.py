@@ -54,6 +54,8 @@ class QueuedRequest:
     """Prefill tokens that the server had computed in all when the request joined the queue."""
 
     # -- while it runs ------------------------------------------------------------------------
+    admitted_s: float | None = None
+    """When it was admitted for the first time."""
     prefilled_tokens: int = 0
     """Leading tokens of prompt (and earlier output, after a retraction) with KV on the device."""
     output_tokens: int = 0

@@ -43,8 +43,8 @@ class SchedulerState:
     unfinished: QueuedRequest | None = None
     """The request whose prompt is computed in part and goes on in this iteration; it neither waits
     nor runs."""
-    can_park: bool = False
-    """Whether `AdmissionPlan.park_unfinished` can be carried out."""
+    can_put_back: bool = False
+    """Whether `AdmissionPlan.put_back_unfinished` can be carried out."""
     loading_bytes: int = 0
     """Bytes that are queued on the way from the host to the device."""
 

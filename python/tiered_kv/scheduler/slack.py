@@ -104,7 +104,7 @@ def select_in_time(jobs: Sequence[Job], now_s: float, slowdown: float = 1.0) -> 
 
 
 def select_beside(
-    jobs: Sequence[Job], begun: Job, now_s: float, slowdown: float, *, may_park: bool
+    jobs: Sequence[Job], begun: Job, now_s: float, slowdown: float, *, may_put_back: bool
 ) -> tuple[Selection, bool]:
     """As `select_in_time` while `begun` is under way, and whether it should make way.
 
@@ -112,7 +112,7 @@ def select_beside(
     it would not be the first in any case. Returned are those in time besides it.
     """
     going_on = select_in_time(jobs, now_s + begun.work_s * slowdown, slowdown)
-    if not may_park or not going_on.left_out:
+    if not may_put_back or not going_on.left_out:
         return going_on, False
     everyone, kept = jobs, going_on.weight
     if now_s + begun.work_s * slowdown <= begun.deadline_s < math.inf:

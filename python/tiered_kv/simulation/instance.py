@@ -184,8 +184,8 @@ class Instance:
         plan = self.policy.plan(state, PLAN_LIMIT)
         if self._forecaster is not None:
             self.cache.forecast(self._forecaster.forecast(state))
-        if plan.park_unfinished and unfinished is not None:
-            self.departures.park(unfinished, now_s)
+        if plan.put_back_unfinished and unfinished is not None:
+            self.departures.put_back(unfinished, now_s)
             self._unfinished = unfinished = None
         is_mixed = bool(self._running) and (settings.mixed_chunk or plan.mix_decodes)
         plan = self._limited(plan, state, is_mixed=is_mixed)
@@ -278,7 +278,7 @@ class Instance:
             costs=self._execution.costs,
             available_tokens=self.cache.available_tokens,
             unfinished=None if self._unfinished is None else self._unfinished.queued,
-            can_park=True,
+            can_put_back=True,
             loading_bytes=self.cache.to_device.queued_bytes,
         )
 

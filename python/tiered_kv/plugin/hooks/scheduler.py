@@ -75,21 +75,24 @@ def put_in_order(
 
 def before_mixing(result: None, batch: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `ScheduleBatch.prepare_for_extend`; decodes are mixed in right after it, if at all."""
-    order = getattr(batch.tree_cache, "request_order", None)
-    if order is not None:
-        order.before_mixing()
+    observer = getattr(batch.tree_cache, "observer", None)
+    if observer is not None:
+        observer.before_mixing()
 
 
 def after_batch_result(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `Scheduler.process_batch_result`."""
     order = getattr(scheduler, "tiered_kv_order", None)
     if order is not None:
-        order.parking.after_result()
+        order.put_back.after_result()
 
 
-def note_arrival(result: None, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER `Scheduler._add_request_to_queue`, which may also have refused `req`."""
+def add_to_queue(
+    original: Callable[..., None], scheduler: Any, req: Any, *args: Any, **kwargs: Any
+) -> None:
+    """AROUND `Scheduler._add_request_to_queue`, which may also refuse `req`."""
     order = getattr(scheduler, "tiered_kv_order", None)
-    queue = scheduler.waiting_queue
-    if order is not None and queue and queue[-1] is req:
-        order.queue.arrived(req, order.clock)
+    if order is None:
+        original(scheduler, req, *args, **kwargs)
+    else:
+        order.add(req, lambda: original(scheduler, req, *args, **kwargs))

@@ -135,8 +135,8 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
-        kind="after",
-        function="tiered_kv.plugin.hooks.scheduler:note_arrival",
+        kind="around",
+        function="tiered_kv.plugin.hooks.scheduler:add_to_queue",
         process=Process.SCHEDULER,
         why="a policy is told of arrivals instead of looking for them in every step",
     ),

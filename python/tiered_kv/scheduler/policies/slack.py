@@ -95,11 +95,14 @@ class SlackPolicy:
 
     def on_cached_change(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
         """Its price changed."""
-        self._changed[request.request_id] = request
+        if self._waits(request.request_id):
+            self._changed[request.request_id] = request
 
     def on_admission(self, request: QueuedRequest, now_s: float) -> None:
         """It leaves all orders; others may wait for what it computes."""
         request_id = request.request_id
+        if not self._waits(request_id):
+            return
         entry = self._entries.get(request_id)
         work_s = entry.price.work_s if entry is not None else 0.0
         in_turn = False
@@ -126,6 +129,9 @@ class SlackPolicy:
         self._leave(request.request_id)
         self._memory.forget(request.request_id)
 
+    def _waits(self, request_id: int) -> bool:
+        return request_id in self._entries or request_id in self._changed
+
     def _leave(self, request_id: int) -> None:
         self._entries.pop(request_id, None)
         self._changed.pop(request_id, None)
@@ -146,7 +152,7 @@ class SlackPolicy:
         self._slowdown = budget.slowdown
         unfinished = state.unfinished
         jobs = self._jobs(state)
-        selection, is_parked = self._select(state, jobs, unfinished)
+        selection, is_put_back = self._select(state, jobs, unfinished)
         if unfinished is not None and self._gangs.is_leading(unfinished.request_id):
             until_s = state.now_s + self._work_left_s(state, unfinished) * self._slowdown
             self._gangs.extend(unfinished.request_id, until_s)
@@ -160,11 +166,11 @@ class SlackPolicy:
         self._head = head[:FORECAST_LENGTH]
         return AdmissionPlan(
             head,
-            prefill_tokens=self._chunk_tokens(state, budget, head, is_parked),
+            prefill_tokens=self._chunk_tokens(state, budget, head, is_put_back),
             mix_decodes=budget.mix_decodes,
             relegated=frozenset(late.intersection(head)),
             admit_at_most=self._admit_at_most(state, head),
-            park_unfinished=is_parked,
+            put_back_unfinished=is_put_back,
         )
 
     def forecast(self, state: SchedulerState) -> DemandForecast:  # noqa: ARG002
@@ -250,8 +256,18 @@ class SlackPolicy:
         request_id = unfinished.request_id
         weight = self._others.weight(unfinished.tenant)
         own = Job(request_id, self._work_left_s(state, unfinished), _due_s(unfinished), weight)
-        may_park = state.can_park and self._config.park and request_id not in self._protected
-        return select_beside(jobs, own, now_s, slowdown, may_park=may_park)
+        may_put_back = state.can_put_back and self._config.put_back
+        may_put_back = may_put_back and request_id not in self._protected
+        beside, is_put_back = select_beside(jobs, own, now_s, slowdown, may_put_back=may_put_back)
+        if is_put_back and not self._fits(state, beside.in_time[0].request_id):
+            # Its own memory comes back only when it is in the queue: both would stand still.
+            return select_beside(jobs, own, now_s, slowdown, may_put_back=False)
+        return beside, is_put_back
+
+    def _fits(self, state: SchedulerState, request_id: int) -> bool:
+        """Whether the device has room for its prompt now, as far as is known."""
+        available = state.available_tokens
+        return available is None or self._entries[request_id].request.uncached_tokens < available
 
     def _work_left_s(self, state: SchedulerState, request: QueuedRequest) -> float:
         return state.costs.marginal_prefill_s(request.unprefilled_tokens, request.prefilled_tokens)
@@ -356,12 +372,12 @@ class SlackPolicy:
     # -- how much of it -----------------------------------------------------------------------
 
     def _chunk_tokens(
-        self, state: SchedulerState, budget: PassBudget, head: tuple[int, ...], is_parked: bool
+        self, state: SchedulerState, budget: PassBudget, head: tuple[int, ...], is_put_back: bool
     ) -> int:
         """Tokens of this iteration: what the budget allows, less if the first would be late."""
         cached = first_tokens = 0
         due_s = math.inf
-        if state.unfinished is not None and not is_parked:
+        if state.unfinished is not None and not is_put_back:
             cached = state.unfinished.prefilled_tokens
             first_tokens = max(1, state.unfinished.unprefilled_tokens)
         elif head:

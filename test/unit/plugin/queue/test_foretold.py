@@ -11,6 +11,7 @@ pytest.importorskip("sglang")
 
 import torch
 from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
 from support_plugin.decode_loop import DecodeLoop
 from support_plugin.decode_requests import Kind, light_costs, publish_arguments
@@ -29,12 +30,13 @@ N_PAGES = len(PROMPT) // PAGE_SIZE
 def hinted(rid: str, *hints: float) -> Any:
     req = request(rid, PROMPT)
     req.tiered_kv_terms = Terms(hints=Hints(None, *hints))
+    req.finished_reason = FINISH_LENGTH(1)
     return req
 
 
 def announce(scheduler: MiniScheduler, rig: Rig, *hints: float) -> None:
     last = rig.hierarchy.match(rig.hierarchy.root(), PROMPT).last
-    scheduler.tiered_kv_order.ended(hinted("a", *hints), last)
+    scheduler.tiered_kv_order.released(hinted("a", *hints), last)
 
 
 def pages_on_device(rig: Rig) -> int:
@@ -92,7 +94,7 @@ def test_other_keys_prompts_are_found_under_their_keys(scheduler: MiniScheduler,
     last = rig.hierarchy.match(rig.hierarchy.root("tenant"), PROMPT).last
     req = hinted("a", 60.0)
     req.extra_key = "tenant"
-    scheduler.tiered_kv_order.ended(req, last)
+    scheduler.tiered_kv_order.released(req, last)
     rig.drain()
     rig.drop_from_device()
     rig.drop_from_host()

@@ -82,7 +82,7 @@ def test_nobody_waits_nothing_is_asked(scheduler: MiniScheduler, spy: Spy, rig: 
     rig.serve(tokens_of(1, 2))
     scheduler.step()
     assert spy.states == []
-    assert not scheduler.tiered_kv_order.queue.wants_time
+    assert not scheduler.tiered_kv_order.queue.lives.wants_time
 
 
 # -- how much is prefilled at once -------------------------------------------------------------
@@ -110,8 +110,12 @@ def test_no_prefill_while_somebody_decodes(scheduler: MiniScheduler, spy: Spy) -
     assert scheduler.waiting == ["a", "b", "c"]
 
 
+def room(plan_prefill: Any) -> Any:
+    return SimpleNamespace(plan_prefill=plan_prefill, begin_pass=lambda batch: None)
+
+
 @pytest.mark.parametrize(
-    ("asked", "room", "some_decode", "chunk"),
+    ("asked", "left", "some_decode", "chunk"),
     [
         (12, None, False, 12),
         (12, 8, False, 8),
@@ -126,7 +130,7 @@ def test_decodes_leave_room_for_so_much_prefill(
     scheduler: MiniScheduler,
     spy: Spy,
     asked: int | None,
-    room: int | None,
+    left: int | None,
     some_decode: bool,
     chunk: int,
 ) -> None:
@@ -134,9 +138,9 @@ def test_decodes_leave_room_for_so_much_prefill(
 
     def plan_prefill(*args: Any) -> IterationPlan:
         asks.append(args)
-        return IterationPlan((1,) if some_decode else None, room)
+        return IterationPlan((1,) if some_decode else None, left)
 
-    scheduler.tiered_kv_order.selection = SimpleNamespace(plan_prefill=plan_prefill)
+    scheduler.tiered_kv_order.room = room(plan_prefill)
     three(scheduler)
     spy.plan_fields = {"prefill_tokens": asked} if asked else {}
     scheduler.step()
@@ -152,8 +156,8 @@ def test_decodes_leave_room_for_so_many_requests(scheduler: MiniScheduler, spy: 
     scheduler.running_batch.reqs.append(running(scheduler, "r"))
     three(scheduler)
     plans = iter([IterationPlan((1,), 2, admit_at_most=2), IterationPlan((1,), 100)])
-    selection: Any = SimpleNamespace(plan_prefill=lambda *_: next(plans))
-    scheduler.tiered_kv_order.selection = selection
+    selection: Any = room(lambda *_: next(plans))
+    scheduler.tiered_kv_order.room = selection
     scheduler.admit = 3
     assert scheduler.step() == ["a", "b"]
     assert scheduler.chunk_seen == 2 * PAGE_SIZE
@@ -166,8 +170,8 @@ def test_decodes_that_leave_no_room_go_first(scheduler: MiniScheduler) -> None:
     scheduler.running_batch.reqs.append(running(scheduler, "r"))
     three(scheduler)
     plans = iter([IterationPlan((1,), 0), IterationPlan((1,), 8)])
-    selection: Any = SimpleNamespace(plan_prefill=lambda *_: next(plans))
-    scheduler.tiered_kv_order.selection = selection
+    selection: Any = room(lambda *_: next(plans))
+    scheduler.tiered_kv_order.room = selection
     assert scheduler.step() == []
     assert len(scheduler.step()) == 1
 
@@ -256,7 +260,8 @@ def test_without_a_policy_of_ours_sglang_is_left_alone() -> None:
     called = []
     scheduler_hooks.put_in_order(lambda *args: called.append(args), stock.policy, [], None)
     assert called == [(stock.policy, [], None)]
-    scheduler_hooks.note_arrival(None, stock, request("a"))
+    scheduler_hooks.add_to_queue(lambda *args: called.append(args), stock, request("a"))
+    assert len(called) == 2
 
 
 def just_made(rig: Rig, policy: str, *, costs: CostModel | None) -> Any:
@@ -270,7 +275,7 @@ def just_made(rig: Rig, policy: str, *, costs: CostModel | None) -> Any:
     args = SimpleNamespace(tiered_kv=True, tiered_kv_policy=policy, schedule_policy="fcfs")
     return SimpleNamespace(
         server_args=args,
-        tree_cache=SimpleNamespace(parts=parts, request_order=None),
+        tree_cache=SimpleNamespace(parts=parts, observer=None),
         policy=SimpleNamespace(),
         request_receiver=object(),
     )
@@ -282,7 +287,7 @@ def test_the_policy_named_is_put_in_charge(rig: Rig) -> None:
     scheduler_hooks.order_waiting_queue(None, scheduler)
     order = scheduler.tiered_kv_order
     assert isinstance(order, RequestOrder)
-    assert scheduler.policy.tiered_kv_order is scheduler.tree_cache.request_order is order
+    assert scheduler.policy.tiered_kv_order is scheduler.tree_cache.observer is order
 
 
 def test_sglang_stays_in_charge_where_it_is_told_to_or_costs_are_unknown(
@@ -297,4 +302,4 @@ def test_sglang_stays_in_charge_where_it_is_told_to_or_costs_are_unknown(
     assert "--schedule-policy fcfs orders the queue" in caplog.text
     for scheduler in (told, unknown):
         assert not hasattr(scheduler, "tiered_kv_order")
-        assert scheduler.tree_cache.request_order is None
+        assert scheduler.tree_cache.observer is None

@@ -105,20 +105,31 @@ QUEUE = (
         f"{SRT}.managers.schedule_batch.Req",
         "rid origin_input_ids output_ids extra_key sampling_params priority finished to_finish "
         "finished_reason prefix_indices extend_range positional_embed_overrides input_embeds",
-        "queue.queued queue.order cache.prefix_cache",
+        "queue.queued queue.order requests.view",
     ),
     object_(
         f"{SRT}.managers.schedule_batch.Req",
-        "return_logprob inflight_middle_chunks retraction_count retracted_stain",
-        "queue.parking",
+        "return_logprob inflight_middle_chunks",
+        "queue.put_back",
     ),
-    function(f"{SRT}.managers.schedule_batch.Req.reset_for_retract", "self", "queue.parking"),
+    object_(
+        f"{SRT}.managers.schedule_batch.Req",
+        "retraction_count retracted_stain",
+        "queue.again",
+    ),
+    object_(
+        f"{SRT}.managers.scheduler.Scheduler",
+        "max_queued_requests ipc_channels _pending_chunked_abort_req",
+        "queue.again",
+    ),
+    object_(f"{SRT}.managers.io_struct.AbortReq", "rid finished_reason", "queue.again"),
+    function(f"{SRT}.managers.schedule_batch.Req.reset_for_retract", "self", "queue.again"),
     function(
         f"{MEM}.common.release_kv_cache",
         "req tree_cache is_insert",
-        "queue.parking decode.swap_out",
+        "queue.put_back decode.swap_out",
     ),
-    object_(f"{SRT}.managers.schedule_batch.FINISH_ABORT", "", "queue.queued"),
+    object_(f"{SRT}.managers.schedule_batch.FINISH_ABORT", "", "requests.view"),
     object_(f"{SRT}.constants.HEALTH_CHECK_RID_PREFIX", "", "queue.queued"),
     object_(
         f"{SRT}.managers.io_struct.TokenizedGenerateReqInput", "rid time_stats", "queue.clock_tick"
