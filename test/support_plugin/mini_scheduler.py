@@ -20,6 +20,7 @@ from tiered_kv.plugin.queue.clock_tick import Tick
 from tiered_kv.plugin.queue.order import RequestOrder
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import SchedulerState
 
@@ -55,6 +56,9 @@ class Spy:
 
     def on_cached_change(self, request: QueuedRequest, now_s: float) -> None:
         self.changes.append(request.request_id)
+
+    def urgency(self, request: QueuedRequest) -> Urgency:
+        return 0.0, request.queued_s
 
     def plan(self, state: SchedulerState, limit: int) -> AdmissionPlan:
         self.states.append(state)

@@ -21,8 +21,9 @@ import enum
 from collections.abc import Iterable, Mapping
 
 from tiered_kv.forest.node import Node
+from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
-from tiered_kv.scheduler.request_policy import RequestPolicy
+from tiered_kv.scheduler.request_policy import Arriving, RequestPolicy
 from tiered_kv.scheduler.waiting import WaitingQueue
 
 
@@ -69,8 +70,8 @@ class RequestLives:
 
     def __init__(self, waiting: WaitingQueue, policy: RequestPolicy) -> None:
         self.waiting = waiting
-        self.held: set[int] = set()
-        """Ids of those who wait and cannot start, because their pages are on their way."""
+        self.held: dict[int, Arriving] = {}
+        """Those who wait, by id, and do not start, because their pages are on their way."""
         self._policy = policy
         self._alive: dict[int, tuple[QueuedRequest, Phase]] = {}
         self._leaving: dict[int, QueuedRequest] = {}
@@ -149,7 +150,7 @@ class RequestLives:
             return None
         if before is Phase.WAITING:
             self.waiting.remove(request)
-            self.held.discard(request_id)
+            self.held.pop(request_id, None)
         self._leaving.pop(request_id, None)
         if after is Phase.OVER:
             del self._alive[request_id]
@@ -161,14 +162,18 @@ class RequestLives:
 
     # -- while they wait ----------------------------------------------------------------------
 
-    def hold(self, request_id: int) -> None:
-        """It cannot start until `let_go`. Nothing happens to one that does not wait."""
+    def hold(self, request_id: int, arriving: Arriving) -> None:
+        """It does not start until `let_go`. Nothing happens to one that does not wait."""
         if self.phase(request_id) is Phase.WAITING:
-            self.held.add(request_id)
+            self.held[request_id] = arriving
 
-    def let_go(self, request_id: int) -> None:
-        """It may start."""
-        self.held.discard(request_id)
+    def let_go(self, request_id: int) -> bool:
+        """It may start. Returns whether it was held."""
+        return self.held.pop(request_id, None) is not None
+
+    def urgency(self, request_id: int) -> Urgency:
+        """By the policy: who of those who wait is read from disk for first."""
+        return self._policy.urgency(self.waiting.get(request_id))
 
     def cached_changed(self, nodes: Iterable[Node], now_s: float) -> None:
         """`nodes` were added or changed tier: what is cached of those who wait may be another."""

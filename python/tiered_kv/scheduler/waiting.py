@@ -9,7 +9,7 @@ Looking is no use: it neither counts as a hit nor splits a node.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 
 from tiered_kv.core.ids import Tier
@@ -137,10 +137,12 @@ class WaitingQueue:
         for request_id, request in list(place.requests.items()):
             own_end = place.ends[request_id]
             self._take_out(request)
-            # One that ended above what is lost was at a node that has been split.
-            next_page = lost.page_hashes[0] if own_end > end else None
-            own_end = min(own_end, end)
-            if self._put(request, usable, own_end, device, host, next_page):
+            if own_end > end:
+                is_changed = self._put(request, usable, end, device, host, lost.page_hashes[0])
+            else:  # its node has been split, and it ends in one of the upper parts
+                own = usable[: bisect_left(usable, own_end, key=lambda node: node.end) + 1]
+                is_changed = self._put(request, own, own_end, device, host)
+            if is_changed:
                 changed[request_id] = request
 
     def _put(

@@ -81,6 +81,24 @@ def test_a_prefix_that_ends_inside_a_node_is_found_and_the_node_stays_whole() ->
     assert shorter.device_tokens == BLOCK_TOKENS
 
 
+def test_whoever_ends_inside_a_node_is_found_in_its_upper_parts() -> None:
+    q = queue()
+    q.cache([1, 2, 3, 4, 5, 6])
+    (node,) = q.forest.nodes()
+    requests = [q.arrive(n, [1, 2, 3, 4, 5, 6][:n]) for n in range(1, 7)]
+    for n in (2, 4):
+        q.cache([1, 2, 3, 4, 5, 6][:n])
+    q.forest.evict(node, Tier.DEVICE)
+    assert q.waiting.changed([node]) == requests[4:]
+    assert [r.device_tokens // BLOCK_TOKENS for r in requests] == [1, 2, 3, 4, 4, 4]
+    upper, lower = requests[5].path
+    q.forest.evict(lower, Tier.DEVICE)
+    assert q.waiting.changed([lower]) == requests[2:]
+    assert [r.device_tokens // BLOCK_TOKENS for r in requests] == [1, 2, 2, 2, 2, 2]
+    q.forest.evict(upper, Tier.DEVICE)
+    assert q.waiting.changed([upper]) == requests
+
+
 def test_a_change_of_a_shared_prefix_compares_no_prompt_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -124,7 +142,7 @@ def test_who_left_the_queue_is_not_looked_up() -> None:
     assert len(q.waiting) == 0
 
 
-PROMPTS = st.lists(st.integers(1, 3), min_size=1, max_size=6)
+PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=8)
 STEPS = st.one_of(
     st.tuples(st.just("arrive"), PROMPTS),
     st.tuples(st.just("insert"), PROMPTS),

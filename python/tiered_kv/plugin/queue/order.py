@@ -157,8 +157,7 @@ class RequestOrder:
         queue.drop_gone(self._scheduler.waiting_queue)
         if self.room is not None and self._running_batch is not None:
             self.room.begin_pass(self._running_batch)
-        if queue.held:
-            queue.release_ready()
+        queue.hold_or_let_go()
         if queue.has_news and self._running_batch is not None:
             self._running_batch.batch_is_full = False
 
@@ -173,7 +172,10 @@ class RequestOrder:
             self.put_back.take_out()
         plan = self._limited(plan, state)
         self._everyone = waiting_queue.copy()
-        waiting_queue[:] = [queue.req(request_id) for request_id in self._offer(plan, state)]
+        offered = self._offer(plan, state)
+        for request_id in offered:
+            queue.wait_no_longer(request_id)
+        waiting_queue[:] = [queue.req(request_id) for request_id in offered]
         self._set_chunk(plan, state)
 
     def _end_pass(self, batch: ScheduleBatch | None) -> None:

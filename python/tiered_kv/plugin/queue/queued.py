@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
@@ -27,8 +27,9 @@ from tiered_kv.plugin.requests.view import (
     terms_of,
 )
 from tiered_kv.scheduler.lifecycle import Event, RequestLives
+from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
-from tiered_kv.scheduler.request_policy import RequestPolicy
+from tiered_kv.scheduler.request_policy import Arriving, RequestPolicy
 from tiered_kv.scheduler.waiting import WaitingQueue
 
 if TYPE_CHECKING:
@@ -63,15 +64,18 @@ class QueuedRequests:
         self._clock = clock
         self._reqs: dict[int, Req] = {}
         """Those who wait, by id."""
+        self._ids: dict[str, int] = {}
+        """The same the other way round."""
         self._next_id = 0
+        hierarchy.prefetch.urgency_of = self._urgency_of
 
     @property
     def waiting(self) -> WaitingQueue:
         return self.lives.waiting
 
     @property
-    def held(self) -> set[int]:
-        """Ids of those whose pages are on their way."""
+    def held(self) -> Mapping[int, Arriving]:
+        """Those whose pages are on their way, by id."""
         return self.lives.held
 
     # -- joining the queue --------------------------------------------------------------------
@@ -90,9 +94,9 @@ class QueuedRequests:
         queued.processed_at_arrival = self.processed_prefill_tokens
         self._residency.is_wanted = True
         self._reqs[queued.request_id] = req
+        self._ids[req.rid] = queued.request_id
         self.lives.queue(queued, self._clock.now_s)
-        if not self._hierarchy.prefetch.done(req.rid):
-            self.lives.hold(queued.request_id)
+        self._hold_or_let_go(req.rid)
         self.has_news = True
 
     def refused(self, req: Req) -> None:
@@ -137,21 +141,37 @@ class QueuedRequests:
             self._left_queue(request_id)
 
     def _left_queue(self, request_id: int) -> None:
-        del self._reqs[request_id]
+        req = self._reqs.pop(request_id)
+        if self._ids.get(req.rid) == request_id:
+            del self._ids[req.rid]
         if not self._reqs:
             self._residency.is_wanted = False
             self._residency.take()
 
-    def release_ready(self) -> None:
-        """Those whose pages have arrived, or who need not wait for them longer, may start."""
-        for request_id in [i for i in self.held if self._is_ready(i)]:
-            self.lives.let_go(request_id)
-            # Pages that did not come are on its path still.
-            self._residency.note(self.waiting.get(request_id).path)
+    def hold_or_let_go(self) -> None:
+        """Pages have come, or are on their way now: who waits for some, and who may start?"""
+        for rid in self._hierarchy.prefetch.take_news():
+            self._hold_or_let_go(rid)
+
+    def _hold_or_let_go(self, rid: str) -> None:
+        prefetch, request_id = self._hierarchy.prefetch, self._ids.get(rid)
+        if request_id is None:
+            return
+        if not prefetch.done(rid):
+            seconds, tokens = prefetch.arriving(rid)
+            self.lives.hold(request_id, Arriving(self._clock.now_s + seconds, tokens))
+        elif self.lives.let_go(request_id):
             self.has_news = True
 
-    def _is_ready(self, request_id: int) -> bool:
-        return self._hierarchy.prefetch.done(self._reqs[request_id].rid)
+    def wait_no_longer(self, request_id: int) -> None:
+        """It is to run without the pages that have not come."""
+        if self.lives.let_go(request_id):
+            self._hierarchy.prefetch.give_up(self._reqs[request_id].rid)
+
+    def _urgency_of(self, rid: str) -> Urgency | None:
+        """Of one who waits; None if it is not known, or not yet."""
+        request_id = self._ids.get(rid)
+        return None if request_id is None else self.lives.urgency(request_id)
 
     def look_up_changed(self) -> None:
         """Bring what is cached of those who wait up to date."""
