@@ -72,7 +72,9 @@ class Spy:
 class MiniScheduler:
     """The attributes and the steps of SGLang's scheduler that matter here."""
 
-    def __init__(self, rig: Rig, policy: Any) -> None:
+    def __init__(
+        self, rig: Rig, policy: Any, *, lora_drainer: Any = None, prefill_delayer: Any = None
+    ) -> None:
         self.waiting_queue: list[Req] = []
         self.chunked_req: Req | None = None
         self._pending_chunked_abort_req: Req | None = None
@@ -85,6 +87,10 @@ class MiniScheduler:
         self.max_prefill_tokens = 16384
         self.page_size = PAGE_SIZE
         self.is_mixed_chunk = False
+        self.truncation_align_size: int | None = None
+        self.lora_drainer = lora_drainer
+        self.prefill_delayer = prefill_delayer
+        self.lacks_adapter: set[str] = set()
         self.tree_cache = SimpleNamespace(evictable_size=lambda: 0)
         self.has_decode_memory = True
         self.running_batch = SimpleNamespace(
@@ -139,7 +145,13 @@ class MiniScheduler:
         self.offered = [req.rid for req in self.waiting_queue]
         self.chunks_seen.append(self.chunked_req)
         self.chunk_seen, self.mix_seen = self.chunked_prefill_size, self.is_mixed_chunk
-        admitted = self.waiting_queue[: self.admit]
+        if self.lora_drainer is not None:
+            self.lora_drainer.update_draining_state(self.waiting_queue, running_batch.reqs)
+        if self.prefill_delayer is not None:
+            n = len(self.waiting_queue)
+            self.prefill_delayer._negotiate_should_allow_prefill(waiting_queue_len=n)
+        able = [req for req in self.waiting_queue if self._can_schedule_lora_req(req)]
+        admitted = able[: self.admit]
         if not admitted:
             return None, running_batch
         self.waiting_queue = [req for req in self.waiting_queue if req not in admitted]
@@ -157,6 +169,11 @@ class MiniScheduler:
             decoding_reqs=None,
         )
         return batch, running_batch
+
+    def _can_schedule_lora_req(self, req: Req) -> bool:
+        return scheduler_hooks.may_start(
+            lambda scheduler, req: req.rid not in scheduler.lacks_adapter, self, req
+        )
 
     def match(self, req: Req) -> None:
         """As `Req.init_next_round_input` and `ScheduleBatch.prepare_for_extend` do."""

@@ -266,6 +266,7 @@ class Rig:
 
     def drain(self) -> None:
         """Polls until nothing is on its way; the server would then be idle."""
+        self.hierarchy.poll()
         self.poll_until(lambda: self.in_flight == 0)
 
     def prefetch(self, rid: str, tokens: array[int], extra_key: str | None = None) -> int:

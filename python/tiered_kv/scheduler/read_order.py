@@ -1,15 +1,16 @@
-"""Who is read for next, who gives up its room on the host for that, and for how long anybody waits.
+"""Who is read for next, who gives up its room on the host for that, and how long anybody waits.
 
-Requests whose pages are on disk want three things that are scarce: the link to the disk, room in the
-host pool where what was read stays until they run, and time. All three go by the policy's order.
+Requests whose pages are on disk want three things that are scarce: the link to the disk, room in
+the host pool where what was read stays until they run, and time. All go by the policy's order.
 
 - The room is a share of the pool. A page counts once, however many requests hold it. Who finds none
-  takes it from those that are less urgent, the least urgent first; what these held is ordinary cache
+  takes it from those who are less urgent, the least urgent first; what these held is ordinary cache
   from then on. Who finds none even so stays in line, and others that fit may pass; it is not kept
   from running meanwhile.
 - Patience runs from the moment the request came, whether or not anything was read for it since.
 
-Names are those of the requests. Nothing is moved here: answers say whom to read for and who lets go.
+Names are those of the requests. Nothing is moved here: answers say whom to read for, and who lets
+go.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class ReadOrder:
         return displaced if fits else None
 
     def hold(self, name: str, pages: Pages) -> None:
-        """`name` holds the host's `pages`, which must be different ones, instead of those before."""
+        """`name` holds the host's `pages`, all different, instead of those it held before."""
         self.let_go(name)
         self._held[name] = pages
         self._count(pages, 1)

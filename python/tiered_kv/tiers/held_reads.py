@@ -30,7 +30,7 @@ class HeldReads:
     def read(self, ticket: Ticket, parent: Node, hashes: list[bytes], urgency: Urgency) -> Node:
         """Reserves host pages, grows the tree by LOADING nodes and starts reading into them.
 
-        Returns the last node: that of fewer pages if there is no room for all, `parent` if for none.
+        Returns the last node: of fewer pages if there is no room for all, `parent` if for none.
         """
         context = self._context
         # Cheaper than giving up when the whole run does not fit: take its leading half, and so on.

@@ -225,6 +225,8 @@ class Prefetch:
             if self._tickets.get(ticket.name) is ticket:
                 ticket.asked_s = now_s
                 self._order.wait_until(ticket.name, now_s + ticket.patience_s)
+                if self._order.is_in_line(ticket.name):
+                    self._order.wait(ticket.name)  # how urgent it is may be known by now
         self._new.clear()
         for name in self._order.out_of_patience(now_s):
             self.give_up(name)

@@ -16,6 +16,7 @@ from tiered_kv.plugin.queue import again, clock_tick
 from tiered_kv.plugin.queue.foretold import Foretold
 from tiered_kv.plugin.queue.put_back import PutBack
 from tiered_kv.plugin.queue.queued import QueuedRequests
+from tiered_kv.plugin.queue.whole_queue import show_whole_queue
 from tiered_kv.plugin.requests.view import QUEUED, is_aborted, queued_of
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.decode_room import DecodeRoom
@@ -79,6 +80,10 @@ class RequestOrder:
         self._running_batch: ScheduleBatch | None = None
         self._everyone: list[Req] | None = None
         self._state: SchedulerState | None = None
+        self._first: Req | None = None
+        """Whom nobody may pass in this pass."""
+        self._is_blocked = False
+        show_whole_queue(scheduler, lambda: self._everyone)
 
     def _on_tick(self) -> None:
         self.queue.drop_gone(self._scheduler.waiting_queue)
@@ -163,7 +168,7 @@ class RequestOrder:
 
     def put_in_order(self, waiting_queue: list[Req], running_batch: ScheduleBatch) -> None:
         """In the place of `SchedulePolicy.calc_priority`. Raises PrefillSkipped."""
-        queue = self.queue
+        queue, scheduler = self.queue, self._scheduler
         queue.has_news = False
         queue.look_up_changed()
         state = self._state = self._look(running_batch)
@@ -176,11 +181,27 @@ class RequestOrder:
         for request_id in offered:
             queue.wait_no_longer(request_id)
         waiting_queue[:] = [queue.req(request_id) for request_id in offered]
+        # If nothing runs that could make way, waiting for it would be in vain.
+        is_held_up = plan.first_or_none and bool(state.running or scheduler.chunked_req)
+        self._first = waiting_queue[0] if is_held_up and waiting_queue else None
         self._set_chunk(plan, state)
+
+    def may_start(self, req: Req, can_start: Callable[[], bool]) -> bool:
+        """Whether `req`, offered in its turn, is admitted as far as its adapter is concerned.
+
+        SGLang goes on with the next in its queue if not; but not past whom nobody may pass.
+        """
+        if self._is_blocked:
+            return False
+        if can_start():
+            return True
+        self._is_blocked = req is self._first
+        return False
 
     def _end_pass(self, batch: ScheduleBatch | None) -> None:
         """Make the queue whole again, without those who are in `batch`."""
-        self._running_batch = None
+        self._running_batch = self._first = None
+        self._is_blocked = False
         everyone, state = self._everyone, self._state
         self._everyone = self._state = None
         if everyone is None or state is None:
@@ -284,29 +305,31 @@ class RequestOrder:
     def _set_chunk(self, plan: AdmissionPlan, state: SchedulerState) -> None:
         """The most tokens of this batch: whole pages, one at least, as configured at most.
 
-        Where decodes are mixed in, they take theirs first. Raises PrefillSkipped if there is no
-        time for any, or no memory, and somebody decodes meanwhile.
+        Where attention splits prompts at fixed places (`truncation_align_size`) it is whole pieces
+        of that size instead: SGLang begins no prompt whose first piece is less. Where decodes are
+        mixed in, they take theirs first. Raises PrefillSkipped if there is no time for any, or no
+        memory, and somebody decodes meanwhile.
         """
         scheduler, n_running = self._scheduler, len(state.running)
         prefill_tokens = plan.prefill_tokens
         chunk_tokens: int | None = scheduler.chunked_prefill_size
-        page_size: int = scheduler.page_size
+        unit: int = scheduler.truncation_align_size or scheduler.page_size
         if chunk_tokens is not None and plan.mix_decodes:
-            scheduler.is_mixed_chunk = chunk_tokens >= n_running + page_size
+            scheduler.is_mixed_chunk = chunk_tokens >= n_running + unit
         taken = n_running if scheduler.is_mixed_chunk else 0
         available_tokens = state.available_tokens
         if scheduler.chunked_req is not None and n_running and available_tokens is not None:
             # SGLang goes on with a prompt that was begun whatever memory says, and would stop if
             # there was none. A decode ends somebody, or has somebody make way.
-            limit = available_tokens // page_size * page_size + taken
+            limit = available_tokens // unit * unit + taken
             prefill_tokens = limit if prefill_tokens is None else min(prefill_tokens, limit)
         if prefill_tokens is None:
             return
         if n_running and prefill_tokens <= taken:
             raise PrefillSkipped
         if chunk_tokens is not None:
-            pages = max(1, (prefill_tokens - taken) // page_size)
-            scheduler.chunked_prefill_size = min(chunk_tokens, pages * page_size + taken)
+            units = max(1, (prefill_tokens - taken) // unit)
+            scheduler.chunked_prefill_size = min(chunk_tokens, units * unit + taken)
 
     def before_mixing(self) -> None:
         """The prefill has its memory; decodes join it only if there is a page for each that needs

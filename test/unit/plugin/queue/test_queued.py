@@ -262,7 +262,7 @@ def test_who_waits_for_pages_is_held_and_starts_when_they_are_there(
     scheduler.arrive(req)
     scheduler.arrive(other)
     queue = scheduler.tiered_kv_order.queue
-    assert queue.held == {1}
+    assert list(queue.held) == [1]
     assert scheduler.step() == ["b"]
     # The batch is full now, and nobody leaves it.
     scheduler.running_batch.batch_is_full = True

@@ -67,12 +67,32 @@ QUEUE = (
         "hooks.scheduler queue.order",
         _get_new_batch_prefill_raw="prefill_delayer_single_pass running_batch",
         _add_request_to_queue="req is_retracted",
+        _can_schedule_lora_req="req running_loras",
     ),
     object_(
         f"{SRT}.managers.scheduler.Scheduler",
         "waiting_queue policy chunked_req chunked_prefill_size max_prefill_tokens page_size "
-        "is_mixed_chunk request_receiver load_inquirer",
+        "is_mixed_chunk truncation_align_size request_receiver load_inquirer",
         "hooks.scheduler queue.order",
+    ),
+    object_(
+        f"{SRT}.managers.scheduler.Scheduler",
+        "max_req_input_len max_total_num_tokens",
+        "hooks.scheduler",
+    ),
+    object_(
+        f"{SRT}.managers.scheduler.Scheduler", "lora_drainer prefill_delayer", "queue.whole_queue"
+    ),
+    function(
+        "sglang.srt.lora.lora_drainer.LoRADrainer.update_draining_state",
+        "self waiting_queue running_reqs",
+        "queue.whole_queue",
+    ),
+    function(
+        f"{SRT}.managers.prefill_delayer.PrefillDelayer._negotiate_should_allow_prefill",
+        "self local_prefillable token_usage running_batch max_prefill_bs max_running_requests "
+        "waiting_queue_len",
+        "queue.whole_queue",
     ),
     function(
         f"{SRT}.managers.schedule_policy.SchedulePolicy.calc_priority",
