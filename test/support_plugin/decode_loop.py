@@ -36,10 +36,10 @@ from tiered_kv.core.model_spec import find_model
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.memory.manager import MemoryManager
-from tiered_kv.plugin.cache.build import CacheParts, HostReport
 from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
 from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
+from tiered_kv.plugin.cache.parts import CacheParts, HostReport
 from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.decode import selection as decode_selection
@@ -297,7 +297,7 @@ class DecodeLoop(upstream.Scheduler):
             parts.metrics,
         )
         self.tiered_kv_order = self.policy.tiered_kv_order = order
-        self.tree_cache.request_order = order
+        self.tree_cache.observer = order
         self.clock = order.clock
         self.tree_cache.resumes_requests = True
         decode_selection.install(self, iteration_policy)

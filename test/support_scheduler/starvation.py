@@ -196,7 +196,7 @@ class Adversary:
         return SchedulerState(
             now_s=self._now_s,
             waiting=self._waiting,
-            held=(),
+            held={},
             running=(),
             decode_context_tokens=0,
             processed_prefill_tokens=0,

@@ -237,10 +237,11 @@ class Rig:
         return request
 
     def arrive(self, rid: str, tokens: array[int], key: TreeKey | None = None) -> None:
-        """Like `_prefetch_kvcache` at enqueue: looks at the disk below what can be used now."""
+        """Like `_prefetch_kvcache` at enqueue, and the poll that follows in the same pass."""
         root = self.hierarchy.root(key)
         prefix = self.hierarchy.match(root, tokens, len(tokens) - 1)
         self.hierarchy.prefetch.request(rid, prefix.last, tokens[prefix.last.end :])
+        self.hierarchy.poll()
 
     # -- waiting ------------------------------------------------------------------------------
 
@@ -265,6 +266,7 @@ class Rig:
 
     def drain(self) -> None:
         """Polls until nothing is on its way; the server would then be idle."""
+        self.hierarchy.poll()
         self.poll_until(lambda: self.in_flight == 0)
 
     def prefetch(self, rid: str, tokens: array[int], key: TreeKey | None = None) -> int:
@@ -324,6 +326,7 @@ class Rig:
         self.forest.check_integrity()
         self._check_device_slots()
         self._check_host_slots()
+        self._check_held_pages()
         self._check_bytes()
         for node in self.forest.nodes():
             is_lasting = node.root.tree_key.is_lasting
@@ -347,6 +350,20 @@ class Rig:
                 held += host_pages_of(node).tolist()
         assert len(set(held)) == len(held), "a host page belongs to two nodes"
         assert len(held) + self.host.n_free == self.host.n_pages, "host pages were lost"
+
+    def _check_held_pages(self) -> None:
+        """What waiting requests hold counts once, is within its share, and cannot be evicted."""
+        order, tickets = self.hierarchy.prefetch._order, self.hierarchy.prefetch.tickets
+        held = {int(page) for pages in order._held.values() for page in pages}
+        assert order.room_pages - order.free_pages == len(held) <= order.room_pages
+        assert set(order._held) == {t.name for t in tickets.values() if t.pinned is not None}
+        pinned = {
+            int(page)
+            for node in self.forest.nodes()
+            if node.pins(Tier.HOST) and node.state(Tier.HOST) is not Residency.ABSENT
+            for page in host_pages_of(node)
+        }
+        assert held <= pinned
 
     def _check_bytes(self) -> None:
         for node in self.forest.nodes():

@@ -77,8 +77,8 @@ class AnnouncedPrompts:
         if prompt.ticket is None:
             last = self._end_of(prompt)
             prompt.ticket = f"announced call after node {node_id}"
-            prefetch.request(prompt.ticket, last, prompt.tokens[last.end :])
-        if not prefetch.done(prompt.ticket):
+            prefetch.request(prompt.ticket, last, prompt.tokens[last.end :], is_ahead=True)
+        if not prefetch.is_settled(prompt.ticket):
             return node_id
         self._release(prompt)
         prompt.is_fetched = True
@@ -91,7 +91,7 @@ class AnnouncedPrompts:
     def _end_of(self, prompt: _Prompt) -> Node:
         """How far the prompt goes that device and host have now."""
         root = self._hierarchy.root(prompt.tree_key)
-        return self._hierarchy.match(root, prompt.tokens).last
+        return self._hierarchy.peek(root, prompt.tokens)
 
     def _release(self, prompt: _Prompt) -> None:
         """What it has read is ordinary cache from now on; what it has not, nobody needs."""
