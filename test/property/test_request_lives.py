@@ -31,7 +31,7 @@ from tiered_kv.scheduler.iteration_policy import (
 from tiered_kv.scheduler.lifecycle import NEXT, Event, Phase, RequestLives
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.request import QueuedRequest
-from tiered_kv.scheduler.request_policy import SchedulerState, request_policies
+from tiered_kv.scheduler.request_policy import Arriving, SchedulerState, request_policies
 from tiered_kv.scheduler.waiting import WaitingQueue
 
 #: Ids start here, so that they can be told from any other number in a policy's books.
@@ -78,7 +78,7 @@ class Lives(RuleBasedStateMachine):
         self.everyone.append(request)
         self._report(Event.QUEUED, request)
         if is_held:
-            self.lives.hold(request.request_id)
+            self.lives.hold(request.request_id, Arriving(self.now_s, 64))
 
     def _request(self, prompt: list[int], slo: Slo, tenant: str) -> QueuedRequest:
         return QueuedRequest(
@@ -183,7 +183,7 @@ class Lives(RuleBasedStateMachine):
             assert found is phase or (found is parked and phase is Phase.RUNNING)
         waits = {i for i, phase in self.phases.items() if phase is Phase.WAITING}
         assert set(lives.waiting.requests) == waits
-        assert lives.held <= waits
+        assert lives.held.keys() <= waits
         assert len(lives) == sum(phase is not Phase.OVER for phase in self.phases.values())
 
     def teardown(self) -> None:
@@ -247,7 +247,8 @@ class Lives(RuleBasedStateMachine):
             can_put_back=bool(begun),
         )
         plan = self.policy.plan(state, 16)
-        able = {r.request_id for r in state.candidates()}
+        # One who is held may be told to run without the pages that have not come.
+        able = {r.request_id for r in state.waiting}
         assert set(plan.order) <= able
         assert len(set(plan.order)) == len(plan.order)
         if plan.put_back_unfinished:

@@ -16,7 +16,7 @@ from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.scheduler.lifecycle import NEXT, Event, Phase, RequestLives
 from tiered_kv.scheduler.request import QueuedRequest
-from tiered_kv.scheduler.request_policy import QuietPolicy
+from tiered_kv.scheduler.request_policy import Arriving, QuietPolicy
 from tiered_kv.scheduler.waiting import WaitingQueue
 
 
@@ -171,15 +171,15 @@ def test_a_first_token_has_one_time_though_it_left_and_came_back_before_the_tick
 
 def test_only_who_waits_is_held(server: Server) -> None:
     lives = server.lives
-    lives.hold(1)
+    lives.hold(1, Arriving(1.0, 64))
     assert not lives.held
     server.bring_to(Phase.WAITING)
-    lives.hold(1)
-    assert lives.held == {1}
+    lives.hold(1, Arriving(1.0, 64))
+    assert set(lives.held) == {1}
     server.happens(Event.ABORTED)
     assert not lives.held
     server.happens(Event.QUEUED)
-    lives.hold(1)
+    lives.hold(1, Arriving(1.0, 64))
     lives.let_go(1)
     assert not lives.held
 
