@@ -1,4 +1,4 @@
-"""What can still be taken, on fabricated trees of /proc and /sys as kernels and containers show it.
+"""What can still be taken, on fabricated trees of /proc and /sys.
 
 All have 64 GiB of which 40 can be had; groups are given in GiB.
 """
