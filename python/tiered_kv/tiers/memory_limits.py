@@ -60,7 +60,7 @@ def parse_table(text: str) -> dict[str, int]:
 
 def _own_groups(root: Path) -> dict[str, str]:
     """This process's group by the name of the controller; version 2's has the name ''."""
-    groups = {}
+    groups: dict[str, str] = {}
     try:
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _number, controllers, path = line.split(":", 2)
