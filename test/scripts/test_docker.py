@@ -163,6 +163,17 @@ def is_ignored(name: str, patterns: list[str]) -> bool:
     return result
 
 
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_any_user_may_write_the_volume(name: str) -> None:
+    """Docker makes a user that it doesn't know a member of group 0."""
+    found = instructions(DOCKER / name)
+    assert ("VOLUME", "/var/lib/tiered_kv") in found
+    commands = "\n".join(a for n, a in found if n == "RUN")
+    assert re.search(r"(chmod|install -d -m) 775 .*/var/lib/tiered_kv", commands)
+    users = [a for n, a in found if n == "USER"]
+    assert all(re.fullmatch(r"\d+:0", user) for user in users)
+
+
 def test_secrets_and_history_stay_behind() -> None:
     patterns = (ROOT / ".dockerignore").read_text().splitlines()
     for name in (".git/config", ".env", ".venv/bin/python", "benchmark/results/x.json"):

@@ -202,6 +202,9 @@ def write_scripts(prefix: Path, description: dict[str, object]) -> None:
         f"PREFIX={quoted(prefix)}",
         'export PYTHONPATH="$PREFIX/site${PYTHONPATH:+:$PYTHONPATH}"',
         f"export TIERED_KV_PYTHON={quoted(Path(sys.executable))}",
+        "# SGLang's warm-up asks the server at its own address, which no proxy would find.",
+        'export NO_PROXY="${no_proxy:-${NO_PROXY:-}},127.0.0.1"',
+        'export no_proxy="$NO_PROXY"',
         *(f'export {name}="{value}"' for name, value in variables.items()),
     ]
     (prefix / "env").write_text("\n".join(lines) + "\n")
