@@ -59,9 +59,11 @@ ensure_home() {
     [[ -n ${TIERED_KV_CACHE_DIR:-} ]] ||
         die "this user has no home that can be written to: set HOME, or TIERED_KV_CACHE_DIR, to a" \
             "folder that you may write."
-    mkdir -p "$TIERED_KV_CACHE_DIR" && [[ -w $TIERED_KV_CACHE_DIR ]] ||
+    if ! mkdir -p "$TIERED_KV_CACHE_DIR" || [[ ! -w $TIERED_KV_CACHE_DIR ]]; then
         die "TIERED_KV_CACHE_DIR=$TIERED_KV_CACHE_DIR cannot be written to: name another folder."
-    export HOME=$TIERED_KV_CACHE_DIR
+    fi
+    HOME=$(cd "$TIERED_KV_CACHE_DIR" && pwd)
+    export HOME
 }
 
 # find_base_python: sets BASE_PYTHON to one of the versions that SGLang runs on.
@@ -90,7 +92,10 @@ find_uv() {
             timed "get uv" "$python" "${pip[@]}" --target "$folder" uv && return
         elif "$python" -c 'import ensurepip, venv' 2>/dev/null && "$python" -m venv "$folder"; then
             timed "get uv" "$folder/bin/python" "${pip[@]}" uv && return
+        else
+            continue
         fi
+        break # what one pip can't get, another won't
     done
     UV=''
     return 1
@@ -98,10 +103,10 @@ find_uv() {
 
 # uv makes environments of a Python that lacks the venv module, too, and gets one where none fits.
 make_venv() {
-    local venv=$1 found='no Python 3.11 or 3.12 is on PATH'
+    local venv=$1 problem='there is none on PATH, and uv could not get one'
     BASE_PYTHON=''
     if find_base_python; then
-        found="$BASE_PYTHON cannot make virtual environments"
+        problem="$BASE_PYTHON cannot make a virtual environment, and uv could not either"
     fi
     if [[ -n $UV ]] && timed "create $venv with ${BASE_PYTHON:-Python $PYTHON_WANTED, from uv}" \
         "$UV" venv --quiet --allow-existing --python "${BASE_PYTHON:-$PYTHON_WANTED}" "$venv"; then
@@ -111,9 +116,9 @@ make_venv() {
         timed "create $venv with $BASE_PYTHON" "$BASE_PYTHON" -m venv "$venv" && return
         die "could not create $venv: see above."
     fi
-    die "Python 3.11 or 3.12 is needed, but $found and uv could not help: install Python" \
-        "$PYTHON_WANTED with its venv module (on Debian or Ubuntu: python$PYTHON_WANTED-venv), or" \
-        "set TIERED_KV_PYTHON to an interpreter that has sglang and this project."
+    die "Python 3.11 or 3.12 is needed, but $problem: install Python $PYTHON_WANTED with its venv" \
+        "module (on Debian or Ubuntu: python$PYTHON_WANTED-venv), or set TIERED_KV_PYTHON to an" \
+        "interpreter that has sglang and this project."
 }
 
 free_gb() { df -Pk "$1" | awk 'NR == 2 { print int($4 / 1024 / 1024) }'; }

@@ -213,7 +213,7 @@ def test_no_python_that_fits_and_none_from_uv(host: Host, has: str) -> None:
     host.python("3.13", "python3", has=has)
     message = refusal(host.ensure())
     assert "Python 3.11 or 3.12 is needed" in message
-    assert "no Python 3.11 or 3.12 is on PATH" in message
+    assert "there is none on PATH, and uv could not get one" in message
     assert "TIERED_KV_PYTHON" in message
     assert not (host.venv / ".tiered_kv_installed").exists()
 
@@ -221,7 +221,7 @@ def test_no_python_that_fits_and_none_from_uv(host: Host, has: str) -> None:
 def test_a_python_without_venv_and_no_uv(host: Host) -> None:
     host.python("3.12", has="")
     message = refusal(host.ensure())
-    assert "python3.12 cannot make virtual environments" in message
+    assert "python3.12 cannot make a virtual environment, and uv could not either" in message
     assert "python3.12-venv" in message
 
 
