@@ -14,6 +14,7 @@ from tiered_kv.core.device_spec import DEVICES, DeviceSpec, find_device
 from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import MODELS, ModelSpec, find_model
+from tiered_kv.core.paths import expand_user
 from tiered_kv.core.units import parse_bytes
 from tiered_kv.plan import report
 from tiered_kv.plan.capacity import context_memory, nominal_parameters, tier_capacities
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load_model(chosen: argparse.Namespace, name: str) -> ModelSpec:
     """A preset or a config.json, with the element sizes asked for."""
-    path = Path(name).expanduser()
+    path = expand_user("--model", name)
     if path.is_dir():
         path = path / "config.json"
     if path.suffix == ".json":

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 from sglang.version import __version__ as sglang_release
@@ -41,6 +39,7 @@ from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.interference import InterferenceBudget
+from tiered_kv.tiers.memory_limits import available_bytes
 from tiered_kv.tiers.pacing import WriteBackPacer
 from tiered_kv.tiers.timeline import TimelineFile
 from tiered_kv.tiers.transfer import Collective, SingleRank
@@ -148,24 +147,16 @@ def host_bytes(config: TieredKVConfig, device_bytes: int, n_ranks: int) -> int:
     size = config.host.size_bytes
     if size is None:
         size = int(config.host.ratio * device_bytes)
-    available = max(0, available_memory() - HOST_RESERVE_BYTES) // n_ranks
+    free = available_bytes()
+    if free is None:
+        return size
+    available = max(0, free - HOST_RESERVE_BYTES) // n_ranks
     if size > available:
         raise ConfigError(
             f"the host tier wants {size / 1e9:.2f} GB per rank but only {available / 1e9:.2f} GB "
             "of memory are free; lower --tiered-kv-host-size or --tiered-kv-host-ratio."
         )
     return size
-
-
-def available_memory() -> int:
-    """Bytes that can still be taken on this machine, or in this container if that is less."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else min(available, int(limit) - used)
 
 
 def register_for_dma(address: int, n_bytes: int) -> None:

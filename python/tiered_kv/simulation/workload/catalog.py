@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Callable
 from dataclasses import fields
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
+from tiered_kv.core.paths import expand_user
 from tiered_kv.simulation.workload.adapt import Adaptation, AdaptedWorkload
 from tiered_kv.simulation.workload.arrivals import parse_arrivals
 from tiered_kv.simulation.workload.errors import WorkloadError
@@ -93,7 +93,7 @@ def _read(name: str, path: str, options: dict[str, str], seed: int) -> Workload:
         raise WorkloadError("A block needs at least 1 token; correct block_tokens.")
     if "arrivals" in known:
         values["seed"] = seed
-    return reader(Path(path).expanduser(), **values)
+    return reader(expand_user("a workload's file", path), **values)
 
 
 def _options(parts: list[str], spec: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ GB = 10**9
 
 @pytest.fixture(autouse=True)
 def twelve_gb_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "available_memory", lambda: 12 * GB + build.HOST_RESERVE_BYTES)
+    monkeypatch.setattr(build, "available_bytes", lambda: 12 * GB + build.HOST_RESERVE_BYTES)
 
 
 def config(**host: object) -> TieredKVConfig:
@@ -38,6 +38,13 @@ def test_more_than_the_machine_has_is_refused_in_a_sentence(n_ranks: int) -> Non
     assert build.host_bytes(config(size_bytes=per_rank), 1, n_ranks) == per_rank
     with pytest.raises(ConfigError, match=r"lower --tiered-kv-host-size"):
         build.host_bytes(config(size_bytes=per_rank + 1), 1, n_ranks)
+
+
+def test_a_machine_that_does_not_say_what_it_has_is_trusted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "available_bytes", lambda: None)
+    assert build.host_bytes(config(size_bytes=99 * GB), 1, n_ranks=1) == 99 * GB
 
 
 def make_mha() -> MHATokenToKVPool:
