@@ -92,7 +92,7 @@ def tier_capacities(
     if device_kv_bytes < model.kv_bytes_per_token:
         raise ConfigError(
             f"The weights of {model.name} ({model.weight_bytes / 1e9:.1f} GB) leave no room for KV "
-            "on the device; take more or larger devices, or smaller weights."
+            "on the device; take more or larger devices, or say what they take (--weight-bytes)."
         )
     sizes = {Tier.DEVICE: int(device_kv_bytes), **farther_bytes}
     capacities = []
