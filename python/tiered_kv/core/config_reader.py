@@ -8,6 +8,8 @@ from typing import Any
 from tiered_kv.core.errors import ConfigError
 
 _NESTED = ("thinker_config", "text_config", "language_config", "llm_config")
+_MOST = 10**9
+_MOST_LAYERS = 10_000
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -55,8 +57,8 @@ class ConfigReader:
             value = self.config.get(key)
             if value is None:
                 continue
-            if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 1:
-                value = value[0] if len(set(map(repr, value))) == 1 else value
+            if isinstance(value, list | tuple) and len(set(map(repr, value))) == 1:
+                value = value[0]
             return self._whole(key, value)
         return 0
 
@@ -70,11 +72,15 @@ class ConfigReader:
     def each(self, n_layers: int, *keys: str) -> list[int]:
         """One number for each of `n_layers` layers, from a list of them or a number for all."""
         for key in keys:
-            values = self.config.get(key)
-            if isinstance(values, list | tuple):
+            if (values := self.listed(key)) is not None:
                 self.require_length(key, values, n_layers)
                 return [self._whole(key, value) for value in values[:n_layers]]
         return [self.take(*keys)] * n_layers
+
+    def listed(self, key: str) -> list[Any] | None:
+        """The list under `key`; None if there is no list, or an empty one."""
+        values = self.config.get(key)
+        return list(values) if isinstance(values, list | tuple) and values else None
 
     def require_length(self, key: str, values: Sequence[object], n_layers: int) -> None:
         """Raise ConfigError unless `values` has an entry for every layer; more are for MTP."""
@@ -89,11 +95,21 @@ class ConfigReader:
             # They say it themselves; a number beside them is deprecated.
             if isinstance(layers := self.config.get(key), str | list | tuple) and layers:
                 return len(layers)
-        return self.need(*_LAYER_COUNTS)
+        found = self.need(*_LAYER_COUNTS)
+        if found > _MOST_LAYERS:
+            raise self.error(f"has {found:,} layers, more than any model; correct it")
+        return found
 
     def _whole(self, key: str, value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
             raise self.error(
-                f"has {key} = {value!r}, which is not a whole number of at least 0; correct it"
+                f"has {key} = {shown(value)}, which is not a whole number from 0 to {_MOST:,}; "
+                "correct it"
             )
         return value
+
+
+def shown(value: object) -> str:
+    """A value as errors show it."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

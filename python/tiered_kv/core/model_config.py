@@ -89,11 +89,13 @@ class Shape:
         Raises ConfigError if layers are of kinds whose weights a config.json does not give.
         """
         if self.without_kv or self.uneven:
-            why = f"has {self.uneven}" if self.uneven else f"has {self.without_kv[0]} layers"
+            why = f"layers without attention ({', '.join(sorted(set(self.without_kv)))})"
+            if self.uneven:
+                why = f"{self.uneven}, so sizes differ per layer"
             raise ConfigError(
-                f"The config of {self.name!r} {why}, so its weights can't be counted from it; say "
-                "how many parameters the model has (--parameters 48B, or 48B:3B with those that a "
-                "token uses)."
+                f"The config of {self.name!r} has {why}, and its weights can't be counted from it; "
+                "say how many parameters the model has (--parameters 48B, or 48B:3B with those "
+                "that a token uses)."
             )
         hidden, experts = self.hidden_size, self.experts
         mlp = self.mlp_matrices * hidden
@@ -182,7 +184,11 @@ def _uneven(config: Mapping[str, Any]) -> str:
         if config.get(key):
             return key
     for key, value in config.items():
-        if _WIDTHS.search(key) and isinstance(value, list | tuple) and len(set(value)) > 1:
+        if (
+            _WIDTHS.search(key)
+            and isinstance(value, list | tuple)
+            and len(set(map(repr, value))) > 1
+        ):
             return key
     return ""
 
@@ -191,7 +197,7 @@ def _refuse_encoders(reader: ConfigReader) -> None:
     config = reader.config
     if config.get("is_encoder_decoder"):
         raise reader.error("is an encoder-decoder's; only decoders can be planned")
-    architecture = str((config.get("architectures") or [""])[0])
+    architecture = str((reader.listed("architectures") or [""])[0])
     # Encoders of BERT's kind have token types, and keep no KV.
     if config.get("type_vocab_size") and not config.get("is_decoder"):
         raise reader.error(f"is an encoder's ({architecture or 'BERT-like'}), which keeps no KV")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tiered_kv.core.config_reader import ConfigReader
+from tiered_kv.core.config_reader import ConfigReader, shown
 
 _EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 _ACTIVE = (
@@ -77,23 +77,23 @@ def _moe_layers(reader: ConfigReader, n_layers: int) -> list[int]:
     for key, value in config.items():
         if key not in _READ and value not in (None, 0, 1, False) and _PLACES.search(key):
             raise reader.error(
-                f"has {key} = {value!r}, by which it isn't understood which layers have experts"
+                f"has {key} = {shown(value)}, which isn't understood: which layers have experts?"
             )
     for key in ("mlp_layer_types", "moe_layer_freq"):
-        if isinstance(flags := config.get(key), list | tuple):
+        if flags := reader.listed(key):
             reader.require_length(key, flags, n_layers)
             return [index for index in range(n_layers) if flags[index] not in (0, "dense")]
     for key in ("moe_layers", "moe_layers_enum"):
-        chosen = config.get(key)
-        if isinstance(chosen, str):
-            chosen = [int(part) for part in chosen.split(",") if part.strip().isdigit()]
-        if isinstance(chosen, list | tuple):
+        chosen = reader.listed(key)
+        if isinstance(text := config.get(key), str):
+            chosen = [int(part) for part in text.split(",") if part.strip().isdecimal()]
+        if chosen is not None:
             return [index for index in range(n_layers) if index in chosen]
     return _moe_layers_by_rule(reader, n_layers)
 
 
 def _moe_layers_by_rule(reader: ConfigReader, n_layers: int) -> list[int]:
-    dense = reader.config.get("mlp_only_layers") or ()
+    dense = reader.listed("mlp_only_layers") or ()
     first = max(map(reader.take, ("first_k_dense_replace", "num_dense_layers",
                                   "moe_layer_start_index")))  # fmt: skip
     last = reader.config.get("moe_layer_end_index")

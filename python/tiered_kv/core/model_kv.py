@@ -75,9 +75,9 @@ def kv_heads(config: Mapping[str, Any], reader: ConfigReader, n_heads: int) -> i
     if config.get("model_type") == "falcon" and not config.get("new_decoder_architecture"):
         # Its first generation says num_kv_heads too, but doesn't mean it.
         return 1 if config.get("multi_query") else n_heads
-    listed = [config[key] for key in _KV_HEADS if isinstance(config.get(key), list | tuple)]
-    if listed:
-        return max(reader.each(len(listed[0]), *_KV_HEADS))
+    for key in _KV_HEADS:
+        if listed := reader.listed(key):
+            return max(reader.each(len(listed), key))
     if found := reader.take(*_KV_HEADS):
         return found
     nested = config.get("attn_config")
@@ -97,7 +97,7 @@ class _Elements:
         config = reader.config
         self._n_heads = max(reader.each(n_layers, "num_query_heads", *HEADS))
         per_layer = ("num_key_value_heads_per_layer", *_KV_HEADS)
-        if any(isinstance(config.get(key), list | tuple) for key in per_layer):
+        if any(reader.listed(key) for key in per_layer):
             self._kv_heads = reader.each(n_layers, *per_layer)
         else:
             self._kv_heads = [kv_heads(config, reader, self._n_heads)] * n_layers
@@ -109,8 +109,7 @@ class _Elements:
         if self._mla_elements:
             return self._mla_elements
         reader, config = self._reader, self._reader.config
-        blocks = config.get("block_configs")
-        if blocks:
+        if blocks := reader.listed("block_configs"):
             return self._of_block(blocks[index]["attention"])
         heads, width, value_width = self._kv_heads[index], self._width, self._value_width
         if kind == WINDOW:

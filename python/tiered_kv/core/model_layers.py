@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tiered_kv.core.config_reader import ConfigReader
+from tiered_kv.core.config_reader import ConfigReader, shown
 
 FULL = "full_attention"
 WINDOW = "sliding_attention"
@@ -96,8 +96,8 @@ _Said = tuple[str, Kinds] | None
 
 def _by_name(reader: ConfigReader, n_layers: int) -> _Said:
     for key in (*_NAMED, *_REPEATED):
-        words = reader.config.get(key)
-        if not isinstance(words, list | tuple) or not words:
+        words = reader.listed(key)
+        if words is None:
             continue
         if key in _REPEATED:
             words = [words[index % len(words)] for index in range(n_layers)]
@@ -127,12 +127,11 @@ def _by_flags(reader: ConfigReader, n_layers: int) -> _Said:
         ("attn_type_list", ("linear_attention", FULL)),
         ("hybrid_layer_pattern", (FULL, WINDOW)),
     ):
-        flags = reader.config.get(key)
-        if isinstance(flags, list | tuple) and flags:
+        if flags := reader.listed(key):
             reader.require_length(key, flags, n_layers)
-            if set(flags) - {0, 1}:
-                raise reader.error(f"has {key} = {flags!r}, which must hold 0 and 1 only")
-            return key, tuple(words[flag] for flag in flags[:n_layers])
+            if any(flag not in (0, 1) for flag in flags):
+                raise reader.error(f"has {key} = {shown(flags)}, which must hold 0 and 1 only")
+            return key, tuple(words[int(flag)] for flag in flags[:n_layers])
     return None
 
 
@@ -145,8 +144,7 @@ def _by_index(reader: ConfigReader, n_layers: int) -> _Said:
         ("cross_attention_layers", "cross_attention", FULL),
         ("local_layer_ids", WINDOW, FULL),
     ):
-        indices = reader.config.get(key)
-        if isinstance(indices, list | tuple) and indices:
+        if indices := reader.listed(key):
             chosen = _indices(reader, key, indices, range(n_layers))
             return key, tuple(listed if index in chosen else rest for index in range(n_layers))
     return None
@@ -158,8 +156,9 @@ def _by_two_lists(reader: ConfigReader, n_layers: int) -> _Said:
     if not isinstance(block, Mapping):
         return None
     numbers = range(1, n_layers + 1)
+    lists = ConfigReader(block, reader.name)
     both = [
-        _indices(reader, f"{_KDA}.{key}", block.get(key) or (), numbers)
+        _indices(reader, f"{_KDA}.{key}", lists.listed(key) or (), numbers)
         for key in ("full_attn_layers", "kda_layers")
     ]
     if sorted(both[0] | both[1]) != list(numbers) or both[0] & both[1]:
@@ -169,8 +168,8 @@ def _by_two_lists(reader: ConfigReader, n_layers: int) -> _Said:
 
 def _by_block(reader: ConfigReader, n_layers: int) -> _Said:
     """Architectures found by search (DeciLM, Nemotron-NAS): a block for each layer."""
-    blocks = reader.config.get(_BLOCKS)
-    if not isinstance(blocks, list | tuple) or not blocks:
+    blocks = reader.listed(_BLOCKS)
+    if blocks is None:
         return None
     reader.require_length(_BLOCKS, blocks, n_layers)
     return _BLOCKS, tuple(_block_kind(reader, block) for block in blocks[:n_layers])
@@ -242,7 +241,7 @@ def _indices(
     strange = [index for index in indices if index not in allowed]
     if strange:
         raise reader.error(
-            f"has {strange[0]!r} in {key}, but its layers go from {allowed[0]} to {allowed[-1]}"
+            f"has {shown(strange[0])} in {key}, but layers from {allowed[0]} to {allowed[-1]} only"
         )
     return frozenset(indices)
 
@@ -286,7 +285,7 @@ def _refuse_unread(reader: ConfigReader, n_layers: int) -> None:
         )
         if _CHANGES_KV.search(key.lower()) or (varies and key not in read):
             raise reader.error(
-                f"has {key} = {_shown(value)}, which may change what layers keep and isn't "
+                f"has {key} = {shown(value)}, which may change what layers keep and isn't "
                 "understood"
             )
 
@@ -296,11 +295,6 @@ def refuse_states(reader: ConfigReader) -> None:
     for key, value in reader.config.items():
         if value and not _OF_OTHER_THINGS.match(key) and _SAYS_STATE.search(key.lower()):
             raise reader.error(
-                f"has {key} = {_shown(value)}, but does not say which layers keep KV in a way "
+                f"has {key} = {shown(value)}, but does not say which layers keep KV in a way "
                 "that is understood; add layer_types, one word for each layer"
             )
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -58,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
         help="print only the KV of these contexts and how many fit in the whole device "
         f"(without a list: {_TABLE})",
     )  # fmt: skip
+    _add_assumptions(parser)
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    out.add_argument("--plot", type=Path, metavar="FILE", help="draw the decode-time split")
+    return parser
+
+
+def _add_assumptions(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("assumptions")
     how.add_argument(
         "--mem-fraction", type=float, default=0.9, metavar="X",
@@ -92,10 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--batches", default="1,32", metavar="N,N", help="batch sizes of the decode-time split"
     )
-    out = parser.add_argument_group("output")
-    out.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    out.add_argument("--plot", type=Path, metavar="FILE", help="draw the decode-time split")
-    return parser
 
 
 def _load_model(chosen: argparse.Namespace, name: str) -> ModelSpec:

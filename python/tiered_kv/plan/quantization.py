@@ -39,8 +39,12 @@ class StoredBits:
     ) -> None:
         """`usual`: bits of a weight of a matrix that no rule names; None if it isn't quantised.
 
-        `head_too`: whether the output embedding is quantised like any matrix. Raises re.error.
+        `head_too`: whether the output embedding is quantised like any matrix. Raises re.error and
+        ValueError.
         """
+        for bits in (usual, *(bits for _, bits in rules)):
+            if bits is not None and not 0 < bits <= 32:
+                raise ValueError(bits)
         self._usual = usual
         self._only_experts = only_experts
         self._head_too = head_too

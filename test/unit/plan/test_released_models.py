@@ -44,10 +44,10 @@ COUNTED = {
 # The library has no class for these (or can't build it): their layers are told apart from the
 # config alone, and their weights can't be counted.
 NOT_COUNTED = {
-    "ZAMBA2_2B": (9 * 2 * 32 * 160 * 2, "mamba layers"),
-    "KIMI_LINEAR_48B": (7 * 576 * 2, "kda layers"),
-    "MINIMAX_TEXT_01": (10 * 2 * 8 * 128 * 2, "linear_attention layers"),
-    "RING_MINI_LINEAR": (4 * 2 * 4 * 128 * 2, "linear_attention layers"),
+    "ZAMBA2_2B": (9 * 2 * 32 * 160 * 2, "mamba"),
+    "KIMI_LINEAR_48B": (7 * 576 * 2, "kda"),
+    "MINIMAX_TEXT_01": (10 * 2 * 8 * 128 * 2, "linear_attention"),
+    "RING_MINI_LINEAR": (4 * 2 * 4 * 128 * 2, "linear_attention"),
     "MIMO_V2_FLASH": ((9 * 4 + 39 * 8) * (192 + 128) * 2, "swa_head_dim"),
     "STEP_35_FLASH": (45 * 2 * 8 * 128 * 2, "attention_other_setting"),
     "NEMOTRON_SUPER_49B": (40 * 2 * 8 * 128 * 2, "block_configs"),

@@ -10,36 +10,85 @@ from array import array
 from pathlib import Path
 
 from tiered_kv.simulation.workload.block_ids import blocks_spanned
-from tiered_kv.simulation.workload.readers.lines import Line, json_lines, require_some
+from tiered_kv.simulation.workload.errors import WorkloadError
+from tiered_kv.simulation.workload.readers.lines import (
+    Line,
+    is_date,
+    json_lines,
+    require_some,
+    shown,
+    start_at_zero,
+)
 from tiered_kv.simulation.workload.request import RecordedWorkload, Request
 
+UNITS_S = {"ms": 1e-3, "s": 1.0, "us": 1e-6}
 
-def read_mooncake(path: Path, block_tokens: int = 512) -> RecordedWorkload:
-    """The trace at `path`, at its recorded times. Raises WorkloadError."""
+# What times in milliseconds hardly are: closer than any service is asked, with parts of a
+# millisecond though it is asked all the time, or over months.
+_LEAST_GAP_S = 0.010
+_LEAST_GAP_OF_FRACTIONS_S = 0.050
+_LONGEST_S = 31 * 86400.0
+
+
+def read_mooncake(path: Path, block_tokens: int = 512, unit: str = "") -> RecordedWorkload:
+    """The trace at `path`, at its recorded times; dates are shifted to start at 0.
+
+    unit: of `timestamp`, `ms`, `s` or `us`; without it milliseconds, and a trace whose times can
+    hardly be that is refused. Raises WorkloadError.
+    """
+    if unit and unit not in UNITS_S:
+        raise WorkloadError(f"unit must be one of {', '.join(UNITS_S)}, not {unit!r}.")
+    ids: dict[int | str, int] = {}
     requests = [
-        _request(request_id, line, block_tokens) for request_id, line in enumerate(json_lines(path))
+        _request(request_id, line, block_tokens, ids)
+        for request_id, line in enumerate(json_lines(path))
     ]
     require_some(requests, path)
+    times = [request.arrival_s for request in requests]
+    if is_date(min(times)):
+        start_at_zero(requests, path)
+    else:
+        for request in requests:
+            request.arrival_s *= UNITS_S[unit or "ms"]
+        if not unit:
+            _require_milliseconds(times, path)
     return RecordedWorkload(path.stem, block_tokens, requests)
 
 
-def _request(request_id: int, line: Line, block_tokens: int) -> Request:
+def _require_milliseconds(times: list[float], path: Path) -> None:
+    """Raise WorkloadError if `times` are hardly in milliseconds."""
+    span_s = (max(times) - min(times)) / 1000
+    gap_s = span_s / max(1, len(times) - 1)
+    is_fraction = not all(time.is_integer() for time in times)
+    least_s = _LEAST_GAP_OF_FRACTIONS_S if is_fraction else _LEAST_GAP_S
+    if (len(times) > 2 and 0 < gap_s <= least_s) or span_s > _LONGEST_S:
+        raise WorkloadError(
+            f"{path} has {len(times):,} timestamps over {max(times) - min(times):g}, which can "
+            "hardly be milliseconds as in Mooncake's traces; say the unit: unit=s, unit=us, or "
+            "unit=ms if they are."
+        )
+
+
+def _request(request_id: int, line: Line, block_tokens: int, ids: dict[int | str, int]) -> Request:
+    """A request whose arrival is still in the trace's unit."""
     input_tokens = line.count("input_length", minimum=1)
-    try:
-        blocks = array("q", line.items("hash_ids"))
-    except (TypeError, OverflowError):
-        raise line.error("hash_ids must be 64-bit whole numbers") from None
+    blocks: array[int] = array("q")
+    for block in line.items("hash_ids"):
+        if isinstance(block, bool) or not isinstance(block, int | str):
+            raise line.error(f"hash_ids must be whole numbers or texts, not {shown(block)}")
+        # Hashes may have any length: what counts is which are equal.
+        blocks.append(ids.setdefault(block, len(ids)))
     if len(blocks) not in {
         blocks_spanned(input_tokens, block_tokens),
         input_tokens // block_tokens,
     }:
         raise line.error(
             f"{len(blocks)} hash_ids don't fit {input_tokens} tokens in blocks of {block_tokens}; "
-            "give the block's right size"
+            "say how large its blocks are: block_tokens=16"
         )
     return Request(
         request_id=request_id,
-        arrival_s=line.number_of("timestamp") / 1000,
+        arrival_s=line.time_s("timestamp"),
         blocks=blocks,
         input_tokens=input_tokens,
         # A request that was cut off still computes a token.
