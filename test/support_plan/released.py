@@ -213,6 +213,18 @@ INTERNVL3_8B: Config = {
     },
     "vision_config": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
 }
+MISTRAL_SMALL_24B: Config = {
+    "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
+    "text_config": {
+        "model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32768,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "num_hidden_layers": 40, "vocab_size": 131072, "sliding_window": None,
+    },
+    "vision_config": {
+        "model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24,
+        "intermediate_size": 4096, "num_attention_heads": 16, "head_dim": 64,
+    },
+}
 DEEPSEEK_VL2_TINY: Config = {
     "architectures": ["DeepseekVLV2ForCausalLM"], "model_type": "deepseek_vl_v2",
     "language_config": {

@@ -96,6 +96,9 @@ class ConfigReader:
             if isinstance(layers := self.config.get(key), str | list | tuple) and layers:
                 return len(layers)
         found = self.need(*_LAYER_COUNTS)
+        if "longcat_flash" in str(self.config.get("model_type")) and self.config.get("num_layers"):
+            # Each of its layers has attention twice.
+            found = 2 * self.need("num_layers")
         if found > _MOST_LAYERS:
             raise self.error(f"has {found:,} layers, more than any model; correct it")
         return found

@@ -42,6 +42,7 @@ _UNEVEN = (
     "swa_num_key_value_heads", "global_head_dim", "num_kv_shared_layers", "use_cla",
     "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "ffn_multipliers",
     "cross_attention_layers", "hidden_size_per_layer_input", "index_topk", "loop_num",
+    "share_q_dim", "use_residual", "zero_expert_num",
 )
 # fmt: on
 _WIDTHS = re.compile(r"_heads$|intermediate_size|_groups$")
@@ -91,11 +92,11 @@ class Shape:
         if self.without_kv or self.uneven:
             why = f"layers without attention ({', '.join(sorted(set(self.without_kv)))})"
             if self.uneven:
-                why = f"{self.uneven}, so sizes differ per layer"
+                why = f"{self.uneven}, which changes weights per layer"
             raise ConfigError(
-                f"The config of {self.name!r} has {why}, and its weights can't be counted from it; "
-                "say how many parameters the model has (--parameters 48B, or 48B:3B with those "
-                "that a token uses)."
+                f"The config of {self.name!r} has {why}, and these can't be counted from it; say "
+                "how many parameters the model has (--parameters 48B, or 48B:3B with those that a "
+                "token uses)."
             )
         hidden, experts = self.hidden_size, self.experts
         mlp = self.mlp_matrices * hidden
@@ -198,6 +199,9 @@ def _refuse_encoders(reader: ConfigReader) -> None:
     if config.get("is_encoder_decoder"):
         raise reader.error("is an encoder-decoder's; only decoders can be planned")
     architecture = str((reader.listed("architectures") or [""])[0])
+    is_bidirectional = config.get("use_bidirectional_attention") and architecture.endswith("Model")
+    if is_bidirectional or config.get("is_causal") is False:
+        raise reader.error("is an encoder's, for its tokens see those after them: it keeps no KV")
     # Encoders of BERT's kind have token types, and keep no KV.
     if config.get("type_vocab_size") and not config.get("is_decoder"):
         raise reader.error(f"is an encoder's ({architecture or 'BERT-like'}), which keeps no KV")

@@ -14,6 +14,10 @@ _ACTIVE = (
     "top_k_experts", "moe_top_k", "num_experts_per_topk",
 )  # fmt: skip
 _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
+_SHARED_WIDTH = (
+    "shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim",
+    "moe_shared_expert_intermediate_size",
+)  # fmt: skip
 _WIDTH = (
     "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size",
 )  # fmt: skip
@@ -58,13 +62,17 @@ def read_experts(reader: ConfigReader, n_layers: int) -> Experts | None:
     if n_experts < 2:
         return None
     size = reader.need(*_WIDTH)
-    shared = reader.take("shared_expert_intermediate_size", "shared_intermediate_size")
+    shared = reader.take(*_SHARED_WIDTH)
     if reader.config.get("intermediate_size_mlp"):
         # Llama 4 has one shared expert, as wide as the others, without a word.
         shared = shared or size
+    n_active = reader.need(*_ACTIVE)
+    if n_empty := reader.take("zero_expert_num"):
+        # Some of those that a token chooses compute nothing.
+        n_active = max(1, round(n_active * n_experts / (n_experts + n_empty)))
     return Experts(
         n_experts,
-        reader.need(*_ACTIVE),
+        n_active,
         size,
         shared or reader.take(*_SHARED) * size,
         len(_moe_layers(reader, n_layers)),

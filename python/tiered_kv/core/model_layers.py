@@ -43,6 +43,14 @@ _NO_KV = frozenset(
 # fmt: on
 _LETTERS = {"M": "mamba", "*": FULL, "-": "mlp", "E": "moe"}
 _NAMED = ("layer_types", "layers_block_type", "layer_block_types", "attention_layers")
+_LISTED = {
+    "attn_layer_indices": (FULL, "mamba"),
+    "full_attn_idxs": (FULL, "conv"),
+    "hybrid_layer_ids": (FULL, "mamba"),
+    "cross_attention_layers": ("cross_attention", FULL),
+    "local_layer_ids": (WINDOW, FULL),
+}
+"""Lists of layers, with what these are and what the others are."""
 _REPEATED = ("block_types", "_block_types")
 _BLOCKS = "block_configs"
 _KDA = "linear_attn_config"
@@ -137,13 +145,7 @@ def _by_flags(reader: ConfigReader, n_layers: int) -> _Said:
 
 def _by_index(reader: ConfigReader, n_layers: int) -> _Said:
     """Lists of the layers that are different, counted from 0."""
-    for key, listed, rest in (
-        ("attn_layer_indices", FULL, "mamba"),
-        ("full_attn_idxs", FULL, "conv"),
-        ("hybrid_layer_ids", FULL, "mamba"),
-        ("cross_attention_layers", "cross_attention", FULL),
-        ("local_layer_ids", WINDOW, FULL),
-    ):
+    for key, (listed, rest) in _LISTED.items():
         if indices := reader.listed(key):
             chosen = _indices(reader, key, indices, range(n_layers))
             return key, tuple(listed if index in chosen else rest for index in range(n_layers))
@@ -249,14 +251,29 @@ def _indices(
 # -- fields that would change the count if they were understood ----------------------------------
 
 _CHANGES_KV = re.compile(
-    r"(kv|key_value)\w*_?(shar|reus)|(shar|reus)\w*_(kv|key_value)|cross_layer|^yoco|compress_ra"
+    r"(kv|key_value)_?heads|heads_kv|swa_|_swa|(kv|key_value)\w*_?(shar|reus)|(shar|reus)\w*_(kv|key_value)|cross_layer|^yoco|compress_ra"
     r"|^loop_|_loops?$|ut_steps|^n_loop|num_loop|recurrent_depth|nope_kv|kv_compress"
 )
-_COUNTED = frozenset({"num_kv_shared_layers", "loop_num", "loop_window_size"})
+_COUNTED = frozenset(
+    {
+        "num_kv_shared_layers", "loop_num", "loop_window_size", "num_key_value_heads",
+        "num_kv_heads", "num_key_value_heads_per_layer", "num_global_key_value_heads",
+        "swa_num_key_value_heads", "swa_head_dim", "swa_v_head_dim", "swa_num_attention_heads",
+        "swa_rope_theta", "add_swa_attention_sink_bias", "n_head_kv", "disable_hybrid_swa_memory",
+    }
+)  # fmt: skip
+_LISTS_LAYERS = re.compile(r"_(layers|layer_ids|layer_indices|layer_idxs|attn_idxs)$|^attn_layers$")
+_LISTS_OTHERS = re.compile(
+    r"^(no_rope|moe|mlp_only|mtp|dense|rope|eagle|num|quant|max_window)"
+    r"|vision|visual|image|audio|spatial|feature|deepstack"
+)
 _SAYS_STATE = re.compile(
     r"mamba|(^|_)ssm|rwkv|recurren|retention|linear_att|lightning|delta_?net|(^|_)kda|(^|_)gla_"
     r"|hybrid|conv_kernel|short_?conv|conv_l_cache|(^|_)state_(size|dtype|dim)|lstm|(layer|block|attn|attention)s?_(type|pattern|"
     r"period|interval|schedule)s?(_list)?$"
+)
+_STATE_TYPES = re.compile(
+    r"rwkv|mamba|retnet|(^|_)gla(_|$)|delta_?net|hgrn|linear_attn|(^|_)gsa(_|$)|hyena|lstm|(^|_)ssm"
 )
 _OF_OTHER_THINGS = re.compile(r"^(moe|expert|mlp|ffn|no_rope|rope)_")
 _PER_LAYER = frozenset(
@@ -273,7 +290,7 @@ _PER_LAYER = frozenset(
 
 
 def _refuse_unread(reader: ConfigReader, n_layers: int) -> None:
-    read = {*_NAMED, *_REPEATED, _BLOCKS, *_PER_LAYER}
+    read = {*_NAMED, *_REPEATED, *_LISTED, _BLOCKS, *_PER_LAYER}
     for key, value in reader.config.items():
         if not value or key in _COUNTED:
             continue
@@ -283,7 +300,12 @@ def _refuse_unread(reader: ConfigReader, n_layers: int) -> None:
             and len(set(map(repr, value))) > 1
             and sorted(map(repr, value)) != sorted(map(repr, range(n_layers)))
         )
-        if _CHANGES_KV.search(key.lower()) or (varies and key not in read):
+        lists = (
+            isinstance(value, list | tuple)
+            and _LISTS_LAYERS.search(key)
+            and not _LISTS_OTHERS.search(key)
+        )
+        if _CHANGES_KV.search(key.lower()) or ((varies or lists) and key not in read):
             raise reader.error(
                 f"has {key} = {shown(value)}, which may change what layers keep and isn't "
                 "understood"
@@ -292,6 +314,12 @@ def _refuse_unread(reader: ConfigReader, n_layers: int) -> None:
 
 def refuse_states(reader: ConfigReader) -> None:
     """Raise ConfigError if the config speaks of layers without KV, but not which they are."""
+    kind = str(reader.config.get("model_type"))
+    if _STATE_TYPES.search(kind) or isinstance(reader.config.get("attn"), Mapping):
+        raise reader.error(
+            f"is of the type {kind}, whose layers keep a state instead of KV, or not all KV; add "
+            "layer_types, one word for each layer, if some do"
+        )
     for key, value in reader.config.items():
         if value and not _OF_OTHER_THINGS.match(key) and _SAYS_STATE.search(key.lower()):
             raise reader.error(

@@ -18,7 +18,7 @@ from tiered_kv.core.units import parse_bytes
 from tiered_kv.plan import report
 from tiered_kv.plan.capacity import context_memory, nominal_parameters, tier_capacities
 from tiered_kv.plan.costs import decode_split, doubling, hit_cost, long_context_costs
-from tiered_kv.plan.models import Overrides, load_model
+from tiered_kv.plan.models import Loaded, Overrides, load_model
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
 
 _TABLE = "Llama-3.1-8B@128000,Qwen-7B@16000,Gemma-7B@8192,Qwen-14B@16000"
@@ -102,7 +102,7 @@ def _add_assumptions(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _load_model(chosen: argparse.Namespace, name: str) -> ModelSpec:
+def _load_model(chosen: argparse.Namespace, name: str) -> Loaded:
     return load_model(
         name,
         Overrides(
@@ -125,7 +125,7 @@ def _print_table(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, An
         name, _, length = item.rpartition("@")
         if not name or not length.isdigit():
             raise ConfigError(f"{item!r} is no context; write MODEL@TOKENS, Qwen-7B@16000 say.")
-        model = _load_model(chosen, name)
+        model = _load_model(chosen, name).model
         rows.append(
             context_memory(
                 model, int(length), device.memory_bytes, weight_bytes=_weight_bytes(chosen, model)
@@ -145,7 +145,7 @@ def _cost_model(chosen: argparse.Namespace, model: ModelSpec, device: DeviceSpec
 
 
 def _print_plan(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, Any]:
-    model = _load_model(chosen, chosen.model)
+    model, note = _load_model(chosen, chosen.model)
     cost = _cost_model(chosen, model, device)
     kv_bytes = device.memory_bytes * chosen.mem_fraction - _weight_bytes(chosen, model)
     farther = {Tier.HOST: parse_bytes(chosen.host), Tier.DISK: parse_bytes(chosen.disk)}
@@ -168,7 +168,7 @@ def _print_plan(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, Any
     ]
     sections = [
         f"# {model.name} on {device.name}",
-        report.facts(model, device),
+        report.facts(model, device, note),
         "## What fits",
         report.capacity_table(capacities, chosen.context),
         f"## A hit of {chosen.context:,} tokens, {chosen.new:,} new ones after it",

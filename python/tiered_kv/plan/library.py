@@ -33,17 +33,37 @@ def library_config(config: Mapping[str, Any]) -> Any | None:
     """
     with _quiet():
         for block in (config, language_model(config)):
-            kind = _config_class(block)
-            if kind is None:
-                continue
             try:
-                made = kind.from_dict(dict(block))
+                kind = _config_class(block)
+                made = None if kind is None else kind.from_dict(dict(block))
             except Exception:
                 # What a class doesn't take, our reader names.
                 continue
-            # Of a model that hears and speaks, servers run the part that thinks.
-            return getattr(made, "thinker_config", made)
+            if made is not None:
+                # Of a model that hears and speaks, servers run the part that thinks.
+                made = getattr(made, "thinker_config", made)
+                made.tie_word_embeddings = _is_tied(config, made)
+                return made
     return None
+
+
+def _is_tied(config: Mapping[str, Any], made: Any) -> bool:
+    """Whether the output embedding is the input's. The file's word counts, the outermost first.
+
+    Without one, the defaults of the blocks' classes; where they differ, released models are not.
+    """
+    for block in (config, innermost(config)):
+        if block.get("tie_word_embeddings") is not None:
+            return bool(block["tie_word_embeddings"])
+    blocks = (made, made.get_text_config(decoder=True))
+    return all(getattr(block, "tie_word_embeddings", True) for block in blocks)
+
+
+def generates(made: Any) -> bool:
+    """Whether the library has a model of this config that writes text."""
+    text = type(made.get_text_config(decoder=True))
+    mappings = _mappings()
+    return any(kind in mapping for kind in (type(made), text) for mapping in mappings)
 
 
 def completed(config: Mapping[str, Any], made: Any) -> dict[str, Any]:
@@ -58,6 +78,7 @@ def completed(config: Mapping[str, Any], made: Any) -> dict[str, Any]:
     # These stand on the outside, and the class of a nested block has its own idea of them.
     for key in ("architectures", "is_encoder_decoder"):
         fields[key] = config.get(key, getattr(made, key, None))
+    fields["tie_word_embeddings"] = made.tie_word_embeddings
     return fields
 
 
@@ -95,29 +116,36 @@ def _config_class(block: Mapping[str, Any]) -> Any:
 
 def _model_class(made: Any) -> Any:
     import transformers
-    from transformers.models.auto import modeling_auto as auto
 
     for name in made.architectures or ():
         model = getattr(transformers, name, None)
         if getattr(model, "config_class", None) is type(made):
             return model
-    for mapping in (
-        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    ):
+    for mapping in _mappings():
         if type(made) in mapping:
             return mapping[type(made)]
     raise LookupError(type(made).__name__)
 
 
+def _mappings() -> tuple[Any, ...]:
+    """From config classes to those of models that write text."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return (
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    )
+
+
 def _parts(model: Any) -> Iterator[Part]:
     from torch import nn
 
-    decoder = {id(weight) for weight in model.get_decoder().parameters()}
-    decoder -= _encoders(model)
+    encoders = _encoders(model)
     head = model.get_output_embeddings()
     head_weights = {id(weight) for weight in head.parameters()} if head is not None else set()
+    text = model.config.get_text_config(decoder=True)
+    n_empty = getattr(text, "zero_expert_num", 0)
     seen: set[int] = set()
     for path, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -125,19 +153,23 @@ def _parts(model: Any) -> Iterator[Part]:
                 # The head is the embedding, where they are tied.
                 continue
             seen.add(id(weight))
-            if isinstance(module, nn.Embedding):
+            if id(weight) in encoders:
+                kind = Kind.ENCODER
+            elif isinstance(module, nn.Embedding):
                 kind = Kind.EMBEDDING
             elif id(weight) in head_weights:
                 kind = Kind.HEAD
-            elif id(weight) not in decoder:
-                kind = Kind.ENCODER
             elif _is_expert(module, path, name, weight):
                 kind = Kind.EXPERT
             elif isinstance(module, nn.Linear) and name == "weight":
                 kind = Kind.LINEAR
             else:
                 kind = Kind.OTHER
-            yield Part(path, weight.numel(), kind)
+            n = weight.numel()
+            if n_empty and weight.shape[0] == text.n_routed_experts + n_empty:
+                # Experts that pass on what they get have places in the library's, but no weights.
+                n -= n // weight.shape[0] * n_empty
+            yield Part(path, n, kind)
 
 
 def _encoders(model: Any) -> set[int]:

@@ -7,15 +7,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tiered_kv.core.config_reader import language_model
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.model_config import Shape, read_shape
 from tiered_kv.core.model_spec import ModelSpec, find_model
-from tiered_kv.plan.library import completed, library_config, library_parts
+from tiered_kv.plan.library import completed, generates, library_config, library_parts
 from tiered_kv.plan.weights import Kind, Part, count, parts_of_shape, weight_bytes
 
+_BY_SHAPE = (
+    "Parameters are counted from the config's sizes as of a usual decoder, for transformers can't "
+    "build the model."
+)
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([BMT]?)", re.IGNORECASE)
 _FACTORS = {"": 1, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -32,7 +36,15 @@ class Overrides:
     """Bytes per element of KV."""
 
 
-def load_model(name: str, overrides: Overrides) -> ModelSpec:
+class Loaded(NamedTuple):
+    """A model, and how far to trust its figures."""
+
+    model: ModelSpec
+    note: str = ""
+    """A sentence for the user; empty if there is nothing to say."""
+
+
+def load_model(name: str, overrides: Overrides) -> Loaded:
     """The preset called `name`, or the model of the config.json at that path or in that directory.
 
     Raises ConfigError, in one sentence.
@@ -43,12 +55,14 @@ def load_model(name: str, overrides: Overrides) -> ModelSpec:
     if path.suffix != ".json":
         model, given_bytes = find_model(name), overrides.weight_bytes
         total, active = _given(overrides) or (model.n_parameters, model.n_active_parameters)
-        return replace(
-            model,
-            n_parameters=total,
-            n_active_parameters=active,
-            weight_bytes_per_parameter=2.0 if given_bytes is None else given_bytes,
-            kv_bytes_per_element=overrides.kv_bytes,
+        return Loaded(
+            replace(
+                model,
+                n_parameters=total,
+                n_active_parameters=active,
+                weight_bytes_per_parameter=2.0 if given_bytes is None else given_bytes,
+                kv_bytes_per_element=overrides.kv_bytes,
+            )
         )
     label = path.parent.name if path.name == "config.json" and path.parent.name else path.stem
     config = _read_json(path)
@@ -58,30 +72,35 @@ def load_model(name: str, overrides: Overrides) -> ModelSpec:
     return model_of_config(config, label, overrides)
 
 
-def model_of_config(config: Mapping[str, Any], label: str, overrides: Overrides) -> ModelSpec:
+def model_of_config(config: Mapping[str, Any], label: str, overrides: Overrides) -> Loaded:
     """The model that `config`, a parsed config.json, describes. Raises ConfigError."""
     made = library_config(config)
+    if made is not None and not generates(made):
+        raise ConfigError(
+            f"The config of {label!r} is of the type {made.model_type}, of which transformers has "
+            "no model that writes text; name a decoder's config.json."
+        )
     fields = language_model(config) if made is None else completed(config, made)
     shape = read_shape(fields, label)
-    parts = _parts(shape, made, overrides)
+    parts = made and library_parts(made)
+    is_exact = bool(parts) or overrides.parameters is not None
+    parts = parts or _parts_of_shape(shape, overrides)
     total, active = _given(overrides) or count(parts, shape)
     n_bytes = overrides.weight_bytes
     if n_bytes is None:
         n_bytes = weight_bytes(parts, fields, label) / sum(part.n for part in parts)
-    return ModelSpec.of_shape(
+    model = ModelSpec.of_shape(
         shape,
         n_parameters=total,
         n_active_parameters=active,
         weight_bytes_per_parameter=n_bytes,
         kv_bytes_per_element=overrides.kv_bytes,
     )
+    return Loaded(model, "" if is_exact else _BY_SHAPE)
 
 
-def _parts(shape: Shape, made: Any | None, overrides: Overrides) -> list[Part]:
-    """The weights, from the library or by the shape; by the number given if neither counts them."""
-    parts = None if made is None else library_parts(made)
-    if parts:
-        return parts
+def _parts_of_shape(shape: Shape, overrides: Overrides) -> list[Part]:
+    """The weights by the config's sizes, or by the number given if these don't tell."""
     try:
         return parts_of_shape(shape)
     except ConfigError:

@@ -21,11 +21,13 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def facts(model: ModelSpec, device: DeviceSpec) -> str:
-    """What the plan's figures start from, and what they leave out."""
+def facts(model: ModelSpec, device: DeviceSpec, note: str = "") -> str:
+    """What the plan's figures start from, and what they leave out; `note` among it."""
     kib = model.kv_bytes_per_token / 1024
     billions = f"{model.n_parameters / 1e9:.2f}B parameters{_active(model)}"
     said = [f"{model.attention_kind}, {billions}, {kib:.1f} KiB of KV per token."]
+    if note:
+        said.append(note)
     if model.weight_bytes_per_parameter != 2.0:
         said.append(
             f"Weights take {gigabytes(model.weight_bytes)}, "

@@ -22,10 +22,11 @@ from tiered_kv.plan.models import Overrides, model_of_config
 # The library's own defaults for each: plain attention of all kinds, windows in every layer or some,
 # linear attention, convolutions, KV that layers share, layers run twice, heads of two widths.
 TYPES = [
-    "cohere2", "ernie4_5_moe", "falcon", "gemma2", "gemma3n_text", "gemma4_text", "gpt2",
-    "gpt_bigcode", "gpt_neo", "gpt_oss", "hrm_text", "laguna", "lfm2", "llama4_text", "minimax",
-    "modernbert-decoder", "mpt", "phi3", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next", "stablelm",
+    "cohere2", "falcon", "gemma2", "gemma3n_text", "gemma4_text", "gpt2",
+    "gpt_bigcode", "gpt_neo", "gpt_oss", "hrm_text", "lfm2", "llama4_text", "minimax",
+    "modernbert-decoder", "mpt", "phi3", "qwen2_moe", "qwen3_next", "stablelm",
 ]  # fmt: skip
+TIED = {"tie_word_embeddings": True}
 SHORT, LONG = 16, 32
 
 
@@ -42,7 +43,7 @@ def test_kv_grows_as_in_the_librarys_own_cache(model_type: str) -> None:
     config = transformers.CONFIG_MAPPING[model_type]()
     with torch.device("meta"):
         library = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = model_of_config(config.to_dict(), model_type, Overrides(kv_bytes=1.0))
+    model = model_of_config(config.to_dict(), model_type, Overrides(kv_bytes=1.0)).model
     grown = cached_elements(library, LONG) - cached_elements(library, SHORT)
     assert model.kv_bytes_per_token == grown / (LONG - SHORT)
     assert model.n_parameters == sum(weight.numel() for weight in library.parameters())
@@ -68,7 +69,7 @@ def test_without_the_library_a_config_is_taken_as_it_stands(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    spec = model_of_config(released.DEEPSEEK_V3, "DeepSeek-V3", Overrides())
+    spec = model_of_config(released.DEEPSEEK_V3, "DeepSeek-V3", Overrides()).model
     assert spec.n_parameters == pytest.approx(671e9, rel=1e-3)
     assert spec.weight_bytes == pytest.approx(673e9, rel=0.01)
     with pytest.raises(ConfigError, match=r"without attention \(linear_attention\)"):
@@ -78,7 +79,7 @@ def test_without_the_library_a_config_is_taken_as_it_stands(
     assert (
         model_of_config(
             released.QWEN3_NEXT, "Qwen3-Next", Overrides(parameters="80B:3B")
-        ).kv_bytes_per_token
+        ).model.kv_bytes_per_token
         == 24 * 1024
     )
 
@@ -90,8 +91,35 @@ def test_without_torch_weights_are_counted_by_their_shapes(
     made = library_config(released.GPT_OSS_20B)
     assert made is not None
     assert library_parts(made) is None
-    spec = model_of_config(released.GPT_OSS_20B, "gpt-oss-20b", Overrides())
+    spec = model_of_config(released.GPT_OSS_20B, "gpt-oss-20b", Overrides()).model
     assert spec.n_parameters == pytest.approx(20.9e9, rel=0.01)
+
+
+def test_it_is_said_how_parameters_were_counted() -> None:
+    assert not model_of_config(released.QWEN3_NEXT, "x", Overrides()).note
+    assert "config's sizes" in model_of_config(released.CHATGLM3_6B, "x", Overrides()).note
+    assert not model_of_config(released.CHATGLM3_6B, "x", Overrides(parameters="6B")).note
+
+
+@pytest.mark.parametrize(
+    ("outside", "inside", "is_tied"),
+    [
+        ({}, {}, False),
+        (TIED, {}, True),
+        ({}, TIED, True),
+        (TIED, {"tie_word_embeddings": False}, True),
+    ],
+)
+def test_embeddings_are_tied_if_the_file_says_so(
+    outside: dict[str, Any], inside: dict[str, Any], is_tied: bool
+) -> None:
+    # The library's defaults of the outer and the inner block differ.
+    config = {**released.MISTRAL_SMALL_24B, **outside}
+    config["text_config"] = {**config["text_config"], **inside}
+    model = model_of_config(config, "x", Overrides()).model
+    assert model.tied_embeddings == is_tied
+    embedding = 131072 * 5120
+    assert model.n_parameters == pytest.approx(24.01e9 - is_tied * embedding, rel=0.001)
 
 
 def test_a_config_that_the_library_rejects_is_named_by_ours() -> None:

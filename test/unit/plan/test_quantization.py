@@ -73,7 +73,7 @@ W8A8 = {
 
 def gigabytes(config: dict[str, Any], quantization: dict[str, Any] | None = None) -> float:
     change = {} if quantization is None else {"quantization_config": quantization}
-    return model_of_config({**config, **change}, "x", Overrides()).weight_bytes / 1e9
+    return model_of_config({**config, **change}, "x", Overrides()).model.weight_bytes / 1e9
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_weights_take_what_the_checkpoint_does(
 def test_fp8_with_scales_of_blocks() -> None:
     # 671B in fp8, but for the two embeddings; a float32 scale for 128 x 128.
     embeddings = 2 * 129280 * 7168
-    n = model_of_config(released.DEEPSEEK_V3, "x", Overrides()).n_parameters
+    n = model_of_config(released.DEEPSEEK_V3, "x", Overrides()).model.n_parameters
     expected = (n - embeddings) * (1 + 4 / 128**2) + embeddings * 2
     assert gigabytes(released.DEEPSEEK_V3) * 1e9 == pytest.approx(expected, rel=2e-4)
 
@@ -218,7 +218,7 @@ def test_what_is_not_understood_names_the_option(quantization: Any) -> None:
 
 def test_bytes_given_count_whatever_the_config_says() -> None:
     config = {**LLAMA_8B, "quantization_config": {"quant_method": "hqq"}}
-    model = model_of_config(config, "x", Overrides(weight_bytes=0.5))
+    model = model_of_config(config, "x", Overrides(weight_bytes=0.5)).model
     assert model.weight_bytes == model.n_parameters / 2
     quantised = {**released.KIMI_LINEAR_48B, "quantization_config": AWQ}
     with pytest.raises(ConfigError, match="--weight-bytes"):
@@ -227,10 +227,10 @@ def test_bytes_given_count_whatever_the_config_says() -> None:
 
 def test_a_quantisation_beside_the_config_counts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
-    plain = load_model(str(tmp_path), Overrides()).weight_bytes
+    plain = load_model(str(tmp_path), Overrides()).model.weight_bytes
     beside = {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(beside))
-    assert load_model(str(tmp_path), Overrides()).weight_bytes < 0.6 * plain
+    assert load_model(str(tmp_path), Overrides()).model.weight_bytes < 0.6 * plain
 
 
 @pytest.mark.parametrize("text", ["many", "0B", "3B:48B", "1B:1B:1B", "-3B", ""])

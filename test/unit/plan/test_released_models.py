@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from support_plan import released
+from support_plan import released, released_too
+from support_plan.refused import REFUSED
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.model_spec import ModelSpec
 from tiered_kv.plan.models import Overrides, model_of_config
@@ -36,6 +37,16 @@ COUNTED = {
     "QWEN25_VL_7B": (28 * 2 * 4 * 128 * 2, 8.29),
     "INTERNVL3_8B": (28 * 2 * 4 * 128 * 2, 7.62),
     "DEEPSEEK_VL2_TINY": (12 * 2 * 10 * 128 * 2, 2.94),
+    "MISTRAL_SMALL_24B": (40 * 2 * 8 * 128 * 2, 24.0),
+    "BLOOM": (70 * 2 * 14336 * 2, 176.2),
+    "FALCON_40B": (60 * 2 * 8 * 64 * 2, 41.3),
+    "LONGCAT_FLASH": (56 * 576 * 2, 560.0),
+    "HUNYUAN_A13B": (32 * 2 * 8 * 128 * 2, 80.4),
+    "ERNIE_300B": (54 * 2 * 8 * 128 * 2, 299.0),
+    "NEMOTRON_3_NANO": (6 * 2 * 2 * 128 * 2, 31.6),
+    "MINIMAX_M2": (62 * 2 * 8 * 128 * 2, 229.0),
+    "LLAVA_15_7B": (32 * 2 * 32 * 128 * 2, 7.06),
+    "QWEN2_AUDIO_7B": (32 * 2 * 32 * 128 * 2, 8.40),
     "DBRX": (40 * 2 * 8 * 128 * 2, 131.6),
     "CHATGLM3_6B": (28 * 2 * 2 * 128 * 2, 6.24),
     "MINICPM3_4B": (62 * (256 + 32) * 2, 4.07),
@@ -57,7 +68,8 @@ NOT_COUNTED = {
 
 
 def read(name: str, **overrides: object) -> ModelSpec:
-    return model_of_config(getattr(released, name), name, Overrides(**overrides))  # type: ignore[arg-type]
+    config = getattr(released, name, None) or getattr(released_too, name)
+    return model_of_config(config, name, Overrides(**overrides)).model  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -81,6 +93,15 @@ def test_a_model_whose_weights_cannot_be_counted(name: str) -> None:
     assert model.weight_bytes == 96e9
 
 
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_be_planned_is_refused_by_name(name: str) -> None:
+    config, what = REFUSED[name]
+    with pytest.raises(ConfigError) as caught:
+        model_of_config(config, name, Overrides(parameters="1B"))
+    assert what in str(caught.value).removeprefix(f"The config of {name!r}")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "billions"),
     [
@@ -91,6 +112,8 @@ def test_a_model_whose_weights_cannot_be_counted(name: str) -> None:
         ("JAMBA", 12.1),
         ("GRANITE4_H_SMALL", 8.8),
         ("DBRX", 36.5),
+        ("LONGCAT_FLASH", 27.9),
+        ("NEMOTRON_3_NANO", 3.6),
         # Without its encoder of images.
         ("GEMMA3_4B", 3.88),
     ],
