@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tiered_kv.core.config_reader import ConfigReader
@@ -26,10 +26,22 @@ class KVLayers:
     n_layers: int
     kv_elements: int
     """Per token and layer; 0 if they read what another layer keeps."""
+    kv_heads: int = 1
+    """Parts of these that tensor-parallel ranks may share out; 1 for a latent."""
     window_tokens: int = 0
     """How far they look back; 0 if to the beginning."""
     other_bytes: int = 0
     """Bytes per token and layer in a format of their own, whatever the KV cache's."""
+
+    def on_group(self, n_ranks: int) -> KVLayers:
+        """What `n_ranks` tensor-parallel ranks keep together: each at least one head."""
+        heads = -(-self.kv_heads // n_ranks) * n_ranks
+        return replace(
+            self,
+            kv_elements=self.kv_elements // self.kv_heads * heads,
+            kv_heads=heads,
+            other_bytes=self.other_bytes * n_ranks,
+        )
 
 
 def read_kv_layers(
@@ -45,29 +57,24 @@ def read_kv_layers(
     own = _keeps_its_own(reader, n_layers)
     elements = _Elements(reader, n_layers, mla_elements)
     index_bytes = _index_bytes(reader, is_latent=mla_elements > 0)
-    layers = [
-        KVLayers(
-            1,
-            elements.of_layer(index, kind) if own[index] else 0,
-            window if kind == WINDOW else 0,
-            index_bytes,
-        )
-        for index, kind in enumerate(kinds)
-        if keeps_kv(kind)
-    ]
+    layers = []
+    for index, kind in enumerate(kinds):
+        if keeps_kv(kind):
+            heads, per_head = elements.of_layer(index, kind)
+            layers.append(
+                KVLayers(
+                    n_layers=1,
+                    kv_elements=heads * per_head if own[index] else 0,
+                    kv_heads=max(1, heads),
+                    window_tokens=window if kind == WINDOW else 0,
+                    other_bytes=index_bytes,
+                )
+            )
     if not any(layer.kv_elements for layer in layers):
         raise reader.error("shares the KV of its layers so that none keeps any; correct it")
     loops = max(1, reader.take("loop_num"))
-    key = _comparable
-    groups = tuple(
-        KVLayers(len(list(alike)) * loops, *numbers)
-        for numbers, alike in groupby(sorted(layers, key=key), key=key)
-    )
+    groups = tuple(replace(one, n_layers=n * loops) for one, n in Counter(layers).items())
     return groups, tuple(kind for kind in kinds if not keeps_kv(kind))
-
-
-def _comparable(layers: KVLayers) -> tuple[int, int, int]:
-    return layers.kv_elements, layers.window_tokens, layers.other_bytes
 
 
 def kv_heads(config: Mapping[str, Any], reader: ConfigReader, n_heads: int) -> int:
@@ -104,10 +111,10 @@ class _Elements:
         self._width = reader.take(*HEAD_DIM) or reader.need(*HIDDEN) // self._n_heads
         self._value_width = reader.take("v_head_dim") or self._width
 
-    def of_layer(self, index: int, kind: str) -> int:
-        """Elements per token of layer `index`."""
+    def of_layer(self, index: int, kind: str) -> tuple[int, int]:
+        """KV heads of layer `index`, and the elements of one per token. A latent is one head."""
         if self._mla_elements:
-            return self._mla_elements
+            return 1, self._mla_elements
         reader, config = self._reader, self._reader.config
         if blocks := reader.listed("block_configs"):
             return self._of_block(blocks[index]["attention"])
@@ -118,7 +125,7 @@ class _Elements:
                 reader = ConfigReader(other, reader.name)
                 heads = reader.take("num_attention_groups") or heads
                 width = reader.take("head_dim") or width
-                return heads * (width + (reader.take("v_head_dim") or width))
+                return heads, width + (reader.take("v_head_dim") or width)
             heads = reader.take("swa_num_key_value_heads") or heads
             swa_width = reader.take("swa_head_dim")
             width = swa_width or width
@@ -128,14 +135,14 @@ class _Elements:
                 heads = reader.take("num_global_key_value_heads") or heads
             global_width = reader.take("global_head_dim")
             width, value_width = global_width or width, global_width or value_width
-        return heads * (width + value_width)
+        return heads, width + value_width
 
-    def _of_block(self, attention: Mapping[str, Any]) -> int:
+    def _of_block(self, attention: Mapping[str, Any]) -> tuple[int, int]:
         reader = ConfigReader(attention, self._reader.name)
         heads = reader.take("num_key_value_heads")
         if not heads:
             heads = self._n_heads // reader.need("n_heads_in_group")
-        return heads * (self._width + self._value_width)
+        return heads, self._width + self._value_width
 
 
 def _keeps_its_own(reader: ConfigReader, n_layers: int) -> list[bool]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tiered_kv.core.errors import ConfigError
@@ -100,8 +100,10 @@ class ModelSpec:
             return self.kv_layers
         # K and V of every KV head; under MLA one latent and one RoPE key (DeepSeek-V2, arXiv
         # 2405.04434, section 2.1.4).
-        mla = self.mla_kv_lora_rank and self.mla_kv_lora_rank + self.mla_rope_head_dim
-        return (KVLayers(self.n_layers, mla or 2 * self.n_kv_heads * self.head_dim),)
+        if self.mla_kv_lora_rank:
+            return (KVLayers(self.n_layers, self.mla_kv_lora_rank + self.mla_rope_head_dim),)
+        heads = self.n_kv_heads
+        return (KVLayers(self.n_layers, 2 * heads * self.head_dim, heads),)
 
     @property
     def n_attention_layers(self) -> int:
@@ -129,6 +131,14 @@ class ModelSpec:
     def kv_bytes_per_token_layer(self) -> float:
         """The same in one layer, on average over those that keep any."""
         return self.kv_bytes_per_token / self.n_kv_layers
+
+    def on_group(self, n_ranks: int) -> ModelSpec:
+        """The model with the KV that `n_ranks` tensor-parallel ranks keep of a token together.
+
+        More than the model's own where it has fewer KV heads than there are ranks: heads, and the
+        latents of MLA, are kept by several ranks then.
+        """
+        return replace(self, kv_layers=tuple(layers.on_group(n_ranks) for layers in self.attending))
 
     def _bytes_per_token(self, layers: KVLayers) -> float:
         per_layer = layers.kv_elements * self.kv_bytes_per_element + layers.other_bytes

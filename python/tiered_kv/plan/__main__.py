@@ -128,7 +128,11 @@ def _print_table(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, An
         model = _load_model(chosen, name).model
         rows.append(
             context_memory(
-                model, int(length), device.memory_bytes, weight_bytes=_weight_bytes(chosen, model)
+                model,
+                int(length),
+                device.memory_bytes,
+                weight_bytes=_weight_bytes(chosen, model),
+                n_devices=device.n_devices,
             )
         )
     sys.stdout.write(report.context_table(rows, device.memory_bytes) + "\n")
@@ -145,7 +149,8 @@ def _cost_model(chosen: argparse.Namespace, model: ModelSpec, device: DeviceSpec
 
 
 def _print_plan(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, Any]:
-    model, note = _load_model(chosen, chosen.model)
+    loaded, note = _load_model(chosen, chosen.model)
+    model = loaded.on_group(device.n_devices)
     cost = _cost_model(chosen, model, device)
     kv_bytes = device.memory_bytes * chosen.mem_fraction - _weight_bytes(chosen, model)
     farther = {Tier.HOST: parse_bytes(chosen.host), Tier.DISK: parse_bytes(chosen.disk)}
@@ -168,7 +173,7 @@ def _print_plan(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, Any
     ]
     sections = [
         f"# {model.name} on {device.name}",
-        report.facts(model, device, note),
+        report.facts(loaded, device, note),
         "## What fits",
         report.capacity_table(capacities, chosen.context),
         f"## A hit of {chosen.context:,} tokens, {chosen.new:,} new ones after it",
@@ -182,7 +187,7 @@ def _print_plan(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, Any
     if chosen.plot:
         _plot(cost, chosen, longest)
     return {
-        "model": asdict(model),
+        "model": asdict(loaded),
         "device": asdict(device),
         "capacities": [{**asdict(row), "tier": row.tier.name.lower()} for row in capacities],
         "hits": [{**asdict(row), "tier": row.tier.name.lower()} for row in hits],

@@ -26,6 +26,12 @@ def facts(model: ModelSpec, device: DeviceSpec, note: str = "") -> str:
     kib = model.kv_bytes_per_token / 1024
     billions = f"{model.n_parameters / 1e9:.2f}B parameters{_active(model)}"
     said = [f"{model.attention_kind}, {billions}, {kib:.1f} KiB of KV per token."]
+    kept = model.on_group(device.n_devices).kv_bytes_per_token / 1024
+    if kept > kib:
+        said.append(
+            f"{device.n_devices} tensor-parallel ranks keep {kept:.1f} KiB of a token together: "
+            "each keeps whole KV heads, and latents whole."
+        )
     if note:
         said.append(note)
     if model.weight_bytes_per_parameter != 2.0:

@@ -144,6 +144,24 @@ def test_windows_and_shared_kv(
     assert model.kv_bytes_per_token - model.window_kv_bytes_per_token == beyond_bytes
 
 
+@pytest.mark.parametrize(
+    ("name", "n_ranks", "copies"),
+    [
+        ("QWEN3_NEXT", 1, 1), ("QWEN3_NEXT", 2, 1), ("QWEN3_NEXT", 8, 4), ("GPT_OSS_20B", 8, 1),
+        ("DEEPSEEK_V3", 8, 8), ("DEEPSEEK_V32", 4, 4),
+    ],
+)  # fmt: skip
+def test_ranks_keep_whole_heads_and_whole_latents(name: str, n_ranks: int, copies: int) -> None:
+    model = read(name)
+    assert model.on_group(n_ranks).kv_bytes_per_token == copies * model.kv_bytes_per_token
+
+
+def test_heads_may_be_shared_out_in_some_layers_only() -> None:
+    # 9 layers of 4 heads, 39 of 8.
+    kept = read("MIMO_V2_FLASH", parameters="309B:15B").on_group(8).kv_bytes_per_token
+    assert kept == (9 * 8 + 39 * 8) * 320 * 2
+
+
 def test_elements_of_kv_may_be_smaller_but_not_the_indexers() -> None:
     model = read("DEEPSEEK_V32", kv_bytes=1.0)
     assert model.kv_bytes_per_token == 61 * (576 + 132)
