@@ -22,6 +22,8 @@ class NamespaceEntries:
     """The pages of one namespace."""
 
     def __init__(self, number: int, namespace_id: bytes, page_bytes: int, description: str) -> None:
+        self.is_recorded = False
+        """Is it in the index as it is here? Put there with its next page."""
         self.number = number
         self.namespace_id = namespace_id
         self.page_bytes = page_bytes

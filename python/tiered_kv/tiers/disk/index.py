@@ -96,15 +96,6 @@ def stored_meta(db: sqlite3.Connection, name: str) -> int | None:
     return None if row is None else int(row[0])
 
 
-def is_damage(error: sqlite3.Error) -> bool:
-    """Does this error of an open index mean that the index itself is broken?"""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
-    # ProgrammingError: an earlier attempt to start afresh left the connection closed.
-    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or isinstance(
-        error, sqlite3.ProgrammingError
-    )
-
-
 def _row_checksum(row: NamespaceRow) -> bytes:
     return checksum(repr(tuple(row)).encode())
 
@@ -119,9 +110,12 @@ class PageIndex:
         wal_blocks: int,
         sync_commits: bool,
         has_room: Callable[[int], bool] = lambda _: True,
+        watch: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
         """Open or create. `wal_blocks`: 4 KiB blocks in the write-ahead log before a checkpoint;
-        `has_room`: may a damaged index of this size be kept for inspection?"""
+        `has_room`: may a damaged index of this size be kept for inspection? `watch` is entered
+        around what waits for the disk."""
+        self._watch = watch
         self._has_room = has_room
         self.directory = directory
         self.lock = threading.RLock()
@@ -132,7 +126,9 @@ class PageIndex:
     def _connect(self) -> sqlite3.Connection:
         path = self.directory / INDEX_NAME
         # Created by us so that SQLite's files (the log inherits the mode) are private.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        self._stat = os.fstat(fd)
+        os.close(fd)
         db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
             db.execute("PRAGMA auto_vacuum=INCREMENTAL")
@@ -145,6 +141,13 @@ class PageIndex:
             db.close()
             raise
         return db
+
+    def is_in_place(self) -> bool:
+        """False if the file has been deleted, or replaced by another. Raises OSError."""
+        try:
+            return os.path.samestat((self.directory / INDEX_NAME).stat(), self._stat)
+        except FileNotFoundError:
+            return False
 
     def start_afresh(self) -> Path | None:
         """Set the index's file aside and go on with an empty one; returns where the old one is."""
@@ -161,7 +164,7 @@ class PageIndex:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing; the changes are acknowledged when the block ends."""
-        with self.lock:
+        with self.lock, self._watch():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
+from tiered_kv.tiers.disk.faults import is_damage
+from tiered_kv.tiers.disk.frozen_index import FrozenIndex
 from tiered_kv.tiers.disk.index import (
     PageIndex,
     PageRow,
@@ -37,12 +39,6 @@ _COMPLETE = "complete"
 """Set in an index that knows every page: not before a rebuild is through."""
 
 
-# Primary result codes that speak of the machine's state, not of damage in the file.
-_NOT_DAMAGE = frozenset(
-    {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL}
-)
-
-
 def open_index(
     directory: Path,
     files: SegmentFiles,
@@ -57,19 +53,16 @@ def open_index(
     index = None
     try:
         index = make_index()
-        index.check()
-        if not index.meta(_COMPLETE) and any(segment_paths(files.directory)):
-            raise ValueError("it was never completed, or is new although there are segments")
-        with _collector_off():
-            catalog = _load(index, files)
+        catalog, lost = _load(index, files)
+        for number in lost:
+            index.replace_segment(number, [], forget=True)
+        _delete_strays(files, catalog)
         index.set_meta(_COMPLETE, 1)
         return index, catalog
     except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
-        # Flipped bytes in a row may come back as values of another type or range.
         if index is not None:
             index.close()
-        code = getattr(error, "sqlite_errorcode", None)
-        if code is not None and code & 0xFF in _NOT_DAMAGE:
+        if not is_damage(error, at_open=True):
             raise
         aside = set_index_aside(directory, has_room)
         logger.warning(
@@ -81,6 +74,20 @@ def open_index(
         )
     index = make_index()
     return index, _rebuild(index, files)
+
+
+def open_frozen_index(directory: Path, files: SegmentFiles) -> tuple[PageIndex, Catalog]:
+    """Load the index of a directory in which nothing can be written, and change nothing.
+
+    Raises sqlite3.Error, ValueError or OSError if it cannot be read, or not be trusted.
+    """
+    index = FrozenIndex(directory)
+    try:
+        catalog, _ = _load(index, files)
+    except BaseException:
+        index.close()
+        raise
+    return index, catalog
 
 
 @contextlib.contextmanager
@@ -95,13 +102,22 @@ def _collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def _load(index: PageIndex, files: SegmentFiles) -> Catalog:
+def _load(index: PageIndex, files: SegmentFiles) -> tuple[Catalog, list[int]]:
+    """Returns also the numbers of segments whose file is not as the index says.
+
+    Raises sqlite3.Error, TypeError, ValueError or OverflowError if the index is damaged.
+    """
+    index.check()
+    if not index.meta(_COMPLETE) and any(segment_paths(files.directory)):
+        raise ValueError("it was never completed, or is new although there are segments")
     catalog = Catalog()
     for ns in index.namespaces():
-        catalog.namespaces[ns.number] = NamespaceEntries(*ns)
-    lost = _load_segments(index, files, catalog)
-    for rows in index.page_batches():
-        _load_pages(catalog, rows)
+        entries = catalog.namespaces[ns.number] = NamespaceEntries(*ns)
+        entries.is_recorded = True
+    with _collector_off():
+        lost = _load_segments(index, files, catalog)
+        for rows in index.page_batches():
+            _load_pages(catalog, rows)
     for segment in catalog.segments.values():
         _set_loaded_state(segment)
     if lost:
@@ -110,33 +126,26 @@ def _load(index: PageIndex, files: SegmentFiles) -> Catalog:
             "forgotten.",
             len(lost),
         )
-        for number in lost:
-            index.replace_segment(number, [], forget=True)
-    _delete_strays(files, catalog)
-    return catalog
+    return catalog, lost
 
 
 def _load_segments(index: PageIndex, files: SegmentFiles, catalog: Catalog) -> list[int]:
-    """Returns the numbers of segments whose file is not as the index says."""
     lost: list[int] = []
     for row in index.segments():
         catalog.next_segment = max(catalog.next_segment, row.number + 1)
         path = files.path(row.number)
-        if is_file_of(path, row.record_bytes, row.slots):
+        if _is_file_of(files, row):
             catalog.segments[row.number] = Segment(row.number, path, row.record_bytes, row.slots)
         else:
             lost.append(row.number)
     return lost
 
 
-def is_file_of(path: Path, record_bytes: int, slots: int) -> bool:
+def _is_file_of(files: SegmentFiles, row: SegmentRow) -> bool:
     """Does the file have exactly the size of a segment of this geometry?"""
-    if not (0 < slots <= MAX_SLOTS and record_bytes > BLOCK_BYTES):
+    if not (0 < row.slots <= MAX_SLOTS and row.record_bytes > BLOCK_BYTES):
         return False
-    try:
-        return path.stat().st_size == BLOCK_BYTES + slots * record_bytes
-    except FileNotFoundError:
-        return False
+    return files.has_size(files.path(row.number), BLOCK_BYTES + row.slots * row.record_bytes)
 
 
 def _load_pages(catalog: Catalog, rows: list[tuple[int, int, bytes, int]]) -> None:
@@ -204,7 +213,10 @@ def _delete_strays(files: SegmentFiles, catalog: Catalog) -> None:
         number = int(path.stem)
         catalog.next_segment = max(catalog.next_segment, number + 1)
         if number not in catalog.segments:
-            path.unlink()
+            try:
+                files.delete(path)
+            except OSError as error:
+                logger.warning("Disk tier: %s, of no use, cannot be deleted (%s).", path, error)
 
 
 def _rebuild(index: PageIndex, files: SegmentFiles) -> Catalog:
@@ -250,6 +262,7 @@ def _namespace_of(index: PageIndex, catalog: Catalog, record: RecordHeader) -> N
             len(catalog.namespaces) + 1, record.namespace_id, record.payload_bytes, ""
         )
         index.put_namespace(entries.row)
+        entries.is_recorded = True
         catalog.namespaces[entries.number] = entries
     return entries
 
@@ -261,6 +274,7 @@ def refill_index(index: PageIndex, catalog: Catalog) -> None:
             aside = index.start_afresh()
             for entries in list(catalog.namespaces.values()):
                 index.put_namespace(entries.row)
+                entries.is_recorded = True
             _write_rows(index, catalog)
             index.set_meta(_COMPLETE, 1)
         logger.warning("Disk tier: the index was damaged: %s, written anew.", _fate(aside))

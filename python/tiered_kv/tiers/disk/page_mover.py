@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tiered_kv.tiers.disk.buffers import AlignedBuffer
 from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
+from tiered_kv.tiers.disk.faults import Blame, blame_of
 from tiered_kv.tiers.disk.index import PageRow
 from tiered_kv.tiers.disk.page_io import (
     LARGEST_IO_BYTES,
@@ -32,7 +33,7 @@ class PageMover:
     ) -> list[PageRow]:
         """Copy records to the target slots; returns the index rows of the copies, uncommitted.
 
-        Raises OSError if a write fails.
+        Raises OSError if a write fails, or a read for a reason that isn't the page's.
         """
         with self._catalog.lock:
             pages = [
@@ -81,8 +82,9 @@ class PageMover:
         for run in plan_runs(transfers, 1):
             try:
                 self._page_io.read_run(kind, run)
-            except OSError:
-                continue
+            except OSError as error:
+                if blame_of(error) is not Blame.MEDIUM:
+                    raise  # Not the page's fault: the segment is given up another time.
         good = [t for t in transfers if t.outcome is Outcome.DONE]
         rows = []
         for transfer in good:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiered_kv.tiers.disk.faults import Blame, blame_of
 from tiered_kv.tiers.disk.record import (
     BLOCK_BYTES,
     RecordHeader,
@@ -37,7 +38,10 @@ class ScannedSegment:
 
 
 def scan_segments(directory: Path) -> Iterator[ScannedSegment]:
-    """Every usable segment file; one that cannot be read or makes no sense is skipped."""
+    """Every usable segment file; one that cannot be read or makes no sense is skipped.
+
+    Raises OSError where the fault isn't the file's: what is skipped here is given up.
+    """
     paths = segment_paths(directory)
     logged = time.monotonic()
     for n_done, path in enumerate(paths):
@@ -47,6 +51,8 @@ def scan_segments(directory: Path) -> Iterator[ScannedSegment]:
         try:
             scanned = _scan_file(path)
         except OSError as error:
+            if blame_of(error) in (Blame.PROCESS, Blame.STATE):
+                raise
             logger.warning("Disk tier: segment file %s is skipped (%s).", path.name, error)
             continue
         if scanned is not None:
@@ -60,7 +66,7 @@ def _scan_file(path: Path) -> ScannedSegment | None:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         file_bytes = os.fstat(fd).st_size
         number = int(path.stem)
-        header = unpack_segment(os.pread(fd, BLOCK_BYTES, 0))
+        header = unpack_segment(_read_block(fd, 0))
         if header is None or header.number != number:
             header = _guess_header(fd, number, file_bytes)
         if header is None or BLOCK_BYTES + header.slots * header.record_bytes != file_bytes:
@@ -68,12 +74,22 @@ def _scan_file(path: Path) -> ScannedSegment | None:
         records = []
         for slot in range(header.slots):
             offset = BLOCK_BYTES + slot * header.record_bytes
-            record = unpack_record(os.pread(fd, BLOCK_BYTES, offset))
+            record = unpack_record(_read_block(fd, offset))
             if record is not None and _record_bytes(record) == header.record_bytes:
                 records.append((slot, record))
         return ScannedSegment(header, records)
     finally:
         os.close(fd)
+
+
+def _read_block(fd: int, offset: int) -> bytes:
+    """What is there, or nothing if it cannot be read: one bad block costs no other."""
+    try:
+        return os.pread(fd, BLOCK_BYTES, offset)
+    except OSError as error:
+        if blame_of(error) is not Blame.MEDIUM:
+            raise
+        return b""
 
 
 def _record_bytes(record: RecordHeader) -> int:
@@ -83,7 +99,7 @@ def _record_bytes(record: RecordHeader) -> int:
 def _guess_header(fd: int, number: int, file_bytes: int) -> SegmentHeader | None:
     """With the segment's header gone, the first intact record tells the size of all of them."""
     for offset in range(BLOCK_BYTES, file_bytes, BLOCK_BYTES):
-        record = unpack_record(os.pread(fd, BLOCK_BYTES, offset))
+        record = unpack_record(_read_block(fd, offset))
         if record is not None:
             record_bytes = _record_bytes(record)
             slots = (file_bytes - BLOCK_BYTES) // record_bytes

@@ -166,7 +166,7 @@ class SpaceManager:
                 self._index.put_segment(SegmentRow(number, record_bytes, slots))
             except BaseException:
                 self._files.close(segment)
-                self._files.delete(segment)
+                self._files.delete(segment.path)
                 raise
             with self._catalog.lock:
                 self._catalog.segments[number] = segment
@@ -284,11 +284,30 @@ class SpaceManager:
         self._remove_file(segment)
 
     def _remove_file(self, segment: Segment) -> None:
-        self._files.delete(segment)
+        self._files.delete(segment.path)
         with self._catalog.lock:
             del self._catalog.segments[segment.number]
             segment.state = SegmentState.DELETED
             self._close_if_gone(segment)
+
+    def forget_lost(self, segment: Segment) -> int | None:
+        """Give up a segment whose file is not whole; returns its pages, None if it is none of ours.
+
+        Raises OSError if what is left of the file cannot be deleted, sqlite3.Error if the index
+        cannot be written.
+        """
+        with self._structure:
+            # It may have been deleted by us meanwhile.
+            if self._catalog.segments.get(segment.number) is not segment:
+                return None
+            if self._files.is_whole(segment):
+                return None
+            with self._catalog.lock:
+                n_pages = segment.live
+                if self._filling.get(segment.record_bytes) is segment:
+                    del self._filling[segment.record_bytes]
+            self._empty(segment, [], forget=True)
+            return n_pages
 
     def _close_if_gone(self, segment: Segment) -> None:
         if segment.state is SegmentState.DELETED and not segment.readers and not segment.writers:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import sqlite3
 import threading
 from pathlib import Path
 from typing import Self
 
-from tiered_kv.core.errors import DiskTierError
+from tiered_kv.core.errors import DiskStateError, DiskTierError
 from tiered_kv.tiers.disk.budget import Budget
 from tiered_kv.tiers.disk.buffers import ScratchPool
-from tiered_kv.tiers.disk.catalog import NamespaceEntries
+from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
 from tiered_kv.tiers.disk.directory import (
     OwnerLock,
+    erase,
+    erase_unreadable,
     open_cipher,
     prepare_directory,
     segments_directory,
@@ -22,7 +25,8 @@ from tiered_kv.tiers.disk.index import PageIndex, index_files, size_of_aside
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.io_path import IoMode, Reuse, choose_path
 from tiered_kv.tiers.disk.io_pool import IoPool
-from tiered_kv.tiers.disk.loading import open_index, refill_index
+from tiered_kv.tiers.disk.loading import open_frozen_index, open_index, refill_index
+from tiered_kv.tiers.disk.lost_files import LostFiles
 from tiered_kv.tiers.disk.namespace import DiskNamespace, Operations
 from tiered_kv.tiers.disk.page_io import PageIo
 from tiered_kv.tiers.disk.page_mover import PageMover
@@ -40,7 +44,20 @@ logger = logging.getLogger(__name__)
 CAPACITY_META = "capacity_bytes"
 """Name under which the index remembers the budget of the last run."""
 
+CLOSE_TIMEOUT_S = 30.0
 _ACCESS_ROWS_PER_COMMIT = 5_000
+# A path that leads through a file: no matter of time.
+_NO_DIRECTORY = (NotADirectoryError, FileExistsError)
+
+
+class Access(enum.Enum):
+    """What becomes of what is in a directory that is opened."""
+
+    NORMAL = enum.auto()
+    READ_ONLY = enum.auto()
+    """Nothing on disk is changed, and nothing stored: for a disk that cannot be written."""
+    AFRESH = enum.auto()
+    """It is deleted, whatever its format, key or damage."""
 
 
 class DiskStore:
@@ -48,7 +65,6 @@ class DiskStore:
 
     def __init__(
         self,
-        directory: Path,
         lock: OwnerLock,
         *,
         capacity_bytes: int,
@@ -58,29 +74,25 @@ class DiskStore:
         io_ops: IoOps,
         key: bytes | None,
     ) -> None:
-        """Use `open`. Raises DiskTierError, OSError or sqlite3.Error."""
-        self.directory = directory
+        """Use `open`. Raises DiskTierError, OSError, sqlite3.Error or ValueError."""
+        self.directory = directory = lock.directory
+        self.read_only = read_only = lock.read_only
         self._lock = lock
-        cipher = open_cipher(directory, key)
+        cipher = open_cipher(directory, key, read_only=read_only)
         self._is_encrypted = cipher is not None
-        self._paths, has_direct = choose_path(directory, io_ops, mode=io_mode)
+        self._paths = choose_path(directory, io_ops, mode=io_mode)
         self._budget = Budget(capacity_bytes)
         self._counters = Counters()
-        self._gate = WriteGate(str(directory))
-        self._files = SegmentFiles(segments_directory(directory), io_ops, sync_writes=sync_writes)
-        self._index, self._catalog = open_index(
-            directory,
-            self._files,
-            lambda: PageIndex(
-                directory,
-                wal_blocks=self._budget.wal_blocks,
-                sync_commits=sync_writes,
-                has_room=self._has_room_aside,
-            ),
-            self._has_room_aside,
-        )
-        self._index.set_meta(CAPACITY_META, capacity_bytes)
+        self._gate = WriteGate(str(directory), read_only=read_only)
         self._stalls = StallWatch(str(directory))
+        self._files = SegmentFiles(
+            segments_directory(directory, read_only=read_only),
+            io_ops,
+            sync_writes=sync_writes,
+            read_only=read_only,
+            watch=self._stalls.watch,
+        )
+        self._index, self._catalog = self._open_index(sync_writes=sync_writes)
         page_io = PageIo(
             self._files,
             io_ops,
@@ -89,7 +101,6 @@ class DiskStore:
             self._counters,
             stalls=self._stalls,
             cipher=cipher,
-            can_reread=has_direct,
         )
         mover = PageMover(self._catalog, page_io)
         self._space = SpaceManager(
@@ -101,15 +112,44 @@ class DiskStore:
             self._counters,
             other_bytes=size_of_aside(directory),
         )
-        self._space.shrink_to_budget()
+        if not read_only:
+            self._space.shrink_to_budget()
+        self._lost_files = LostFiles(self._catalog, self._files, self._space)
         # One pool each: a request that waits for its pages must not queue behind write-backs.
         self._read_pool, self._write_pool = IoPool(io_threads), IoPool(io_threads)
         self._operations = self._make_operations(page_io)
         self._namespace_lock = threading.Lock()
+        self._close_lock = threading.Lock()
+        self._is_closed = False
+
+    def _open_index(self, *, sync_writes: bool) -> tuple[PageIndex, Catalog]:
+        if self.read_only:
+            return open_frozen_index(self.directory, self._files)
+        index, catalog = open_index(
+            self.directory,
+            self._files,
+            lambda: PageIndex(
+                self.directory,
+                wal_blocks=self._budget.wal_blocks,
+                sync_commits=sync_writes,
+                has_room=self._has_room_aside,
+                watch=self._stalls.watch,
+            ),
+            self._has_room_aside,
+        )
+        index.set_meta(CAPACITY_META, self._budget.capacity_bytes)
+        return index, catalog
 
     def _make_operations(self, page_io: PageIo) -> Operations:
         reader = PageReader(
-            self._catalog, self._index, self._space, page_io, self._read_pool, self._counters
+            self._catalog,
+            self._index,
+            self._space,
+            page_io,
+            self._read_pool,
+            self._gate,
+            self._lost_files,
+            self._counters,
         )
         writer = PageWriter(
             self._catalog,
@@ -121,7 +161,7 @@ class DiskStore:
             self._counters,
             self._mend_index,
         )
-        return Operations(reader, writer)
+        return Operations(reader, writer, self._stalls)
 
     @classmethod
     def open(
@@ -134,6 +174,7 @@ class DiskStore:
         sync_writes: bool = False,
         io_ops: IoOps | None = None,
         key: bytes | None = None,
+        access: Access = Access.NORMAL,
     ) -> Self:
         """Open (or make) a disk tier.
 
@@ -143,9 +184,10 @@ class DiskStore:
         sync_writes: acknowledge a page only once it would survive a power loss.
         io_ops: the system calls to use (tests replace them).
         key: 32 bytes to encrypt pages with (`encryption.read_key_file`); None for plain pages.
+        access: whether what is there is used, only read, or deleted at once.
 
-        Raises DiskTierError: in use by another process, another format, not a disk tier's
-        directory, not writable, capacity too small, no or the wrong key for its pages.
+        Raises DiskTierError: in use by another process, not a disk tier's directory, capacity too
+        small, no or the wrong key for its pages; DiskStateError where the disk is at fault.
         """
         directory = Path(directory).absolute()
         io_ops = io_ops or IoOps()
@@ -157,11 +199,15 @@ class DiskStore:
                 "page: give it some megabytes at least."
             )
         try:
-            prepare_directory(directory)
-            lock = OwnerLock(directory)
+            read_only = access is Access.READ_ONLY
+            prepare_directory(directory, read_only=read_only)
+            lock = OwnerLock(directory, read_only=read_only)
             try:
+                if access is Access.AFRESH:
+                    erase(directory)
+                elif not read_only:
+                    erase_unreadable(directory)
                 return cls(
-                    directory,
                     lock,
                     capacity_bytes=capacity_bytes,
                     io_threads=io_threads,
@@ -173,8 +219,9 @@ class DiskStore:
             except BaseException:
                 lock.release()
                 raise
-        except (OSError, sqlite3.Error) as error:
-            raise DiskTierError(
+        except (OSError, sqlite3.Error, ValueError) as error:
+            kind = DiskTierError if isinstance(error, _NO_DIRECTORY) else DiskStateError
+            raise kind(
                 f"Cannot open a disk tier in {directory}: {error}; make the directory writable or "
                 "name another."
             ) from error
@@ -182,7 +229,7 @@ class DiskStore:
     def namespace(
         self, namespace_id: bytes, page_bytes: int, description: str = ""
     ) -> DiskNamespace:
-        """The pages of one namespace, which is made if it is new.
+        """The pages of one namespace, which is made if it is new. Never waits for the disk.
 
         namespace_id: 32 bytes. page_bytes: payload bytes of every page in it.
         Raises DiskTierError if the namespace has another page size, or the capacity is too small.
@@ -203,13 +250,7 @@ class DiskStore:
             entries = known or NamespaceEntries(number, namespace_id, page_bytes, description)
             self._budget.slots_per_segment(entries.record_bytes)
             if known is None or (description and description != known.description):
-                entries.description = description
-                try:
-                    self._index.put_namespace(entries.row)
-                except sqlite3.Error as error:
-                    raise DiskTierError(
-                        f"Cannot write the index of the disk tier in {self.directory}: {error}."
-                    ) from error
+                entries.description, entries.is_recorded = description, False
                 with self._catalog.lock:
                     self._catalog.namespaces[number] = entries
             return DiskNamespace(entries, self._operations)
@@ -265,18 +306,47 @@ class DiskStore:
         except (OSError, sqlite3.Error) as error:
             raise DiskTierError(f"Cannot clear the disk tier {self.directory}: {error}.") from error
 
-    def close(self) -> None:
+    def look_after_files(self) -> bool:
+        """Forget segments whose files somebody has deleted or cut.
+
+        False if the directory itself, its lock or its index is gone: then the store is of no use.
+        Costs a system call for every segment. Raises OSError.
+        """
+        with self._stalls.watch():
+            if not (self._lock.is_in_place() and self._index.is_in_place()):
+                return False
+            self._lost_files.forget_all()
+        return True
+
+    def is_stalled(self) -> bool:
+        """Is the disk not answering? Never waits."""
+        return self._stalls.is_stalled()
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Finish the operations under way, save what is known about use, give up ownership.
 
-        Later reads and writes do nothing and return 0. Closing twice is harmless.
+        Later reads and writes do nothing and return 0. What is under way after `timeout_s` is left
+        to the end of the process, ownership too. Closing twice is harmless.
         """
-        if not self._operations.shut():
+        with self._close_lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        if not self._operations.shut(timeout_s):
+            logger.warning(
+                "Disk tier %s does not answer for %.0f s: closing it is left to the end of the "
+                "process.",
+                self.directory,
+                timeout_s,
+            )
             return
+        self._operations.end_threads()
         self._read_pool.close()
         self._write_pool.close()
         try:
-            self._save_access()
-            self._index.compact()
+            if not self.read_only:
+                self._save_access()
+                self._index.compact()
         except sqlite3.Error as error:
             logger.warning("Disk tier: the order of use was not saved (%s).", error)
         self._index.close()

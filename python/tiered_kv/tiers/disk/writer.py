@@ -7,8 +7,10 @@ import math
 import sqlite3
 from collections.abc import Callable, Sequence
 
+from tiered_kv.tiers.disk.attempt import AbandonedError, Attempt
 from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
-from tiered_kv.tiers.disk.index import PageIndex, PageRow, is_damage
+from tiered_kv.tiers.disk.faults import is_damage
+from tiered_kv.tiers.disk.index import PageIndex, PageRow
 from tiered_kv.tiers.disk.io_path import Reuse
 from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
 from tiered_kv.tiers.disk.page_io import Outcome, PageIo, PageKind, PageTransfer, plan_runs
@@ -48,6 +50,7 @@ class PageWriter:
         hashes: Sequence[bytes],
         buffers: Sequence[memoryview],
         reuse: Reuse,
+        attempt: Attempt,
     ) -> int:
         """Store the pages that are not stored yet; returns how many this call acknowledged.
 
@@ -61,7 +64,7 @@ class PageWriter:
         written = 0
         try:
             if mine and self._gate.try_enter():
-                written = self._write_claimed(entries, hashes, buffers, mine, reuse)
+                written = self._write_claimed(entries, hashes, buffers, mine, reuse, attempt)
         finally:
             with self._catalog.lock:
                 self._catalog.release(entries, [hashes[position] for position in mine])
@@ -77,12 +80,17 @@ class PageWriter:
         buffers: Sequence[memoryview],
         positions: Sequence[int],
         reuse: Reuse,
+        attempt: Attempt,
     ) -> int:
         written = 0
         error: Exception | None = None
         for chunk in _even_chunks(positions, self._space.pages_per_batch(entries.record_bytes)):
             try:
-                n_written, error = self._write_chunk(entries, hashes, buffers, chunk, reuse)
+                if attempt.is_abandoned:
+                    break
+                n_written, error = self._write_chunk(
+                    entries, hashes, buffers, chunk, reuse, attempt
+                )
                 written += n_written
             except (OSError, sqlite3.Error) as raised:
                 error = raised
@@ -108,6 +116,7 @@ class PageWriter:
         buffers: Sequence[memoryview],
         positions: Sequence[int],
         reuse: Reuse,
+        attempt: Attempt,
     ) -> tuple[int, Exception | None]:
         """Returns pages acknowledged, and the first error of a data write."""
         slots = self._space.allocate(entries.record_bytes, len(positions))
@@ -116,14 +125,18 @@ class PageWriter:
                 PageTransfer(position, hashes[position], buffers[position], segment, slot)
                 for position, (segment, slot) in zip(positions, slots, strict=False)
             ]
-            error = self._write_data(entries, transfers, reuse)
+            error = self._write_data(entries, transfers, reuse, attempt)
             done = [t for t in transfers if t.outcome is Outcome.DONE]
             return self._acknowledge(entries, done), error
         finally:
             self._space.finish_writes(slots)
 
     def _write_data(
-        self, entries: NamespaceEntries, transfers: Sequence[PageTransfer], reuse: Reuse
+        self,
+        entries: NamespaceEntries,
+        transfers: Sequence[PageTransfer],
+        reuse: Reuse,
+        attempt: Attempt,
     ) -> OSError | None:
         kind = PageKind(entries.namespace_id, entries.page_bytes)
         with self._catalog.lock:
@@ -133,7 +146,9 @@ class PageWriter:
         def job(run: Sequence[PageTransfer]) -> Callable[[InFlight], None]:
             def write(in_flight: InFlight) -> None:
                 try:
-                    self._page_io.write_run(kind, run, sequence, in_flight, reuse)
+                    self._page_io.write_run(kind, run, sequence, in_flight, reuse, attempt)
+                except AbandonedError:
+                    pass
                 except OSError as error:
                     errors.append(error)
 
@@ -151,6 +166,9 @@ class PageWriter:
             alive = [t for t in done if t.segment.state is not SegmentState.DELETED]
             with self._catalog.lock:
                 access = self._catalog.tick() << 1
+            if not entries.is_recorded:
+                self._index.put_namespace(entries.row)
+                entries.is_recorded = True
             self._index.put_pages(
                 [
                     PageRow(location(t.segment.number, t.slot), entries.number, t.page_hash, access)

@@ -142,6 +142,7 @@ def test_other_page_size_for_a_namespace_is_refused(open_store: OpenStore) -> No
     store.namespace(NAMESPACE, PAGE_BYTES)
     with pytest.raises(DiskTierError, match="65536 bytes, not 4096"):
         store.namespace(NAMESPACE, 4096)
+    write(store.namespace(NAMESPACE, PAGE_BYTES), [1])
     store.close()
     with pytest.raises(DiskTierError, match="65536 bytes, not 4096"):
         open_store().namespace(NAMESPACE, 4096)
