@@ -386,7 +386,8 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
         else:
             self.tiered_kv_disk_dir = str(directory)
             if self.tiered_kv_disk_size is None:
-                self.tiered_kv_disk_size = f"{option_values.default_disk_bytes(directory)}B"
+                n_bytes = option_values.default_disk_bytes(directory, self.tp_size)
+                self.tiered_kv_disk_size = f"{n_bytes}B"
         given: int | None = vars(self)["page_size"]
         self.page_size = PAGE_SIZE_DEFAULT if given is None else given
         self.to_config()

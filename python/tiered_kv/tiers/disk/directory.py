@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tiered_kv.core.errors import DiskStateError, DiskTierError
+from tiered_kv.tiers.disk.faults import remedy
 from tiered_kv.tiers.disk.index import CORRUPT_INDEX_NAME, index_files
 from tiered_kv.tiers.disk.io_ops import DIRECTORY_MODE, FILE_MODE
 from tiered_kv.tiers.disk.io_path import PROBE_NAME
@@ -101,6 +102,12 @@ class OwnerLock:
 
     def release(self) -> None:
         os.close(self._fd)
+
+
+def state_error(directory: Path, error: Exception) -> DiskStateError:
+    return DiskStateError(
+        f"The disk tier in {directory} cannot be opened ({error}): {remedy(error)}."
+    )
 
 
 def in_use(directory: Path, owner: str) -> DiskTierError:

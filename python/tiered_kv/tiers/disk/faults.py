@@ -75,3 +75,36 @@ def is_damage(error: Exception, *, at_open: bool = False) -> bool:
     if code in _UNREADABLE:
         return True
     return code & 0xFF not in _STATE if at_open else code & 0xFF in _DAMAGE
+
+
+def remedy(error: Exception) -> str:
+    """What a user can do about the state of a disk, to end a sentence with."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is not None:
+        number = _AS_ERRNO.get(code, _AS_ERRNO.get(code & 0xFF))
+    else:
+        number = getattr(error, "errno", None)
+    return _REMEDIES.get(number, "look into the kernel's log, the disk may be failing")
+
+
+_AS_ERRNO = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    # The file beside the index that SQLite shares with other processes cannot grow.
+    sqlite3.SQLITE_IOERR_SHMSIZE: errno.ENOSPC,
+    sqlite3.SQLITE_READONLY: errno.EACCES,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_NOMEM: errno.ENOMEM,
+}
+_WRITABLE = "make the directory writable or name another"
+_REMEDIES: dict[int | None, str] = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or raise the quota",
+    errno.EROFS: _WRITABLE,
+    errno.EACCES: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+    errno.ENOENT: _WRITABLE,
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the machine's limit on open files (fs.file-max)",
+    errno.ENOMEM: "free some memory",
+}

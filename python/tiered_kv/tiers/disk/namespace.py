@@ -85,6 +85,9 @@ class Operations:
                     attempt.abandon()
                     return 0
 
+    def is_stalled(self) -> bool:
+        return self._stalls.is_stalled()
+
     def shut(self, timeout_s: float) -> bool:
         """Refuse new operations and wait for those under way; False if they don't end in time."""
         with self._idle:
@@ -179,6 +182,10 @@ class DiskNamespace:
         callers each drop reaches only one. Costs nothing until pages are dropped.
         """
         return self._operations.reader.drain_dropped(self._entries)
+
+    def is_stalled(self) -> bool:
+        """Is the disk not answering? Never waits."""
+        return self._operations.is_stalled()
 
     @property
     def description(self) -> str:

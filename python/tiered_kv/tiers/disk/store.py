@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import sqlite3
@@ -9,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Self
 
-from tiered_kv.core.errors import DiskStateError, DiskTierError
+from tiered_kv.core.errors import DiskTierError
 from tiered_kv.tiers.disk.budget import Budget
 from tiered_kv.tiers.disk.buffers import ScratchPool
 from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
@@ -20,6 +21,7 @@ from tiered_kv.tiers.disk.directory import (
     open_cipher,
     prepare_directory,
     segments_directory,
+    state_error,
 )
 from tiered_kv.tiers.disk.index import PageIndex, index_files, size_of_aside
 from tiered_kv.tiers.disk.io_ops import IoOps
@@ -46,8 +48,6 @@ CAPACITY_META = "capacity_bytes"
 
 CLOSE_TIMEOUT_S = 30.0
 _ACCESS_ROWS_PER_COMMIT = 5_000
-# A path that leads through a file: no matter of time.
-_NO_DIRECTORY = (NotADirectoryError, FileExistsError)
 
 
 class Access(enum.Enum):
@@ -113,7 +113,11 @@ class DiskStore:
             other_bytes=size_of_aside(directory),
         )
         if not read_only:
-            self._space.shrink_to_budget()
+            try:
+                self._space.shrink_to_budget()
+            except BaseException:
+                self._index.close()
+                raise
         self._lost_files = LostFiles(self._catalog, self._files, self._space)
         # One pool each: a request that waits for its pages must not queue behind write-backs.
         self._read_pool, self._write_pool = IoPool(io_threads), IoPool(io_threads)
@@ -219,12 +223,12 @@ class DiskStore:
             except BaseException:
                 lock.release()
                 raise
-        except (OSError, sqlite3.Error, ValueError) as error:
-            kind = DiskTierError if isinstance(error, _NO_DIRECTORY) else DiskStateError
-            raise kind(
-                f"Cannot open a disk tier in {directory}: {error}; make the directory writable or "
-                "name another."
+        except (NotADirectoryError, FileExistsError) as error:
+            raise DiskTierError(
+                f"Cannot open a disk tier in {directory} ({error}): name another directory."
             ) from error
+        except (OSError, sqlite3.Error, ValueError) as error:
+            raise state_error(directory, error) from error
 
     def namespace(
         self, namespace_id: bytes, page_bytes: int, description: str = ""
@@ -255,16 +259,13 @@ class DiskStore:
                     self._catalog.namespaces[number] = entries
             return DiskNamespace(entries, self._operations)
 
-    def stats(self) -> DiskStats:
+    def stats(self, index_bytes: int | None = None) -> DiskStats:
+        """index_bytes: as `index_bytes` said last, for who must not wait for the disk."""
         with self._catalog.lock:
             segments = list(self._catalog.segments.values())
             pages, payload_bytes = self._catalog.n_pages(), self._catalog.payload_bytes()
         on_disk = sum(segment.file_bytes for segment in segments)
-        for path in index_files(self.directory):
-            try:
-                on_disk += path.stat().st_size
-            except FileNotFoundError:
-                continue
+        on_disk += self.index_bytes() if index_bytes is None else index_bytes
         is_stalled = self._stalls.is_stalled()
         return DiskStats(
             pages=pages,
@@ -279,6 +280,14 @@ class DiskStore:
             encrypted=self._is_encrypted,
             **self._counters.snapshot(),
         )
+
+    def index_bytes(self) -> int:
+        """Bytes of the index's files now. Raises OSError."""
+        n_bytes = 0
+        for path in index_files(self.directory):
+            with contextlib.suppress(FileNotFoundError):
+                n_bytes += path.stat().st_size
+        return n_bytes
 
     def namespaces(self) -> list[DiskNamespace]:
         """Every namespace known, whether or not it holds pages now."""
@@ -317,10 +326,6 @@ class DiskStore:
                 return False
             self._lost_files.forget_all()
         return True
-
-    def is_stalled(self) -> bool:
-        """Is the disk not answering? Never waits."""
-        return self._stalls.is_stalled()
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Finish the operations under way, save what is known about use, give up ownership.
