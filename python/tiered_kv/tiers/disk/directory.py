@@ -104,10 +104,15 @@ class OwnerLock:
         os.close(self._fd)
 
 
-def state_error(directory: Path, error: Exception) -> DiskStateError:
-    return DiskStateError(
-        f"The disk tier in {directory} cannot be opened ({error}): {remedy(error)}."
-    )
+def open_error(directory: Path, error: Exception) -> DiskTierError:
+    """A DiskStateError, unless the path leads through a file: time does not mend that."""
+    what = f"The disk tier in {directory} cannot be opened ({error})"
+    with contextlib.suppress(OSError):
+        if isinstance(error, NotADirectoryError) or (
+            isinstance(error, FileExistsError) and directory.exists()
+        ):
+            return DiskTierError(f"{what}: name another directory.")
+    return DiskStateError(f"{what}: {remedy(error)}.")
 
 
 def in_use(directory: Path, owner: str) -> DiskTierError:

@@ -35,6 +35,8 @@ from tiered_kv.tiers.disk.segment_files import SegmentFiles, segment_paths
 logger = logging.getLogger(__name__)
 
 _COMMIT_ROWS = 10_000
+_ODD_ERRORS = (sqlite3.Error, TypeError, ValueError, OverflowError)
+"""What a damaged index may raise when it is loaded."""
 _COMPLETE = "complete"
 """Set in an index that knows every page: not before a rebuild is through."""
 
@@ -59,10 +61,10 @@ def open_index(
         _delete_strays(files, catalog)
         index.set_meta(_COMPLETE, 1)
         return index, catalog
-    except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
+    except Exception as error:
         if index is not None:
             index.close()
-        if not is_damage(error, at_open=True):
+        if not (isinstance(error, _ODD_ERRORS) and is_damage(error, at_open=True)):
             raise
         aside = set_index_aside(directory, has_room)
         logger.warning(

@@ -15,16 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tiered_kv.core.errors import DiskTierError
 from tiered_kv.core.units import format_bytes
 from tiered_kv.tiers.disk.directory import (
     OwnerLock,
     describe_process,
     erase,
     in_use,
+    open_error,
     prepare_directory,
     read_owner,
-    state_error,
 )
 from tiered_kv.tiers.disk.io_ops import FILE_MODE
 from tiered_kv.tiers.disk.store import Access, DiskStore
@@ -239,12 +238,8 @@ class ShardOpener:
         """Raises DiskStateError if the disk is at fault, any other DiskTierError for misuse."""
         try:
             self._own()
-        except (NotADirectoryError, FileExistsError) as error:
-            raise DiskTierError(
-                f"{self._directory} cannot be the disk tier's directory ({error}): name another."
-            ) from error
         except OSError as error:
-            raise state_error(self._directory, error) from error
+            raise open_error(self._directory, error) from error
         if not self._afresh:
             return self._open_store(self.path, Access.NORMAL)
         store = self._open_store(self.path, Access.AFRESH)

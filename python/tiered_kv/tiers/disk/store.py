@@ -19,9 +19,9 @@ from tiered_kv.tiers.disk.directory import (
     erase,
     erase_unreadable,
     open_cipher,
+    open_error,
     prepare_directory,
     segments_directory,
-    state_error,
 )
 from tiered_kv.tiers.disk.index import PageIndex, index_files, size_of_aside
 from tiered_kv.tiers.disk.io_ops import IoOps
@@ -223,12 +223,8 @@ class DiskStore:
             except BaseException:
                 lock.release()
                 raise
-        except (NotADirectoryError, FileExistsError) as error:
-            raise DiskTierError(
-                f"Cannot open a disk tier in {directory} ({error}): name another directory."
-            ) from error
         except (OSError, sqlite3.Error, ValueError) as error:
-            raise state_error(directory, error) from error
+            raise open_error(directory, error) from error
 
     def namespace(
         self, namespace_id: bytes, page_bytes: int, description: str = ""
@@ -322,7 +318,11 @@ class DiskStore:
         Costs a system call for every segment. Raises OSError.
         """
         with self._stalls.watch():
-            if not (self._lock.is_in_place() and self._index.is_in_place()):
+            if not (
+                self._lock.is_in_place()
+                and self._index.is_in_place()
+                and self._files.directory.is_dir()
+            ):
                 return False
             self._lost_files.forget_all()
         return True

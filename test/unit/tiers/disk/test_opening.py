@@ -191,7 +191,7 @@ def test_path_that_cannot_be_a_directory(directory: Path, open_store: OpenStore)
     directory.write_text("a file")
     with pytest.raises(DiskTierError, match="is not a directory"):
         open_store()
-    with pytest.raises(DiskTierError, match="Cannot open a disk tier"):
+    with pytest.raises(DiskTierError, match="name another directory"):
         DiskStore.open(directory / "below", capacity_bytes=64 * MIB)
 
 
