@@ -156,6 +156,7 @@ def _clear(options: argparse.Namespace) -> int:
                 sys.stdout.write("Nothing was deleted.\n")
                 return 0
         store.clear()
+        store.collect_garbage()
     sys.stdout.write(f"{stats.pages} pages deleted.\n")
     return 0
 

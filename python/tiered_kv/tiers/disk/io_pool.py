@@ -45,5 +45,5 @@ class IoPool:
             if not helper.cancel():
                 helper.result()
 
-    def close(self) -> None:
-        self._executor.shutdown(wait=True)
+    def close(self, *, wait: bool = True) -> None:
+        self._executor.shutdown(wait=wait)

@@ -10,13 +10,19 @@ from pathlib import Path
 
 from tiered_kv.core.errors import DiskTierError
 from tiered_kv.tiers.disk.directory import is_owned, read_format, read_owner
+from tiered_kv.tiers.disk.generation import read_generation
 from tiered_kv.tiers.disk.index import INDEX_NAME, stored_meta
+from tiered_kv.tiers.disk.index_upkeep import CAPACITY_META
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.record import round_up
 from tiered_kv.tiers.disk.segment_files import segment_paths
-from tiered_kv.tiers.disk.store import CAPACITY_META, DiskStore
+from tiered_kv.tiers.disk.store import DiskStore
 
 _CHECK_BYTES = 16 << 20
+# Of the segments that were not cleared; 24 bits of a location are the slot.
+_PAGES_PER_NAMESPACE = """
+SELECT namespace, sum(length(hashes) / 32) FROM runs JOIN segments ON number = location >> 24
+WHERE generation = ? GROUP BY namespace"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,7 @@ def inspect_directory(directory: Path) -> DirectoryReport:
     try:
         db = sqlite3.connect(f"{(directory / INDEX_NAME).absolute().as_uri()}?mode=ro", uri=True)
         try:
-            counts = dict(db.execute("SELECT namespace, count(*) FROM pages GROUP BY namespace"))
+            counts = dict(db.execute(_PAGES_PER_NAMESPACE, (read_generation(directory),)))
             namespaces = tuple(
                 NamespaceReport(bytes(namespace_id), description, page_bytes, counts.get(number, 0))
                 for number, namespace_id, page_bytes, description in db.execute(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tiered_kv.tiers.disk.buffers import as_bytes
-from tiered_kv.tiers.disk.catalog import NamespaceEntries
+from tiered_kv.tiers.disk.catalog import Catalog
 from tiered_kv.tiers.disk.io_path import Reuse
+from tiered_kv.tiers.disk.namespace_entries import NamespaceEntries
 from tiered_kv.tiers.disk.reader import PageReader
 from tiered_kv.tiers.disk.record import ID_BYTES
 from tiered_kv.tiers.disk.writer import PageWriter
@@ -17,18 +18,27 @@ from tiered_kv.tiers.disk.writer import PageWriter
 class Operations:
     """Reads and writes of an open store; counts those under way so that closing can wait."""
 
-    def __init__(self, reader: PageReader, writer: PageWriter) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        reader: PageReader,
+        writer: PageWriter,
+        wait_until_loaded: Callable[[], bool],
+    ) -> None:
+        """`wait_until_loaded` returns False if that is not to be expected."""
+        self.catalog = catalog
+        self.wait_until_loaded = wait_until_loaded
         self.reader = reader
         self.writer = writer
         self._idle = threading.Condition()
         self._under_way = 0
-        self._is_shut = False
+        self.is_shut = False
 
     @contextlib.contextmanager
     def enter(self) -> Iterator[bool]:
         """Yields False if the store is closed."""
         with self._idle:
-            is_open = not self._is_shut
+            is_open = not self.is_shut
             self._under_way += is_open
         try:
             yield is_open
@@ -39,13 +49,16 @@ class Operations:
                     self._idle.notify_all()
 
     def shut(self) -> bool:
-        """Refuse new operations and wait for those under way; False if it was shut before."""
+        """Refuse new operations; False if it was shut before."""
         with self._idle:
-            if self._is_shut:
-                return False
-            self._is_shut = True
-            self._idle.wait_for(lambda: self._under_way == 0)
-            return True
+            was_open = not self.is_shut
+            self.is_shut = True
+            return was_open
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the operations under way; False if they take longer."""
+        with self._idle:
+            return self._idle.wait_for(lambda: self._under_way == 0, timeout_s)
 
 
 class DiskNamespace:
@@ -67,19 +80,15 @@ class DiskNamespace:
 
     def __len__(self) -> int:
         """Pages stored."""
-        return len(self._entries.locations)
+        return self._entries.n_pages
 
     def contains(self, page_hash: bytes) -> bool:
-        """Is the page stored? A dict lookup: never waits."""
-        return page_hash in self._entries.locations
+        """Is the page stored? A lookup in memory: never waits."""
+        return self._entries.find(page_hash) is not None
 
     def count_prefix(self, hashes: Sequence[bytes]) -> int:
-        """How many leading pages are stored. Dict lookups: never waits."""
-        locations = self._entries.locations
-        for position, page_hash in enumerate(hashes):
-            if page_hash not in locations:
-                return position
-        return len(hashes)
+        """How many leading pages are stored. Lookups in memory: never waits."""
+        return self._operations.catalog.count_prefix(self._entries, hashes)
 
     def write_pages(
         self,
@@ -96,7 +105,7 @@ class DiskNamespace:
         """
         views = self._check(hashes, buffers)
         with self._operations.enter() as is_open:
-            if not is_open:
+            if not is_open or not self._operations.wait_until_loaded():
                 return 0
             return self._operations.writer.write(self._entries, hashes, views, reuse)
 
@@ -129,8 +138,9 @@ class DiskNamespace:
     def drain_dropped(self) -> list[bytes] | None:
         """Pages that were stored and no longer are, whatever the reason, since the last call.
 
-        None if there were more than 65,536: then ask `contains` for what matters. Of several
-        callers each drop reaches only one. Costs nothing until pages are dropped.
+        None if there were more than 65,536, or all were cleared: then ask `contains` for what
+        matters. Of several callers each drop reaches only one. Costs nothing until pages are
+        dropped.
         """
         return self._operations.reader.drain_dropped(self._entries)
 
@@ -141,8 +151,7 @@ class DiskNamespace:
 
     def hashes(self) -> list[bytes]:
         """Every page stored now, neighbours on disk next to each other."""
-        locations = dict(self._entries.locations)
-        return sorted(locations, key=locations.__getitem__)
+        return self._operations.catalog.hashes_of(self._entries)
 
     def check_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> list[bool]:
         """Whether each page can be read back whole; changes nothing."""

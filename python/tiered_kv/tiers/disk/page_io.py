@@ -142,8 +142,8 @@ class PageIo:
                 buffers = _pack_plain(kind, run, sequence, scratch, direct=direct)
             else:
                 buffers = _pack_sealed(kind, run, sequence, scratch, self._cipher)
-            fd = self._files.fd(segment, direct=direct)
-            with in_flight, self.stalls.watch():
+            opened = self._files.opened(segment, direct=direct)
+            with in_flight, self.stalls.watch(), opened as fd:
                 transfer_all(self._io.pwritev, fd, buffers, segment.record_offset(run[0].slot))
         self._count("direct_write_bytes" if direct else "buffered_write_bytes", run)
         for transfer in run:
@@ -177,8 +177,8 @@ class PageIo:
                 sealed = SealedLayout(kind.page_bytes, len(run), scratch)
             layout = plain or sealed
             assert layout is not None
-            fd = self._files.fd(segment, direct=direct)
-            with in_flight, self.stalls.watch():
+            opened = self._files.opened(segment, direct=direct)
+            with in_flight, self.stalls.watch(), opened as fd:
                 transfer_all(
                     self._io.preadv, fd, layout.buffers, segment.record_offset(run[0].slot)
                 )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +27,11 @@ from tiered_kv.tiers.disk.segment_files import segment_paths
 logger = logging.getLogger(__name__)
 
 _PROGRESS_S = 5.0
+_THREADS = 16
+"""Files read at a time: a header is one small read, and a disk wants many of those at once."""
+
+# Errors that speak of this process, not of the file: the scan must begin again later.
+_NOT_THE_FILE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +45,37 @@ class ScannedSegment:
     records: list[tuple[int, RecordHeader]]
 
 
-def scan_segments(directory: Path) -> Iterator[ScannedSegment]:
-    """Every usable segment file; one that cannot be read or makes no sense is skipped."""
+def scan_segments(directory: Path, should_stop: Callable[[], bool]) -> Iterator[ScannedSegment]:
+    """Every usable segment file, by number; one that cannot be read or makes no sense is skipped.
+
+    Raises OSError if this process has no descriptors or no memory left.
+    """
     paths = segment_paths(directory)
     logged = time.monotonic()
-    for n_done, path in enumerate(paths):
-        if time.monotonic() - logged > _PROGRESS_S:
-            logged = time.monotonic()
-            logger.warning("Disk tier: scanned %d of %d segment files.", n_done, len(paths))
-        try:
-            scanned = _scan_file(path)
-        except OSError as error:
-            logger.warning("Disk tier: segment file %s is skipped (%s).", path.name, error)
-            continue
-        if scanned is not None:
-            yield scanned
+    rest = iter(paths)
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="tiered-kv-disk-scan") as pool:
+        # Not all at once: what is found waits in memory until it is taken.
+        ahead: deque[tuple[Path, Future[ScannedSegment | None]]] = deque(
+            (path, pool.submit(_scan_file, path)) for path in itertools.islice(rest, 2 * _THREADS)
+        )
+        n_done = 0
+        while ahead and not should_stop():
+            path, future = ahead.popleft()
+            for another in itertools.islice(rest, 1):
+                ahead.append((another, pool.submit(_scan_file, another)))
+            if time.monotonic() - logged > _PROGRESS_S:
+                logged = time.monotonic()
+                logger.warning("Disk tier: scanned %d of %d segment files.", n_done, len(paths))
+            n_done += 1
+            try:
+                scanned = future.result()
+            except OSError as error:
+                if error.errno in _NOT_THE_FILE:
+                    raise
+                logger.warning("Disk tier: segment file %s is skipped (%s).", path.name, error)
+                continue
+            if scanned is not None:
+                yield scanned
 
 
 def _scan_file(path: Path) -> ScannedSegment | None:

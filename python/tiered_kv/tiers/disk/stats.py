@@ -29,6 +29,8 @@ class DiskStats:
     direct_io_soon: bool
     """The same for a page that is: in the mode "auto" it tells whether memory is scarce."""
     encrypted: bool
+    loading: bool
+    """True until what was stored before is found: lookups miss it, and writes wait."""
     reads: int
     """Pages read and verified."""
     read_bytes: int

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-import threading
+import time
 from pathlib import Path
 from typing import Self
 
 from tiered_kv.core.errors import DiskTierError
 from tiered_kv.tiers.disk.budget import Budget
 from tiered_kv.tiers.disk.buffers import ScratchPool
-from tiered_kv.tiers.disk.catalog import NamespaceEntries
+from tiered_kv.tiers.disk.catalog import Catalog
 from tiered_kv.tiers.disk.directory import (
     OwnerLock,
     open_cipher,
     prepare_directory,
     segments_directory,
 )
-from tiered_kv.tiers.disk.index import PageIndex, index_files, size_of_aside
+from tiered_kv.tiers.disk.index import PageIndex, size_of_aside
+from tiered_kv.tiers.disk.index_upkeep import IndexUpkeep
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.io_path import IoMode, Reuse, choose_path
 from tiered_kv.tiers.disk.io_pool import IoPool
-from tiered_kv.tiers.disk.loading import open_index, refill_index
+from tiered_kv.tiers.disk.keeper import Keeper
+from tiered_kv.tiers.disk.loading import Loader, fate_of
 from tiered_kv.tiers.disk.namespace import DiskNamespace, Operations
 from tiered_kv.tiers.disk.page_io import PageIo
 from tiered_kv.tiers.disk.page_mover import PageMover
 from tiered_kv.tiers.disk.reader import PageReader
+from tiered_kv.tiers.disk.reclaimer import Reclaimer
 from tiered_kv.tiers.disk.record import ID_BYTES
 from tiered_kv.tiers.disk.segment_files import SegmentFiles, segment_paths
 from tiered_kv.tiers.disk.space import SpaceManager
@@ -37,10 +40,8 @@ from tiered_kv.tiers.disk.writer import PageWriter
 
 logger = logging.getLogger(__name__)
 
-CAPACITY_META = "capacity_bytes"
-"""Name under which the index remembers the budget of the last run."""
-
-_ACCESS_ROWS_PER_COMMIT = 5_000
+CLOSE_TIMEOUT_S = 30.0
+_ASK_AGAIN_S = 0.1
 
 
 class DiskStore:
@@ -58,7 +59,7 @@ class DiskStore:
         io_ops: IoOps,
         key: bytes | None,
     ) -> None:
-        """Use `open`. Raises DiskTierError, OSError or sqlite3.Error."""
+        """Use `open`. Raises DiskTierError or OSError."""
         self.directory = directory
         self._lock = lock
         cipher = open_cipher(directory, key)
@@ -68,19 +69,24 @@ class DiskStore:
         self._counters = Counters()
         self._gate = WriteGate(str(directory))
         self._files = SegmentFiles(segments_directory(directory), io_ops, sync_writes=sync_writes)
-        self._index, self._catalog = open_index(
+        self._index = PageIndex(
             directory,
-            self._files,
-            lambda: PageIndex(
-                directory,
-                wal_blocks=self._budget.wal_blocks,
-                sync_commits=sync_writes,
-                has_room=self._has_room_aside,
-            ),
-            self._has_room_aside,
+            wal_blocks=self._budget.wal_blocks,
+            sync_commits=sync_writes,
+            has_room=self._has_room_aside,
         )
-        self._index.set_meta(CAPACITY_META, capacity_bytes)
+        self._catalog = Catalog()
         self._stalls = StallWatch(str(directory))
+        self._keeper = Keeper(
+            directory, self._catalog, self._index, self._gate, sync_writes=sync_writes
+        )
+        self._space = SpaceManager(
+            self._catalog,
+            self._budget,
+            wake_keeper=self._keeper.wake,
+            is_stalled=self._cannot_wait,
+            other_bytes=size_of_aside(directory),
+        )
         page_io = PageIo(
             self._files,
             io_ops,
@@ -91,26 +97,20 @@ class DiskStore:
             cipher=cipher,
             can_reread=has_direct,
         )
-        mover = PageMover(self._catalog, page_io)
-        self._space = SpaceManager(
-            self._catalog,
-            self._index,
-            self._files,
-            mover,
-            self._budget,
-            self._counters,
-            other_bytes=size_of_aside(directory),
-        )
-        self._space.shrink_to_budget()
         # One pool each: a request that waits for its pages must not queue behind write-backs.
         self._read_pool, self._write_pool = IoPool(io_threads), IoPool(io_threads)
+        self._upkeep = IndexUpkeep(
+            self._catalog,
+            self._index,
+            self._space,
+            capacity_bytes=capacity_bytes,
+            now=time.monotonic,
+        )
         self._operations = self._make_operations(page_io)
-        self._namespace_lock = threading.Lock()
+        self._start_keeper(page_io)
 
     def _make_operations(self, page_io: PageIo) -> Operations:
-        reader = PageReader(
-            self._catalog, self._index, self._space, page_io, self._read_pool, self._counters
-        )
+        reader = PageReader(self._catalog, self._index, page_io, self._read_pool, self._counters)
         writer = PageWriter(
             self._catalog,
             self._index,
@@ -121,7 +121,29 @@ class DiskStore:
             self._counters,
             self._mend_index,
         )
-        return Operations(reader, writer)
+        return Operations(self._catalog, reader, writer, self._wait_until_loaded)
+
+    def _start_keeper(self, page_io: PageIo) -> None:
+        loader = Loader(
+            self.directory,
+            self._files,
+            self._index,
+            self._catalog,
+            self._space,
+            capacity_bytes=self._budget.capacity_bytes,
+            has_room=self._has_room_aside,
+        )
+        reclaimer = Reclaimer(
+            self._catalog,
+            self._index,
+            self._files,
+            self._space,
+            PageMover(self._catalog, self._index, page_io, self._write_pool),
+            self._counters,
+            stalls=self._stalls,
+            pause=self._keeper.pause,
+        )
+        self._keeper.start(loader.load, self._space, reclaimer, self._upkeep, self._mend_index)
 
     @classmethod
     def open(
@@ -134,6 +156,7 @@ class DiskStore:
         sync_writes: bool = False,
         io_ops: IoOps | None = None,
         key: bytes | None = None,
+        in_background: bool = False,
     ) -> Self:
         """Open (or make) a disk tier.
 
@@ -143,6 +166,8 @@ class DiskStore:
         sync_writes: acknowledge a page only once it would survive a power loss.
         io_ops: the system calls to use (tests replace them).
         key: 32 bytes to encrypt pages with (`encryption.read_key_file`); None for plain pages.
+        in_background: return before what is stored is known (`stats().loading`). Until then lookups
+        miss it and writes wait; an index that cannot be opened stops writes until it can.
 
         Raises DiskTierError: in use by another process, another format, not a disk tier's
         directory, not writable, capacity too small, no or the wrong key for its pages.
@@ -160,7 +185,7 @@ class DiskStore:
             prepare_directory(directory)
             lock = OwnerLock(directory)
             try:
-                return cls(
+                store = cls(
                     directory,
                     lock,
                     capacity_bytes=capacity_bytes,
@@ -173,6 +198,9 @@ class DiskStore:
             except BaseException:
                 lock.release()
                 raise
+            if not in_background:
+                store.wait_until_settled()
+            return store
         except (OSError, sqlite3.Error) as error:
             raise DiskTierError(
                 f"Cannot open a disk tier in {directory}: {error}; make the directory writable or "
@@ -191,97 +219,95 @@ class DiskStore:
             raise ValueError(f"a namespace id has {ID_BYTES} bytes, not {len(namespace_id)}")
         if page_bytes < 1:
             raise ValueError(f"a page has at least 1 byte, not {page_bytes}")
-        with self._namespace_lock:
-            known = self._catalog.find_namespace(namespace_id)
-            if known is not None and known.page_bytes != page_bytes:
-                raise DiskTierError(
-                    f"Namespace {namespace_id.hex()[:16]} in {self.directory} holds pages of "
-                    f"{known.page_bytes} bytes, not {page_bytes}: two layouts must not share one "
-                    "namespace id."
-                )
-            number = known.number if known else max(self._catalog.namespaces, default=0) + 1
-            entries = known or NamespaceEntries(number, namespace_id, page_bytes, description)
-            self._budget.slots_per_segment(entries.record_bytes)
-            if known is None or (description and description != known.description):
-                entries.description = description
-                try:
-                    self._index.put_namespace(entries.row)
-                except sqlite3.Error as error:
-                    raise DiskTierError(
-                        f"Cannot write the index of the disk tier in {self.directory}: {error}."
-                    ) from error
-                with self._catalog.lock:
-                    self._catalog.namespaces[number] = entries
-            return DiskNamespace(entries, self._operations)
+        with self._catalog.lock:
+            entries = self._catalog.open_namespace(namespace_id, page_bytes, description)
+        if entries.page_bytes != page_bytes:
+            raise DiskTierError(
+                f"Namespace {namespace_id.hex()[:16]} in {self.directory} holds pages of "
+                f"{entries.page_bytes} bytes, not {page_bytes}: two layouts must not share one "
+                "namespace id."
+            )
+        self._budget.slots_per_segment(entries.record_bytes)
+        return DiskNamespace(entries, self._operations)
 
     def stats(self) -> DiskStats:
-        with self._catalog.lock:
-            segments = list(self._catalog.segments.values())
-            pages, payload_bytes = self._catalog.n_pages(), self._catalog.payload_bytes()
-        on_disk = sum(segment.file_bytes for segment in segments)
-        for path in index_files(self.directory):
-            try:
-                on_disk += path.stat().st_size
-            except FileNotFoundError:
-                continue
         is_stalled = self._stalls.is_stalled()
         return DiskStats(
-            pages=pages,
-            bytes_used=payload_bytes,
-            bytes_on_disk=on_disk,
+            pages=self._catalog.n_pages,
+            bytes_used=self._catalog.payload_bytes,
+            bytes_on_disk=self._space.bytes_on_disk + self._index.n_bytes,
             capacity=self._budget.capacity_bytes,
-            segments=len(segments),
+            segments=len(self._catalog.segments),
             degraded=self._gate.is_degraded or is_stalled,
             stalled=is_stalled,
             direct_io=self._paths.use_direct(Reuse.LATER),
             direct_io_soon=self._paths.use_direct(Reuse.SOON),
             encrypted=self._is_encrypted,
+            loading=not self._keeper.is_loaded.is_set(),
             **self._counters.snapshot(),
         )
 
     def namespaces(self) -> list[DiskNamespace]:
-        """Every namespace known, whether or not it holds pages now."""
-        return [
-            DiskNamespace(entries, self._operations)
-            for entries in list(self._catalog.namespaces.values())
-        ]
+        """Every namespace that has pages."""
+        with self._catalog.lock:
+            found = [entries for entries in self._catalog.namespaces.values() if entries.n_pages]
+        return [DiskNamespace(entries, self._operations) for entries in found]
 
     def collect_garbage(self) -> int:
         """Delete segments that hold no page, compact the index; returns the bytes given back.
 
-        Raises DiskTierError if the index cannot be written.
+        Waits until that is done. Raises DiskTierError if the index cannot be written.
         """
         before = self.stats().bytes_on_disk
         try:
-            self._space.delete_free()
+            self._keeper.tidy()
         except (OSError, sqlite3.Error) as error:
             raise DiskTierError(f"Cannot tidy the disk tier {self.directory}: {error}.") from error
         return max(before - self.stats().bytes_on_disk, 0)
 
     def clear(self) -> None:
-        """Delete every page. Raises DiskTierError if the index cannot be written."""
-        try:
-            self._space.clear()
-        except (OSError, sqlite3.Error) as error:
-            raise DiskTierError(f"Cannot clear the disk tier {self.directory}: {error}.") from error
+        """Forget every page, at once: waits for nothing, does no I/O and never raises.
 
-    def close(self) -> None:
+        What is being written is not acknowledged any more. Files are deleted behind; what was
+        cleared does not come back after a crash, unless that comes within moments, before anything
+        new was acknowledged.
+        """
+        self._space.clear()
+        self._keeper.wake()
+
+    def wait_until_settled(self) -> None:
+        """Wait until everything stored is known and the budget holds.
+
+        Closes the store and raises OSError or sqlite3.Error if the index cannot be opened.
+        """
+        while not self._keeper.is_settled.wait(_ASK_AGAIN_S):
+            if not self._keeper.is_alive:
+                break
+        error = self._keeper.load_error
+        if error is not None:
+            self.close()
+            raise error
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Finish the operations under way, save what is known about use, give up ownership.
 
-        Later reads and writes do nothing and return 0. Closing twice is harmless.
+        Later reads and writes do nothing and return 0. Closing twice is harmless. What the disk
+        does not finish in time is left to itself.
         """
         if not self._operations.shut():
             return
-        self._read_pool.close()
-        self._write_pool.close()
-        try:
-            self._save_access()
-            self._index.compact()
-        except sqlite3.Error as error:
-            logger.warning("Disk tier: the order of use was not saved (%s).", error)
-        self._index.close()
-        for segment in self._catalog.segments.values():
-            self._files.close(segment)
+        deadline = time.monotonic() + timeout_s
+        is_idle = self._operations.wait(timeout_s)
+        is_over = self._keeper.stop(max(deadline - time.monotonic(), 0.0))
+        if not (is_idle and is_over):
+            logger.warning(
+                "Disk tier %s did not finish within %.0f s; what it was doing is left to itself.",
+                self.directory,
+                timeout_s,
+            )
+        for pool in (self._read_pool, self._write_pool):
+            pool.close(wait=is_idle and is_over)
+        self._files.close()
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -295,19 +321,27 @@ class DiskStore:
         segments = sum(path.stat().st_size for path in segment_paths(self._files.directory))
         return segments + 3 * n_bytes <= self._budget.segment_space
 
-    def _mend_index(self) -> None:
-        refill_index(self._index, self._catalog)
-        # The damaged file was set aside, and takes room from now on.
-        self._space.other_bytes = size_of_aside(self.directory)
+    def _cannot_wait(self) -> bool:
+        """Is it useless to wait for room?"""
+        return self._stalls.is_stalled() or not self._keeper.is_alive
 
-    def _save_access(self) -> None:
-        """The next run shall know which pages were used lately."""
-        rows = [
-            (access, loc)
-            for segment in self._catalog.segments.values()
-            if segment.touched
-            for access, loc, _ in segment.access_rows()
-            if access & 1  # What was not read is in the index as it is.
-        ]
-        for start in range(0, len(rows), _ACCESS_ROWS_PER_COMMIT):
-            self._index.save_access(rows[start : start + _ACCESS_ROWS_PER_COMMIT])
+    def _wait_until_loaded(self) -> bool:
+        """False if that is not to be expected: the disk hangs or fails, or the store is closed."""
+        while not self._keeper.is_loaded.is_set():
+            if self._cannot_wait() or self._operations.is_shut or self._gate.is_degraded:
+                return False
+            self._keeper.is_loaded.wait(_ASK_AGAIN_S)
+        return True
+
+    def _mend_index(self) -> None:
+        try:
+            aside = self._upkeep.mend()
+            # The damaged file takes room from now on.
+            self._space.other_bytes = size_of_aside(self.directory)
+        except (OSError, sqlite3.Error) as error:
+            logger.warning(
+                "Disk tier: the index is damaged and cannot be written anew (%s).", error
+            )
+        else:
+            logger.warning("Disk tier: the index was damaged: %s, written anew.", fate_of(aside))
+        self._keeper.wake()
