@@ -21,7 +21,6 @@ from disk_builders import (
     segment_files,
     write,
 )
-
 from hypothesis import given
 from hypothesis import strategies as st
 
