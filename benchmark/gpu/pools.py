@@ -71,13 +71,13 @@ class MemcpyMover:
 
 
 class OurMover:
-    """The tiers' own copier, as `plugin/build.py` makes it for this `--tiered-kv-host-format`."""
+    """The tiers' own copier, as `plugin/cache/` makes it for this `--tiered-kv-host-format`."""
 
     def __init__(self, setting: Setting, n_tokens: int, host_format: str = "raw") -> None:
         from tiered_kv.core.config import HostConfig, TieredKVConfig
-        from tiered_kv.plugin.build import make_copier, register_for_dma
-        from tiered_kv.plugin.device_pool import buffers_of
-        from tiered_kv.plugin.kv_formats import tier_formats
+        from tiered_kv.plugin.cache.build import make_copier, register_for_dma
+        from tiered_kv.plugin.cache.device_pool import buffers_of
+        from tiered_kv.plugin.cache.formats import tier_formats
         from tiered_kv.tiers.host import HostPool
 
         self._page = setting.shape.page_tokens

@@ -30,9 +30,9 @@ from tiered_kv.api.slo import Slo
 from tiered_kv.api.terms import Terms
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
-from tiered_kv.plugin.clock_tick import SharedClock, Tick
-from tiered_kv.plugin.decode_selection import DecodeSelection
-from tiered_kv.plugin.metrics_adapter import MetricsRecorder
+from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
+from tiered_kv.plugin.decode.selection import DecodeSelection
+from tiered_kv.plugin.queue.clock_tick import SharedClock, Tick
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.iteration_policy import iteration_policies
 

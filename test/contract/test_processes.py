@@ -29,7 +29,7 @@ def report():
         modules = dict(sys.modules)
         if "sglang.srt.server_args" not in modules:
             continue
-        hooks = modules.get("tiered_kv.plugin.hooks")
+        hooks = modules.get("tiered_kv.plugin.hooks.table")
         found = {{
             "plugins_loaded": modules["sglang.srt.plugins"]._plugins_loaded
             if "sglang.srt.plugins" in modules else False,

@@ -23,10 +23,10 @@ MODULE = ("-m", "sglang.launch_server")
 SERVE = ("-c", "from sglang.cli.main import main; main()", "serve")
 
 WRONG_VERSION = "import sglang.version\nsglang.version.__version__ = '0.5.16'\n"
-BROKEN_PLUGIN = "import sys\nsys.modules['tiered_kv.plugin.server_args'] = None\n"
+BROKEN_PLUGIN = "import sys\nsys.modules['tiered_kv.plugin.options.server_args'] = None\n"
 RENAMED_TARGET = """
 import dataclasses
-import tiered_kv.plugin.hooks as hooks
+import tiered_kv.plugin.hooks.table as hooks
 first, *others = hooks.HOOKS
 hooks.HOOKS = (dataclasses.replace(first, target=first.target + "_renamed"), *others)
 """
@@ -34,7 +34,7 @@ hooks.HOOKS = (dataclasses.replace(first, target=first.target + "_renamed"), *ot
 LOST_HOOK = """
 import sys
 if "--multiprocessing-fork" in sys.argv:
-    import tiered_kv.plugin.hooks as hooks
+    import tiered_kv.plugin.hooks.table as hooks
     install = hooks.install
     def install_and_lose(processes):
         install(processes)
@@ -130,7 +130,7 @@ from sglang.srt.mem_cache.registry import registered_radix_cache_backends
 from sglang.srt.plugins.hook_registry import HookRegistry
 import pickle, pkgutil
 pickle.loads(pickle.dumps(args))
-from tiered_kv.plugin.hooks import HOOKS
+from tiered_kv.plugin.hooks.table import HOOKS
 print(json.dumps({
     "early": early,
     "ours": ours,
@@ -156,7 +156,7 @@ def test_without_the_flag_nothing_of_sglang_is_patched(run_python: Any, tiny_mod
     assert found["wrapped"] == []
     assert "tiered_kv" not in found["backends"]
     # Neither what we hook nor the tiers are imported for a server that doesn't want them.
-    assert not {"tiered_kv.plugin.build", "tiered_kv.plugin.hooks"} & set(found["ours"])
+    assert not {"tiered_kv.plugin.cache.build", "tiered_kv.plugin.hooks.table"} & set(found["ours"])
     assert not [name for name in found["ours"] if name.startswith("tiered_kv.tiers")]
 
 
@@ -190,7 +190,7 @@ importlib.import_module(sys.argv[1])
 from pathlib import Path
 args = pickle.loads(Path(sys.argv[2]).read_bytes())
 import sglang.srt.plugins, sglang.srt.server_args
-from tiered_kv.plugin import hooks
+from tiered_kv.plugin.hooks import table as hooks
 registry = sys.modules.get("sglang.srt.mem_cache.registry")
 verified = []
 for process in hooks.loaded_processes():
@@ -218,7 +218,7 @@ print(json.dumps({
 def test_arguments_prepare_the_process_that_unpickles_them(
     run_python: Any, tmp_path: Path, tiny_model: str, module: str, processes: set[str]
 ) -> None:
-    from tiered_kv.plugin.server_args import ServerArgs
+    from tiered_kv.plugin.options.server_args import ServerArgs
 
     args = ServerArgs(
         model_path=tiny_model,
@@ -232,7 +232,7 @@ def test_arguments_prepare_the_process_that_unpickles_them(
     ended = run_python("-c", UNPICKLE, module, str(pickled))
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout.splitlines()[-1])
-    assert found["class"] == "tiered_kv.plugin.server_args"
+    assert found["class"] == "tiered_kv.plugin.options.server_args"
     assert found["plugins_loaded"]
     assert found["host_size"] == 10**9
     assert processes == set(found["verified"])

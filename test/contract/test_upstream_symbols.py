@@ -22,12 +22,18 @@ import sglang.version
 
 import tiered_kv.plugin
 from tiered_kv.core.errors import UpstreamError
-from tiered_kv.plugin import hooks, refusals, upstream
-from tiered_kv.plugin.upstream_symbol import Symbol
-from tiered_kv.plugin.upstream_symbols import SYMBOLS
+from tiered_kv.plugin.hooks import table as hooks
+from tiered_kv.plugin.options import refusals
+from tiered_kv.plugin.upstream import release as upstream
+from tiered_kv.plugin.upstream.symbol import Symbol
+from tiered_kv.plugin.upstream.v0_5_17.symbols import SYMBOLS
 
 PLUGIN = Path(tiered_kv.plugin.__file__).parent
-MODULES = sorted(path.stem for path in PLUGIN.glob("*.py") if path.stem != "__init__")
+MODULES = sorted(
+    ".".join(path.relative_to(PLUGIN).with_suffix("").parts)
+    for path in PLUGIN.rglob("*.py")
+    if path.stem != "__init__"
+)
 DOCUMENT = Path(__file__).parents[2] / "docs" / "upstream_contract.md"
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
@@ -113,7 +119,7 @@ def runtime_imports(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_import_is_in_the_table(module: str) -> None:
-    for name in runtime_imports(PLUGIN / f"{module}.py"):
+    for name in runtime_imports(PLUGIN / f"{module.replace('.', '/')}.py"):
         covering = [s for s in SYMBOLS if s.name == name or s.name.startswith(f"{name}.")]
         assert any(module in symbol.users for symbol in covering), name
 

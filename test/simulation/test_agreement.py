@@ -37,7 +37,7 @@ from benchmark.simulation.pace import Pace, at_pace, between
 from benchmark.simulation.probe import DecodeSample, PrefillSample
 
 from support_simulation.builders import CPU_TIMES as TIMES
-from tiered_kv.plugin.pass_log import Pass, draw_passes
+from tiered_kv.plugin.passes.pass_log import Pass, draw_passes
 from tiered_kv.tiers.timeline import TimelineFile
 
 

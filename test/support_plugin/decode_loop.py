@@ -36,19 +36,19 @@ from tiered_kv.core.model_spec import find_model
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.memory.manager import MemoryManager
-from tiered_kv.plugin import decode_selection
-from tiered_kv.plugin.build import CacheParts, HostReport
-from tiered_kv.plugin.clock_tick import SharedClock, Tick
-from tiered_kv.plugin.cpu_allocator import CpuPagedTokenToKVPoolAllocator
-from tiered_kv.plugin.decode_selection import DecodeSelection
-from tiered_kv.plugin.device_pool import EngineAllocator, buffers_of
-from tiered_kv.plugin.kv_events import KvEvents
-from tiered_kv.plugin.metrics_adapter import MetricsRecorder
-from tiered_kv.plugin.prefix_cache import TieredPrefixCache
-from tiered_kv.plugin.request_order import RequestOrder
-from tiered_kv.plugin.residency_log import ResidencyLog
-from tiered_kv.plugin.server_args import ServerArgs
-from tiered_kv.plugin.step_times import StepTimes
+from tiered_kv.plugin.cache.build import CacheParts, HostReport
+from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
+from tiered_kv.plugin.cache.events import KvEvents
+from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
+from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
+from tiered_kv.plugin.cache.residency_log import ResidencyLog
+from tiered_kv.plugin.decode import selection as decode_selection
+from tiered_kv.plugin.decode.selection import DecodeSelection
+from tiered_kv.plugin.options.server_args import ServerArgs
+from tiered_kv.plugin.passes.step_times import StepTimes
+from tiered_kv.plugin.queue.clock_tick import SharedClock, Tick
+from tiered_kv.plugin.queue.order import RequestOrder
+from tiered_kv.plugin.upstream.cpu_allocator import CpuPagedTokenToKVPoolAllocator
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.iteration_policy import IterationPolicy
 from tiered_kv.scheduler.request_policy import request_policies

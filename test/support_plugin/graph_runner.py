@@ -27,9 +27,10 @@ from support_attention.batches import Batch
 from support_attention.graph import GraphDecode, GraphPrefill, RecordedGraph, merge_in_graph
 from tiered_kv.attention.flashinfer_graph import GraphLevelsMaker
 from tiered_kv.attention.plan import CascadePlan
-from tiered_kv.plugin import cascade_flashinfer, cascade_graphs
-from tiered_kv.plugin.cascade import PlannedBatch
-from tiered_kv.plugin.cascade_flashinfer import CascadeFlashInferBackend
+from tiered_kv.plugin.attention import flashinfer as cascade_flashinfer
+from tiered_kv.plugin.attention import graphs as cascade_graphs
+from tiered_kv.plugin.attention.cascade import PlannedBatch
+from tiered_kv.plugin.attention.flashinfer import CascadeFlashInferBackend
 
 SIZES = [1, 2, 4, 8, 16]
 

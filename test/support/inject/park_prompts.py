@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-TARGET = "tiered_kv.plugin.request_order"
+TARGET = "tiered_kv.plugin.queue.order"
 REPORT_EVERY = 5
 
 

@@ -71,18 +71,13 @@ class Catalog:
             self.namespaces[entries.number] = entries
         return not entries.is_recorded
 
-    def restore_namespace(self, row: NamespaceRow) -> NamespaceEntries | None:
-        """What the index says of a namespace; None if its user says that pages are of another
-        size: then what is stored is of no use to anybody."""
+    def restore_namespace(self, row: NamespaceRow) -> None:
+        """What the index says of a namespace."""
         self._next_namespace = max(self._next_namespace, row.number + 1)
-        entries = self.open_namespace(row.namespace_id, row.page_bytes)
-        if entries.page_bytes != row.page_bytes:
-            return None
-        entries.description = entries.description or row.description
+        entries = self.open_namespace(row.namespace_id, row.page_bytes, row.description)
         entries.number = row.number
-        entries.is_recorded = entries.description == row.description
+        entries.is_recorded = True
         self.namespaces[row.number] = entries
-        return entries
 
     def forget_empty_namespaces(self) -> list[int]:
         """Numbers of those that have no page any more, and are not known by number from now on."""

@@ -98,17 +98,6 @@ def stored_meta(db: sqlite3.Connection, name: str) -> int | None:
     return None if row is None else int(row[0])
 
 
-def is_damage(error: sqlite3.Error) -> bool:
-    """Does this error of an open index mean that the index itself is broken?"""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
-    # An earlier attempt to start afresh may have left it closed.
-    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or isinstance(error, NotOpen)
-
-
-class NotOpen(sqlite3.ProgrammingError):
-    """The index was closed, or could not be opened."""
-
-
 def _row_checksum(row: NamespaceRow) -> bytes:
     return checksum(repr(tuple(row)).encode())
 
@@ -123,10 +112,12 @@ class PageIndex:
         wal_blocks: int,
         sync_commits: bool,
         has_room: Callable[[int], bool] = lambda _: True,
+        watch: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        """`wal_blocks`: 4 KiB blocks in the write-ahead log before a checkpoint; `has_room`: may a
-        damaged index of this size be kept for inspection? Nothing is read or written before
-        `open`."""
+        """Open or create. `wal_blocks`: 4 KiB blocks in the write-ahead log before a checkpoint;
+        `has_room`: may a damaged index of this size be kept for inspection? `watch` is entered
+        around what waits for the disk."""
+        self._watch = watch
         self._has_room = has_room
         self.directory = directory
         self.lock = threading.RLock()
@@ -134,25 +125,15 @@ class PageIndex:
         self._sync_commits = sync_commits
         self.n_bytes = 0
         """What the index takes on disk, its log included."""
-        self._connection: sqlite3.Connection | None = None
-
-    @property
-    def _db(self) -> sqlite3.Connection:
-        if self._connection is None:
-            raise NotOpen("the index is not open")
-        return self._connection
-
-    def open(self) -> None:
-        """Open, or create it."""
-        with self.lock:
-            self.close()
-            self._connection = self._connect()
-            self._note_size()
+        self._db = self._connect()
+        self._note_size()
 
     def _connect(self) -> sqlite3.Connection:
         path = self.directory / INDEX_NAME
         # Created by us so that SQLite's files (the log inherits the mode) are private.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        self._stat = os.fstat(fd)
+        os.close(fd)
         db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
             db.execute("PRAGMA auto_vacuum=INCREMENTAL")
@@ -170,24 +151,30 @@ class PageIndex:
             raise
         return db
 
+    def is_in_place(self) -> bool:
+        """False if the file has been deleted, or replaced by another. Raises OSError."""
+        try:
+            return os.path.samestat((self.directory / INDEX_NAME).stat(), self._stat)
+        except FileNotFoundError:
+            return False
+
     def start_afresh(self) -> Path | None:
         """Set the index's file aside and go on with an empty one; returns where the old one is."""
         with self.lock:
-            self.close()
+            self._db.close()
             aside = set_index_aside(self.directory, self._has_room)
-            self.open()
+            self._db = self._connect()
+            self._note_size()
             return aside
 
     def close(self) -> None:
         with self.lock:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            self._db.close()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing; the changes are acknowledged when the block ends."""
-        with self.lock:
+        with self.lock, self._watch():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -302,13 +289,13 @@ class PageIndex:
 
         The file gets shorter when the log is folded into it, see `fold_log`.
         """
-        with self.lock:
+        with self.lock, self._watch():
             # Not `execute`: that steps such a pragma once, and one step frees one block.
             self._db.executescript(f"PRAGMA incremental_vacuum({n_blocks})")
 
     def fold_log(self) -> None:
         """Bring the index file up to date, and give the log's blocks back."""
-        with self.lock:
+        with self.lock, self._watch():
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             self._note_size()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +11,6 @@ from tiered_kv.tiers.disk.catalog import Catalog
 from tiered_kv.tiers.disk.index import PageIndex, SegmentRow
 from tiered_kv.tiers.disk.segment import Segment, SegmentState
 from tiered_kv.tiers.disk.space import SpaceManager
-
-logger = logging.getLogger(__name__)
 
 COMPLETE_META = "complete"
 """Set in an index that knows every page: not before a rebuild is through."""
@@ -38,7 +36,7 @@ class IndexUpkeep:
         space: SpaceManager,
         *,
         capacity_bytes: int,
-        now: Callable[[], float],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._catalog = catalog
         self._index = index
@@ -46,6 +44,7 @@ class IndexUpkeep:
         self._capacity_bytes = capacity_bytes
         self._now = now
         self.next_save_at = now() + SAVE_S
+        # None: the index knows all that memory does.
         self._to_refill: list[Segment] | None = None
         self._saving: Iterator[Segment] = iter(())
         self._is_giving_back = False

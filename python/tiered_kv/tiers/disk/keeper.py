@@ -1,9 +1,8 @@
 """The keeper: one thread that does what takes I/O and no caller should wait for.
 
-It loads the index when the store is opened; makes room for writes, ahead of need; deletes what was
-cleared; packs the index's rows and gives its unused blocks back; and saves the order of use about
-once a minute, so that it survives `kill -9`. Work is done in small steps, and what somebody waits
-for comes first after each.
+It makes room for writes, ahead of need; deletes what was cleared; packs the index's rows and gives
+its unused blocks back; and saves the order of use about once a minute, so that it survives
+`kill -9`. Work is done in small steps, and what somebody waits for comes first after each.
 """
 
 from __future__ import annotations
@@ -16,13 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tiered_kv.tiers.disk.catalog import Catalog
+from tiered_kv.tiers.disk.faults import is_damage
 from tiered_kv.tiers.disk.generation import write_generation
-from tiered_kv.tiers.disk.index import PageIndex, is_damage
 from tiered_kv.tiers.disk.index_upkeep import IndexUpkeep
-from tiered_kv.tiers.disk.loading import StoreClosedError
 from tiered_kv.tiers.disk.reclaimer import Reclaimer
 from tiered_kv.tiers.disk.space import SpaceManager
-from tiered_kv.tiers.disk.write_gate import FIRST_PAUSE_S, LONGEST_PAUSE_S, WriteGate
+from tiered_kv.tiers.disk.write_gate import FIRST_PAUSE_S, LONGEST_PAUSE_S
 
 logger = logging.getLogger(__name__)
 
@@ -39,41 +37,32 @@ class Keeper:
         self,
         directory: Path,
         catalog: Catalog,
-        index: PageIndex,
-        gate: WriteGate,
         *,
+        saved_generation: int | None,
         sync_writes: bool,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.is_loaded = threading.Event()
-        """Lookups see what was stored before, and writes may begin."""
-        self.is_settled = threading.Event()
-        """Loaded, and within the budget; or loading has failed, see `load_error`."""
-        self.load_error: Exception | None = None
+        """saved_generation: what the directory says; None if it doesn't."""
         self._directory = directory
         self._catalog = catalog
-        self._index = index
-        self._gate = gate
         self._sync_writes = sync_writes
         self._now = now
         self._wake = threading.Event()
         self._is_stopping = False
-        self._saved_generation: int | None = None
+        self._saved_generation = saved_generation
         self._jobs: list[_Job] = []
         self._tidying: list[Tidying] = []
-        self._thread = threading.Thread(target=self._run, name="tiered-kv-disk-keeper", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name="tiered-kv-disk-housekeeping", daemon=True
+        )
 
     def start(
         self,
-        load: Callable[[Callable[[], bool]], int | None],
         space: SpaceManager,
         reclaimer: Reclaimer,
         upkeep: IndexUpkeep,
         mend_index: Callable[[], None],
     ) -> None:
-        """`load` fills the catalog and returns the generation that is on disk; it raises
-        StoreClosedError once what it is given says so."""
-        self._load = load
         self._space = space
         self._reclaimer = reclaimer
         self._upkeep = upkeep
@@ -81,8 +70,6 @@ class Keeper:
         # The most urgent first.
         self._jobs = [
             _Job(self._save_generation),
-            _Job(reclaimer.shrink),
-            _Job(self._settle),
             _Job(self._make_spares),
             _Job(self._tidy),
             _Job(reclaimer.delete_condemned),
@@ -93,10 +80,6 @@ class Keeper:
             _Job(upkeep.give_back),
         ]
         self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
 
     def wake(self) -> None:
         """There is work. Never waits."""
@@ -130,42 +113,22 @@ class Keeper:
         """End what is under way and save what is known; False if that takes longer."""
         self._is_stopping = True
         self.wake()
-        self._thread.join(timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     # -- the thread
 
     def _run(self) -> None:
-        try:
-            if not self._load_all():
-                return
-            while not self._is_stopping:
-                if not self._step():
-                    self._wake.wait(self._idle_s())
-                self._wake.clear()
-            self._finish()
-        finally:
-            self._index.close()
-
-    def _load_all(self) -> bool:
-        """False if the store was closed before it was loaded."""
-        pause_s = FIRST_PAUSE_S / 2
         while not self._is_stopping:
             try:
-                self._saved_generation = self._load(lambda: self._is_stopping)
-            except StoreClosedError:
-                break
-            except (OSError, sqlite3.Error) as error:
-                self.load_error = error
-                self.is_settled.set()
-                self._gate.fail(error)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-                self._wake.wait(pause_s)
-                self._wake.clear()
-                continue
-            self.is_loaded.set()
-            return True
-        return False
+                if not self._step():
+                    self._wake.wait(self._idle_s())
+            except Exception:
+                logger.exception("Disk tier %s: an error nobody foresaw", self._directory)
+                self._wake.wait(FIRST_PAUSE_S)
+            self._wake.clear()
+        self._finish()
 
     def _step(self) -> bool:
         """Do the most urgent thing there is; False if there is nothing to do now."""
@@ -210,7 +173,7 @@ class Keeper:
                 self._save_generation()
                 while has_room and not self._space.has_free(record_bytes):
                     has_room = self._reclaimer.make_room(record_bytes, at_once=True)
-            except (OSError, sqlite3.Error) as raised:
+            except Exception as raised:
                 has_room, error = False, raised
             self._space.end_need(record_bytes, has_room=has_room, error=error)
             return True
@@ -223,10 +186,6 @@ class Keeper:
         write_generation(self._directory, generation, sync=self._sync_writes)
         self._saved_generation = generation
         return True
-
-    def _settle(self) -> bool:
-        self.is_settled.set()
-        return False
 
     def _make_spares(self) -> bool:
         sizes = self._space.sizes_short_of_spares()

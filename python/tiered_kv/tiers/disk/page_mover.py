@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tiered_kv.tiers.disk.buffers import AlignedBuffer
 from tiered_kv.tiers.disk.catalog import Catalog
+from tiered_kv.tiers.disk.faults import Blame, blame_of
 from tiered_kv.tiers.disk.index import PageIndex
 from tiered_kv.tiers.disk.io_path import Reuse
 from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
@@ -60,7 +61,8 @@ class PageMover:
     ) -> int:
         """Carry pages of one namespace to the target slots; returns how many arrived.
 
-        Raises OSError or sqlite3.Error.
+        Raises sqlite3.Error, and OSError if a write fails, or a read for a reason that isn't the
+        page's.
         """
         with self._catalog.lock:
             entries = self._catalog.namespaces.get(source.owners[slots[0]])
@@ -87,8 +89,12 @@ class PageMover:
             PageTransfer(n, p.page_hash, memory[n * step : (n + 1) * step], p.segment, p.slot)
             for n, p in enumerate(pages)
         ]
-        # What cannot be read is left behind; what cannot be written is an error.
-        self._run_all(transfers, lambda run, limit: self._page_io.read_run(kind, run, limit))
+        errors = self._run_all(
+            transfers, lambda run, limit: self._page_io.read_run(kind, run, limit)
+        )
+        for error in errors:
+            if blame_of(error) is not Blame.MEDIUM:
+                raise error  # Not the page's fault: the segment is given up another time.
         good = [t for t in transfers if t.outcome is Outcome.DONE]
         for transfer, (segment, slot) in zip(good, targets, strict=False):
             transfer.segment, transfer.slot = segment, slot

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 
@@ -14,14 +13,12 @@ from tiered_kv.tiers.disk.record import SegmentHeader
 from tiered_kv.tiers.disk.segment import Segment
 from tiered_kv.tiers.disk.segment_files import SegmentFiles
 from tiered_kv.tiers.disk.space import SpaceManager
-from tiered_kv.tiers.disk.stall_watch import StallWatch
 from tiered_kv.tiers.disk.stats import Counters
 
 PATIENCE_S = 0.05
 """A writer that has waited so long gets the segment as it is: pages that would have been carried
 over are given up instead."""
 _LONGEST_PAUSE_S = 0.25
-_DROPS_PER_LOCK = 1_000
 
 
 class Reclaimer:
@@ -36,7 +33,6 @@ class Reclaimer:
         mover: PageMover,
         counters: Counters,
         *,
-        stalls: StallWatch,
         pause: Callable[[float], None],
     ) -> None:
         """`pause` waits, or returns at once if a writer waits."""
@@ -46,7 +42,6 @@ class Reclaimer:
         self._space = space
         self._mover = mover
         self._counters = counters
-        self._stalls = stalls
         self._pause = pause
 
     def make_room(self, record_bytes: int, *, at_once: bool) -> bool:
@@ -84,8 +79,7 @@ class Reclaimer:
             return False
         try:
             self._index.forget_segment(file.number)
-            with self._stalls.watch():
-                self._files.delete(file.number)
+            self._files.delete(file.number)
         except BaseException:
             self._space.condemn_again(file)
             raise
@@ -99,8 +93,7 @@ class Reclaimer:
             number, generation = self._catalog.next_segment, self._catalog.generation
             self._catalog.next_segment += 1
         try:
-            with self._stalls.watch():
-                self._files.create(SegmentHeader(number, record_bytes, slots, generation))
+            self._files.create(SegmentHeader(number, record_bytes, slots, generation))
             try:
                 self._index.put_segment(SegmentRow(number, record_bytes, slots, generation))
             except BaseException:
@@ -160,11 +153,7 @@ class Reclaimer:
         """Forget the pages of a segment that is being reclaimed, in memory, then in the index."""
         is_empty = False
         try:
-            slots = iter(victim.live_slots())
-            while some := list(itertools.islice(slots, _DROPS_PER_LOCK)):
-                with self._catalog.lock:
-                    n_dropped = self._catalog.drop_pages(victim, some)
-                self._counters.add(dropped_pages=n_dropped)
+            self._counters.add(dropped_pages=self._space.drop_pages(victim))
             self._index.replace_runs(victim.number, [])
             is_empty = True
         finally:

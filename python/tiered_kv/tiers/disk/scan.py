@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiered_kv.tiers.disk.faults import Blame, blame_of
 from tiered_kv.tiers.disk.record import (
     BLOCK_BYTES,
     RecordHeader,
@@ -30,9 +30,6 @@ _PROGRESS_S = 5.0
 _THREADS = 16
 """Files read at a time: a header is one small read, and a disk wants many of those at once."""
 
-# Errors that speak of this process, not of the file: the scan must begin again later.
-_NOT_THE_FILE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
-
 
 @dataclass(frozen=True, slots=True)
 class ScannedSegment:
@@ -45,10 +42,10 @@ class ScannedSegment:
     records: list[tuple[int, RecordHeader]]
 
 
-def scan_segments(directory: Path, should_stop: Callable[[], bool]) -> Iterator[ScannedSegment]:
+def scan_segments(directory: Path) -> Iterator[ScannedSegment]:
     """Every usable segment file, by number; one that cannot be read or makes no sense is skipped.
 
-    Raises OSError if this process has no descriptors or no memory left.
+    Raises OSError where the fault isn't the file's: what is skipped here is given up.
     """
     paths = segment_paths(directory)
     logged = time.monotonic()
@@ -58,19 +55,17 @@ def scan_segments(directory: Path, should_stop: Callable[[], bool]) -> Iterator[
         ahead: deque[tuple[Path, Future[ScannedSegment | None]]] = deque(
             (path, pool.submit(_scan_file, path)) for path in itertools.islice(rest, 2 * _THREADS)
         )
-        n_done = 0
-        while ahead and not should_stop():
+        for n_done in range(len(paths)):
             path, future = ahead.popleft()
             for another in itertools.islice(rest, 1):
                 ahead.append((another, pool.submit(_scan_file, another)))
             if time.monotonic() - logged > _PROGRESS_S:
                 logged = time.monotonic()
                 logger.warning("Disk tier: scanned %d of %d segment files.", n_done, len(paths))
-            n_done += 1
             try:
                 scanned = future.result()
             except OSError as error:
-                if error.errno in _NOT_THE_FILE:
+                if blame_of(error) in (Blame.PROCESS, Blame.STATE):
                     raise
                 logger.warning("Disk tier: segment file %s is skipped (%s).", path.name, error)
                 continue
@@ -85,7 +80,7 @@ def _scan_file(path: Path) -> ScannedSegment | None:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         file_bytes = os.fstat(fd).st_size
         number = int(path.stem)
-        header = unpack_segment(os.pread(fd, BLOCK_BYTES, 0))
+        header = unpack_segment(_read_block(fd, 0))
         if header is None or header.number != number:
             header = _guess_header(fd, number, file_bytes)
         if header is None or BLOCK_BYTES + header.slots * header.record_bytes != file_bytes:
@@ -93,12 +88,22 @@ def _scan_file(path: Path) -> ScannedSegment | None:
         records = []
         for slot in range(header.slots):
             offset = BLOCK_BYTES + slot * header.record_bytes
-            record = unpack_record(os.pread(fd, BLOCK_BYTES, offset))
+            record = unpack_record(_read_block(fd, offset))
             if record is not None and _record_bytes(record) == header.record_bytes:
                 records.append((slot, record))
         return ScannedSegment(header, records)
     finally:
         os.close(fd)
+
+
+def _read_block(fd: int, offset: int) -> bytes:
+    """What is there, or nothing if it cannot be read: one bad block costs no other."""
+    try:
+        return os.pread(fd, BLOCK_BYTES, offset)
+    except OSError as error:
+        if blame_of(error) is not Blame.MEDIUM:
+            raise
+        return b""
 
 
 def _record_bytes(record: RecordHeader) -> int:
@@ -108,7 +113,7 @@ def _record_bytes(record: RecordHeader) -> int:
 def _guess_header(fd: int, number: int, file_bytes: int) -> SegmentHeader | None:
     """With the segment's header gone, the first intact record tells the size of all of them."""
     for offset in range(BLOCK_BYTES, file_bytes, BLOCK_BYTES):
-        record = unpack_record(os.pread(fd, BLOCK_BYTES, offset))
+        record = unpack_record(_read_block(fd, offset))
         if record is not None:
             record_bytes = _record_bytes(record)
             slots = (file_bytes - BLOCK_BYTES) // record_bytes

@@ -6,10 +6,11 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tiered_kv.tiers.disk.buffers import AlignedBuffer
+from tiered_kv.tiers.disk.faults import Blame, blame_of
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.record import BLOCK_BYTES, SegmentHeader, pack_segment
 from tiered_kv.tiers.disk.segment import Segment
@@ -42,10 +43,21 @@ class _Descriptor:
 
 
 class SegmentFiles:
-    """Owns the file descriptors of segments, the ones used lately. Methods raise OSError."""
+    """Owns the descriptors of the segments that were used last. Methods raise OSError."""
 
-    def __init__(self, directory: Path, io_ops: IoOps, *, sync_writes: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        io_ops: IoOps,
+        *,
+        sync_writes: bool = False,
+        read_only: bool = False,
+        watch: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        """watch: entered around what waits for the disk."""
         self.directory = directory
+        self._watch = watch
+        self._read_only = read_only
         self.sync_writes = sync_writes
         """Data and names of files reach the device before a page is acknowledged."""
         self._io = io_ops
@@ -59,21 +71,44 @@ class SegmentFiles:
     def create(self, header: SegmentHeader) -> None:
         """A new file with all its blocks reserved; nothing is left behind if that fails."""
         try:
-            fd = self._io.open(self.path(header.number), os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            try:
-                self._io.allocate(fd, Segment.file_size(header.record_bytes, header.slots))
-                block = AlignedBuffer(BLOCK_BYTES).view
-                pack_segment(block, header)
-                self._io.pwritev(fd, [block], 0)
-                if self.sync_writes:
-                    self._io.fdatasync(fd)
-                    self._io.sync_directory(self.directory)
-            finally:
-                self._io.close(fd)
+            with self._watch():
+                self._create(header)
         except OSError:
             with contextlib.suppress(OSError):
                 self.delete(header.number)
             raise
+
+    def _create(self, header: SegmentHeader) -> None:
+        block = AlignedBuffer(BLOCK_BYTES).view
+        pack_segment(block, header)
+        fd = self._io.open(self.path(header.number), os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            self._io.allocate(fd, Segment.file_size(header.record_bytes, header.slots))
+            self._io.pwritev(fd, [block], 0)
+            if self.sync_writes:
+                self._io.fdatasync(fd)
+                self._io.sync_directory(self.directory)
+        finally:
+            self._io.close(fd)
+
+    def has_size(self, path: Path, n_bytes: int) -> bool:
+        """Is the file there, whole, and within reach?
+
+        Raises OSError if that cannot be told now: the error speaks of the process, or of the whole
+        file system.
+        """
+        try:
+            return self._io.size(path) == n_bytes
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if blame_of(error) is Blame.MEDIUM:
+                return False
+            raise
+
+    def is_whole(self, segment: Segment) -> bool:
+        """See `has_size`."""
+        return self.has_size(segment.path, segment.file_bytes)
 
     @contextlib.contextmanager
     def opened(self, segment: Segment, *, direct: bool) -> Iterator[int]:
@@ -83,9 +118,7 @@ class SegmentFiles:
             found = self._use(key)
         if found is None:
             # Not under the lock: a disk that hangs must not keep others from what is open.
-            fd = self._io.open(segment.path, os.O_RDWR | (os.O_DIRECT if direct else 0))
-            found, surplus = self._add(key, fd)
-            self._close(surplus)
+            found = self._add(key, self._io.open(segment.path, self._open_flags(direct=direct)))
         try:
             yield found.fd
         finally:
@@ -93,7 +126,7 @@ class SegmentFiles:
                 found.users -= 1
                 is_last = found.is_forgotten and not found.users
             if is_last:
-                self._close([found.fd])
+                self._io.close(found.fd)
 
     def _use(self, key: tuple[int, bool]) -> _Descriptor | None:
         found = self._open.get(key)
@@ -102,21 +135,23 @@ class SegmentFiles:
             found.users += 1
         return found
 
-    def _add(self, key: tuple[int, bool], fd: int) -> tuple[_Descriptor, list[int]]:
-        """The descriptor to use, and those to close."""
+    def _add(self, key: tuple[int, bool], fd: int) -> _Descriptor:
+        """Use this one, or the one that another thread has opened meanwhile."""
         with self._lock:
-            found = self._use(key)
-            if found is not None:  # Another thread was faster.
-                return found, [fd]
-            new = self._open[key] = _Descriptor(fd)
-            new.users = 1
-            idle = [k for k, d in self._open.items() if not d.users]
-            surplus = idle[: max(len(self._open) - MOST_OPEN, 0)]
-            return new, [self._open.pop(k).fd for k in surplus]
+            surplus = [fd]
+            used = self._use(key)
+            if used is None:
+                used = self._open[key] = _Descriptor(fd)
+                used.users = 1
+                n_surplus = max(len(self._open) - MOST_OPEN, 0)
+                idle = [k for k, d in self._open.items() if n_surplus and not d.users]
+                surplus = [self._open.pop(k).fd for k in idle[:n_surplus]]
+        for each in surplus:
+            self._io.close(each)
+        return used
 
-    def _close(self, fds: list[int]) -> None:
-        for fd in fds:
-            self._io.close(fd)
+    def _open_flags(self, *, direct: bool) -> int:
+        return (os.O_RDONLY if self._read_only else os.O_RDWR) | (os.O_DIRECT if direct else 0)
 
     def sync(self, segment: Segment) -> None:
         with self.opened(segment, direct=False) as fd:
@@ -133,8 +168,13 @@ class SegmentFiles:
             )
 
     def delete(self, number: int) -> None:
-        """Remove the file; who still uses it finds it cut off."""
-        self._io.delete(self.path(number))
+        """Remove a segment's file; who still uses it finds it cut off."""
+        with self._watch():
+            self._io.delete(self.path(number))
+        self.forget(number)
+
+    def forget(self, number: int) -> None:
+        """Open the segment anew when it is used next; I/O under way goes on."""
         self._forget([(number, direct) for direct in (False, True)])
 
     def close(self) -> None:
@@ -150,4 +190,5 @@ class SegmentFiles:
                     descriptor.is_forgotten = True
                     if not descriptor.users:
                         idle.append(descriptor.fd)
-        self._close(idle)
+        for fd in idle:
+            self._io.close(fd)

@@ -7,6 +7,7 @@ none asks and waits. All state is guarded by the catalog's lock.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -23,6 +24,7 @@ BATCH_BYTES = 128 << 20
 """Bytes written between two acknowledgements of one large batch."""
 
 _ASK_AGAIN_S = 0.25
+_DROPS_PER_LOCK = 1_000
 
 Slots = list[tuple[Segment, int]]
 
@@ -283,12 +285,7 @@ class SpaceManager:
             is_there = self._catalog.is_current(victim) and not victim.writers
             if not is_there or victim.state not in (SegmentState.SEALED, SegmentState.FILLING):
                 return False
-            victim.state = SegmentState.RECLAIMING
-            if self._filling.get(victim.record_bytes) is victim:
-                del self._filling[victim.record_bytes]
-            partial = self._partial.get(victim.record_bytes, [])
-            if victim in partial:
-                partial.remove(victim)
+            self._set_aside(victim)
             return True
 
     def end_reclaim(self, victim: Segment, *, is_empty: bool) -> None:
@@ -298,6 +295,42 @@ class SpaceManager:
             victim.state = SegmentState.FREE if is_empty else SegmentState.SEALED
             if is_empty:
                 self._add_free(victim)
+
+    def forget_lost(self, segment: Segment) -> int | None:
+        """Give up a segment whose file is not whole; returns its pages, None if it is not there any
+        more, or is about to be deleted."""
+        with self._catalog.lock:
+            if not self._catalog.is_current(segment) or segment.state is SegmentState.RECLAIMING:
+                return None
+            self._set_aside(segment)
+        n_pages = self.drop_pages(segment)
+        with self._catalog.lock:
+            if self._catalog.is_current(segment):
+                del self._catalog.segments[segment.number]
+                self._condemn(segment)
+        self._wake_keeper()
+        return n_pages
+
+    def drop_pages(self, segment: Segment) -> int:
+        """Forget all pages of a segment that is set aside; returns how many there were."""
+        n_dropped = 0
+        slots = iter(segment.live_slots())
+        while some := list(itertools.islice(slots, _DROPS_PER_LOCK)):
+            with self._catalog.lock:
+                n_dropped += self._catalog.drop_pages(segment, some)
+        return n_dropped
+
+    def _set_aside(self, segment: Segment) -> None:
+        """Nobody fills or reclaims the segment from now on."""
+        segment.state = SegmentState.RECLAIMING
+        if self._filling.get(segment.record_bytes) is segment:
+            del self._filling[segment.record_bytes]
+        for others in (
+            self._partial.get(segment.record_bytes, []),
+            self._free.get((segment.record_bytes, segment.slots), []),
+        ):
+            if segment in others:
+                others.remove(segment)
 
     # -- files
 

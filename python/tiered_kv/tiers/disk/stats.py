@@ -29,8 +29,6 @@ class DiskStats:
     direct_io_soon: bool
     """The same for a page that is: in the mode "auto" it tells whether memory is scarce."""
     encrypted: bool
-    loading: bool
-    """True until what was stored before is found: lookups miss it, and writes wait."""
     reads: int
     """Pages read and verified."""
     read_bytes: int
@@ -53,6 +51,23 @@ class DiskStats:
     buffered_read_bytes: int
     direct_write_bytes: int
     buffered_write_bytes: int
+
+    @classmethod
+    def without_store(cls, capacity: int, counted: dict[str, int]) -> DiskStats:
+        """What there is to say of a tier whose store is not open; `counted` by `Counters.NAMES`."""
+        return cls(
+            pages=0,
+            bytes_used=0,
+            bytes_on_disk=0,
+            capacity=capacity,
+            segments=0,
+            degraded=True,
+            stalled=False,
+            direct_io=False,
+            direct_io_soon=False,
+            encrypted=False,
+            **counted,
+        )
 
 
 class Counters:

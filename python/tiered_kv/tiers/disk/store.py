@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import sqlite3
+import threading
 import time
 from pathlib import Path
 from typing import Self
@@ -11,20 +13,24 @@ from typing import Self
 from tiered_kv.core.errors import DiskTierError
 from tiered_kv.tiers.disk.budget import Budget
 from tiered_kv.tiers.disk.buffers import ScratchPool
-from tiered_kv.tiers.disk.catalog import Catalog
 from tiered_kv.tiers.disk.directory import (
     OwnerLock,
+    erase,
+    erase_unreadable,
     open_cipher,
+    open_error,
     prepare_directory,
     segments_directory,
 )
 from tiered_kv.tiers.disk.index import PageIndex, size_of_aside
-from tiered_kv.tiers.disk.index_upkeep import IndexUpkeep
+from tiered_kv.tiers.disk.index_upkeep import CAPACITY_META, IndexUpkeep
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.io_path import IoMode, Reuse, choose_path
 from tiered_kv.tiers.disk.io_pool import IoPool
 from tiered_kv.tiers.disk.keeper import Keeper
-from tiered_kv.tiers.disk.loading import Loader, fate_of
+from tiered_kv.tiers.disk.loaded import Loaded
+from tiered_kv.tiers.disk.loading import fate_of, open_frozen_index, open_index
+from tiered_kv.tiers.disk.lost_files import LostFiles
 from tiered_kv.tiers.disk.namespace import DiskNamespace, Operations
 from tiered_kv.tiers.disk.page_io import PageIo
 from tiered_kv.tiers.disk.page_mover import PageMover
@@ -41,7 +47,16 @@ from tiered_kv.tiers.disk.writer import PageWriter
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 30.0
-_ASK_AGAIN_S = 0.1
+
+
+class Access(enum.Enum):
+    """What becomes of what is in a directory that is opened."""
+
+    NORMAL = enum.auto()
+    READ_ONLY = enum.auto()
+    """Nothing on disk is changed, and nothing stored: for a disk that cannot be written."""
+    AFRESH = enum.auto()
+    """It is deleted, whatever its format, key or damage."""
 
 
 class DiskStore:
@@ -49,7 +64,6 @@ class DiskStore:
 
     def __init__(
         self,
-        directory: Path,
         lock: OwnerLock,
         *,
         capacity_bytes: int,
@@ -59,34 +73,26 @@ class DiskStore:
         io_ops: IoOps,
         key: bytes | None,
     ) -> None:
-        """Use `open`. Raises DiskTierError or OSError."""
-        self.directory = directory
+        """Use `open`. Raises DiskTierError, OSError, sqlite3.Error or ValueError."""
+        self.directory = directory = lock.directory
+        self.read_only = read_only = lock.read_only
         self._lock = lock
-        cipher = open_cipher(directory, key)
+        cipher = open_cipher(directory, key, read_only=read_only)
         self._is_encrypted = cipher is not None
-        self._paths, has_direct = choose_path(directory, io_ops, mode=io_mode)
+        self._paths = choose_path(directory, io_ops, mode=io_mode)
         self._budget = Budget(capacity_bytes)
         self._counters = Counters()
-        self._gate = WriteGate(str(directory))
-        self._files = SegmentFiles(segments_directory(directory), io_ops, sync_writes=sync_writes)
-        self._index = PageIndex(
-            directory,
-            wal_blocks=self._budget.wal_blocks,
-            sync_commits=sync_writes,
-            has_room=self._has_room_aside,
-        )
-        self._catalog = Catalog()
+        self._gate = WriteGate(str(directory), read_only=read_only)
         self._stalls = StallWatch(str(directory))
-        self._keeper = Keeper(
-            directory, self._catalog, self._index, self._gate, sync_writes=sync_writes
+        self._files = SegmentFiles(
+            segments_directory(directory, read_only=read_only),
+            io_ops,
+            sync_writes=sync_writes,
+            read_only=read_only,
+            watch=self._stalls.watch,
         )
-        self._space = SpaceManager(
-            self._catalog,
-            self._budget,
-            wake_keeper=self._keeper.wake,
-            is_stalled=self._cannot_wait,
-            other_bytes=size_of_aside(directory),
-        )
+        self._index, loaded = self._open_index(sync_writes=sync_writes)
+        self._catalog = loaded.catalog
         page_io = PageIo(
             self._files,
             io_ops,
@@ -95,22 +101,65 @@ class DiskStore:
             self._counters,
             stalls=self._stalls,
             cipher=cipher,
-            can_reread=has_direct,
         )
+        self._keeper = Keeper(
+            directory,
+            self._catalog,
+            saved_generation=loaded.saved_generation,
+            sync_writes=sync_writes,
+        )
+        self._space = SpaceManager(
+            self._catalog,
+            self._budget,
+            wake_keeper=self._keeper.wake,
+            is_stalled=self._stalls.is_stalled,
+            other_bytes=size_of_aside(directory),
+        )
+        loaded.adopt(self._space)
+        self._lost_files = LostFiles(self._catalog, self._files, self._space)
         # One pool each: a request that waits for its pages must not queue behind write-backs.
         self._read_pool, self._write_pool = IoPool(io_threads), IoPool(io_threads)
         self._upkeep = IndexUpkeep(
-            self._catalog,
-            self._index,
-            self._space,
-            capacity_bytes=capacity_bytes,
-            now=time.monotonic,
+            self._catalog, self._index, self._space, capacity_bytes=capacity_bytes
         )
         self._operations = self._make_operations(page_io)
-        self._start_keeper(page_io)
+        self._close_lock = threading.Lock()
+        self._is_closed = False
+        if not read_only:
+            try:
+                self._start_keeper(page_io)
+            except BaseException:
+                self._index.close()
+                raise
+
+    def _open_index(self, *, sync_writes: bool) -> tuple[PageIndex, Loaded]:
+        if self.read_only:
+            return open_frozen_index(self.directory, self._files)
+        index, loaded = open_index(
+            self.directory,
+            self._files,
+            lambda: PageIndex(
+                self.directory,
+                wal_blocks=self._budget.wal_blocks,
+                sync_commits=sync_writes,
+                has_room=self._has_room_aside,
+                watch=self._stalls.watch,
+            ),
+            self._has_room_aside,
+        )
+        index.set_meta(CAPACITY_META, self._budget.capacity_bytes)
+        return index, loaded
 
     def _make_operations(self, page_io: PageIo) -> Operations:
-        reader = PageReader(self._catalog, self._index, page_io, self._read_pool, self._counters)
+        reader = PageReader(
+            self._catalog,
+            self._index,
+            page_io,
+            self._read_pool,
+            self._gate,
+            self._lost_files,
+            self._counters,
+        )
         writer = PageWriter(
             self._catalog,
             self._index,
@@ -121,18 +170,9 @@ class DiskStore:
             self._counters,
             self._mend_index,
         )
-        return Operations(self._catalog, reader, writer, self._wait_until_loaded)
+        return Operations(self._catalog, reader, writer, self._stalls)
 
     def _start_keeper(self, page_io: PageIo) -> None:
-        loader = Loader(
-            self.directory,
-            self._files,
-            self._index,
-            self._catalog,
-            self._space,
-            capacity_bytes=self._budget.capacity_bytes,
-            has_room=self._has_room_aside,
-        )
         reclaimer = Reclaimer(
             self._catalog,
             self._index,
@@ -140,10 +180,12 @@ class DiskStore:
             self._space,
             PageMover(self._catalog, self._index, page_io, self._write_pool),
             self._counters,
-            stalls=self._stalls,
             pause=self._keeper.pause,
         )
-        self._keeper.start(loader.load, self._space, reclaimer, self._upkeep, self._mend_index)
+        # Before anybody writes: the budget may be smaller than it was.
+        while reclaimer.shrink():
+            pass
+        self._keeper.start(self._space, reclaimer, self._upkeep, self._mend_index)
 
     @classmethod
     def open(
@@ -156,7 +198,7 @@ class DiskStore:
         sync_writes: bool = False,
         io_ops: IoOps | None = None,
         key: bytes | None = None,
-        in_background: bool = False,
+        access: Access = Access.NORMAL,
     ) -> Self:
         """Open (or make) a disk tier.
 
@@ -166,11 +208,10 @@ class DiskStore:
         sync_writes: acknowledge a page only once it would survive a power loss.
         io_ops: the system calls to use (tests replace them).
         key: 32 bytes to encrypt pages with (`encryption.read_key_file`); None for plain pages.
-        in_background: return before what is stored is known (`stats().loading`). Until then lookups
-        miss it and writes wait; an index that cannot be opened stops writes until it can.
+        access: whether what is there is used, only read, or deleted at once.
 
-        Raises DiskTierError: in use by another process, another format, not a disk tier's
-        directory, not writable, capacity too small, no or the wrong key for its pages.
+        Raises DiskTierError: in use by another process, not a disk tier's directory, capacity too
+        small, no or the wrong key for its pages; DiskStateError where the disk is at fault.
         """
         directory = Path(directory).absolute()
         io_ops = io_ops or IoOps()
@@ -182,11 +223,15 @@ class DiskStore:
                 "page: give it some megabytes at least."
             )
         try:
-            prepare_directory(directory)
-            lock = OwnerLock(directory)
+            read_only = access is Access.READ_ONLY
+            prepare_directory(directory, read_only=read_only)
+            lock = OwnerLock(directory, read_only=read_only)
             try:
-                store = cls(
-                    directory,
+                if access is Access.AFRESH:
+                    erase(directory)
+                elif not read_only:
+                    erase_unreadable(directory)
+                return cls(
                     lock,
                     capacity_bytes=capacity_bytes,
                     io_threads=io_threads,
@@ -198,19 +243,13 @@ class DiskStore:
             except BaseException:
                 lock.release()
                 raise
-            if not in_background:
-                store.wait_until_settled()
-            return store
-        except (OSError, sqlite3.Error) as error:
-            raise DiskTierError(
-                f"Cannot open a disk tier in {directory}: {error}; make the directory writable or "
-                "name another."
-            ) from error
+        except (OSError, sqlite3.Error, ValueError) as error:
+            raise open_error(directory, error) from error
 
     def namespace(
         self, namespace_id: bytes, page_bytes: int, description: str = ""
     ) -> DiskNamespace:
-        """The pages of one namespace, which is made if it is new.
+        """The pages of one namespace, which is made if it is new. Never waits for the disk.
 
         namespace_id: 32 bytes. page_bytes: payload bytes of every page in it.
         Raises DiskTierError if the namespace has another page size, or the capacity is too small.
@@ -231,6 +270,7 @@ class DiskStore:
         return DiskNamespace(entries, self._operations)
 
     def stats(self) -> DiskStats:
+        """Never waits for the disk."""
         is_stalled = self._stalls.is_stalled()
         return DiskStats(
             pages=self._catalog.n_pages,
@@ -243,7 +283,6 @@ class DiskStore:
             direct_io=self._paths.use_direct(Reuse.LATER),
             direct_io_soon=self._paths.use_direct(Reuse.SOON),
             encrypted=self._is_encrypted,
-            loading=not self._keeper.is_loaded.is_set(),
             **self._counters.snapshot(),
         )
 
@@ -268,45 +307,54 @@ class DiskStore:
     def clear(self) -> None:
         """Forget every page, at once: waits for nothing, does no I/O and never raises.
 
-        What is being written is not acknowledged any more. Files are deleted behind; what was
-        cleared does not come back after a crash, unless that comes within moments, before anything
-        new was acknowledged.
+        What is being written is not acknowledged any more. Files are deleted behind. What was
+        cleared does not come back after a crash once anything new was acknowledged, or the store
+        closed; a crash within moments may bring it back.
         """
         self._space.clear()
         self._keeper.wake()
 
-    def wait_until_settled(self) -> None:
-        """Wait until everything stored is known and the budget holds.
+    def look_after_files(self) -> bool:
+        """Forget segments whose files somebody has deleted or cut.
 
-        Closes the store and raises OSError or sqlite3.Error if the index cannot be opened.
+        False if the directory itself, its lock or its index is gone: then the store is of no use.
+        Costs a system call for every segment. Raises OSError.
         """
-        while not self._keeper.is_settled.wait(_ASK_AGAIN_S):
-            if not self._keeper.is_alive:
-                break
-        error = self._keeper.load_error
-        if error is not None:
-            self.close()
-            raise error
+        with self._stalls.watch():
+            if not (
+                self._lock.is_in_place()
+                and self._index.is_in_place()
+                and self._files.directory.is_dir()
+            ):
+                return False
+            self._lost_files.forget_all()
+        return True
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Finish the operations under way, save what is known about use, give up ownership.
 
-        Later reads and writes do nothing and return 0. Closing twice is harmless. What the disk
-        does not finish in time is left to itself.
+        Later reads and writes do nothing and return 0. What is under way after `timeout_s` is left
+        to the end of the process, ownership too. Closing twice is harmless.
         """
-        if not self._operations.shut():
-            return
+        with self._close_lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
         deadline = time.monotonic() + timeout_s
-        is_idle = self._operations.wait(timeout_s)
-        is_over = self._keeper.stop(max(deadline - time.monotonic(), 0.0))
-        if not (is_idle and is_over):
+        if not self._operations.shut(timeout_s):
             logger.warning(
-                "Disk tier %s did not finish within %.0f s; what it was doing is left to itself.",
+                "Disk tier %s does not answer for %.0f s: closing it is left to the end of the "
+                "process.",
                 self.directory,
                 timeout_s,
             )
-        for pool in (self._read_pool, self._write_pool):
-            pool.close(wait=is_idle and is_over)
+            return
+        self._operations.end_threads()
+        if not self._keeper.stop(max(deadline - time.monotonic(), 0.0)):
+            return
+        self._read_pool.close()
+        self._write_pool.close()
+        self._index.close()
         self._files.close()
         self._lock.release()
 
@@ -320,18 +368,6 @@ class DiskStore:
         """May a damaged index of this size stay beside the segments and a new index as large?"""
         segments = sum(path.stat().st_size for path in segment_paths(self._files.directory))
         return segments + 3 * n_bytes <= self._budget.segment_space
-
-    def _cannot_wait(self) -> bool:
-        """Is it useless to wait for room?"""
-        return self._stalls.is_stalled() or not self._keeper.is_alive
-
-    def _wait_until_loaded(self) -> bool:
-        """False if that is not to be expected: the disk hangs or fails, or the store is closed."""
-        while not self._keeper.is_loaded.is_set():
-            if self._cannot_wait() or self._operations.is_shut or self._gate.is_degraded:
-                return False
-            self._keeper.is_loaded.wait(_ASK_AGAIN_S)
-        return True
 
     def _mend_index(self) -> None:
         try:

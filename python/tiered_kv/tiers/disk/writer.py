@@ -7,8 +7,10 @@ import math
 import sqlite3
 from collections.abc import Callable, Sequence
 
+from tiered_kv.tiers.disk.attempt import AbandonedError, Attempt
 from tiered_kv.tiers.disk.catalog import Catalog
-from tiered_kv.tiers.disk.index import PageIndex, is_damage
+from tiered_kv.tiers.disk.faults import is_damage
+from tiered_kv.tiers.disk.index import PageIndex
 from tiered_kv.tiers.disk.io_path import Reuse
 from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
 from tiered_kv.tiers.disk.namespace_entries import NamespaceEntries
@@ -49,6 +51,7 @@ class PageWriter:
         hashes: Sequence[bytes],
         buffers: Sequence[memoryview],
         reuse: Reuse,
+        attempt: Attempt,
     ) -> int:
         """Store the pages that are not stored yet; returns how many this call acknowledged.
 
@@ -62,7 +65,7 @@ class PageWriter:
         written = 0
         try:
             if mine and self._gate.try_enter():
-                written = self._write_claimed(entries, hashes, buffers, mine, reuse)
+                written = self._write_claimed(entries, hashes, buffers, mine, reuse, attempt)
         finally:
             with self._catalog.lock:
                 self._catalog.release(entries, [hashes[position] for position in mine])
@@ -78,12 +81,17 @@ class PageWriter:
         buffers: Sequence[memoryview],
         positions: Sequence[int],
         reuse: Reuse,
+        attempt: Attempt,
     ) -> int:
         written = 0
         error: Exception | None = None
         for chunk in _even_chunks(positions, self._space.pages_per_batch(entries.record_bytes)):
             try:
-                n_written, error = self._write_chunk(entries, hashes, buffers, chunk, reuse)
+                if attempt.is_abandoned:
+                    break
+                n_written, error = self._write_chunk(
+                    entries, hashes, buffers, chunk, reuse, attempt
+                )
                 written += n_written
             except (OSError, sqlite3.Error) as raised:
                 error = raised
@@ -109,6 +117,7 @@ class PageWriter:
         buffers: Sequence[memoryview],
         positions: Sequence[int],
         reuse: Reuse,
+        attempt: Attempt,
     ) -> tuple[int, Exception | None]:
         """Returns pages acknowledged, and the first error of a data write."""
         slots = self._space.allocate(entries.record_bytes, len(positions))
@@ -117,14 +126,18 @@ class PageWriter:
                 PageTransfer(position, hashes[position], buffers[position], segment, slot)
                 for position, (segment, slot) in zip(positions, slots, strict=False)
             ]
-            error = self._write_data(entries, transfers, reuse)
+            error = self._write_data(entries, transfers, reuse, attempt)
             done = [t for t in transfers if t.outcome is Outcome.DONE]
             return self._acknowledge(entries, done), error
         finally:
             self._space.finish_writes(slots)
 
     def _write_data(
-        self, entries: NamespaceEntries, transfers: Sequence[PageTransfer], reuse: Reuse
+        self,
+        entries: NamespaceEntries,
+        transfers: Sequence[PageTransfer],
+        reuse: Reuse,
+        attempt: Attempt,
     ) -> OSError | None:
         kind = PageKind(entries.namespace_id, entries.page_bytes)
         with self._catalog.lock:
@@ -134,7 +147,9 @@ class PageWriter:
         def job(run: Sequence[PageTransfer]) -> Callable[[InFlight], None]:
             def write(in_flight: InFlight) -> None:
                 try:
-                    self._page_io.write_run(kind, run, sequence, in_flight, reuse)
+                    self._page_io.write_run(kind, run, sequence, in_flight, reuse, attempt)
+                except AbandonedError:
+                    pass
                 except OSError as error:
                     errors.append(error)
 

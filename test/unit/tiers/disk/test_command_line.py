@@ -162,7 +162,7 @@ def test_clear_asks(
     questions = []
     monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or answer)
     assert main(["clear", str(written)]) == 0
-    assert "Delete 230 pages" in questions[0]
+    assert "Delete all pages" in questions[0]
     assert open_store().stats().pages == left
 
 

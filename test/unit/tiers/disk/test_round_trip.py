@@ -147,6 +147,7 @@ def test_other_page_size_for_a_namespace_is_refused(open_store: OpenStore) -> No
     del in_use
     with pytest.raises(DiskTierError, match="65536 bytes, not 4096"):
         store.namespace(NAMESPACE, 4096)
+    write(store.namespace(NAMESPACE, PAGE_BYTES), [1])
     store.close()
     with pytest.raises(DiskTierError, match="65536 bytes, not 4096"):
         open_store().namespace(NAMESPACE, 4096)

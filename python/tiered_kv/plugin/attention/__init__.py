@@ -1,0 +1,1 @@
+"""Cascade attention and the CPU's attention, as SGLang's backends."""

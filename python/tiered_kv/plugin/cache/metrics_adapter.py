@@ -1,0 +1,215 @@
+"""Our metrics in upstream's Prometheus registry (`--enable-metrics`); names in metrics/names.py."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from tiered_kv.api.slo import objectives_met
+from tiered_kv.core.ids import Tier
+from tiered_kv.metrics import names
+from tiered_kv.metrics.names import Kind, Metric
+
+if TYPE_CHECKING:
+    from tiered_kv.scheduler.request import QueuedRequest
+    from tiered_kv.tiers.disk.stats import DiskStats
+    from tiered_kv.tiers.disk.tier import DiskTier
+    from tiered_kv.tiers.hierarchy import KVHierarchy
+
+#: Gauges change with every page; scrapes come every few seconds.
+REFRESH_S = 1.0
+
+
+class MetricsRecorder:
+    """Records nothing: the server runs without `--enable-metrics`."""
+
+    def transferred(
+        self, source: Tier, target: Tier, n_pages: int, n_bytes: int, seconds: float
+    ) -> None:
+        pass
+
+    def finished(self, req: Any) -> None:
+        pass
+
+    def admitted(self, request: QueuedRequest, now_s: float) -> None:
+        pass
+
+    def first_token(self, request: QueuedRequest) -> None:
+        pass
+
+    def answered(self, request: QueuedRequest) -> None:
+        pass
+
+    def longest_wait(self, over_bound_s: float) -> None:
+        pass
+
+    def decoded(self, context_tokens: int, read_tokens: int) -> None:
+        """A decode batch is launched that attends to so many tokens, and reads so many of them."""
+
+    def some_parked(self) -> None:
+        """Somebody who runs is left out of this decode."""
+
+    def made_way(self) -> None:
+        """Somebody who ran waits again, for another."""
+
+    def refresh(self, hierarchy: KVHierarchy, disk: DiskTier | None, device_tokens: int) -> bool:
+        """Brings the gauges up to date, if it is time to; returns whether it was."""
+        return False
+
+
+class PrometheusRecorder(MetricsRecorder):
+    """`labels`: those that upstream puts on the metrics of this process, with their values."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        # Imported late: upstream sets PROMETHEUS_MULTIPROC_DIR before the first import.
+        import prometheus_client
+
+        kinds = {
+            Kind.COUNTER: prometheus_client.Counter,
+            Kind.GAUGE: prometheus_client.Gauge,
+            Kind.HISTOGRAM: prometheus_client.Histogram,
+        }
+        self._labels = labels
+        self._metrics: dict[str, Any] = {}
+        for metric in names.ALL:
+            options: dict[str, Any] = {}
+            if metric.kind is Kind.GAUGE:
+                options["multiprocess_mode"] = "mostrecent"
+            elif metric.kind is Kind.HISTOGRAM:
+                options["buckets"] = metric.buckets
+            self._metrics[metric.name] = kinds[metric.kind](
+                metric.name, metric.help, labelnames=[*labels, *metric.labels], **options
+            )
+        # What is counted from the first is there from the first, as 0.
+        self._decoded = (self._of(names.DECODE_CONTEXT_TOKENS), self._of(names.DECODE_READ_TOKENS))
+        self._partial_decodes = self._of(names.PARTIAL_DECODES)
+        self._made_way = self._of(names.MADE_WAY)
+        self._refreshed_at = 0.0
+        # What the counters of the store said last: Prometheus wants increments.
+        self._disk_io: dict[tuple[str, str], int] = {}
+
+    def _of(self, metric: Metric, **labels: str) -> Any:
+        return self._metrics[metric.name].labels(**self._labels, **labels)
+
+    def transferred(
+        self, source: Tier, target: Tier, n_pages: int, n_bytes: int, seconds: float
+    ) -> None:
+        edge = _edge(source, target)
+        self._of(names.TRANSFER_BYTES, **edge).inc(n_bytes)
+        self._of(names.TRANSFER_SECONDS, **edge).observe(seconds)
+
+    def finished(self, req: Any) -> None:
+        """Counts where the KV of a finished request's prompt came from."""
+        self._of(names.PROMPT_TOKENS).inc(len(req.origin_input_ids))
+        for tier, n_tokens in (
+            (Tier.DEVICE, req.cached_tokens_device),
+            (Tier.HOST, req.cached_tokens_host),
+            (Tier.DISK, req.cached_tokens_storage),
+        ):
+            if n_tokens:
+                self._of(names.HIT_TOKENS, tier=tier.name.lower()).inc(n_tokens)
+
+    def admitted(self, request: QueuedRequest, now_s: float) -> None:
+        """`request` runs for the first time."""
+        waited_s = now_s - request.arrival_s
+        self._of(names.WAIT_SECONDS, slo_class=request.slo.slo_class).observe(waited_s)
+
+    def first_token(self, request: QueuedRequest) -> None:
+        """`request` has its first token since `request.first_token_s`."""
+        if request.slo.ttft_s is not None:
+            assert request.first_token_s is not None
+            slack_s = request.deadline_s - request.first_token_s
+            self._of(names.FIRST_TOKEN_SLACK, slo_class=request.slo.slo_class).observe(slack_s)
+
+    def answered(self, request: QueuedRequest) -> None:
+        """`request` has its last token since `request.last_token_s`."""
+        slo = request.slo
+        if slo.ttft_s is None and slo.tbt_s is None:
+            return
+        met = str(meets_slo(request)).lower()
+        self._of(names.SLO_REQUESTS, slo_class=slo.slo_class, met=met).inc()
+
+    def longest_wait(self, over_bound_s: float) -> None:
+        self._of(names.WAIT_OVER_BOUND).set(over_bound_s)
+
+    def decoded(self, context_tokens: int, read_tokens: int) -> None:
+        for counter, n_tokens in zip(self._decoded, (context_tokens, read_tokens), strict=True):
+            counter.inc(n_tokens)
+
+    def some_parked(self) -> None:
+        self._partial_decodes.inc()
+
+    def made_way(self) -> None:
+        self._made_way.inc()
+
+    def refresh(self, hierarchy: KVHierarchy, disk: DiskTier | None, device_tokens: int) -> bool:
+        now = time.monotonic()
+        if now - self._refreshed_at < REFRESH_S:
+            return False
+        self._refreshed_at = now
+        context, page_size = hierarchy.context, hierarchy.context.page_size
+        forest, held = context.forest, (Tier.DEVICE, Tier.HOST)
+        resident = {tier: forest.resident_tokens(tier) for tier in held}
+        pinned = {tier: forest.protected_tokens(tier) for tier in held}
+        capacity = {Tier.DEVICE: device_tokens, Tier.HOST: context.host.n_pages * page_size}
+        if disk is not None:
+            stats = disk.stats()
+            resident[Tier.DISK] = stats.pages * page_size
+            capacity[Tier.DISK] = (
+                stats.capacity // context.page_format(Tier.DISK).slot_bytes * page_size
+            )
+            self._refresh_disk(stats)
+        for metric, values in (
+            (names.RESIDENT_TOKENS, resident),
+            (names.CAPACITY_TOKENS, capacity),
+            (names.PINNED_TOKENS, pinned),
+        ):
+            for tier, n_tokens in values.items():
+                self._of(metric, tier=tier.name.lower()).set(n_tokens)
+        write_back = hierarchy.write_back
+        for source, target, queue in (
+            (Tier.DEVICE, Tier.HOST, write_back.to_host),
+            (Tier.HOST, Tier.DISK, write_back.to_disk),
+            (Tier.HOST, Tier.DEVICE, hierarchy.load_back.queue),
+            (Tier.DISK, Tier.HOST, hierarchy.prefetch.queue),
+        ):
+            self._of(names.QUEUE_DEPTH, **_edge(source, target)).set(queue.in_flight)
+        self._of(names.DEFERRED_NODES).set(write_back.n_deferred)
+        self._of(names.WRITE_BACK_LIMIT).set(context.pacer.bytes_per_s)
+        return True
+
+    def _refresh_disk(self, stats: DiskStats) -> None:
+        self._of(names.DISK_BYTES).set(stats.bytes_on_disk)
+        self._of(names.DISK_DEGRADED).set(int(stats.degraded))
+        self._of(names.DISK_PAGE_CACHE).set(int(not stats.direct_io_soon))
+        for (path, operation), n_bytes in _disk_io(stats).items():
+            counter = self._of(names.DISK_IO_BYTES, path=path, operation=operation)
+            counter.inc(n_bytes - self._disk_io.get((path, operation), 0))
+            self._disk_io[path, operation] = n_bytes
+
+
+def meets_slo(request: QueuedRequest) -> bool:
+    """Whether an answered request had its first token, and on average the others, in time."""
+    first_s, last_s, slo = request.first_token_s, request.last_token_s, request.slo
+    if first_s is None or last_s is None:
+        return False
+    n_gaps = request.output_tokens - 1
+    return objectives_met(
+        first_s - request.arrival_s,
+        (last_s - first_s) / n_gaps if n_gaps > 0 else None,
+        ttft_objective_s=slo.ttft_s,
+        tbt_objective_s=slo.tbt_s,
+    )
+
+
+def _disk_io(stats: DiskStats) -> dict[tuple[str, str], int]:
+    return {
+        ("direct", "read"): stats.direct_read_bytes,
+        ("direct", "write"): stats.direct_write_bytes,
+        ("buffered", "read"): stats.buffered_read_bytes,
+        ("buffered", "write"): stats.buffered_write_bytes,
+    }
+
+
+def _edge(source: Tier, target: Tier) -> dict[str, str]:
+    return {"source": source.name.lower(), "target": target.name.lower()}

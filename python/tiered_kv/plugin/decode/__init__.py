@@ -1,0 +1,1 @@
+"""Who of those running decodes next, and the batch that this makes."""

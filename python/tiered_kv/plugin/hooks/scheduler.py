@@ -1,0 +1,95 @@
+"""Hooks on SGLang's scheduler; `hooks.py` says where each one is attached and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tiered_kv.plugin.options.values import UPSTREAM_POLICY
+
+
+def announce_disk_tier(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Have the scheduler prefetch from storage exactly if the cache has a disk tier.
+
+    AFTER `Scheduler.__init__`; everything that reads `enable_hicache_storage` reads it later.
+    """
+    if getattr(scheduler.server_args, "tiered_kv", False):
+        scheduler.enable_hicache_storage = scheduler.tree_cache.enable_storage
+
+
+def check_integrity_when_idle(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """With `--tiered-kv-debug-integrity`, stop the server if the cache's books do not balance.
+
+    BEFORE `Scheduler.on_idle`, which the loop calls whenever it has no batch to run.
+    """
+    if getattr(scheduler.server_args, "tiered_kv_debug_integrity", False):
+        scheduler.tree_cache.check_integrity()
+
+
+def rest_when_idle(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Leave the interpreter to transfers while they are all there is to do.
+
+    BEFORE `Scheduler.on_idle`; the loop comes back here at once while a request waits for pages.
+    """
+    if getattr(scheduler.server_args, "tiered_kv", False):
+        scheduler.tree_cache.hierarchy.rest()
+
+
+def order_waiting_queue(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Put the policy that `--tiered-kv-policy` names in charge of the waiting queue.
+
+    AFTER `Scheduler.__init__`.
+    """
+    server_args = scheduler.server_args
+    if not getattr(server_args, "tiered_kv", False):
+        return
+    if server_args.tiered_kv_policy == UPSTREAM_POLICY:
+        return
+    from tiered_kv.plugin.queue.order import install
+
+    install(scheduler, server_args.tiered_kv_policy)
+
+
+def form_prefill(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `Scheduler._get_new_batch_prefill_raw`."""
+    order = getattr(scheduler, "tiered_kv_order", None)
+    if order is None:
+        return original(scheduler, *args, **kwargs)
+    running_batch = kwargs["running_batch"]
+    return order.form_prefill(lambda: original(scheduler, *args, **kwargs), running_batch)
+
+
+def put_in_order(
+    original: Callable[..., None],
+    schedule_policy: Any,
+    waiting_queue: list[Any],
+    running_batch: Any = None,
+) -> None:
+    """AROUND `SchedulePolicy.calc_priority`, which the scheduler calls within the above."""
+    order = getattr(schedule_policy, "tiered_kv_order", None)
+    if order is None:
+        original(schedule_policy, waiting_queue, running_batch)
+    else:
+        order.put_in_order(waiting_queue, running_batch)
+
+
+def before_mixing(result: None, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `ScheduleBatch.prepare_for_extend`; decodes are mixed in right after it, if at all."""
+    order = getattr(batch.tree_cache, "request_order", None)
+    if order is not None:
+        order.before_mixing()
+
+
+def after_batch_result(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `Scheduler.process_batch_result`."""
+    order = getattr(scheduler, "tiered_kv_order", None)
+    if order is not None:
+        order.parking.after_result()
+
+
+def note_arrival(result: None, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `Scheduler._add_request_to_queue`, which may also have refused `req`."""
+    order = getattr(scheduler, "tiered_kv_order", None)
+    queue = scheduler.waiting_queue
+    if order is not None and queue and queue[-1] is req:
+        order.queue.arrived(req, order.clock)

@@ -1,0 +1,357 @@
+"""The hooks on SGLang, in one table: applied only with `--tiered-kv`, checked before serving.
+
+SGLang swallows a hook whose target is missing and applies none to a target that another plugin
+hooked before, so `install` applies ours itself, and `verify_installed` looks at what is in effect.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tiered_kv.core.errors import UpstreamError
+from tiered_kv.plugin.hooks.decode_table import DECODE_HOOKS
+
+
+class Process(enum.Enum):
+    """The kinds of process a server consists of; the value is the module that makes it one."""
+
+    SCHEDULER = "sglang.srt.managers.scheduler"
+    TOKENIZER = "sglang.srt.managers.tokenizer_manager"
+    DETOKENIZER = "sglang.srt.managers.detokenizer_manager"
+    HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+    ENGINE = "sglang.srt.entrypoints.engine"
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One function of ours, attached to one function of SGLang's."""
+
+    target: str
+    """Dotted name of the function or method."""
+    kind: str
+    """before, after, around or replace: SGLang's `HookType`, whose signatures apply."""
+    function: str
+    """Our function, as "package.module:name", imported when the hook is applied. It must do nothing
+    for an object whose `server_args.tiered_kv` is off: two engines may share a process."""
+    process: Process
+    """Where it is needed; its absence there refuses the start."""
+    why: str
+    """What would be wrong without it."""
+
+
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.__init__",
+        kind="after",
+        function="tiered_kv.plugin.hooks.scheduler:announce_disk_tier",
+        process=Process.SCHEDULER,
+        why="the scheduler only prefetches from disk if its enable_hicache_storage is set, and "
+        "SGLang derives that from --hicache-storage-backend alone",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.__init__",
+        kind="before",
+        function="tiered_kv.plugin.start.interrupts:leave_to_launcher",
+        process=Process.SCHEDULER,
+        why="Ctrl-C would end this process in the middle of its work, with a traceback",
+    ),
+    Hook(
+        target="sglang.srt.managers.detokenizer_manager.DetokenizerManager.__init__",
+        kind="before",
+        function="tiered_kv.plugin.start.interrupts:leave_to_launcher",
+        process=Process.DETOKENIZER,
+        why="Ctrl-C would end this process in the middle of its work, with a traceback",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.on_idle",
+        kind="before",
+        function="tiered_kv.plugin.hooks.scheduler:check_integrity_when_idle",
+        process=Process.SCHEDULER,
+        why="--tiered-kv-debug-integrity checks the cache's bookkeeping between requests",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.on_idle",
+        kind="before",
+        function="tiered_kv.plugin.hooks.scheduler:rest_when_idle",
+        process=Process.SCHEDULER,
+        why="a loop that spins while pages are on their way slows them down",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.run_batch",
+        kind="after",
+        function="tiered_kv.plugin.passes.step_times:after_run_batch",
+        process=Process.SCHEDULER,
+        why="how long prefills take decides what is loaded and what is computed",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        kind="after",
+        function="tiered_kv.plugin.passes.step_times:after_batch_result",
+        process=Process.SCHEDULER,
+        why="how long prefills take decides what is loaded and what is computed",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.__init__",
+        kind="after",
+        function="tiered_kv.plugin.hooks.scheduler:order_waiting_queue",
+        process=Process.SCHEDULER,
+        why="--tiered-kv-policy would order nothing",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw",
+        kind="around",
+        function="tiered_kv.plugin.hooks.scheduler:form_prefill",
+        process=Process.SCHEDULER,
+        why="a policy says who is admitted, and how much is prefilled at once",
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority",
+        kind="around",
+        function="tiered_kv.plugin.hooks.scheduler:put_in_order",
+        process=Process.SCHEDULER,
+        why="the waiting queue would be in SGLang's order instead of the policy's",
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
+        kind="after",
+        function="tiered_kv.plugin.hooks.scheduler:before_mixing",
+        process=Process.SCHEDULER,
+        why="decodes that are mixed into a prefill could find no page, which stops the server",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        kind="after",
+        function="tiered_kv.plugin.hooks.scheduler:after_batch_result",
+        process=Process.SCHEDULER,
+        why="a prompt that makes way for others would never wait again",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
+        kind="after",
+        function="tiered_kv.plugin.hooks.scheduler:note_arrival",
+        process=Process.SCHEDULER,
+        why="a policy is told of arrivals instead of looking for them in every step",
+    ),
+    *(
+        Hook(
+            target=f"sglang.srt.managers.{target}",
+            kind=kind,
+            function=f"tiered_kv.plugin.{function}",
+            process=Process.SCHEDULER,
+            why=why,
+        )
+        for target, kind, function, why in DECODE_HOOKS
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler_components.request_receiver"
+        ".SchedulerRequestReceiver._broadcast_reqs_across_ranks",
+        kind="around",
+        function="tiered_kv.plugin.queue.clock_tick:carry_tick",
+        process=Process.SCHEDULER,
+        why="tensor-parallel ranks that decide by clocks of their own would part",
+    ),
+    Hook(
+        target="sglang.srt.observability.req_time_stats.APIServerReqTimeStats.__getstate__",
+        kind="after",
+        function="tiered_kv.plugin.queue.clock_tick:send_creation_time",
+        process=Process.TOKENIZER,
+        why="deadlines would be counted from when the scheduler looks for requests, which may be a "
+        "whole forward pass after they came",
+    ),
+    *(
+        Hook(
+            target=f"{_UPDATER}.update_weights_from_{source}",
+            kind="before",
+            function="tiered_kv.plugin.cache.weight_updates:before_update",
+            process=Process.SCHEDULER,
+            why="KV computed with the old weights would be served after an update",
+        )
+        for source in ("disk", "distributed", "tensor", "ipc")
+    ),
+    Hook(
+        target="sglang.srt.entrypoints.http_server.ORJSONRequest.json",
+        kind="around",
+        function="tiered_kv.plugin.requests.adapter:check_http_request",
+        process=Process.HTTP_SERVER,
+        why="an slo in a body or in headers would be ignored, and a bad one answered with 200",
+    ),
+    *(
+        Hook(
+            target=f"sglang.srt.entrypoints.openai.serving_{route}",
+            kind=kind,
+            function=f"tiered_kv.plugin.requests.openai_responses:{function}",
+            process=Process.HTTP_SERVER,
+            why="OpenAI's responses would lack the report that was asked for",
+        )
+        for route, kind, function in (
+            ("chat.OpenAIServingChat._build_chat_response", "after", "add_to_response"),
+            ("chat.OpenAIServingChat._generate_chat_stream", "around", "add_to_stream"),
+            (
+                "completions.OpenAIServingCompletion._build_completion_response",
+                "after",
+                "add_to_response",
+            ),
+            (
+                "completions.OpenAIServingCompletion._generate_completion_stream",
+                "around",
+                "add_to_stream",
+            ),
+        )
+    ),
+    *(
+        Hook(
+            target=f"sglang.srt.entrypoints.engine.Engine.{method}",
+            kind="around",
+            function="tiered_kv.plugin.requests.adapter:take_engine_fields",
+            process=Process.ENGINE,
+            why="the engine would not take slo= and hints=",
+        )
+        for method in ("generate", "async_generate")
+    ),
+    Hook(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        kind="around",
+        function="tiered_kv.plugin.requests.adapter:lift_fields",
+        process=Process.TOKENIZER,
+        why="an slo would not be checked before the request is queued, nor reach the scheduler",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.__init__",
+        kind="after",
+        function="tiered_kv.plugin.requests.adapter:learn_classes",
+        process=Process.SCHEDULER,
+        why="the scheduler would not know the classes that requests name",
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_batch.Req.__init__",
+        kind="after",
+        function="tiered_kv.plugin.requests.adapter:attach_terms",
+        process=Process.SCHEDULER,
+        why="the scheduler would not know what a request was promised",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler_components.output_streamer"
+        "._GenerationStreamAccumulator.to_payload",
+        kind="after",
+        function="tiered_kv.plugin.requests.reports:add_reports",
+        process=Process.SCHEDULER,
+        why="responses would lack the report that was asked for",
+    ),
+    Hook(
+        target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+        kind="after",
+        function="tiered_kv.plugin.attention.cascade:plan_launched",
+        process=Process.SCHEDULER,
+        why="requests that share KV would each read it again for every token",
+    ),
+    Hook(
+        target="sglang.srt.model_executor.model_runner.ModelRunner.forward",
+        kind="before",
+        function="tiered_kv.plugin.attention.cascade:begin_pass",
+        process=Process.SCHEDULER,
+        why="requests that share KV would each read it again for every token",
+    ),
+    *(
+        Hook(
+            target="sglang.srt.model_executor.runner.decode_cuda_graph_runner"
+            f".DecodeCudaGraphRunner.{method}",
+            kind="around",
+            function=f"tiered_kv.plugin.attention.graphs:{function}",
+            process=Process.SCHEDULER,
+            why="requests that share KV would each read it again for every token, in a CUDA graph",
+        )
+        for method, function in (
+            ("can_run_graph", "may_run_graph"),
+            ("capture_one_shape", "capture_variants"),
+            ("_resolve_lora_variant", "variant_of_pass"),
+        )
+    ),
+)
+
+_installed: dict[str, Callable[..., Any]] = {}
+
+
+def loaded_processes() -> tuple[Process, ...]:
+    """The kinds of process that this one can be, judged by the modules it has loaded."""
+    return tuple(process for process in Process if process.value in sys.modules)
+
+
+def install(processes: Iterable[Process]) -> None:
+    """Apply the hooks of `processes` that are not applied yet, importing their targets.
+
+    Raises UpstreamError if one cannot be applied.
+    """
+    wanted = set(processes)
+    by_target: dict[str, list[Hook]] = {}
+    for hook in HOOKS:
+        if hook.process in wanted and hook.target not in _installed:
+            by_target.setdefault(hook.target, []).append(hook)
+    for target, hooks in by_target.items():
+        _apply(target, hooks)
+
+
+def verify_installed(process: Process) -> None:
+    """Raise UpstreamError unless every hook of `process` is in effect in this very process."""
+    for hook in HOOKS:
+        if hook.process is process and not _in_effect(hook.target):
+            raise UpstreamError(
+                f"--tiered-kv refuses to start because its hook on {hook.target} is not in effect "
+                f"({hook.why}); another plugin may have replaced it: try SGLANG_PLUGINS=tiered_kv."
+            )
+
+
+def _apply(target: str, hooks: list[Hook]) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+    source = HookSource(plugin_name="tiered_kv", dist_name="sglang-tiered-kv")
+    try:
+        entries = [(HookType(hook.kind), _function(hook), source) for hook in hooks]
+        HookRegistry._apply_target(target, entries)
+        _installed[target] = _current(target)
+    except Exception as error:
+        raise UpstreamError(
+            f"--tiered-kv refuses to start because {target} cannot be hooked "
+            f"({type(error).__name__}: {error}); install the supported SGLang release or start "
+            "without the flag."
+        ) from error
+
+
+def _function(hook: Hook) -> Callable[..., Any]:
+    module, _, name = hook.function.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _current(target: str) -> Callable[..., Any]:
+    owner, _, name = target.rpartition(".")
+    return _plain(vars(pkgutil.resolve_name(owner))[name])
+
+
+def _in_effect(target: str) -> bool:
+    """Whether calling `target` still runs through our wrapper, under whatever wraps it by now."""
+    ours = _installed.get(target)
+    if ours is None:
+        return False
+    owner_name, _, name = target.rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)
+    # A class that replaced the hooked one inherits our wrapper or calls it through super().
+    places = owner.__mro__ if isinstance(owner, type) else (owner,)
+    for place in places:
+        function = _plain(vars(place).get(name))
+        while function is not None:
+            if function is ours:
+                return True
+            function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _plain(function: Any) -> Any:
+    return function.__func__ if isinstance(function, classmethod | staticmethod) else function

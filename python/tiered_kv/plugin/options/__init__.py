@@ -1,0 +1,1 @@
+"""Flags, their values, and what is refused."""

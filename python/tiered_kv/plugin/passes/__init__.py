@@ -1,0 +1,1 @@
+"""Forward passes as they were launched, and how long they took."""

@@ -1,0 +1,1 @@
+"""Who of those waiting is admitted next."""

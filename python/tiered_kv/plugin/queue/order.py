@@ -1,0 +1,303 @@
+"""Has one of our policies order SGLang's waiting queue, and say how much is prefilled at once.
+
+SGLang admits from the front of its queue until something does not fit (managers/scheduler.py,
+`_get_new_batch_prefill_raw`). For that one call the queue is cut to what the policy's plan offers,
+in its order; afterwards it is whole again, in the order of arrival, for all else that reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tiered_kv.plugin.queue import clock_tick
+from tiered_kv.plugin.queue.foretold import Foretold
+from tiered_kv.plugin.queue.parking import Parking
+from tiered_kv.plugin.queue.queued import QueuedRequests, is_aborted, queued_of
+from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.policies.slack_config import SlackConfig
+from tiered_kv.scheduler.request import QueuedRequest
+from tiered_kv.scheduler.request_policy import (
+    RequestPolicy,
+    SchedulerState,
+    request_policies,
+)
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+    from tiered_kv.forest.node import Node
+    from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
+    from tiered_kv.plugin.cache.residency_log import ResidencyLog
+    from tiered_kv.plugin.decode.selection import DecodeSelection
+    from tiered_kv.tiers.hierarchy import KVHierarchy
+
+logger = logging.getLogger(__name__)
+
+#: Requests asked of the policy at first; more if they could all be admitted at once.
+PLAN_LIMIT = 16
+
+
+class PrefillSkipped(Exception):  # noqa: N818 - no error: a way out of SGLang's function
+    """The plan wants no prefill in this iteration."""
+
+
+class RequestOrder:
+    """One policy over the queue of one scheduler."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        policy: RequestPolicy,
+        hierarchy: KVHierarchy,
+        costs: CostModel,
+        residency: ResidencyLog,
+        metrics: MetricsRecorder,
+        max_wait_s: float | None = None,
+    ) -> None:
+        """`max_wait_s`: how long the policy promises that nobody waits, None: it does not."""
+        self.queue = QueuedRequests(hierarchy, policy, residency, metrics)
+        self.clock = clock_tick.SharedClock(
+            wanted=lambda: self.queue.wants_time, on_tick=self._on_tick
+        )
+        self.foretold = Foretold(hierarchy, policy)
+        self.clock.also_wanted(lambda: self.foretold.is_due(time.perf_counter()))
+        self.selection: DecodeSelection | None = None
+        """Set if an iteration policy chooses who decodes: it knows what room that leaves."""
+        self.parking = Parking(scheduler, self.queue, self.clock)
+        self._scheduler = scheduler
+        self._policy = policy
+        self._hierarchy = hierarchy
+        self._costs = costs
+        self._max_wait_s = max_wait_s
+        # While SGLang forms a prefill batch.
+        self._running_batch: ScheduleBatch | None = None
+        self._everyone: list[Req] | None = None
+        self._state: SchedulerState | None = None
+
+    def _on_tick(self) -> None:
+        self.queue.tell(self.clock.now_s)
+        self.foretold.tick(self.clock.now_s)
+
+    def wait_over_bound_s(self) -> float:
+        """By how much the bound on waiting is exceeded now, at most; 0 if it is kept."""
+        return self.queue.wait_over_bound_s(self.clock.now_s, self._max_wait_s)
+
+    def ended(self, req: Req, last: Node) -> None:
+        """`req` is over, and its KV is in the tree down to `last`, a root if it is not."""
+        if not is_aborted(req):
+            self.foretold.ended(req, last, self.clock.now_s)
+
+    # -- one prefill batch --------------------------------------------------------------------
+
+    def form_prefill(self, form: Callable[[], Any], running_batch: ScheduleBatch) -> Any:
+        """`form`, SGLang's `_get_new_batch_prefill_raw`, with the queue in the policy's order.
+
+        Returns what `form` does: the batch, if there is one, and `running_batch` as it goes on.
+        """
+        scheduler = self._scheduler
+        configured = scheduler.chunked_prefill_size, scheduler.is_mixed_chunk
+        self._running_batch = running_batch
+        batch = None
+        try:
+            batch, running_batch = form()
+        except PrefillSkipped:
+            pass
+        finally:
+            scheduler.chunked_prefill_size, scheduler.is_mixed_chunk = configured
+            self._end_pass(batch)
+        return batch, running_batch
+
+    def after_poll(self) -> None:
+        """Transfers were acknowledged: at the start of `form`, before it looks whether it may stop.
+
+        It stops if the batch was full and nobody has left it since. But who has joined the queue
+        since, or has its pages by now, may fit, and may be more urgent than whoever did not.
+        """
+        queue = self.queue
+        if queue.held:
+            queue.release_ready()
+        if queue.has_news and self._running_batch is not None:
+            self._running_batch.batch_is_full = False
+
+    def put_in_order(self, waiting_queue: list[Req], running_batch: ScheduleBatch) -> None:
+        """In the place of `SchedulePolicy.calc_priority`. Raises PrefillSkipped."""
+        queue, now_s = self.queue, self.clock.now_s
+        queue.has_news = False
+        queue.drop_gone(waiting_queue, now_s)
+        queue.look_up_changed(now_s)
+        state = self._state = self._look(running_batch)
+        plan = self._plan(state)
+        if plan.park_unfinished and state.can_park:
+            self.parking.take_out()
+        plan = self._limited(plan, state)
+        self._everyone = waiting_queue.copy()
+        waiting_queue[:] = [queue.req(request_id) for request_id in self._offer(plan, state)]
+        self._set_chunk(plan, state)
+
+    def _end_pass(self, batch: ScheduleBatch | None) -> None:
+        """Make the queue whole again, without those who are in `batch`."""
+        self._running_batch = None
+        everyone, state = self._everyone, self._state
+        self._everyone = self._state = None
+        if everyone is None or state is None:
+            return
+        admitted: set[Req] = set()
+        if batch is not None:
+            n_mixed = len(batch.decoding_reqs or ())
+            self.queue.processed_prefill_tokens += batch.extend_num_tokens - n_mixed
+            admitted = self.queue.admitted(batch.reqs, self.clock.now_s)
+            self.foretold.admitted(map(queued_of, admitted))
+        waiting = [req for req in everyone if req not in admitted] if admitted else everyone
+        self._scheduler.waiting_queue = waiting
+        self.parking.settle(batch)
+        if batch is not None and batch.prefill_stats is not None:
+            # It was counted over what was offered.
+            batch.prefill_stats.num_pending_tokens = self._pending_tokens()
+        self.foretold.planned(state)
+
+    def _pending_tokens(self) -> int:
+        """As `SchedulerLoadInquirer._get_num_pending_tokens` counts them."""
+        scheduler = self._scheduler
+        unfinished = scheduler.chunked_req
+        done = 0 if unfinished is None else unfinished.extend_range.length
+        return int(scheduler.load_inquirer._get_num_pending_tokens(chunk_deduct=done))
+
+    # -- the plan -----------------------------------------------------------------------------
+
+    def _look(self, running_batch: ScheduleBatch) -> SchedulerState:
+        scheduler, context = self._scheduler, self._hierarchy.context
+        running = self.queue.running(running_batch.reqs)
+        loading_pages = self._hierarchy.load_back.queue.pages_in_flight
+        return SchedulerState(
+            now_s=self.clock.now_s,
+            waiting=self.queue.waiting,
+            held=self.queue.held,
+            running=running,
+            decode_context_tokens=sum(r.prompt_tokens + r.output_tokens for r in running),
+            processed_prefill_tokens=self.queue.processed_prefill_tokens,
+            chunk_tokens=self._most_tokens(),
+            costs=self._costs,
+            available_tokens=context.allocator.available() + scheduler.tree_cache.evictable_size(),
+            unfinished=self._unfinished(),
+            can_park=self.parking.can_park(),
+            loading_bytes=loading_pages * context.copier.page_format.page_bytes,
+        )
+
+    def _unfinished(self) -> QueuedRequest | None:
+        req = self._scheduler.chunked_req
+        if req is None:
+            return None
+        queued = queued_of(req)
+        queued.prefilled_tokens = len(req.prefix_indices)
+        return queued
+
+    def _most_tokens(self) -> int:
+        """Most prefill tokens of one batch, as configured."""
+        scheduler = self._scheduler
+        chunk_tokens: int | None = scheduler.chunked_prefill_size
+        most: int = scheduler.max_prefill_tokens
+        return most if chunk_tokens is None else min(most, chunk_tokens)
+
+    def _plan(self, state: SchedulerState) -> AdmissionPlan:
+        """As much of the order as one batch can take."""
+        limit, waiting = PLAN_LIMIT, self.queue.waiting
+        while True:
+            plan = self._policy.plan(state, limit)
+            order = plan.order
+            if len(order) < limit or limit >= len(waiting):
+                return plan
+            if plan.admit_at_most is not None and plan.admit_at_most <= len(order):
+                return plan
+            if sum(waiting.get(i).uncached_tokens for i in order) >= state.chunk_tokens:
+                return plan
+            limit *= 2
+
+    def _offer(self, plan: AdmissionPlan, state: SchedulerState) -> tuple[int, ...]:
+        order = plan.order[: plan.admit_at_most]
+        goes_on = state.unfinished is not None and not plan.park_unfinished
+        if not order and not state.running and not goes_on:
+            # Nothing runs that a request could wait for: a policy that is too careful would hang.
+            return tuple(request.request_id for request in state.candidates()[:1])
+        return order
+
+    def _limited(self, plan: AdmissionPlan, state: SchedulerState) -> AdmissionPlan:
+        """`plan`, as far as those who decode leave room.
+
+        It counts on everybody decoding. Where an iteration policy leaves only some of them to it,
+        what these leave room for takes its place. Mixed with a prefill, everybody decodes.
+        """
+        selection, running_batch = self.selection, self._running_batch
+        is_mixed = plan.mix_decodes or self._scheduler.is_mixed_chunk
+        if selection is None or running_batch is None or not state.running or is_mixed:
+            return plan
+        iteration = selection.plan_prefill(running_batch, state)
+        return iteration.limit(plan, self._scheduler.page_size)
+
+    def _set_chunk(self, plan: AdmissionPlan, state: SchedulerState) -> None:
+        """The most tokens of this batch: whole pages, one at least, as configured at most.
+
+        Where decodes are mixed in, they take theirs first. Raises PrefillSkipped if there is no
+        time for any, or no memory, and somebody decodes meanwhile.
+        """
+        scheduler, n_running = self._scheduler, len(state.running)
+        prefill_tokens = plan.prefill_tokens
+        chunk_tokens: int | None = scheduler.chunked_prefill_size
+        page_size: int = scheduler.page_size
+        if chunk_tokens is not None and plan.mix_decodes:
+            scheduler.is_mixed_chunk = chunk_tokens >= n_running + page_size
+        taken = n_running if scheduler.is_mixed_chunk else 0
+        available_tokens = state.available_tokens
+        if scheduler.chunked_req is not None and n_running and available_tokens is not None:
+            # SGLang goes on with a prompt that was begun whatever memory says, and would stop if
+            # there was none. A decode ends somebody, or has somebody make way.
+            limit = available_tokens // page_size * page_size + taken
+            prefill_tokens = limit if prefill_tokens is None else min(prefill_tokens, limit)
+        if prefill_tokens is None:
+            return
+        if n_running and prefill_tokens <= taken:
+            raise PrefillSkipped
+        if chunk_tokens is not None:
+            pages = max(1, (prefill_tokens - taken) // page_size)
+            scheduler.chunked_prefill_size = min(chunk_tokens, pages * page_size + taken)
+
+    def before_mixing(self) -> None:
+        """The prefill has its memory; decodes join it only if there is a page for each that needs
+        one. SGLang counts a token for each, and would stop the server if that was too little.
+        """
+        running_batch = self._running_batch
+        if running_batch is None or not self._scheduler.is_mixed_chunk or not running_batch.reqs:
+            return
+        if not running_batch.check_decode_mem():
+            self._scheduler.is_mixed_chunk = False
+
+
+def install(scheduler: Any, policy_name: str) -> None:
+    """Put the policy of that name in charge of `scheduler`, which was just made."""
+    cache = scheduler.tree_cache
+    parts = cache.parts
+    if parts.cost_model is None:
+        logger.warning(
+            "Tiered KV: --schedule-policy %s orders the queue, since --tiered-kv-policy %s needs "
+            "the cost model that this model has none of.",
+            scheduler.server_args.schedule_policy,
+            policy_name,
+        )
+        return
+    order = RequestOrder(
+        scheduler,
+        request_policies.get(policy_name)(),
+        parts.hierarchy,
+        parts.cost_model,
+        parts.residency,
+        parts.metrics,
+        max_wait_s=SlackConfig().max_wait_s if policy_name == "slack" else None,
+    )
+    scheduler.tiered_kv_order = order
+    scheduler.policy.tiered_kv_order = order
+    cache.request_order = order
+    clock_tick.attach(scheduler.request_receiver, order.clock)
+    logger.info("Tiered KV: the waiting queue is ordered by the policy %s.", policy_name)

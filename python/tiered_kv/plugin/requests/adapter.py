@@ -1,0 +1,204 @@
+"""Brings what a caller asked for (`api/`) from wherever it was said to the scheduler's `Req`.
+
+`sampling_params.custom_params` is what SGLang carries from every front end to the scheduler as it
+is, so `slo` and `hints` travel in there. `TokenizerManager.generate_request` is where every front
+end comes together: there they are checked, before anything is queued, and what was said elsewhere
+(body fields, headers) is put in. In the scheduler they leave `custom_params` again and become
+`req.tiered_kv_terms`, because custom logit processors read what remains.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any
+
+from tiered_kv.api.fields import TermsError
+from tiered_kv.api.parse import HINTS, SLO, fields_in, fields_in_headers, parse_terms
+from tiered_kv.api.report import RequestReport
+from tiered_kv.api.slo import SloClasses
+from tiered_kv.plugin.requests import reports as request_reports
+
+logger = logging.getLogger(__name__)
+
+SCOPE_KEY = "tiered_kv"
+"""Under which the fields of an HTTP request's body and headers wait in its ASGI scope."""
+
+CUSTOM_PARAMS = "custom_params"
+_REQ_KEY = "__req__"
+"""SGLang adds the request itself to `custom_params` in the scheduler."""
+
+#: The scheduler's table; None in a process that has no scheduler of ours.
+_classes: SloClasses | None = None
+
+
+def classes_of(server_args: Any) -> SloClasses | None:
+    """The server's table of classes, or None if it runs without `--tiered-kv`."""
+    if not getattr(server_args, "tiered_kv", False):
+        return None
+    classes: SloClasses = server_args.slo_classes()
+    return classes
+
+
+# -- HTTP: body and headers ----------------------------------------------------------------------
+
+
+def fields_of_http(
+    body: object, headers: Mapping[str, str], classes: SloClasses
+) -> dict[str, object]:
+    """Our fields of an HTTP request; a body's `slo` counts instead of all `x-slo-*` headers.
+
+    Checks `custom_params` as well, wherever a route takes them. Raises TermsError.
+    """
+    found = fields_in_headers(headers, classes)
+    if not isinstance(body, Mapping):
+        return found
+    sampling = body.get("sampling_params")
+    for holder in (body, *(sampling if isinstance(sampling, list) else (sampling,))):
+        custom = holder.get(CUSTOM_PARAMS) if isinstance(holder, Mapping) else None
+        if isinstance(custom, Mapping):
+            fields_in(custom, classes)
+    return found | fields_in(body, classes)
+
+
+async def check_http_request(original: Callable[..., Any], request: Any) -> Any:
+    """AROUND `ORJSONRequest.json`, which FastAPI calls for every JSON body before the route runs.
+
+    The one place where a bad value can still be an HTTP 400 when the answer is to be streamed.
+    """
+    body = await original(request)
+    from fastapi import HTTPException
+    from sglang.srt.entrypoints.http_server import get_global_state
+
+    state = get_global_state()
+    classes = None if state is None else classes_of(state.tokenizer_manager.server_args)
+    if classes is not None and SCOPE_KEY not in request.scope:
+        try:
+            request.scope[SCOPE_KEY] = fields_of_http(body, request.headers, classes)
+        except TermsError as error:
+            raise HTTPException(status_code=400, detail=str(error)) from None
+    return body
+
+
+# -- all front ends ------------------------------------------------------------------------------
+
+
+def lift_fields(
+    original: Callable[..., Any], manager: Any, obj: Any, request: Any = None
+) -> AsyncGenerator[Any, None]:
+    """AROUND `TokenizerManager.generate_request`. Raises TermsError (a ValueError)."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    classes = classes_of(manager.server_args)
+    if classes is None or not isinstance(obj, GenerateReqInput):
+        return original(manager, obj, request)
+    sent = _fields_sent_with(request, classes)
+    obj.sampling_params = place(
+        obj.sampling_params, sent, classes, manager.preferred_sampling_params
+    )
+    answers = original(manager, obj, request)
+    return request_reports.unfold(answers, obj) if asks_report(obj, None) else answers
+
+
+def place(
+    sampling: Any,
+    sent: Mapping[str, object],
+    classes: SloClasses,
+    preferred: Mapping[str, Any] | None,
+) -> Any:
+    """`sampling` with `sent` among the `custom_params`, where fields it has itself count instead.
+
+    It is what a client gives as `sampling_params`: None, a mapping, or a list of them for a batch.
+    `preferred` are the server's for requests that give none: `custom_params` replace theirs whole.
+    Raises TermsError.
+    """
+    if isinstance(sampling, list):
+        return [place(one, sent, classes, preferred) for one in sampling]
+    own = sampling.get(CUSTOM_PARAMS) if isinstance(sampling, Mapping) else None
+    fields = fields_in(own, classes) if isinstance(own, Mapping) else {}
+    if sent.keys() <= fields.keys():
+        return sampling
+    if own is None and preferred:
+        own = preferred.get(CUSTOM_PARAMS)
+    return {**(sampling or {}), CUSTOM_PARAMS: {**(own or {}), **sent, **fields}}
+
+
+def asks_report(obj: Any, request: Any) -> bool:
+    """Whether a `GenerateReqInput` that is not lifted yet will ask for a report."""
+    scope = getattr(request, "scope", None) or {}
+    slo = (scope.get(SCOPE_KEY) or {}).get(SLO)
+    sampling = obj.sampling_params
+    items = sampling if isinstance(sampling, list) else [sampling]
+    return (isinstance(slo, Mapping) and slo.get("report") is True) or any(map(_asks_report, items))
+
+
+def _asks_report(sampling: Any) -> bool:
+    custom = sampling.get(CUSTOM_PARAMS) if isinstance(sampling, Mapping) else None
+    slo = custom.get(SLO) if isinstance(custom, Mapping) else None
+    return isinstance(slo, Mapping) and slo.get("report") is True
+
+
+def _fields_sent_with(request: Any, classes: SloClasses) -> dict[str, object]:
+    """What came with the HTTP request around a generation; nothing without one."""
+    scope = getattr(request, "scope", None)
+    if not isinstance(scope, dict):
+        return {}
+    if SCOPE_KEY not in scope:  # a body that is no JSON, such as a form
+        scope[SCOPE_KEY] = fields_in_headers(request.headers, classes)
+    fields: dict[str, object] = scope[SCOPE_KEY]
+    return fields
+
+
+def take_engine_fields(
+    original: Callable[..., Any],
+    engine: Any,
+    *args: Any,
+    slo: object = None,
+    hints: object = None,
+    **kwargs: Any,
+) -> Any:
+    """AROUND `Engine.generate` and `Engine.async_generate`: they take `slo=` and `hints=`."""
+    sent = {field: value for field, value in ((SLO, slo), (HINTS, hints)) if value is not None}
+    if not sent:
+        return original(engine, *args, **kwargs)
+    classes = classes_of(engine.server_args)
+    if classes is None:
+        return original(engine, *args, **kwargs, **sent)  # SGLang's TypeError
+    fields_in(sent, classes)
+    bound = inspect.signature(original).bind(engine, *args, **kwargs)
+    sampling = bound.arguments.get("sampling_params")
+    preferred = engine.tokenizer_manager.preferred_sampling_params
+    bound.arguments["sampling_params"] = place(sampling, sent, classes, preferred)
+    return original(*bound.args, **bound.kwargs)
+
+
+# -- the scheduler -------------------------------------------------------------------------------
+
+
+def learn_classes(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `Scheduler.__init__`."""
+    global _classes
+    _classes = classes_of(scheduler.server_args)
+
+
+def attach_terms(result: None, req: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `Req.__init__`: sets `tiered_kv_terms` and, if it was asked for, `tiered_kv_report`."""
+    if _classes is None or hasattr(req, "tiered_kv_terms"):
+        return  # another server's, or read already: the fields are gone from where they came
+    custom = req.sampling_params.custom_params
+    slo = hints = None
+    if isinstance(custom, dict) and (SLO in custom or HINTS in custom):
+        slo, hints = custom.pop(SLO, None), custom.pop(HINTS, None)
+        if not custom.keys() - {_REQ_KEY}:
+            req.sampling_params.custom_params = None
+    try:
+        terms = parse_terms(slo, hints, _classes)
+    except TermsError as error:
+        # Front ends outside Python do not pass through `lift_fields`.
+        logger.warning("Tiered KV: request %s gets the default class: %s", req.rid, error)
+        terms = parse_terms(None, None, _classes)
+    req.tiered_kv_terms = terms
+    req.tiered_kv_report = RequestReport(terms.slo) if terms.report else None
+    if terms.report:
+        request_reports.expect(req)

@@ -1,0 +1,69 @@
+"""The entry point that SGLang loads in its processes (group `sglang.srt.plugins`).
+
+SGLang logs and swallows whatever a plugin raises, and then serves without it. So `register` never
+raises: if the plugin cannot work, it leaves `--tiered-kv` behind as a flag that says why.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tiered_kv.core.errors import UpstreamError
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+
+
+def register() -> None:
+    """Put our `ServerArgs` in the place of SGLang's; all else waits until the flag is on.
+
+    The radix-cache factory and the hooks are installed by `process_carrier`, because importing
+    what they attach to takes seconds that a server without the flag should not spend here.
+    """
+    from tiered_kv.plugin.start import unavailable
+    from tiered_kv.plugin.upstream import release as upstream
+
+    try:
+        upstream.verify_version()
+        _replace_server_args()
+    except UpstreamError as error:
+        unavailable.install(str(error))
+    except Exception as error:  # an unforeseen upstream: same treatment, the cause in the sentence
+        unavailable.install(
+            f"--tiered-kv cannot be used because registering it failed with "
+            f"{type(error).__name__}: {error}; {upstream.ADVICE}"
+        )
+
+
+def create_tree_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
+    """The radix-cache factory, registered as "tiered_kv".
+
+    Raises UpstreamError if a hook is missing or SGLang is not the release we know, and ConfigError
+    for models that are not supported: this is the last point at which a start can be refused.
+    """
+    from tiered_kv.plugin.cache.build import build_tree_cache
+    from tiered_kv.plugin.hooks import table as hooks
+    from tiered_kv.plugin.options import refusals
+    from tiered_kv.plugin.upstream import release as upstream
+
+    upstream.verify()
+    hooks.verify_installed(hooks.Process.SCHEDULER)
+    refusals.check_model(ctx)
+    return build_tree_cache(ctx)
+
+
+def _replace_server_args() -> None:
+    import sys
+
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from tiered_kv.plugin.options.server_args import ServerArgs
+
+    HookRegistry.register("sglang.srt.server_args.ServerArgs", ServerArgs, HookType.REPLACE)
+    # Engine bound the class when it was created, where replacing module attributes can't reach it.
+    # Where the module is not loaded yet, it will bind ours; loading it here would cost seconds.
+    engine = sys.modules.get("sglang.srt.entrypoints.engine")
+    engine_class = getattr(engine, "Engine", None)
+    if engine_class is not None and engine_class.server_args_class is ServerArgs.__mro__[1]:
+        engine_class.server_args_class = ServerArgs

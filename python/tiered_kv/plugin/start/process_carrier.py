@@ -1,0 +1,63 @@
+"""Brings the plugin into the processes that SGLang starts.
+
+SGLang loads plugins in the main process and in the schedulers, but not in the detokenizer, in extra
+tokenizer workers or in Ray actors. All of them receive the server's arguments by pickle, so ours
+carry the plugin along: unpickling them prepares the process (`ServerArgs.__setstate__`).
+"""
+
+from __future__ import annotations
+
+RADIX_CACHE_BACKEND = "tiered_kv"
+"""The name under which our factory is registered with SGLang."""
+
+
+def prepare_main_process() -> None:
+    """Check all of SGLang that we touch and install every hook, in the process that parses flags.
+
+    Most hooks are needed in other processes only, and do nothing here; but here a missing one still
+    is a plain message and an exit code. Raises UpstreamError.
+    """
+    from tiered_kv.plugin.hooks import table as hooks
+    from tiered_kv.plugin.upstream import release as upstream
+
+    upstream.verify()
+    hooks.install(hooks.Process)
+    for process in hooks.Process:
+        hooks.verify_installed(process)
+    _register_radix_cache()
+
+
+def prepare_child_process() -> None:
+    """Install what is needed in a process that has just received the server's arguments.
+
+    multiprocessing unpickles the function to run before its arguments, so the modules that are
+    loaded tell which kind of process this is. Raises UpstreamError, which ends the process.
+    """
+    from sglang.srt.plugins import load_plugins
+
+    from tiered_kv.plugin.hooks import table as hooks
+    from tiered_kv.plugin.upstream import release as upstream
+
+    load_plugins()
+    upstream.verify_version()
+    processes = hooks.loaded_processes()
+    hooks.install(processes)
+    if hooks.Process.SCHEDULER in processes:
+        _register_radix_cache()
+        _register_attention_backend()
+
+
+def _register_attention_backend() -> None:
+    from tiered_kv.plugin.attention import flashinfer as cascade_flashinfer
+
+    cascade_flashinfer.register()
+
+
+def _register_radix_cache() -> None:
+    # Not in the entry point: importing SGLang's registry takes seconds.
+    from sglang.srt.mem_cache import registry
+
+    from tiered_kv.plugin.start.entry import create_tree_cache
+
+    if registry.get_radix_cache_factory(RADIX_CACHE_BACKEND) is None:
+        registry.register_radix_cache_backend(RADIX_CACHE_BACKEND, create_tree_cache)

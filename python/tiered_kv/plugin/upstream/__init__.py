@@ -1,0 +1,1 @@
+"""What is used of SGLang, release by release, and the platform for CPUs."""

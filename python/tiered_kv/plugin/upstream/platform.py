@@ -1,0 +1,131 @@
+"""Lets stock SGLang serve on any CPU, as an out-of-tree platform.
+
+Upstream's own CPU engine needs a CPU build of its kernels. This platform needs none: layers run
+their native torch forward, attention is `torch_native`. It steps aside wherever something faster
+is there. Upstream asks `activate()` (entry-point group `sglang.srt.platforms`) in every process,
+whether or not `--tiered-kv` is given; what it asks of the class is in
+`sglang/srt/platforms/interface.py` (0.5.17).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+# Packages that bring an accelerator which a plain torch does not know of.
+_ACCELERATOR_PACKAGES = ("torch_npu", "habana_frameworks", "torch_musa", "torchada")
+# Upstream sizes the KV pool to nearly all free memory, right for a GPU that nobody else uses.
+# A machine's RAM is shared, and upstream writes to the whole pool at start. This caps it only
+# where neither --max-total-tokens nor --mem-fraction-static is given.
+_DEFAULT_MAX_TOTAL_TOKENS = 65_536
+_ACCELERATOR_BACKENDS = ("cuda", "xpu", "mps", "npu", "hpu", "musa")
+
+
+def activate() -> str | None:
+    """The platform's class name if this machine has only a CPU and a CPU is wanted, else None.
+
+    `SGLANG_USE_CPU_ENGINE=1` asks for upstream's own CPU engine, so it means None too.
+    """
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        return None
+    if requested_device(sys.argv[1:]) not in (None, "cpu"):
+        return None
+    if has_accelerator():
+        return None
+    return f"{TieredKVCpuPlatform.__module__}.{TieredKVCpuPlatform.__qualname__}"
+
+
+def requested_device(argv: Sequence[str]) -> str | None:
+    """The device type that `--device` names (`cpu:0` -> `cpu`), None without the flag."""
+    device = None
+    for position, argument in enumerate(argv):
+        if argument == "--device" and position + 1 < len(argv):
+            device = argv[position + 1]
+        elif argument.startswith("--device="):
+            device = argument.removeprefix("--device=")
+    return None if device is None else device.split(":")[0]
+
+
+def has_accelerator() -> bool:
+    """Whether torch, or an add-on that is installed, can reach anything but the CPU."""
+    for name in _ACCELERATOR_BACKENDS:
+        backend = getattr(torch, name, None)
+        if backend is not None and backend.is_available():
+            return True
+    return any(importlib.util.find_spec(name) is not None for name in _ACCELERATOR_PACKAGES)
+
+
+def cores_by_rank(n_ranks: int) -> str:
+    """This process's cores in equal shares, as SGLANG_CPU_OMP_THREADS_BIND takes them ("0,1|2,3").
+
+    Upstream has ranks share a core only if they are told to, so with fewer cores than ranks they
+    take turns.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // n_ranks)
+    shares = [
+        [cores[(rank * share + i) % len(cores)] for i in range(share)] for rank in range(n_ranks)
+    ]
+    return "|".join(",".join(map(str, own)) for own in shares)
+
+
+class TieredKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """A CPU on which every layer runs its native torch forward."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+
+    def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
+        """Defaults that upstream would take from its CPU kernels or from a GPU's memory."""
+        if server_args.attention_backend == "intel_amx":
+            server_args.attention_backend = self.get_default_attention_backend()
+        if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
+            server_args.max_total_tokens = _DEFAULT_MAX_TOTAL_TOKENS
+        if server_args.grammar_backend is None:
+            # Upstream's default, xgrammar, allocates pinned memory, which needs a GPU.
+            server_args.grammar_backend = "llguidance"
+        if server_args.tp_size > 1:
+            # Ranks talk over gloo. Upstream takes the NCCL library that comes with torch for a
+            # sign of GPUs and opens it on this device; one that cannot be loaded is left alone.
+            os.environ.setdefault("SGLANG_NCCL_SO_PATH", "no NCCL on a CPU")
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_by_rank(server_args.tp_size))
+
+    def get_device(self, device_id: int = 0) -> str:
+        """A string, because `ServerArgs` takes `--device` from here when it isn't given."""
+        return self.device_type
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def init_backend(self) -> None:
+        """Upstream calls it once in each process that runs the model, before it builds one."""
+        from tiered_kv.plugin.attention import cpu as cpu_attention
+
+        cpu_attention.register()
+
+    def get_mha_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        return MHATokenToKVPool
+
+    def get_mla_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+        return MLATokenToKVPool
+
+    def get_paged_allocator_cls(self) -> type:
+        from tiered_kv.plugin.upstream.cpu_allocator import CpuPagedTokenToKVPoolAllocator
+
+        return CpuPagedTokenToKVPoolAllocator

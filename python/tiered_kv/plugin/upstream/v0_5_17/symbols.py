@@ -1,0 +1,145 @@
+"""The table of what the plugin uses of SGLang 0.5.17; `upstream.py` checks it.
+
+`docs/upstream_contract.md` tells what each is used for. Whoever imports, calls, overrides or reads
+something more of SGLang's adds it here, or in the part for its subsystem, and there; test/contract
+holds the three together.
+"""
+
+from __future__ import annotations
+
+from tiered_kv.plugin.upstream.symbol import SRT, Symbol, function, methods, object_
+from tiered_kv.plugin.upstream.v0_5_17.symbols_attention import ATTENTION
+from tiered_kv.plugin.upstream.v0_5_17.symbols_cache import (
+    CACHE_INTERFACE,
+    POOLS,
+    REQUESTS_AND_EVENTS,
+)
+from tiered_kv.plugin.upstream.v0_5_17.symbols_platform import CPU_PLATFORM
+from tiered_kv.plugin.upstream.v0_5_17.symbols_scheduler import DECODE, QUEUE, SCHEDULER
+
+_STREAM = "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
+
+PLUGIN_SYSTEM = (
+    object_("sglang.version.__version__", "", "upstream.release"),
+    function(f"{SRT}.plugins.load_plugins", "", "start.process_carrier"),
+    object_(f"{SRT}.plugins.hook_registry.HookRegistry", "", "start.entry hooks.table"),
+    function(
+        f"{SRT}.plugins.hook_registry.HookRegistry.register",
+        "target hook hook_type source",
+        "start.entry",
+    ),
+    function(
+        f"{SRT}.plugins.hook_registry.HookRegistry._apply_target", "target hooks", "hooks.table"
+    ),
+    object_(
+        f"{SRT}.plugins.hook_registry.HookType",
+        "BEFORE AFTER AROUND REPLACE",
+        "start.entry hooks.table",
+    ),
+    object_(f"{SRT}.plugins.hook_registry.HookSource", "plugin_name dist_name", "hooks.table"),
+)
+
+ARGUMENTS = (
+    object_(
+        f"{SRT}.server_args.ServerArgs",
+        # What `server_args.py` sets or reads.
+        "radix_cache_backend enable_hierarchical_cache enable_cache_report page_size tp_size "
+        "nnodes hicache_io_backend hicache_mem_layout disable_radix_cache radix_eviction_policy "
+        # What `refusals.py` reads.
+        "speculative_algorithm decoupled_spec_role pp_size dp_size enable_dp_attention "
+        "attn_cp_size dcp_size enable_prefill_cp dwdp_size elastic_ep_backend disaggregation_mode "
+        "enable_pdmux encoder_only language_only use_ray enable_lmcache enable_flexkv "
+        "enable_hisparse enable_unified_memory enable_page_major_kv_layout "
+        "enable_session_radix_cache enable_streaming_session dllm_algorithm is_embedding "
+        "enable_return_routed_experts enable_return_indexer_topk "
+        "schedule_policy kv_canary hicache_size hicache_ratio hicache_write_policy "
+        "hicache_storage_backend hicache_storage_backend_extra_config "
+        "hicache_storage_prefetch_policy device chunked_prefill_size model_path served_model_name",
+        "options.server_args options.refusals start.unavailable cache.build",
+    ),
+    function(
+        f"{SRT}.server_args.ServerArgs.add_cli_args",
+        "parser",
+        "options.server_args start.unavailable",
+    ),
+    function(f"{SRT}.server_args.ServerArgs.from_cli_args", "args", "options.server_args"),
+    function(f"{SRT}.server_args.ServerArgs.__post_init__", "self", "options.server_args"),
+    object_(f"{SRT}.arg_groups.arg_utils.A", "", "options.server_args options.overlap"),
+    object_(
+        f"{SRT}.arg_groups.arg_utils.Arg",
+        "help type_parser no_cli",
+        "options.server_args options.overlap",
+    ),
+    object_(f"{SRT}.arg_groups.arg_utils.NS", "path", "options.server_args options.overlap"),
+    object_(f"{SRT}.entrypoints.engine.Engine", "server_args_class", "start.entry"),
+    object_(
+        f"{SRT}.environ.envs",
+        "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE SGLANG_ENABLE_UNIFIED_RADIX_TREE",
+        "options.refusals",
+    ),
+)
+
+FRONT_ENDS = (
+    function(
+        f"{SRT}.managers.tokenizer_manager.TokenizerManager.generate_request",
+        "self obj request",
+        "requests.adapter",
+    ),
+    object_(
+        f"{SRT}.managers.tokenizer_manager.TokenizerManager",
+        "preferred_sampling_params",
+        "requests.adapter",
+    ),
+    object_(
+        f"{SRT}.managers.io_struct.GenerateReqInput",
+        "sampling_params batch_size parallel_sample_num",
+        "requests.adapter requests.openai_responses",
+    ),
+    function(f"{SRT}.entrypoints.http_server.ORJSONRequest.json", "self", "requests.adapter"),
+    function(f"{SRT}.entrypoints.http_server.get_global_state", "", "requests.adapter"),
+    object_(f"{SRT}.entrypoints.engine.Engine.generate", "", "requests.adapter"),
+    object_(f"{SRT}.entrypoints.engine.Engine.async_generate", "", "requests.adapter"),
+    *methods(
+        f"{SRT}.entrypoints.openai.serving_chat.OpenAIServingChat",
+        "requests.openai_responses",
+        _build_chat_response="request ret created",
+        _generate_chat_stream="adapted_request request raw_request",
+    ),
+    *methods(
+        f"{SRT}.entrypoints.openai.serving_completions.OpenAIServingCompletion",
+        "requests.openai_responses",
+        _build_completion_response="request ret created",
+        _generate_completion_stream="adapted_request request raw_request",
+    ),
+    object_(f"{SRT}.managers.schedule_batch.Req.__init__", "", "requests.adapter"),
+    object_(
+        f"{SRT}.managers.schedule_batch.Req",
+        "sampling_params time_stats",
+        "requests.adapter requests.reports",
+    ),
+    object_(f"{SRT}.sampling.sampling_params.SamplingParams", "custom_params", "requests.adapter"),
+    object_(
+        f"{SRT}.observability.req_time_stats.SchedulerReqTimeStats",
+        "wait_queue_entry_time forward_entry_time prefill_finished_time",
+        "requests.reports",
+    ),
+    function(f"{_STREAM}.to_payload", "self dp_rank is_idle_batch", "requests.reports"),
+    object_(_STREAM, "rust_server_mode", "requests.reports"),
+    object_(
+        f"{SRT}.managers.io_struct.BatchTokenIDOutput", "rids finished_reasons", "requests.reports"
+    ),
+)
+
+SYMBOLS: tuple[Symbol, ...] = (
+    *PLUGIN_SYSTEM,
+    *ARGUMENTS,
+    *SCHEDULER,
+    *QUEUE,
+    *DECODE,
+    *FRONT_ENDS,
+    *CACHE_INTERFACE,
+    *POOLS,
+    *REQUESTS_AND_EVENTS,
+    *CPU_PLATFORM,
+    *ATTENTION,
+)

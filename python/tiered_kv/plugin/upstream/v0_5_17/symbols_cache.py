@@ -1,0 +1,146 @@
+"""What is used of SGLang 0.5.17's caches: the prefix cache, memory pools, allocators, events."""
+
+from __future__ import annotations
+
+from tiered_kv.plugin.upstream.symbol import MEM, SRT, function, methods, object_
+
+CACHE_INTERFACE = (
+    function(
+        f"{MEM}.registry.register_radix_cache_backend", "name factory", "start.process_carrier"
+    ),
+    function(f"{MEM}.registry.get_radix_cache_factory", "name", "start.process_carrier"),
+    object_(
+        f"{MEM}.registry.TreeCacheBuildContext",
+        "server_args params is_hybrid_swa is_hybrid_ssm is_dsa disable_radix_cache tp_worker "
+        "model_config tp_size tp_rank",
+        "cache.build options.refusals",
+    ),
+    object_(
+        f"{MEM}.cache_init_params.CacheInitParams",
+        "page_size token_to_kv_pool_allocator req_to_token_pool tp_cache_group enable_metrics "
+        "enable_kv_cache_events disable",
+        "cache.build cache.prefix_cache options.refusals",
+    ),
+    object_(
+        f"{MEM}.radix_cache.RadixCache", "device token_to_kv_pool_allocator", "cache.prefix_cache"
+    ),
+    object_(f"{MEM}.radix_cache.RadixKey", "token_ids extra_key limit", "cache.prefix_cache"),
+    *methods(
+        f"{MEM}.radix_cache.RadixCache",
+        "cache.prefix_cache",
+        __init__="params",
+        match_prefix="params",
+        insert="params",
+        cache_finished_req="req is_insert kv_len_to_handle",
+        cache_unfinished_req="req chunked",
+        evict="params",
+        inc_lock_ref="node",
+        dec_lock_ref="node params",
+        evictable_size="",
+        protected_size="",
+        total_size="",
+        all_values_flatten="",
+        reset="",
+        take_events="",
+        pretty_print="",
+        root_node_handle="extra_key",
+        resolve_node_handle="node_handle",
+        is_root="node",
+        is_backuped="node",
+        get_last_hash_value="node",
+        init_load_back="params",
+        ready_to_load_host_cache="",
+        check_hicache_events="",
+        release_host_resources="",
+        update_eviction_metrics="num_evicted start_time",
+    ),
+    # Defined by HiRadixCache alone: this is the shape that the scheduler calls.
+    *methods(
+        f"{MEM}.hiradix_cache.HiRadixCache",
+        "cache.prefix_cache",
+        prefetch_from_storage="req_id last_host_node new_input_tokens last_hash prefix_keys",
+        check_prefetch_progress="req_id",
+        pop_prefetch_loaded_tokens="req_id",
+        terminate_prefetch="req_id",
+        release_aborted_request="rid",
+        clear_storage_backend="",
+        attach_storage_backend="storage_backend storage_backend_extra_config_json "
+        "served_model_name hicache_storage_prefetch_policy hicache_write_policy",
+        detach_storage_backend="",
+    ),
+    *(
+        object_(f"{MEM}.base_prefix_cache.{name}", fields, "cache.prefix_cache")
+        for name, fields in {
+            "MatchPrefixParams": "key cow_mamba req",
+            "MatchResult": "device_indices last_device_node last_host_node best_match_node "
+            "host_hit_length cache_protected_len",
+            "InsertParams": "key value priority chunked",
+            "InsertResult": "prefix_len last_device_node",
+            "EvictParams": "num_tokens",
+            "EvictResult": "num_tokens_evicted",
+            "IncLockRefResult": "to_dec_params",
+            "DecLockRefParams": "",
+            "DecLockRefResult": "",
+            "InitLoadBackParams": "best_match_node host_hit_length mem_quota req",
+        }.items()
+    ),
+)
+
+POOLS = (
+    object_(
+        f"{MEM}.memory_pool.MHATokenToKVPool",
+        "k_buffer v_buffer kv_cache_layout is_quantized_kv_cache quant_method dtype store_dtype "
+        "size register_layer_transfer_counter",
+        "cache.device_pool cache.build options.refusals upstream.platform",
+    ),
+    object_(
+        f"{MEM}.memory_pool.MLATokenToKVPool",
+        "kv_buffer dtype store_dtype size register_layer_transfer_counter",
+        "cache.device_pool cache.build options.refusals upstream.platform",
+    ),
+    object_(
+        f"{MEM}.allocator.base.BaseTokenToKVPoolAllocator",
+        "get_kvcache available_size alloc size",
+        "cache.device_pool cache.build options.refusals cache.prefix_cache",
+    ),
+    function(
+        f"{MEM}.allocator.base.BaseTokenToKVPoolAllocator.free_segment",
+        "self free_index start_pos",
+        "cache.device_pool",
+    ),
+    function(
+        f"{SRT}.managers.tp_worker.TpModelWorker.register_hicache_layer_transfer_counter",
+        "self counter",
+        "cache.build",
+    ),
+    object_(
+        f"{SRT}.configs.model_config.ModelConfig",
+        "hf_config context_len is_multimodal is_encoder_decoder is_generation dtype",
+        "cache.fingerprint options.refusals cache.costs",
+    ),
+    object_(
+        f"{SRT}.managers.tp_worker.TpModelWorker", "model_runner", "cache.build decode.selection"
+    ),
+    object_(
+        f"{SRT}.model_executor.model_runner.ModelRunner", "model forward_stream", "cache.build"
+    ),
+)
+
+REQUESTS_AND_EVENTS = (
+    object_(
+        f"{SRT}.managers.schedule_batch.Req",
+        "rid origin_input_ids output_ids last_node host_hit_length storage_hit_length "
+        "cached_tokens_device cached_tokens_host cached_tokens_storage",
+        "cache.prefix_cache cache.metrics_adapter queue.queued",
+    ),
+    object_(
+        f"{SRT}.disaggregation.kv_events.BlockStored",
+        "block_hashes parent_block_hash token_ids block_size lora_id medium",
+        "cache.events",
+    ),
+    object_(f"{SRT}.disaggregation.kv_events.BlockRemoved", "block_hashes medium", "cache.events"),
+    object_(f"{SRT}.disaggregation.kv_events.AllBlocksCleared", "", "cache.events"),
+    object_(
+        f"{SRT}.disaggregation.kv_events.StorageMedium", "GPU CPU DISK EXTERNAL", "cache.events"
+    ),
+)

@@ -1,0 +1,52 @@
+"""What is used of SGLang 0.5.17 to serve on a CPU, and of its attention backends."""
+
+from __future__ import annotations
+
+from tiered_kv.plugin.upstream.symbol import MEM, SRT, function, methods, object_
+
+CPU_PLATFORM = (
+    object_(
+        f"{MEM}.allocator.paged.PagedTokenToKVPoolAllocator",
+        "page_size debug_mode need_sort free_pages",
+        "upstream.cpu_allocator",
+    ),
+    *methods(
+        f"{MEM}.allocator.paged.PagedTokenToKVPoolAllocator",
+        "upstream.cpu_allocator",
+        alloc_extend="prefix_lens prefix_lens_cpu seq_lens seq_lens_cpu last_loc "
+        "extend_num_tokens num_new_pages",
+        alloc_decode="seq_lens seq_lens_cpu last_loc",
+        merge_and_sort_free="",
+    ),
+    object_(f"{SRT}.platforms.cpu.CpuDeviceMixin", "", "upstream.platform"),
+    object_(f"{SRT}.platforms.device_mixin.PlatformEnum", "OOT", "upstream.platform"),
+    function(
+        f"{SRT}.layers.attention.attention_registry.register_attention_backend",
+        "name",
+        "attention.cpu",
+    ),
+    function(
+        f"{SRT}.layers.attention.torch_native_backend.TorchNativeAttnBackend.__init__",
+        "self model_runner",
+        "attention.cpu",
+    ),
+    function(
+        f"{SRT}.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+        "._run_sdpa_forward_extend",
+        "self query output k_cache v_cache req_to_token req_pool_indices seq_lens "
+        "extend_prefix_lens extend_seq_lens encoder_lens scaling enable_gqa causal is_cross_attn "
+        "sliding_window_size",
+        "attention.cpu",
+    ),
+    object_(f"{SRT}.platforms.interface.SRTPlatform", "", "upstream.platform"),
+    *methods(
+        f"{SRT}.platforms.interface.SRTPlatform",
+        "upstream.platform",
+        apply_server_args_defaults="server_args",
+        get_default_attention_backend="",
+        init_backend="",
+        get_mha_kv_pool_cls="",
+        get_mla_kv_pool_cls="",
+        get_paged_allocator_cls="",
+    ),
+)

@@ -1,0 +1,101 @@
+"""Sizing of the host tier, and the buffers of the engine's KV pools."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+from tiered_kv.core.config import HostConfig, TieredKVConfig
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.plugin.cache import build
+from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
+
+GB = 10**9
+
+
+@pytest.fixture(autouse=True)
+def twelve_gb_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "available_memory", lambda: 12 * GB + build.HOST_RESERVE_BYTES)
+
+
+def config(**host: object) -> TieredKVConfig:
+    return TieredKVConfig(host=HostConfig(**host))  # type: ignore[arg-type]
+
+
+def test_the_size_is_the_one_given_or_a_multiple_of_the_device_pool() -> None:
+    assert build.host_bytes(config(size_bytes=3 * GB), 5 * GB, n_ranks=1) == 3 * GB
+    assert build.host_bytes(config(ratio=1.5), 4 * GB, n_ranks=1) == 6 * GB
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_more_than_the_machine_has_is_refused_in_a_sentence(n_ranks: int) -> None:
+    per_rank = 12 * GB // n_ranks
+    assert build.host_bytes(config(size_bytes=per_rank), 1, n_ranks) == per_rank
+    with pytest.raises(ConfigError, match=r"lower --tiered-kv-host-size"):
+        build.host_bytes(config(size_bytes=per_rank + 1), 1, n_ranks)
+
+
+def make_mha() -> MHATokenToKVPool:
+    return MHATokenToKVPool(
+        size=32,
+        page_size=16,
+        dtype=torch.float32,
+        head_num=2,
+        head_dim=8,
+        layer_num=3,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+
+
+def test_an_mha_pool_gives_k_and_v_of_each_layer_in_turn() -> None:
+    pool = make_mha()
+    device = buffers_of(pool)
+    assert device.layers == (0, 0, 1, 1, 2, 2)
+    assert device.buffers[2] is pool.k_buffer[1]
+    assert device.buffers[3] is pool.v_buffer[1]
+    assert device.n_bytes == 6 * 48 * 2 * 8 * 4
+
+
+def test_an_mla_pool_gives_one_buffer_per_layer() -> None:
+    pool = MLATokenToKVPool(
+        size=32,
+        page_size=16,
+        dtype=torch.float32,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        layer_num=2,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+    device = buffers_of(pool)
+    assert device.layers == (0, 1)
+    assert [buffer[0].numel() for buffer in device.buffers] == [12, 12]
+
+
+def test_layouts_that_are_not_rows_of_bytes_are_refused() -> None:
+    pool = make_mha()
+    pool.kv_cache_layout = "hnd"
+    with pytest.raises(ConfigError, match="hnd layout"):
+        buffers_of(pool)
+    with pytest.raises(ConfigError, match="SimpleNamespace"):
+        buffers_of(SimpleNamespace())
+
+
+def test_the_allocator_frees_whole_pages() -> None:
+    from tiered_kv.plugin.upstream.cpu_allocator import CpuPagedTokenToKVPoolAllocator
+
+    allocator = EngineAllocator(
+        CpuPagedTokenToKVPoolAllocator(
+            size=64, page_size=16, dtype=torch.float32, device="cpu", kvcache=None, need_sort=False
+        )
+    )
+    slots = allocator.alloc(32)
+    assert slots is not None
+    assert allocator.available() == 32
+    assert allocator.alloc(64) is None
+    allocator.free(slots)
+    assert allocator.available() == 64

@@ -1,0 +1,73 @@
+"""KV events: one stored block per page, chained to its parent, with the medium of its tier."""
+
+from __future__ import annotations
+
+from array import array
+
+from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.forest import Forest
+from tiered_kv.forest.key import namespace_hash
+from tiered_kv.plugin.cache.events import KvEvents, block_hash
+
+PAGE = 4
+
+
+def test_blocks_are_chained_pages_with_tokens_and_medium() -> None:
+    forest = Forest(PAGE)
+    root = forest.root(namespace_hash("m"))
+    upper = forest.insert(root, array("q", range(8)), range(8)).last
+    lower = forest.insert(root, array("q", range(12)), range(12)).last
+    events = KvEvents(PAGE, enabled=True)
+    events.stored(upper, Tier.DEVICE)
+    events.stored(lower, Tier.HOST)
+    first, second, third = events.take()
+    assert isinstance(first, BlockStored)
+    assert [first.token_ids, second.token_ids] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert first.parent_block_hash is None
+    assert second.parent_block_hash == first.block_hashes[0]
+    assert third.parent_block_hash == second.block_hashes[0]
+    assert (first.medium, third.medium) == ("GPU", "CPU_PINNED")
+    assert first.block_size == PAGE
+    assert -(2**63) <= block_hash(upper.page_hashes[0]) < 2**63
+
+
+def test_removal_names_the_same_blocks() -> None:
+    forest = Forest(PAGE)
+    node = forest.insert(forest.root(namespace_hash("m")), array("q", range(8)), range(8)).last
+    events = KvEvents(PAGE, enabled=True)
+    events.stored(node, Tier.DISK)
+    events.removed(node, Tier.DISK)
+    *stored, removed = events.take()
+    assert isinstance(removed, BlockRemoved)
+    assert removed.block_hashes == [event.block_hashes[0] for event in stored]
+    assert removed.medium == "DISK"
+
+
+def test_pages_that_a_tier_dropped_are_named_without_a_node() -> None:
+    events = KvEvents(PAGE, enabled=True)
+    page_hash = bytes(range(32))
+    events.dropped([page_hash], Tier.DISK)
+    events.dropped([], Tier.DISK)
+    (only,) = events.take()
+    assert isinstance(only, BlockRemoved)
+    assert (only.block_hashes, only.medium) == ([block_hash(page_hash)], "DISK")
+
+
+def test_take_empties_the_queue_and_clearing_is_an_event() -> None:
+    events = KvEvents(PAGE, enabled=True)
+    events.cleared()
+    (only,) = events.take()
+    assert isinstance(only, AllBlocksCleared)
+    assert events.take() == []
+
+
+def test_disabled_collects_nothing() -> None:
+    forest = Forest(PAGE)
+    node = forest.insert(forest.root(namespace_hash("m")), array("q", range(4)), range(4)).last
+    events = KvEvents(PAGE, enabled=False)
+    events.stored(node, Tier.DEVICE)
+    events.removed(node, Tier.DEVICE)
+    events.cleared()
+    assert events.take() == []

@@ -1,0 +1,145 @@
+"""The Prometheus recorder, against a registry of its own."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import prometheus_client
+import pytest
+
+from tiered_kv.api.slo import Slo
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.forest import Forest
+from tiered_kv.metrics import names
+from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder, PrometheusRecorder
+from tiered_kv.scheduler.request import QueuedRequest
+from tiered_kv.tiers.disk.io_path import IoMode
+from tiered_kv.tiers.disk.store import DiskStore
+
+LABELS = {"model_name": "m", "tp_rank": "0"}
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[prometheus_client.CollectorRegistry]:
+    registry = prometheus_client.CollectorRegistry()
+    for kind in ("Counter", "Gauge", "Histogram"):
+        original = getattr(prometheus_client, kind)
+
+        def in_registry(*args: object, _make: type = original, **kwargs: object) -> object:
+            return _make(*args, registry=registry, **kwargs)
+
+        monkeypatch.setattr(prometheus_client, kind, in_registry)
+    return registry
+
+
+def test_transfers_count_bytes_and_time_per_edge(
+    registry: prometheus_client.CollectorRegistry,
+) -> None:
+    recorder = PrometheusRecorder(LABELS)
+    recorder.transferred(Tier.DISK, Tier.HOST, 2, 2048, 0.02)
+    recorder.transferred(Tier.DISK, Tier.HOST, 1, 1024, 0.5)
+    edge = {**LABELS, "source": "disk", "target": "host"}
+    assert registry.get_sample_value(names.TRANSFER_BYTES.name, edge) == 3072
+    seconds = names.TRANSFER_SECONDS.name
+    assert registry.get_sample_value(f"{seconds}_count", edge) == 2
+    assert registry.get_sample_value(f"{seconds}_bucket", {**edge, "le": "0.03"}) == 1
+
+
+def test_finished_requests_count_hits_by_tier(
+    registry: prometheus_client.CollectorRegistry,
+) -> None:
+    recorder = PrometheusRecorder(LABELS)
+    recorder.finished(
+        SimpleNamespace(
+            origin_input_ids=range(100),
+            cached_tokens_device=16,
+            cached_tokens_host=32,
+            cached_tokens_storage=0,
+        )
+    )
+    assert registry.get_sample_value(names.PROMPT_TOKENS.name, LABELS) == 100
+    hits = names.HIT_TOKENS.name
+    assert registry.get_sample_value(hits, {**LABELS, "tier": "device"}) == 16
+    assert registry.get_sample_value(hits, {**LABELS, "tier": "host"}) == 32
+    assert registry.get_sample_value(hits, {**LABELS, "tier": "disk"}) is None
+
+
+def test_disk_io_is_counted_by_path(
+    registry: prometheus_client.CollectorRegistry, tmp_path: Path
+) -> None:
+    """The store counts from its opening; the recorder passes on what is new."""
+    recorder = PrometheusRecorder(LABELS)
+    io_bytes = names.DISK_IO_BYTES.name
+    written = {**LABELS, "path": "buffered", "operation": "write"}
+    with DiskStore.open(
+        tmp_path / "disk", capacity_bytes=8 << 20, io_mode=IoMode.BUFFERED
+    ) as store:
+        namespace = store.namespace(bytes(32), 4096)
+        for n_pages in (1, 2, 3):
+            namespace.write_pages([bytes([n_pages]) * 32], [memoryview(bytes(4096))])
+            recorder._refresh_disk(store.stats())
+            # A record is a header block and its page.
+            assert registry.get_sample_value(io_bytes, written) == n_pages * 8192
+    assert registry.get_sample_value(io_bytes, {**written, "path": "direct"}) == 0
+    assert registry.get_sample_value(names.DISK_PAGE_CACHE.name, LABELS) == 1
+    assert registry.get_sample_value(names.DISK_DEGRADED.name, LABELS) == 0
+
+
+def test_without_metrics_nothing_is_registered(
+    registry: prometheus_client.CollectorRegistry,
+) -> None:
+    MetricsRecorder().transferred(Tier.DISK, Tier.HOST, 1, 1, 1.0)
+    assert list(registry.collect()) == []
+
+
+def waiting(**times: float) -> QueuedRequest:
+    slo = Slo("interactive", ttft_s=0.5, tbt_s=0.05)
+    request = QueuedRequest(
+        request_id=1,
+        arrival_s=10.0,
+        root=Forest(1).root(bytes(32)),
+        tokens=array("q", [1]),
+        prompt_tokens=1,
+        max_new_tokens=8,
+        slo=slo,
+    )
+    request.output_tokens = 5
+    request.first_token_s = times.get("first_s", 10.3)
+    request.last_token_s = times.get("last_s", 10.4)
+    return request
+
+
+def test_waits_and_slack_are_told_by_class(
+    registry: prometheus_client.CollectorRegistry,
+) -> None:
+    recorder = PrometheusRecorder(LABELS)
+    recorder.admitted(waiting(), now_s=10.2)
+    recorder.first_token(waiting())
+    recorder.first_token(waiting(first_s=10.7))
+    labels = {**LABELS, "slo_class": "interactive"}
+    wait, slack = names.WAIT_SECONDS.name, names.FIRST_TOKEN_SLACK.name
+    assert registry.get_sample_value(f"{wait}_sum", labels) == pytest.approx(0.2)
+    assert registry.get_sample_value(f"{slack}_count", labels) == 2
+    assert registry.get_sample_value(f"{slack}_bucket", {**labels, "le": "0.0"}) == 1
+
+
+@pytest.mark.parametrize(
+    ("times", "met"),
+    [
+        ({}, "true"),
+        ({"first_s": 10.51, "last_s": 10.6}, "false"),
+        ({"last_s": 10.51}, "false"),  # 4 more tokens in 0.21 s
+    ],
+)
+def test_objectives_met_and_missed(
+    registry: prometheus_client.CollectorRegistry, times: dict[str, float], met: str
+) -> None:
+    recorder = PrometheusRecorder(LABELS)
+    recorder.answered(waiting(**times))
+    value = registry.get_sample_value(
+        names.SLO_REQUESTS.name, {**LABELS, "slo_class": "interactive", "met": met}
+    )
+    assert value == 1

@@ -1,0 +1,247 @@
+"""Every rule of `refusals.py` against plain namespaces, as if SGLang's arguments.
+
+Guarantee: each unsupported option alone is refused with one sentence that names it; the supported
+ones are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.plugin.options import refusals
+
+
+@dataclasses.dataclass
+class Arguments:
+    """What the rules read, with SGLang's defaults."""
+
+    tiered_kv: bool = True
+    tiered_kv_host_size: str | None = None
+    model_path: str = "some-model"
+    device: str = "cuda"
+    page_size: int | None = 64
+    chunked_prefill_size: int = 2048
+    enable_hierarchical_cache: bool = True
+    radix_cache_backend: str | None = None
+    radix_eviction_policy: str = "lru"
+    schedule_policy: str = "fcfs"
+    speculative_algorithm: str | None = None
+    decoupled_spec_role: str = "null"
+    disaggregation_mode: str = "null"
+    elastic_ep_backend: str | None = None
+    dllm_algorithm: str | None = None
+    kv_canary: str = "none"
+    pp_size: int = 1
+    dp_size: int = 1
+    attn_cp_size: int = 1
+    dcp_size: int = 1
+    dwdp_size: int = 1
+    enable_dp_attention: bool = False
+    enable_prefill_cp: bool = False
+    enable_pdmux: bool = False
+    encoder_only: bool = False
+    language_only: bool = False
+    use_ray: bool = False
+    disable_radix_cache: bool = False
+    enable_lmcache: bool = False
+    enable_flexkv: bool = False
+    enable_hisparse: bool = False
+    enable_unified_memory: bool = False
+    enable_page_major_kv_layout: bool = False
+    enable_session_radix_cache: bool = False
+    enable_streaming_session: bool = False
+    is_embedding: bool = False
+    enable_return_routed_experts: bool = False
+    enable_return_indexer_topk: bool = False
+    enable_mixed_chunk: bool = False
+    hicache_size: int = 0
+    hicache_ratio: float = 2.0
+    hicache_write_policy: str = "write_through"
+    hicache_storage_backend: str | None = None
+    hicache_storage_backend_extra_config: str | None = None
+    hicache_storage_prefetch_policy: str = "timeout"
+
+
+REFUSED: dict[str, Any] = {
+    "speculative_algorithm": "EAGLE",
+    "decoupled_spec_role": "verifier",
+    "pp_size": 2,
+    "dp_size": 2,
+    "attn_cp_size": 2,
+    "dcp_size": 2,
+    "dwdp_size": 2,
+    "enable_dp_attention": True,
+    "enable_prefill_cp": True,
+    "elastic_ep_backend": "mooncake",
+    "disaggregation_mode": "prefill",
+    "enable_pdmux": True,
+    "encoder_only": True,
+    "language_only": True,
+    "use_ray": True,
+    "disable_radix_cache": True,
+    "enable_lmcache": True,
+    "enable_flexkv": True,
+    "enable_hisparse": True,
+    "enable_unified_memory": True,
+    "enable_page_major_kv_layout": True,
+    "enable_session_radix_cache": True,
+    "enable_streaming_session": True,
+    "dllm_algorithm": "LowConfidence",
+    "is_embedding": True,
+    "enable_return_routed_experts": True,
+    "enable_return_indexer_topk": True,
+    "schedule_policy": "dfs-weight",
+    "kv_canary": "log",
+    "radix_eviction_policy": "lfu",
+    "radix_cache_backend": "flexkv",
+    "page_size": 0,
+    "hicache_size": 8,
+    "hicache_ratio": 3.0,
+    "hicache_write_policy": "write_back",
+    "hicache_storage_backend": "file",
+    "hicache_storage_backend_extra_config": "{}",
+    "hicache_storage_prefetch_policy": "best_effort",
+}
+
+
+def one_sentence(error: pytest.ExceptionInfo[ConfigError]) -> str:
+    text = str(error.value)
+    assert text.endswith(".")
+    assert "\n" not in text
+    assert ";" in text, "what is wrong; what to do"
+    return text
+
+
+def test_defaults_are_accepted() -> None:
+    refusals.check_server_args(Arguments())
+    refusals.check_resolved(Arguments(radix_cache_backend="tiered_kv"))
+
+
+@pytest.mark.parametrize(
+    "supported",
+    [
+        {"enable_mixed_chunk": True},
+        {"page_size": 1},
+        {"page_size": 16},
+        {"page_size": None},
+        {"schedule_policy": "lpm"},
+        {"device": "cpu"},
+        {"chunked_prefill_size": -1},
+    ],
+    ids=str,
+)
+def test_supported_options_are_accepted(supported: dict[str, Any]) -> None:
+    refusals.check_server_args(dataclasses.replace(Arguments(), **supported))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_each_unsupported_option_is_refused_by_its_name(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        refusals.check_server_args(dataclasses.replace(Arguments(), **{name: REFUSED[name]}))
+    assert "--" + name.replace("_", "-") in one_sentence(error)
+
+
+def test_every_rule_has_a_case() -> None:
+    for rule in refusals.SERVER_ARGS_RULES:
+        cases = [n for n in REFUSED if rule.applies(Arguments(**{n: REFUSED[n]}))]
+        assert cases, rule.subject
+    assert set(refusals.HICACHE_OPTIONS) <= set(REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("resolved", "words"),
+    [
+        ({"device": "npu"}, "this device"),
+        ({"chunked_prefill_size": 100}, "multiple of the page size"),
+        ({"enable_hierarchical_cache": False}, "forbids a hierarchical cache"),
+        ({"speculative_algorithm": "NEXTN"}, "--speculative-algorithm"),
+    ],
+    ids=str,
+)
+def test_what_sglang_resolves_is_checked_too(resolved: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as error:
+        refusals.check_resolved(dataclasses.replace(Arguments(), **resolved))
+    one_sentence(error)
+
+
+def test_options_without_the_flag() -> None:
+    refusals.check_options_need_flag(Arguments(tiered_kv=False))
+    refusals.check_options_need_flag(Arguments(tiered_kv=True, tiered_kv_host_size="8GB"))
+    with pytest.raises(ConfigError, match="--tiered-kv-host-size has no effect without"):
+        refusals.check_options_need_flag(Arguments(tiered_kv=False, tiered_kv_host_size="8GB"))
+    with pytest.raises(ConfigError, match="--radix-cache-backend tiered_kv is chosen by"):
+        refusals.check_options_need_flag(
+            Arguments(tiered_kv=False, radix_cache_backend="tiered_kv")
+        )
+
+
+@pytest.mark.parametrize(
+    "name", ["SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "SGLANG_ENABLE_UNIFIED_RADIX_TREE"]
+)
+def test_other_trees_chosen_by_environment(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=f"unset {name}"):
+        refusals.check_server_args(Arguments())
+
+
+def build_context(**facts: Any) -> SimpleNamespace:
+    """A TreeCacheBuildContext's facts about a plain causal model, changed by `facts`."""
+    model = {"is_multimodal": False, "is_encoder_decoder": False, "is_generation": True}
+    context = {"is_hybrid_swa": False, "is_hybrid_ssm": False, "is_dsa": False}
+    context["disable_radix_cache"] = False
+    for name, value in facts.items():
+        (model if name in model else context)[name] = value
+    return SimpleNamespace(**context, model_config=SimpleNamespace(**model))
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        {"is_hybrid_swa": True},
+        {"is_hybrid_ssm": True},
+        {"is_dsa": True},
+        {"disable_radix_cache": True},
+        {"is_multimodal": True},
+        {"is_encoder_decoder": True},
+        {"is_generation": False},
+    ],
+    ids=str,
+)
+def test_unsupported_models_are_refused(fact: dict[str, bool]) -> None:
+    with pytest.raises(ConfigError) as error:
+        refusals.check_model(build_context(**fact))
+    one_sentence(error)
+
+
+def new_pool(cls: type, **attributes: Any) -> Any:
+    """A pool without its buffers: the check reads the class and a few attributes."""
+    pool = cls.__new__(cls)
+    vars(pool).update(attributes)
+    return pool
+
+
+def test_only_pools_of_plain_rows_are_accepted() -> None:
+    memory_pool = pytest.importorskip("sglang.srt.mem_cache.memory_pool")
+    plain = {"dtype": "bfloat16", "kv_cache_layout": "nhd"}
+    mha = new_pool(memory_pool.MHATokenToKVPool, **plain)
+    mha.quant_method = memory_pool.UnquantizedKVCacheMethod()
+    refusals.check_kv_pool(mha)
+    refusals.check_kv_pool(new_pool(memory_pool.MLATokenToKVPool, dtype="bfloat16"))
+
+    mha.quant_method = object()
+    with pytest.raises(ConfigError, match="MHATokenToKVPool"):
+        refusals.check_kv_pool(mha)
+    hnd = new_pool(memory_pool.MHATokenToKVPool, **{**plain, "kv_cache_layout": "hnd"})
+    hnd.quant_method = memory_pool.UnquantizedKVCacheMethod()
+    with pytest.raises(ConfigError, match="layout hnd"):
+        refusals.check_kv_pool(hnd)
+    for name in ("DSATokenToKVPool", "MLATokenToKVPoolFP4", "PageMajorMHATokenToKVPool"):
+        with pytest.raises(ConfigError, match=name):
+            refusals.check_kv_pool(
+                new_pool(getattr(memory_pool, name), dtype="bfloat16", kv_cache_layout="nhd")
+            )

@@ -1,0 +1,189 @@
+"""What a caller says of its next call keeps the prefix, and brings it back before that comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
+
+import torch
+from sglang.srt.managers.io_struct import AbortReq
+
+from support_plugin.decode_loop import DecodeLoop
+from support_plugin.decode_requests import Kind, light_costs, publish_arguments
+from support_plugin.mini_scheduler import MiniScheduler, request
+from support_tiers.tier_rig import PAGE_SIZE, Rig, on_host, tokens_of
+from tiered_kv.api.hints import Hints
+from tiered_kv.api.terms import Terms
+from tiered_kv.memory.manager import LOAD_AHEAD_S
+from tiered_kv.plugin.queue.foretold import FETCH_AHEAD_S, REFRESH_S
+from tiered_kv.tiers import announced_prompts
+
+PROMPT = tokens_of(1, 2, 3)
+N_PAGES = len(PROMPT) // PAGE_SIZE
+
+
+def hinted(rid: str, *hints: float) -> Any:
+    req = request(rid, PROMPT)
+    req.tiered_kv_terms = Terms(hints=Hints(None, *hints))
+    return req
+
+
+def announce(scheduler: MiniScheduler, rig: Rig, *hints: float) -> None:
+    last = rig.hierarchy.match(rig.hierarchy.root(), PROMPT).last
+    scheduler.tiered_kv_order.ended(hinted("a", *hints), last)
+
+
+def pages_on_device(rig: Rig) -> int:
+    rig.drain()
+    return rig.usable(PROMPT)[0]
+
+
+def test_a_prefix_is_brought_back_before_the_call_comes(scheduler: MiniScheduler, rig: Rig) -> None:
+    on_host(rig, PROMPT)
+    announce(scheduler, rig, 30.0)
+    scheduler.tick(115.0)
+    assert pages_on_device(rig) == 0, "too early"
+    scheduler.tick(122.0)
+    assert pages_on_device(rig) == N_PAGES
+
+
+@pytest.mark.parametrize("hints", [(), (5.0, 0.2), (5.0, 0.0)])
+def test_without_a_hint_or_much_hope_nothing_is_brought(
+    scheduler: MiniScheduler, rig: Rig, hints: tuple[float, ...]
+) -> None:
+    on_host(rig, PROMPT)
+    announce(scheduler, rig, *hints)
+    scheduler.tick(101.0 + REFRESH_S)
+    assert pages_on_device(rig) == 0
+
+
+def only_on_disk(rig: Rig) -> None:
+    rig.drain()
+    assert rig.stored_pages(PROMPT) == N_PAGES
+    rig.drop_from_device()
+    rig.drop_from_host()
+    assert rig.usable(PROMPT) == (0, 0)
+
+
+def test_what_only_the_disk_has_comes_back_tier_by_tier(scheduler: MiniScheduler, rig: Rig) -> None:
+    rig.serve(PROMPT)
+    announce(scheduler, rig, 60.0)
+    only_on_disk(rig)
+    scheduler.tick(160.0 - FETCH_AHEAD_S - 1.0)
+    rig.drain()
+    assert rig.usable(PROMPT) == (0, 0), "too early"
+    scheduler.tick(160.0 - FETCH_AHEAD_S + 1.0)
+    rig.drain()
+    assert rig.usable(PROMPT) == (0, N_PAGES)
+    scheduler.tick(160.0 - FETCH_AHEAD_S + 3.0)
+    assert not rig.hierarchy.prefetch.tickets, "what has come is ordinary cache"
+    assert rig.usable(PROMPT) == (0, N_PAGES)
+    scheduler.tick(160.0 - LOAD_AHEAD_S + 1.0)
+    assert pages_on_device(rig) == N_PAGES
+    rig.check_idle()
+
+
+def test_other_keys_prompts_are_found_under_their_keys(scheduler: MiniScheduler, rig: Rig) -> None:
+    rig.serve(PROMPT, "tenant")
+    last = rig.hierarchy.match(rig.hierarchy.root("tenant"), PROMPT).last
+    req = hinted("a", 60.0)
+    req.extra_key = "tenant"
+    scheduler.tiered_kv_order.ended(req, last)
+    rig.drain()
+    rig.drop_from_device()
+    rig.drop_from_host()
+    scheduler.tick(155.0)
+    rig.drain()
+    assert rig.usable(PROMPT, "tenant") == (0, N_PAGES)
+    assert rig.usable(PROMPT) == (0, 0)
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_fetch_ends_with_the_call_or_with_the_wait_for_it(
+    scheduler: MiniScheduler, rig: Rig, comes: bool
+) -> None:
+    rig.serve(PROMPT)
+    announce(scheduler, rig, 60.0)
+    only_on_disk(rig)
+    rig.disk.reads.hold()
+    scheduler.tick(150.0)
+    assert len(rig.hierarchy.prefetch.tickets) == 1
+    if comes:
+        scheduler.arrive(request("b", PROMPT))
+        scheduler.step()
+    scheduler.tick(300.0)
+    foretold = scheduler.tiered_kv_order.foretold
+    assert not foretold.calls
+    assert not foretold.prompts
+    assert not [name for name in rig.hierarchy.prefetch.tickets if name != "b"]
+    rig.disk.reads.release()
+    rig.drain()
+
+
+def test_the_oldest_prompts_are_forgotten_beyond_a_bound(
+    scheduler: MiniScheduler, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announced_prompts, "TOKENS_MAX", 2 * len(PROMPT))
+    prompts = scheduler.tiered_kv_order.foretold.prompts
+    for first in (1, 20, 40):
+        tokens = tokens_of(first, first + 1, first + 2)
+        rig.serve(tokens)
+        prompts.remember(rig.hierarchy.match(rig.hierarchy.root(), tokens).last, None)
+    assert len(prompts) == 2
+
+
+def test_what_the_queue_wants_is_not_forgotten_over_what_was_announced(
+    scheduler: MiniScheduler, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[int, Any]] = []
+    monkeypatch.setattr(rig.hierarchy, "forecast", lambda forecast: told.append(forecast.next_use))
+    on_host(rig, PROMPT)
+    node_id = rig.hierarchy.match(rig.hierarchy.root(), PROMPT).last.node_id
+    announce(scheduler, rig, 30.0)
+    assert [set(expected) for expected in told] == [{node_id}]
+    scheduler.tick(100.0 + REFRESH_S / 2)
+    assert len(told) == 1, "not with every tick"
+    scheduler.tick(110.0)
+    assert told[-1][node_id].starts_in_s == pytest.approx(20.0)
+    scheduler.arrive(request("b", PROMPT))
+    scheduler.step()
+    scheduler.tick(120.0)
+    assert told[-1] == {}, "the call has come"
+    n = len(told)
+    scheduler.tick(130.0)
+    assert len(told) == n
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    torch.compiler.set_stance("force_eager")
+    yield publish_arguments(tmp_path_factory.mktemp("model"))
+    torch.compiler.set_stance("default")
+
+
+def test_on_the_scheduler_s_loop_an_answer_announces_where_it_ended(args: Any) -> None:
+    loop = DecodeLoop(args, overlap=True)
+    loop.govern("slack", "slack", light_costs())
+    kind = Kind(family=0, seed=1, n_own=10, max_new_tokens=9, sampling={"ignore_eos": True})
+    plain, req, aborted = (kind.request(rid) for rid in ("plain", "hinted", "aborted"))
+    for one in (req, aborted):
+        one.tiered_kv_terms = Terms(hints=Hints(next_call_in_s=60.0))
+    loop.serve(plain)
+    calls = loop.tiered_kv_order.foretold.calls
+    assert not calls
+    loop.serve(req)
+    (node_id,) = calls.expected(0.0)
+    node = loop.tree_cache.hierarchy.context.forest.find(node_id)
+    assert node is not None
+    assert node.end == (len(req.origin_input_ids) + 8) // loop.page_size * loop.page_size
+    calls.came([node_id])
+    loop.arrive(aborted)
+    loop.run(lambda: len(aborted.output_ids) < 3)
+    loop.abort_request(AbortReq(rid="aborted"))
+    loop.run(lambda: not loop.is_at_rest)
+    assert not calls
+    loop.close()

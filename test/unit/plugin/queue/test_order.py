@@ -1,0 +1,300 @@
+"""A policy over SGLang's queue: real requests of SGLang's, real tiers, a scheduler in miniature.
+
+Guarantee: for one call the queue is what the plan offers, afterwards it is whole, in the order of
+arrival; a prefill is as large as the plan says, in whole pages.
+"""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
+
+
+from support_plugin.mini_scheduler import CHUNK, MiniScheduler, Spy, request, running, three
+from support_tiers.tier_rig import PAGE_SIZE, Rig, tokens_of
+from tiered_kv.core.device_spec import find_device
+from tiered_kv.core.model_spec import find_model
+from tiered_kv.memory.demand import DemandForecast, Expectation
+from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
+from tiered_kv.plugin.cache.residency_log import ResidencyLog
+from tiered_kv.plugin.hooks import scheduler as scheduler_hooks
+from tiered_kv.plugin.queue.order import PLAN_LIMIT, RequestOrder
+from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.iteration_policy import IterationPlan
+from tiered_kv.scheduler.request_policy import SchedulerState
+
+# -- the queue ---------------------------------------------------------------------------------
+
+
+def test_the_plan_is_offered_and_the_queue_is_whole_afterwards(
+    scheduler: MiniScheduler, spy: Spy
+) -> None:
+    three(scheduler)
+    spy.order = [3, 1]
+    assert scheduler.step() == ["c"]
+    assert scheduler.offered == ["c", "a"]
+    assert scheduler.waiting == ["a", "b"]
+    assert spy.heard[3:] == [("admission", 3, 100.0)]
+
+
+def test_where_nobody_fits_everybody_still_waits(scheduler: MiniScheduler, spy: Spy) -> None:
+    three(scheduler)
+    spy.order, scheduler.admit = [2], 0
+    assert scheduler.step() == []
+    assert scheduler.offered == ["b"]
+    assert scheduler.waiting == ["a", "b", "c"]
+
+
+def test_no_more_are_offered_than_the_plan_admits(scheduler: MiniScheduler, spy: Spy) -> None:
+    three(scheduler)
+    spy.plan_fields = {"admit_at_most": 2}
+    scheduler.step()
+    assert scheduler.offered == ["a", "b"]
+
+
+def test_a_policy_that_offers_nobody_cannot_hang_an_idle_server(
+    scheduler: MiniScheduler, spy: Spy
+) -> None:
+    three(scheduler)
+    spy.order = []
+    assert scheduler.step() == ["a"]
+    # Somebody runs now: the policy may have its reasons.
+    assert scheduler.step() == []
+    assert scheduler.waiting == ["b", "c"]
+
+
+def test_as_many_are_asked_for_as_one_batch_can_take(scheduler: MiniScheduler, spy: Spy) -> None:
+    for i in range(5 * PLAN_LIMIT):
+        scheduler.arrive(request(f"{i}", array("q", [i + 10])))
+    # One token each, so a chunk of 32 takes 32 of them.
+    scheduler.step()
+    assert spy.limits == [PLAN_LIMIT, 2 * PLAN_LIMIT]
+    assert scheduler.offered == [f"{i}" for i in range(CHUNK)]
+
+
+def test_nobody_waits_nothing_is_asked(scheduler: MiniScheduler, spy: Spy, rig: Rig) -> None:
+    assert scheduler.step() == []
+    rig.serve(tokens_of(1, 2))
+    scheduler.step()
+    assert spy.states == []
+    assert not scheduler.tiered_kv_order.queue.wants_time
+
+
+# -- how much is prefilled at once -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("planned", "chunk"), [(None, CHUNK), (1, 4), (11, 8), (CHUNK, CHUNK), (1000, CHUNK), (0, 4)]
+)
+def test_the_chunk_is_whole_pages_and_never_larger_than_configured(
+    scheduler: MiniScheduler, spy: Spy, planned: int | None, chunk: int
+) -> None:
+    three(scheduler)
+    spy.plan_fields = {"prefill_tokens": planned}
+    scheduler.step()
+    assert scheduler.chunk_seen == chunk
+    assert scheduler.chunked_prefill_size == CHUNK
+
+
+def test_no_prefill_while_somebody_decodes(scheduler: MiniScheduler, spy: Spy) -> None:
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    three(scheduler)
+    spy.plan_fields = {"prefill_tokens": 0}
+    assert scheduler.step() == []
+    assert scheduler.offered is None
+    assert scheduler.waiting == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "room", "some_decode", "chunk"),
+    [
+        (12, None, False, 12),
+        (12, 8, False, 8),
+        (8, 12, False, 8),
+        (None, 8, False, 8),
+        (8, 12, True, 12),
+        (8, None, True, CHUNK),
+        (0, 8, True, 8),
+    ],
+)
+def test_decodes_leave_room_for_so_much_prefill(
+    scheduler: MiniScheduler,
+    spy: Spy,
+    asked: int | None,
+    room: int | None,
+    some_decode: bool,
+    chunk: int,
+) -> None:
+    asks: list[tuple[Any, ...]] = []
+
+    def plan_prefill(*args: Any) -> IterationPlan:
+        asks.append(args)
+        return IterationPlan((1,) if some_decode else None, room)
+
+    scheduler.tiered_kv_order.selection = SimpleNamespace(plan_prefill=plan_prefill)
+    three(scheduler)
+    spy.plan_fields = {"prefill_tokens": asked} if asked else {}
+    scheduler.step()
+    assert asks == [], "nobody decodes"
+    spy.plan_fields = {"prefill_tokens": asked}
+    scheduler.step()
+    assert scheduler.chunk_seen == chunk
+    assert [(args[0], args[1]) for args in asks] == [(scheduler.running_batch, spy.states[-1])]
+
+
+def test_decodes_leave_room_for_so_many_requests(scheduler: MiniScheduler, spy: Spy) -> None:
+    """With the pages of each, however few tokens it adds."""
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    three(scheduler)
+    plans = iter([IterationPlan((1,), 2, admit_at_most=2), IterationPlan((1,), 100)])
+    selection: Any = SimpleNamespace(plan_prefill=lambda *_: next(plans))
+    scheduler.tiered_kv_order.selection = selection
+    scheduler.admit = 3
+    assert scheduler.step() == ["a", "b"]
+    assert scheduler.chunk_seen == 2 * PAGE_SIZE
+    assert scheduler.waiting == ["c"]
+    spy.plan_fields = {"admit_at_most": 0}
+    assert scheduler.step() == []
+
+
+def test_decodes_that_leave_no_room_go_first(scheduler: MiniScheduler) -> None:
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    three(scheduler)
+    plans = iter([IterationPlan((1,), 0), IterationPlan((1,), 8)])
+    selection: Any = SimpleNamespace(plan_prefill=lambda *_: next(plans))
+    scheduler.tiered_kv_order.selection = selection
+    assert scheduler.step() == []
+    assert len(scheduler.step()) == 1
+
+
+def test_mixed_decodes_take_theirs_of_the_chunk(scheduler: MiniScheduler, spy: Spy) -> None:
+    scheduler.is_mixed_chunk = True
+    scheduler.running_batch.reqs += [running(scheduler, "r"), running(scheduler, "s")]
+    three(scheduler)
+    spy.plan_fields = {"prefill_tokens": 12}
+    scheduler.step()
+    assert scheduler.chunk_seen == 8 + 2
+    spy.plan_fields = {"prefill_tokens": 2}
+    assert scheduler.step() == []
+
+
+def test_decodes_are_mixed_in_where_the_plan_says_so(scheduler: MiniScheduler, spy: Spy) -> None:
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    three(scheduler)
+    spy.plan_fields = {"prefill_tokens": 13, "mix_decodes": True}
+    assert scheduler.step() == ["a"]
+    assert (scheduler.chunk_seen, scheduler.mix_seen, scheduler.mixed) == (12 + 1, True, True)
+    assert not scheduler.is_mixed_chunk
+    scheduler.has_decode_memory = False
+    assert scheduler.step() == ["b"]
+    assert (scheduler.mix_seen, scheduler.mixed) == (True, False)
+
+
+@pytest.mark.parametrize("chunk", [None, PAGE_SIZE])
+def test_decodes_are_not_mixed_into_chunks_that_have_no_room(
+    scheduler: MiniScheduler, spy: Spy, chunk: int | None
+) -> None:
+    scheduler.chunked_prefill_size = chunk
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    three(scheduler)
+    spy.plan_fields = {"mix_decodes": True}
+    assert scheduler.step() == ["a"]
+    assert (scheduler.chunk_seen, scheduler.mixed) == (chunk, False)
+
+
+def test_without_chunked_prefill_only_a_plan_of_none_counts(
+    scheduler: MiniScheduler, spy: Spy
+) -> None:
+    scheduler.chunked_prefill_size = None
+    three(scheduler)
+    spy.plan_fields = {"prefill_tokens": 8}
+    scheduler.step()
+    assert scheduler.chunk_seen is None
+    assert spy.states[0].chunk_tokens == scheduler.max_prefill_tokens
+
+
+# -- what a policy expects ---------------------------------------------------------------------
+
+
+class Foreteller(Spy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.next = DemandForecast()
+
+    def forecast(self, state: SchedulerState) -> DemandForecast:
+        return self.next
+
+
+def test_a_forecast_reaches_the_tiers_when_it_changes(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Foreteller()
+    scheduler = MiniScheduler(rig, policy)
+    scheduler.tick(1.0)
+    given: list[DemandForecast] = []
+    monkeypatch.setattr(rig.hierarchy, "forecast", given.append)
+    for req in [request(rid) for rid in "abcd"]:
+        scheduler.arrive(req)
+    scheduler.step()
+    policy.next = DemandForecast({1: Expectation(0.5)})
+    scheduler.step()
+    scheduler.step()
+    assert given == [policy.next]
+
+
+def test_without_a_policy_of_ours_sglang_is_left_alone() -> None:
+    stock = SimpleNamespace(waiting_queue=[], policy=SimpleNamespace())
+    assert scheduler_hooks.form_prefill(lambda s, **_: (s, 1), stock, running_batch=None) == (
+        stock,
+        1,
+    )
+    called = []
+    scheduler_hooks.put_in_order(lambda *args: called.append(args), stock.policy, [], None)
+    assert called == [(stock.policy, [], None)]
+    scheduler_hooks.note_arrival(None, stock, request("a"))
+
+
+def just_made(rig: Rig, policy: str, *, costs: CostModel | None) -> Any:
+    """What `order_waiting_queue` finds of a scheduler."""
+    parts = SimpleNamespace(
+        hierarchy=rig.hierarchy,
+        cost_model=costs,
+        residency=ResidencyLog(rig.events),
+        metrics=MetricsRecorder(),
+    )
+    args = SimpleNamespace(tiered_kv=True, tiered_kv_policy=policy, schedule_policy="fcfs")
+    return SimpleNamespace(
+        server_args=args,
+        tree_cache=SimpleNamespace(parts=parts, request_order=None),
+        policy=SimpleNamespace(),
+        request_receiver=object(),
+    )
+
+
+def test_the_policy_named_is_put_in_charge(rig: Rig) -> None:
+    costs = CostModel(find_model("Llama-3.1-8B"), find_device("H200-141"), {})
+    scheduler = just_made(rig, "slack", costs=costs)
+    scheduler_hooks.order_waiting_queue(None, scheduler)
+    order = scheduler.tiered_kv_order
+    assert isinstance(order, RequestOrder)
+    assert scheduler.policy.tiered_kv_order is scheduler.tree_cache.request_order is order
+
+
+def test_sglang_stays_in_charge_where_it_is_told_to_or_costs_are_unknown(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    costs = CostModel(find_model("Llama-3.1-8B"), find_device("H200-141"), {})
+    told = just_made(rig, "upstream", costs=costs)
+    scheduler_hooks.order_waiting_queue(None, told)
+    assert not caplog.records
+    unknown = just_made(rig, "slack", costs=None)
+    scheduler_hooks.order_waiting_queue(None, unknown)
+    assert "--schedule-policy fcfs orders the queue" in caplog.text
+    for scheduler in (told, unknown):
+        assert not hasattr(scheduler, "tiered_kv_order")
+        assert scheduler.tree_cache.request_order is None
