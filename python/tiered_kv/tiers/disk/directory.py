@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tiered_kv.core.errors import DiskStateError, DiskTierError
 from tiered_kv.tiers.disk.faults import remedy
+from tiered_kv.tiers.disk.generation import GENERATION_NAME
 from tiered_kv.tiers.disk.index import CORRUPT_INDEX_NAME, index_files
 from tiered_kv.tiers.disk.io_ops import DIRECTORY_MODE, FILE_MODE
 from tiered_kv.tiers.disk.io_path import PROBE_NAME
@@ -39,7 +40,7 @@ _OUR_FIRST_NAMES = frozenset(
     {LOCK_NAME, FORMAT_NAME, f"{FORMAT_NAME}.new", SEGMENTS_NAME, PROBE_NAME}
 )
 _INDEX_NAMES = frozenset({path.name for path in index_files(Path())} | {CORRUPT_INDEX_NAME})
-_OUR_NAMES = _OUR_FIRST_NAMES | _INDEX_NAMES
+_OUR_NAMES = _OUR_FIRST_NAMES | _INDEX_NAMES | {GENERATION_NAME, f"{GENERATION_NAME}.new"}
 ANEW = "begin anew with --tiered-kv-clear-disk (the pages are only a cache)"
 
 
@@ -203,7 +204,8 @@ def erase(directory: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         doomed += segment_paths(directory / SEGMENTS_NAME)
     # The format goes last: while it is there, the directory is known as ours.
-    doomed += [directory / f"{FORMAT_NAME}.new", directory / FORMAT_NAME]
+    for name in (GENERATION_NAME, FORMAT_NAME):
+        doomed += [directory / f"{name}.new", directory / name]
     error = None
     for path in doomed:
         try:

@@ -34,9 +34,6 @@ class FrozenIndex(PageIndex):
     def is_in_place(self) -> bool:
         return True
 
-    def compact(self) -> None:
-        pass
-
     def close(self) -> None:
         self._connection.close()
 

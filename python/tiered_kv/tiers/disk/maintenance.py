@@ -22,14 +22,20 @@ from tiered_kv.tiers.disk.directory import (
 )
 from tiered_kv.tiers.disk.faults import is_damage, remedy
 from tiered_kv.tiers.disk.frozen_index import readable_copy
+from tiered_kv.tiers.disk.generation import read_generation
 from tiered_kv.tiers.disk.index import INDEX_NAME, stored_meta
+from tiered_kv.tiers.disk.index_upkeep import CAPACITY_META
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.record import round_up
 from tiered_kv.tiers.disk.segment_files import segment_paths
 from tiered_kv.tiers.disk.shards import bytes_below
-from tiered_kv.tiers.disk.store import CAPACITY_META, Access, DiskStore
+from tiered_kv.tiers.disk.store import Access, DiskStore
 
 _CHECK_BYTES = 16 << 20
+# Of the segments that were not cleared; 24 bits of a location are the slot.
+_PAGES_PER_NAMESPACE = """
+SELECT namespace, sum(length(hashes) / 32) FROM runs JOIN segments ON number = location >> 24
+WHERE generation = ? GROUP BY namespace"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +85,7 @@ def inspect_directory(directory: Path) -> DirectoryReport:
     try:
         if (directory / INDEX_NAME).exists():
             with _readable_index(directory) as db:
-                counts = dict(
-                    db.execute("SELECT namespace, count(*) FROM pages GROUP BY namespace")
-                )
+                counts = dict(db.execute(_PAGES_PER_NAMESPACE, (read_generation(directory),)))
                 namespaces = [
                     NamespaceReport(
                         bytes(namespace_id), description, page_bytes, counts.get(number, 0)

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tiered_kv.tiers.disk.attempt import Attempt
 from tiered_kv.tiers.disk.buffers import as_bytes
-from tiered_kv.tiers.disk.catalog import NamespaceEntries
+from tiered_kv.tiers.disk.catalog import Catalog
 from tiered_kv.tiers.disk.io_path import Reuse
 from tiered_kv.tiers.disk.io_pool import DaemonThreads
+from tiered_kv.tiers.disk.namespace_entries import NamespaceEntries
 from tiered_kv.tiers.disk.reader import PageReader
 from tiered_kv.tiers.disk.record import ID_BYTES
 from tiered_kv.tiers.disk.stall_watch import StallWatch
@@ -25,7 +26,10 @@ _LOOK_S = 0.25
 class Operations:
     """Reads and writes of an open store; counts those under way so that closing can wait."""
 
-    def __init__(self, reader: PageReader, writer: PageWriter, stalls: StallWatch) -> None:
+    def __init__(
+        self, catalog: Catalog, reader: PageReader, writer: PageWriter, stalls: StallWatch
+    ) -> None:
+        self.catalog = catalog
         self.reader = reader
         self._writer = writer
         self._stalls = stalls
@@ -117,19 +121,15 @@ class DiskNamespace:
 
     def __len__(self) -> int:
         """Pages stored."""
-        return len(self._entries.locations)
+        return self._entries.n_pages
 
     def contains(self, page_hash: bytes) -> bool:
-        """Is the page stored? A dict lookup: never waits."""
-        return page_hash in self._entries.locations
+        """Is the page stored? A lookup in memory: never waits."""
+        return self._entries.find(page_hash) is not None
 
     def count_prefix(self, hashes: Sequence[bytes]) -> int:
-        """How many leading pages are stored. Dict lookups: never waits."""
-        locations = self._entries.locations
-        for position, page_hash in enumerate(hashes):
-            if page_hash not in locations:
-                return position
-        return len(hashes)
+        """How many leading pages are stored. Lookups in memory: never waits."""
+        return self._operations.catalog.count_prefix(self._entries, hashes)
 
     def write_pages(
         self,
@@ -178,8 +178,9 @@ class DiskNamespace:
     def drain_dropped(self) -> list[bytes] | None:
         """Pages that were stored and no longer are, whatever the reason, since the last call.
 
-        None if there were more than 65,536: then ask `contains` for what matters. Of several
-        callers each drop reaches only one. Costs nothing until pages are dropped.
+        None if there were more than 65,536, or all were cleared: then ask `contains` for what
+        matters. Of several callers each drop reaches only one. Costs nothing until pages are
+        dropped.
         """
         return self._operations.reader.drain_dropped(self._entries)
 
@@ -194,8 +195,7 @@ class DiskNamespace:
 
     def hashes(self) -> list[bytes]:
         """Every page stored now, neighbours on disk next to each other."""
-        locations = dict(self._entries.locations)
-        return sorted(locations, key=locations.__getitem__)
+        return self._operations.catalog.hashes_of(self._entries)
 
     def check_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> list[bool]:
         """Whether each page can be read back whole; changes nothing."""

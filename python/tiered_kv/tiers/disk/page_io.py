@@ -241,16 +241,19 @@ class PageIo:
     ) -> None:
         """The system calls for a run; once more if the open file turns out to lead nowhere."""
         segment, offset = run[0].segment, run[0].segment.record_offset(run[0].slot)
-        fd = self._files.fd(segment, direct=direct)
-        try:
-            with in_flight, self.stalls.watch():
+
+        def transfer() -> None:
+            opened = self._files.opened(segment, direct=direct)
+            with in_flight, self.stalls.watch(), opened as fd:
                 transfer_all(call, fd, buffers, offset)
+
+        try:
+            transfer()
         except OSError as error:
             if blame_of(error) is not Blame.HANDLE:
                 raise
-            self._files.reopen(segment, direct=direct)
-            with in_flight, self.stalls.watch():
-                transfer_all(call, fd, buffers, offset)
+            self._files.forget(segment.number)
+            transfer()
 
     def sync(self, written: Iterable[PageTransfer]) -> None:
         """Put written pages on the device, if the store promises that. Raises OSError."""

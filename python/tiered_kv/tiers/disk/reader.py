@@ -9,15 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
+from tiered_kv.tiers.disk.catalog import Catalog
 from tiered_kv.tiers.disk.faults import Blame, blame_of
 from tiered_kv.tiers.disk.index import PageIndex
 from tiered_kv.tiers.disk.io_path import Reuse
 from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
 from tiered_kv.tiers.disk.lost_files import LostFiles
+from tiered_kv.tiers.disk.namespace_entries import NamespaceEntries
 from tiered_kv.tiers.disk.page_io import Outcome, PageIo, PageKind, PageTransfer, plan_runs
 from tiered_kv.tiers.disk.segment import location
-from tiered_kv.tiers.disk.space import SpaceManager
 from tiered_kv.tiers.disk.stats import Counters
 from tiered_kv.tiers.disk.write_gate import WriteGate
 
@@ -39,7 +39,6 @@ class PageReader:
         self,
         catalog: Catalog,
         index: PageIndex,
-        space: SpaceManager,
         page_io: PageIo,
         pool: IoPool,
         gate: WriteGate,
@@ -48,7 +47,6 @@ class PageReader:
     ) -> None:
         self._catalog = catalog
         self._index = index
-        self._space = space
         self._page_io = page_io
         self._pool = pool
         self._gate = gate
@@ -97,7 +95,6 @@ class PageReader:
             for position, page_hash in enumerate(hashes):
                 found = self._catalog.locate(entries, page_hash)
                 if found is not None:
-                    found[0].readers += 1
                     transfers.append(PageTransfer(position, page_hash, buffers[position], *found))
         self._transfer(entries, transfers, Reuse.LATER)
         for transfer in transfers:
@@ -109,7 +106,7 @@ class PageReader:
         dropped: list[tuple[int, bytes]] = []
         with self._catalog.lock:
             for page_hash in hashes:
-                loc = entries.locations.get(page_hash)
+                loc = entries.find(page_hash)
                 if loc is not None and self._catalog.drop(entries, page_hash, loc):
                     dropped.append((loc, page_hash))
         self._index.delete_pages(dropped)
@@ -128,8 +125,8 @@ class PageReader:
     def _find(
         self, entries: NamespaceEntries, hashes: Sequence[bytes], buffers: Sequence[memoryview]
     ) -> tuple[list[PageTransfer], bool]:
-        """The leading pages that are stored, each with its segment's file pinned; and whether most
-        of them were read lately already: then no tier above keeps them, and they come again."""
+        """The leading pages that are stored; and whether most of them were read lately already:
+        then no tier above keeps them, and they come again."""
         transfers: list[PageTransfer] = []
         n_reread = 0
         with self._catalog.lock:
@@ -142,7 +139,6 @@ class PageReader:
                 access = segment.access[slot]
                 n_reread += access & 1 and clock - (access >> 1) <= _REREAD_TICKS
                 segment.touch(slot, clock)
-                segment.readers += 1
                 transfers.append(
                     PageTransfer(position, page_hash, buffers[position], segment, slot)
                 )
@@ -163,17 +159,14 @@ class PageReader:
     def _transfer(
         self, entries: NamespaceEntries, transfers: Sequence[PageTransfer], reuse: Reuse
     ) -> None:
-        """Read the pages, note what became of each, and unpin their segments."""
+        """Read the pages and note what became of each."""
         kind = PageKind(entries.namespace_id, entries.page_bytes)
-        try:
-            runs = plan_runs(transfers, self._pool.io_threads)
-            self._pool.run([self._job(kind, run, reuse) for run in runs])
-        finally:
-            self._space.unpin_readers(t.segment for t in transfers)
+        runs = plan_runs(transfers, self._pool.io_threads)
+        self._pool.run([self._job(kind, run, reuse) for run in runs])
 
     def _was_moved(self, entries: NamespaceEntries, transfer: PageTransfer) -> bool:
         """Did a reclaim carry the page to another slot while it was being read?"""
-        loc = entries.locations.get(transfer.page_hash)
+        loc = entries.find(transfer.page_hash)
         return loc is not None and loc != location(transfer.segment.number, transfer.slot)
 
     def _job(
@@ -213,7 +206,7 @@ class PageReader:
         n_failed = n_damaged = 0
         for transfer in bad:
             loc = location(transfer.segment.number, transfer.slot)
-            if entries.locations.get(transfer.page_hash) != loc:
+            if entries.find(transfer.page_hash) != loc:
                 continue  # Moved or given up meanwhile: the slot was somebody else's.
             if transfer.outcome is Outcome.FAILED:
                 n_failed += 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +27,8 @@ from tiered_kv.tiers.disk.segment_files import segment_paths
 logger = logging.getLogger(__name__)
 
 _PROGRESS_S = 5.0
+_THREADS = 16
+"""Files read at a time: a header is one small read, and a disk wants many of those at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +43,34 @@ class ScannedSegment:
 
 
 def scan_segments(directory: Path) -> Iterator[ScannedSegment]:
-    """Every usable segment file; one that cannot be read or makes no sense is skipped.
+    """Every usable segment file, by number; one that cannot be read or makes no sense is skipped.
 
     Raises OSError where the fault isn't the file's: what is skipped here is given up.
     """
     paths = segment_paths(directory)
     logged = time.monotonic()
-    for n_done, path in enumerate(paths):
-        if time.monotonic() - logged > _PROGRESS_S:
-            logged = time.monotonic()
-            logger.warning("Disk tier: scanned %d of %d segment files.", n_done, len(paths))
-        try:
-            scanned = _scan_file(path)
-        except OSError as error:
-            if blame_of(error) in (Blame.PROCESS, Blame.STATE):
-                raise
-            logger.warning("Disk tier: segment file %s is skipped (%s).", path.name, error)
-            continue
-        if scanned is not None:
-            yield scanned
+    rest = iter(paths)
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="tiered-kv-disk-scan") as pool:
+        # Not all at once: what is found waits in memory until it is taken.
+        ahead: deque[tuple[Path, Future[ScannedSegment | None]]] = deque(
+            (path, pool.submit(_scan_file, path)) for path in itertools.islice(rest, 2 * _THREADS)
+        )
+        for n_done in range(len(paths)):
+            path, future = ahead.popleft()
+            for another in itertools.islice(rest, 1):
+                ahead.append((another, pool.submit(_scan_file, another)))
+            if time.monotonic() - logged > _PROGRESS_S:
+                logged = time.monotonic()
+                logger.warning("Disk tier: scanned %d of %d segment files.", n_done, len(paths))
+            try:
+                scanned = future.result()
+            except OSError as error:
+                if blame_of(error) in (Blame.PROCESS, Blame.STATE):
+                    raise
+                logger.warning("Disk tier: segment file %s is skipped (%s).", path.name, error)
+                continue
+            if scanned is not None:
+                yield scanned
 
 
 def _scan_file(path: Path) -> ScannedSegment | None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import logging
 import sqlite3
 import threading
+import time
 from pathlib import Path
 from typing import Self
 
 from tiered_kv.core.errors import DiskTierError
 from tiered_kv.tiers.disk.budget import Budget
 from tiered_kv.tiers.disk.buffers import ScratchPool
-from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
 from tiered_kv.tiers.disk.directory import (
     OwnerLock,
     erase,
@@ -23,16 +22,20 @@ from tiered_kv.tiers.disk.directory import (
     prepare_directory,
     segments_directory,
 )
-from tiered_kv.tiers.disk.index import PageIndex, index_files, size_of_aside
+from tiered_kv.tiers.disk.index import PageIndex, size_of_aside
+from tiered_kv.tiers.disk.index_upkeep import CAPACITY_META, IndexUpkeep
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.io_path import IoMode, Reuse, choose_path
 from tiered_kv.tiers.disk.io_pool import IoPool
-from tiered_kv.tiers.disk.loading import open_frozen_index, open_index, refill_index
+from tiered_kv.tiers.disk.keeper import Keeper
+from tiered_kv.tiers.disk.loaded import Loaded
+from tiered_kv.tiers.disk.loading import fate_of, open_frozen_index, open_index
 from tiered_kv.tiers.disk.lost_files import LostFiles
 from tiered_kv.tiers.disk.namespace import DiskNamespace, Operations
 from tiered_kv.tiers.disk.page_io import PageIo
 from tiered_kv.tiers.disk.page_mover import PageMover
 from tiered_kv.tiers.disk.reader import PageReader
+from tiered_kv.tiers.disk.reclaimer import Reclaimer
 from tiered_kv.tiers.disk.record import ID_BYTES
 from tiered_kv.tiers.disk.segment_files import SegmentFiles, segment_paths
 from tiered_kv.tiers.disk.space import SpaceManager
@@ -43,11 +46,7 @@ from tiered_kv.tiers.disk.writer import PageWriter
 
 logger = logging.getLogger(__name__)
 
-CAPACITY_META = "capacity_bytes"
-"""Name under which the index remembers the budget of the last run."""
-
 CLOSE_TIMEOUT_S = 30.0
-_ACCESS_ROWS_PER_COMMIT = 5_000
 
 
 class Access(enum.Enum):
@@ -92,7 +91,8 @@ class DiskStore:
             read_only=read_only,
             watch=self._stalls.watch,
         )
-        self._index, self._catalog = self._open_index(sync_writes=sync_writes)
+        self._index, loaded = self._open_index(sync_writes=sync_writes)
+        self._catalog = loaded.catalog
         page_io = PageIo(
             self._files,
             io_ops,
@@ -102,34 +102,40 @@ class DiskStore:
             stalls=self._stalls,
             cipher=cipher,
         )
-        mover = PageMover(self._catalog, page_io)
+        self._keeper = Keeper(
+            directory,
+            self._catalog,
+            saved_generation=loaded.saved_generation,
+            sync_writes=sync_writes,
+        )
         self._space = SpaceManager(
             self._catalog,
-            self._index,
-            self._files,
-            mover,
             self._budget,
-            self._counters,
+            wake_keeper=self._keeper.wake,
+            is_stalled=self._stalls.is_stalled,
             other_bytes=size_of_aside(directory),
         )
-        if not read_only:
-            try:
-                self._space.shrink_to_budget()
-            except BaseException:
-                self._index.close()
-                raise
+        loaded.adopt(self._space)
         self._lost_files = LostFiles(self._catalog, self._files, self._space)
         # One pool each: a request that waits for its pages must not queue behind write-backs.
         self._read_pool, self._write_pool = IoPool(io_threads), IoPool(io_threads)
+        self._upkeep = IndexUpkeep(
+            self._catalog, self._index, self._space, capacity_bytes=capacity_bytes
+        )
         self._operations = self._make_operations(page_io)
-        self._namespace_lock = threading.Lock()
         self._close_lock = threading.Lock()
         self._is_closed = False
+        if not read_only:
+            try:
+                self._start_keeper(page_io)
+            except BaseException:
+                self._index.close()
+                raise
 
-    def _open_index(self, *, sync_writes: bool) -> tuple[PageIndex, Catalog]:
+    def _open_index(self, *, sync_writes: bool) -> tuple[PageIndex, Loaded]:
         if self.read_only:
             return open_frozen_index(self.directory, self._files)
-        index, catalog = open_index(
+        index, loaded = open_index(
             self.directory,
             self._files,
             lambda: PageIndex(
@@ -142,13 +148,12 @@ class DiskStore:
             self._has_room_aside,
         )
         index.set_meta(CAPACITY_META, self._budget.capacity_bytes)
-        return index, catalog
+        return index, loaded
 
     def _make_operations(self, page_io: PageIo) -> Operations:
         reader = PageReader(
             self._catalog,
             self._index,
-            self._space,
             page_io,
             self._read_pool,
             self._gate,
@@ -165,7 +170,22 @@ class DiskStore:
             self._counters,
             self._mend_index,
         )
-        return Operations(reader, writer, self._stalls)
+        return Operations(self._catalog, reader, writer, self._stalls)
+
+    def _start_keeper(self, page_io: PageIo) -> None:
+        reclaimer = Reclaimer(
+            self._catalog,
+            self._index,
+            self._files,
+            self._space,
+            PageMover(self._catalog, self._index, page_io, self._write_pool),
+            self._counters,
+            pause=self._keeper.pause,
+        )
+        # Before anybody writes: the budget may be smaller than it was.
+        while reclaimer.shrink():
+            pass
+        self._keeper.start(self._space, reclaimer, self._upkeep, self._mend_index)
 
     @classmethod
     def open(
@@ -238,37 +258,26 @@ class DiskStore:
             raise ValueError(f"a namespace id has {ID_BYTES} bytes, not {len(namespace_id)}")
         if page_bytes < 1:
             raise ValueError(f"a page has at least 1 byte, not {page_bytes}")
-        with self._namespace_lock:
-            known = self._catalog.find_namespace(namespace_id)
-            if known is not None and known.page_bytes != page_bytes:
-                raise DiskTierError(
-                    f"Namespace {namespace_id.hex()[:16]} in {self.directory} holds pages of "
-                    f"{known.page_bytes} bytes, not {page_bytes}: two layouts must not share one "
-                    "namespace id."
-                )
-            number = known.number if known else max(self._catalog.namespaces, default=0) + 1
-            entries = known or NamespaceEntries(number, namespace_id, page_bytes, description)
-            self._budget.slots_per_segment(entries.record_bytes)
-            if known is None or (description and description != known.description):
-                entries.description, entries.is_recorded = description, False
-                with self._catalog.lock:
-                    self._catalog.namespaces[number] = entries
-            return DiskNamespace(entries, self._operations)
-
-    def stats(self, index_bytes: int | None = None) -> DiskStats:
-        """index_bytes: as `index_bytes` said last, for who must not wait for the disk."""
         with self._catalog.lock:
-            segments = list(self._catalog.segments.values())
-            pages, payload_bytes = self._catalog.n_pages(), self._catalog.payload_bytes()
-        on_disk = sum(segment.file_bytes for segment in segments)
-        on_disk += self.index_bytes() if index_bytes is None else index_bytes
+            entries = self._catalog.open_namespace(namespace_id, page_bytes, description)
+        if entries.page_bytes != page_bytes:
+            raise DiskTierError(
+                f"Namespace {namespace_id.hex()[:16]} in {self.directory} holds pages of "
+                f"{entries.page_bytes} bytes, not {page_bytes}: two layouts must not share one "
+                "namespace id."
+            )
+        self._budget.slots_per_segment(entries.record_bytes)
+        return DiskNamespace(entries, self._operations)
+
+    def stats(self) -> DiskStats:
+        """Never waits for the disk."""
         is_stalled = self._stalls.is_stalled()
         return DiskStats(
-            pages=pages,
-            bytes_used=payload_bytes,
-            bytes_on_disk=on_disk,
+            pages=self._catalog.n_pages,
+            bytes_used=self._catalog.payload_bytes,
+            bytes_on_disk=self._space.bytes_on_disk + self._index.n_bytes,
             capacity=self._budget.capacity_bytes,
-            segments=len(segments),
+            segments=len(self._catalog.segments),
             degraded=self._gate.is_degraded or is_stalled,
             stalled=is_stalled,
             direct_io=self._paths.use_direct(Reuse.LATER),
@@ -277,39 +286,33 @@ class DiskStore:
             **self._counters.snapshot(),
         )
 
-    def index_bytes(self) -> int:
-        """Bytes of the index's files now. Raises OSError."""
-        n_bytes = 0
-        for path in index_files(self.directory):
-            with contextlib.suppress(FileNotFoundError):
-                n_bytes += path.stat().st_size
-        return n_bytes
-
     def namespaces(self) -> list[DiskNamespace]:
-        """Every namespace known, whether or not it holds pages now."""
-        return [
-            DiskNamespace(entries, self._operations)
-            for entries in list(self._catalog.namespaces.values())
-        ]
+        """Every namespace that has pages."""
+        with self._catalog.lock:
+            found = [entries for entries in self._catalog.namespaces.values() if entries.n_pages]
+        return [DiskNamespace(entries, self._operations) for entries in found]
 
     def collect_garbage(self) -> int:
         """Delete segments that hold no page, compact the index; returns the bytes given back.
 
-        Raises DiskTierError if the index cannot be written.
+        Waits until that is done. Raises DiskTierError if the index cannot be written.
         """
         before = self.stats().bytes_on_disk
         try:
-            self._space.delete_free()
+            self._keeper.tidy()
         except (OSError, sqlite3.Error) as error:
             raise DiskTierError(f"Cannot tidy the disk tier {self.directory}: {error}.") from error
         return max(before - self.stats().bytes_on_disk, 0)
 
     def clear(self) -> None:
-        """Delete every page. Raises DiskTierError if the index cannot be written."""
-        try:
-            self._space.clear()
-        except (OSError, sqlite3.Error) as error:
-            raise DiskTierError(f"Cannot clear the disk tier {self.directory}: {error}.") from error
+        """Forget every page, at once: waits for nothing, does no I/O and never raises.
+
+        What is being written is not acknowledged any more. Files are deleted behind. What was
+        cleared does not come back after a crash once anything new was acknowledged, or the store
+        closed; a crash within moments may bring it back.
+        """
+        self._space.clear()
+        self._keeper.wake()
 
     def look_after_files(self) -> bool:
         """Forget segments whose files somebody has deleted or cut.
@@ -337,6 +340,7 @@ class DiskStore:
             if self._is_closed:
                 return
             self._is_closed = True
+        deadline = time.monotonic() + timeout_s
         if not self._operations.shut(timeout_s):
             logger.warning(
                 "Disk tier %s does not answer for %.0f s: closing it is left to the end of the "
@@ -346,17 +350,12 @@ class DiskStore:
             )
             return
         self._operations.end_threads()
+        if not self._keeper.stop(max(deadline - time.monotonic(), 0.0)):
+            return
         self._read_pool.close()
         self._write_pool.close()
-        try:
-            if not self.read_only:
-                self._save_access()
-                self._index.compact()
-        except sqlite3.Error as error:
-            logger.warning("Disk tier: the order of use was not saved (%s).", error)
         self._index.close()
-        for segment in self._catalog.segments.values():
-            self._files.close(segment)
+        self._files.close()
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -371,18 +370,14 @@ class DiskStore:
         return segments + 3 * n_bytes <= self._budget.segment_space
 
     def _mend_index(self) -> None:
-        refill_index(self._index, self._catalog)
-        # The damaged file was set aside, and takes room from now on.
-        self._space.other_bytes = size_of_aside(self.directory)
-
-    def _save_access(self) -> None:
-        """The next run shall know which pages were used lately."""
-        rows = [
-            (access, loc)
-            for segment in self._catalog.segments.values()
-            if segment.touched
-            for access, loc, _ in segment.access_rows()
-            if access & 1  # What was not read is in the index as it is.
-        ]
-        for start in range(0, len(rows), _ACCESS_ROWS_PER_COMMIT):
-            self._index.save_access(rows[start : start + _ACCESS_ROWS_PER_COMMIT])
+        try:
+            aside = self._upkeep.mend()
+            # The damaged file takes room from now on.
+            self._space.other_bytes = size_of_aside(self.directory)
+        except (OSError, sqlite3.Error) as error:
+            logger.warning(
+                "Disk tier: the index is damaged and cannot be written anew (%s).", error
+            )
+        else:
+            logger.warning("Disk tier: the index was damaged: %s, written anew.", fate_of(aside))
+        self._keeper.wake()

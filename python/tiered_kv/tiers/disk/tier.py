@@ -58,7 +58,6 @@ class DiskTier:
         self._namespaces: weakref.WeakSet[TierNamespace] = weakref.WeakSet()
         # What the counters of stores said that are closed: counters never go back.
         self._counted = dict.fromkeys(Counters.NAMES, 0)
-        self._index_bytes = 0
         self._wake = threading.Event()
         self._is_closing = False
         # What the start waits for; once it is over, misuse is trouble like any other.
@@ -124,7 +123,7 @@ class DiskTier:
             store, counted = self._store, dict(self._counted)
         if store is None:
             return DiskStats.without_store(self.capacity_bytes, counted)
-        stats = store.stats(index_bytes=self._index_bytes)
+        stats = store.stats()
         totals = {name: getattr(stats, name) + n for name, n in counted.items()}
         return dataclasses.replace(stats, **totals)
 
@@ -237,7 +236,6 @@ class DiskTier:
         """False if the store was of no use any more and is closed."""
         try:
             is_whole = store.look_after_files()
-            self._index_bytes = store.index_bytes()
         except OSError:
             return True  # Reads and writes will tell.
         if is_whole:
@@ -255,7 +253,6 @@ class DiskTier:
         store.close()
 
     def _put_in(self, store: DiskStore) -> None:
-        self._index_bytes = store.index_bytes()
         with self._lock:
             self._store = store
             for namespace in self._namespaces:
@@ -266,7 +263,7 @@ class DiskTier:
         if store is None or self._store is not store:
             return
         self._store = None
-        stats = store.stats(index_bytes=0)
+        stats = store.stats()
         for name in self._counted:
             self._counted[name] += getattr(stats, name)
         for namespace in self._namespaces:

@@ -8,13 +8,14 @@ import sqlite3
 from collections.abc import Callable, Sequence
 
 from tiered_kv.tiers.disk.attempt import AbandonedError, Attempt
-from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
+from tiered_kv.tiers.disk.catalog import Catalog
 from tiered_kv.tiers.disk.faults import is_damage
-from tiered_kv.tiers.disk.index import PageIndex, PageRow
+from tiered_kv.tiers.disk.index import PageIndex
 from tiered_kv.tiers.disk.io_path import Reuse
 from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
+from tiered_kv.tiers.disk.namespace_entries import NamespaceEntries
 from tiered_kv.tiers.disk.page_io import Outcome, PageIo, PageKind, PageTransfer, plan_runs
-from tiered_kv.tiers.disk.segment import SegmentState, location
+from tiered_kv.tiers.disk.segment import location, runs_of
 from tiered_kv.tiers.disk.space import SpaceManager
 from tiered_kv.tiers.disk.stats import Counters
 from tiered_kv.tiers.disk.write_gate import WriteGate
@@ -55,7 +56,7 @@ class PageWriter:
         """Store the pages that are not stored yet; returns how many this call acknowledged.
 
         A page that another thread is writing is waited for, not written twice. While the disk does
-        not answer, nothing is written.
+        not answer, nothing is written. What is cleared before it is acknowledged doesn't count.
         """
         if self._page_io.stalls.is_stalled():
             return 0
@@ -161,24 +162,31 @@ class PageWriter:
         if not done:
             return 0
         self._page_io.sync(done)
-        # The index lock spans commit and catalog, so that `clear` sees both or neither.
+        # The index lock spans commit and catalog, so that nobody sees one without the other.
         with self._index.lock:
-            alive = [t for t in done if t.segment.state is not SegmentState.DELETED]
             with self._catalog.lock:
+                current = [t for t in done if self._catalog.is_current(t.segment)]
+                if not current:
+                    return 0
                 access = self._catalog.tick() << 1
-            if not entries.is_recorded:
-                self._index.put_namespace(entries.row)
-                entries.is_recorded = True
-            self._index.put_pages(
-                [
-                    PageRow(location(t.segment.number, t.slot), entries.number, t.page_hash, access)
-                    for t in alive
-                ]
+                is_new = self._catalog.register(entries)
+                row = entries.row
+            current.sort(key=lambda t: (t.segment.number, t.slot))
+            self._index.put_runs(
+                runs_of(
+                    (location(t.segment.number, t.slot), row.number, t.page_hash, access)
+                    for t in current
+                ),
+                [row] if is_new else [],
             )
             with self._catalog.lock:
-                for t in alive:
-                    self._catalog.put(entries, t.page_hash, t.segment, t.slot, access)
-        return len(alive)
+                n_stored = 0
+                for t in current:
+                    if self._catalog.is_current(t.segment):
+                        self._catalog.put(entries, t.page_hash, t.segment, t.slot, access)
+                        n_stored += 1
+                entries.is_recorded = entries.is_recorded or entries.row == row
+        return n_stored
 
 
 def _even_chunks(positions: Sequence[int], most: int) -> list[Sequence[int]]:

@@ -43,7 +43,7 @@ def open_store(directory: Path) -> Iterator[Callable[..., DiskStore]]:
     stores: list[DiskStore] = []
 
     def open_one(**options: object) -> DiskStore:
-        options.setdefault("capacity_bytes", 64 * MIB)
+        options.setdefault("capacity_bytes", 128 * MIB)
         store = DiskStore.open(directory, **options)  # type: ignore[arg-type]
         stores.append(store)
         return store
