@@ -130,7 +130,7 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
     ] = None
     tiered_kv_clear_disk: A[
         bool,
-        Arg(no_cli=True, help="Delete all that the disk tier holds when the server starts, whatever its state."),
+        Arg(no_cli=True, help="Delete all that the disk tier holds at start, whatever its state."),
         NS("memory"),
     ] = False
     tiered_kv_disk_io_threads: A[

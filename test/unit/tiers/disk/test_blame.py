@@ -212,7 +212,7 @@ def test_a_handle_is_exchanged_under_those_who_use_it(
     for thread in threads:
         thread.start()
     for _ in range(200):
-        store._files.reopen(segment, direct=False)
+        store._files.forget(segment.number)
     stop.set()
     for thread in threads:
         thread.join()

@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from disk_builders import MIB, NAMESPACE, PAGE_BYTES, aligned, page_hash, page_payload, read, write
+from disk_builders import (
+    MIB,
+    NAMESPACE,
+    PAGE_BYTES,
+    PATIENCE_S,
+    aligned,
+    page_hash,
+    page_payload,
+    read,
+    wait_until,
+    write,
+)
 
 from tiered_kv.tiers.disk import stall_watch
 from tiered_kv.tiers.disk.io_ops import IoOps
@@ -20,7 +31,6 @@ from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.store import DiskStore
 
 OpenStore = Callable[..., DiskStore]
-PATIENCE_S = 20.0
 GIB = 1 << 30
 
 
@@ -77,13 +87,6 @@ def ns(store: DiskStore) -> DiskNamespace:
     return store.namespace(NAMESPACE, PAGE_BYTES)
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_what_was_not_begun_is_never_written_from_buffers_used_again(
     store: DiskStore, ns: DiskNamespace, io: HangingIo, open_store: OpenStore
 ) -> None:
@@ -135,14 +138,14 @@ def test_a_write_leaves_when_the_index_hangs(store: DiskStore, ns: DiskNamespace
     assert write(ns, range(5)) == 5
     answers = threading.Event()
     index = store._index
-    put_pages = type(index).put_pages
+    put_runs = type(index).put_runs
 
-    def hanging(rows: object) -> None:
+    def hanging(*rows: object) -> None:
         with index.transaction():
             assert answers.wait(PATIENCE_S)
-        put_pages(index, rows)  # type: ignore[arg-type]
+        put_runs(index, *rows)  # type: ignore[arg-type]
 
-    index.put_pages = hanging  # type: ignore[method-assign]
+    index.put_runs = hanging  # type: ignore[method-assign]
     started = time.monotonic()
     assert write(ns, range(5, 10)) == 0
     assert time.monotonic() - started < 2.0

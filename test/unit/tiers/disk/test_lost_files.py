@@ -16,6 +16,7 @@ from disk_builders import (
     read,
     readable,
     segment_files,
+    wait_until,
     write,
 )
 
@@ -62,7 +63,8 @@ def test_deleted_and_cut_segments_are_found_out(
     kept = readable(ns, range(100))
     assert 0 < len(kept) < 30, "those of the segment that nobody touched"
     assert len(kept) == len(ns) == store.stats().pages
-    assert open_segments() == 0, "whose blocks would be taken as long as they are open"
+    # Whose blocks would be taken as long as they are open.
+    wait_until(lambda: open_segments() == 0)
     (told,) = caplog.messages
     assert f"{len(files) - 1} segment files" in told
     assert f"{100 - len(kept)} pages are forgotten" in told

@@ -21,12 +21,14 @@ from disk_builders import (
     MIB,
     NAMESPACE,
     PAGE_BYTES,
+    PATIENCE_S,
     aligned,
     disk_usage,
     filled,
     page_hash,
     page_payload,
     segment_files,
+    wait_until,
 )
 
 from tiered_kv.core.errors import DiskStateError, DiskTierError
@@ -39,7 +41,6 @@ from tiered_kv.tiers.disk.shards import ShardOpener, shard_path
 from tiered_kv.tiers.disk.store import Access, DiskStore
 from tiered_kv.tiers.disk.tier import DiskTier, TierNamespace
 
-PATIENCE_S = 20.0
 KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
 OpenTier = Callable[..., DiskTier]
 
@@ -106,13 +107,6 @@ def read(ns: TierNamespace, seeds: range) -> int:
     for seed, buffer in zip(seeds[:n_read], buffers, strict=False):
         assert buffer == page_payload(seed, PAGE_BYTES)
     return n_read
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def wait_until_mended(tier: DiskTier) -> None:
