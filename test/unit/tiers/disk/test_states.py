@@ -178,6 +178,20 @@ def test_index_that_cannot_be_written_is_read(
     assert "is in use after" in caplog.messages[1]
 
 
+def test_clearing_what_is_only_read(written: Path, open_tier: OpenTier, disk: Disk) -> None:
+    disk.code = sqlite3.SQLITE_FULL
+    tier = open_tier()
+    ns = pages_of(tier)
+    assert read(ns, range(20)) == 20
+    tier.clear()
+    assert len(ns) == read(ns, range(20)) == 0
+    assert len(pages_of(tier)) == 0
+    disk.code = None
+    wait_until_mended(tier)
+    assert len(ns) == 0
+    assert write(ns, range(5)) == read(ns, range(5)) == 5
+
+
 def test_nothing_can_be_read_or_written(
     open_tier: OpenTier, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
