@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import sqlite3
@@ -369,7 +370,10 @@ class DiskStore:
 
     def _has_room_aside(self, n_bytes: int) -> bool:
         """May a damaged index of this size stay beside the segments and a new index as large?"""
-        segments = sum(path.stat().st_size for path in segment_paths(self._files.directory))
+        segments = 0
+        for path in segment_paths(self._files.directory):
+            with contextlib.suppress(OSError):  # One that cannot be looked at holds nothing.
+                segments += path.stat().st_size
         return segments + 3 * n_bytes <= self._budget.segment_space
 
     def _mend_index(self) -> None:

@@ -61,6 +61,8 @@ class DiskTier:
         self._retired: list[DiskStore] = []
         # What the counters of stores said that are closed: counters never go back.
         self._counted = dict.fromkeys(Counters.NAMES, 0)
+        # Times that everything was to be deleted while no store could do it.
+        self._n_clears = 0
         self._wake = threading.Event()
         self._is_closing = False
         # What the start waits for; once it is over, misuse is trouble like any other.
@@ -136,6 +138,7 @@ class DiskTier:
         with self._lock:
             store = self._store
             if store is None or store.read_only:
+                self._n_clears += 1
                 self._opener.begin_anew()
                 self._take_out()
                 store = None
@@ -159,7 +162,7 @@ class DiskTier:
     # -- the tier's own thread
 
     def _keep(self) -> None:
-        pause_s = FIRST_PAUSE_S
+        pause_s = 0.0
         while not self._is_closing:
             try:
                 pause_s = self._mend(pause_s)
@@ -192,18 +195,22 @@ class DiskTier:
         store = self._store
         if store is not None:
             if store.read_only and not self._opener.can_write():
-                return min(2 * pause_s, LONGEST_PAUSE_S)
-            if not store.read_only and self._is_whole(store):
-                return LOOK_S
+                return _longer(pause_s)
+            if not store.read_only:
+                if self._is_whole(store):
+                    return LOOK_S
+                pause_s = 0.0
             with self._lock:
                 self._take_out()
         if not self._close_retired(CLOSE_TIMEOUT_S):
-            return min(2 * pause_s, LONGEST_PAUSE_S)
+            return _longer(pause_s)
+        n_clears = self._n_clears
         try:
             opened = self._opener.open()
         except DiskStateError as error:
             return self._read_only(error, pause_s)
-        self._put_in(opened)
+        if not self._put_in(opened, n_clears):
+            return 0.0
         if self._troubled_since is not None:
             logger.warning(
                 "Disk tier %s is in use after %.0f s, with %d pages.",
@@ -217,12 +224,15 @@ class DiskTier:
     def _read_only(self, error: DiskStateError, pause_s: float) -> float:
         """The disk is at fault: at least read what is there."""
         how = "the server runs without it"
+        n_clears = self._n_clears
         try:
             store = self._opener.open_read_only()
         except DiskTierError:
             store = None
-        if store is not None:
-            self._put_in(store)
+        if store is not None and not store.stats().pages:
+            store.close()
+            store = None
+        if store is not None and self._put_in(store, n_clears):
             how = f"its {store.stats().pages} pages are read, and none are written"
         return self._note_trouble(f"{error} Until then {how}", pause_s)
 
@@ -231,7 +241,7 @@ class DiskTier:
             self._troubled_since = time.monotonic()
             logger.warning("%s; it is tried again by itself.", what.rstrip("."))
             return FIRST_PAUSE_S
-        return min(2 * pause_s, LONGEST_PAUSE_S)
+        return _longer(pause_s)
 
     def _is_whole(self, store: DiskStore) -> bool:
         """False if the store is of no use any more."""
@@ -247,11 +257,16 @@ class DiskTier:
         self._troubled_since = time.monotonic()
         return False
 
-    def _put_in(self, store: DiskStore) -> None:
+    def _put_in(self, store: DiskStore, n_clears: int) -> bool:
+        """Use the store, unless what is in it was cleared while it was opened."""
         with self._lock:
+            if self._n_clears != n_clears:
+                self._retired.append(store)
+                return False
             self._store = store
             for namespace in self._namespaces:
                 namespace.bind(store)
+            return True
 
     def _take_out(self) -> None:
         """The store is out of use, and to be closed. The caller holds the lock."""
@@ -272,6 +287,10 @@ class DiskTier:
                 for name, n in store.counters.snapshot().items():
                     self._counted[name] += n
         return True
+
+
+def _longer(pause_s: float) -> float:
+    return min(max(2 * pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
 
 
 class TierNamespace:
