@@ -192,6 +192,23 @@ def test_clearing_what_is_only_read(written: Path, open_tier: OpenTier, disk: Di
     assert write(ns, range(5)) == read(ns, range(5)) == 5
 
 
+def test_clearing_what_is_being_opened(written: Path, open_tier: OpenTier) -> None:
+    answers = threading.Event()
+
+    class Slow(IoOps):
+        def open(self, path: Path, flags: int) -> int:
+            assert answers.wait(PATIENCE_S)
+            return super().open(path, flags)
+
+    tier = open_tier(io_ops=Slow(), timeout_s=0.1)
+    ns = pages_of(tier)
+    tier.clear()
+    answers.set()
+    wait_until_mended(tier)
+    assert len(ns) == 0
+    assert write(ns, range(5)) == read(ns, range(5)) == 5
+
+
 def test_nothing_can_be_read_or_written(
     open_tier: OpenTier, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -212,13 +229,25 @@ def test_nothing_can_be_read_or_written(
     assert write(ns, range(5)) == read(ns, range(5)) == 5
 
 
-def test_eio_on_a_segment_costs_that_segment(written: Path, open_tier: OpenTier) -> None:
+@pytest.mark.parametrize("can_be_deleted", [True, False])
+def test_eio_on_a_segment_costs_that_segment(
+    written: Path, open_tier: OpenTier, can_be_deleted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class BadInode(IoOps):
         def size(self, path: Path) -> int:
             if path.name == "00000000.seg":
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return super().size(path)
 
+    unlink = Path.unlink
+
+    def refuse(path: Path, *, missing_ok: bool = False) -> None:
+        if path.suffix == ".seg":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        unlink(path, missing_ok=missing_ok)
+
+    if not can_be_deleted:
+        monkeypatch.setattr(Path, "unlink", refuse)
     tier = open_tier(io_ops=BadInode())
     ns = pages_of(tier)
     assert not tier.stats().degraded
