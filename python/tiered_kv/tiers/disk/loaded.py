@@ -11,6 +11,7 @@ from tiered_kv.tiers.disk.ages import Ages
 from tiered_kv.tiers.disk.catalog import Catalog
 from tiered_kv.tiers.disk.generation import MAX_GENERATION
 from tiered_kv.tiers.disk.index import NamespaceRow, SegmentRow
+from tiered_kv.tiers.disk.ledger import Condemned
 from tiered_kv.tiers.disk.namespace_entries import NamespaceEntries
 from tiered_kv.tiers.disk.page_table import Keys, PageTable, without_repeats
 from tiered_kv.tiers.disk.record import ID_BYTES
@@ -21,7 +22,7 @@ from tiered_kv.tiers.disk.segment import (
     segment_of,
     slot_of,
 )
-from tiered_kv.tiers.disk.space import Condemned, SpaceManager
+from tiered_kv.tiers.disk.space import SpaceManager
 
 _FEW_RUNS = 4
 """A full segment in more rows than this is packed."""

@@ -49,8 +49,8 @@ class Reclaimer:
 
         at_once: a writer waits for it.
         """
-        if self._space.charge_new(record_bytes):
-            self._create(record_bytes)
+        if slots := self._space.charge_new(record_bytes):
+            self._create(record_bytes, slots)
             return True
         return (
             self.delete_condemned()
@@ -86,9 +86,8 @@ class Reclaimer:
         self._space.forget_file(file.record_bytes, file.slots)
         return True
 
-    def _create(self, record_bytes: int) -> None:
+    def _create(self, record_bytes: int, slots: int) -> None:
         """Make a segment whose bytes are taken from the budget already."""
-        slots = self._space.geometry(record_bytes).slots
         with self._catalog.lock:
             number, generation = self._catalog.next_segment, self._catalog.generation
             self._catalog.next_segment += 1

@@ -12,12 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
-from tiered_kv.core.errors import DiskTierError
 from tiered_kv.tiers.disk.ages import EPOCHS
 from tiered_kv.tiers.disk.budget import Budget
 from tiered_kv.tiers.disk.catalog import Catalog
+from tiered_kv.tiers.disk.ledger import Condemned, FileLedger
 from tiered_kv.tiers.disk.segment import Segment, SegmentState
 
 BATCH_BYTES = 128 << 20
@@ -27,23 +26,6 @@ _ASK_AGAIN_S = 0.25
 _DROPS_PER_LOCK = 1_000
 
 Slots = list[tuple[Segment, int]]
-
-
-class Geometry(NamedTuple):
-    """What new segments of one record size are like."""
-
-    slots: int
-    cost_bytes: int
-    n_spare: int
-    """How many should be free ahead of need."""
-
-
-class Condemned(NamedTuple):
-    """A segment file that is to be deleted."""
-
-    number: int
-    record_bytes: int
-    slots: int
 
 
 class Need:
@@ -81,8 +63,7 @@ class SpaceManager:
         is_stalled: Callable[[], bool],
         other_bytes: int = 0,
     ) -> None:
-        self.other_bytes = other_bytes
-        """Taken from the budget by files that are not ours to reuse."""
+        self.ledger = FileLedger(budget, other_bytes)
         self.needs: dict[int, Need] = {}
         """By record size."""
         self.to_pack: deque[Segment] = deque()
@@ -91,24 +72,17 @@ class SpaceManager:
         self._budget = budget
         self._wake_keeper = wake_keeper
         self._is_stalled = is_stalled
-        self._used_bytes = 0
-        self._file_bytes = 0
         self._allocated_bytes = 0
         self._next_epoch_at = budget.segment_space // EPOCHS
         self._filling: dict[int, Segment] = {}
         self._partial: dict[int, list[Segment]] = {}
-        self._free: dict[tuple[int, int], list[Segment]] = {}
-        self._geometries: dict[int, Geometry] = {}
-        self._condemned: deque[Condemned] = deque()
-        # All that there was when the store was cleared: too many to look at there and then.
-        self._cleared: list[dict[int, Segment]] = []
 
     # -- slots for new pages
 
     def pages_per_batch(self, record_bytes: int) -> int:
         """Pages to allocate at a time: slots that wait for their data cannot be reclaimed, so one
         large batch must not claim the whole budget at once."""
-        return max(min(BATCH_BYTES // record_bytes, self.geometry(record_bytes).slots), 1)
+        return max(min(BATCH_BYTES // record_bytes, self.ledger.geometry(record_bytes).slots), 1)
 
     def allocate(self, record_bytes: int, count: int) -> Slots:
         """Up to `count` slots, fewer if there is no room even after reclaiming.
@@ -162,7 +136,7 @@ class SpaceManager:
                 self._seal(segment)
                 segment = None
             # A reclaim shall not use up more than it brings.
-            if segment is None and len(self._free_like(record_bytes)) > 1:
+            if segment is None and len(self.ledger.free(record_bytes)) > 1:
                 segment = self._next_to_fill(record_bytes)
             if segment is None:
                 return []
@@ -173,7 +147,7 @@ class SpaceManager:
         with self._catalog.lock:
             segment = self._filling.get(record_bytes)
             room = 0 if segment is None else segment.free_slots
-            spare = self._free_like(record_bytes)
+            spare = self.ledger.free(record_bytes)
             return room + (spare[-1].slots if len(spare) > 1 else 0)
 
     def _take_slots(self, segment: Segment, count: int) -> Slots:
@@ -189,7 +163,7 @@ class SpaceManager:
 
     def _next_to_fill(self, record_bytes: int) -> Segment | None:
         """A segment left partly filled by an earlier run, or a free one."""
-        partial, free = self._partial.get(record_bytes), self._free_like(record_bytes)
+        partial, free = self._partial.get(record_bytes), self.ledger.free(record_bytes)
         if partial:
             segment = partial.pop()
         elif free:
@@ -206,14 +180,9 @@ class SpaceManager:
         del self._filling[segment.record_bytes]
         self.to_pack.append(segment)
 
-    def _free_like(self, record_bytes: int) -> list[Segment]:
-        return self._free.setdefault((record_bytes, self.geometry(record_bytes).slots), [])
-
     def _has_another(self, record_bytes: int) -> bool:
         """Can a segment be had without reclaiming one?"""
-        return bool(self._free_like(record_bytes)) or self._fits(
-            self.geometry(record_bytes).cost_bytes
-        )
+        return bool(self.ledger.free(record_bytes)) or self.ledger.fits_new(record_bytes)
 
     # -- what the keeper should do
 
@@ -226,12 +195,12 @@ class SpaceManager:
         segment = self._filling.get(record_bytes)
         if segment is None or self._is_idle(segment):
             return False
-        wanted = self.geometry(record_bytes).n_spare
-        if wanted and self._fits(self.geometry(record_bytes).cost_bytes):
+        wanted = self.ledger.geometry(record_bytes).n_spare
+        if wanted and self.ledger.fits_new(record_bytes):
             # As long as the budget isn't used up a new file is made in time, and no sooner.
             wanted = 1 if segment.next_slot >= 0.75 * segment.slots else 0
         # Of all sizes together: two that take turns must not take each other's away.
-        return sum(len(self._free_like(size)) for size in self._sizes_in_use()) < wanted
+        return sum(len(self.ledger.free(size)) for size in self._sizes_in_use()) < wanted
 
     def _sizes_in_use(self) -> list[int]:
         return [size for size, segment in self._filling.items() if not self._is_idle(segment)]
@@ -242,7 +211,7 @@ class SpaceManager:
 
     def has_free(self, record_bytes: int) -> bool:
         with self._catalog.lock:
-            return bool(self._free_like(record_bytes))
+            return bool(self.ledger.free(record_bytes))
 
     def end_need(
         self, record_bytes: int, *, has_room: bool, error: Exception | None = None
@@ -294,7 +263,7 @@ class SpaceManager:
                 return
             victim.state = SegmentState.FREE if is_empty else SegmentState.SEALED
             if is_empty:
-                self._add_free(victim)
+                self.ledger.add_free(victim)
 
     def forget_lost(self, segment: Segment) -> int | None:
         """Give up a segment whose file is not whole; returns its pages, None if it is not there any
@@ -307,7 +276,7 @@ class SpaceManager:
         with self._catalog.lock:
             if self._catalog.is_current(segment):
                 del self._catalog.segments[segment.number]
-                self._condemn(segment)
+                self.ledger.condemn(segment)
         self._wake_keeper()
         return n_pages
 
@@ -325,121 +294,78 @@ class SpaceManager:
         segment.state = SegmentState.RECLAIMING
         if self._filling.get(segment.record_bytes) is segment:
             del self._filling[segment.record_bytes]
-        for others in (
-            self._partial.get(segment.record_bytes, []),
-            self._free.get((segment.record_bytes, segment.slots), []),
-        ):
-            if segment in others:
-                others.remove(segment)
+        partial = self._partial.get(segment.record_bytes, [])
+        if segment in partial:
+            partial.remove(segment)
+        self.ledger.remove_free(segment)
 
     # -- files
 
-    def geometry(self, record_bytes: int) -> Geometry:
-        """No slots, and more than the budget, if two segments of this size don't fit."""
-        found = self._geometries.get(record_bytes)
-        if found is None:
-            try:
-                slots = self._budget.slots_per_segment(record_bytes)
-                cost = self._budget.cost(record_bytes, slots)
-                found = Geometry(slots, cost, self._budget.spare_segments(record_bytes))
-            except DiskTierError:  # Pages of an earlier run with a larger budget.
-                found = Geometry(0, self._budget.capacity_bytes, 0)
-            self._geometries[record_bytes] = found
-        return found
-
-    @property
-    def bytes_on_disk(self) -> int:
-        """Of all segment files."""
-        return self._file_bytes
-
     def is_over_budget(self) -> bool:
         with self._catalog.lock:
-            return not self._fits(0)
+            return not self.ledger.fits(0)
 
-    def charge_new(self, record_bytes: int) -> bool:
-        """Take a new file from the budget; False if there is no room for one."""
+    def charge_new(self, record_bytes: int) -> int:
+        """Take a new file from the budget; returns its slots, 0 if there is no room for one."""
         with self._catalog.lock:
-            geometry = self.geometry(record_bytes)
-            if not self._fits(geometry.cost_bytes):
-                return False
-            self._charge(record_bytes, geometry.slots, 1)
-            return True
+            if not self.ledger.fits_new(record_bytes):
+                return 0
+            slots = self.ledger.geometry(record_bytes).slots
+            self.ledger.charge(record_bytes, slots)
+            return slots
 
     def forget_file(self, record_bytes: int, slots: int) -> None:
         """A file is not there any more, or never was."""
         with self._catalog.lock:
-            self._charge(record_bytes, slots, -1)
+            self.ledger.charge(record_bytes, slots, times=-1)
 
     def add_new(self, segment: Segment, generation: int) -> None:
         """A new file is there, made in this generation."""
         with self._catalog.lock:
             if generation != self._catalog.generation:
-                self._condemn(segment)
+                self.ledger.condemn(segment)
                 return
             self._catalog.segments[segment.number] = segment
             segment.state = SegmentState.FREE
-            self._add_free(segment)
+            self.ledger.add_free(segment)
 
     def add_loaded(self, segment: Segment) -> None:
         """A file of an earlier run, in the state that it is in. The caller holds the lock."""
-        self._charge(segment.record_bytes, segment.slots, 1)
+        self.ledger.charge(segment.record_bytes, segment.slots)
         if segment.state is SegmentState.FREE:
-            self._add_free(segment)
+            self.ledger.add_free(segment)
         elif segment.state is SegmentState.FILLING:
             self._partial.setdefault(segment.record_bytes, []).append(segment)
 
     def add_condemned(self, file: Condemned) -> None:
         """A file of an earlier run that is of no use. The caller holds the lock."""
-        self._charge(file.record_bytes, file.slots, 1)
-        self._condemned.append(file)
+        self.ledger.charge(file.record_bytes, file.slots)
+        self.ledger.add_condemned(file)
 
     def condemn_free(self, *, even_spares: bool) -> bool:
         """Choose a free segment to delete; False if there is none. `even_spares`: one, too, that
         another record size in use would fill next."""
         with self._catalog.lock:
-            kept = set() if even_spares else set(self._sizes_in_use())
-            for (record_bytes, slots), free in self._free.items():
-                is_kept = record_bytes in kept and slots == self.geometry(record_bytes).slots
-                if free and not is_kept:
-                    segment = free.pop()
-                    del self._catalog.segments[segment.number]
-                    self._condemn(segment)
-                    return True
-        return False
+            segment = self.ledger.take_useless(() if even_spares else self._sizes_in_use())
+            if segment is not None:
+                del self._catalog.segments[segment.number]
+                self.ledger.condemn(segment)
+            return segment is not None
 
     def next_condemned(self) -> Condemned | None:
         """A file to delete; `forget_file` when that is done, or `condemn_again`."""
         with self._catalog.lock:
-            while not self._condemned and self._cleared:
-                if self._cleared[-1]:
-                    self._condemn(self._cleared[-1].popitem()[1])
-                else:
-                    self._cleared.pop()
-            return self._condemned.popleft() if self._condemned else None
+            return self.ledger.next_condemned()
 
     def condemn_again(self, file: Condemned) -> None:
         """It could not be deleted now."""
         with self._catalog.lock:
-            self._condemned.append(file)
+            self.ledger.add_condemned(file)
 
     def clear(self) -> None:
         """Forget every page and segment at once; the files are condemned."""
         with self._catalog.lock:
-            self._cleared.append(self._catalog.clear())
+            self.ledger.clear(self._catalog.clear())
             self._filling.clear()
             self._partial.clear()
-            self._free.clear()
             self.to_pack.clear()
-
-    def _condemn(self, segment: Segment) -> None:
-        self._condemned.append(Condemned(segment.number, segment.record_bytes, segment.slots))
-
-    def _add_free(self, segment: Segment) -> None:
-        self._free.setdefault((segment.record_bytes, segment.slots), []).append(segment)
-
-    def _charge(self, record_bytes: int, slots: int, times: int) -> None:
-        self._used_bytes += times * self._budget.cost(record_bytes, slots)
-        self._file_bytes += times * Segment.file_size(record_bytes, slots)
-
-    def _fits(self, cost: int) -> bool:
-        return self.other_bytes + self._used_bytes + cost <= self._budget.segment_space

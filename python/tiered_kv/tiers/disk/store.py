@@ -276,7 +276,7 @@ class DiskStore:
         return DiskStats(
             pages=self._catalog.n_pages,
             bytes_used=self._catalog.payload_bytes,
-            bytes_on_disk=self._space.bytes_on_disk + self._index.n_bytes,
+            bytes_on_disk=self._space.ledger.file_bytes + self._index.n_bytes,
             capacity=self._budget.capacity_bytes,
             segments=len(self._catalog.segments),
             degraded=self._gate.is_degraded or is_stalled,
@@ -380,7 +380,7 @@ class DiskStore:
         try:
             aside = self._upkeep.mend()
             # The damaged file takes room from now on.
-            self._space.other_bytes = size_of_aside(self.directory)
+            self._space.ledger.other_bytes = size_of_aside(self.directory)
         except (OSError, sqlite3.Error) as error:
             logger.warning(
                 "Disk tier: the index is damaged and cannot be written anew (%s).", error

@@ -151,7 +151,9 @@ class PageWriter:
                 except AbandonedError:
                     pass
                 except OSError as error:
-                    errors.append(error)
+                    # The file of a segment that was cleared may be gone already.
+                    if self._catalog.is_current(run[0].segment):
+                        errors.append(error)
 
             return write
 
@@ -159,9 +161,12 @@ class PageWriter:
         return errors[0] if errors else None
 
     def _acknowledge(self, entries: NamespaceEntries, done: Sequence[PageTransfer]) -> int:
-        if not done:
+        try:
+            self._page_io.sync(t for t in done if self._catalog.is_current(t.segment))
+        except OSError:
+            if all(self._catalog.is_current(t.segment) for t in done):
+                raise
             return 0
-        self._page_io.sync(done)
         # The index lock spans commit and catalog, so that nobody sees one without the other.
         with self._index.lock:
             with self._catalog.lock:
