@@ -28,7 +28,7 @@ from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.prefetch import Prefetch
 from tiered_kv.tiers.timeline import transfer_spans
-from tiered_kv.tiers.transfer import Completion, J, SingleRank, TransferQueue
+from tiered_kv.tiers.transfer import LONGEST_JOB_S, Completion, J, SingleRank, TransferQueue
 from tiered_kv.tiers.write_back import WriteBack
 
 #: A copy between memories takes milliseconds; one that takes this long will never end.
@@ -309,8 +309,11 @@ class KVHierarchy:
             if node.state(Tier.DISK) is Residency.RESIDENT:
                 self.context.forest.evict(node, Tier.DISK)
 
-    def close(self, timeout_s: float) -> None:
-        """Lets what is still to be written reach the disk, as far as the time allows, and stops."""
+    def close(self, timeout_s: float, end_s: float = LONGEST_JOB_S) -> None:
+        """Lets what is still to be written reach the disk, as far as the time allows, and stops.
+
+        The jobs under way then get `end_s` to end, all together.
+        """
         # Ranks shut down on their own: nobody to agree with any more.
         self.context.collective = SingleRank()
         self.context.pacer.stop()
@@ -323,7 +326,10 @@ class KVHierarchy:
             if not any(queue.in_flight for queue in queues) and not self.write_back.n_deferred:
                 break
         for open_queue in self._finish:
-            open_queue.close()
+            open_queue.end()
+        deadline = time.monotonic() + end_s
+        for open_queue in self._finish:
+            open_queue.close(max(0.0, deadline - time.monotonic()))
 
 
 def _usable(path: Sequence[Node]) -> tuple[int, int]:

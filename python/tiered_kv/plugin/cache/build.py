@@ -20,6 +20,7 @@ from tiered_kv.plugin.cache import adapters, fingerprint, weight_updates
 from tiered_kv.plugin.cache.costs import build_cost_model
 from tiered_kv.plugin.cache.device_copier import make_copier
 from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
+from tiered_kv.plugin.cache.disk import open_disk
 from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.formats import TierFormats, tier_formats
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder, PrometheusRecorder
@@ -32,9 +33,7 @@ from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.cost_model import CostModel, PlacementCosts
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import After, PageCopier
-from tiered_kv.tiers.disk.encryption import read_key_file
-from tiered_kv.tiers.disk.io_path import IoMode
-from tiered_kv.tiers.disk.store import DiskStore
+from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
@@ -87,7 +86,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     args = ctx.server_args
     copier = make_copier(formats, device, host, args.tiered_kv_copy_path)
     timeline = open_timeline(args, ctx.tp_rank, copier)
-    store = open_disk(config, ctx.tp_rank, ctx.tp_size)
+    store = open_disk(config, ctx.tp_rank, ctx.tp_size, make_collective(ctx))
 
     def name_weights() -> tuple[bytes, DiskPages | None]:
         return name_namespace(ctx, pool, formats, store)
@@ -203,25 +202,8 @@ def launched_so_far(forward_stream: torch.cuda.Stream) -> After:
     return tuple(events)
 
 
-def open_disk(config: TieredKVConfig, tp_rank: int, tp_size: int) -> DiskStore | None:
-    """This rank's store: ranks are separate processes, so each owns a directory of its own."""
-    if config.disk.directory is None:
-        return None
-    assert config.disk.size_bytes is not None, "resolved by ServerArgs"
-    store = DiskStore.open(
-        config.disk.directory / f"shard-{tp_rank}-of-{tp_size}",
-        capacity_bytes=config.disk.size_bytes,
-        io_threads=config.disk.io_threads,
-        io_mode=IoMode(config.disk.io_mode),
-        key=None if config.disk.key_file is None else read_key_file(config.disk.key_file),
-    )
-    if config.disk.clear_on_start:
-        store.clear()
-    return store
-
-
 def name_namespace(
-    ctx: TreeCacheBuildContext, pool: Any, formats: TierFormats, store: DiskStore | None
+    ctx: TreeCacheBuildContext, pool: Any, formats: TierFormats, store: DiskTier | None
 ) -> tuple[bytes, DiskPages | None]:
     """The namespace of KV computed from now on, and its pages on disk if they are kept there.
 
@@ -292,7 +274,7 @@ def log_formats(formats: TierFormats) -> None:
     )
 
 
-def log_sizes(host: HostPool, device_tokens: int, store: DiskStore | None) -> None:
+def log_sizes(host: HostPool, device_tokens: int, store: DiskTier | None) -> None:
     page_format = host.page_format
     disk = "off"
     if store is not None:

@@ -14,7 +14,7 @@ from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.passes.pass_log import PassLog
 from tiered_kv.plugin.passes.step_times import StepTimes
 from tiered_kv.scheduler.cost_model import CostModel
-from tiered_kv.tiers.disk.store import DiskStore
+from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
@@ -55,7 +55,7 @@ class CacheParts:
     """Everything the prefix cache is made of."""
 
     hierarchy: KVHierarchy
-    disk_store: DiskStore | None
+    disk_store: DiskTier | None
     events: KvEvents
     metrics: MetricsRecorder
     host_report: HostReport

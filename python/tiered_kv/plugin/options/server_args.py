@@ -130,7 +130,7 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs, CallerArgs):
     ] = None
     tiered_kv_clear_disk: A[
         bool,
-        Arg(no_cli=True, help="Delete everything in the disk tier when the server starts."),
+        Arg(no_cli=True, help="Delete all that the disk tier holds at start, whatever its state."),
         NS("memory"),
     ] = False
     tiered_kv_disk_io_threads: A[
@@ -351,7 +351,8 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs, CallerArgs):
         else:
             self.tiered_kv_disk_dir = str(directory)
             if self.tiered_kv_disk_size is None:
-                self.tiered_kv_disk_size = f"{option_values.default_disk_bytes(directory)}B"
+                n_bytes = option_values.default_disk_bytes(directory, self.tp_size)
+                self.tiered_kv_disk_size = f"{n_bytes}B"
         given: int | None = vars(self)["page_size"]
         self.page_size = PAGE_SIZE_DEFAULT if given is None else given
         self.to_config()

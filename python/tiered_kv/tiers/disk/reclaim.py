@@ -5,34 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 
+from tiered_kv.tiers.disk.ages import N_COUNTS, Ages
 from tiered_kv.tiers.disk.segment import Segment, reserved_slots
 
 
-def choose_victim(candidates: Iterable[Segment], now: int) -> Segment | None:
-    """The segment with the least live value per byte; of equals the one that was made first.
+def choose_victim(candidates: Iterable[Segment], ages: Ages, now: int) -> Segment | None:
+    """The segment with the least live value per byte; of equals the one filled longest ago.
 
     A page used `age` ago is worth tau / (tau + age), where tau is the mean age of all candidates'
     pages: 1 for a page used now, 1/2 at the mean age, and never nothing, so that of two segments of
-    one age the one with fewer live pages goes. `now` is in units of `Segment.access`.
+    one age the one with fewer live pages goes. Ages are those of the epochs in which segments count
+    their pages, so this looks at no page. `now` is the logical time.
     """
-    segments = list(candidates)
+    segments = sorted(candidates, key=lambda s: (s.filled_at, s.number))
     if not segments:
         return None
-    ages = [_live_ages(segment, now) for segment in segments]
-    n_pages = sum(len(a) for a in ages)
-    tau = max(sum(float(a.sum()) for a in ages) / n_pages, 1.0) if n_pages else 1.0
-    values = [
-        float((tau / (tau + age)).sum()) * segment.record_bytes / segment.file_bytes
-        for segment, age in zip(segments, ages, strict=True)
-    ]
-    return min(zip(values, segments, strict=True), key=lambda vs: (vs[0], vs[1].number))[1]
-
-
-def _live_ages(segment: Segment, now: int) -> npt.NDArray[np.float64]:
-    access = np.frombuffer(segment.access, dtype=np.uint64).astype(np.float64)
-    return np.maximum(now - access[access > 0], 0.0)
+    counts = np.frombuffer(b"".join(s.counts for s in segments), np.int32)
+    counts = counts.reshape(len(segments), N_COUNTS)
+    age = ages.mean_ages(now)
+    n_pages = counts.sum()
+    tau = max(float(counts.sum(axis=0) @ age) / n_pages, 1.0) if n_pages else 1.0
+    share = np.array([s.record_bytes / s.file_bytes for s in segments], np.float64)
+    return segments[int(np.argmin(counts @ (tau / (tau + age)) * share))]
 
 
 def choose_survivors(victim: Segment, room: int) -> list[int]:
@@ -40,11 +35,11 @@ def choose_survivors(victim: Segment, room: int) -> list[int]:
 
     `room`: free slots where they could go.
     """
+    access = victim.accesses()
+    slots = np.flatnonzero(access & np.uint64(1))
     limit = min(reserved_slots(victim.slots), room)
-    read_slots = [
-        slot
-        for slot, page_hash in enumerate(victim.page_hashes)
-        if page_hash is not None and victim.access[slot] & 1
-    ]
-    read_slots.sort(key=victim.access.__getitem__, reverse=True)
-    return sorted(read_slots[:limit])
+    if len(slots) > limit:
+        latest_first = np.argsort(-(access[slots].astype(np.int64)), kind="stable")
+        slots = np.sort(slots[latest_first[:limit]])
+    survivors: list[int] = slots.tolist()
+    return survivors
