@@ -15,6 +15,7 @@ from tiered_kv.plugin.upstream.v0_5_17.symbols_cache import (
     POOLS,
     REQUESTS_AND_EVENTS,
 )
+from tiered_kv.plugin.upstream.v0_5_17.symbols_guard import GUARD
 from tiered_kv.plugin.upstream.v0_5_17.symbols_platform import CPU_PLATFORM
 from tiered_kv.plugin.upstream.v0_5_17.symbols_scheduler import DECODE, QUEUE, SCHEDULER
 
@@ -93,13 +94,13 @@ FRONT_ENDS = (
     ),
     object_(
         f"{SRT}.managers.io_struct.GenerateReqInput",
-        "sampling_params batch_size parallel_sample_num extra_key lora_id",
-        "requests.adapter requests.openai_responses requests.tenants",
+        "sampling_params batch_size parallel_sample_num extra_key",
+        "requests.adapter requests.openai_responses requests.salts",
     ),
     function(
         f"{SRT}.entrypoints.openai.serving_base.OpenAIServingBase._compute_extra_key",
         "self request",
-        "requests.tenants",
+        "requests.salts",
     ),
     function(f"{SRT}.entrypoints.http_server.ORJSONRequest.json", "self", "requests.adapter"),
     function(f"{SRT}.entrypoints.http_server.get_global_state", "", "requests.adapter"),
@@ -149,4 +150,5 @@ SYMBOLS: tuple[Symbol, ...] = (
     *REQUESTS_AND_EVENTS,
     *CPU_PLATFORM,
     *ATTENTION,
+    *GUARD,
 )
