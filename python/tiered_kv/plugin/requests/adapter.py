@@ -19,9 +19,8 @@ from tiered_kv.api.parse import HINTS, KEYS, SLO, fields_in, fields_in_headers, 
 from tiered_kv.api.report import RequestReport
 from tiered_kv.api.slo import SloClasses
 from tiered_kv.api.trust import Trust, tenant_in
-from tiered_kv.plugin.requests import guard
+from tiered_kv.plugin.requests import guard, salts
 from tiered_kv.plugin.requests import reports as request_reports
-from tiered_kv.plugin.requests import salts
 
 logger = logging.getLogger(__name__)
 
