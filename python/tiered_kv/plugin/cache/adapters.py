@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tiered_kv.forest.key import SHARED_TREE, TreeKey, namespace_hash
-from tiered_kv.plugin.requests.tenants import parts_of
+from tiered_kv.plugin.requests.salts import parts_of
 from tiered_kv.tiers.transfer import Collective
 
 logger = logging.getLogger(__name__)

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-#: (kind of process, target below sglang.srt, kind, function below tiered_kv.plugin, why)
-NAMING_HOOKS: tuple[tuple[str, str, str, str, str], ...] = (
-    (
-        "HTTP_SERVER",
-        "entrypoints.openai.serving_base.OpenAIServingBase._compute_extra_key",
-        "around",
-        "requests.tenants:compute_extra_key",
-        "a salt and an extra key that spell another pair together would share its KV",
+from tiered_kv.plugin.hooks.hook import Hook, Process
+
+_ADAPTERS = "tiered_kv.plugin.cache.adapters"
+
+NAMING_HOOKS = (
+    Hook(
+        target="sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._compute_extra_key",
+        kind="around",
+        function="tiered_kv.plugin.requests.salts:compute_extra_key",
+        process=Process.HTTP_SERVER,
+        why="a salt and an extra key that spell another pair together would share its KV",
     ),
-    (
-        "SCHEDULER",
-        "managers.schedule_batch.Req.__init__",
-        "after",
-        "cache.adapters:name_tree",
-        "a request whose key spells an adapter's id would share that adapter's KV",
+    Hook(
+        target="sglang.srt.managers.schedule_batch.Req.__init__",
+        kind="after",
+        function=f"{_ADAPTERS}:name_tree",
+        process=Process.SCHEDULER,
+        why="a request whose key spells an adapter's id would share that adapter's KV",
     ),
     *(
-        (
-            "SCHEDULER",
-            f"managers.scheduler.Scheduler.{method}",
-            "after",
-            "cache.adapters:after_change",
-            "KV of an adapter would be served to others that came to go by its id",
+        Hook(
+            target=f"sglang.srt.managers.scheduler.Scheduler.{method}",
+            kind="after",
+            function=f"{_ADAPTERS}:after_change",
+            process=Process.SCHEDULER,
+            why="KV of an adapter would be served to others that came to go by its id",
         )
-        for method in (
-            "load_lora_adapter",
-            "load_lora_adapter_from_tensors",
-            "unload_lora_adapter",
-        )
+        for method in ("load_lora_adapter", "load_lora_adapter_from_tensors", "unload_lora_adapter")
     ),
 )

@@ -137,16 +137,6 @@ HOOKS: tuple[Hook, ...] = (
         )
         for target, kind, function, why in DECODE_HOOKS
     ),
-    *(
-        Hook(
-            target=f"sglang.srt.{target}",
-            kind=kind,
-            function=f"tiered_kv.plugin.{function}",
-            process=Process[process],
-            why=why,
-        )
-        for process, target, kind, function, why in NAMING_HOOKS
-    ),
     Hook(
         target="sglang.srt.managers.scheduler_components.request_receiver"
         ".SchedulerRequestReceiver._broadcast_reqs_across_ranks",
@@ -272,6 +262,7 @@ HOOKS: tuple[Hook, ...] = (
         )
     ),
     *GUARD_HOOKS,
+    *NAMING_HOOKS,
 )
 
 _installed: dict[str, Callable[..., Any]] = {}

@@ -24,7 +24,7 @@ from support_tiers.doubles import BarrierMinimum
 from tiered_kv.forest.key import TreeKey
 from tiered_kv.plugin.cache import adapters
 from tiered_kv.plugin.cache.adapters import AdapterNames, name_of
-from tiered_kv.plugin.requests.tenants import key_of, parts_of
+from tiered_kv.plugin.requests.salts import key_of, parts_of
 from tiered_kv.tiers.transfer import SingleRank
 
 BASE = LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2VLConfig
 
+from support import tiny_llama
 from tiered_kv.plugin.cache import fingerprint
 from tiered_kv.plugin.cache.fingerprint import kv_shard, weights_checksum, weights_of_all
 from tiered_kv.tiers.page_format import PageFormat
@@ -278,3 +279,18 @@ def test_where_a_tensor_lies_is_no_matter() -> None:
         return weights_checksum(model)
 
     assert checksum(0) == checksum(1) == checksum(4)
+
+
+def test_sglangs_own_configuration_of_a_model_that_was_moved(tmp_path: Path) -> None:
+    from sglang.srt.configs.model_config import ModelConfig
+
+    def config(folder: str, **args: Any) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        path = tiny_llama.write_config(tmp_path / folder)
+        return fingerprint.config_of(ModelConfig(path, **args).hf_config)
+
+    plain = config("here")
+    assert config("there") == plain
+    assert config("here", context_length=512) == plain
+    assert config("here", model_override_args='{"rope_theta": 5.0}') != plain
+    assert "here" not in plain

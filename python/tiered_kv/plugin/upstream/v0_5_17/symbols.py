@@ -100,13 +100,13 @@ FRONT_ENDS = (
     ),
     object_(
         f"{SRT}.managers.io_struct.GenerateReqInput",
-        "sampling_params batch_size parallel_sample_num extra_key lora_id",
-        "requests.adapter requests.openai_responses requests.tenants",
+        "sampling_params batch_size parallel_sample_num extra_key",
+        "requests.adapter requests.openai_responses requests.salts",
     ),
     function(
         f"{SRT}.entrypoints.openai.serving_base.OpenAIServingBase._compute_extra_key",
         "self request",
-        "requests.tenants",
+        "requests.salts",
     ),
     function(f"{SRT}.entrypoints.http_server.ORJSONRequest.json", "self", "requests.adapter"),
     function(f"{SRT}.entrypoints.http_server.get_global_state", "", "requests.adapter"),

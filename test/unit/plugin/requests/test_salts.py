@@ -27,8 +27,8 @@ from tiered_kv.api.fields import TermsError
 from tiered_kv.api.slo import DEFAULT_CLASSES
 from tiered_kv.api.trust import Trust
 from tiered_kv.plugin.requests import adapter as request_adapter
-from tiered_kv.plugin.requests import tenants
-from tiered_kv.plugin.requests.tenants import key_of, key_of_body, parts_of, put_key
+from tiered_kv.plugin.requests import salts
+from tiered_kv.plugin.requests.salts import key_of, key_of_body, parts_of, put_key
 
 ON = SimpleNamespace(tiered_kv=True, slo_classes=lambda: DEFAULT_CLASSES, trust=Trust)
 OFF = SimpleNamespace(tiered_kv=False)
@@ -190,12 +190,6 @@ def test_nobody_can_send_a_key_as_it_travels() -> None:
     assert lifted(GenerateReqInput(text="x", extra_key=forged), request) == key_of(None, forged)
 
 
-def test_no_client_sets_an_adapters_id() -> None:
-    obj = GenerateReqInput(text="x", lora_id="a")
-    lifted(obj)
-    assert obj.lora_id is None
-
-
 def test_a_key_is_plain_text_to_sglangs_encoder() -> None:
     for obj in (
         GenerateReqInput(text="x", extra_key="k"),
@@ -243,7 +237,7 @@ def serving(server_args: Any = ON) -> Any:
 
 def computed(request: Any, server_args: Any = ON) -> Any:
     original = OpenAIServingChat._compute_extra_key
-    return tenants.compute_extra_key(original, serving(server_args), request)
+    return salts.compute_extra_key(original, serving(server_args), request)
 
 
 def test_openais_routes_keep_salt_and_key_apart() -> None:
