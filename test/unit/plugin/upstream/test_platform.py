@@ -241,7 +241,7 @@ def test_sglang_takes_the_type_from_here(tmp_path: Path) -> None:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
