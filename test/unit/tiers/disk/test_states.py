@@ -12,6 +12,7 @@ import shutil
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from disk_builders import (
 )
 from tier_builders import Disk, OpenTier, pages_of, read, wait_until_mended, write
 
+from tiered_kv.tiers.disk import store as store_module
+from tiered_kv.tiers.disk.index import PageIndex
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.shards import shard_path
 
@@ -198,6 +201,50 @@ def test_format_that_nobody_reads_any_more(
     tier = open_tier()
     assert not tier.stats().degraded
     assert write(pages_of(tier), range(5)) == 5
+
+
+def test_eio_on_the_index(
+    written_shard: Path,
+    open_tier: OpenTier,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its bad blocks are its own: the segments have everything that was in it."""
+    bad_inode = (written_shard / "index.sqlite").stat().st_ino
+
+    class BadBlocks(PageIndex):
+        def _connect(self) -> sqlite3.Connection:
+            path = self.directory / "index.sqlite"
+            if path.exists() and path.stat().st_ino == bad_inode:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super()._connect()
+
+    monkeypatch.setattr(store_module, "PageIndex", BadBlocks)
+    tier = open_tier()
+    assert not tier.stats().degraded
+    assert read(pages_of(tier), range(20)) == 20
+    assert "rebuilding it from the segment files" in caplog.text
+
+
+def test_eio_on_the_folder_of_segments(
+    written_shard: Path, open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says nothing of the index, nor of any page."""
+    iterdir = Path.iterdir
+    is_bad = True
+
+    def refuse(path: Path) -> Iterator[Path]:
+        if is_bad and path.name == "segments":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    tier = open_tier()
+    assert tier.stats().degraded
+    is_bad = False
+    wait_until_mended(tier)
+    assert not (written_shard / "index.sqlite.corrupt").exists()
+    assert read(pages_of(tier), range(20)) == 20
 
 
 def test_damaged_index(written_shard: Path, open_tier: OpenTier) -> None:
