@@ -122,8 +122,9 @@ class Reclaimer:
         return True
 
     def _choose_victim(self, record_bytes: int) -> Segment | None:
-        candidates = self._space.candidates(record_bytes)
-        return choose_victim(candidates, self._catalog.ages, self._catalog.clock)
+        catalog = self._catalog
+        others = self._space.partly_filled(record_bytes)
+        return choose_victim(catalog.board, others, catalog.ages, catalog.clock)
 
     def _carry_over(self, victim: Segment) -> None:
         """Move pages that deserve it, at half speed as long as there is time."""
