@@ -218,6 +218,12 @@ class SpaceManager:
         """Has a segment's worth been written elsewhere since a page was written here?"""
         return self._allocated_bytes - segment.filled_at >= segment.file_bytes
 
+    def leisure(self, record_bytes: int) -> float:
+        """1 while there are as many free segments as there should be, 0 when there are none."""
+        with self._catalog.lock:
+            n_free = len(self.ledger.free(record_bytes))
+            return min(n_free / max(self.ledger.geometry(record_bytes).n_spare, 1), 1.0)
+
     def has_free(self, record_bytes: int) -> bool:
         with self._catalog.lock:
             return bool(self.ledger.free(record_bytes))
