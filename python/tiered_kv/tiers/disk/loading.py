@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tiered_kv.tiers.disk.faults import is_damage
+from tiered_kv.tiers.disk.faults import Blame, blame_of, is_damage
 from tiered_kv.tiers.disk.frozen_index import FrozenIndex
 from tiered_kv.tiers.disk.generation import read_generation
 from tiered_kv.tiers.disk.index import PageIndex, SegmentRow, set_index_aside
@@ -42,6 +42,7 @@ def open_index(
     Raises sqlite3.Error or OSError if a fresh index cannot be written either.
     """
     generation = read_generation(directory)
+    segment_paths(files.directory)  # Without them nothing can be said of the index: raises OSError.
     index = None
     try:
         index = make_index()
@@ -52,9 +53,12 @@ def open_index(
         index.set_meta(COMPLETE_META, 1)
         return index, loaded
     except Exception as error:
+        is_broken = isinstance(error, _ODD_ERRORS) and is_damage(error, at_open=True)
         if index is not None:
             index.close()
-        if not (isinstance(error, _ODD_ERRORS) and is_damage(error, at_open=True)):
+        elif isinstance(error, OSError):
+            is_broken = blame_of(error) is Blame.MEDIUM
+        if not is_broken:
             raise
         aside = set_index_aside(directory, has_room)
         logger.warning(
@@ -197,4 +201,7 @@ def _delete_strays(files: SegmentFiles, loaded: Loaded) -> None:
         number = int(path.stem)
         loaded.next_segment = max(loaded.next_segment, number + 1)
         if number not in known:
-            path.unlink()
+            try:
+                path.unlink()
+            except OSError as error:
+                logger.warning("Disk tier: %s, of no use, cannot be deleted (%s).", path, error)

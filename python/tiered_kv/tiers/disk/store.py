@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import sqlite3
@@ -330,33 +331,36 @@ class DiskStore:
             self._lost_files.forget_all()
         return True
 
-    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
         """Finish the operations under way, save what is known about use, give up ownership.
 
-        Later reads and writes do nothing and return 0. What is under way after `timeout_s` is left
-        to the end of the process, ownership too. Closing twice is harmless.
+        Later reads and writes do nothing and return 0. False if something is still under way after
+        `timeout_s`: what is not closed by another call is closed by the end of the process. Closing
+        twice is harmless.
         """
-        with self._close_lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
         deadline = time.monotonic() + timeout_s
-        if not self._operations.shut(timeout_s):
-            logger.warning(
-                "Disk tier %s does not answer for %.0f s: closing it is left to the end of the "
-                "process.",
-                self.directory,
-                timeout_s,
-            )
-            return
+        with self._close_lock:
+            return self._is_closed or self._close(deadline)
+
+    def _close(self, deadline: float) -> bool:
+        if not self._operations.shut(max(deadline - time.monotonic(), 0.0)):
+            logger.warning("Disk tier %s does not answer, and cannot be closed.", self.directory)
+            return False
         self._operations.end_threads()
         if not self._keeper.stop(max(deadline - time.monotonic(), 0.0)):
-            return
+            return False
         self._read_pool.close()
         self._write_pool.close()
         self._index.close()
         self._files.close()
         self._lock.release()
+        self._is_closed = True
+        return True
+
+    @property
+    def counters(self) -> Counters:
+        """They count on when the store is closed."""
+        return self._counters
 
     def __enter__(self) -> Self:
         return self
@@ -366,7 +370,10 @@ class DiskStore:
 
     def _has_room_aside(self, n_bytes: int) -> bool:
         """May a damaged index of this size stay beside the segments and a new index as large?"""
-        segments = sum(path.stat().st_size for path in segment_paths(self._files.directory))
+        segments = 0
+        for path in segment_paths(self._files.directory):
+            with contextlib.suppress(OSError):  # One that cannot be looked at holds nothing.
+                segments += path.stat().st_size
         return segments + 3 * n_bytes <= self._budget.segment_space
 
     def _mend_index(self) -> None:

@@ -7,6 +7,7 @@ hold nothing and take nothing.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import threading
@@ -20,7 +21,7 @@ from tiered_kv.tiers.disk.budget import Budget
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.record import BLOCK_BYTES, round_up
 from tiered_kv.tiers.disk.stats import Counters, DiskStats
-from tiered_kv.tiers.disk.store import DiskStore
+from tiered_kv.tiers.disk.store import CLOSE_TIMEOUT_S, DiskStore
 from tiered_kv.tiers.disk.write_gate import FIRST_PAUSE_S, LONGEST_PAUSE_S
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,12 @@ class DiskTier:
         self._lock = threading.Lock()
         self._store: DiskStore | None = None
         self._namespaces: weakref.WeakSet[TierNamespace] = weakref.WeakSet()
+        # Stores that are out of use and not closed yet.
+        self._retired: list[DiskStore] = []
         # What the counters of stores said that are closed: counters never go back.
         self._counted = dict.fromkeys(Counters.NAMES, 0)
+        # Times that everything was to be deleted while no store could do it.
+        self._n_clears = 0
         self._wake = threading.Event()
         self._is_closing = False
         # What the start waits for; once it is over, misuse is trouble like any other.
@@ -65,9 +70,7 @@ class DiskTier:
         self._is_started = False
         self._misuse: DiskTierError | None = None
         self._troubled_since: float | None = None
-        self._thread = threading.Thread(
-            target=self._keep, name="tiered-kv-disk-keeper", daemon=True
-        )
+        self._thread = threading.Thread(target=self._keep, name="tiered-kv-disk-tier", daemon=True)
 
     @classmethod
     def open(
@@ -120,7 +123,10 @@ class DiskTier:
     def stats(self) -> DiskStats:
         """As `DiskStore.stats`; never waits for the disk."""
         with self._lock:
-            store, counted = self._store, dict(self._counted)
+            store = self._store
+            counted = collections.Counter(self._counted)
+            for retired in self._retired:
+                counted.update(retired.counters.snapshot())
         if store is None:
             return DiskStats.without_store(self.capacity_bytes, counted)
         stats = store.stats()
@@ -128,16 +134,15 @@ class DiskTier:
         return dataclasses.replace(stats, **totals)
 
     def clear(self) -> None:
-        """Delete every page: now, or first of all when the store can be written again.
-
-        Raises DiskTierError if the index of a store in use cannot be written.
-        """
+        """Forget every page, at once; if the store cannot, the next begins by deleting them."""
         with self._lock:
             store = self._store
             if store is None or store.read_only:
+                self._n_clears += 1
                 self._opener.begin_anew()
-                self._take_out(store)
-        if store is not None and not store.read_only:
+                self._take_out()
+                store = None
+        if store is not None:
             store.clear()
         self._wake.set()
 
@@ -148,18 +153,16 @@ class DiskTier:
         self._wake.set()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            return  # It hangs in the disk, or is opening: it closes what comes of that.
+            return
         with self._lock:
-            store = self._store
-            self._take_out(store)
-        if store is not None:
-            store.close(max(deadline - time.monotonic(), 0.0))
-        self._opener.release()
+            self._take_out()
+        if self._close_retired(max(deadline - time.monotonic(), 0.0)):
+            self._opener.release()
 
-    # -- the keeper's thread
+    # -- the tier's own thread
 
     def _keep(self) -> None:
-        pause_s = FIRST_PAUSE_S
+        pause_s = 0.0
         while not self._is_closing:
             try:
                 pause_s = self._mend(pause_s)
@@ -190,19 +193,24 @@ class DiskTier:
         Raises DiskTierError.
         """
         store = self._store
-        if store is not None and not store.read_only:
-            if self._look_after(store):
-                return LOOK_S
-            store = None
         if store is not None:
-            if not self._opener.can_write():
-                return min(2 * pause_s, LONGEST_PAUSE_S)
-            self._retire(store)
+            if store.read_only and not self._opener.can_write():
+                return _longer(pause_s)
+            if not store.read_only:
+                if self._is_whole(store):
+                    return LOOK_S
+                pause_s = 0.0
+            with self._lock:
+                self._take_out()
+        if not self._close_retired(CLOSE_TIMEOUT_S):
+            return _longer(pause_s)
+        n_clears = self._n_clears
         try:
             opened = self._opener.open()
         except DiskStateError as error:
             return self._read_only(error, pause_s)
-        self._put_in(opened)
+        if not self._put_in(opened, n_clears):
+            return 0.0
         if self._troubled_since is not None:
             logger.warning(
                 "Disk tier %s is in use after %.0f s, with %d pages.",
@@ -216,12 +224,15 @@ class DiskTier:
     def _read_only(self, error: DiskStateError, pause_s: float) -> float:
         """The disk is at fault: at least read what is there."""
         how = "the server runs without it"
+        n_clears = self._n_clears
         try:
             store = self._opener.open_read_only()
         except DiskTierError:
             store = None
-        if store is not None:
-            self._put_in(store)
+        if store is not None and not store.stats().pages:
+            store.close()
+            store = None
+        if store is not None and self._put_in(store, n_clears):
             how = f"its {store.stats().pages} pages are read, and none are written"
         return self._note_trouble(f"{error} Until then {how}", pause_s)
 
@@ -230,44 +241,56 @@ class DiskTier:
             self._troubled_since = time.monotonic()
             logger.warning("%s; it is tried again by itself.", what.rstrip("."))
             return FIRST_PAUSE_S
-        return min(2 * pause_s, LONGEST_PAUSE_S)
+        return _longer(pause_s)
 
-    def _look_after(self, store: DiskStore) -> bool:
-        """False if the store was of no use any more and is closed."""
+    def _is_whole(self, store: DiskStore) -> bool:
+        """False if the store is of no use any more."""
         try:
-            is_whole = store.look_after_files()
+            if store.look_after_files():
+                return True
         except OSError:
             return True  # Reads and writes will tell.
-        if is_whole:
-            return True
         logger.warning(
             "Disk tier %s: its directory was deleted or replaced by somebody else; it begins anew.",
             self.name,
         )
-        self._retire(store)
+        self._troubled_since = time.monotonic()
         return False
 
-    def _retire(self, store: DiskStore) -> None:
+    def _put_in(self, store: DiskStore, n_clears: int) -> bool:
+        """Use the store, unless what is in it was cleared while it was opened."""
         with self._lock:
-            self._take_out(store)
-        store.close()
-
-    def _put_in(self, store: DiskStore) -> None:
-        with self._lock:
+            if self._n_clears != n_clears:
+                self._retired.append(store)
+                return False
             self._store = store
             for namespace in self._namespaces:
                 namespace.bind(store)
+            return True
 
-    def _take_out(self, store: DiskStore | None) -> None:
-        """The caller holds the lock."""
-        if store is None or self._store is not store:
-            return
-        self._store = None
-        stats = store.stats()
-        for name in self._counted:
-            self._counted[name] += getattr(stats, name)
-        for namespace in self._namespaces:
-            namespace.release()
+    def _take_out(self) -> None:
+        """The store is out of use, and to be closed. The caller holds the lock."""
+        if self._store is not None:
+            self._retired.append(self._store)
+            self._store = None
+            for namespace in self._namespaces:
+                namespace.release()
+
+    def _close_retired(self, timeout_s: float) -> bool:
+        """False if one of them is still busy: then its directory is, too."""
+        deadline = time.monotonic() + timeout_s
+        for store in list(self._retired):
+            if not store.close(max(deadline - time.monotonic(), 0.0)):
+                return False
+            with self._lock:
+                self._retired.remove(store)
+                for name, n in store.counters.snapshot().items():
+                    self._counted[name] += n
+        return True
+
+
+def _longer(pause_s: float) -> float:
+    return min(max(2 * pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
 
 
 class TierNamespace:

@@ -14,6 +14,7 @@ from tiered_kv.plugin.upstream.v0_5_17.symbols_cache import (
     POOLS,
     REQUESTS_AND_EVENTS,
 )
+from tiered_kv.plugin.upstream.v0_5_17.symbols_guard import GUARD
 from tiered_kv.plugin.upstream.v0_5_17.symbols_platform import CPU_PLATFORM
 from tiered_kv.plugin.upstream.v0_5_17.symbols_scheduler import DECODE, QUEUE, SCHEDULER
 
@@ -142,4 +143,5 @@ SYMBOLS: tuple[Symbol, ...] = (
     *REQUESTS_AND_EVENTS,
     *CPU_PLATFORM,
     *ATTENTION,
+    *GUARD,
 )
