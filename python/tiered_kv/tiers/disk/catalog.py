@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from tiered_kv.tiers.disk.ages import Ages
 from tiered_kv.tiers.disk.index import NamespaceRow
@@ -19,6 +20,17 @@ from tiered_kv.tiers.disk.namespace_entries import NamespaceEntries
 from tiered_kv.tiers.disk.page_table import PageTable
 from tiered_kv.tiers.disk.record import ID_BYTES
 from tiered_kv.tiers.disk.segment import Segment, location, segment_of, slot_of
+from tiered_kv.tiers.disk.segment_board import SegmentBoard
+
+
+class Cleared(NamedTuple):
+    """What was known of a store before it was cleared: a gigabyte, to dispose of in time."""
+
+    segments: dict[int, Segment]
+    """Their files are of no use any more."""
+    loose: set[Segment]
+    board: SegmentBoard
+    table: PageTable
 
 
 class Catalog:
@@ -30,6 +42,9 @@ class Catalog:
         self.namespaces: dict[int, NamespaceEntries] = {}
         """Those that have pages, or had until a moment ago, by number."""
         self.segments: dict[int, Segment] = {}
+        self.board = SegmentBoard(self.lock)
+        """Those of them that may be reclaimed."""
+        self._loose: set[Segment] = set()
         self.clock = 1
         self.ages = Ages()
         self.next_segment = 0
@@ -103,8 +118,31 @@ class Catalog:
     def begin_epoch(self) -> None:
         """Pages used from now on are told from those used before."""
         place = self.ages.begin_epoch(self.tick())
-        for segment in self.segments.values():
+        self.board.pass_epoch(place)
+        for segment in self._loose:
             segment.pass_epoch(place)
+
+    def add_segment(self, segment: Segment) -> None:
+        self.segments[segment.number] = segment
+        self._loose.add(segment)
+
+    def remove_segment(self, segment: Segment) -> None:
+        """It holds no page any more."""
+        self.withdraw(segment)
+        self._loose.discard(segment)
+        del self.segments[segment.number]
+
+    def offer(self, segment: Segment) -> None:
+        """The segment may be reclaimed from now on."""
+        if segment in self._loose:
+            self._loose.discard(segment)
+            self.board.add(segment)
+
+    def withdraw(self, segment: Segment) -> None:
+        """The segment may not be reclaimed from now on."""
+        if segment not in self._loose:
+            self.board.remove(segment)
+            self._loose.add(segment)
 
     def is_current(self, segment: Segment) -> bool:
         """False once the segment was cleared or deleted."""
@@ -175,17 +213,19 @@ class Catalog:
             if found is not None:
                 found[0].touch(found[1], clock)
 
-    def clear(self) -> dict[int, Segment]:
-        """Forget everything at once; returns the segments whose files are of no use any more."""
+    def clear(self) -> Cleared:
+        """Forget everything at once; returns what has to be disposed of."""
         self.generation += 1
-        condemned, self.segments = self.segments, {}
+        cleared = Cleared(self.segments, self._loose, self.board, self.table)
+        self.segments, self._loose = {}, set()
+        self.board = SegmentBoard(self.lock)
         self.table = PageTable()
         self.n_pages = self.payload_bytes = 0
         self.emptied.update(self.namespaces)
         for entries in self.namespaces.values():
             entries.note_cleared()
         self.namespaces = {}
-        return condemned
+        return cleared
 
     # -- lookups without the lock
 

@@ -82,9 +82,6 @@ class IndexUpkeep:
             if not self._space.to_pack:
                 return False
             segment = self._space.to_pack.popleft()
-            if segment.writers:
-                self._space.to_pack.append(segment)
-                return False
         with self._index.lock:
             with self._catalog.lock:
                 is_full = segment.state is SegmentState.SEALED

@@ -73,6 +73,7 @@ class Keeper:
             _Job(self._make_spares),
             _Job(self._tidy),
             _Job(reclaimer.delete_condemned),
+            _Job(space.dispose),
             _Job(upkeep.refill),
             _Job(upkeep.pack),
             _Job(upkeep.save_order_of_use),

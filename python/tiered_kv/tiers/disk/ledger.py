@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from tiered_kv.core.errors import DiskTierError
 from tiered_kv.tiers.disk.budget import Budget
+from tiered_kv.tiers.disk.catalog import Cleared
 from tiered_kv.tiers.disk.segment import Segment
 
 
@@ -44,8 +45,8 @@ class FileLedger:
         self._geometries: dict[int, Geometry] = {}
         self._free: dict[tuple[int, int], list[Segment]] = {}
         self._condemned: deque[Condemned] = deque()
-        # All that there was when the store was cleared: too many to look at there and then.
-        self._cleared: list[dict[int, Segment]] = []
+        # All that there was when the store was cleared: too much to look at there and then.
+        self._cleared: list[Cleared] = []
 
     def geometry(self, record_bytes: int) -> Geometry:
         """No slots, and more than the budget, if two segments of this size don't fit."""
@@ -107,14 +108,16 @@ class FileLedger:
 
     def next_condemned(self) -> Condemned | None:
         """The next file to delete, which is not condemned any more."""
-        while not self._condemned and self._cleared:
-            if self._cleared[-1]:
-                self.condemn(self._cleared[-1].popitem()[1])
-            else:
-                self._cleared.pop()
+        for cleared in self._cleared:
+            if not self._condemned and cleared.segments:
+                self.condemn(cleared.segments.popitem()[1])
         return self._condemned.popleft() if self._condemned else None
 
-    def clear(self, segments: dict[int, Segment]) -> None:
-        """All that is there, in `segments`, is to be deleted."""
+    def clear(self, cleared: Cleared) -> None:
+        """All that there was is to be deleted."""
         self._free.clear()
-        self._cleared.append(segments)
+        self._cleared.append(cleared)
+
+    def take_disposed(self) -> Cleared | None:
+        """What is left of a cleared store whose files are deleted."""
+        return self._cleared.pop(0) if self._cleared and not self._cleared[0].segments else None

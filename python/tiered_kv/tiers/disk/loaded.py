@@ -13,7 +13,7 @@ from tiered_kv.tiers.disk.generation import MAX_GENERATION
 from tiered_kv.tiers.disk.index import NamespaceRow, SegmentRow
 from tiered_kv.tiers.disk.ledger import Condemned
 from tiered_kv.tiers.disk.namespace_entries import NamespaceEntries
-from tiered_kv.tiers.disk.page_table import Keys, PageTable, without_repeats
+from tiered_kv.tiers.disk.page_table import Keys, PageTable
 from tiered_kv.tiers.disk.record import ID_BYTES
 from tiered_kv.tiers.disk.segment import (
     PageRun,
@@ -100,7 +100,6 @@ class Loaded:
         self._set_ages(catalog.ages)
         with catalog.lock:
             catalog.next_segment = self.next_segment
-            catalog.segments = self.segments
             catalog.table = table
             for number, entries in catalog.namespaces.items():
                 catalog.count_stored(entries, self.n_pages.get(number, 0))
@@ -119,12 +118,12 @@ class Loaded:
             for parts in (self._keys, self._locations)
         )
         self._keys, self._locations = [], []
-        keys, locations, left_out = without_repeats(keys, locations, self._is_newer)
+        table, left_out = PageTable.build(keys, locations, self._is_newer)
         for loc in left_out:
             segment, slot = self.segments[segment_of(loc)], slot_of(loc)
             self.n_pages[segment.owners[slot]] -= 1
             segment.drop(slot)
-        return PageTable.build(keys, locations)
+        return table
 
     def _is_newer(self, first: int, second: int) -> bool:
         return self._access(first) < self._access(second)

@@ -14,7 +14,6 @@ from tiered_kv.tiers.disk.io_path import Reuse
 from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
 from tiered_kv.tiers.disk.namespace_entries import NamespaceEntries
 from tiered_kv.tiers.disk.page_io import (
-    LARGEST_IO_BYTES,
     Outcome,
     PageIo,
     PageKind,
@@ -23,6 +22,7 @@ from tiered_kv.tiers.disk.page_io import (
 )
 from tiered_kv.tiers.disk.segment import Segment, location, runs_of, segment_of
 
+_CHUNK_BYTES = 8 << 20
 _Run = Sequence[PageTransfer]
 
 
@@ -46,10 +46,9 @@ class PageMover:
         self._memory: AlignedBuffer | None = None
 
     def chunks(self, source: Segment, slots: Sequence[int]) -> Iterator[list[int]]:
-        """Slots of a segment in parts to `move` one by one: each of one namespace, and as much as
-        keeps the I/O threads busy."""
-        chunk_bytes = self._pool.io_threads * LARGEST_IO_BYTES
-        n_pages = max(chunk_bytes // source.record_bytes, 1)
+        """Slots of a segment in parts to `move` one by one: each of one namespace, enough to keep
+        the I/O threads busy, and little enough that who waits for the end doesn't wait long."""
+        n_pages = max(_CHUNK_BYTES // source.record_bytes, 1)
         for _, group in itertools.groupby(slots, key=source.owners.__getitem__):
             rest = list(group)
             while rest:

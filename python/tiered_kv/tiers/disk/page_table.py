@@ -17,8 +17,10 @@ Keys = npt.NDArray[np.uint64]
 
 _SHARD_SHIFT = 56
 _SHARDS = 256
-_LOW_BITS = 32
-_LOW_MASK = (1 << _LOW_BITS) - 1
+# The bits behind those of the shard choose the cell: so keys in order go to cells in order.
+_CELL_SHIFT = 24
+_CELL_BITS = 32
+_CELL_MASK = (1 << _CELL_BITS) - 1
 _LOAD_WHEN_BUILT = 0.45
 _LOAD_WHEN_FULL = 0.66
 _PAD_CELLS = 32
@@ -36,20 +38,20 @@ class _Shard:
     __slots__ = ("arrays", "live", "most", "used")
 
     def __init__(self, keys: Keys, cells: Keys) -> None:
-        """`cells`: location + _FIRST of each key; keys are distinct."""
+        """`cells`: location + _FIRST of each key; keys are distinct and in ascending order."""
         self.live = self.used = len(keys)
         size = max(int(len(keys) / _LOAD_WHEN_BUILT), 8)
         self.most = int(size * _LOAD_WHEN_FULL)
-        start = ((keys & np.uint64(_LOW_MASK)) * np.uint64(size)) >> np.uint64(_LOW_BITS)
-        order = np.argsort(start, kind="stable")
-        # Where linear probing puts the i-th key in this order: behind its predecessor at least.
+        chosen = (keys >> np.uint64(_CELL_SHIFT)) & np.uint64(_CELL_MASK)
+        start = (chosen * np.uint64(size)) >> np.uint64(_CELL_BITS)
+        # Where linear probing puts the n-th key: behind its predecessor at least.
         nth = np.arange(len(keys), dtype=np.int64)
-        at = np.maximum.accumulate(start[order].astype(np.int64) - nth) + nth
+        at = np.maximum.accumulate(start.astype(np.int64) - nth) + nth
         length = max(size, int(at[-1]) + 1 if len(at) else 0) + _PAD_CELLS
         new_keys = np.zeros(length, np.uint64)
         new_cells = np.zeros(length, np.uint64)
-        new_keys[at] = keys[order]
-        new_cells[at] = cells[order]
+        new_keys[at] = keys
+        new_cells[at] = cells
         # Single items of a memoryview are read and written much faster than those of an array.
         self.arrays = (new_keys.data, new_cells.data, size)
 
@@ -57,12 +59,14 @@ class _Shard:
         """A shard with the same keys and room for more."""
         keys, cells = (np.frombuffer(view, np.uint64) for view in self.arrays[:2])
         is_live = cells >= _FIRST
-        return _Shard(keys[is_live], cells[is_live])
+        keys, cells = keys[is_live], cells[is_live]
+        order = np.argsort(keys)
+        return _Shard(keys[order], cells[order])
 
     def find(self, key: int) -> int:
         """The cell of this key, or the empty one where it would go."""
         keys, cells, size = self.arrays
-        at = ((key & _LOW_MASK) * size) >> _LOW_BITS
+        at = ((key >> _CELL_SHIFT & _CELL_MASK) * size) >> _CELL_BITS
         while cells[at] != _EMPTY and keys[at] != key:
             at += 1
         return at
@@ -78,20 +82,36 @@ class PageTable:
         self._shards: list[_Shard | None] = [None] * _SHARDS
 
     @classmethod
-    def build(cls, keys: Keys, locations: Keys) -> PageTable:
-        """A table of these keys, which are distinct and in ascending order."""
+    def build(
+        cls, keys: Keys, locations: Keys, is_newer: Callable[[int, int], bool]
+    ) -> tuple[PageTable, list[int]]:
+        """A table of many keys, and the locations left out because their key is there twice.
+
+        is_newer: of two locations of one key, is the second to be kept?
+        """
         table = cls()
-        firsts = np.arange(_SHARDS, dtype=np.uint64) << np.uint64(_SHARD_SHIFT)
-        bounds = [*np.searchsorted(keys, firsts).tolist(), len(keys)]
+        left_out: list[int] = []
+        shards = (keys >> np.uint64(_SHARD_SHIFT)).astype(np.uint8)
+        # Of single bytes this is a radix sort, many times faster than sorting the keys at once.
+        order = np.argsort(shards, kind="stable")
+        bounds = [0, *np.cumsum(np.bincount(shards, minlength=_SHARDS)).tolist()]
         for number in range(_SHARDS):
-            start, end = bounds[number], bounds[number + 1]
-            if start < end:
-                cells = locations[start:end] + np.uint64(_FIRST)
-                table._shards[number] = _Shard(keys[start:end], cells)
-        return table
+            chosen = order[bounds[number] : bounds[number + 1]]
+            if len(chosen):
+                chosen = chosen[np.argsort(keys[chosen])]
+                some, there, old = _without_repeats(keys[chosen], locations[chosen], is_newer)
+                table._shards[number] = _Shard(some, there + np.uint64(_FIRST))
+                left_out += old
+        return table, left_out
 
     def __len__(self) -> int:
         return sum(shard.live for shard in self._shards if shard is not None)
+
+    def dispose(self) -> bool:
+        """Give some memory back; False if there is none left. Of no use after that."""
+        if self._shards:
+            self._shards.pop()
+        return bool(self._shards)
 
     def get(self, key: int) -> int | None:
         """The location of a key; never waits."""
@@ -99,7 +119,7 @@ class PageTable:
         if shard is None:
             return None
         keys, cells, size = shard.arrays
-        at = ((key & _LOW_MASK) * size) >> _LOW_BITS
+        at = ((key >> _CELL_SHIFT & _CELL_MASK) * size) >> _CELL_BITS
         while (cell := cells[at]) != _EMPTY:
             if keys[at] == key:
                 return cell - _FIRST if cell >= _FIRST else None
@@ -140,15 +160,10 @@ class PageTable:
             shard.live -= 1
 
 
-def without_repeats(
+def _without_repeats(
     keys: Keys, locations: Keys, is_newer: Callable[[int, int], bool]
 ) -> tuple[Keys, Keys, list[int]]:
-    """Keys in ascending order, each once, with their locations; and the locations left out.
-
-    is_newer: of two locations of one key, is the second to be kept?
-    """
-    order = np.argsort(keys, kind="stable")
-    keys, locations = keys[order], locations[order]
+    """Keys in ascending order, each once, with their locations; and the locations left out."""
     repeats = np.flatnonzero(keys[1:] == keys[:-1])
     if not len(repeats):
         return keys, locations, []

@@ -6,28 +6,35 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tiered_kv.tiers.disk.ages import N_COUNTS, Ages
+from tiered_kv.tiers.disk.ages import Ages
 from tiered_kv.tiers.disk.segment import Segment, reserved_slots
+from tiered_kv.tiers.disk.segment_board import SegmentBoard
 
 
-def choose_victim(candidates: Iterable[Segment], ages: Ages, now: int) -> Segment | None:
+def choose_victim(
+    board: SegmentBoard, others: Iterable[Segment], ages: Ages, now: int
+) -> Segment | None:
     """The segment with the least live value per byte; of equals the one filled longest ago.
 
-    A page used `age` ago is worth tau / (tau + age), where tau is the mean age of all candidates'
-    pages: 1 for a page used now, 1/2 at the mean age, and never nothing, so that of two segments of
-    one age the one with fewer live pages goes. Ages are those of the epochs in which segments count
-    their pages, so this looks at no page. `now` is the logical time.
+    A page used `age` ago is worth tau / (tau + age), where tau is the mean age of all pages: 1 for
+    a page used now, 1/2 at the mean age, and never nothing, so that of two segments of one age the
+    one with fewer live pages goes. Ages are those of the epochs in which segments count their
+    pages, so this looks at no page. `now` is the logical time.
+
+    board: all segments that are full; others: more candidates, a few.
     """
-    segments = sorted(candidates, key=lambda s: (s.filled_at, s.number))
-    if not segments:
-        return None
-    counts = np.frombuffer(b"".join(s.counts for s in segments), np.int32)
-    counts = counts.reshape(len(segments), N_COUNTS)
     age = ages.mean_ages(now)
-    n_pages = counts.sum()
-    tau = max(float(counts.sum(axis=0) @ age) / n_pages, 1.0) if n_pages else 1.0
-    share = np.array([s.record_bytes / s.file_bytes for s in segments], np.float64)
-    return segments[int(np.argmin(counts @ (tau / (tau + age)) * share))]
+    others = list(others)
+    totals = board.totals() + sum(np.array(segment.counts, np.int64) for segment in others)
+    n_pages = totals.sum()
+    tau = max(float(totals @ age) / n_pages, 1.0) if n_pages else 1.0
+    worth = tau / (tau + age)
+    least = board.least(worth)
+    best = [] if least is None else [least]
+    for segment in others:
+        value = float(np.array(segment.counts) @ worth) * segment.page_share
+        best.append((value, segment.filled_at, segment.number, segment))
+    return min(best, key=lambda each: each[:3])[3] if best else None
 
 
 def choose_survivors(victim: Segment, room: int) -> list[int]:

@@ -15,7 +15,7 @@ from tiered_kv.tiers.disk.segment_files import SegmentFiles
 from tiered_kv.tiers.disk.space import SpaceManager
 from tiered_kv.tiers.disk.stats import Counters
 
-PATIENCE_S = 0.05
+PATIENCE_S = 0.025
 """A writer that has waited so long gets the segment as it is: pages that would have been carried
 over are given up instead."""
 _LONGEST_PAUSE_S = 0.25
@@ -122,11 +122,13 @@ class Reclaimer:
         return True
 
     def _choose_victim(self, record_bytes: int) -> Segment | None:
-        candidates = self._space.candidates(record_bytes)
-        return choose_victim(candidates, self._catalog.ages, self._catalog.clock)
+        catalog = self._catalog
+        others = self._space.partly_filled(record_bytes)
+        return choose_victim(catalog.board, others, catalog.ages, catalog.clock)
 
     def _carry_over(self, victim: Segment) -> None:
-        """Move pages that deserve it, at half speed as long as there is time."""
+        """Move pages that deserve it: at half speed while there are enough free segments, the
+        faster the fewer there are."""
         room = self._space.room_for_survivors(victim.record_bytes)
         n_moved = 0
         for chunk in self._mover.chunks(victim, choose_survivors(victim, room)):
@@ -141,7 +143,9 @@ class Reclaimer:
                 self._space.finish_writes(targets)
             if len(targets) < len(chunk):
                 break
-            self._pause(min(time.monotonic() - started, _LONGEST_PAUSE_S))
+            took_s = time.monotonic() - started
+            leisure = self._space.leisure(victim.record_bytes)
+            self._pause(min(leisure * took_s, _LONGEST_PAUSE_S))
         self._counters.add(moved_pages=n_moved)
 
     def _is_late(self) -> bool:

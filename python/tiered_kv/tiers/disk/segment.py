@@ -116,6 +116,7 @@ class Segment:
         "path",
         "record_bytes",
         "reserved",
+        "row",
         "slots",
         "state",
         "touched",
@@ -129,6 +130,8 @@ class Segment:
         self.record_bytes = record_bytes
         self.slots = slots
         self.writers = 0
+        self.row: int | None = None
+        """Where it is on the `SegmentBoard`, if it is."""
         self.filled_at = 0
         """Bytes that the whole store had allocated when a slot was last taken here."""
         self.reset()
@@ -143,7 +146,7 @@ class Segment:
         self.next_slot = 0
         self.reserved = reserved_slots(slots)
         self.live = 0
-        self.counts = array("i", bytes(4 * N_COUNTS))
+        self.counts: array[int] | memoryview = array("i", bytes(4 * N_COUNTS))
         """Pages by the epoch in which they were used last, see `Ages`."""
         self.touched = False
         """Was a page read since the order of use was saved last?"""
@@ -155,6 +158,11 @@ class Segment:
     @property
     def file_bytes(self) -> int:
         return self.file_size(self.record_bytes, self.slots)
+
+    @property
+    def page_share(self) -> float:
+        """Of the file's bytes, what one page takes."""
+        return self.record_bytes / self.file_bytes
 
     @property
     def free_slots(self) -> int:
@@ -218,7 +226,8 @@ class Segment:
         """Count the pages by age anew."""
         access = self.accesses()
         places = self._ages.places(access[access > 0] >> np.uint64(1))
-        self.counts = array("i", np.bincount(places, minlength=N_COUNTS).tolist())
+        counts = np.bincount(places, minlength=N_COUNTS)
+        memoryview(self.counts)[:] = counts.astype(np.int32).data
 
     def pass_epoch(self, place: int) -> None:
         """What is counted at this place is not told apart any more, see `Ages.begin_epoch`."""

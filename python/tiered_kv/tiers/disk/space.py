@@ -111,6 +111,8 @@ class SpaceManager:
         with self._catalog.lock:
             for segment, _ in slots:
                 segment.writers -= 1
+                if not segment.writers and segment.state is SegmentState.SEALED:
+                    self._offer(segment)
 
     def _take(self, record_bytes: int, count: int) -> Slots:
         """Slots for new pages; what is reserved for survivors is left alone while it is needed."""
@@ -178,7 +180,14 @@ class SpaceManager:
     def _seal(self, segment: Segment) -> None:
         segment.state = SegmentState.SEALED
         del self._filling[segment.record_bytes]
-        self.to_pack.append(segment)
+        if not segment.writers:
+            self._offer(segment)
+
+    def _offer(self, segment: Segment) -> None:
+        """The segment is full, and nobody writes to it any more."""
+        if self._catalog.is_current(segment):
+            self._catalog.offer(segment)
+            self.to_pack.append(segment)
 
     def _has_another(self, record_bytes: int) -> bool:
         """Can a segment be had without reclaiming one?"""
@@ -209,6 +218,12 @@ class SpaceManager:
         """Has a segment's worth been written elsewhere since a page was written here?"""
         return self._allocated_bytes - segment.filled_at >= segment.file_bytes
 
+    def leisure(self, record_bytes: int) -> float:
+        """1 while there are as many free segments as there should be, 0 when there are none."""
+        with self._catalog.lock:
+            n_free = len(self.ledger.free(record_bytes))
+            return min(n_free / max(self.ledger.geometry(record_bytes).n_spare, 1), 1.0)
+
     def has_free(self, record_bytes: int) -> bool:
         with self._catalog.lock:
             return bool(self.ledger.free(record_bytes))
@@ -233,20 +248,15 @@ class SpaceManager:
 
     # -- reclaim
 
-    def candidates(self, record_bytes: int) -> list[Segment]:
-        """Segments that may be reclaimed for this record size: those that are full, or that
-        nobody has filled for a while. Takes no lock: `begin_reclaim` looks again."""
-        idle: list[Segment] = []
-        busy: list[Segment] = []
-        for segment in list(self._catalog.segments.values()):
-            if segment.writers:
-                continue
-            if segment.state is SegmentState.SEALED:
-                idle.append(segment)
-            elif segment.state is SegmentState.FILLING:
-                (idle if self._is_idle(segment) else busy).append(segment)
-        # Only if there is no other: one that another record size is still filling.
-        return idle or [segment for segment in busy if segment.record_bytes != record_bytes]
+    def partly_filled(self, record_bytes: int) -> list[Segment]:
+        """Segments that may be reclaimed for this record size although they aren't full: nobody has
+        filled them for a while or, if there are no others at all, not with this record size."""
+        with self._catalog.lock:
+            partial = [segment for some in self._partial.values() for segment in some]
+            still = [s for s in (*self._filling.values(), *partial) if not s.writers]
+            if self._catalog.board.is_empty and not any(map(self._is_idle, still)):
+                return [segment for segment in still if segment.record_bytes != record_bytes]
+            return [segment for segment in still if self._is_idle(segment)]
 
     def begin_reclaim(self, victim: Segment) -> bool:
         """False if it is not to be had any more."""
@@ -261,9 +271,12 @@ class SpaceManager:
         with self._catalog.lock:
             if not self._catalog.is_current(victim):
                 return
-            victim.state = SegmentState.FREE if is_empty else SegmentState.SEALED
             if is_empty:
+                victim.state = SegmentState.FREE
                 self.ledger.add_free(victim)
+            else:
+                victim.state = SegmentState.SEALED
+                self._catalog.offer(victim)
 
     def forget_lost(self, segment: Segment) -> int | None:
         """Give up a segment whose file is not whole; returns its pages, None if it is not there any
@@ -275,7 +288,7 @@ class SpaceManager:
         n_pages = self.drop_pages(segment)
         with self._catalog.lock:
             if self._catalog.is_current(segment):
-                del self._catalog.segments[segment.number]
+                self._catalog.remove_segment(segment)
                 self.ledger.condemn(segment)
         self._wake_keeper()
         return n_pages
@@ -292,6 +305,7 @@ class SpaceManager:
     def _set_aside(self, segment: Segment) -> None:
         """Nobody fills or reclaims the segment from now on."""
         segment.state = SegmentState.RECLAIMING
+        self._catalog.withdraw(segment)
         if self._filling.get(segment.record_bytes) is segment:
             del self._filling[segment.record_bytes]
         partial = self._partial.get(segment.record_bytes, [])
@@ -325,13 +339,16 @@ class SpaceManager:
             if generation != self._catalog.generation:
                 self.ledger.condemn(segment)
                 return
-            self._catalog.segments[segment.number] = segment
+            self._catalog.add_segment(segment)
             segment.state = SegmentState.FREE
             self.ledger.add_free(segment)
 
     def add_loaded(self, segment: Segment) -> None:
         """A file of an earlier run, in the state that it is in. The caller holds the lock."""
+        self._catalog.add_segment(segment)
         self.ledger.charge(segment.record_bytes, segment.slots)
+        if segment.state is SegmentState.SEALED:
+            self._catalog.offer(segment)
         if segment.state is SegmentState.FREE:
             self.ledger.add_free(segment)
         elif segment.state is SegmentState.FILLING:
@@ -348,7 +365,7 @@ class SpaceManager:
         with self._catalog.lock:
             segment = self.ledger.take_useless(() if even_spares else self._sizes_in_use())
             if segment is not None:
-                del self._catalog.segments[segment.number]
+                self._catalog.remove_segment(segment)
                 self.ledger.condemn(segment)
             return segment is not None
 
@@ -361,6 +378,17 @@ class SpaceManager:
         """It could not be deleted now."""
         with self._catalog.lock:
             self.ledger.add_condemned(file)
+
+    def dispose(self) -> bool:
+        """Give some memory of a cleared store back; False if there is none."""
+        with self._catalog.lock:
+            cleared = self.ledger.take_disposed()
+        if cleared is None:
+            return False
+        while cleared.table.dispose() or cleared.loose:
+            if cleared.loose:
+                cleared.loose.pop()
+        return True
 
     def clear(self) -> None:
         """Forget every page and segment at once; the files are condemned."""

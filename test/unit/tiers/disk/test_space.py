@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from tiered_kv.tiers.disk.catalog import Catalog
 from tiered_kv.tiers.disk.reclaim import choose_survivors, choose_victim
 from tiered_kv.tiers.disk.record import BLOCK_BYTES
 from tiered_kv.tiers.disk.segment import Segment
+from tiered_kv.tiers.disk.segment_board import SegmentBoard
 from tiered_kv.tiers.disk.store import DiskStore
 
 OpenStore = Callable[..., DiskStore]
@@ -241,35 +242,48 @@ def segments_of(*accesses: list[int], slots: int = 8) -> tuple[list[Segment], Ag
     return segments, ages
 
 
+def choose(segments: Sequence[Segment], ages: Ages, now: int) -> Segment | None:
+    """The same whether they are on the board or not."""
+    off = choose_victim(SegmentBoard(threading.Lock()), segments, ages, now)
+    board = SegmentBoard(threading.Lock())
+    for segment in segments:
+        board.add(segment)
+    on = choose_victim(board, [], ages, now)
+    for segment in segments:
+        board.remove(segment)
+    assert on is off
+    return on
+
+
 def test_victim_is_empty_before_old_before_new() -> None:
     (new, old, empty), ages = segments_of([900, 910, 920], [100, 110, 120], [])
-    assert choose_victim([new, old, empty], ages, now=500) is empty
-    assert choose_victim([new, old], ages, now=500) is old
-    assert choose_victim([], ages, now=500) is None
+    assert choose([new, old, empty], ages, now=500) is empty
+    assert choose([new, old], ages, now=500) is old
+    assert choose([], ages, now=500) is None
 
 
 @pytest.mark.parametrize("long_ago", [0, 10**12])
 def test_victim_of_one_age_is_the_emptier(long_ago: int) -> None:
     """However long the store has been running."""
     (full, sparse), ages = segments_of([long_ago + 500] * 8, [long_ago + 500] * 2)
-    assert choose_victim([full, sparse], ages, now=long_ago // 2 + 500) is sparse
+    assert choose([full, sparse], ages, now=long_ago // 2 + 500) is sparse
 
 
 def test_of_equal_segments_the_one_filled_first_goes() -> None:
     (one, two), ages = segments_of([500] * 8, [500] * 8)
     one.filled_at, two.filled_at = 7, 3
-    assert choose_victim([one, two], ages, now=500) is two
+    assert choose([one, two], ages, now=500) is two
 
 
 def test_pages_in_use_protect_their_segment() -> None:
     (half_hot, cold, cool), ages = segments_of([1000] * 4 + [100] * 4, [200] * 8, [400] * 8)
-    assert choose_victim([half_hot, cold, cool], ages, now=500) is cold
+    assert choose([half_hot, cold, cool], ages, now=500) is cold
 
 
 def test_a_page_that_nobody_asks_for_does_not_outweigh_those_in_use() -> None:
     now = 10**6
     (mostly_hot, cool), ages = segments_of([2 * now] * 7 + [2], [18 * now // 10] * 8)
-    assert choose_victim([mostly_hot, cool], ages, now) is cool
+    assert choose([mostly_hot, cool], ages, now) is cool
 
 
 def test_value_counts_bytes_not_pages() -> None:
@@ -282,7 +296,7 @@ def test_value_counts_bytes_not_pages() -> None:
         large.put(slot, 1, page_hash(slot), 600)
     for slot in range(256):
         small.put(slot, 1, page_hash(slot), 500)
-    assert choose_victim([large, small], ages, now=500) is small
+    assert choose([large, small], ages, now=500) is small
 
 
 def test_survivors_are_the_latest_read() -> None:
@@ -293,11 +307,18 @@ def test_survivors_are_the_latest_read() -> None:
     assert choose_survivors(segment, room=0) == []
 
 
-@given(st.lists(st.tuples(st.sampled_from(["put", "drop", "use", "pass"]), st.integers(0, 7))))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["put", "drop", "use", "pass", "offer", "withdraw"]), st.integers(0, 7)
+        )
+    )
+)
 def test_pages_are_counted_by_age(steps: list[tuple[str, int]]) -> None:
     """What is kept up to date as pages come and go is what counting anew finds."""
     catalog = Catalog()
-    segment = catalog.segments[0] = Segment(0, Path("0.seg"), 8192, 8, catalog.ages)
+    segment = Segment(0, Path("0.seg"), 8192, 8, catalog.ages)
+    catalog.add_segment(segment)
     entries = catalog.open_namespace(NAMESPACE, 4096)
     catalog.register(entries)
     for step, slot in steps:
@@ -310,10 +331,32 @@ def test_pages_are_counted_by_age(steps: list[tuple[str, int]]) -> None:
             segment.touch(slot, catalog.tick())
         elif step == "pass":
             catalog.begin_epoch()
+        elif step == "offer":
+            catalog.offer(segment)
+        elif step == "withdraw":
+            catalog.withdraw(segment)
         kept = segment.counts.tolist()
         segment.recount()
         assert segment.counts.tolist() == kept
         assert sum(kept) == segment.live == entries.n_pages == len(catalog.table)
+
+
+def test_many_segments_are_weighed_at_once() -> None:
+    """More than one block of rows, some of them vacant again."""
+    everybody, ages = segments_of(*([2 * n, 2 * n + 2] for n in range(1, 2500)))
+    board = SegmentBoard(threading.Lock())
+    assert board.is_empty
+    for segment in everybody:
+        board.add(segment)
+    for n in range(2499):
+        victim = choose_victim(board, [], ages, now=3000)
+        assert victim is not None
+        if n % 7 == 0:
+            # Those told apart by the epochs are in order; within one, who was filled first goes.
+            assert abs(victim.number - n) <= 2500 / 16 + 1
+        board.remove(victim)
+    assert board.is_empty
+    assert choose_victim(board, [], ages, now=3000) is None
 
 
 def test_segment_sizes() -> None:
