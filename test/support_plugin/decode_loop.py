@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sglang.srt.managers import scheduler as upstream
@@ -37,10 +37,10 @@ from tiered_kv.core.model_spec import find_model
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.memory.manager import MemoryManager
-from tiered_kv.plugin.cache.build import CacheParts, HostReport
 from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
 from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
+from tiered_kv.plugin.cache.parts import CacheParts, HostReport
 from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.decode import selection as decode_selection
@@ -55,7 +55,6 @@ from tiered_kv.scheduler.iteration_policy import IterationPolicy
 from tiered_kv.scheduler.request_policy import request_policies
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import CpuPageCopier, buffer_format
-from tiered_kv.tiers.disk.store import DiskStore
 from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
@@ -166,7 +165,7 @@ def serving_parts(
     hierarchy = KVHierarchy(context, name)
     return CacheParts(
         hierarchy=hierarchy,
-        disk_store=cast(DiskStore, disk),
+        disk_store=disk,
         events=events,
         metrics=MetricsRecorder(),
         host_report=HostReport(host),
@@ -226,8 +225,8 @@ class DecodeLoop(upstream.Scheduler):
         self.max_total_num_tokens = n_tokens
         self.chunked_prefill_size = chunk_tokens
         self.is_mixed_chunk = is_mixed
-        self._set_components(args)
         self.enable_hicache_storage = disk is not None
+        self._set_components(args)
         self.init_overlap()
         self.now_s = 1.0
         self.clock = SharedClock(wanted=lambda: True, on_tick=lambda: None)
@@ -348,9 +347,10 @@ class DecodeLoop(upstream.Scheduler):
             parts.metrics,
         )
         self.tiered_kv_order = self.policy.tiered_kv_order = order
-        self.tree_cache.request_order = order
+        self.tree_cache.observer = order
         self.clock = order.clock
         self.tree_cache.resumes_requests = True
+        self.tree_cache.decode_selection = self.policy.tiered_kv_selection = None
         decode_selection.install(self, iteration_policy)
 
     def arrive(self, req: Req) -> None:

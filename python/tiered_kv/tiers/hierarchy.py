@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
 
 from tiered_kv.core.errors import TieredKVError
 from tiered_kv.core.ids import Tier
-from tiered_kv.forest.key import namespace_hash
+from tiered_kv.forest.key import SHARED_TREE, TreeKey, tree_hash
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import InsertResult
@@ -29,8 +29,9 @@ from tiered_kv.tiers.disk_use import DroppedPages, UsedPages
 from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.prefetch import Prefetch
 from tiered_kv.tiers.progress import SETTLE_TIMEOUT_S, Progress
+from tiered_kv.tiers.ticket import path_up
 from tiered_kv.tiers.timeline import transfer_spans
-from tiered_kv.tiers.transfer import SingleRank
+from tiered_kv.tiers.transfer import LONGEST_JOB_S, SingleRank
 from tiered_kv.tiers.write_back import WriteBack
 
 #: How long `drain` goes on copying to the host what had to wait for room there.
@@ -72,8 +73,8 @@ class KVHierarchy:
     """Forest, policy and tiers, wired together.
 
     namespace: 32 bytes naming everything that makes KV reusable at all (the model's weights and
-    configuration, dtype, page layout, tensor-parallel shard); a request's own key (adapter, tenant
-    salt) picks the tree within it.
+    configuration, dtype, page layout, shard); a request's own key (adapter, tenant salt) picks the
+    tree within it.
     """
 
     def __init__(self, context: TierContext, namespace: bytes) -> None:
@@ -100,9 +101,10 @@ class KVHierarchy:
 
     # -- trees --------------------------------------------------------------------------------
 
-    def root(self, extra_key: str | None = None) -> Node:
-        """The root of the tree that requests with this key share."""
-        return self.context.forest.root(_root_hash(self._namespace, extra_key))
+    def root(self, key: TreeKey | None = None) -> Node:
+        """The root of the tree that requests with this key share; None is `SHARED_TREE`."""
+        key = key or SHARED_TREE
+        return self.context.forest.root(tree_hash(self._namespace, key), key)
 
     @property
     def namespace(self) -> bytes:
@@ -128,17 +130,14 @@ class KVHierarchy:
     def match(self, root: Node, tokens: array[int], limit: int | None = None) -> UsablePrefix:
         """The longest prefix of `tokens[:limit]` that device, then host, can provide now."""
         path = self.context.forest.match(root, tokens, limit).path
-        n_device = 0
-        for node in path:
-            if node.state(Tier.DEVICE) is Residency.ABSENT:
-                break
-            n_device += 1
-        n_usable = n_device
-        for node in path[n_device:]:
-            if node.state(Tier.HOST) is not Residency.RESIDENT:
-                break
-            n_usable += 1
+        n_device, n_usable = _usable(path)
         return UsablePrefix(root, path[:n_device], path[n_device:n_usable])
+
+    def peek(self, root: Node, tokens: array[int]) -> Node:
+        """The last node that such a prefix goes through to its end; looking is no use of it."""
+        path = self.context.forest.peek(root, tokens).path
+        _, n_usable = _usable(path)
+        return path[n_usable - 1] if n_usable else root
 
     def insert(self, root: Node, tokens: array[int], slots: torch.Tensor) -> InsertResult:
         """Takes over those device slots of `tokens` (whole pages) that the tree lacks.
@@ -156,7 +155,7 @@ class KVHierarchy:
         result = self.context.forest.insert(root, tokens, DeviceSlots(slots))
         self.context.stored(result.adopted, Tier.DEVICE)
         self.write_back.inserted(result.adopted or (result.last,))
-        self.write_back.resident_on_host(_path_to(result.last))
+        self.write_back.resident_on_host(path_up(result.last))
         self.used.note(result.last)
         return result
 
@@ -186,7 +185,7 @@ class KVHierarchy:
 
         Under tensor parallelism every rank must call it at the same points of its loop.
         """
-        if self.progress.is_busy or self.dropped.is_looking:
+        if self.progress.is_busy or self.dropped.is_looking or self.prefetch.wants_time:
             self.dropped.counted(self.progress.advance(self.dropped.votes()))
         if self.load_back.has_failed:
             self._give_up_failed_loads()
@@ -310,8 +309,11 @@ class KVHierarchy:
             if node.state(Tier.DISK) is Residency.RESIDENT:
                 context.forest.evict(node, Tier.DISK)
 
-    def close(self, timeout_s: float) -> None:
-        """Lets what is still to be written reach the disk, as far as the time allows, and stops."""
+    def close(self, timeout_s: float, end_s: float = LONGEST_JOB_S) -> None:
+        """Lets what is still to be written reach the disk, as far as the time allows, and stops.
+
+        The jobs under way then get `end_s` to end, all together.
+        """
         # Ranks shut down on their own: nobody to agree with any more.
         self.context.collective = SingleRank()
         self.context.pacer.stop()
@@ -323,20 +325,24 @@ class KVHierarchy:
             self.poll()
             if not any(queue.in_flight for queue in queues) and not self.write_back.n_deferred:
                 break
-        for open_queue in (*self.progress.queues(), self.used.queue):
-            open_queue.close()
+        all_queues = (*self.progress.queues(), self.used.queue)
+        for open_queue in all_queues:
+            open_queue.end()
+        deadline = time.monotonic() + end_s
+        for open_queue in all_queues:
+            open_queue.close(max(0.0, deadline - time.monotonic()))
 
 
-def _path_to(node: Node) -> tuple[Node, ...]:
-    """The nodes from `node` up to its root, which is not among them."""
-    path = []
-    while (parent := node.parent) is not None:
-        path.append(node)
-        node = parent
-    return tuple(path)
-
-
-@lru_cache(maxsize=4096)
-def _root_hash(namespace: bytes, extra_key: str | None) -> bytes:
-    parts = ("shared",) if extra_key is None else ("keyed", extra_key)
-    return namespace_hash(namespace, *parts)
+def _usable(path: Sequence[Node]) -> tuple[int, int]:
+    """How many leading nodes the device can provide, and how many it and then the host can."""
+    n_device = 0
+    for node in path:
+        if node.state(Tier.DEVICE) is Residency.ABSENT:
+            break
+        n_device += 1
+    n_usable = n_device
+    for node in path[n_device:]:
+        if node.state(Tier.HOST) is not Residency.RESIDENT:
+            break
+        n_usable += 1
+    return n_device, n_usable

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 from tiered_kv.scheduler.calibration import StepObservation
@@ -52,11 +53,13 @@ class Progress:
 
         The ranks give equally many votes.
         """
-        n_ready = [queue.n_ready for queue in self._finish]
-        agreed = self._agree([*n_ready, *votes])
-        for queue, n in zip(self._finish, agreed, strict=False):
-            self._acknowledge(queue, n)
-        return agreed[len(n_ready) :]
+        ready = [queue.ready() for queue in self._finish]
+        n_ready = sum(map(len, ready))
+        agreed = self._agree([*chain.from_iterable(ready), *votes])
+        done = iter(agreed)
+        for queue, values in zip(self._finish, ready, strict=True):
+            self._acknowledge(queue, list(islice(done, len(values))))
+        return agreed[n_ready:]
 
     def learn(self) -> None:
         """Learns now from the passes observed since the ranks have agreed last."""
@@ -68,10 +71,10 @@ class Progress:
             return True
         with self._context.pacer.hurry():
             queue.wait(SETTLE_TIMEOUT_S if timeout_s is None else timeout_s)
-        (n,) = self._context.collective.minimum([queue.n_ready])
-        is_over = n == queue.in_flight
-        self._acknowledge(queue, n)
-        return is_over
+        everything = queue.everything()
+        ready = self._context.collective.minimum(queue.ready())
+        self._acknowledge(queue, ready)
+        return ready == everything
 
     def _agree(self, values: list[int]) -> list[int]:
         """The minimum of each value over the ranks.
@@ -96,9 +99,9 @@ class Progress:
                 )
         return agreed[: len(values)]
 
-    def _acknowledge(self, queue: TransferQueue[Any], n: int) -> None:
-        """The oldest `n` transfers of a queue are done, on all ranks."""
-        for completion in self._agreed(queue.acknowledge(n)):
+    def _acknowledge(self, queue: TransferQueue[Any], ready: list[int]) -> None:
+        """These transfers of a queue are done, on all ranks (`TransferQueue.ready`)."""
+        for completion in self._agreed(queue.take(ready)):
             self._finish[queue](completion)
 
     def _agreed(self, completions: list[Completion[J]]) -> list[Completion[J]]:

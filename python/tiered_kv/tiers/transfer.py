@@ -13,14 +13,14 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
 
 #: How long closing waits for the job under way before it leaves the thread to itself.
-LONGEST_JOB_S = 30.0
+LONGEST_JOB_S = 3.0
 
 
 class Job(Protocol):
@@ -130,6 +130,18 @@ class TransferQueue(Generic[J]):
         self._pages_in_flight -= sum(c.job.n_pages for c in taken)
         return taken
 
+    def ready(self) -> list[int]:
+        """What ranks take the minimum of, element by element, to agree on what is done."""
+        return [self.n_ready]
+
+    def everything(self) -> list[int]:
+        """What `ready` says when every submitted job has finished."""
+        return [self.in_flight]
+
+    def take(self, ready: Sequence[int]) -> list[Completion[J]]:
+        """Takes the completions that all ranks have ready."""
+        return self.acknowledge(ready[0])
+
     def wait(self, timeout_s: float | None = None) -> bool:
         """Blocks until every submitted job has finished; False if the time ran out."""
         with self._progress:
@@ -140,11 +152,15 @@ class TransferQueue(Generic[J]):
         with self._progress:
             self._progress.wait_for(lambda: self.n_ready > 0, timeout_s)
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Ends the thread after the job under way; jobs not begun are dropped, as 0 pages."""
         self._is_closing = True
         self._jobs.put(None)
-        self._thread.join(timeout=LONGEST_JOB_S)
+
+    def close(self, timeout_s: float = LONGEST_JOB_S) -> None:
+        """Waits for the thread's end, but no longer."""
+        self.end()
+        self._thread.join(timeout_s)
 
     # -- the worker's side --------------------------------------------------------------------
 

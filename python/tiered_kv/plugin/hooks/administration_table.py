@@ -95,7 +95,7 @@ ADMINISTRATION_HOOKS = (
     Hook(
         target=f"{_SCHEDULER}.run_batch",
         kind="after",
-        function="tiered_kv.plugin.cache.failed_loads:after_run_batch",
+        function="tiered_kv.plugin.queue.failed_loads:after_run_batch",
         process=Process.SCHEDULER,
         why="a copy to the device that fails would be answered with whatever lies there",
     ),

@@ -66,13 +66,13 @@ ADMINISTRATION = (
     object_(
         f"{SRT}.managers.scheduler.Scheduler",
         "_engine_paused waiting_queue running_batch last_batch chunked_req",
-        "cache.idle cache.failed_loads",
+        "cache.idle queue.failed_loads",
     ),
     object_(
         f"{SRT}.managers.schedule_batch.Req",
-        "req_pool_idx finished extend_batch_idx retracted_stain retraction_count cached_tokens "
+        "req_pool_idx finished extend_batch_idx retracted_stain cached_tokens "
         "cached_tokens_device cached_tokens_host cached_tokens_storage _cache_breakdown_computed",
-        "cache.idle cache.failed_loads",
+        "cache.idle queue.again",
     ),
-    function(f"{MEM}.common.release_kv_cache", "req tree_cache is_insert", "cache.failed_loads"),
+    function(f"{MEM}.common.release_kv_cache", "req tree_cache is_insert", "queue.failed_loads"),
 )
