@@ -65,13 +65,19 @@ ARGUMENTS = (
     ),
     function(f"{SRT}.server_args.ServerArgs.from_cli_args", "args", "options.server_args"),
     function(f"{SRT}.server_args.ServerArgs.__post_init__", "self", "options.server_args"),
-    object_(f"{SRT}.arg_groups.arg_utils.A", "", "options.server_args options.overlap"),
+    object_(
+        f"{SRT}.arg_groups.arg_utils.A", "", "options.server_args options.overlap options.callers"
+    ),
     object_(
         f"{SRT}.arg_groups.arg_utils.Arg",
         "help type_parser no_cli",
-        "options.server_args options.overlap",
+        "options.server_args options.overlap options.callers",
     ),
-    object_(f"{SRT}.arg_groups.arg_utils.NS", "path", "options.server_args options.overlap"),
+    object_(
+        f"{SRT}.arg_groups.arg_utils.NS",
+        "path",
+        "options.server_args options.overlap options.callers",
+    ),
     object_(f"{SRT}.entrypoints.engine.Engine", "server_args_class", "start.entry"),
     object_(
         f"{SRT}.environ.envs",
@@ -93,7 +99,7 @@ FRONT_ENDS = (
     ),
     object_(
         f"{SRT}.managers.io_struct.GenerateReqInput",
-        "sampling_params batch_size parallel_sample_num",
+        "sampling_params batch_size parallel_sample_num received_time",
         "requests.adapter requests.openai_responses",
     ),
     function(f"{SRT}.entrypoints.http_server.ORJSONRequest.json", "self", "requests.adapter"),
