@@ -240,6 +240,15 @@ def test_the_tier_of_each_cached_run(server: Server, prompts: PromptMaker) -> No
     assert cached_tokens() == {"device": 0, "host": 0, "disk": 192}
 
 
+def test_no_client_says_when_its_request_arrived(server: Server, prompts: PromptMaker) -> None:
+    """Whoever claimed to have waited would be served before everybody, and found overdue."""
+    body = request_body(prompts.tokens("backdated", 64), 4, received_time=1.0, slo=REPORT)
+    answer = post_generate(server, body).json()
+    assert 0 < answer["meta_info"]["e2e_latency"] < 60
+    check(answer["meta_info"]["tiered_kv"])
+    assert answer["meta_info"]["tiered_kv"]["ttft_ms"] < 60_000
+
+
 # -- mistakes ----------------------------------------------------------------------------------
 
 BAD_TTFT = "slo.ttft_ms must be a number of milliseconds above 0, at most 86400000, not -5."

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 SCOPE_KEY = "tiered_kv"
 """Under which the fields of an HTTP request's body and headers wait in its ASGI scope."""
+
+RECEIVED_KEY = "tiered_kv_received_s"
+"""Under which the time waits there at which the server had read the body."""
 
 CUSTOM_PARAMS = "custom_params"
 _REQ_KEY = "__req__"
@@ -79,6 +83,7 @@ async def check_http_request(original: Callable[..., Any], request: Any) -> Any:
     state = get_global_state()
     classes = None if state is None else classes_of(state.tokenizer_manager.server_args)
     if classes is not None and SCOPE_KEY not in request.scope:
+        request.scope[RECEIVED_KEY] = time.perf_counter()
         try:
             guard.refuse_internal_fields(body)
             trust = state.tokenizer_manager.server_args.trust()
@@ -102,6 +107,9 @@ def lift_fields(
     classes = classes_of(manager.server_args)
     if classes is None or not isinstance(obj, GenerateReqInput):
         return original(manager, obj, request)
+    # What a client says about it would put its requests before everybody else's.
+    scope = getattr(request, "scope", None) or {}
+    obj.received_time = scope.get(RECEIVED_KEY) or time.perf_counter()
     trust = manager.server_args.trust()
     sent = _fields_sent_with(request, classes, trust)
     salts.put_key(obj, request)

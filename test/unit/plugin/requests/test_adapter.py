@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import time
 from array import array
 from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
@@ -238,6 +239,23 @@ def test_fields_of_the_http_request_are_lifted() -> None:
         "n": 1,
         "custom_params": {"slo": SLO, "hints": HINTS},
     }
+
+
+def test_no_client_says_when_its_request_arrived(http_server: SimpleNamespace) -> None:
+    """One that claimed to have waited for minutes would come before everybody."""
+    before_s = time.perf_counter()
+    body = Request({"text": "x", "received_time": 1.0})
+    read(body)
+    read_s = time.perf_counter()
+    obj = GenerateReqInput(text="x", received_time=1.0)
+    ask(Manager(), obj, http_request(**body.scope))
+    assert before_s <= obj.received_time <= read_s, "when the server had read it"
+    within = GenerateReqInput(text="x", received_time=1.0)
+    ask(Manager(), within)
+    assert within.received_time >= read_s, "without a request around it, now"
+    stock = GenerateReqInput(text="x", received_time=1.0)
+    ask(Manager(OFF), stock)
+    assert stock.received_time == 1.0
 
 
 def test_headers_of_a_request_without_a_json_body_are_lifted() -> None:

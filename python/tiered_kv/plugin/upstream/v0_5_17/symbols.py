@@ -101,7 +101,7 @@ FRONT_ENDS = (
     ),
     object_(
         f"{SRT}.managers.io_struct.GenerateReqInput",
-        "sampling_params batch_size parallel_sample_num extra_key",
+        "sampling_params batch_size parallel_sample_num extra_key received_time",
         "requests.adapter requests.openai_responses requests.salts",
     ),
     function(
