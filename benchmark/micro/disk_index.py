@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiered_kv.tiers.disk.budget import Budget
-from tiered_kv.tiers.disk.index import NamespaceRow, PageIndex, PageRow, SegmentRow
+from tiered_kv.tiers.disk.index import NamespaceRow, PageIndex, SegmentRow
 from tiered_kv.tiers.disk.record import BLOCK_BYTES
-from tiered_kv.tiers.disk.segment import location
+from tiered_kv.tiers.disk.segment import location, runs_of
 from tiered_kv.tiers.disk.store import DiskStore
 
 MIB = 1 << 20
@@ -45,19 +45,19 @@ def make_index(directory: Path, pages: int, page_bytes: int, capacity: int) -> l
     slots = Budget(capacity).slots_per_segment(record_bytes)
     hashes = [hashlib.sha256(b"page %d" % n).digest() for n in range(pages)]
     index = PageIndex(directory, wal_blocks=1000, sync_commits=False)
-    index.put_namespace(NamespaceRow(1, NAMESPACE, page_bytes, "benchmark"))
+    index.put_runs([], [NamespaceRow(1, NAMESPACE, page_bytes, "benchmark")])
     for number, start in enumerate(range(0, pages, slots)):
         path = directory / "segments" / f"{number:08d}.seg"
         path.touch()
         os.truncate(path, BLOCK_BYTES + slots * record_bytes)
-        index.put_segment(SegmentRow(number, record_bytes, slots))
-        index.put_pages(
-            [
-                PageRow(location(number, slot), 1, page_hash, (start + slot) << 1)
+        index.put_segment(SegmentRow(number, record_bytes, slots, generation=0))
+        index.put_runs(
+            runs_of(
+                (location(number, slot), 1, page_hash, (start + slot + 1) << 1)
                 for slot, page_hash in enumerate(hashes[start : start + slots])
-            ]
+            )
         )
-    index.compact()
+    index.fold_log()
     index.close()
     return hashes
 

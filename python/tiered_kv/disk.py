@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from tiered_kv.core.errors import TieredKVError
 from tiered_kv.core.units import format_bytes, parse_bytes
+from tiered_kv.tiers.disk.directory import FORMAT_NAME, read_format
 from tiered_kv.tiers.disk.maintenance import (
     DirectoryReport,
+    clear_directory,
     inspect_directory,
     open_for_maintenance,
     verify,
+)
+from tiered_kv.tiers.disk.shards import (
+    bytes_below,
+    delete_other_layouts,
+    kept_from_servers,
+    list_shards,
+    shards_in_use,
 )
 from tiered_kv.tiers.disk.store import DiskStore
 
@@ -32,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return EXIT_ERROR
     except OSError as error:
-        sys.stderr.write(f"Cannot {options.command} {options.directory}: {error}.\n")
+        sys.stderr.write(f"{_cannot(options, options.directory, error)}\n")
         return EXIT_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
@@ -40,11 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def _cannot(options: argparse.Namespace, directory: Path, error: OSError) -> str:
+    return f"Cannot {options.command} {directory}: {error}."
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tiered_kv.disk",
-        description="Look after the directory of a disk tier. All but `inspect` need the directory "
-        "for themselves: stop the server first.",
+        description="Look after the directory of a disk tier: the one that is given to the server, "
+        "or one of the shards in it. All but `inspect` need it for themselves: stop the server "
+        "first.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -79,9 +93,11 @@ def _add_command(
     help_text: str,
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=help_text)
-    command.add_argument("directory", type=Path, metavar="DIR", help="the disk tier's directory")
+    command.add_argument(
+        "directory", type=Path, metavar="DIR", help="the server's --tiered-kv-disk-dir, or a shard"
+    )
     command.set_defaults(run=run)
-    if run is not _inspect:
+    if run in (_verify, _gc):
         command.add_argument(
             "--key-file",
             type=Path,
@@ -91,13 +107,51 @@ def _add_command(
     return command
 
 
-def _open(options: argparse.Namespace, capacity_bytes: int | None = None) -> DiskStore:
+def _open(
+    options: argparse.Namespace,
+    shard: Path,
+    capacity_bytes: int | None = None,
+    *,
+    read_only: bool = False,
+) -> DiskStore:
     key = None
     if options.key_file is not None:
         from tiered_kv.tiers.disk.encryption import read_key_file
 
         key = read_key_file(options.key_file)
-    return open_for_maintenance(options.directory, capacity_bytes, key)
+    return open_for_maintenance(shard, capacity_bytes, key, read_only=read_only)
+
+
+def _shards(directory: Path) -> list[Path]:
+    """The directory itself, if it is a shard, or those in it. Raises DiskTierError, OSError."""
+    shards = [shard.path for shard in list_shards(directory)] if directory.is_dir() else []
+    if shards and not (directory / FORMAT_NAME).exists():
+        return shards
+    read_format(directory)
+    return [directory]
+
+
+def _orphans(directory: Path) -> set[Path]:
+    """Shards that no server will read any more. Raises OSError."""
+    n_shards = shards_in_use(directory)
+    if n_shards is None:
+        return set()
+    return {shard.path for shard in list_shards(directory) if shard.n_shards != n_shards}
+
+
+def _for_each_shard(options: argparse.Namespace, run: Callable[[Path], int]) -> int:
+    """Run for every shard, those after one that fails included; returns the worst status."""
+    status = 0
+    for shard in _shards(options.directory):
+        try:
+            status = max(status, run(shard))
+        except TieredKVError as error:
+            sys.stderr.write(f"{error}\n")
+            status = EXIT_ERROR
+        except OSError as error:
+            sys.stderr.write(f"{_cannot(options, shard, error)}\n")
+            status = EXIT_ERROR
+    return status
 
 
 def _size(text: str) -> int:
@@ -108,14 +162,28 @@ def _size(text: str) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    sys.stdout.write(format_report(options.directory, inspect_directory(options.directory)))
-    return 0
+    orphans = _orphans(options.directory)
+
+    def inspect(shard: Path) -> int:
+        report = format_report(shard, inspect_directory(shard))
+        if shard in orphans:
+            report += "left by a server with another --tp-size: the next start and `gc` delete it\n"
+        sys.stdout.write(report)
+        return 0
+
+    return _for_each_shard(options, inspect)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    with _open(options) as store:
+    with kept_from_servers(options.directory):
+        return _for_each_shard(options, lambda shard: _verify_shard(options, shard))
+
+
+def _verify_shard(options: argparse.Namespace, shard: Path) -> int:
+    with _open(options, shard, read_only=not options.repair) as store:
         bad = 0
-        with tqdm(total=store.stats().pages, unit=" pages", desc="verify", disable=None) as bar:
+        description = f"verify {shard.name}"
+        with tqdm(total=store.stats().pages, unit=" pages", desc=description, disable=None) as bar:
 
             def show(n_checked: int, n_bad: int) -> None:
                 nonlocal bad
@@ -124,7 +192,7 @@ def _verify(options: argparse.Namespace) -> int:
                 bar.set_postfix(bad=bad)
 
             report = verify(store, repair=options.repair, on_progress=show)
-    outcome = f"{report.pages} pages checked, {report.bad} bad"
+    outcome = f"{shard}: {report.pages} pages checked, {report.bad} bad"
     if report.dropped:
         outcome += f", {report.dropped} dropped"
     elif report.bad:
@@ -134,30 +202,46 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _gc(options: argparse.Namespace) -> int:
-    before = inspect_directory(options.directory).bytes_on_disk
-    with _open(options, options.capacity) as store:
-        store.collect_garbage()
-    after = inspect_directory(options.directory).bytes_on_disk
+    directory: Path = options.directory
+    with kept_from_servers(directory):
+        n_shards = len(_shards(directory))
+        before = bytes_below(directory)
+        if (n_in_use := shards_in_use(directory)) is not None:
+            delete_other_layouts(directory, n_in_use)
+            n_shards = n_in_use
+        capacity_bytes = None if options.capacity is None else options.capacity // n_shards
+
+        def tidy(shard: Path) -> int:
+            with _open(options, shard, capacity_bytes) as store:
+                store.collect_garbage()
+            return 0
+
+        status = _for_each_shard(options, tidy)
+    after = bytes_below(directory)
     sys.stdout.write(
         f"{format_bytes(max(before - after, 0))} given back, {format_bytes(after)} on disk.\n"
     )
-    return 0
+    return status
 
 
 def _clear(options: argparse.Namespace) -> int:
-    with _open(options) as store:
-        stats = store.stats()
+    with kept_from_servers(options.directory):
+        shards = _shards(options.directory)
+        n_bytes = sum(map(bytes_below, shards))
         if not options.yes:
-            question = (
-                f"Delete {stats.pages} pages ({format_bytes(stats.bytes_on_disk)}) in "
-                f"{options.directory}? [y/N] "
-            )
+            question = f"Delete all pages ({format_bytes(n_bytes)}) in {options.directory}? [y/N] "
             if not _is_confirmed(question):
                 sys.stdout.write("Nothing was deleted.\n")
                 return 0
-        store.clear()
-    sys.stdout.write(f"{stats.pages} pages deleted.\n")
-    return 0
+
+        def clear(shard: Path) -> int:
+            clear_directory(shard)
+            return 0
+
+        status = _for_each_shard(options, clear)
+    left = sum(map(bytes_below, shards))
+    sys.stdout.write(f"{format_bytes(max(n_bytes - left, 0))} deleted.\n")
+    return status
 
 
 def _is_confirmed(question: str) -> bool:

@@ -31,6 +31,8 @@ RECOVERY_S = 30.0
 class FaultyServer:
     server: Server
     control: Path
+    was_degraded: float
+    """What the metric said after the start, on a directory that the server cannot read."""
 
     def break_disk(self, fault: str) -> None:
         self.control.write_text(fault)
@@ -52,6 +54,9 @@ def faulty(
 ) -> Iterator[FaultyServer]:
     folder = tmp_path_factory.mktemp("faulty")
     control = folder / "fault"
+    shard = folder / "disk" / "shard-0-of-1"
+    shard.mkdir(parents=True)
+    (shard / "FORMAT").write_text('{"format": "tiered-kv-disk", "version": 99}')
     args = ["--page-size", 16, "--max-total-tokens", 1024, "--chunked-prefill-size", 512]
     args += ["--tiered-kv", *ALWAYS_LOAD, "--tiered-kv-host-size", host_size(2048)]
     args += ["--tiered-kv-disk-dir", folder / "disk", "--tiered-kv-disk-size", "1GB"]
@@ -59,7 +64,20 @@ def faulty(
     env = injected("disk_faults", TIERED_KV_TEST_FAULT=control)
     with make_server("disk_faults", *FLOAT32, *args, *watch, env=env) as server:
         assert "disk_faults: the disk tier's system calls" in server.log_text()
-        yield FaultyServer(server, control)
+        wait_for(lambda: scrape(server).of(names.DISK_DEGRADED) == 1.0)
+        was_degraded = scrape(server).of(names.DISK_DEGRADED)
+        server.post("/clear_hicache_storage_backend").raise_for_status()
+        wait_for(lambda: scrape(server).of(names.DISK_DEGRADED) == 0.0)
+        yield FaultyServer(server, control, was_degraded)
+
+
+@pytest.mark.long
+def test_a_directory_of_a_newer_version_is_no_reason_not_to_start(faulty: FaultyServer) -> None:
+    assert faulty.was_degraded == 1.0
+    told = [line for line in faulty.server.log_text().splitlines() if "isk tier" in line]
+    assert any("was written by a newer version" in line for line in told), told
+    assert any("is in use after" in line for line in told), told
+    assert scrape(faulty.server).of(names.DISK_DEGRADED) == 0.0
 
 
 @pytest.mark.long
@@ -122,6 +140,12 @@ def test_requests_outlive_a_fault_and_the_tier_recovers(
     if stops_writes:
         assert sum("stops writing" in line for line in told) == 1, told
         assert sum("writes again" in line for line in told) == 1, told
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + RECOVERY_S
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.3)
 
 
 def wait_for_degraded(server: Server) -> None:

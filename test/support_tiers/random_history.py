@@ -14,10 +14,14 @@ from collections.abc import Callable
 from support_tiers.doubles import FaultyDisk
 from support_tiers.tier_rig import Request, Rig, tokens_of
 from tiered_kv.core.ids import Tier
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.scheduler.calibration import StepObservation
 from tiered_kv.scheduler.read_order import Urgency
 
+#: A tenant, and an adapter that has no name by its contents.
+TENANT = TreeKey(salt=b"tenant")
+UNNAMED = TreeKey(adapter=b"random", is_lasting=False)
 MAX_RUNNING = 4
 MAX_WAITING = 5
 MAX_PAGES = 9
@@ -33,7 +37,7 @@ class History:
         self.rig = rig
         self.rng = random.Random(seed)
         self.world = random.Random(world)
-        self.waiting: dict[str, tuple[array[int], str | None]] = {}
+        self.waiting: dict[str, tuple[array[int], TreeKey | None]] = {}
         self.urgency: dict[str, Urgency] = {}
         rig.hierarchy.prefetch.urgency_of = self.urgency.get
         self.n_arrived = 0
@@ -78,12 +82,12 @@ class History:
 
     # -- drawing ------------------------------------------------------------------------------
 
-    def _prompt(self) -> tuple[array[int], str | None]:
+    def _prompt(self) -> tuple[array[int], TreeKey | None]:
         """Few distinct pages, so that prompts share prefixes and part in the middle of nodes."""
         n_pages = self.rng.randint(1, MAX_PAGES)
         pages = [self.rng.choice((1, 1, 1, 2)) for _ in range(n_pages)]
         tail = self.rng.choice((0, 0, 1, 3))
-        return tokens_of(*pages, tail=tail), self.rng.choice((None, None, "tenant"))
+        return tokens_of(*pages, tail=tail), self.rng.choice((None, None, TENANT, UNNAMED))
 
     def _request(self) -> Request | None:
         return self.rng.choice(self.rig.requests) if self.rig.requests else None

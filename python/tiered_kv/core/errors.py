@@ -12,7 +12,14 @@ class ConfigError(TieredKVError, ValueError):
 
 
 class DiskTierError(TieredKVError):
-    """The disk tier cannot be opened: locked, not writable, or of another format."""
+    """The disk tier is used in a way that cannot work: in use by another, not ours, wrong key."""
+
+
+class DiskStateError(DiskTierError):
+    """The disk tier is used rightly, but its disk does not let it: full, damaged, read-only.
+
+    That may change, and keeps no server from starting.
+    """
 
 
 class UpstreamError(TieredKVError):

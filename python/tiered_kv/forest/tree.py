@@ -10,7 +10,7 @@ from tiered_kv.core.errors import IntegrityError
 from tiered_kv.core.ids import PAGE_HASH_BYTES, Tier
 from tiered_kv.forest import integrity
 from tiered_kv.forest.descent import Descent, descend, whole_pages
-from tiered_kv.forest.key import page_hashes
+from tiered_kv.forest.key import SHARED_TREE, TreeKey, page_hashes
 from tiered_kv.forest.ledger import TierLedger
 from tiered_kv.forest.node import Node, Tokens
 from tiered_kv.forest.residency import Residency
@@ -54,8 +54,8 @@ class Trees:
 
     # -- nodes --------------------------------------------------------------------------------
 
-    def root(self, root_hash: bytes) -> Node:
-        """The root of namespace `root_hash` (32 bytes), made on demand."""
+    def root(self, root_hash: bytes, tree_key: TreeKey = SHARED_TREE) -> Node:
+        """The root of the tree `root_hash` (32 bytes), made on demand as that of `tree_key`."""
         root = self._roots.get(root_hash)
         if root is None:
             if len(root_hash) != PAGE_HASH_BYTES:
@@ -63,7 +63,7 @@ class Trees:
                     f"A namespace hash has {PAGE_HASH_BYTES} bytes, not {len(root_hash)}."
                 )
             self._n_root_ids += 1
-            root = Node.make_root(-self._n_root_ids, root_hash, self._n_records)
+            root = Node.make_root(-self._n_root_ids, root_hash, self._n_records, tree_key)
             self._roots[root_hash] = root
         return root
 

@@ -105,7 +105,7 @@ DISK_DEGRADED = Metric(
     Kind.GAUGE,
     (),
     "1 while the disk tier takes no writes because of an error (disk full, I/O error, no answer), "
-    "else 0.",
+    "or could not be opened, else 0.",
 )
 DISK_IO_BYTES = Metric(
     "sglang:tiered_kv_disk_io_bytes_total",

@@ -3,19 +3,27 @@
 Each tenant has a virtual time, the work it was given over its weight; who is behind goes first. A
 tenant that had nothing waiting does not save up: it starts at the virtual time of the one furthest
 behind (Goyal et al., SIGCOMM 1996).
+
+One that was never heard of starts at the virtual time of the one furthest *ahead*, so that a new
+name is no way out of what one was given; and only so many names count: all others share one queue
+as if they were one tenant. Whoever uses many names at once still gets the share of as many, so
+whose word counts for a name is the operator's choice (docs/slo.md).
 """
 
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
 
 from tiered_kv.scheduler.ordered import OrderedIds
 
 #: A tenant this many weighted seconds of work ahead of the last counts half.
 LEAD_HALF_S = 10.0
-#: Tenants with nothing waiting that are remembered: clients name them, so there is no end to them.
-IDLE_MAX = 1024
+#: Tenants that have a virtual time of their own, waiting or not.
+TENANTS_MAX = 1024
+#: What all others are together. No tenant can be called so: a name has 64 characters at most.
+OTHERS = "others " * 10
 
 
 class TenantShares:
@@ -26,75 +34,97 @@ class TenantShares:
         self._queues: dict[str, OrderedIds] = {}
         self._tenant_of: dict[int, str] = {}
         self._virtual_s: dict[str, float] = {}
+        # (virtual time, tenant) of those with a queue, in order.
+        self._waiting: list[tuple[float, str]] = []
+        # Tenants without a queue, the one that had one least recently first.
+        self._idle: dict[str, None] = {}
+        # The virtual time of who was given most: where nobody waits, it is now.
+        self._now_s = 0.0
 
     def __len__(self) -> int:
         return len(self._tenant_of)
 
     def put(self, tenant: str, request_id: int, key: float) -> None:
         """It waits with this key, or has another from now on."""
-        queue = self._queues.get(tenant)
+        name = self._tenant_of.get(request_id)
+        if name is None:
+            name = self._tenant_of[request_id] = self._known(tenant)
+        queue = self._queues.get(name)
         if queue is None:
-            queue = self._queues[tenant] = OrderedIds()
-        if not queue:
-            self._join(tenant)
+            queue = self._queues[name] = OrderedIds()
+            self._idle.pop(name, None)
+            self._virtual_s[name] = max(self._virtual_s[name], self._behind_s())
+            insort(self._waiting, (self._virtual_s[name], name))
         queue.put(request_id, key)
-        self._tenant_of[request_id] = tenant
 
     def discard(self, request_id: int) -> None:
         """It is not here any more."""
-        tenant = self._tenant_of.pop(request_id, None)
-        if tenant is None:
+        name = self._tenant_of.pop(request_id, None)
+        if name is None:
             return
-        queue = self._queues[tenant]
+        queue = self._queues[name]
         queue.discard(request_id)
         if not queue:
-            del self._queues[tenant]
+            del self._queues[name]
+            self._stop_waiting(name)
+            self._idle[name] = None
 
     def charge(self, tenant: str, work_s: float) -> None:
         """`tenant` was given this much work, from this queue or another."""
-        if tenant not in self._virtual_s:
-            self._join(tenant)
-        self._virtual_s[tenant] += work_s / self._weights.get(tenant, 1.0)
-        if len(self._virtual_s) - len(self._queues) > 2 * IDLE_MAX:
-            self._forget()
+        name = self._known(tenant)
+        virtual_s = self._virtual_s[name]
+        is_waiting = name in self._queues
+        if is_waiting:
+            self._stop_waiting(name)
+        self._virtual_s[name] = virtual_s + work_s / self._weights.get(tenant, 1.0)
+        self._now_s = max(self._now_s, self._virtual_s[name])
+        if is_waiting:
+            insort(self._waiting, (self._virtual_s[name], name))
 
     def weight(self, tenant: str) -> float:
         """1 for who is not ahead of the others; less for who is."""
-        virtual = self._virtual_s
-        if len(virtual) <= 1 or tenant not in virtual:
-            return 1.0
-        return LEAD_HALF_S / (LEAD_HALF_S + virtual[tenant] - min(virtual.values()))
+        virtual_s = self._virtual_s.get(tenant)
+        if virtual_s is None:
+            virtual_s = self._virtual_s.get(OTHERS, self._ahead_s())
+        return LEAD_HALF_S / (LEAD_HALF_S + max(0.0, virtual_s - self._behind_s()))
 
     def merged(self, keys: Mapping[int, float], tenants: Mapping[int, str]) -> Iterator[int]:
         """All ids, and those of `keys` with them; among tenants, who is behind first.
 
-        As if nothing were charged meanwhile, so a tenant's requests stay together. Must not be
-        changed while it is read.
+        As if nothing were charged meanwhile, so a tenant's requests stay together. Read as far as
+        is needed; must not be changed meanwhile.
         """
         more: dict[str, list[tuple[float, int]]] = {}
         for request_id, key in keys.items():
             more.setdefault(tenants[request_id], []).append((key, request_id))
-        everyone = {*(name for name, queue in self._queues.items() if queue), *more}
-        for name in sorted(everyone, key=lambda n: (self._virtual_s.get(n, 0.0), n)):
+        ahead_s = self._ahead_s()
+        only_more = sorted(
+            (self._virtual_s.get(name, ahead_s), name) for name in more if name not in self._queues
+        )
+        for _, name in heapq.merge(self._waiting, only_more):
             queue = self._queues.get(name) or OrderedIds()
             own = ((queue.key(request_id), request_id) for request_id in queue)
             for _, request_id in heapq.merge(own, sorted(more.get(name, ()))):
                 yield request_id
 
-    def _forget(self) -> None:
-        """Leave IDLE_MAX idle tenants: those furthest ahead, who would gain most by it."""
-        idle = sorted(
-            (name for name in self._virtual_s if name not in self._queues),
-            key=lambda name: (self._virtual_s[name], name),
-        )
-        for name in idle[:-IDLE_MAX]:
-            del self._virtual_s[name]
+    def _known(self, tenant: str) -> str:
+        """The name under which `tenant` has a virtual time, from now on if it had none."""
+        if tenant in self._virtual_s:
+            return tenant
+        if len(self._virtual_s) >= TENANTS_MAX and self._idle:
+            forgotten = next(iter(self._idle))
+            del self._idle[forgotten], self._virtual_s[forgotten]
+        name = tenant if len(self._virtual_s) < TENANTS_MAX else OTHERS
+        if name not in self._virtual_s:
+            self._virtual_s[name] = self._ahead_s()
+            self._idle[name] = None
+        return name
 
-    def _join(self, tenant: str) -> None:
-        behind = [
-            self._virtual_s[name]
-            for name, queue in self._queues.items()
-            if queue and name != tenant and name in self._virtual_s
-        ]
-        start_s = min(behind, default=0.0)
-        self._virtual_s[tenant] = max(self._virtual_s.get(tenant, 0.0), start_s)
+    def _behind_s(self) -> float:
+        return self._waiting[0][0] if self._waiting else self._now_s
+
+    def _ahead_s(self) -> float:
+        return max(self._waiting[-1][0] if self._waiting else 0.0, self._now_s)
+
+    def _stop_waiting(self, name: str) -> None:
+        del self._waiting[bisect_left(self._waiting, (self._virtual_s[name], name))]

@@ -10,14 +10,13 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from tiered_kv.core.errors import TieredKVError
 from tiered_kv.core.ids import Tier
-from tiered_kv.forest.key import namespace_hash
+from tiered_kv.forest.key import SHARED_TREE, TreeKey, tree_hash
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import InsertResult
@@ -29,7 +28,7 @@ from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.prefetch import Prefetch
 from tiered_kv.tiers.timeline import transfer_spans
-from tiered_kv.tiers.transfer import Completion, J, SingleRank, TransferQueue
+from tiered_kv.tiers.transfer import LONGEST_JOB_S, Completion, J, SingleRank, TransferQueue
 from tiered_kv.tiers.write_back import WriteBack
 
 #: A copy between memories takes milliseconds; one that takes this long will never end.
@@ -75,8 +74,8 @@ class KVHierarchy:
     """Forest, policy and tiers, wired together.
 
     namespace: 32 bytes naming everything that makes KV reusable at all (the model's weights and
-    configuration, dtype, page layout, tensor-parallel shard); a request's own key (adapter, tenant
-    salt) picks the tree within it.
+    configuration, dtype, page layout, shard); a request's own key (adapter, tenant salt) picks the
+    tree within it.
     """
 
     def __init__(self, context: TierContext, namespace: bytes) -> None:
@@ -101,9 +100,10 @@ class KVHierarchy:
 
     # -- trees --------------------------------------------------------------------------------
 
-    def root(self, extra_key: str | None = None) -> Node:
-        """The root of the tree that requests with this key share."""
-        return self.context.forest.root(_root_hash(self._namespace, extra_key))
+    def root(self, key: TreeKey | None = None) -> Node:
+        """The root of the tree that requests with this key share; None is `SHARED_TREE`."""
+        key = key or SHARED_TREE
+        return self.context.forest.root(tree_hash(self._namespace, key), key)
 
     def set_namespace(self, namespace: bytes, disk: DiskPages | None) -> None:
         """After a flush: the weights have changed, and nothing cached before may be matched."""
@@ -309,8 +309,11 @@ class KVHierarchy:
             if node.state(Tier.DISK) is Residency.RESIDENT:
                 self.context.forest.evict(node, Tier.DISK)
 
-    def close(self, timeout_s: float) -> None:
-        """Lets what is still to be written reach the disk, as far as the time allows, and stops."""
+    def close(self, timeout_s: float, end_s: float = LONGEST_JOB_S) -> None:
+        """Lets what is still to be written reach the disk, as far as the time allows, and stops.
+
+        The jobs under way then get `end_s` to end, all together.
+        """
         # Ranks shut down on their own: nobody to agree with any more.
         self.context.collective = SingleRank()
         self.context.pacer.stop()
@@ -323,7 +326,10 @@ class KVHierarchy:
             if not any(queue.in_flight for queue in queues) and not self.write_back.n_deferred:
                 break
         for open_queue in self._finish:
-            open_queue.close()
+            open_queue.end()
+        deadline = time.monotonic() + end_s
+        for open_queue in self._finish:
+            open_queue.close(max(0.0, deadline - time.monotonic()))
 
 
 def _usable(path: Sequence[Node]) -> tuple[int, int]:
@@ -339,9 +345,3 @@ def _usable(path: Sequence[Node]) -> tuple[int, int]:
             break
         n_usable += 1
     return n_device, n_usable
-
-
-@lru_cache(maxsize=4096)
-def _root_hash(namespace: bytes, extra_key: str | None) -> bytes:
-    parts = ("shared",) if extra_key is None else ("keyed", extra_key)
-    return namespace_hash(namespace, *parts)

@@ -114,11 +114,11 @@ class ReadQueue(TransferQueue[DiskRead]):
         self._pages_in_flight -= sum(completion.job.n_pages for completion in taken)
         return taken
 
-    def close(self) -> None:
+    def end(self) -> None:
         with self._progress:
             self._is_closing = True
             self._progress.notify_all()
-        super().close()
+        super().end()
 
     def _push(self, entry: _Entry) -> None:
         with self._progress:

@@ -19,7 +19,7 @@ from typing import Generic, Protocol, TypeVar
 logger = logging.getLogger(__name__)
 
 #: How long closing waits for the job under way before it leaves the thread to itself.
-LONGEST_JOB_S = 30.0
+LONGEST_JOB_S = 3.0
 
 
 class Job(Protocol):
@@ -130,11 +130,15 @@ class TransferQueue(Generic[J]):
         with self._progress:
             self._progress.wait_for(lambda: self.n_ready > 0, timeout_s)
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Ends the thread after the job under way; jobs not begun are dropped, as 0 pages."""
         self._is_closing = True
         self._jobs.put(None)
-        self._thread.join(timeout=LONGEST_JOB_S)
+
+    def close(self, timeout_s: float = LONGEST_JOB_S) -> None:
+        """Waits for the thread's end, but no longer."""
+        self.end()
+        self._thread.join(timeout_s)
 
     # -- the worker's side --------------------------------------------------------------------
 

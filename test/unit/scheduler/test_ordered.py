@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import islice
 
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from tiered_kv.scheduler.aging import Overdue
 from tiered_kv.scheduler.ordered import OrderedIds
-from tiered_kv.scheduler.tenants import IDLE_MAX, TenantShares
+from tiered_kv.scheduler.tenants import TENANTS_MAX, TenantShares
 
 STEPS = st.lists(
     st.tuples(st.sampled_from(["put", "put", "discard"]), st.integers(0, 6), st.integers(-3, 3))
@@ -62,18 +63,75 @@ class TestTenantShares:
         shares.charge("b", 1.0)
         assert list(shares.merged({}, {})) == [0, 1]
 
-    def test_tenants_without_end_are_forgotten_but_those_furthest_ahead(self) -> None:
+    def test_a_new_name_starts_behind_whoever_had_most(self) -> None:
+        shares = TenantShares({})
+        shares.put("much", 0, 0.0)
+        shares.put("little", 1, 0.0)
+        shares.charge("much", 100.0)
+        shares.charge("little", 1.0)
+        shares.put("new", 2, 0.0)
+        assert list(shares.merged({3: 0.0}, {3: "newer"})) == [1, 0, 2, 3]
+        assert shares.weight("newest") == shares.weight("new") == shares.weight("much") < 0.2
+
+    def test_a_new_name_is_no_way_out_of_what_one_was_given(self) -> None:
+        """Alternating names after each request, or keeping one: the other's turns are the same."""
+        orders = []
+        for names in (["greedy"] * 9, [f"greedy {i}" for i in range(9)]):
+            shares, order = TenantShares({}), []
+            shares.put("modest", -1, 0.0)
+            for request_id, name in enumerate(names):
+                shares.put(name, request_id, 0.0)
+                served = next(shares.merged({}, {}))
+                order.append("modest" if served == -1 else "greedy")
+                shares.discard(served)
+                shares.charge("modest" if served == -1 else name, 1.0)
+                shares.discard(request_id)
+                shares.put("modest", -1, 0.0)
+            orders.append(order)
+        assert orders[0] == orders[1]
+        assert orders[0].count("modest") >= 4
+
+    def test_tenants_without_end_take_no_memory_without_end(self) -> None:
         shares = TenantShares({})
         shares.put("waits", -1, 0.0)
-        for at in range(3 * IDLE_MAX):
+        for at in range(3 * TENANTS_MAX):
             shares.put(f"t{at}", at, 0.0)
             shares.charge(f"t{at}", at + 1.0)
             shares.discard(at)
-        assert shares.weight("waits") == 1.0
-        assert shares.weight("t0") == 1.0
-        assert shares.weight(f"t{3 * IDLE_MAX - 1}") < 0.01
+        assert len(shares._virtual_s) <= TENANTS_MAX + 1
         assert len(shares) == 1
         assert list(shares.merged({}, {})) == [-1]
+
+    def test_beyond_those_that_count_all_are_one(self) -> None:
+        shares = TenantShares({})
+        n = 2 * TENANTS_MAX
+        for at in range(n):
+            shares.put(f"t{at}", at, float(-at))
+        assert len(shares._waiting) == TENANTS_MAX + 1
+        assert sorted(shares.merged({}, {})) == list(range(n))
+        for at in range(n):
+            shares.discard(at)
+        assert not shares._waiting
+        assert len(shares) == 0
+
+    def test_ten_thousand_names_cost_what_ten_do(self) -> None:
+        """Weights and the head of the order, in the same run: both are looked at in each plan."""
+
+        def seconds(n_names: int) -> float:
+            shares = TenantShares({})
+            for request_id in range(10_000):
+                shares.put(f"t{request_id % n_names}", request_id, float(request_id))
+            best = float("inf")
+            for _ in range(20):
+                began = time.perf_counter()
+                for at in range(64):
+                    shares.charge(f"t{at % n_names}", 0.01)
+                    shares.weight(f"t{at % n_names}")
+                    list(islice(shares.merged({}, {}), 64))
+                best = min(best, time.perf_counter() - began)
+            return best
+
+        assert seconds(10_000) < 4 * seconds(10)
 
     def test_others_are_merged_in_by_key(self) -> None:
         shares = TenantShares({})

@@ -52,7 +52,7 @@ class TestEveryOrder:
     def test_everyone_who_shares_nothing_is_planned_once_but_those_held(self) -> None:
         q = queue()
         self.fill(q)
-        q.hold(3, 7, 50)
+        q.hold(3, 7, 50, ready_s=q.now_s)
         assert sorted(q.order()) == [i for i in range(100) if i not in q.held]
 
     def test_a_limit_gives_the_head_of_the_same_order(self) -> None:

@@ -14,6 +14,7 @@ import pytest
 from support_tiers.doubles import FaultyDisk
 from support_tiers.tier_rig import NAMESPACE, Rig, new_disk, on_disk, on_host, tokens_of
 from tiered_kv.core.ids import Tier
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.disk.store import DiskStore
 from tiered_kv.tiers.in_memory import InMemoryStore
@@ -90,14 +91,15 @@ def test_a_miss_leaves_no_ticket(make_rig: MakeRig) -> None:
 def test_trees_of_other_keys_are_apart(make_rig: MakeRig) -> None:
     rig = make_rig(disk=new_disk())
     on_disk(rig, PROMPT)
-    rig.arrive("r", PROMPT, "tenant")
+    tenant = TreeKey(extra_key=b"tenant")
+    rig.arrive("r", PROMPT, tenant)
     assert not rig.hierarchy.prefetch.tickets
-    request = rig.admit(PROMPT, "tenant")
+    request = rig.admit(PROMPT, tenant)
     assert request is not None
     assert (request.n_device, request.n_host) == (0, 0)
     rig.finish(request)
     rig.drain()
-    assert rig.stored_pages(PROMPT) == rig.stored_pages(PROMPT, "tenant") == 4
+    assert rig.stored_pages(PROMPT) == rig.stored_pages(PROMPT, tenant) == 4
     assert len(rig.disk) == 8
     rig.check_idle()
     rig.check_disk()

@@ -112,7 +112,7 @@ def test_namespaces_are_apart(store: Store) -> None:
 
 
 def test_a_namespace_has_one_page_size(store: Store) -> None:
-    store.namespace(NAMESPACE, PAGE_BYTES)
+    store.namespace(NAMESPACE, PAGE_BYTES).write_pages(names(1), buffers(1))
     with pytest.raises(DiskTierError, match="two layouts"):
         store.namespace(NAMESPACE, PAGE_BYTES + 1)
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
+from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+from sglang.version import __version__ as sglang_release
 
 from tiered_kv.core.config import TieredKVConfig
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.memory.manager import MemoryManager
-from tiered_kv.plugin.cache import fingerprint, weight_updates
+from tiered_kv.plugin.cache import adapters, fingerprint, weight_updates
 from tiered_kv.plugin.cache.costs import build_cost_model
 from tiered_kv.plugin.cache.device_copier import make_copier
 from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
+from tiered_kv.plugin.cache.disk import open_disk
 from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.formats import TierFormats, tier_formats
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder, PrometheusRecorder
@@ -32,13 +33,12 @@ from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.cost_model import CostModel, PlacementCosts
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import After, PageCopier
-from tiered_kv.tiers.disk.encryption import read_key_file
-from tiered_kv.tiers.disk.io_path import IoMode
-from tiered_kv.tiers.disk.store import DiskStore
+from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.interference import InterferenceBudget
+from tiered_kv.tiers.memory_limits import available_bytes
 from tiered_kv.tiers.pacing import WriteBackPacer
 from tiered_kv.tiers.timeline import TimelineFile
 from tiered_kv.tiers.transfer import Collective, SingleRank
@@ -64,6 +64,8 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     ctx.params.token_to_kv_pool_allocator.get_kvcache().register_layer_transfer_counter(gate)
     ctx.tp_worker.register_hicache_layer_transfer_counter(gate)
     weight_updates.track(cache)
+    lora_manager = getattr(ctx.tp_worker.model_runner, "lora_manager", None)
+    adapters.track(adapters.AdapterNames(lora_manager, make_collective(ctx)))
     return cache
 
 
@@ -84,7 +86,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     args = ctx.server_args
     copier = make_copier(formats, device, host, args.tiered_kv_copy_path)
     timeline = open_timeline(args, ctx.tp_rank, copier)
-    store = open_disk(config, ctx.tp_rank, ctx.tp_size)
+    store = open_disk(config, ctx.tp_rank, ctx.tp_size, make_collective(ctx))
 
     def name_weights() -> tuple[bytes, DiskPages | None]:
         return name_namespace(ctx, pool, formats, store)
@@ -144,24 +146,16 @@ def host_bytes(config: TieredKVConfig, device_bytes: int, n_ranks: int) -> int:
     size = config.host.size_bytes
     if size is None:
         size = int(config.host.ratio * device_bytes)
-    available = max(0, available_memory() - HOST_RESERVE_BYTES) // n_ranks
+    free = available_bytes()
+    if free is None:
+        return size
+    available = max(0, free - HOST_RESERVE_BYTES) // n_ranks
     if size > available:
         raise ConfigError(
             f"the host tier wants {size / 1e9:.2f} GB per rank but only {available / 1e9:.2f} GB "
             "of memory are free; lower --tiered-kv-host-size or --tiered-kv-host-ratio."
         )
     return size
-
-
-def available_memory() -> int:
-    """Bytes that can still be taken on this machine, or in this container if that is less."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else min(available, int(limit) - used)
 
 
 def register_for_dma(address: int, n_bytes: int) -> None:
@@ -208,37 +202,43 @@ def launched_so_far(forward_stream: torch.cuda.Stream) -> After:
     return tuple(events)
 
 
-def open_disk(config: TieredKVConfig, tp_rank: int, tp_size: int) -> DiskStore | None:
-    """This rank's store: ranks are separate processes, so each owns a directory of its own."""
-    if config.disk.directory is None:
-        return None
-    assert config.disk.size_bytes is not None, "resolved by ServerArgs"
-    store = DiskStore.open(
-        config.disk.directory / f"shard-{tp_rank}-of-{tp_size}",
-        capacity_bytes=config.disk.size_bytes,
-        io_threads=config.disk.io_threads,
-        io_mode=IoMode(config.disk.io_mode),
-        key=None if config.disk.key_file is None else read_key_file(config.disk.key_file),
-    )
-    if config.disk.clear_on_start:
-        store.clear()
-    return store
-
-
 def name_namespace(
-    ctx: TreeCacheBuildContext, pool: Any, formats: TierFormats, store: DiskStore | None
+    ctx: TreeCacheBuildContext, pool: Any, formats: TierFormats, store: DiskTier | None
 ) -> tuple[bytes, DiskPages | None]:
+    """The namespace of KV computed from now on, and its pages on disk if they are kept there.
+
+    On several ranks all must call it at the same points.
+    """
     started = time.perf_counter()
-    namespace = fingerprint.namespace_of(
-        ctx.tp_worker.model_runner.model,
+    model = ctx.tp_worker.model_runner.model
+    collective = make_collective(ctx)
+    checksum = fingerprint.weights_checksum(model)
+    checksums = collective.gather(checksum) if isinstance(collective, RankMinimum) else [checksum]
+    is_replicated = isinstance(pool, MLATokenToKVPool)
+    n_kv_heads = None if is_replicated else ctx.model_config.get_total_num_kv_heads()
+    parts = fingerprint.parts_of(
+        model,
         ctx.model_config,
+        ctx.server_args,
         pool,
         # What lies on disk is what must not be misread: host pages end with this process.
         formats.disk,
-        shard=f"{ctx.tp_rank} of {ctx.tp_size}",
+        weights=fingerprint.weights_of_all(checksums),
+        shard=fingerprint.kv_shard(ctx.tp_rank, ctx.tp_size, n_kv_heads),
+        release=sglang_release,
     )
-    logger.info("Tiered KV: named the weights in %.2f s.", time.perf_counter() - started)
+    namespace = fingerprint.namespace_of(parts)
+    logger.info(
+        "Tiered KV: named the weights in %.2f s; the namespace is %s, of %s.",
+        time.perf_counter() - started,
+        namespace.hex()[:8],
+        fingerprint.described(parts),
+    )
     if store is None:
+        return namespace, None
+    reason = fingerprint.beyond_names(ctx.model_config)
+    if reason is not None:
+        logger.warning("Tiered KV: nothing is kept on disk: %s.", reason)
         return namespace, None
     description = f"{ctx.server_args.model_path} {pool.dtype} page {formats.disk.page_size}"
     if formats.disk_layout is not None and formats.disk.is_lossy:
@@ -274,7 +274,7 @@ def log_formats(formats: TierFormats) -> None:
     )
 
 
-def log_sizes(host: HostPool, device_tokens: int, store: DiskStore | None) -> None:
+def log_sizes(host: HostPool, device_tokens: int, store: DiskTier | None) -> None:
     page_format = host.page_format
     disk = "off"
     if store is not None:

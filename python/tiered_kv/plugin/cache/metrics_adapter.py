@@ -13,7 +13,7 @@ from tiered_kv.metrics.names import Kind, Metric
 if TYPE_CHECKING:
     from tiered_kv.scheduler.request import QueuedRequest
     from tiered_kv.tiers.disk.stats import DiskStats
-    from tiered_kv.tiers.disk.store import DiskStore
+    from tiered_kv.tiers.disk.tier import DiskTier
     from tiered_kv.tiers.hierarchy import KVHierarchy
 
 #: Gauges change with every page; scrapes come every few seconds.
@@ -52,7 +52,7 @@ class MetricsRecorder:
     def made_way(self) -> None:
         """Somebody who ran waits again, for another."""
 
-    def refresh(self, hierarchy: KVHierarchy, disk: DiskStore | None, device_tokens: int) -> bool:
+    def refresh(self, hierarchy: KVHierarchy, disk: DiskTier | None, device_tokens: int) -> bool:
         """Brings the gauges up to date, if it is time to; returns whether it was."""
         return False
 
@@ -142,7 +142,7 @@ class PrometheusRecorder(MetricsRecorder):
     def made_way(self) -> None:
         self._made_way.inc()
 
-    def refresh(self, hierarchy: KVHierarchy, disk: DiskStore | None, device_tokens: int) -> bool:
+    def refresh(self, hierarchy: KVHierarchy, disk: DiskTier | None, device_tokens: int) -> bool:
         now = time.monotonic()
         if now - self._refreshed_at < REFRESH_S:
             return False

@@ -14,7 +14,7 @@ from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.passes.pass_log import PassLog
 from tiered_kv.plugin.passes.step_times import StepTimes
 from tiered_kv.scheduler.cost_model import CostModel
-from tiered_kv.tiers.disk.store import DiskStore
+from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
@@ -30,6 +30,13 @@ class RankMinimum:
         tensor = torch.tensor(values, dtype=torch.int64)
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MIN, group=self._group)
         return [int(value) for value in tensor.tolist()]
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """What every rank gave, in their order; equally long on all."""
+        own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        found = [torch.empty_like(own) for _ in range(self._group.size())]
+        self._group.allgather([found], [own]).wait()
+        return [bytes(one.tolist()) for one in found]
 
 
 class HostReport:
@@ -48,7 +55,7 @@ class CacheParts:
     """Everything the prefix cache is made of."""
 
     hierarchy: KVHierarchy
-    disk_store: DiskStore | None
+    disk_store: DiskTier | None
     events: KvEvents
     metrics: MetricsRecorder
     host_report: HostReport

@@ -28,6 +28,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from tiered_kv.core.ids import Tier
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.node import Node
 from tiered_kv.plugin.cache.observer import NoObserver, RequestObserver
 from tiered_kv.plugin.requests.view import is_named_by_tokens
@@ -43,7 +44,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: How long a shutdown waits for pages that are still on their way to the disk.
-CLOSE_TIMEOUT_S = 5.0
+WRITE_OUT_TIMEOUT_S = 5.0
+#: How long it takes altogether, whatever hangs.
+CLOSE_TIMEOUT_S = 10.0
 
 #: An idle scheduler comes by thousands of times a second.
 INTEGRITY_CHECK_S = 1.0
@@ -99,7 +102,7 @@ class TieredPrefixCache(RadixCache):
             host_hit_length=prefix.n_host_tokens,
         )
 
-    def root_node_handle(self, extra_key: str | None = None) -> Node:
+    def root_node_handle(self, extra_key: TreeKey | None = None) -> Node:
         return self.hierarchy.root(extra_key)
 
     def is_root(self, node: Node) -> bool:
@@ -299,11 +302,12 @@ class TieredPrefixCache(RadixCache):
 
     def release_host_resources(self) -> None:
         """On shutdown: pages on their way to the disk get a few seconds to arrive."""
-        self.hierarchy.close(CLOSE_TIMEOUT_S)
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        self.hierarchy.close(WRITE_OUT_TIMEOUT_S)
         if self.hierarchy.context.timeline is not None:
             self.hierarchy.context.timeline.close()
         if self.parts.disk_store is not None:
-            self.parts.disk_store.close()
+            self.parts.disk_store.close(max(deadline - time.monotonic(), 1.0))
 
     def check_integrity(self) -> None:
         """Recomputes the forest's books, at most once a second; raises IntegrityError."""

@@ -6,44 +6,17 @@ hooked before, so `install` applies ours itself, and `verify_installed` looks at
 
 from __future__ import annotations
 
-import enum
 import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from tiered_kv.core.errors import UpstreamError
 from tiered_kv.plugin.hooks.decode_table import DECODE_HOOKS
-
-
-class Process(enum.Enum):
-    """The kinds of process a server consists of; the value is the module that makes it one."""
-
-    SCHEDULER = "sglang.srt.managers.scheduler"
-    TOKENIZER = "sglang.srt.managers.tokenizer_manager"
-    DETOKENIZER = "sglang.srt.managers.detokenizer_manager"
-    HTTP_SERVER = "sglang.srt.entrypoints.http_server"
-    ENGINE = "sglang.srt.entrypoints.engine"
-
-
-@dataclass(frozen=True, slots=True)
-class Hook:
-    """One function of ours, attached to one function of SGLang's."""
-
-    target: str
-    """Dotted name of the function or method."""
-    kind: str
-    """before, after, around or replace: SGLang's `HookType`, whose signatures apply."""
-    function: str
-    """Our function, as "package.module:name", imported when the hook is applied. It must do nothing
-    for an object whose `server_args.tiered_kv` is off: two engines may share a process."""
-    process: Process
-    """Where it is needed; its absence there refuses the start."""
-    why: str
-    """What would be wrong without it."""
-
+from tiered_kv.plugin.hooks.guard_table import GUARD_HOOKS
+from tiered_kv.plugin.hooks.hook import Hook, Process
+from tiered_kv.plugin.hooks.naming_table import NAMING_HOOKS
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
@@ -288,6 +261,8 @@ HOOKS: tuple[Hook, ...] = (
             ("_resolve_lora_variant", "variant_of_pass"),
         )
     ),
+    *GUARD_HOOKS,
+    *NAMING_HOOKS,
 )
 
 _installed: dict[str, Callable[..., Any]] = {}

@@ -16,7 +16,6 @@ from typing import Any, get_args, get_type_hints
 from sglang.srt import server_args as upstream_server_args
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
-from tiered_kv.api.slo import SloClasses
 from tiered_kv.core.config import LOAD_POLICIES, DiskConfig, HostConfig, TieredKVConfig
 from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.core.registry import Registry
@@ -25,6 +24,7 @@ from tiered_kv.plugin.options import cascade as cascade_option
 from tiered_kv.plugin.options import decode as decode_option
 from tiered_kv.plugin.options import refusals
 from tiered_kv.plugin.options import values as option_values
+from tiered_kv.plugin.options.callers import CallerArgs
 from tiered_kv.plugin.options.overlap import OverlapArgs
 from tiered_kv.plugin.start import process_carrier
 from tiered_kv.scheduler.iteration_policy import iteration_policies
@@ -65,7 +65,7 @@ def _cascade_mode(_option: str, text: str) -> str:
 # The fields are declared `no_cli` because SGLang would list them among its four hundred options;
 # `add_cli_args` adds them to a group of their own.
 @dataclasses.dataclass
-class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
+class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs, CallerArgs):
     """SGLang's arguments and ours. `to_config()` gives ours as a checked value."""
 
     tiered_kv: A[
@@ -130,7 +130,7 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
     ] = None
     tiered_kv_clear_disk: A[
         bool,
-        Arg(no_cli=True, help="Delete everything in the disk tier when the server starts."),
+        Arg(no_cli=True, help="Delete all that the disk tier holds at start, whatever its state."),
         NS("memory"),
     ] = False
     tiered_kv_disk_io_threads: A[
@@ -214,25 +214,6 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
         ),
         NS("memory"),
     ] = "all"
-    tiered_kv_slo_classes: A[
-        str | None,
-        Arg(
-            no_cli=True,
-            help="File (JSON or TOML) with the classes that a request's slo may name, instead of "
-            "the built-in interactive, standard and batch: each maps to ttft_ms, tbt_ms and "
-            "max_wait_ms, all optional.",
-        ),
-        NS("memory"),
-    ] = None
-    tiered_kv_default_slo_class: A[
-        str | None,
-        Arg(
-            no_cli=True,
-            help="The class of requests that name none; 'none' promises them nothing. Default: "
-            "standard.",
-        ),
-        NS("memory"),
-    ] = None
     tiered_kv_cascade: A[
         str,
         Arg(
@@ -264,7 +245,7 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
         self.tiered_kv_cascade = cascade_option.cascade_mode(self.tiered_kv_cascade)
         self._resolve_policy()
         decode_option.check(self.tiered_kv_iteration_policy, self.tiered_kv_policy)
-        self._resolve_slo_classes()
+        self.resolve_callers()
         self._resolve_tiers()
         self.resolve_overlap()
         self._select_cache()
@@ -362,22 +343,6 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
         option_values.request_policy("--tiered-kv-policy", self.tiered_kv_policy)
         refusals.check_one_orders_the_queue(self)
 
-    def slo_classes(self) -> SloClasses:
-        """The classes that requests may name, and the default one. Raises ConfigError."""
-        return option_values.slo_classes(
-            "--tiered-kv-default-slo-class",
-            self.tiered_kv_slo_classes,
-            self.tiered_kv_default_slo_class,
-        )
-
-    def _resolve_slo_classes(self) -> None:
-        """Replace the file by what it says: other processes get the table with the arguments."""
-        if self.tiered_kv_slo_classes is not None:
-            self.tiered_kv_slo_classes = option_values.slo_table(
-                "--tiered-kv-slo-classes", self.tiered_kv_slo_classes
-            )
-        self.slo_classes()
-
     def _resolve_tiers(self) -> None:
         """Replace defaults by what they stand for, so that every rank and /server_info agree."""
         directory = option_values.disk_directory("--tiered-kv-disk-dir", self.tiered_kv_disk_dir)
@@ -386,7 +351,8 @@ class ServerArgs(upstream_server_args.ServerArgs, OverlapArgs):
         else:
             self.tiered_kv_disk_dir = str(directory)
             if self.tiered_kv_disk_size is None:
-                self.tiered_kv_disk_size = f"{option_values.default_disk_bytes(directory)}B"
+                n_bytes = option_values.default_disk_bytes(directory, self.tp_size)
+                self.tiered_kv_disk_size = f"{n_bytes}B"
         given: int | None = vars(self)["page_size"]
         self.page_size = PAGE_SIZE_DEFAULT if given is None else given
         self.to_config()
@@ -405,7 +371,7 @@ def own_fields() -> list[dataclasses.Field[Any]]:
     """The fields that `ServerArgs` adds to SGLang's."""
     fields = [f for f in dataclasses.fields(ServerArgs) if f.name.startswith("tiered_kv")]
     # A dataclass begins with what was mixed in; the help should not.
-    mixed_in = {f.name for f in dataclasses.fields(OverlapArgs)}
+    mixed_in = {f.name for mixin in (CallerArgs, OverlapArgs) for f in dataclasses.fields(mixin)}
     return sorted(fields, key=lambda f: f.name in mixed_in)
 
 

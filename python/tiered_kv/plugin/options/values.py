@@ -7,11 +7,13 @@ may arrive as text or as a number, and YAML turns an unquoted `off` or `none` in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import math
 import os
 import shutil
+import threading
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +24,11 @@ from tiered_kv.api.fields import TermsError
 from tiered_kv.api.slo import DEFAULT_CLASSES, SloClasses
 from tiered_kv.core.config import DISK_IO_MODES, PAGE_FORMATS, SAME_FORMAT
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.core.paths import expand_user
 from tiered_kv.core.units import parse_bytes
+from tiered_kv.plugin.upstream import user
 from tiered_kv.scheduler.request_policy import request_policies
+from tiered_kv.tiers.disk.shards import bytes_below, list_shards
 
 NO_DISK = "none"
 """The value of `--tiered-kv-disk-dir` that switches the disk tier off."""
@@ -36,7 +41,9 @@ POLICY_DEFAULT = "slack"
 T = TypeVar("T")
 
 DISK_BYTES_DEFAULT = 32 * 10**9
+DISK_BYTES_MIN = 256 * 10**6
 DISK_FREE_SHARE_MAX = 0.8
+_DISK_TIMEOUT_S = 5.0
 
 
 def argument(check: Callable[[str, str], T]) -> Callable[[str], T]:
@@ -131,7 +138,7 @@ def key_file(option: str, value: str | os.PathLike[str] | None) -> Path | None:
     """The disk tier's key file, an absolute path. Raises ConfigError if there is no such file."""
     if value is None or not str(value).strip():
         return None
-    path = Path(value).expanduser().absolute()
+    path = expand_user(option, value).absolute()
     if not path.is_file():
         raise ConfigError(
             f"{option} names {path}, which is no file; write a key with "
@@ -143,28 +150,39 @@ def key_file(option: str, value: str | os.PathLike[str] | None) -> Path | None:
 def disk_directory(option: str, value: str | os.PathLike[str] | None) -> Path | None:
     """The disk tier's absolute directory: `value`, the default for None, or None for "none".
 
-    Raises ConfigError if the directory could not be created or written to.
+    Raises ConfigError if the path leads through a file. What else may be wrong with it, such as a
+    mount that is read-only, is no reason not to start.
     """
     if value is None:
-        cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        directory = Path(cache_home).expanduser() / "tiered_kv" / "disk"
+        directory = _cache_home(option) / "tiered_kv" / "disk"
     elif str(value).strip().lower() in (NO_DISK, ""):
         return None
     else:
-        directory = Path(value).expanduser()
+        directory = expand_user(option, value)
     directory = directory.absolute()
-    existing = _nearest_existing(directory)
-    if not existing.is_dir():
+    in_the_way = _ask_disk(lambda: _file_in_the_way(directory), None)
+    if in_the_way is not None:
         raise ConfigError(
-            f"{option} cannot be {directory} because {existing} is a file; name a directory, "
+            f"{option} cannot be {directory} because {in_the_way} is a file; name a directory, "
             f"or write {NO_DISK} to do without the disk tier."
         )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{option} cannot be {directory} because {existing} is not writable; name another "
-            f"directory, or write {NO_DISK} to do without the disk tier."
-        )
     return directory
+
+
+def _cache_home(option: str) -> Path:
+    """Where this user keeps caches. Raises ConfigError for a user without a home."""
+    configured = os.environ.get("XDG_CACHE_HOME")
+    if configured:
+        return expand_user(option, configured)
+    try:
+        if not user.has_temporary_home():
+            return Path.home() / ".cache"
+    except RuntimeError:
+        pass
+    raise ConfigError(
+        f"{option} has no default because this user has no home; name a directory, or write "
+        f"{NO_DISK} to do without the disk tier."
+    )
 
 
 def slo_table(option: str, value: str | os.PathLike[str]) -> str:
@@ -178,7 +196,7 @@ def slo_table(option: str, value: str | os.PathLike[str]) -> str:
         if text.startswith("{"):
             table = json.loads(text)
         else:
-            content = Path(text).expanduser().read_text()
+            content = expand_user(option, text).read_text()
             table = tomllib.loads(content) if text.endswith(".toml") else json.loads(content)
         parse_classes(table)
     except (OSError, UnicodeDecodeError) as error:
@@ -205,20 +223,54 @@ def slo_classes(option: str, table: str | None, default: str | None) -> SloClass
         raise ConfigError(f"{option} must name a class, but {error}") from None
 
 
-def default_disk_bytes(directory: Path) -> int:
+def default_disk_bytes(directory: Path, n_shards: int) -> int:
     """The disk tier's size if none is given: 32 GB, but at most 80% of what it could have.
 
-    What it could have is the file system's free space plus what its own files take already:
-    without the latter the tier would shrink at every restart.
+    What it could have is the file system's free space plus what the files of its `n_shards` shards
+    take already: without the latter the tier would shrink at every restart. At least 256 MB: a file
+    system that is full now may not be so later.
     """
-    free = shutil.disk_usage(_nearest_existing(directory)).free
-    own = 0
-    if directory.is_dir():
-        own = sum(f.stat().st_blocks * 512 for f in directory.rglob("*") if f.is_file())
-    return min(DISK_BYTES_DEFAULT, int(DISK_FREE_SHARE_MAX * (free + own)))
+
+    def usable() -> int:
+        free = shutil.disk_usage(_nearest_existing(directory)).free
+        return free + _own_bytes(directory, n_shards)
+
+    most = int(DISK_FREE_SHARE_MAX * _ask_disk(usable, DISK_BYTES_DEFAULT / DISK_FREE_SHARE_MAX))
+    return min(DISK_BYTES_DEFAULT, max(DISK_BYTES_MIN, most))
+
+
+def _ask_disk(question: Callable[[], T], otherwise: T) -> T:
+    """What `question` returns; `otherwise` if a disk fails it, or does not answer for 5 s."""
+    answers: list[T] = []
+
+    def ask() -> None:
+        with contextlib.suppress(OSError):
+            answers.append(question())
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_DISK_TIMEOUT_S)
+    return answers[0] if answers else otherwise
+
+
+def _own_bytes(directory: Path, n_shards: int) -> int:
+    n_bytes = 0
+    for shard in list_shards(directory) if directory.is_dir() else ():
+        if shard.n_shards == n_shards:
+            n_bytes += bytes_below(shard.path)
+    return n_bytes
+
+
+def _file_in_the_way(directory: Path) -> Path | None:
+    existing = _nearest_existing(directory)
+    return None if existing.is_dir() else existing
 
 
 def _nearest_existing(path: Path) -> Path:
-    while not path.exists() and path != path.parent:
+    """Of the path and those above it the first that is there, as far as one may look."""
+    while path != path.parent:
+        with contextlib.suppress(OSError):
+            if path.exists():
+                break
         path = path.parent
     return path

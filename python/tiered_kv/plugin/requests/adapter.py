@@ -15,9 +15,11 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from tiered_kv.api.fields import TermsError
-from tiered_kv.api.parse import HINTS, SLO, fields_in, fields_in_headers, parse_terms
+from tiered_kv.api.parse import HINTS, KEYS, SLO, fields_in, fields_in_headers, parse_terms
 from tiered_kv.api.report import RequestReport
 from tiered_kv.api.slo import SloClasses
+from tiered_kv.api.trust import Trust, tenant_in
+from tiered_kv.plugin.requests import guard, salts
 from tiered_kv.plugin.requests import reports as request_reports
 
 logger = logging.getLogger(__name__)
@@ -45,21 +47,24 @@ def classes_of(server_args: Any) -> SloClasses | None:
 
 
 def fields_of_http(
-    body: object, headers: Mapping[str, str], classes: SloClasses
+    body: object, headers: Mapping[str, str], classes: SloClasses, trust: Trust
 ) -> dict[str, object]:
-    """Our fields of an HTTP request; a body's `slo` counts instead of all `x-slo-*` headers.
+    """Our fields of an HTTP request, as far as the server believes them.
 
     Checks `custom_params` as well, wherever a route takes them. Raises TermsError.
     """
-    found = fields_in_headers(headers, classes)
-    if not isinstance(body, Mapping):
-        return found
-    sampling = body.get("sampling_params")
-    for holder in (body, *(sampling if isinstance(sampling, list) else (sampling,))):
-        custom = holder.get(CUSTOM_PARAMS) if isinstance(holder, Mapping) else None
-        if isinstance(custom, Mapping):
-            fields_in(custom, classes)
-    return found | fields_in(body, classes)
+    said = fields_in_headers(headers, classes)
+    trust.check_headers(said)
+    own: dict[str, object] = {}
+    if isinstance(body, Mapping):
+        own = fields_in(body, classes)
+        sampling = body.get("sampling_params")
+        for holder in (body, *(sampling if isinstance(sampling, list) else (sampling,))):
+            custom = holder.get(CUSTOM_PARAMS) if isinstance(holder, Mapping) else None
+            if isinstance(custom, Mapping):
+                trust.check_body(fields_in(custom, classes))
+    trust.check_body(own)
+    return trust.laid_over(said, own, trust.tenant(headers, said))
 
 
 async def check_http_request(original: Callable[..., Any], request: Any) -> Any:
@@ -75,8 +80,12 @@ async def check_http_request(original: Callable[..., Any], request: Any) -> Any:
     classes = None if state is None else classes_of(state.tokenizer_manager.server_args)
     if classes is not None and SCOPE_KEY not in request.scope:
         try:
-            request.scope[SCOPE_KEY] = fields_of_http(body, request.headers, classes)
-        except TermsError as error:
+            guard.refuse_internal_fields(body)
+            trust = state.tokenizer_manager.server_args.trust()
+            request.scope[SCOPE_KEY] = fields_of_http(body, request.headers, classes, trust)
+            request.scope[salts.SCOPE_KEY] = salts.key_of_body(body)
+            salts.forget_unknown(body)
+        except ValueError as error:
             raise HTTPException(status_code=400, detail=str(error)) from None
     return body
 
@@ -93,9 +102,15 @@ def lift_fields(
     classes = classes_of(manager.server_args)
     if classes is None or not isinstance(obj, GenerateReqInput):
         return original(manager, obj, request)
-    sent = _fields_sent_with(request, classes)
+    trust = manager.server_args.trust()
+    sent = _fields_sent_with(request, classes, trust)
+    salts.put_key(obj, request)
     obj.sampling_params = place(
-        obj.sampling_params, sent, classes, manager.preferred_sampling_params
+        obj.sampling_params,
+        sent,
+        classes,
+        manager.preferred_sampling_params,
+        None if sent is None else trust,
     )
     answers = original(manager, obj, request)
     return request_reports.unfold(answers, obj) if asks_report(obj, None) else answers
@@ -103,25 +118,37 @@ def lift_fields(
 
 def place(
     sampling: Any,
-    sent: Mapping[str, object],
+    sent: Mapping[str, object] | None,
     classes: SloClasses,
     preferred: Mapping[str, Any] | None,
+    trust: Trust | None = None,
 ) -> Any:
     """`sampling` with `sent` among the `custom_params`, where fields it has itself count instead.
 
     It is what a client gives as `sampling_params`: None, a mapping, or a list of them for a batch.
     `preferred` are the server's for requests that give none: `custom_params` replace theirs whole.
-    Raises TermsError.
+    trust: how far the request's own fields count; None for a caller within this process. Raises
+    TermsError.
     """
     if isinstance(sampling, list):
-        return [place(one, sent, classes, preferred) for one in sampling]
+        return [place(one, sent, classes, preferred, trust) for one in sampling]
     own = sampling.get(CUSTOM_PARAMS) if isinstance(sampling, Mapping) else None
     fields = fields_in(own, classes) if isinstance(own, Mapping) else {}
-    if sent.keys() <= fields.keys():
+    sent = sent or {}
+    if trust is not None:
+        fields = trust.laid_over(sent, fields, tenant_in(sent))
+    elif sent.keys() <= fields.keys():
+        return sampling
+    if trust is not None and not fields and not _names_ours(own):
         return sampling
     if own is None and preferred:
         own = preferred.get(CUSTOM_PARAMS)
-    return {**(sampling or {}), CUSTOM_PARAMS: {**(own or {}), **sent, **fields}}
+    rest = {key: value for key, value in (own or {}).items() if key not in KEYS}
+    return {**(sampling or {}), CUSTOM_PARAMS: {**rest, **sent, **fields}}
+
+
+def _names_ours(custom: object) -> bool:
+    return isinstance(custom, Mapping) and not KEYS.keys().isdisjoint(custom)
 
 
 def asks_report(obj: Any, request: Any) -> bool:
@@ -139,13 +166,13 @@ def _asks_report(sampling: Any) -> bool:
     return isinstance(slo, Mapping) and slo.get("report") is True
 
 
-def _fields_sent_with(request: Any, classes: SloClasses) -> dict[str, object]:
-    """What came with the HTTP request around a generation; nothing without one."""
+def _fields_sent_with(request: Any, classes: SloClasses, trust: Trust) -> dict[str, object] | None:
+    """What came with the HTTP request around a generation; None without one."""
     scope = getattr(request, "scope", None)
     if not isinstance(scope, dict):
-        return {}
+        return None
     if SCOPE_KEY not in scope:  # a body that is no JSON, such as a form
-        scope[SCOPE_KEY] = fields_in_headers(request.headers, classes)
+        scope[SCOPE_KEY] = fields_of_http(None, request.headers, classes, trust)
     fields: dict[str, object] = scope[SCOPE_KEY]
     return fields
 

@@ -18,13 +18,15 @@ def prepare_main_process() -> None:
     is a plain message and an exit code. Raises UpstreamError.
     """
     from tiered_kv.plugin.hooks import table as hooks
+    from tiered_kv.plugin.hooks.hook import Process
     from tiered_kv.plugin.upstream import release as upstream
 
     upstream.verify()
-    hooks.install(hooks.Process)
-    for process in hooks.Process:
+    hooks.install(Process)
+    for process in Process:
         hooks.verify_installed(process)
     _register_radix_cache()
+    _guard_routes()
 
 
 def prepare_child_process() -> None:
@@ -36,15 +38,26 @@ def prepare_child_process() -> None:
     from sglang.srt.plugins import load_plugins
 
     from tiered_kv.plugin.hooks import table as hooks
+    from tiered_kv.plugin.hooks.hook import Process
     from tiered_kv.plugin.upstream import release as upstream
 
     load_plugins()
     upstream.verify_version()
     processes = hooks.loaded_processes()
     hooks.install(processes)
-    if hooks.Process.SCHEDULER in processes:
+    if Process.HTTP_SERVER in processes:
+        _guard_routes()
+    if Process.SCHEDULER in processes:
         _register_radix_cache()
         _register_attention_backend()
+
+
+def _guard_routes() -> None:
+    from sglang.srt.entrypoints import http_server
+
+    from tiered_kv.plugin.requests import guard
+
+    guard.answer_with_400(http_server.app)
 
 
 def _register_attention_backend() -> None:

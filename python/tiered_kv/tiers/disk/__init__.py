@@ -12,11 +12,15 @@ What is guaranteed
   room for new ones: "acknowledged" does not mean "kept for ever".
 - Operating errors (disk full, I/O errors) never raise out of reads and writes: a read is a miss,
   writes pause for a while and come back by themselves.
-- A disk that hangs makes nobody wait who had not begun to: reads are misses, writes are refused.
+- A disk that hangs makes nobody wait who had not begun to: reads are misses, writes are refused;
+  who waits for a write leaves.
+- `DiskTier` opens whatever state the disk is in, and mends itself; only misuse raises.
 
 How it is built, from the bottom up: `io_ops` (system calls), `record` (bytes on disk),
 `encryption`, `index` (SQLite), `segment` and `catalog` (what is where, in memory), `budget` and
 `space` (which bytes may be used, and which pages go), `io_path` and `memory_pressure` (past the
 page cache or through it), `record_layout` and `page_io` (scatter/gather of pages), `stall_watch`,
-`write_gate`, `reader`, `writer`, `store`. The whole story is in `docs/disk_tier.md`.
+`write_gate`, `reader`, `writer`, `store`; `faults` says what an error is to be blamed on,
+`lost_files` finds what somebody else deleted. Above a store: `shards` (the directory that a server
+is given) and `tier` (whatever state it is in). The whole story is in `docs/disk_tier.md`.
 """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
+import logging
 import os
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +16,10 @@ from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.memory_pressure import MemoryPressure
 from tiered_kv.tiers.disk.record import BLOCK_BYTES
 
-_PROBE_NAME = "direct-io.probe"
+logger = logging.getLogger(__name__)
+
+PROBE_NAME = "direct-io.probe"
+_REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 
 
 class IoMode(enum.StrEnum):
@@ -71,13 +76,40 @@ class AdaptivePath:
         return reuse is not Reuse.SOON or not self._pressure.is_plentiful()
 
 
+class IoPaths:
+    """The path of each I/O of one store: what its policy says, while the file system lets it.
+
+    Some file systems accept O_DIRECT when a file is opened and refuse it when data moves, or ask
+    for another alignment: who is refused goes through the page cache, from then on.
+    """
+
+    def __init__(self, policy: PathPolicy, directory: Path, *, has_direct: bool) -> None:
+        self.policy = policy
+        self.has_direct = has_direct
+        """Can direct I/O be used at all, as far as is known?"""
+        self._directory = directory
+
+    def use_direct(self, reuse: Reuse) -> bool:
+        return self.has_direct and self.policy.use_direct(reuse)
+
+    def is_refusal(self, error: OSError) -> bool:
+        """Is this what a file system says that has no direct I/O? Then there is none any more."""
+        if error.errno not in _REFUSALS:
+            return False
+        if self.has_direct:
+            self.has_direct = False
+            logger.warning(
+                "Disk tier %s: the file system refuses direct I/O (%s); the page cache is used.",
+                self._directory,
+                error,
+            )
+        return True
+
+
 def choose_path(
     directory: Path, io_ops: IoOps, *, mode: IoMode, pressure: MemoryPressure | None = None
-) -> tuple[PathPolicy, bool]:
-    """The policy for this mode, and whether direct I/O can be used at all.
-
-    Raises DiskTierError if direct I/O is demanded and the file system has none.
-    """
+) -> IoPaths:
+    """The paths for this mode. Raises DiskTierError if direct I/O is demanded and there is none."""
     supported = _supports_direct_io(directory, io_ops)
     if mode is IoMode.DIRECT and not supported:
         raise DiskTierError(
@@ -85,12 +117,15 @@ def choose_path(
             "disk tier (auto) or use another directory."
         )
     if mode is IoMode.AUTO and supported:
-        return AdaptivePath(pressure or MemoryPressure()), True
-    return FixedPath(direct=mode is IoMode.DIRECT), supported
+        policy: PathPolicy = AdaptivePath(pressure or MemoryPressure())
+    else:
+        policy = FixedPath(direct=mode is IoMode.DIRECT)
+    return IoPaths(policy, directory, has_direct=supported)
 
 
 def _supports_direct_io(directory: Path, io_ops: IoOps) -> bool:
-    path = directory / _PROBE_NAME
+    """False only if the file system says so: a full or read-only one cannot be asked like this."""
+    path = directory / PROBE_NAME
     block = AlignedBuffer(BLOCK_BYTES).view
     fd = -1
     try:
@@ -100,10 +135,9 @@ def _supports_direct_io(directory: Path, io_ops: IoOps) -> bool:
             and io_ops.preadv(fd, [block], 0) == BLOCK_BYTES
         )
     except OSError as error:
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-            return False
-        raise
+        return error.errno not in _REFUSALS
     finally:
         if fd >= 0:
             io_ops.close(fd)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)

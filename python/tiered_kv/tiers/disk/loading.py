@@ -1,8 +1,10 @@
-"""Start-up: the index into memory, or, if the index is damaged, the segments' headers into both."""
+"""Start-up: the index into memory, or, if the index is damaged, the segments' headers into both.
+
+What is found is collected apart, and takes its place in the catalog in one step.
+"""
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import gc
 import logging
@@ -11,36 +13,21 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
-from tiered_kv.tiers.disk.index import (
-    PageIndex,
-    PageRow,
-    SegmentRow,
-    set_index_aside,
-)
-from tiered_kv.tiers.disk.record import BLOCK_BYTES, ID_BYTES, RecordHeader
+from tiered_kv.tiers.disk.faults import Blame, blame_of, is_damage
+from tiered_kv.tiers.disk.frozen_index import FrozenIndex
+from tiered_kv.tiers.disk.generation import read_generation
+from tiered_kv.tiers.disk.index import PageIndex, SegmentRow, set_index_aside
+from tiered_kv.tiers.disk.index_upkeep import COMPLETE_META
+from tiered_kv.tiers.disk.loaded import Loaded
+from tiered_kv.tiers.disk.record import BLOCK_BYTES
 from tiered_kv.tiers.disk.scan import ScannedSegment, scan_segments
-from tiered_kv.tiers.disk.segment import (
-    MAX_SLOTS,
-    Segment,
-    SegmentState,
-    location,
-    segment_of,
-    slot_of,
-)
+from tiered_kv.tiers.disk.segment import MAX_SLOTS, Segment, location, runs_of
 from tiered_kv.tiers.disk.segment_files import SegmentFiles, segment_paths
 
 logger = logging.getLogger(__name__)
 
-_COMMIT_ROWS = 10_000
-_COMPLETE = "complete"
-"""Set in an index that knows every page: not before a rebuild is through."""
-
-
-# Primary result codes that speak of the machine's state, not of damage in the file.
-_NOT_DAMAGE = frozenset(
-    {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL}
-)
+_ODD_ERRORS = (sqlite3.Error, TypeError, ValueError, OverflowError)
+"""What a damaged index may raise when it is loaded."""
 
 
 def open_index(
@@ -48,28 +35,30 @@ def open_index(
     files: SegmentFiles,
     make_index: Callable[[], PageIndex],
     has_room: Callable[[int], bool],
-) -> tuple[PageIndex, Catalog]:
+) -> tuple[PageIndex, Loaded]:
     """Open the index and load it; if it is damaged, set it aside and rebuild it.
 
     has_room: may a damaged index of this size be kept?
     Raises sqlite3.Error or OSError if a fresh index cannot be written either.
     """
+    generation = read_generation(directory)
+    segment_paths(files.directory)  # Without them nothing can be said of the index: raises OSError.
     index = None
     try:
         index = make_index()
-        index.check()
-        if not index.meta(_COMPLETE) and any(segment_paths(files.directory)):
-            raise ValueError("it was never completed, or is new although there are segments")
-        with _collector_off():
-            catalog = _load(index, files)
-        index.set_meta(_COMPLETE, 1)
-        return index, catalog
-    except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
-        # Flipped bytes in a row may come back as values of another type or range.
+        loaded = _load(index, files, generation)
+        for number in loaded.lost:
+            index.forget_segment(number)
+        _delete_strays(files, loaded)
+        index.set_meta(COMPLETE_META, 1)
+        return index, loaded
+    except Exception as error:
+        is_broken = isinstance(error, _ODD_ERRORS) and is_damage(error, at_open=True)
         if index is not None:
             index.close()
-        code = getattr(error, "sqlite_errorcode", None)
-        if code is not None and code & 0xFF in _NOT_DAMAGE:
+        elif isinstance(error, OSError):
+            is_broken = blame_of(error) is Blame.MEDIUM
+        if not is_broken:
             raise
         aside = set_index_aside(directory, has_room)
         logger.warning(
@@ -77,15 +66,76 @@ def open_index(
             "files.",
             directory,
             error,
-            _fate(aside),
+            fate_of(aside),
         )
     index = make_index()
-    return index, _rebuild(index, files)
+    try:
+        return index, _rebuild(index, files, generation)
+    except BaseException:
+        index.close()
+        raise
+
+
+def open_frozen_index(directory: Path, files: SegmentFiles) -> tuple[PageIndex, Loaded]:
+    """Load the index of a directory in which nothing can be written, and change nothing.
+
+    Raises sqlite3.Error, ValueError or OSError if it cannot be read, or not be trusted.
+    """
+    index = FrozenIndex(directory)
+    try:
+        return index, _load(index, files, read_generation(directory))
+    except BaseException:
+        index.close()
+        raise
+
+
+def fate_of(aside: Path | None) -> str:
+    """What became of a damaged index, in words."""
+    return "deleted for want of room" if aside is None else f"set aside as {aside.name}"
+
+
+# -- from the index
+
+
+def _load(index: PageIndex, files: SegmentFiles, generation: int | None) -> Loaded:
+    """Raises sqlite3.Error, TypeError, ValueError or OverflowError if the index is damaged."""
+    index.check()
+    if not index.meta(COMPLETE_META) and any(segment_paths(files.directory)):
+        raise ValueError("it was never completed, or is new although there are segments")
+    rows = index.segments()
+    loaded = Loaded(generation, (row.generation for row in rows))
+    for namespace in index.namespaces():
+        loaded.add_namespace(namespace)
+    for row in rows:
+        _load_segment(files, loaded, row)
+    with _collector_off():
+        for run in index.runs():
+            loaded.add_run(run)
+    for row in rows:
+        if row.number in loaded.segments:
+            loaded.segments[row.number].restore_recency(row.newest, row.was_read)
+    if loaded.lost:
+        logger.warning(
+            "Disk tier: %d segment files are missing or have the wrong size; their pages are "
+            "forgotten.",
+            len(loaded.lost),
+        )
+    return loaded
+
+
+def _load_segment(files: SegmentFiles, loaded: Loaded, row: SegmentRow) -> None:
+    is_possible = 0 < row.slots <= MAX_SLOTS and row.record_bytes > BLOCK_BYTES
+    path = files.path(row.number)
+    n_bytes = Segment.file_size(row.record_bytes, row.slots)
+    if not (is_possible and files.has_size(path, n_bytes)):
+        loaded.add_lost(row.number)
+    else:
+        loaded.add_segment(row, path)
 
 
 @contextlib.contextmanager
 def _collector_off() -> Iterator[None]:
-    """A million rows pass by as tuples, none of them garbage: a quarter of the time went there."""
+    """Rows pass by as tuples, none of them garbage."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -95,191 +145,63 @@ def _collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def _load(index: PageIndex, files: SegmentFiles) -> Catalog:
-    catalog = Catalog()
-    for ns in index.namespaces():
-        catalog.namespaces[ns.number] = NamespaceEntries(*ns)
-    lost = _load_segments(index, files, catalog)
-    for rows in index.page_batches():
-        _load_pages(catalog, rows)
-    for segment in catalog.segments.values():
-        _set_loaded_state(segment)
-    if lost:
-        logger.warning(
-            "Disk tier: %d segment files are missing or have the wrong size; their pages are "
-            "forgotten.",
-            len(lost),
-        )
-        for number in lost:
-            index.replace_segment(number, [], forget=True)
-    _delete_strays(files, catalog)
-    return catalog
+# -- from the segments
 
 
-def _load_segments(index: PageIndex, files: SegmentFiles, catalog: Catalog) -> list[int]:
-    """Returns the numbers of segments whose file is not as the index says."""
-    lost: list[int] = []
-    for row in index.segments():
-        catalog.next_segment = max(catalog.next_segment, row.number + 1)
-        path = files.path(row.number)
-        if is_file_of(path, row.record_bytes, row.slots):
-            catalog.segments[row.number] = Segment(row.number, path, row.record_bytes, row.slots)
-        else:
-            lost.append(row.number)
-    return lost
-
-
-def is_file_of(path: Path, record_bytes: int, slots: int) -> bool:
-    """Does the file have exactly the size of a segment of this geometry?"""
-    if not (0 < slots <= MAX_SLOTS and record_bytes > BLOCK_BYTES):
-        return False
-    try:
-        return path.stat().st_size == BLOCK_BYTES + slots * record_bytes
-    except FileNotFoundError:
-        return False
-
-
-def _load_pages(catalog: Catalog, rows: list[tuple[int, int, bytes, int]]) -> None:
-    """Rows in order of location. The usual case runs in bulk: a million rows must load fast."""
-    start = 0
-    while start < len(rows):
-        number = segment_of(rows[start][0])
-        end = bisect.bisect_left(rows, (location(number + 1, 0),), start)
-        segment = catalog.segments.get(number)
-        if segment is not None and not _load_in_bulk(catalog, segment, rows[start:end]):
-            for row in rows[start:end]:
-                _load_page(catalog, segment, *row)
-        start = end
-
-
-def _load_in_bulk(
-    catalog: Catalog, segment: Segment, rows: list[tuple[int, int, bytes, int]]
-) -> bool:
-    """Load rows of adjacent slots, of one namespace, none known already; False for all others."""
-    locations, owners, hashes, accesses = zip(*rows, strict=True)
-    entries = catalog.namespaces.get(owners[0])
-    n = len(rows)
-    first = slot_of(locations[0])
-    is_plain = (
-        entries is not None
-        and entries.record_bytes == segment.record_bytes
-        and locations[-1] - locations[0] == n - 1
-        and first + n <= segment.slots
-        and len(set(owners)) == 1
-        and set(map(len, hashes)) == {ID_BYTES}
-        and len(set(hashes)) == n
-        and entries.locations.keys().isdisjoint(hashes)
-    )
-    if not is_plain or entries is None:
-        return False
-    segment.put_adjacent(first, owners[0], hashes, accesses)
-    entries.locations.update(zip(hashes, locations, strict=True))
-    catalog.clock = max(catalog.clock, (max(accesses) >> 1) + 1)
-    return True
-
-
-def _load_page(
-    catalog: Catalog, segment: Segment, loc: int, owner: int, page_hash: bytes, access: int
-) -> None:
-    entries = catalog.namespaces.get(owner)
-    slot = slot_of(loc)
-    if entries is None or entries.record_bytes != segment.record_bytes or slot >= segment.slots:
-        return
-    known = catalog.locate(entries, page_hash)
-    if known is None or known[0].access[known[1]] < access:
-        catalog.put(entries, page_hash, segment, slot, access)
-    catalog.clock = max(catalog.clock, (access >> 1) + 1)
-
-
-def _set_loaded_state(segment: Segment) -> None:
-    if segment.live == 0:
-        segment.state = SegmentState.FREE
-    elif segment.free_slots == 0:
-        segment.state = SegmentState.SEALED
-
-
-def _delete_strays(files: SegmentFiles, catalog: Catalog) -> None:
-    """Files that a crash left between creation and their row in the index."""
-    for path in segment_paths(files.directory):
-        number = int(path.stem)
-        catalog.next_segment = max(catalog.next_segment, number + 1)
-        if number not in catalog.segments:
-            path.unlink()
-
-
-def _rebuild(index: PageIndex, files: SegmentFiles) -> Catalog:
-    catalog = Catalog()
+def _rebuild(index: PageIndex, files: SegmentFiles, generation: int | None) -> Loaded:
     started = time.monotonic()
+    loaded: Loaded | None = None
     for scanned in scan_segments(files.directory):
-        _add_scanned(index, files, catalog, scanned)
-    for segment in catalog.segments.values():
-        _set_loaded_state(segment)
-    _write_rows(index, catalog)
-    _delete_strays(files, catalog)
-    index.set_meta(_COMPLETE, 1)
+        if loaded is None:
+            loaded = Loaded(generation, [scanned.header.generation])
+        _add_scanned(index, files, loaded, scanned)
+    loaded = loaded or Loaded(generation, [])
+    _delete_strays(files, loaded)
+    index.set_meta(COMPLETE_META, 1)
     logger.warning(
         "Disk tier: index rebuilt in %.1f s, %d pages in %d segments.",
         time.monotonic() - started,
-        catalog.n_pages(),
-        len(catalog.segments),
+        sum(loaded.n_pages.values()),
+        len(loaded.segments),
     )
-    return catalog
+    return loaded
 
 
 def _add_scanned(
-    index: PageIndex, files: SegmentFiles, catalog: Catalog, scanned: ScannedSegment
+    index: PageIndex, files: SegmentFiles, loaded: Loaded, scanned: ScannedSegment
 ) -> None:
     header = scanned.header
-    segment = Segment(header.number, files.path(header.number), header.record_bytes, header.slots)
-    catalog.segments[header.number] = segment
+    row = SegmentRow(header.number, header.record_bytes, header.slots, header.generation)
+    loaded.add_segment(row, files.path(header.number))
+    index.put_segment(row)
+    if header.number not in loaded.segments:
+        return
+    pages = []
+    unknown = []
     for slot, record in scanned.records:
-        entries = _namespace_of(index, catalog, record)
-        if entries.record_bytes != segment.record_bytes:
-            continue
-        known = catalog.locate(entries, record.page_hash)
-        access = record.sequence << 1
-        if known is None or known[0].access[known[1]] < access:
-            catalog.put(entries, record.page_hash, segment, slot, access)
-        catalog.clock = max(catalog.clock, record.sequence + 1)
+        entries, is_new = loaded.namespace_of(record.namespace_id, record.payload_bytes)
+        if is_new:
+            unknown.append(entries.row)
+        if entries.page_bytes == record.payload_bytes:
+            loc = location(header.number, slot)
+            pages.append((loc, entries.number, record.page_hash, max(record.sequence, 1) << 1))
+    runs = runs_of(pages)
+    index.put_runs(runs, unknown)
+    for run in runs:
+        loaded.add_run(run)
 
 
-def _namespace_of(index: PageIndex, catalog: Catalog, record: RecordHeader) -> NamespaceEntries:
-    entries = catalog.find_namespace(record.namespace_id)
-    if entries is None:
-        entries = NamespaceEntries(
-            len(catalog.namespaces) + 1, record.namespace_id, record.payload_bytes, ""
-        )
-        index.put_namespace(entries.row)
-        catalog.namespaces[entries.number] = entries
-    return entries
+# -- both
 
 
-def refill_index(index: PageIndex, catalog: Catalog) -> None:
-    """Write a fresh index from memory, after the old one failed while in use. Never raises."""
-    try:
-        with index.lock:
-            aside = index.start_afresh()
-            for entries in list(catalog.namespaces.values()):
-                index.put_namespace(entries.row)
-            _write_rows(index, catalog)
-            index.set_meta(_COMPLETE, 1)
-        logger.warning("Disk tier: the index was damaged: %s, written anew.", _fate(aside))
-    except (OSError, sqlite3.Error) as error:
-        logger.warning("Disk tier: the index is damaged and cannot be written anew (%s).", error)
-
-
-def _fate(aside: Path | None) -> str:
-    return "deleted for want of room" if aside is None else f"set aside as {aside.name}"
-
-
-def _write_rows(index: PageIndex, catalog: Catalog) -> None:
-    """All segments and pages of the catalog. The caller holds the index lock, or is alone."""
-    for segment in list(catalog.segments.values()):
-        index.put_segment(SegmentRow(segment.number, segment.record_bytes, segment.slots))
-        with catalog.lock:
-            rows = [
-                PageRow(loc, segment.owners[slot_of(loc)], page_hash, access)
-                for access, loc, page_hash in segment.access_rows()
-            ]
-        for start in range(0, len(rows), _COMMIT_ROWS):
-            index.put_pages(rows[start : start + _COMMIT_ROWS])
+def _delete_strays(files: SegmentFiles, loaded: Loaded) -> None:
+    """Files that a crash left between creation and their row in the index."""
+    known = {file.number for file in loaded.condemned} | loaded.segments.keys()
+    for path in segment_paths(files.directory):
+        number = int(path.stem)
+        loaded.next_segment = max(loaded.next_segment, number + 1)
+        if number not in known:
+            try:
+                path.unlink()
+            except OSError as error:
+                logger.warning("Disk tier: %s, of no use, cannot be deleted (%s).", path, error)

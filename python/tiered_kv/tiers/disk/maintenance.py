@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiered_kv.core.errors import DiskTierError
-from tiered_kv.tiers.disk.directory import is_owned, read_format, read_owner
+from tiered_kv.core.errors import DiskStateError, DiskTierError
+from tiered_kv.tiers.disk.directory import (
+    OtherFormatError,
+    OwnerLock,
+    erase,
+    is_owned,
+    prepare_directory,
+    read_format,
+    read_owner,
+    write_format,
+)
+from tiered_kv.tiers.disk.faults import is_damage, remedy
+from tiered_kv.tiers.disk.frozen_index import readable_copy
+from tiered_kv.tiers.disk.generation import read_generation
 from tiered_kv.tiers.disk.index import INDEX_NAME, stored_meta
+from tiered_kv.tiers.disk.index_upkeep import CAPACITY_META
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.record import round_up
 from tiered_kv.tiers.disk.segment_files import segment_paths
-from tiered_kv.tiers.disk.store import CAPACITY_META, DiskStore
+from tiered_kv.tiers.disk.shards import bytes_below
+from tiered_kv.tiers.disk.store import Access, DiskStore
 
 _CHECK_BYTES = 16 << 20
+# Of the segments that were not cleared; 24 bits of a location are the slot.
+_PAGES_PER_NAMESPACE = """
+SELECT namespace, sum(length(hashes) / 32) FROM runs JOIN segments ON number = location >> 24
+WHERE generation = ? GROUP BY namespace"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,50 +73,100 @@ class VerifyReport:
 
 
 def inspect_directory(directory: Path) -> DirectoryReport:
-    """What is stored, from the index alone; works beside a running server, too.
+    """What is stored, from the index alone; works beside a running server, and where nothing can be
+    written.
 
-    Raises DiskTierError if it is no disk tier's directory or its index is damaged.
+    Raises DiskTierError if it is no disk tier's directory or its index is damaged, OSError.
     """
     encryption = read_format(directory)
+    counts: dict[int, int] = {}
+    namespaces: list[NamespaceReport] = []
+    capacity_bytes = 0
     try:
-        db = sqlite3.connect(f"{(directory / INDEX_NAME).absolute().as_uri()}?mode=ro", uri=True)
-        try:
-            counts = dict(db.execute("SELECT namespace, count(*) FROM pages GROUP BY namespace"))
-            namespaces = tuple(
-                NamespaceReport(bytes(namespace_id), description, page_bytes, counts.get(number, 0))
-                for number, namespace_id, page_bytes, description in db.execute(
-                    "SELECT number, id, page_bytes, description FROM namespaces ORDER BY number"
-                )
-            )
-            capacity_bytes = stored_meta(db, CAPACITY_META) or 0
-        finally:
-            db.close()
+        if (directory / INDEX_NAME).exists():
+            with _readable_index(directory) as db:
+                counts = dict(db.execute(_PAGES_PER_NAMESPACE, (read_generation(directory),)))
+                namespaces = [
+                    NamespaceReport(
+                        bytes(namespace_id), description, page_bytes, counts.get(number, 0)
+                    )
+                    for number, namespace_id, page_bytes, description in db.execute(
+                        "SELECT number, id, page_bytes, description FROM namespaces ORDER BY number"
+                    )
+                ]
+                capacity_bytes = stored_meta(db, CAPACITY_META) or 0
     except sqlite3.Error as error:
-        raise DiskTierError(
-            f"The index in {directory} cannot be read ({error}): `verify` rebuilds it."
-        ) from error
+        how = "`verify` rebuilds it" if is_damage(error, at_open=True) else remedy(error)
+        raise DiskTierError(f"The index in {directory} cannot be read ({error}): {how}.") from error
     return DirectoryReport(
         owner=read_owner(directory) if is_owned(directory) else None,
         capacity_bytes=capacity_bytes,
-        bytes_on_disk=_file_bytes(directory),
+        bytes_on_disk=bytes_below(directory),
         segments=len(segment_paths(directory / "segments")),
         cipher=None if encryption is None else encryption.cipher,
-        namespaces=namespaces,
+        namespaces=tuple(namespaces),
     )
+
+
+@contextlib.contextmanager
+def _readable_index(directory: Path) -> Iterator[sqlite3.Connection]:
+    if not is_owned(directory):
+        with readable_copy(directory) as db:
+            yield db
+        return
+    uri = f"{(directory / INDEX_NAME).absolute().as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+        yield db
 
 
 def open_for_maintenance(
-    directory: Path, capacity_bytes: int | None = None, key: bytes | None = None
+    directory: Path,
+    capacity_bytes: int | None = None,
+    key: bytes | None = None,
+    *,
+    read_only: bool = False,
 ) -> DiskStore:
     """Open an existing directory, by default with the budget it had last.
 
-    Raises DiskTierError if it is no disk tier's directory, a server has it open, or the key is not
-    that of its pages.
+    read_only: where it cannot be written, to read it is enough. Raises DiskTierError if it is no
+    disk tier's directory, a server has it open, or the key is not that of its pages.
     """
     read_format(directory)
-    return DiskStore.open(
-        directory, capacity_bytes=capacity_bytes or _last_capacity(directory), key=key
-    )
+    capacity_bytes = capacity_bytes or _last_capacity(directory)
+    try:
+        return DiskStore.open(directory, capacity_bytes=capacity_bytes, key=key)
+    except OtherFormatError:
+        raise
+    except DiskStateError as error:
+        if not read_only:
+            raise
+        try:
+            return DiskStore.open(
+                directory, capacity_bytes=capacity_bytes, key=key, access=Access.READ_ONLY
+            )
+        except DiskStateError:
+            raise error from None
+
+
+def clear_directory(directory: Path) -> None:
+    """Delete everything that a disk tier's directory holds; needs no key, and mends any damage.
+
+    Raises DiskTierError if it is not one's, or in use, OSError.
+    """
+    prepare_directory(directory, read_only=True)
+    lock = OwnerLock(directory)
+    try:
+        encryption, is_readable = None, True
+        try:
+            encryption = read_format(directory)
+        except DiskTierError:
+            is_readable = False
+        erase(directory)
+        if is_readable:
+            # It stays a disk tier's directory, with the key it has.
+            write_format(directory, encryption)
+    finally:
+        lock.release()
 
 
 def verify(
@@ -140,8 +209,4 @@ def _last_capacity(directory: Path) -> int:
             return report.capacity_bytes
     except DiskTierError:
         pass
-    return round_up(_file_bytes(directory) * 9 // 8 + (64 << 20))
-
-
-def _file_bytes(directory: Path) -> int:
-    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+    return round_up(bytes_below(directory) * 9 // 8 + (64 << 20))

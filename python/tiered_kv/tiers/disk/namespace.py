@@ -6,20 +6,34 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
+from tiered_kv.tiers.disk.attempt import Attempt
 from tiered_kv.tiers.disk.buffers import as_bytes
-from tiered_kv.tiers.disk.catalog import NamespaceEntries
+from tiered_kv.tiers.disk.catalog import Catalog
 from tiered_kv.tiers.disk.io_path import Reuse
+from tiered_kv.tiers.disk.io_pool import DaemonThreads
+from tiered_kv.tiers.disk.namespace_entries import NamespaceEntries
 from tiered_kv.tiers.disk.reader import PageReader
 from tiered_kv.tiers.disk.record import ID_BYTES
+from tiered_kv.tiers.disk.stall_watch import StallWatch
 from tiered_kv.tiers.disk.writer import PageWriter
+
+_WRITES_AT_ONCE = 16
+"""Calls to write pages that run at once; more wait their turn."""
+_LOOK_S = 0.25
+"""So often a caller who waits for a write looks whether the disk still answers."""
 
 
 class Operations:
     """Reads and writes of an open store; counts those under way so that closing can wait."""
 
-    def __init__(self, reader: PageReader, writer: PageWriter) -> None:
+    def __init__(
+        self, catalog: Catalog, reader: PageReader, writer: PageWriter, stalls: StallWatch
+    ) -> None:
+        self.catalog = catalog
         self.reader = reader
-        self.writer = writer
+        self._writer = writer
+        self._stalls = stalls
+        self._threads = DaemonThreads(_WRITES_AT_ONCE, "tiered-kv-disk-write")
         self._idle = threading.Condition()
         self._under_way = 0
         self._is_shut = False
@@ -27,25 +41,65 @@ class Operations:
     @contextlib.contextmanager
     def enter(self) -> Iterator[bool]:
         """Yields False if the store is closed."""
-        with self._idle:
-            is_open = not self._is_shut
-            self._under_way += is_open
+        is_open = self._begin()
         try:
             yield is_open
         finally:
             if is_open:
-                with self._idle:
-                    self._under_way -= 1
-                    self._idle.notify_all()
+                self._end()
 
-    def shut(self) -> bool:
-        """Refuse new operations and wait for those under way; False if it was shut before."""
+    def _begin(self) -> bool:
         with self._idle:
-            if self._is_shut:
-                return False
+            self._under_way += not self._is_shut
+            return not self._is_shut
+
+    def _end(self) -> None:
+        with self._idle:
+            self._under_way -= 1
+            self._idle.notify_all()
+
+    def write(
+        self,
+        entries: NamespaceEntries,
+        hashes: Sequence[bytes],
+        views: Sequence[memoryview],
+        reuse: Reuse,
+    ) -> int:
+        """Write on another thread, and leave it to itself when the disk does not answer.
+
+        Its pages then count as not written, and the caller may use their memory for others. (What
+        is read cannot be left: the kernel would write into that memory later.)
+        """
+        if not self._begin():
+            return 0
+        attempt = Attempt()
+
+        def write() -> int:
+            try:
+                return self._writer.write(entries, hashes, views, reuse, attempt)
+            finally:
+                self._end()
+
+        future = self._threads.submit(write)
+        while True:
+            try:
+                return future.result(_LOOK_S)
+            except TimeoutError:
+                if self._stalls.is_stalled():
+                    attempt.abandon()
+                    return 0
+
+    def is_stalled(self) -> bool:
+        return self._stalls.is_stalled()
+
+    def shut(self, timeout_s: float) -> bool:
+        """Refuse new operations and wait for those under way; False if they don't end in time."""
+        with self._idle:
             self._is_shut = True
-            self._idle.wait_for(lambda: self._under_way == 0)
-            return True
+            return self._idle.wait_for(lambda: self._under_way == 0, timeout_s)
+
+    def end_threads(self) -> None:
+        self._threads.close()
 
 
 class DiskNamespace:
@@ -67,19 +121,15 @@ class DiskNamespace:
 
     def __len__(self) -> int:
         """Pages stored."""
-        return len(self._entries.locations)
+        return self._entries.n_pages
 
     def contains(self, page_hash: bytes) -> bool:
-        """Is the page stored? A dict lookup: never waits."""
-        return page_hash in self._entries.locations
+        """Is the page stored? A lookup in memory: never waits."""
+        return self._entries.find(page_hash) is not None
 
     def count_prefix(self, hashes: Sequence[bytes]) -> int:
-        """How many leading pages are stored. Dict lookups: never waits."""
-        locations = self._entries.locations
-        for position, page_hash in enumerate(hashes):
-            if page_hash not in locations:
-                return position
-        return len(hashes)
+        """How many leading pages are stored. Lookups in memory: never waits."""
+        return self._operations.catalog.count_prefix(self._entries, hashes)
 
     def write_pages(
         self,
@@ -91,14 +141,13 @@ class DiskNamespace:
 
         Pages already stored are skipped; one that another thread is writing is waited for. An
         operating error never raises: the store then stops writing for a while (`stats().degraded`).
+        A disk that does not answer is waited for some seconds only; the buffers may then be used
+        for other things.
         reuse: when the pages will be read from disk next; chooses the path (`io_path`).
         Raises ValueError for buffers of the wrong length.
         """
         views = self._check(hashes, buffers)
-        with self._operations.enter() as is_open:
-            if not is_open:
-                return 0
-            return self._operations.writer.write(self._entries, hashes, views, reuse)
+        return self._operations.write(self._entries, hashes, views, reuse)
 
     def read_pages(
         self,
@@ -129,10 +178,15 @@ class DiskNamespace:
     def drain_dropped(self) -> list[bytes] | None:
         """Pages that were stored and no longer are, whatever the reason, since the last call.
 
-        None if there were more than 65,536: then ask `contains` for what matters. Of several
-        callers each drop reaches only one. Costs nothing until pages are dropped.
+        None if there were more than 65,536, or all were cleared: then ask `contains` for what
+        matters. Of several callers each drop reaches only one. Costs nothing until pages are
+        dropped.
         """
         return self._operations.reader.drain_dropped(self._entries)
+
+    def is_stalled(self) -> bool:
+        """Is the disk not answering? Never waits."""
+        return self._operations.is_stalled()
 
     @property
     def description(self) -> str:
@@ -141,8 +195,7 @@ class DiskNamespace:
 
     def hashes(self) -> list[bytes]:
         """Every page stored now, neighbours on disk next to each other."""
-        locations = dict(self._entries.locations)
-        return sorted(locations, key=locations.__getitem__)
+        return self._operations.catalog.hashes_of(self._entries)
 
     def check_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview]) -> list[bool]:
         """Whether each page can be read back whole; changes nothing."""

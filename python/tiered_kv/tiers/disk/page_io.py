@@ -7,13 +7,15 @@ import dataclasses
 import enum
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tiered_kv.tiers.disk.attempt import Attempt
 from tiered_kv.tiers.disk.buffers import MAX_PAGES_PER_IO, Scratch, ScratchPool
+from tiered_kv.tiers.disk.faults import Blame, blame_of
 from tiered_kv.tiers.disk.io_ops import IoOps
-from tiered_kv.tiers.disk.io_path import PathPolicy, Reuse
+from tiered_kv.tiers.disk.io_path import IoPaths, Reuse
 from tiered_kv.tiers.disk.io_pool import InFlight
 from tiered_kv.tiers.disk.record import (
     DIGEST_BYTES,
@@ -38,6 +40,8 @@ SMALLEST_IO_BYTES = 1 << 20
 LARGEST_IO_BYTES = 4 << 20
 
 _UNLIMITED: InFlight = contextlib.nullcontext()
+_KEPT = Attempt()
+"""Nobody abandons it."""
 
 
 class Outcome(enum.Enum):
@@ -62,6 +66,8 @@ class PageTransfer:
     segment: Segment
     slot: int
     outcome: Outcome = Outcome.FAILED
+    error: OSError | None = None
+    """Why the system call failed, if it did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +113,13 @@ class PageIo:
         self,
         files: SegmentFiles,
         io_ops: IoOps,
-        paths: PathPolicy,
+        paths: IoPaths,
         scratch: ScratchPool,
         counters: Counters,
         *,
         stalls: StallWatch,
         cipher: PageCipher | None = None,
-        can_reread: bool = False,
     ) -> None:
-        """`can_reread`: there is direct I/O, so that a page that comes damaged out of the page
-        cache can be looked at on the device itself."""
         self.stalls = stalls
         self._files = files
         self._io = io_ops
@@ -124,7 +127,6 @@ class PageIo:
         self._scratch = scratch
         self._counters = counters
         self._cipher = cipher
-        self._can_reread = can_reread
 
     def write_run(
         self,
@@ -133,19 +135,16 @@ class PageIo:
         sequence: int,
         in_flight: InFlight = _UNLIMITED,
         reuse: Reuse = Reuse.LATER,
+        attempt: Attempt = _KEPT,
     ) -> None:
-        """Write records into adjacent slots. Raises OSError; then no page of the run counts."""
-        segment = run[0].segment
-        direct = self._paths.use_direct(reuse)
-        with self._scratch.borrow() as scratch:
-            if self._cipher is None:
-                buffers = _pack_plain(kind, run, sequence, scratch, direct=direct)
-            else:
-                buffers = _pack_sealed(kind, run, sequence, scratch, self._cipher)
-            fd = self._files.fd(segment, direct=direct)
-            with in_flight, self.stalls.watch():
-                transfer_all(self._io.pwritev, fd, buffers, segment.record_offset(run[0].slot))
-        self._count("direct_write_bytes" if direct else "buffered_write_bytes", run)
+        """Write records into adjacent slots.
+
+        Raises OSError or AbandonedError; then no page of the run counts.
+        """
+        self._by_a_path(
+            reuse,
+            lambda direct: self._write(kind, run, sequence, in_flight, attempt, direct=direct),
+        )
         for transfer in run:
             transfer.outcome = Outcome.DONE
 
@@ -157,17 +156,58 @@ class PageIo:
         reuse: Reuse = Reuse.LATER,
     ) -> None:
         """Read records from adjacent slots and verify them. Raises OSError."""
-        direct = self._paths.use_direct(reuse)
-        self._read(kind, run, in_flight, direct=direct)
-        if not direct and self._can_reread and any(t.outcome is not Outcome.DONE for t in run):
+        direct = self._by_a_path(
+            reuse, lambda direct: self._read(kind, run, in_flight, direct=direct)
+        )
+        if (
+            not direct
+            and self._paths.has_direct
+            and any(t.outcome is not Outcome.DONE for t in run)
+        ):
             # What the page cache holds may be damaged, or stale, while the device has it right.
             self._files.drop_cached(run[0].segment, run[0].slot, len(run))
             self._read(kind, run, in_flight, direct=True)
 
-    def _read(
-        self, kind: PageKind, run: Sequence[PageTransfer], in_flight: InFlight, *, direct: bool
+    def _by_a_path(self, reuse: Reuse, move: Callable[[bool], None]) -> bool:
+        """Move data by the path that suits, or the one that is left; returns if it was direct."""
+        direct = self._paths.use_direct(reuse)
+        try:
+            move(direct)
+        except OSError as error:
+            if not (direct and self._paths.is_refusal(error)):
+                raise
+            direct = False
+            move(direct)
+        return direct
+
+    def _write(
+        self,
+        kind: PageKind,
+        run: Sequence[PageTransfer],
+        sequence: int,
+        in_flight: InFlight,
+        attempt: Attempt,
+        *,
+        direct: bool,
     ) -> None:
-        segment = run[0].segment
+        with self._scratch.borrow() as scratch:
+            if self._cipher is None:
+                buffers = _pack_plain(kind, run, sequence, scratch, direct=direct)
+            else:
+                buffers = _pack_sealed(kind, run, sequence, scratch, self._cipher)
+            # Only now: what was packed before this point is what the caller gave.
+            attempt.check()
+            self._transfer(self._io.pwritev, run, buffers, in_flight, direct=direct)
+        self._count("direct_write_bytes" if direct else "buffered_write_bytes", run)
+
+    def _read(
+        self,
+        kind: PageKind,
+        run: Sequence[PageTransfer],
+        in_flight: InFlight,
+        *,
+        direct: bool,
+    ) -> None:
         with self._scratch.borrow() as scratch:
             payloads = [t.buffer for t in run]
             plain = sealed = None
@@ -177,11 +217,7 @@ class PageIo:
                 sealed = SealedLayout(kind.page_bytes, len(run), scratch)
             layout = plain or sealed
             assert layout is not None
-            fd = self._files.fd(segment, direct=direct)
-            with in_flight, self.stalls.watch():
-                transfer_all(
-                    self._io.preadv, fd, layout.buffers, segment.record_offset(run[0].slot)
-                )
+            self._transfer(self._io.preadv, run, layout.buffers, in_flight, direct=direct)
             for position, transfer in enumerate(run):
                 block = scratch.header(position)
                 if plain is not None:
@@ -193,6 +229,31 @@ class PageIo:
                     good = _unseal(block, kind, transfer, sealed.sealed(position), self._cipher)
                 transfer.outcome = Outcome.DONE if good else Outcome.DAMAGED
         self._count("direct_read_bytes" if direct else "buffered_read_bytes", run)
+
+    def _transfer(
+        self,
+        call: Callable[[int, Sequence[memoryview], int], int],
+        run: Sequence[PageTransfer],
+        buffers: Sequence[memoryview],
+        in_flight: InFlight,
+        *,
+        direct: bool,
+    ) -> None:
+        """The system calls for a run; once more if the open file turns out to lead nowhere."""
+        segment, offset = run[0].segment, run[0].segment.record_offset(run[0].slot)
+
+        def transfer() -> None:
+            opened = self._files.opened(segment, direct=direct)
+            with in_flight, self.stalls.watch(), opened as fd:
+                transfer_all(call, fd, buffers, offset)
+
+        try:
+            transfer()
+        except OSError as error:
+            if blame_of(error) is not Blame.HANDLE:
+                raise
+            self._files.forget(segment.number)
+            transfer()
 
     def sync(self, written: Iterable[PageTransfer]) -> None:
         """Put written pages on the device, if the store promises that. Raises OSError."""

@@ -3,98 +3,149 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from tiered_kv.tiers.disk.buffers import AlignedBuffer
-from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
-from tiered_kv.tiers.disk.index import PageRow
+from tiered_kv.tiers.disk.catalog import Catalog
+from tiered_kv.tiers.disk.faults import Blame, blame_of
+from tiered_kv.tiers.disk.index import PageIndex
+from tiered_kv.tiers.disk.io_path import Reuse
+from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
+from tiered_kv.tiers.disk.namespace_entries import NamespaceEntries
 from tiered_kv.tiers.disk.page_io import (
-    LARGEST_IO_BYTES,
     Outcome,
     PageIo,
     PageKind,
     PageTransfer,
     plan_runs,
 )
-from tiered_kv.tiers.disk.segment import Segment, location, segment_of, slot_of
+from tiered_kv.tiers.disk.segment import Segment, location, runs_of, segment_of
+
+_CHUNK_BYTES = 8 << 20
+_Run = Sequence[PageTransfer]
+
+
+class Moved(NamedTuple):
+    """One page that was copied, not committed yet."""
+
+    page_hash: bytes
+    segment: Segment
+    slot: int
+    access: int
 
 
 class PageMover:
     """Copies through memory of bounded size; a page that fails its checksum is left behind."""
 
-    def __init__(self, catalog: Catalog, page_io: PageIo) -> None:
+    def __init__(self, catalog: Catalog, index: PageIndex, page_io: PageIo, pool: IoPool) -> None:
         self._catalog = catalog
+        self._index = index
         self._page_io = page_io
+        self._pool = pool
         self._memory: AlignedBuffer | None = None
 
-    def copy(
-        self, source: Segment, source_slots: Sequence[int], targets: Sequence[tuple[Segment, int]]
-    ) -> list[PageRow]:
-        """Copy records to the target slots; returns the index rows of the copies, uncommitted.
+    def chunks(self, source: Segment, slots: Sequence[int]) -> Iterator[list[int]]:
+        """Slots of a segment in parts to `move` one by one: each of one namespace, enough to keep
+        the I/O threads busy, and little enough that who waits for the end doesn't wait long."""
+        n_pages = max(_CHUNK_BYTES // source.record_bytes, 1)
+        for _, group in itertools.groupby(slots, key=source.owners.__getitem__):
+            rest = list(group)
+            while rest:
+                chunk, rest = rest[:n_pages], rest[n_pages:]
+                yield chunk
 
-        Raises OSError if a write fails.
+    def move(
+        self, source: Segment, slots: Sequence[int], targets: Sequence[tuple[Segment, int]]
+    ) -> int:
+        """Carry pages of one namespace to the target slots; returns how many arrived.
+
+        Raises sqlite3.Error, and OSError if a write fails, or a read for a reason that isn't the
+        page's.
         """
         with self._catalog.lock:
+            entries = self._catalog.namespaces.get(source.owners[slots[0]])
+            if entries is None or not self._catalog.is_current(source):
+                return 0
             pages = [
-                (source.owners[slot], page_hash, slot, source.access[slot])
-                for slot in source_slots
-                if (page_hash := source.page_hashes[slot]) is not None
+                Moved(source.page_hash(slot), source, slot, source.access[slot])
+                for slot in slots
+                if source.access[slot] and source.owners[slot] == entries.number
             ]
-        pages.sort()
-        placed = list(zip(pages, targets, strict=False))
-        rows: list[PageRow] = []
-        for owner, group in itertools.groupby(placed, key=lambda p: p[0][0]):
-            entries = self._catalog.namespaces[owner]
-            rest = list(group)
-            chunk_pages = max(LARGEST_IO_BYTES // entries.slot_bytes, 1)
-            while rest:
-                chunk, rest = rest[:chunk_pages], rest[chunk_pages:]
-                rows += self._copy_chunk(entries, source, chunk)
-        return rows
+        moved = self._copy(entries, pages, targets)
+        return self._commit(entries, source, moved) if moved else 0
 
-    def rebind(self, source: Segment, rows: Sequence[PageRow]) -> int:
-        """The committed copies take the place of the originals. The caller holds the lock."""
-        moved = 0
-        for row in rows:
-            entries = self._catalog.namespaces[row.namespace]
-            current = entries.locations.get(row.page_hash)
-            if current is None or segment_of(current) != source.number:
-                continue
-            target = self._catalog.segments[segment_of(row.location)]
-            self._catalog.put(entries, row.page_hash, target, slot_of(row.location), row.access)
-            moved += 1
-        return moved
-
-    def _copy_chunk(
+    def _copy(
         self,
         entries: NamespaceEntries,
-        source: Segment,
-        chunk: Sequence[tuple[tuple[int, bytes, int, int], tuple[Segment, int]]],
-    ) -> list[PageRow]:
-        memory = self._reserve(len(chunk) * entries.slot_bytes)
+        pages: Sequence[Moved],
+        targets: Sequence[tuple[Segment, int]],
+    ) -> list[Moved]:
+        memory = self._reserve(len(pages) * entries.slot_bytes)
         kind = PageKind(entries.namespace_id, entries.page_bytes)
-        transfers = []
-        for position, ((_, page_hash, slot, _), _) in enumerate(chunk):
-            start = position * entries.slot_bytes
-            buffer = memory[start : start + entries.slot_bytes]
-            transfers.append(PageTransfer(position, page_hash, buffer, source, slot))
-        for run in plan_runs(transfers, 1):
-            try:
-                self._page_io.read_run(kind, run)
-            except OSError:
-                continue
+        step = entries.slot_bytes
+        transfers = [
+            PageTransfer(n, p.page_hash, memory[n * step : (n + 1) * step], p.segment, p.slot)
+            for n, p in enumerate(pages)
+        ]
+        errors = self._run_all(
+            transfers, lambda run, limit: self._page_io.read_run(kind, run, limit)
+        )
+        for error in errors:
+            if blame_of(error) is not Blame.MEDIUM:
+                raise error  # Not the page's fault: the segment is given up another time.
         good = [t for t in transfers if t.outcome is Outcome.DONE]
-        rows = []
-        for transfer in good:
-            (owner, page_hash, _, access), (target, slot) = chunk[transfer.position]
-            transfer.segment, transfer.slot = target, slot
-            # The second chance is used up; the time of its last use stays.
-            rows.append(PageRow(location(target.number, slot), owner, page_hash, access & ~1))
+        for transfer, (segment, slot) in zip(good, targets, strict=False):
+            transfer.segment, transfer.slot = segment, slot
+        del good[len(targets) :]
         sequence = self._catalog.clock
-        for run in plan_runs(good, 1):
-            self._page_io.write_run(kind, run, sequence)
+        errors = self._run_all(
+            good,
+            lambda run, limit: self._page_io.write_run(kind, run, sequence, limit, Reuse.LATER),
+        )
+        if errors:
+            raise errors[0]
         self._page_io.sync(good)
-        return rows
+        # The second chance is used up; the time of its last use stays.
+        return [Moved(t.page_hash, t.segment, t.slot, pages[t.position].access & ~1) for t in good]
+
+    def _run_all(
+        self, transfers: _Run, transfer_run: Callable[[_Run, InFlight], None]
+    ) -> list[OSError]:
+        errors: list[OSError] = []
+
+        def job(run: _Run) -> Callable[[InFlight], None]:
+            def work(in_flight: InFlight) -> None:
+                try:
+                    transfer_run(run, in_flight)
+                except OSError as error:
+                    errors.append(error)
+
+            return work
+
+        self._pool.run([job(run) for run in plan_runs(transfers, self._pool.io_threads)])
+        return errors
+
+    def _commit(self, entries: NamespaceEntries, source: Segment, moved: Sequence[Moved]) -> int:
+        """The copies take the place of the originals, in the index and then in memory."""
+        with self._index.lock:
+            moved = [m for m in moved if self._catalog.is_current(m.segment)]
+            owner = entries.number
+            self._index.put_runs(
+                runs_of(
+                    (location(m.segment.number, m.slot), owner, m.page_hash, m.access)
+                    for m in moved
+                )
+            )
+            n_moved = 0
+            with self._catalog.lock:
+                for m in moved:
+                    at = entries.find(m.page_hash)
+                    is_there = at is not None and segment_of(at) == source.number
+                    if is_there and self._catalog.is_current(m.segment):
+                        self._catalog.put(entries, m.page_hash, m.segment, m.slot, m.access)
+                        n_moved += 1
+        return n_moved
 
     def _reserve(self, n_bytes: int) -> memoryview:
         if self._memory is None or len(self._memory.view) < n_bytes:

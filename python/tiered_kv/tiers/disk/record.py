@@ -37,7 +37,7 @@ DIGEST_BYTES = 16
 SALT_BYTES = 16
 # magic, version, encoding, payload bytes, sequence, namespace id, page hash, payload checksum
 _RECORD = struct.Struct("<8sIIQQ32s32s16s")
-# magic, version, reserved, segment number, record bytes, slots
+# magic, version, generation, segment number, record bytes, slots
 _SEGMENT = struct.Struct("<8sIIQQQ")
 # Behind the record header's own checksum.
 _SALT_OFFSET = _RECORD.size + DIGEST_BYTES
@@ -74,6 +74,8 @@ class SegmentHeader:
     number: int
     record_bytes: int
     slots: int
+    generation: int = 0
+    """How often the store had been cleared when the file was made."""
 
 
 def pack_record(block: memoryview, header: RecordHeader) -> None:
@@ -114,7 +116,14 @@ def unpack_record(block: memoryview | bytes) -> RecordHeader | None:
 def pack_segment(block: memoryview, header: SegmentHeader) -> None:
     """Write a segment header into the start of a 4096-byte block."""
     _SEGMENT.pack_into(
-        block, 0, SEGMENT_MAGIC, FORMAT_VERSION, 0, header.number, header.record_bytes, header.slots
+        block,
+        0,
+        SEGMENT_MAGIC,
+        FORMAT_VERSION,
+        header.generation,
+        header.number,
+        header.record_bytes,
+        header.slots,
     )
     _seal(block, _SEGMENT.size)
 
@@ -123,10 +132,10 @@ def unpack_segment(block: memoryview | bytes) -> SegmentHeader | None:
     """The header in this block, or None if it is not one, is damaged or of another version."""
     if not _is_sealed(block, _SEGMENT.size):
         return None
-    magic, version, _, number, record_bytes, slots = _SEGMENT.unpack_from(block)
+    magic, version, generation, number, record_bytes, slots = _SEGMENT.unpack_from(block)
     if magic != SEGMENT_MAGIC or version != FORMAT_VERSION:
         return None
-    return SegmentHeader(number, record_bytes, slots)
+    return SegmentHeader(number, record_bytes, slots, generation)
 
 
 def _seal(block: memoryview, size: int) -> None:

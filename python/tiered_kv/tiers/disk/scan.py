@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiered_kv.tiers.disk.faults import Blame, blame_of
 from tiered_kv.tiers.disk.record import (
     BLOCK_BYTES,
     RecordHeader,
@@ -23,6 +27,8 @@ from tiered_kv.tiers.disk.segment_files import segment_paths
 logger = logging.getLogger(__name__)
 
 _PROGRESS_S = 5.0
+_THREADS = 16
+"""Files read at a time: a header is one small read, and a disk wants many of those at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +43,34 @@ class ScannedSegment:
 
 
 def scan_segments(directory: Path) -> Iterator[ScannedSegment]:
-    """Every usable segment file; one that cannot be read or makes no sense is skipped."""
+    """Every usable segment file, by number; one that cannot be read or makes no sense is skipped.
+
+    Raises OSError where the fault isn't the file's: what is skipped here is given up.
+    """
     paths = segment_paths(directory)
     logged = time.monotonic()
-    for n_done, path in enumerate(paths):
-        if time.monotonic() - logged > _PROGRESS_S:
-            logged = time.monotonic()
-            logger.warning("Disk tier: scanned %d of %d segment files.", n_done, len(paths))
-        try:
-            scanned = _scan_file(path)
-        except OSError as error:
-            logger.warning("Disk tier: segment file %s is skipped (%s).", path.name, error)
-            continue
-        if scanned is not None:
-            yield scanned
+    rest = iter(paths)
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="tiered-kv-disk-scan") as pool:
+        # Not all at once: what is found waits in memory until it is taken.
+        ahead: deque[tuple[Path, Future[ScannedSegment | None]]] = deque(
+            (path, pool.submit(_scan_file, path)) for path in itertools.islice(rest, 2 * _THREADS)
+        )
+        for n_done in range(len(paths)):
+            path, future = ahead.popleft()
+            for another in itertools.islice(rest, 1):
+                ahead.append((another, pool.submit(_scan_file, another)))
+            if time.monotonic() - logged > _PROGRESS_S:
+                logged = time.monotonic()
+                logger.warning("Disk tier: scanned %d of %d segment files.", n_done, len(paths))
+            try:
+                scanned = future.result()
+            except OSError as error:
+                if blame_of(error) in (Blame.PROCESS, Blame.STATE):
+                    raise
+                logger.warning("Disk tier: segment file %s is skipped (%s).", path.name, error)
+                continue
+            if scanned is not None:
+                yield scanned
 
 
 def _scan_file(path: Path) -> ScannedSegment | None:
@@ -60,7 +80,7 @@ def _scan_file(path: Path) -> ScannedSegment | None:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         file_bytes = os.fstat(fd).st_size
         number = int(path.stem)
-        header = unpack_segment(os.pread(fd, BLOCK_BYTES, 0))
+        header = unpack_segment(_read_block(fd, 0))
         if header is None or header.number != number:
             header = _guess_header(fd, number, file_bytes)
         if header is None or BLOCK_BYTES + header.slots * header.record_bytes != file_bytes:
@@ -68,12 +88,22 @@ def _scan_file(path: Path) -> ScannedSegment | None:
         records = []
         for slot in range(header.slots):
             offset = BLOCK_BYTES + slot * header.record_bytes
-            record = unpack_record(os.pread(fd, BLOCK_BYTES, offset))
+            record = unpack_record(_read_block(fd, offset))
             if record is not None and _record_bytes(record) == header.record_bytes:
                 records.append((slot, record))
         return ScannedSegment(header, records)
     finally:
         os.close(fd)
+
+
+def _read_block(fd: int, offset: int) -> bytes:
+    """What is there, or nothing if it cannot be read: one bad block costs no other."""
+    try:
+        return os.pread(fd, BLOCK_BYTES, offset)
+    except OSError as error:
+        if blame_of(error) is not Blame.MEDIUM:
+            raise
+        return b""
 
 
 def _record_bytes(record: RecordHeader) -> int:
@@ -83,7 +113,7 @@ def _record_bytes(record: RecordHeader) -> int:
 def _guess_header(fd: int, number: int, file_bytes: int) -> SegmentHeader | None:
     """With the segment's header gone, the first intact record tells the size of all of them."""
     for offset in range(BLOCK_BYTES, file_bytes, BLOCK_BYTES):
-        record = unpack_record(os.pread(fd, BLOCK_BYTES, offset))
+        record = unpack_record(_read_block(fd, offset))
         if record is not None:
             record_bytes = _record_bytes(record)
             slots = (file_bytes - BLOCK_BYTES) // record_bytes

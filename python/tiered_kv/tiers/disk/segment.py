@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import enum
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from tiered_kv.tiers.disk.record import BLOCK_BYTES, SegmentHeader
+import numpy as np
+import numpy.typing as npt
+
+from tiered_kv.tiers.disk.ages import N_COUNTS, Ages
+from tiered_kv.tiers.disk.record import BLOCK_BYTES, ID_BYTES
 
 RESERVED_FRACTION = 0.25
 """Share of a segment that is kept for the survivors of the next reclaim: at most so many pages are
@@ -17,9 +22,13 @@ SLOT_BITS = 24
 MAX_SLOTS = 1 << SLOT_BITS
 _SLOT_MASK = MAX_SLOTS - 1
 
+ACCESS_BYTES = 8
+MAX_ACCESS = 1 << 62
+"""No clock gets there: an index that says so is damaged."""
+
 
 def location(number: int, slot: int) -> int:
-    """One integer for (segment number, slot): the value of the page dicts, the key of the index."""
+    """One integer for (segment number, slot): what the page table and the index know a page by."""
     return number << SLOT_BITS | slot
 
 
@@ -36,6 +45,44 @@ def reserved_slots(slots: int) -> int:
     return int(slots * RESERVED_FRACTION)
 
 
+class PageRun(NamedTuple):
+    """Pages of one namespace in adjacent slots: what one row of the index says."""
+
+    location: int
+    """Of the first of them."""
+    namespace: int
+    hashes: bytes
+    """32 bytes each."""
+    accesses: bytes
+    """As `Segment.access`: 8 bytes each, little-endian."""
+
+    @property
+    def n_pages(self) -> int:
+        return len(self.hashes) // ID_BYTES
+
+
+def runs_of(pages: Iterable[tuple[int, int, bytes, int]]) -> list[PageRun]:
+    """(location, namespace, page hash, access) of pages, in order of location, as runs."""
+    runs: list[PageRun] = []
+    hashes: list[bytes] = []
+    accesses = array("Q")
+    first = owner = -1
+
+    def end_run() -> None:
+        if hashes:
+            packed = np.array(accesses).astype("<u8").tobytes()
+            runs.append(PageRun(first, owner, b"".join(hashes), packed))
+
+    for loc, namespace, page_hash, access in pages:
+        if not hashes or loc != first + len(hashes) or namespace != owner:
+            end_run()
+            first, owner, hashes, accesses = loc, namespace, [], array("Q")
+        hashes.append(page_hash)
+        accesses.append(access)
+    end_run()
+    return runs
+
+
 class SegmentState(enum.Enum):
     """Life of a segment file."""
 
@@ -47,59 +94,75 @@ class SegmentState(enum.Enum):
     """Its pages are being moved on or given up; reads still work."""
     FREE = enum.auto()
     """Holds no pages; the file waits for reuse."""
-    DELETED = enum.auto()
-    """The file is gone; a late reader or writer of it must not count."""
 
 
 class Segment:
-    """Slots of one file. Guarded by the catalog's lock, except `record_offset`.
+    """Slots of one file: 44 bytes each. Guarded by the catalog's lock, except `record_offset`.
 
     `access[slot]` packs (logical time of last use) << 1 | (was read since written or moved): the
     low bit is the second chance of the clock algorithm. 0 means that the slot holds no page.
     """
 
     __slots__ = (
+        "_ages",
         "access",
-        "fds",
+        "counts",
+        "filled_at",
+        "hashes",
         "live",
         "next_slot",
         "number",
         "owners",
-        "page_hashes",
         "path",
-        "readers",
         "record_bytes",
         "reserved",
+        "row",
         "slots",
         "state",
         "touched",
         "writers",
     )
 
-    def __init__(self, number: int, path: Path, record_bytes: int, slots: int) -> None:
+    def __init__(self, number: int, path: Path, record_bytes: int, slots: int, ages: Ages) -> None:
+        self._ages = ages
         self.number = number
         self.path = path
         self.record_bytes = record_bytes
         self.slots = slots
+        self.writers = 0
+        self.row: int | None = None
+        """Where it is on the `SegmentBoard`, if it is."""
+        self.filled_at = 0
+        """Bytes that the whole store had allocated when a slot was last taken here."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every page: the file is about to be filled anew."""
+        slots = self.slots
         self.state = SegmentState.FILLING
-        self.fds: dict[bool, int] = {}
-        self.page_hashes: list[bytes | None] = [None] * slots
+        self.hashes = bytearray(ID_BYTES * slots)
         self.owners = array("I", bytes(4 * slots))
-        self.access = array("Q", bytes(8 * slots))
+        self.access = array("Q", bytes(ACCESS_BYTES * slots))
         self.next_slot = 0
         self.reserved = reserved_slots(slots)
         self.live = 0
-        self.readers = 0
-        self.writers = 0
+        self.counts: array[int] | memoryview = array("i", bytes(4 * N_COUNTS))
+        """Pages by the epoch in which they were used last, see `Ages`."""
         self.touched = False
+        """Was a page read since the order of use was saved last?"""
+
+    @staticmethod
+    def file_size(record_bytes: int, slots: int) -> int:
+        return BLOCK_BYTES + slots * record_bytes
 
     @property
     def file_bytes(self) -> int:
-        return BLOCK_BYTES + self.slots * self.record_bytes
+        return self.file_size(self.record_bytes, self.slots)
 
     @property
-    def header(self) -> SegmentHeader:
-        return SegmentHeader(self.number, self.record_bytes, self.slots)
+    def page_share(self) -> float:
+        """Of the file's bytes, what one page takes."""
+        return self.record_bytes / self.file_bytes
 
     @property
     def free_slots(self) -> int:
@@ -108,51 +171,111 @@ class Segment:
     def record_offset(self, slot: int) -> int:
         return BLOCK_BYTES + slot * self.record_bytes
 
+    def page_hash(self, slot: int) -> bytes:
+        """The name of the page in a slot that holds one."""
+        return bytes(self.hashes[slot * ID_BYTES : (slot + 1) * ID_BYTES])
+
     def put(self, slot: int, owner: int, page_hash: bytes, access: int) -> None:
-        self.page_hashes[slot] = page_hash
+        """A page is in this slot, which held none, from now on."""
+        self.hashes[slot * ID_BYTES : (slot + 1) * ID_BYTES] = page_hash
         self.owners[slot] = owner
         self.access[slot] = access
+        self.counts[self._ages.place(access >> 1)] += 1
         self.live += 1
         if slot >= self.next_slot:
             self.next_slot = slot + 1
 
-    def put_adjacent(
-        self, first: int, owner: int, page_hashes: Sequence[bytes], accesses: Sequence[int]
-    ) -> None:
-        """`put` for slots from `first` on that hold nothing yet."""
-        end = first + len(page_hashes)
-        access = array("Q", accesses)
-        self.owners[first:end] = array("I", [owner]) * len(page_hashes)
-        self.access[first:end] = access
-        self.page_hashes[first:end] = page_hashes
-        self.live += len(page_hashes)
+    def put_run(self, run: PageRun) -> bool:
+        """`put` for a run of pages; False, and nothing is done, if it makes no sense here.
+
+        `recount` must follow.
+        """
+        first, n = slot_of(run.location), run.n_pages
+        end = first + n
+        accesses = np.frombuffer(run.accesses, "<u8")
+        if (
+            not 0 < n == len(accesses)
+            or len(run.hashes) != n * ID_BYTES
+            or end > self.slots
+            or not accesses.all()
+            or accesses.max() >= MAX_ACCESS
+            or any(self.access[first:end])
+        ):
+            return False
+        self.hashes[first * ID_BYTES : end * ID_BYTES] = run.hashes
+        self.owners[first:end] = array("I", [run.namespace]) * n
+        self.access[first:end] = array("Q", accesses.astype(np.uint64).tobytes())
+        self.live += n
         self.next_slot = max(self.next_slot, end)
+        return True
 
     def drop(self, slot: int) -> None:
-        self.page_hashes[slot] = None
+        """The page in this slot is gone."""
+        self.counts[self._ages.place(self.access[slot] >> 1)] -= 1
         self.access[slot] = 0
         self.live -= 1
 
     def touch(self, slot: int, clock: int) -> None:
         """Note a read at logical time `clock`."""
+        self.counts[self._ages.place(self.access[slot] >> 1)] -= 1
+        self.counts[self._ages.place(clock)] += 1
         self.access[slot] = clock << 1 | 1
         self.touched = True
 
-    def access_rows(self) -> list[tuple[int, int, bytes]]:
-        """(access, location, page hash) of every live page."""
+    def recount(self) -> None:
+        """Count the pages by age anew."""
+        access = self.accesses()
+        places = self._ages.places(access[access > 0] >> np.uint64(1))
+        counts = np.bincount(places, minlength=N_COUNTS)
+        memoryview(self.counts)[:] = counts.astype(np.int32).data
+
+    def pass_epoch(self, place: int) -> None:
+        """What is counted at this place is not told apart any more, see `Ages.begin_epoch`."""
+        self.counts[-1] += self.counts[place]
+        self.counts[place] = 0
+
+    def accesses(self) -> npt.NDArray[np.uint64]:
+        """A copy of `access`."""
+        return np.array(self.access, np.uint64)
+
+    def live_slots(self) -> list[int]:
+        """Slots that hold a page, in order."""
+        slots: list[int] = np.flatnonzero(self.accesses()).tolist()
+        return slots
+
+    def runs(self) -> list[PageRun]:
+        """Every page, in as few runs as possible."""
+        access, owners = self.accesses(), np.array(self.owners, np.uint32)
+        slots = np.flatnonzero(access)
+        if not len(slots):
+            return []
+        is_cut = (np.diff(slots) != 1) | (np.diff(owners[slots].astype(np.int64)) != 0)
+        starts = slots[np.concatenate(([True], is_cut))].tolist()
+        ends = (slots[np.concatenate((is_cut, [True]))] + 1).tolist()
         return [
-            (self.access[slot], location(self.number, slot), page_hash)
-            for slot, page_hash in enumerate(self.page_hashes)
-            if page_hash is not None
+            PageRun(
+                location(self.number, start),
+                int(owners[start]),
+                bytes(self.hashes[start * ID_BYTES : end * ID_BYTES]),
+                access[start:end].astype("<u8").tobytes(),
+            )
+            for start, end in zip(starts, ends, strict=True)
         ]
 
-    def reset(self) -> None:
-        """Forget every page: the file is about to be filled anew."""
-        slots = self.slots
-        self.page_hashes = [None] * slots
-        self.access = array("Q", bytes(8 * slots))
-        self.next_slot = 0
-        self.reserved = reserved_slots(slots)
-        self.live = 0
-        self.touched = False
-        self.state = SegmentState.FILLING
+    # -- the order of use, as it is saved
+
+    def recency(self) -> tuple[int, bytes]:
+        """When a page was last used here, and a bit per slot: was it read since it was written?"""
+        access = self.accesses()
+        return int(access.max()) >> 1, np.packbits((access & np.uint64(1)).astype(bool)).tobytes()
+
+    def restore_recency(self, newest: int, was_read: bytes) -> None:
+        """Pages that were read count as used at `newest`: the bits say which, not when.
+
+        `recount` must follow.
+        """
+        if not 0 < newest < MAX_ACCESS >> 1:
+            return
+        access = np.frombuffer(self.access, np.uint64)
+        bits = np.unpackbits(np.frombuffer(was_read, np.uint8), count=self.slots).astype(bool)
+        access[bits & (access > 0)] = newest << 1 | 1

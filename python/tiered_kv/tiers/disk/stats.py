@@ -52,6 +52,23 @@ class DiskStats:
     direct_write_bytes: int
     buffered_write_bytes: int
 
+    @classmethod
+    def without_store(cls, capacity: int, counted: dict[str, int]) -> DiskStats:
+        """What there is to say of a tier whose store is not open; `counted` by `Counters.NAMES`."""
+        return cls(
+            pages=0,
+            bytes_used=0,
+            bytes_on_disk=0,
+            capacity=capacity,
+            segments=0,
+            degraded=True,
+            stalled=False,
+            direct_io=False,
+            direct_io_soon=False,
+            encrypted=False,
+            **counted,
+        )
+
 
 class Counters:
     """Thread-safe counters behind `DiskStats`."""

@@ -20,7 +20,15 @@ class WriteGate:
     next pause is twice as long. One line is logged when the gate closes, one when it opens.
     """
 
-    def __init__(self, name: str, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        name: str,
+        now: Callable[[], float] = time.monotonic,
+        *,
+        read_only: bool = False,
+    ) -> None:
+        """read_only: it never opens."""
+        self._read_only = read_only
         self._name = name
         self._now = now
         self._lock = threading.Lock()
@@ -31,35 +39,44 @@ class WriteGate:
 
     @property
     def is_degraded(self) -> bool:
-        return self._pause_s > 0.0
+        return self._read_only or self._pause_s > 0.0
 
     def try_enter(self) -> bool:
         """May this write go ahead? Every True must be answered by `succeed` or `fail`."""
         if not self.is_degraded:
             return True
         with self._lock:
-            if self._probing or self._now() < self._retry_at:
+            if self._read_only or self._probing or self._now() < self._retry_at:
                 return False
             self._probing = True
             return True
 
     def fail(self, error: BaseException) -> None:
+        """A write that was let through has failed."""
         with self._lock:
             was_open = not self.is_degraded
-            if was_open:
-                self._pause_s = FIRST_PAUSE_S
-                self._closed_at = self._now()
-            elif self._probing:
-                self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
-            self._probing = False
-            self._retry_at = self._now() + self._pause_s
+            if not was_open:
+                if self._probing:
+                    self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+                self._probing = False
+                self._retry_at = self._now() + self._pause_s
         if was_open:
-            logger.warning(
-                "Disk tier %s stops writing because of an error (%s); reads go on, and writes are "
-                "tried again by themselves.",
-                self._name,
-                error,
-            )
+            self.shut(error)
+
+    def shut(self, error: BaseException) -> None:
+        """Something else than a write has failed, in a way that writes had better wait for."""
+        with self._lock:
+            if self.is_degraded:
+                return
+            self._pause_s = FIRST_PAUSE_S
+            self._closed_at = self._now()
+            self._retry_at = self._now() + self._pause_s
+        logger.warning(
+            "Disk tier %s stops writing because of an error (%s); reads go on, and writes are "
+            "tried again by themselves.",
+            self._name,
+            error,
+        )
 
     def succeed(self) -> None:
         if not self.is_degraded:

@@ -7,12 +7,15 @@ import math
 import sqlite3
 from collections.abc import Callable, Sequence
 
-from tiered_kv.tiers.disk.catalog import Catalog, NamespaceEntries
-from tiered_kv.tiers.disk.index import PageIndex, PageRow, is_damage
+from tiered_kv.tiers.disk.attempt import AbandonedError, Attempt
+from tiered_kv.tiers.disk.catalog import Catalog
+from tiered_kv.tiers.disk.faults import is_damage
+from tiered_kv.tiers.disk.index import PageIndex
 from tiered_kv.tiers.disk.io_path import Reuse
 from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
+from tiered_kv.tiers.disk.namespace_entries import NamespaceEntries
 from tiered_kv.tiers.disk.page_io import Outcome, PageIo, PageKind, PageTransfer, plan_runs
-from tiered_kv.tiers.disk.segment import SegmentState, location
+from tiered_kv.tiers.disk.segment import location, runs_of
 from tiered_kv.tiers.disk.space import SpaceManager
 from tiered_kv.tiers.disk.stats import Counters
 from tiered_kv.tiers.disk.write_gate import WriteGate
@@ -48,11 +51,12 @@ class PageWriter:
         hashes: Sequence[bytes],
         buffers: Sequence[memoryview],
         reuse: Reuse,
+        attempt: Attempt,
     ) -> int:
         """Store the pages that are not stored yet; returns how many this call acknowledged.
 
         A page that another thread is writing is waited for, not written twice. While the disk does
-        not answer, nothing is written.
+        not answer, nothing is written. What is cleared before it is acknowledged doesn't count.
         """
         if self._page_io.stalls.is_stalled():
             return 0
@@ -61,7 +65,7 @@ class PageWriter:
         written = 0
         try:
             if mine and self._gate.try_enter():
-                written = self._write_claimed(entries, hashes, buffers, mine, reuse)
+                written = self._write_claimed(entries, hashes, buffers, mine, reuse, attempt)
         finally:
             with self._catalog.lock:
                 self._catalog.release(entries, [hashes[position] for position in mine])
@@ -77,12 +81,17 @@ class PageWriter:
         buffers: Sequence[memoryview],
         positions: Sequence[int],
         reuse: Reuse,
+        attempt: Attempt,
     ) -> int:
         written = 0
         error: Exception | None = None
         for chunk in _even_chunks(positions, self._space.pages_per_batch(entries.record_bytes)):
             try:
-                n_written, error = self._write_chunk(entries, hashes, buffers, chunk, reuse)
+                if attempt.is_abandoned:
+                    break
+                n_written, error = self._write_chunk(
+                    entries, hashes, buffers, chunk, reuse, attempt
+                )
                 written += n_written
             except (OSError, sqlite3.Error) as raised:
                 error = raised
@@ -108,6 +117,7 @@ class PageWriter:
         buffers: Sequence[memoryview],
         positions: Sequence[int],
         reuse: Reuse,
+        attempt: Attempt,
     ) -> tuple[int, Exception | None]:
         """Returns pages acknowledged, and the first error of a data write."""
         slots = self._space.allocate(entries.record_bytes, len(positions))
@@ -116,14 +126,18 @@ class PageWriter:
                 PageTransfer(position, hashes[position], buffers[position], segment, slot)
                 for position, (segment, slot) in zip(positions, slots, strict=False)
             ]
-            error = self._write_data(entries, transfers, reuse)
+            error = self._write_data(entries, transfers, reuse, attempt)
             done = [t for t in transfers if t.outcome is Outcome.DONE]
             return self._acknowledge(entries, done), error
         finally:
             self._space.finish_writes(slots)
 
     def _write_data(
-        self, entries: NamespaceEntries, transfers: Sequence[PageTransfer], reuse: Reuse
+        self,
+        entries: NamespaceEntries,
+        transfers: Sequence[PageTransfer],
+        reuse: Reuse,
+        attempt: Attempt,
     ) -> OSError | None:
         kind = PageKind(entries.namespace_id, entries.page_bytes)
         with self._catalog.lock:
@@ -133,9 +147,13 @@ class PageWriter:
         def job(run: Sequence[PageTransfer]) -> Callable[[InFlight], None]:
             def write(in_flight: InFlight) -> None:
                 try:
-                    self._page_io.write_run(kind, run, sequence, in_flight, reuse)
+                    self._page_io.write_run(kind, run, sequence, in_flight, reuse, attempt)
+                except AbandonedError:
+                    pass
                 except OSError as error:
-                    errors.append(error)
+                    # The file of a segment that was cleared may be gone already.
+                    if self._catalog.is_current(run[0].segment):
+                        errors.append(error)
 
             return write
 
@@ -143,24 +161,37 @@ class PageWriter:
         return errors[0] if errors else None
 
     def _acknowledge(self, entries: NamespaceEntries, done: Sequence[PageTransfer]) -> int:
-        if not done:
+        try:
+            self._page_io.sync(t for t in done if self._catalog.is_current(t.segment))
+        except OSError:
+            if all(self._catalog.is_current(t.segment) for t in done):
+                raise
             return 0
-        self._page_io.sync(done)
-        # The index lock spans commit and catalog, so that `clear` sees both or neither.
+        # The index lock spans commit and catalog, so that nobody sees one without the other.
         with self._index.lock:
-            alive = [t for t in done if t.segment.state is not SegmentState.DELETED]
             with self._catalog.lock:
+                current = [t for t in done if self._catalog.is_current(t.segment)]
+                if not current:
+                    return 0
                 access = self._catalog.tick() << 1
-            self._index.put_pages(
-                [
-                    PageRow(location(t.segment.number, t.slot), entries.number, t.page_hash, access)
-                    for t in alive
-                ]
+                is_new = self._catalog.register(entries)
+                row = entries.row
+            current.sort(key=lambda t: (t.segment.number, t.slot))
+            self._index.put_runs(
+                runs_of(
+                    (location(t.segment.number, t.slot), row.number, t.page_hash, access)
+                    for t in current
+                ),
+                [row] if is_new else [],
             )
             with self._catalog.lock:
-                for t in alive:
-                    self._catalog.put(entries, t.page_hash, t.segment, t.slot, access)
-        return len(alive)
+                n_stored = 0
+                for t in current:
+                    if self._catalog.is_current(t.segment):
+                        self._catalog.put(entries, t.page_hash, t.segment, t.slot, access)
+                        n_stored += 1
+                entries.is_recorded = entries.is_recorded or entries.row == row
+        return n_stored
 
 
 def _even_chunks(positions: Sequence[int], most: int) -> list[Sequence[int]]:

@@ -6,9 +6,12 @@ names the option.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -98,13 +101,33 @@ def test_a_directory_beneath_a_file_is_refused(tmp_path: Path) -> None:
         option_values.disk_directory("--dir", tmp_path / "file" / "kv")
 
 
-def test_a_directory_without_permission_is_refused(
+def test_a_disk_that_is_at_fault_is_no_reason_to_refuse(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # Not by chmod: these tests also run as root, who may write anywhere.
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(ConfigError, match=r"^--dir cannot be .*/a/kv because .* is not writable"):
-        option_values.disk_directory("--dir", tmp_path / "a" / "kv")
+    def broken(*args: object) -> NoReturn:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        for what in ("exists", "is_dir"):
+            patch.setattr(Path, what, broken)
+        patch.setattr(shutil, "disk_usage", broken)
+        directory = option_values.disk_directory("--dir", tmp_path / "kv")
+        size = option_values.default_disk_bytes(tmp_path / "kv", 1)
+    assert directory == tmp_path / "kv"
+    assert size == 32 * 10**9
+
+
+def test_a_disk_that_hangs_does_not_hold_up_the_options(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(option_values, "_DISK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(option_values, "_nearest_existing", lambda path: answers.wait() and path)
+    try:
+        assert option_values.disk_directory("--dir", tmp_path / "kv") == tmp_path / "kv"
+        assert option_values.default_disk_bytes(tmp_path / "kv", 1) == 32 * 10**9
+    finally:
+        answers.set()
 
 
 def test_default_size_is_bounded_by_the_free_space(
@@ -116,16 +139,20 @@ def test_default_size_is_bounded_by_the_free_space(
 
     missing = tmp_path / "a" / "b"
     free(10**12)
-    assert option_values.default_disk_bytes(missing) == 32 * 10**9
+    assert option_values.default_disk_bytes(missing, 1) == 32 * 10**9
     free(10**10)
-    assert option_values.default_disk_bytes(missing) == 8 * 10**9
+    assert option_values.default_disk_bytes(missing, 1) == 8 * 10**9
+    free(0)
+    assert option_values.default_disk_bytes(missing, 1) == 256 * 10**6, "there may be room later"
 
 
 def test_default_size_counts_what_the_tier_holds_already(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "shard").mkdir()
-    (tmp_path / "shard" / "segment").write_bytes(os.urandom(1 << 20))
-    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    for name, n_bytes in (("shard-1-of-2", 1 << 20), ("shard-0-of-1", 5 << 20), ("else", 7 << 20)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "segment").write_bytes(os.urandom(n_bytes))
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert option_values.default_disk_bytes(tmp_path) == pytest.approx(0.8 * (1 << 20), rel=0.1)
+    size = option_values.default_disk_bytes(tmp_path, 2)
+    assert size == pytest.approx(0.8 * (10**9 + (1 << 20)), abs=20_000), "not other layouts' files"

@@ -19,6 +19,7 @@ from support_plugin.mini_scheduler import MiniScheduler, request
 from support_tiers.tier_rig import PAGE_SIZE, Rig, on_host, tokens_of
 from tiered_kv.api.hints import Hints
 from tiered_kv.api.terms import Terms
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.memory.manager import LOAD_AHEAD_S
 from tiered_kv.plugin.queue.foretold import FETCH_AHEAD_S, REFRESH_S
 from tiered_kv.tiers import announced_prompts
@@ -90,17 +91,18 @@ def test_what_only_the_disk_has_comes_back_tier_by_tier(scheduler: MiniScheduler
 
 
 def test_other_keys_prompts_are_found_under_their_keys(scheduler: MiniScheduler, rig: Rig) -> None:
-    rig.serve(PROMPT, "tenant")
-    last = rig.hierarchy.match(rig.hierarchy.root("tenant"), PROMPT).last
+    tenant = TreeKey(extra_key=b"tenant")
+    rig.serve(PROMPT, tenant)
+    last = rig.hierarchy.match(rig.hierarchy.root(tenant), PROMPT).last
     req = hinted("a", 60.0)
-    req.extra_key = "tenant"
+    req.extra_key = tenant
     scheduler.tiered_kv_order.released(req, last)
     rig.drain()
     rig.drop_from_device()
     rig.drop_from_host()
     scheduler.tick(155.0)
     rig.drain()
-    assert rig.usable(PROMPT, "tenant") == (0, N_PAGES)
+    assert rig.usable(PROMPT, tenant) == (0, N_PAGES)
     assert rig.usable(PROMPT) == (0, 0)
 
 

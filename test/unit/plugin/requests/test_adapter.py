@@ -30,11 +30,12 @@ from tiered_kv.api.fields import TermsError
 from tiered_kv.api.hints import Hints
 from tiered_kv.api.slo import DEFAULT_CLASSES, Slo
 from tiered_kv.api.terms import Terms
+from tiered_kv.api.trust import Trust
 from tiered_kv.plugin.requests import adapter as request_adapter
 from tiered_kv.plugin.requests import reports as request_reports
 from tiered_kv.plugin.requests.adapter import fields_of_http, lift_fields, place
 
-ON = SimpleNamespace(tiered_kv=True, slo_classes=lambda: DEFAULT_CLASSES)
+ON = SimpleNamespace(tiered_kv=True, slo_classes=lambda: DEFAULT_CLASSES, trust=Trust)
 OFF = SimpleNamespace(tiered_kv=False)
 SLO = {"class": "interactive"}
 HINTS = {"expected_output_tokens": 8}
@@ -44,20 +45,24 @@ HINTS = {"expected_output_tokens": 8}
 
 
 def test_body_counts_instead_of_headers_field_by_field() -> None:
+    anyone = Trust(tenant_from="body")
     headers = {"x-slo-class": "batch", "x-slo-tenant": "a", "x-hints-next-call-in-s": "2"}
-    assert fields_of_http({"text": "x"}, headers, DEFAULT_CLASSES) == {
+    assert fields_of_http({"text": "x"}, headers, DEFAULT_CLASSES, anyone) == {
         "slo": {"class": "batch", "tenant": "a"},
         "hints": {"next_call_in_s": 2.0},
     }
-    assert fields_of_http({"slo": SLO}, headers, DEFAULT_CLASSES) == {
+    assert fields_of_http({"slo": SLO}, headers, DEFAULT_CLASSES, anyone) == {
         "slo": SLO,
         "hints": {"next_call_in_s": 2.0},
     }
 
 
 def test_a_body_need_not_be_an_object() -> None:
-    assert fields_of_http([1, 2], {}, DEFAULT_CLASSES) == {}
-    assert fields_of_http({"sampling_params": 5, "custom_params": 6}, {}, DEFAULT_CLASSES) == {}
+    assert fields_of_http([1, 2], {}, DEFAULT_CLASSES, Trust()) == {}
+    assert (
+        fields_of_http({"sampling_params": 5, "custom_params": 6}, {}, DEFAULT_CLASSES, Trust())
+        == {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +76,7 @@ def test_a_body_need_not_be_an_object() -> None:
 )
 def test_a_bad_value_anywhere_in_a_body_is_refused(body: dict[str, Any]) -> None:
     with pytest.raises(TermsError, match=r"^slo\.class must be one of"):
-        fields_of_http(body, {}, DEFAULT_CLASSES)
+        fields_of_http(body, {}, DEFAULT_CLASSES, Trust())
 
 
 class Request:
@@ -365,3 +370,40 @@ def test_another_servers_requests_are_left_alone() -> None:
     req = made({"slo": "anything"})
     assert not hasattr(req, "tiered_kv_terms")
     assert req.sampling_params.custom_params == {"slo": "anything", "__req__": req}
+
+
+# -- whose word counts -----------------------------------------------------------------------------
+
+
+class TestTrust:
+    """`place` for the rows of a batch, below what was believed of the request around them."""
+
+    CLASSES = DEFAULT_CLASSES
+
+    def placed(self, sampling: Any, sent: dict[str, object], **trust: Any) -> Any:
+        return place(sampling, sent, self.CLASSES, None, Trust(**trust))["custom_params"]
+
+    def test_a_row_cannot_choose_a_tenant(self) -> None:
+        sampling = {"custom_params": {"slo": {"tenant": "forged", "class": "batch"}, "x": 1}}
+        placed = self.placed(sampling, {"slo": {"tenant": "key 1"}})
+        assert placed == {"slo": {"tenant": "key 1", "class": "batch"}, "x": 1}
+        assert self.placed(sampling, {}) == {"slo": {"class": "batch"}, "x": 1}
+        placed = self.placed(sampling, {}, tenant_from="body")
+        assert placed == sampling["custom_params"]
+
+    def test_a_row_is_within_limits(self) -> None:
+        sampling = {"custom_params": {"slo": {"ttft_ms": 1}}}
+        assert self.placed(sampling, {}, least_ttft_ms=50)["slo"] == {"ttft_ms": 50}
+
+    def test_a_row_of_a_gateways_request_keeps_its_objectives(self) -> None:
+        sampling = {"custom_params": {"slo": {"report": True}}}
+        placed = self.placed(sampling, {"slo": {"class": "batch"}}, slo_from="headers")
+        assert placed["slo"] == {"class": "batch", "report": True}
+
+    def test_what_is_not_believed_is_taken_out(self) -> None:
+        placed = self.placed({"custom_params": {"slo": {"tenant": "forged"}}}, {})
+        assert placed == {}
+
+    def test_without_anything_of_ours_nothing_is_changed(self) -> None:
+        for sampling in (None, {}, {"custom_params": {"x": 1}}, {"top_k": 1}):
+            assert place(sampling, {}, self.CLASSES, None, Trust()) is sampling

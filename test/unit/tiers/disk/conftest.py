@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tiered_kv.tiers.disk import shards as shards_module
+from tiered_kv.tiers.disk import tier as tier_module
+from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.io_path import IoMode
-from tiered_kv.tiers.disk.store import DiskStore
+from tiered_kv.tiers.disk.shards import ShardOpener, shard_path
+from tiered_kv.tiers.disk.store import Access, DiskStore
+from tiered_kv.tiers.disk.tier import DiskTier
 
 # Test modules are imported by path (importlib mode), so their neighbours need this to be found.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from disk_builders import MIB
+from disk_builders import MIB, PATIENCE_S
+from tier_builders import Disk, pages_of, write
 
 
 @pytest.fixture
@@ -43,7 +50,7 @@ def open_store(directory: Path) -> Iterator[Callable[..., DiskStore]]:
     stores: list[DiskStore] = []
 
     def open_one(**options: object) -> DiskStore:
-        options.setdefault("capacity_bytes", 64 * MIB)
+        options.setdefault("capacity_bytes", 128 * MIB)
         store = DiskStore.open(directory, **options)  # type: ignore[arg-type]
         stores.append(store)
         return store
@@ -51,3 +58,56 @@ def open_store(directory: Path) -> Iterator[Callable[..., DiskStore]]:
     yield open_one
     for store in stores:
         store.close()
+
+
+@pytest.fixture
+def _quick_tiers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(tier_module, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(tier_module, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(tier_module, "LOOK_S", 0.05)
+    monkeypatch.setattr(shards_module, "JOIN_TIMEOUT_S", 0.3)
+    caplog.set_level(logging.INFO, logger="tiered_kv")
+
+
+@pytest.fixture
+def open_tier(directory: Path, _quick_tiers: None) -> Iterator[Callable[..., DiskTier]]:
+    """Opens tiers as the ranks of servers do; what is left open is closed."""
+    tiers: list[DiskTier] = []
+
+    def open_one(
+        rank: int = 0,
+        n_ranks: int = 1,
+        *,
+        server: str = "a",
+        afresh: bool = False,
+        key: bytes | None = None,
+        io_ops: IoOps | None = None,
+        timeout_s: float = PATIENCE_S,
+    ) -> DiskTier:
+        def open_store(path: Path, access: Access) -> DiskStore:
+            return DiskStore.open(
+                path, capacity_bytes=64 * MIB, key=key, io_ops=io_ops, access=access
+            )
+
+        opener = ShardOpener(directory, rank, n_ranks, server, open_store, afresh=afresh)
+        tier = DiskTier.open(opener, str(opener.path), 64 * MIB, timeout_s)
+        tiers.append(tier)
+        return tier
+
+    yield open_one
+    for tier in tiers:
+        tier.close(PATIENCE_S)
+
+
+@pytest.fixture
+def written_shard(directory: Path, open_tier: Callable[..., DiskTier]) -> Path:
+    """The shard of a server that has stored 20 pages and stopped."""
+    tier = open_tier()
+    assert write(pages_of(tier), range(20)) == 20
+    tier.close(PATIENCE_S)
+    return shard_path(directory, 0, 1)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)

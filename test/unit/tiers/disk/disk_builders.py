@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import mmap
 import random
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 
 MIB = 1 << 20
 PAGE_BYTES = 64 << 10
+PATIENCE_S = 20.0
 NAMESPACE = hashlib.sha256(b"a model").digest()
 
 
@@ -54,6 +56,14 @@ def read(ns: DiskNamespace, seeds: Sequence[int]) -> int:
 def readable(ns: DiskNamespace, seeds: Iterable[int]) -> list[int]:
     """Seeds whose page can be read (and is equal)."""
     return [seed for seed in seeds if read(ns, [seed])]
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """For what a thread of the store does behind."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def segment_files(directory: Path) -> list[Path]:

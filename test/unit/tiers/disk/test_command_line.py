@@ -47,7 +47,7 @@ def test_inspect_shows_a_table(written: Path, capsys: pytest.CaptureFixture[str]
     assert main(["inspect", str(written)]) == 0
     table = capsys.readouterr().out
     assert "in use by  nobody" in table
-    assert "of 64 MiB" in table
+    assert "of 128 MiB" in table
     row = next(line for line in table.splitlines() if "a model in bf16" in line)
     assert row.split()[:6] == [NAMESPACE.hex()[:16], "200", "64", "KiB", "12.5", "MiB"]
     assert "another" in table
@@ -162,7 +162,7 @@ def test_clear_asks(
     questions = []
     monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or answer)
     assert main(["clear", str(written)]) == 0
-    assert "Delete 230 pages" in questions[0]
+    assert "Delete all pages" in questions[0]
     assert open_store().stats().pages == left
 
 

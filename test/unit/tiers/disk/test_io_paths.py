@@ -57,7 +57,7 @@ def ns(open_store: OpenStore, memory: Memory) -> DiskNamespace:
     store = open_store()
     if not store.stats().direct_io:
         pytest.skip("no direct I/O on this file system")
-    store._paths._pressure = memory  # type: ignore[attr-defined]
+    store._paths.policy._pressure = memory  # type: ignore[attr-defined]
     return store.namespace(NAMESPACE, PAGE_BYTES)
 
 
@@ -94,8 +94,8 @@ def test_page_cache_needs_plenty_and_near_reuse(
 
 @pytest.mark.parametrize("mode", list(IoMode))
 def test_forced_modes_never_change(tmp_path: Path, mode: IoMode) -> None:
-    paths, has_direct = choose_path(tmp_path, IoOps(), mode=mode, pressure=pressure(0.5))
-    if not has_direct:
+    paths = choose_path(tmp_path, IoOps(), mode=mode, pressure=pressure(0.5))
+    if not paths.has_direct:
         pytest.skip("no direct I/O on this file system")
     answers = {paths.use_direct(reuse) for reuse in Reuse}
     expected = {IoMode.AUTO: {True, False}, IoMode.DIRECT: {True}, IoMode.BUFFERED: {False}}
@@ -162,7 +162,7 @@ def test_paths_agree_on_every_byte(tmp_path_factory: pytest.TempPathFactory, ste
     with DiskStore.open(directory / "disk", capacity_bytes=3 * MIB) as store:
         if not store.stats().direct_io:
             pytest.skip("no direct I/O on this file system")
-        store._paths._pressure = Memory()  # type: ignore[attr-defined]
+        store._paths.policy._pressure = Memory()  # type: ignore[attr-defined]
         ns = store.namespace(NAMESPACE, PAGE_BYTES)
         for what, first, count, reuse in steps:  # type: ignore[attr-defined]
             seeds = list(range(first, first + count))
@@ -205,7 +205,7 @@ def test_damage_in_the_page_cache_only_is_overcome(open_store: OpenStore) -> Non
     store = open_store(io_ops=io, io_mode=IoMode.BUFFERED)
     ns = store.namespace(NAMESPACE, PAGE_BYTES)
     write(ns, range(8))
-    if not io.direct_fds and not choose_path(store.directory, IoOps(), mode=IoMode.AUTO)[1]:
+    if not io.direct_fds and not choose_path(store.directory, IoOps(), mode=IoMode.AUTO).has_direct:
         pytest.skip("no direct I/O on this file system")
     io.is_stale = True
     assert read(ns, range(8)) == 8

@@ -23,9 +23,9 @@ from disk_builders import (
     write,
 )
 
-from tiered_kv.core.errors import DiskTierError
+from tiered_kv.core.errors import DiskStateError, DiskTierError
 from tiered_kv.tiers.disk.io_path import IoMode
-from tiered_kv.tiers.disk.store import DiskStore
+from tiered_kv.tiers.disk.store import Access, DiskStore
 
 OpenStore = Callable[..., DiskStore]
 
@@ -71,7 +71,7 @@ def test_another_owner_is_named(open_store: OpenStore, directory: Path) -> None:
     open_store()
     program = (
         "import sys; from pathlib import Path\n"
-        "from tiered_kv.core.errors import DiskTierError\n"
+        "from tiered_kv.core.errors import DiskStateError, DiskTierError\n"
         "from tiered_kv.tiers.disk.store import DiskStore\n"
         "try:\n"
         "    DiskStore.open(Path(sys.argv[1]), capacity_bytes=1 << 26)\n"
@@ -104,7 +104,7 @@ def test_a_dead_owner_is_no_owner(directory: Path, open_store: OpenStore) -> Non
     open_store()
 
 
-def test_other_version_is_refused_and_untouched(open_store: OpenStore, directory: Path) -> None:
+def test_newer_version_is_left_alone(open_store: OpenStore, directory: Path) -> None:
     store = open_store()
     write(store.namespace(NAMESPACE, PAGE_BYTES), [1])
     store.close()
@@ -112,21 +112,63 @@ def test_other_version_is_refused_and_untouched(open_store: OpenStore, directory
     contents = json.loads(path.read_text())
     path.write_text(json.dumps({**contents, "version": 99}))
     before = {p: p.stat().st_size for p in directory.rglob("*")}
-    with pytest.raises(DiskTierError, match=r"version 99.*delete it or name another"):
+    with pytest.raises(DiskStateError, match=r"a newer version \(in format 99.*begin anew with"):
         open_store()
     assert {p: p.stat().st_size for p in directory.rglob("*")} == before
     path.write_text(json.dumps(contents))
     assert read(open_store().namespace(NAMESPACE, PAGE_BYTES), [1]) == 1
 
 
-@pytest.mark.parametrize("contents", ["", "{", "[]", '{"format": "tiered-kv-disk"}', "\x00\x01"])
-def test_damaged_format_file_is_refused(
-    open_store: OpenStore, directory: Path, contents: str
+@pytest.mark.parametrize(
+    ("contents", "reason"),
+    [
+        ('{"format": "tiered-kv-disk", "version": 0}', "by an older version (in format 0"),
+        ('{"format": "tiered-kv-disk"}', "FORMAT is damaged"),
+        ("", "FORMAT is damaged"),
+        ("{", "FORMAT is damaged"),
+        ("[]", "FORMAT is damaged"),
+        ("\x00\x01", "FORMAT is damaged"),
+        (None, "has lost its FORMAT file"),
+    ],
+)
+def test_what_nobody_can_read_any_more_makes_way(
+    open_store: OpenStore,
+    directory: Path,
+    contents: str | None,
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    open_store().close()
+    store = open_store()
+    write(store.namespace(NAMESPACE, PAGE_BYTES), range(10))
+    store.close()
+    if contents is None:
+        (directory / "FORMAT").unlink()
+    else:
+        (directory / "FORMAT").write_text(contents)
+    store = open_store()
+    assert store.stats().pages == 0
+    assert segment_files(directory) == []
+    (told,) = caplog.messages
+    assert reason in told
+    assert "begins anew" in told
+    assert write(store.namespace(NAMESPACE, PAGE_BYTES), [1]) == 1
+    store.close()
+    assert open_store().stats().pages == 1
+
+
+@pytest.mark.parametrize("contents", ["", '{"format": "something else"}'])
+@pytest.mark.parametrize("access", [Access.NORMAL, Access.AFRESH])
+def test_format_file_of_somebody_else(
+    open_store: OpenStore, directory: Path, contents: str, access: Access
+) -> None:
+    directory.mkdir()
     (directory / "FORMAT").write_text(contents)
-    with pytest.raises(DiskTierError, match="FORMAT is damaged"):
-        open_store()
+    (directory / "index.sqlite").write_text("theirs")
+    with pytest.raises(DiskTierError, match="give the disk tier an empty directory") as caught:
+        open_store(access=access)
+    assert not isinstance(caught.value, DiskStateError)
+    assert (directory / "index.sqlite").read_text() == "theirs"
+    assert (directory / "FORMAT").read_text() == contents
 
 
 def test_foreign_directory_is_refused_and_untouched(open_store: OpenStore, directory: Path) -> None:
@@ -149,7 +191,7 @@ def test_path_that_cannot_be_a_directory(directory: Path, open_store: OpenStore)
     directory.write_text("a file")
     with pytest.raises(DiskTierError, match="is not a directory"):
         open_store()
-    with pytest.raises(DiskTierError, match="Cannot open a disk tier"):
+    with pytest.raises(DiskTierError, match="name another directory"):
         DiskStore.open(directory / "below", capacity_bytes=64 * MIB)
 
 

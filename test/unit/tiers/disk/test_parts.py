@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from disk_builders import NAMESPACE, aligned, page_hash
 
+from tiered_kv.tiers.disk.ages import Ages
 from tiered_kv.tiers.disk.buffers import MAX_PAGES_PER_IO, is_aligned
 from tiered_kv.tiers.disk.io_pool import InFlight, IoPool
 from tiered_kv.tiers.disk.page_io import (
@@ -41,6 +42,9 @@ def test_headers_come_back_equal() -> None:
     segment = SegmentHeader(5, 28_672, 1000)
     pack_segment(block, segment)
     assert unpack_segment(block) == segment
+    cleared_often = SegmentHeader(5, 28_672, 1000, generation=2**32 - 1)
+    pack_segment(block, cleared_often)
+    assert unpack_segment(block) == cleared_often
     assert unpack_record(block) is None
 
 
@@ -65,7 +69,7 @@ def test_round_up() -> None:
 
 
 def transfers_in(slots: Sequence[tuple[int, int]], record_bytes: int) -> list[PageTransfer]:
-    segments = {n: Segment(n, Path(f"{n}"), record_bytes, 5000) for n, _ in slots}
+    segments = {n: Segment(n, Path(f"{n}"), record_bytes, 5000, Ages()) for n, _ in slots}
     buffer = memoryview(bytearray(1))
     return [
         PageTransfer(position, page_hash(position), buffer, segments[number], slot)

@@ -138,10 +138,16 @@ def test_same_namespace_twice_is_the_same(open_store: OpenStore) -> None:
 
 
 def test_other_page_size_for_a_namespace_is_refused(open_store: OpenStore) -> None:
+    """As long as somebody uses it, or it has pages."""
     store = open_store()
-    store.namespace(NAMESPACE, PAGE_BYTES)
+    in_use = store.namespace(NAMESPACE, PAGE_BYTES)
     with pytest.raises(DiskTierError, match="65536 bytes, not 4096"):
         store.namespace(NAMESPACE, 4096)
+    write(in_use, [1])
+    del in_use
+    with pytest.raises(DiskTierError, match="65536 bytes, not 4096"):
+        store.namespace(NAMESPACE, 4096)
+    write(store.namespace(NAMESPACE, PAGE_BYTES), [1])
     store.close()
     with pytest.raises(DiskTierError, match="65536 bytes, not 4096"):
         open_store().namespace(NAMESPACE, 4096)
@@ -171,7 +177,7 @@ def test_statistics(open_store: OpenStore, io_mode: IoMode) -> None:
     assert (stats.reads, stats.read_bytes, stats.read_misses) == (4, 4 * PAGE_BYTES, 0)
     assert stats.direct_io is (io_mode is IoMode.DIRECT)
     assert stats.segments == 1
-    assert 0 < stats.bytes_on_disk <= stats.capacity == 64 * MIB
+    assert 0 < stats.bytes_on_disk <= stats.capacity == 128 * MIB
     assert not stats.degraded
 
 

@@ -1,0 +1,48 @@
+"""The disk tier of one rank, as the options say."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+from tiered_kv.core.config import TieredKVConfig
+from tiered_kv.tiers.disk.encryption import read_key_file
+from tiered_kv.tiers.disk.io_path import IoMode
+from tiered_kv.tiers.disk.shards import ShardOpener
+from tiered_kv.tiers.disk.store import Access, DiskStore
+from tiered_kv.tiers.disk.tier import DiskTier
+from tiered_kv.tiers.transfer import Collective
+
+_SERVER_BITS = 62
+
+
+def open_disk(
+    config: TieredKVConfig, rank: int, n_ranks: int, collective: Collective
+) -> DiskTier | None:
+    """This rank's part of the disk tier: ranks are separate processes, each with its own store.
+
+    Every rank must make the call. Raises DiskTierError for misuse; a disk at fault is not.
+    """
+    disk = config.disk
+    if disk.directory is None:
+        return None
+    assert disk.size_bytes is not None, "resolved by ServerArgs"
+    capacity_bytes = disk.size_bytes
+    key = None if disk.key_file is None else read_key_file(disk.key_file)
+
+    def open_store(path: Path, access: Access) -> DiskStore:
+        return DiskStore.open(
+            path,
+            capacity_bytes=capacity_bytes,
+            io_threads=disk.io_threads,
+            io_mode=IoMode(disk.io_mode),
+            key=key,
+            access=access,
+        )
+
+    # What this server's ranks have in common, and no other server.
+    (server,) = collective.minimum([secrets.randbits(_SERVER_BITS)])
+    opener = ShardOpener(
+        disk.directory, rank, n_ranks, f"{server:x}", open_store, afresh=disk.clear_on_start
+    )
+    return DiskTier.open(opener, str(opener.path), capacity_bytes)

@@ -1,0 +1,62 @@
+"""The part of `hooks.HOOKS` by which no request costs anybody but its caller anything."""
+
+from __future__ import annotations
+
+from tiered_kv.plugin.hooks.hook import Hook, Process
+
+_GUARD = "tiered_kv.plugin.requests.guard"
+_OPENAI = "sglang.srt.entrypoints.openai.serving_"
+
+#: Where SGLang reads what a client sent: nothing is on its way yet, so an error is the client's.
+_READERS = (
+    ("sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments", "TOKENIZER"),
+    ("sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state", "TOKENIZER"),
+    ("sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", "TOKENIZER"),
+    ("sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_one_request", "TOKENIZER"),
+    (f"{_OPENAI}chat.OpenAIServingChat._convert_to_internal_request", "HTTP_SERVER"),
+    (f"{_OPENAI}completions.OpenAIServingCompletion._convert_to_internal_request", "HTTP_SERVER"),
+)
+
+GUARD_HOOKS = (
+    *(
+        Hook(
+            target=target,
+            kind="around",
+            function=f"{_GUARD}:read_client",
+            process=Process[process],
+            why="a value of the wrong type would be answered with 500, as if the server had failed",
+        )
+        for target, process in _READERS
+    ),
+    *(
+        Hook(
+            target=f"sglang.srt.entrypoints.ollama.serving.OllamaServing.{method}",
+            kind="around",
+            function=f"{_GUARD}:begin_stream",
+            process=Process.HTTP_SERVER,
+            why="a stream that cannot begin would be cut off instead of being answered with 400",
+        )
+        for method in ("_stream_chat_response", "_stream_generate_response")
+    ),
+    Hook(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager.score_request",
+        kind="before",
+        function=f"{_GUARD}:check_score",
+        process=Process.TOKENIZER,
+        why="a score of no labels would be answered with 500, as if the server had failed",
+    ),
+    Hook(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        kind="around",
+        function=f"{_GUARD}:check_tokenized",
+        process=Process.TOKENIZER,
+        why="an empty prompt or a token id that the model does not have would end the server",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.handle_generate_request",
+        kind="around",
+        function=f"{_GUARD}:contain_arrival",
+        process=Process.SCHEDULER,
+        why="a request that cannot be taken in would end the server",
+    ),
+)

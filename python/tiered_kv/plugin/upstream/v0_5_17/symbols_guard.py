@@ -1,0 +1,67 @@
+"""What is used of SGLang 0.5.17 where it reads what a caller sent."""
+
+from __future__ import annotations
+
+from tiered_kv.plugin.upstream.symbol import SRT, function, methods, object_
+
+GUARD = (
+    function(
+        f"{SRT}.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments",
+        "self",
+        "requests.guard",
+    ),
+    object_(f"{SRT}.managers.io_struct.GenerateReqInput", "custom_labels", "requests.guard"),
+    object_(f"{SRT}.managers.io_struct.AbortReq", "rid finished_reason", "requests.guard"),
+    object_(f"{SRT}.managers.tokenizer_manager.TokenizerManager", "model_config", "requests.guard"),
+    *methods(
+        f"{SRT}.managers.tokenizer_manager.TokenizerManager",
+        "requests.guard",
+        _init_req_state="obj request lifecycle_id",
+        _validate_one_request="obj input_ids",
+        _tokenize_one_request="obj",
+        _create_tokenized_object="obj input_text input_ids input_embeds mm_inputs token_type_ids",
+    ),
+    object_(
+        f"{SRT}.managers.tokenizer_manager.TokenizerManager.score_request", "", "requests.guard"
+    ),
+    object_(
+        f"{SRT}.managers.io_struct.TokenizedGenerateReqInput",
+        "input_ids mm_inputs sampling_params",
+        "requests.guard",
+    ),
+    object_(
+        f"{SRT}.sampling.sampling_params.SamplingParams",
+        "stop_token_ids sampling_seed",
+        "requests.guard",
+    ),
+    object_(
+        f"{SRT}.server_args.ServerArgs",
+        "tokenizer_metrics_allowed_custom_labels",
+        "requests.guard",
+    ),
+    function(
+        f"{SRT}.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
+        "self request raw_request",
+        "requests.guard",
+    ),
+    function(
+        f"{SRT}.entrypoints.openai.serving_completions.OpenAIServingCompletion"
+        "._convert_to_internal_request",
+        "self request raw_request",
+        "requests.guard",
+    ),
+    *methods(
+        f"{SRT}.entrypoints.ollama.serving.OllamaServing",
+        "requests.guard",
+        _stream_chat_response="gen_request raw_request model_name",
+        _stream_generate_response="gen_request raw_request model_name",
+    ),
+    object_(f"{SRT}.entrypoints.http_server.app", "", "start.process_carrier"),
+    object_(f"{SRT}.entrypoints.http_server", "app", "start.process_carrier"),
+    function(
+        f"{SRT}.managers.scheduler.Scheduler.handle_generate_request",
+        "self recv_req",
+        "requests.guard",
+    ),
+    object_(f"{SRT}.managers.scheduler.Scheduler", "waiting_queue ipc_channels", "requests.guard"),
+)

@@ -1,0 +1,52 @@
+"""Segment files that somebody else deleted or cut while the store is open."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Iterable
+
+from tiered_kv.tiers.disk.catalog import Catalog
+from tiered_kv.tiers.disk.segment import Segment
+from tiered_kv.tiers.disk.segment_files import SegmentFiles
+from tiered_kv.tiers.disk.space import SpaceManager
+
+logger = logging.getLogger(__name__)
+
+
+class LostFiles:
+    """Looks whether files are still what the catalog says, and forgets those that aren't.
+
+    An open file outlives its name: what is written to it would be gone with the next start, and
+    its blocks are free only when it is closed.
+    """
+
+    def __init__(self, catalog: Catalog, files: SegmentFiles, space: SpaceManager) -> None:
+        self._catalog = catalog
+        self._files = files
+        self._space = space
+
+    def forget_all(self) -> None:
+        """Looks at every segment; costs one system call for each."""
+        with self._catalog.lock:
+            segments = list(self._catalog.segments.values())
+        self.forget(segments)
+
+    def forget(self, suspects: Iterable[Segment]) -> None:
+        """Give up those of these segments whose file is gone or has another size. Never raises."""
+        n_segments = n_pages = 0
+        for segment in {segment.number: segment for segment in suspects}.values():
+            # What cannot be told, or not be noted in the index, is found out the next time.
+            with contextlib.suppress(OSError, sqlite3.Error):
+                if not self._files.is_whole(segment):
+                    n_forgotten = self._space.forget_lost(segment)
+                    n_segments += n_forgotten is not None
+                    n_pages += n_forgotten or 0
+        if n_segments:
+            logger.warning(
+                "Disk tier: %d segment files were deleted or cut by somebody else: %d pages are "
+                "forgotten.",
+                n_segments,
+                n_pages,
+            )

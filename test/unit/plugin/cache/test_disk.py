@@ -1,0 +1,103 @@
+"""The disk tier that the options describe, opened by each rank of a server."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support_tiers.doubles import BarrierMinimum
+from tiered_kv.core.config import DiskConfig, TieredKVConfig
+from tiered_kv.core.errors import DiskTierError
+from tiered_kv.plugin.cache.disk import open_disk
+from tiered_kv.tiers.disk.tier import DiskTier
+from tiered_kv.tiers.transfer import SingleRank
+
+Open = Callable[..., DiskTier]
+
+
+@pytest.fixture
+def open_one(tmp_path: Path) -> Iterator[Open]:
+    tiers: list[DiskTier] = []
+
+    def open_it(
+        rank: int = 0, n_ranks: int = 1, collective: object = None, **options: object
+    ) -> DiskTier:
+        disk = DiskConfig(directory=tmp_path / "kv", size_bytes=64 << 20, **options)  # type: ignore[arg-type]
+        tier = open_disk(
+            TieredKVConfig(disk=disk),
+            rank,
+            n_ranks,
+            collective or SingleRank(),  # type: ignore[arg-type]
+        )
+        assert tier is not None
+        tiers.append(tier)
+        return tier
+
+    yield open_it
+    for tier in tiers:
+        tier.close(10.0)
+
+
+def store_a_page(tier: DiskTier) -> None:
+    page = memoryview(bytes(4096))
+    assert tier.namespace(bytes(32), 4096).write_pages([bytes(32)], [page]) == 1
+
+
+def test_no_directory_no_tier() -> None:
+    config = TieredKVConfig(disk=DiskConfig(directory=None))
+    assert open_disk(config, 0, 1, SingleRank()) is None
+
+
+def test_the_ranks_of_a_server_share_the_directory(open_one: Open, tmp_path: Path) -> None:
+    barrier = BarrierMinimum(2)
+    tiers: dict[int, DiskTier] = {}
+
+    def open_rank(rank: int) -> None:
+        tiers[rank] = open_one(rank, 2, barrier.rank(rank))
+
+    threads = [threading.Thread(target=open_rank, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in range(2):
+        assert not tiers[rank].stats().degraded
+        store_a_page(tiers[rank])
+    assert (tmp_path / "kv" / "shard-1-of-2" / "FORMAT").exists()
+
+
+def test_another_server_is_refused(open_one: Open) -> None:
+    open_one()
+    with pytest.raises(DiskTierError, match="is in use by process"):
+        open_one()
+
+
+def test_a_key_is_changed_by_clearing(open_one: Open, tmp_path: Path) -> None:
+    key_file = tmp_path / "key"
+    key_file.write_bytes(bytes(range(32)))
+    key_file.chmod(0o600)
+    tier = open_one()
+    store_a_page(tier)
+    tier.close(10.0)
+    with pytest.raises(DiskTierError, match="not encrypted but a key was given"):
+        open_one(key_file=key_file)
+    tier = open_one(key_file=key_file, clear_on_start=True)
+    assert tier.stats().encrypted
+    assert tier.stats().pages == 0
+    store_a_page(tier)
+
+
+def test_another_format_is_cleared_away(open_one: Open, tmp_path: Path) -> None:
+    shard = tmp_path / "kv" / "shard-0-of-1"
+    shard.mkdir(parents=True)
+    (shard / "FORMAT").write_text(json.dumps({"format": "tiered-kv-disk", "version": 99}))
+    tier = open_one()
+    assert tier.stats().degraded
+    tier.close(10.0)
+    tier = open_one(clear_on_start=True)
+    assert not tier.stats().degraded
+    store_a_page(tier)
