@@ -6,10 +6,13 @@
   load        where to stop loading a prompt of 2,000 pages that is on the host
   miss        a request arrives whose first page is not on disk
   hit         one arrives whose 2,000 pages are all there: handing the lookup to its thread
+  tickets     N requests wait whose pages are on disk, and the disk hangs: what a poll takes,
+              and what an admission or an abort
 
 Times are microseconds of the thread's processor time, so that they show the code and not what else
 the machine was doing: median, 99th percentile and the longest. The budgets, checked by --check: a
-decision at 10,000 leaves takes at most 1,000 us (99th percentile), a miss at most 20 us (median).
+decision at 10,000 leaves takes at most 1,000 us (99th percentile), a miss at most 20 us (median),
+a poll and a departure with 10,000 tickets at most 100 us (median).
 
 Examples:
   python benchmark/micro/placement.py            the table (half a minute)
@@ -23,10 +26,12 @@ import gc
 import random
 import statistics
 import sys
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,6 +41,7 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash, page_hashes
+from tiered_kv.forest.node import Node
 from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.memory.eviction import eviction_policies
 from tiered_kv.memory.manager import MemoryManager
@@ -50,6 +56,8 @@ PAGE_SIZE = 64
 LONG_PROMPT_PAGES = 2000
 DECISION_BUDGET_US = 1000.0
 MISS_BUDGET_US = 20.0
+TICKET_BUDGET_US = 100.0
+N_TICKETS = 10_000
 
 
 @dataclass(frozen=True)
@@ -157,23 +165,55 @@ def loads(repeats: int) -> Row:
     )
 
 
-def arrivals(repeats: int) -> Iterator[Row]:
+def make_prefetch(
+    page_size: int, n_host_pages: int, load_policy: str = "cost"
+) -> tuple[Prefetch, Node, Any]:
+    """A prefetch, the root of a tree, and its disk."""
     layers = [0, 0]
-    buffers = [torch.zeros(PAGE_SIZE * 8, 2, 8) for _ in layers]
-    probe = CpuPageCopier(PAGE_SIZE, layers, buffers, None)  # type: ignore[arg-type]
-    host = HostPool(probe.page_format, 4096 * probe.page_format.slot_bytes)
-    forest = Forest(PAGE_SIZE)
+    buffers = [torch.zeros(page_size * 8, 2, 8) for _ in layers]
+    probe = CpuPageCopier(page_size, layers, buffers, None)  # type: ignore[arg-type]
+    host = HostPool(probe.page_format, n_host_pages * probe.page_format.slot_bytes)
+    forest = Forest(page_size)
     disk = InMemoryStore().namespace(namespace_hash("disk"), probe.page_format.page_bytes)
     context = TierContext(
         forest,
-        MemoryManager(forest, MemoryConfig(), make_costs()),
-        CpuPageCopier(PAGE_SIZE, layers, buffers, host.pages),
+        MemoryManager(forest, MemoryConfig(load_policy=load_policy), make_costs()),
+        CpuPageCopier(page_size, layers, buffers, host.pages),
         allocator=None,  # type: ignore[arg-type]
         host=host,
         disk=disk,  # type: ignore[arg-type]
     )
-    prefetch = Prefetch(context)
-    root = forest.root(namespace_hash("benchmark"))
+    return Prefetch(context), forest.root(namespace_hash("benchmark")), disk
+
+
+def tickets(repeats: int) -> Iterator[Row]:
+    prefetch, root, disk = make_prefetch(PAGE_SIZE, 4 * N_TICKETS, "always")
+    page = memoryview(bytes(disk.page_bytes))
+    prompts = [prompt_of(n, 1, PAGE_SIZE) for n in range(N_TICKETS + repeats)]
+    for prompt in prompts:
+        disk.write_pages(page_hashes(root.last_page_hash, prompt, PAGE_SIZE), [page])
+    may_read = threading.Event()
+    read_pages = disk.read_pages
+    disk.read_pages = lambda *args: may_read.wait() and read_pages(*args)
+    try:
+        for n, prompt in enumerate(prompts):
+            prefetch.request(str(n), root, prompt)
+        prefetch.advance()
+        yield Row(f"poll, {N_TICKETS} tickets", [timed(prefetch.advance) for _ in range(repeats)])
+        departures = []
+        for n in range(repeats):
+            # Of those that are read for, and of those in line.
+            departures.append(timed(lambda n=n: prefetch.release(str(n % 2 * 5000 + n // 2))))
+            prefetch.advance()
+        yield Row(f"departure, {N_TICKETS} tickets", departures)
+    finally:
+        may_read.set()
+        prefetch.lookups.close()
+        prefetch.queue.close()
+
+
+def arrivals(repeats: int) -> Iterator[Row]:
+    prefetch, root, disk = make_prefetch(PAGE_SIZE, 4096)
     stored = prompt_of(1, LONG_PROMPT_PAGES, PAGE_SIZE)
     page = memoryview(bytes(disk.page_bytes))
     for page_hash in page_hashes(root.last_page_hash, stored, PAGE_SIZE):
@@ -220,6 +260,8 @@ def main() -> int:
     for row in forecasts(max(args.leaves), max(10, args.repeats // 20)):
         show(row)
     show(loads(args.repeats), DECISION_BUDGET_US, p99=True)
+    for row in tickets(args.repeats):
+        show(row, TICKET_BUDGET_US)
     miss, hit = arrivals(args.repeats)
     show(miss, MISS_BUDGET_US)
     show(hit)

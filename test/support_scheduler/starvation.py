@@ -300,7 +300,7 @@ class Adversary:
         self._running[request.request_id] = end_s, request
 
     def _admit(self, plan: AdmissionPlan) -> list[tuple[QueuedRequest, float]]:
-        """From the front, until one does not fit; past who lacks an adapter, if that may be."""
+        """From the front until somebody does not fit, past who lacks an adapter if that may be."""
         rand, outcome = self._random, self.outcome
         running = [request for _, request in self._running.values()]
         if self._unfinished is not None:
