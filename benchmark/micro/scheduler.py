@@ -138,7 +138,7 @@ class Server:
         return SchedulerState(
             now_s=self.now_s,
             waiting=self.waiting,
-            held=frozenset(),
+            held={},
             running=self.running,
             decode_context_tokens=N_RUNNING * PROMPT_TOKENS,
             processed_prefill_tokens=self.n_arrived * 1000,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ipaddress
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from benchmark.replay.client import Client, Options, Prompt, ServerError
 from benchmark.replay.driver import replay
 from benchmark.replay.prompts import PromptError, PromptMaker, load_tokenizer
 from benchmark.replay.records import SCHEMA, Record, summarise, table
-from openai import AsyncOpenAI, OpenAIError
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 from tqdm import tqdm
 
 from tiered_kv.core.device_spec import find_device
@@ -123,12 +125,23 @@ async def _prompts(
     return lambda request: maker.text(request, overhead)
 
 
+def is_local(url: str) -> bool:
+    """Whether `url` names this machine by its loopback address."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 async def _run(chosen: argparse.Namespace, workload: Workload) -> list[Record]:
     async with AsyncOpenAI(
         base_url=f"{chosen.url.rstrip('/')}/v1",
         api_key=chosen.api_key,
         max_retries=0,
         timeout=chosen.timeout_s,
+        # A proxy that the environment names would not find a server on this machine.
+        http_client=DefaultAsyncHttpxClient(trust_env=not is_local(chosen.url)),
     ) as connection:
         model = chosen.model or await _first_model(connection)
         body = dict(chosen.body)

@@ -13,6 +13,7 @@ from benchmark.replay.records import Record
 from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
 
 from tiered_kv.core.errors import TieredKVError
+from tiered_kv.simulation.workload.readers.chat_messages import message_text
 from tiered_kv.simulation.workload.request import Request
 
 _PROBES = (8, 40)
@@ -22,7 +23,7 @@ class ServerError(TieredKVError):
     """The server can't be replayed against; one sentence for the user."""
 
 
-Prompt = str | Sequence[dict[str, str]]
+Prompt = str | Sequence[dict[str, Any]]
 """A text, or the messages of a chat."""
 
 
@@ -156,12 +157,12 @@ class Client:
         return stream
 
 
-def _as_messages(prompt: Prompt) -> Sequence[dict[str, str]]:
+def _as_messages(prompt: Prompt) -> Sequence[dict[str, Any]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def _joined(messages: Sequence[dict[str, str]]) -> str:
-    return "\n".join(message["content"] for message in messages)
+def _joined(messages: Sequence[dict[str, Any]]) -> str:
+    return "\n".join(map(message_text, messages))
 
 
 def _has_text(chunk: Any) -> bool:

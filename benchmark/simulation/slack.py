@@ -33,8 +33,8 @@ from tiered_kv.simulation.tables import Run
 
 TOP_LOAD = max(LOADS)
 OFF = {
-    "parking, mixing off": SlackConfig(park=False, mix_decodes=False),
-    "parking off": SlackConfig(park=False),
+    "putting back, mixing off": SlackConfig(put_back=False, mix_decodes=False),
+    "putting back off": SlackConfig(put_back=False),
     "mixing off": SlackConfig(mix_decodes=False),
     "slack off": SlackConfig(slack=False),
     "gangs off": SlackConfig(gangs=False),

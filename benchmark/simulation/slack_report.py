@@ -163,7 +163,7 @@ efficiencies, not measurements.
 - `slack` and `niyama` decode in the iterations that prefill. The cost model lets arithmetic and
   memory traffic of an iteration overlap perfectly, which flatters that; `mixing off` is without.
 - `slack` may send a prompt that was begun back to the queue (its whole blocks stay cached), which
-  no baseline does; `parking off` is without.
+  no baseline does; `putting back off` is without.
 
 Parts that a section lacks have not been simulated yet; `--resume` adds them.
 
@@ -171,7 +171,7 @@ Why it comes out so:
 
 - Most goodput comes from choosing who can be in time, and from keeping the hopeless behind them:
   long prompts are most of the work but few of the requests. `slack off` is close to fcfs.
-- A long prompt under way blocks everyone for seconds, whatever the order: hence `parking off`.
+- A long prompt under way blocks everyone for seconds, whatever the order: hence `putting back off`.
 - Violations cannot fall below what a server misses with next to no load: prompts whose own prefill
   takes longer than their objective. That floor alone is more than a tenth of what fcfs misses.
 - Agents wait for their own answers, so that their server is never far behind, and baselines meet

@@ -1,15 +1,19 @@
 # shellcheck shell=bash
 # Sourced by scripts/serve and scripts/test: finds or makes the Python environment they run in.
 #
-# ensure_environment EXTRAS   sets PYTHON to an interpreter that has SGLang, this project and EXTRAS
-# ensure_demo_model           sets DEMO_MODEL to the demo model's folder
+# ensure_environment EXTRAS [--with-demo-model]
+#                      sets PYTHON to an interpreter that has SGLang, this project and EXTRAS; the
+#                      demo model, if it is wanted and missing, is made while that is installed
+# ensure_demo_model    sets DEMO_MODEL to the demo model's folder
 #
 # TIERED_KV_PYTHON   an interpreter that has everything already: nothing is installed
 # TIERED_KV_VENV     where the virtual environment goes (default: .venv in the repository)
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 PROGRAM=${PROGRAM:-$(basename "$0")}
+PYTHON_WANTED=3.12
 VENV_GB_NEEDED=14
+UV_CACHE_GB_NEEDED=10
 REPORT_EVERY_S=20
 
 say() { printf '[%s] %s\n' "$PROGRAM" "$*" >&2; }
@@ -47,32 +51,96 @@ report_every_so_often() {
     done
 }
 
+# A container's user may be a number that no password file knows, without a home or with one that
+# it may not write. torch, FlashInfer and uv want both.
+ensure_home() {
+    id -un >/dev/null 2>&1 || export USER=${USER:-$UID}
+    [[ -d ${HOME:-} && -w $HOME ]] && return
+    [[ -n ${TIERED_KV_CACHE_DIR:-} ]] ||
+        die "this user has no home that can be written to: set HOME, or TIERED_KV_CACHE_DIR, to a" \
+            "folder that you may write."
+    if ! mkdir -p "$TIERED_KV_CACHE_DIR" || [[ ! -w $TIERED_KV_CACHE_DIR ]]; then
+        die "TIERED_KV_CACHE_DIR=$TIERED_KV_CACHE_DIR cannot be written to: name another folder."
+    fi
+    HOME=$(cd "$TIERED_KV_CACHE_DIR" && pwd)
+    export HOME
+}
+
+# find_base_python: sets BASE_PYTHON to one of the versions that SGLang runs on.
 find_base_python() {
-    local candidate found_version=''
+    local candidate
     for candidate in python3.12 python3.11 python3; do
-        "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
-            2>/dev/null || continue
-        found_version=$candidate
-        if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
+            2>/dev/null; then
             BASE_PYTHON=$(command -v "$candidate")
             return
         fi
     done
-    if [[ -n $found_version ]]; then
-        die "$found_version cannot make virtual environments: install its venv module (on Debian" \
-            "or Ubuntu: apt install $found_version-venv)."
-    fi
-    die "Python 3.11 or 3.12 is needed and none was found on PATH: install one, or set" \
-        "TIERED_KV_PYTHON to an interpreter that has sglang and this project."
+    return 1
 }
 
+# find_uv FOLDER: sets UV. Where there is none, any Python with pip, or that can make an environment
+# with pip, puts one into FOLDER.
+find_uv() {
+    local folder=$1 python pip
+    UV=$(command -v uv) && "$UV" --version >/dev/null 2>&1 && return
+    UV=$folder/bin/uv
+    [[ -x $UV ]] && return
+    for python in python3.12 python3.11 python3 python3.13 python3.14 python; do
+        pip=(-m pip install --quiet --disable-pip-version-check --root-user-action ignore)
+        if "$python" -m pip --version >/dev/null 2>&1; then
+            timed "get uv" "$python" "${pip[@]}" --target "$folder" uv && return
+        elif "$python" -c 'import ensurepip, venv' 2>/dev/null && "$python" -m venv "$folder"; then
+            timed "get uv" "$folder/bin/python" "${pip[@]}" uv && return
+        else
+            continue
+        fi
+        break # what one pip can't get, another won't
+    done
+    UV=''
+    return 1
+}
+
+# uv makes environments of a Python that lacks the venv module, too, and gets one where none fits.
+make_venv() {
+    local venv=$1 problem='there is none on PATH, and uv could not get one'
+    BASE_PYTHON=''
+    if find_base_python; then
+        problem="$BASE_PYTHON cannot make a virtual environment, and uv could not either"
+    fi
+    if [[ -n $UV ]] && timed "create $venv with ${BASE_PYTHON:-Python $PYTHON_WANTED, from uv}" \
+        "$UV" venv --quiet --allow-existing --python "${BASE_PYTHON:-$PYTHON_WANTED}" "$venv"; then
+        return
+    fi
+    if [[ -n $BASE_PYTHON ]] && "$BASE_PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
+        timed "create $venv with $BASE_PYTHON" "$BASE_PYTHON" -m venv "$venv" && return
+        die "could not create $venv: see above."
+    fi
+    die "Python 3.11 or 3.12 is needed, but $problem: install Python $PYTHON_WANTED with its venv" \
+        "module (on Debian or Ubuntu: python$PYTHON_WANTED-venv), or set TIERED_KV_PYTHON to an" \
+        "interpreter that has sglang and this project."
+}
+
+free_gb() { df -Pk "$1" | awk 'NR == 2 { print int($4 / 1024 / 1024) }'; }
+
+# check_free_space FOLDER: uv links what it installs from its cache, or copies it where that lies on
+# another file system, which then has to hold as much.
 check_free_space() {
-    local folder=$1 free_gb
+    local folder=$1 cache missing_gb
     mkdir -p "$folder"
-    free_gb=$(($(df -Pk "$folder" | awk 'NR == 2 { print $4 }') / 1024 / 1024))
-    if ((free_gb < VENV_GB_NEEDED)); then
-        die "$folder has $free_gb GB free and the installation takes $VENV_GB_NEEDED GB: free" \
-            "some, or set TIERED_KV_VENV to a folder elsewhere."
+    if (($(free_gb "$folder") < VENV_GB_NEEDED)); then
+        die "$folder has $(free_gb "$folder") GB free and the installation takes $VENV_GB_NEEDED" \
+            "GB: free some, or set TIERED_KV_VENV to a folder elsewhere."
+    fi
+    if [[ -z $UV ]] || ! cache=$("$UV" cache dir 2>/dev/null); then return; fi
+    mkdir -p "$cache"
+    [[ $(stat -c %d "$cache") == "$(stat -c %d "$folder")" ]] && return
+    missing_gb=$((UV_CACHE_GB_NEEDED - $(free_gb "$cache")))
+    ((missing_gb > 0)) || return 0
+    # What an earlier installation left in the cache need not come again.
+    if (($(du -sk "$cache" | awk '{ print int($1 / 1024 / 1024) }') < missing_gb)); then
+        die "uv's cache, $cache, has $(free_gb "$cache") GB free and takes $UV_CACHE_GB_NEEDED GB:" \
+            "free some, or set UV_CACHE_DIR to a folder elsewhere."
     fi
 }
 
@@ -82,12 +150,13 @@ install_project() {
     local extras=$1 requirement="${REPOSITORY}[$1]" quiet=()
     # Without a terminal there is no progress bar, only two hundred lines of package names.
     if [[ ! -t 2 ]]; then quiet=(--quiet); fi
-    if timed "install uv" "$PYTHON" -m pip install --quiet --disable-pip-version-check uv &&
+    if [[ -n $UV ]] &&
         timed "install sglang and the project [$extras] (9 GB, several minutes)" \
-            "$PYTHON" -m uv pip install "${quiet[@]}" --python "$PYTHON" --editable "$requirement"; then
+            "$UV" pip install "${quiet[@]}" --python "$PYTHON" --editable "$requirement"; then
         return
     fi
     say "uv did not manage; trying pip"
+    "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null || return
     timed "install sglang and the project [$extras] with pip" \
         "$PYTHON" -m pip install "${quiet[@]}" --disable-pip-version-check --editable "$requirement"
 }
@@ -113,24 +182,44 @@ PYTHON_END
     rm -f "$log"
 }
 
+# prepare_installation WITH_DEMO_MODEL: what the first start would wait for. Importing is one core's
+# work, and begins with torch: meanwhile another core compiles SGLang itself and makes the model.
+prepare_installation() {
+    local jobs status=0
+    env -u PYTHONDONTWRITEBYTECODE "$PYTHON" -W ignore -c 'import compileall, importlib.util as u
+compileall.compile_dir(u.find_spec("sglang").submodule_search_locations[0], quiet=2)' &
+    jobs=($!)
+    if [[ -n $1 ]]; then
+        # Should it fail, ensure_demo_model says so.
+        "$PYTHON" "$REPOSITORY/scripts/get_demo_model" >/dev/null &
+        jobs+=($!)
+    fi
+    # Without job control a background job doesn't see Ctrl-C.
+    # shellcheck disable=SC2064
+    trap "kill ${jobs[*]} 2>/dev/null || true" EXIT
+    timed "compile what the server imports (once)" compile_imports || status=$?
+    wait "${jobs[@]}" || true
+    trap - EXIT
+    return "$status"
+}
+
 # What is installed is known by the file that says what to install, and where the code lies.
 installation_id() {
     { cat "$REPOSITORY/pyproject.toml" && echo "$REPOSITORY"; } | sha256sum | cut -c1-32
 }
 
 install_into_venv() {
-    local venv=$1 extras=$2 stamp=$3
-    if [[ ! -x $venv/bin/python ]]; then
-        find_base_python
-        check_free_space "$(dirname "$venv")"
-        timed "create $venv with $BASE_PYTHON" "$BASE_PYTHON" -m venv "$venv" ||
-            die "could not create $venv: see above."
-    fi
+    local venv=$1 extras=$2 with_demo_model=$3 stamp=$4
     PYTHON=$venv/bin/python
+    find_uv "$venv/.uv" || true
+    if [[ ! -x $PYTHON ]]; then
+        check_free_space "$(dirname "$venv")"
+        make_venv "$venv"
+    fi
     rm -f "$stamp"
     install_project "$extras" ||
         die "the installation failed, see above; running this again goes on from there."
-    timed "compile what the server imports (once)" compile_imports ||
+    prepare_installation "$with_demo_model" ||
         die "sglang was installed but cannot be imported: see above."
     echo "$(installation_id) $extras" >"$stamp"
 }
@@ -144,8 +233,9 @@ has_stamp() {
 }
 
 ensure_environment() {
-    local extras=$1 venv=${TIERED_KV_VENV:-$REPOSITORY/.venv}
+    local extras=$1 with_demo_model=${2:-} venv=${TIERED_KV_VENV:-$REPOSITORY/.venv}
     [[ $(uname -s) == Linux ]] || die "SGLang serves on Linux only; this is $(uname -s)."
+    ensure_home
     if [[ -n ${TIERED_KV_PYTHON:-} ]]; then
         PYTHON=$(command -v "$TIERED_KV_PYTHON") ||
             die "TIERED_KV_PYTHON=$TIERED_KV_PYTHON is not an interpreter that can be run."
@@ -164,7 +254,7 @@ sys.exit(not all(u.find_spec(name) for name in ("sglang", "tiered_kv")))' 2>/dev
         say "waiting for another installation into $venv"
         flock "$lock"
     fi
-    has_stamp "$stamp" "$extras" || install_into_venv "$venv" "$extras" "$stamp"
+    has_stamp "$stamp" "$extras" || install_into_venv "$venv" "$extras" "$with_demo_model" "$stamp"
     exec {lock}>&-
 }
 

@@ -30,6 +30,16 @@ import tiered_kv.plugin.hooks.table as hooks
 first, *others = hooks.HOOKS
 hooks.HOOKS = (dataclasses.replace(first, target=first.target + "_renamed"), *others)
 """
+# A container's user that is only a number.
+NOBODY = """
+import os
+import pwd
+for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CACHE_HOME"):
+    os.environ.pop(name, None)
+def unknown(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = unknown
+"""
 # As if another plugin replaced what we hooked, in the processes that the server starts.
 LOST_HOOK = """
 import sys
@@ -74,6 +84,21 @@ def test_refused_before_anything_starts(
     assert last.startswith("sglang serve: error: --tiered-kv ")
     assert sentence in last
     assert "Traceback" not in ended.stderr
+
+
+def test_a_user_without_a_name_and_a_home_is_asked_for_the_disks_directory(
+    run_python: Any, shim: Any, tiny_model: str, tmp_path: Path
+) -> None:
+    """torch wants a name and FlashInfer a home, before SGLang loads any plugin."""
+    ended = run_python(
+        *(*MODULE, "--model-path", tiny_model, "--device", DEVICE, "--load-format", "dummy"),
+        "--tiered-kv",
+        env={**shim(NOBODY), "TMPDIR": str(tmp_path)},
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("sglang serve: error: --tiered-kv-disk-dir has no default because this")
 
 
 def test_a_hook_lost_in_the_scheduler_is_refused_by_the_scheduler(

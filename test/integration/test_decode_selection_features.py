@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
+from support.adapters import write_adapter
 from support.client import generate, in_parallel, post_generate, request_body
 from support.injection import injected
 from support.oracle import Oracle
@@ -30,7 +29,6 @@ N_NEW = 12
 TIGHT = {"class": "interactive", "tbt_ms": TIGHT_TBT_MS}
 BATCH = {"class": "batch"}
 WORDS = r"([a-z]{2,7} ){4,12}"
-ADAPTER_RANK = 4
 PAGES = ("--page-size", 16)
 
 
@@ -82,32 +80,6 @@ def test_grammars_several_answers_and_streams_while_others_take_turns(
             for piece, longer in itertools.pairwise(answer):
                 assert longer[: len(piece)] == piece
                 assert len(longer) > len(piece)
-
-
-def write_adapter(folder: Path, model: Path, seed: int) -> Path:
-    """An adapter of random weights for the attention's inputs, strong enough to be noticed."""
-    config = json.loads((model / "config.json").read_text())
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    kv_width = config["num_key_value_heads"] * head_dim
-    widths = {"q_proj": heads * head_dim, "k_proj": kv_width, "v_proj": kv_width}
-    random = torch.Generator().manual_seed(seed)
-    weights = {}
-    for layer in range(config["num_hidden_layers"]):
-        for module, width in widths.items():
-            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
-            down, up = (ADAPTER_RANK, hidden), (width, ADAPTER_RANK)
-            weights[f"{name}.lora_A.weight"] = torch.randn(down, generator=random) * 0.3
-            weights[f"{name}.lora_B.weight"] = torch.randn(up, generator=random) * 0.3
-    folder.mkdir()
-    save_file(weights, folder / "adapter_model.safetensors")
-    about = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": ADAPTER_RANK, "bias": "none",
-        "lora_alpha": ADAPTER_RANK, "lora_dropout": 0.0, "target_modules": list(widths),
-        "base_model_name_or_path": str(model),
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(about))
-    return folder
 
 
 @pytest.mark.long

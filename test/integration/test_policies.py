@@ -295,9 +295,9 @@ def test_outputs_are_exact_though_prompts_make_way(
 ) -> None:
     args = ["--tiered-kv-disk-dir", tmp_path, "--tiered-kv-disk-size", "500MB"]
     args += [*([] if overlap else ["--disable-overlap-schedule"]), "--chunked-prefill-size", 32]
-    env = injected("park_prompts")
-    with make_server("parking", *policy_args("fcfs", 900, *args), env=env) as server:
+    env = injected("put_back_prompts")
+    with make_server("put_back", *policy_args("fcfs", 900, *args), env=env) as server:
         check_outputs(server, oracle, prompts, n_requests=80, seed=23)
         server.flush_cache()
         time.sleep(1.2)
-        assert "park_prompts: 10 prompts made way" in server.log_text()
+        assert "put_back_prompts: 10 prompts made way" in server.log_text()

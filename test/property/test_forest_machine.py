@@ -69,7 +69,7 @@ class ForestMachine(ComparedForest):
         n_considered = len(symbols) if cap is None else min(len(symbols), max(cap, 0))
         limit = None if cap is None else cap * self.page_size + tail % self.page_size
         n_known = self.model.known(root, symbols[:n_considered])
-        n_tokens = self.forest.prefix_length(self.roots[root], tokens, limit)
+        n_tokens = self.forest.peek(self.roots[root], tokens, limit).end
         assert n_tokens == n_known * self.page_size
         found = self.forest.match(self.roots[root], tokens, limit)
         assert found.n_tokens == n_tokens

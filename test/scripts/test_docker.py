@@ -8,8 +8,13 @@ services fit together.
 from __future__ import annotations
 
 import fnmatch
+import http.server
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +54,48 @@ def compose(name: str) -> dict[str, Any]:
     # A subclass of SafeLoader: nothing but plain data is made.
     document: dict[str, Any] = yaml.load((DOCKER / name).read_text(), Loader=ComposeLoader)
     return document
+
+
+def health_checks() -> list[list[str]]:
+    found = []
+    for path in DOCKERFILES:
+        (text,) = [a for name, a in instructions(path) if name == "HEALTHCHECK"]
+        found.append(exec_form(text[text.index("[") :]))
+    workers = compose("compose.yaml")["services"]
+    return [
+        *found,
+        *(workers[name]["healthcheck"]["test"][1:] for name in ("worker-1", "worker-2")),
+    ]
+
+
+@pytest.mark.parametrize("command", health_checks())
+def test_a_health_check_asks_the_server_and_no_proxy(command: list[str]) -> None:
+    """Docker hands the proxy of its own configuration to containers."""
+
+    statuses = [200, 503]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(statuses.pop(0))
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = re.sub(r":\d+/", f":{server.server_port}/", command[-1])
+        for is_healthy in (True, False):
+            result = subprocess.run(
+                [sys.executable, *command[1:-1], here],
+                env={**os.environ, **proxies},
+                capture_output=True,
+                timeout=30,
+                check=False,
+            )
+            assert (result.returncode == 0) is is_healthy, result.stderr
+        server.shutdown()
 
 
 def flags_of(words: list[str]) -> set[str]:
@@ -114,6 +161,17 @@ def is_ignored(name: str, patterns: list[str]) -> bool:
         if fnmatch.fnmatch(name, wanted) or name.startswith(f"{wanted}/"):
             result = not pattern.startswith("!")
     return result
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_any_user_may_write_the_volume(name: str) -> None:
+    """Docker makes a user that it doesn't know a member of group 0."""
+    found = instructions(DOCKER / name)
+    assert ("VOLUME", "/var/lib/tiered_kv") in found
+    commands = "\n".join(a for n, a in found if n == "RUN")
+    assert re.search(r"(chmod|install -d -m) 775 .*/var/lib/tiered_kv", commands)
+    users = [a for n, a in found if n == "USER"]
+    assert all(re.fullmatch(r"\d+:0", user) for user in users)
 
 
 def test_secrets_and_history_stay_behind() -> None:

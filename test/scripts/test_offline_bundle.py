@@ -113,15 +113,42 @@ def test_what_is_packed_is_installed(bundle: Path, tmp_path: Path) -> None:
     assert list((prefix / "site/second/__pycache__").glob("__init__.*.pyc"))
     code = (
         "import first, os, second; from importlib.metadata import version as v; "
-        "print(first.value, second.value, v('first'), os.environ['KERNELS'])"
+        "print(first.value, second.value, v('first')); "
+        "print(os.environ['no_proxy'], os.environ['KERNELS'])"
     )
     shell = f'. "{prefix}/env" && "$TIERED_KV_PYTHON" -c "{code}"'
-    found = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True)
-    assert found.stdout.split(" ", 3) == ["1", "2", "1.0", f"{prefix}/jit\n"]
+    found = subprocess.run(
+        ["sh", "-c", shell],
+        env={**os.environ, "no_proxy": "intranet"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == f"1 2 1.0\nintranet,127.0.0.1 {prefix}/jit\n"
     checked = subprocess.run(
         [prefix / "gpu_check", "--parts", "a b"], capture_output=True, text=True, check=True
     )
     assert checked.stdout == f"{prefix}/jit\n--parts\na b\n"
+
+
+@pytest.mark.parametrize("prefix", [[], ["--prefix", "~/here"]])
+def test_without_a_home_it_asks_for_a_whole_path(bundle: Path, prefix: list[str]) -> None:
+    program = (
+        "import pwd, runpy, sys\n"
+        "def getpwuid(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = getpwuid\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(bundle / "install"), *prefix],
+        env={name: value for name, value in os.environ.items() if name != "HOME"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "give --prefix a whole path" in error_of(result)
 
 
 def test_the_checksums_are_those_that_sha256sum_reads(bundle: Path) -> None:

@@ -23,7 +23,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 DEMO = "/models/SmolLM2-135M-Instruct"
 FAKE_PYTHON = f"""#!/bin/bash
 case "$*" in
-    *launch_server*) printf '%s\\n' "$@" ;;
+    *launch_server*) printf '%s\\n' "$@"; echo "no_proxy=$no_proxy" >&2 ;;
     *get_demo_model*) echo {DEMO} ;;
 esac
 """
@@ -156,16 +156,23 @@ def test_an_interpreter_that_is_not_there(environment: dict[str, str]) -> None:
     assert "TIERED_KV_PYTHON=/nowhere/python" in message
 
 
-def test_no_python_on_path(environment: dict[str, str], tmp_path: Path) -> None:
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for name in ("bash", "dirname", "basename", "uname", "mkdir", "cat", "sha256sum", "cut"):
-        found = subprocess.run(["which", name], capture_output=True, text=True, check=True)
-        (tools / name).symlink_to(found.stdout.strip())
-    del environment["TIERED_KV_PYTHON"]
-    environment |= {"PATH": str(tools), "TIERED_KV_VENV": str(tmp_path / "venv")}
-    message = one_sentence(serve(environment, "--port", str(free_port())))
-    assert "Python 3.11 or 3.12 is needed" in message
+@pytest.mark.parametrize(
+    ("host", "listed", "expected"),
+    [
+        ("0.0.0.0", None, "127.0.0.1"),
+        ("127.0.0.1", "intranet", "intranet,127.0.0.1"),
+        ("::", "", "::1"),
+    ],
+)
+def test_the_server_reaches_itself_behind_a_proxy(
+    environment: dict[str, str], host: str, listed: str | None, expected: str
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        environment.pop(name, None)
+    if listed is not None:
+        environment["NO_PROXY"] = listed
+    result = serve(environment, "--host", host, "--port", str(free_port()))
+    assert f"no_proxy={expected}" in result.stderr.splitlines()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -177,6 +184,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.path == "/v1/models" and allowed:
             self.wfile.write(json.dumps({"data": [{"id": "it's mine"}]}).encode())
+
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.end_headers()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -190,9 +201,16 @@ def server_url() -> Iterator[str]:
         server.shutdown()
 
 
-def announce(*arguments: str) -> subprocess.CompletedProcess[str]:
+#: Where nothing listens.
+PROXIES = dict.fromkeys(
+    ("http_proxy", "https_proxy", "HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:9"
+)
+
+
+def announce(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-I", "-S", str(SCRIPTS / "lib" / "announce.py"), *arguments],
+        env={**os.environ, **env},
         capture_output=True,
         text=True,
         timeout=30,
@@ -208,6 +226,17 @@ def test_the_curl_line_is_ready_to_paste(server_url: str) -> None:
     assert f"{server_url}/v1/chat/completions" in words
     assert "Authorization: Bearer secret" in words
     assert json.loads(words[words.index("-d") + 1])["model"] == "it's mine"
+
+
+def test_behind_a_proxy_it_sees_its_server_and_the_curl_line_works(server_url: str) -> None:
+    key = ("--api-key", "secret")
+    result = announce("--pid", str(os.getpid()), "--url", server_url, *key, **PROXIES)
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("curl ")]
+    answer = subprocess.run(
+        ["bash", "-c", f"{line} -f"], env={**os.environ, **PROXIES}, timeout=30, check=False
+    )
+    assert answer.returncode == 0
 
 
 def test_a_server_that_dies_is_noticed() -> None:

@@ -1,4 +1,4 @@
-"""What a plan can ask for beyond an order, carried out: shared prefixes, parking, memory, loads."""
+"""What a plan can ask for beyond an order: shared prefixes, putting back, memory, loads."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_a_long_prompt_makes_way_and_loses_no_whole_block() -> None:
         call(0, 0.0, range(1, 801), slo_class="batch", ttft_slo_s=30.0),
         call(1, 0.4, range(5001, 5021), **TIGHT),
     ]
-    parked, _ = simulate(requests, server(policy="slack"))
-    stubborn, _ = simulate(requests, server(policy="slack", slack=SlackConfig(park=False)))
-    assert parked.records[1].ttft_s < 0.5 < stubborn.records[1].ttft_s
-    assert parked.records[0].ttft_s < 30.0
+    yielding, _ = simulate(requests, server(policy="slack"))
+    stubborn, _ = simulate(requests, server(policy="slack", slack=SlackConfig(put_back=False)))
+    assert yielding.records[1].ttft_s < 0.5 < stubborn.records[1].ttft_s
+    assert yielding.records[0].ttft_s < 30.0
     n_tokens = sum(request.input_tokens for request in requests)
     assert stubborn.processed_prefill_tokens == n_tokens
-    assert n_tokens <= parked.processed_prefill_tokens < n_tokens + 2 * BLOCK_TOKENS
+    assert n_tokens <= yielding.processed_prefill_tokens < n_tokens + 2 * BLOCK_TOKENS
 
 
 @pytest.mark.parametrize("mixes", [True, False])

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from benchmark.replay.__main__ import main
+from benchmark.replay.__main__ import is_local, main
 from benchmark.replay.prompts import PromptError, PromptMaker, load_tokenizer
 from benchmark.replay.records import Record, request_cost, summarise
 from fastapi import FastAPI, Request
@@ -255,6 +255,35 @@ def test_a_chat_log_is_sent_as_messages(server: tuple[FakeServer, str], tmp_path
     # The empty piece that opens a chat's stream is no token.
     assert record["ttft_s"] >= FIRST_S
     assert len(record["gaps_s"]) == 1
+
+
+def test_a_server_on_this_machine_is_asked_without_a_proxy(
+    server: tuple[FakeServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, url = server
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    messages = [{"role": "user", "content": " acword"}]
+    log = tmp_path / "log.jsonl"
+    log.write_text(json.dumps({"timestamp": 0, "messages": messages, "output": "1234"}) + "\n")
+    run(url, tmp_path / "out.json", "--workload", f"chat_log:{log}", "--chat")
+    assert fake.bodies
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://127.0.0.1:30000", True),
+        ("http://localhost/v1", True),
+        ("https://[::1]:8443", True),
+        ("http://10.0.0.7:30000", False),
+        ("http://llm.example.com", False),
+    ],
+)
+def test_which_servers_are_on_this_machine(url: str, expected: bool) -> None:
+    assert is_local(url) is expected
 
 
 def test_failures_are_recorded_and_end_their_session(

@@ -20,6 +20,8 @@ class KvEventListener:
         self.endpoint = f"ipc://{directory}/kv_events"
         self.stored: defaultdict[str, list[int]] = defaultdict(list)
         self.removed: defaultdict[str, list[int]] = defaultdict(list)
+        #: (parent's hash, tokens, medium) of what was stored: all that many routers go by.
+        self.parents: list[tuple[int | None, tuple[int, ...], str]] = []
         self._socket = zmq.Context.instance().socket(zmq.SUB)
         self._socket.setsockopt_string(zmq.SUBSCRIBE, "")
         self._socket.connect(self.endpoint)
@@ -43,6 +45,7 @@ class KvEventListener:
         kind, *fields = event
         if kind == "BlockStored":
             self.stored[fields[5]] += fields[0]
+            self.parents.append((fields[1], tuple(fields[2]), fields[5]))
         elif kind == "BlockRemoved":
             self.removed[fields[1]] += fields[0]
 

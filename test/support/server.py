@@ -52,6 +52,18 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def bypass_proxies() -> None:
+    """Servers are on this machine, where no proxy would find them.
+
+    Holds for every client in this process, and for what SGLang asks itself in the servers.
+    """
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
+
+
+bypass_proxies()
+
+
 @dataclass
 class Server:
     """`with Server(args, log) as server:` starts it, waits until it answers, and stops it.

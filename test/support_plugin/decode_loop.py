@@ -36,10 +36,10 @@ from tiered_kv.core.model_spec import find_model
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.memory.manager import MemoryManager
-from tiered_kv.plugin.cache.build import CacheParts, HostReport
 from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
 from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
+from tiered_kv.plugin.cache.parts import CacheParts, HostReport
 from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.decode import selection as decode_selection
@@ -56,6 +56,7 @@ from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import CpuPageCopier, buffer_format
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
+from tiered_kv.tiers.in_memory import InMemoryStore
 
 
 class Quiet:
@@ -107,14 +108,17 @@ def publish_arguments(directory: Path, **options: Any) -> ServerArgs:
     return args
 
 
-def serving_parts(pool: Any, allocator: Any, page_size: int, n_host_pages: int) -> CacheParts:
-    """The tiers over SGLang's pool, without a disk."""
+def serving_parts(
+    pool: Any, allocator: Any, page_size: int, n_host_pages: int, store: InMemoryStore | None
+) -> CacheParts:
+    """The tiers over SGLang's pool; `store` in the place of a disk."""
     device = buffers_of(pool)
     page_format = buffer_format(page_size, device.layers, device.buffers)
     host = HostPool(page_format, n_host_pages * page_format.slot_bytes)
     forest = Forest(page_size)
     events = KvEvents(page_size, False)
     residency = ResidencyLog(events)
+    namespace = namespace_hash("the KV model")
     context = TierContext(
         forest=forest,
         manager=MemoryManager(forest, MemoryConfig()),
@@ -122,15 +126,16 @@ def serving_parts(pool: Any, allocator: Any, page_size: int, n_host_pages: int) 
         allocator=EngineAllocator(allocator),
         host=host,
         listener=residency,
+        disk=None if store is None else store.namespace(namespace, page_format.page_bytes),
     )
-    hierarchy = KVHierarchy(context, namespace_hash("the KV model"))
+    hierarchy = KVHierarchy(context, namespace)
     return CacheParts(
         hierarchy=hierarchy,
-        disk_store=None,
+        disk_store=store,
         events=events,
         metrics=MetricsRecorder(),
         host_report=HostReport(host),
-        name_weights=lambda: (namespace_hash("the KV model"), None),
+        name_weights=lambda: (namespace, context.disk),
         step_times=StepTimes(hierarchy, synchronous=True),
         residency=residency,
         cost_model=None,
@@ -151,6 +156,7 @@ class DecodeLoop(upstream.Scheduler):
         chunk_tokens: int | None = None,
         max_running: int = MAX_RUNNING,
         is_mixed: bool = False,
+        has_disk: bool = False,
     ) -> None:
         self.script: Callable[[], bool] = lambda: False
         self.finished: dict[str, Req] = {}
@@ -168,7 +174,8 @@ class DecodeLoop(upstream.Scheduler):
             token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
             page_size=page_size,
         )
-        parts = serving_parts(pool, self.token_to_kv_pool_allocator, page_size, n_host_pages)
+        allocator, store = self.token_to_kv_pool_allocator, InMemoryStore() if has_disk else None
+        parts = serving_parts(pool, allocator, page_size, n_host_pages, store)
         self.tree_cache = TieredPrefixCache(params, parts)
         gate = parts.hierarchy.load_back.gate
         pool.register_layer_transfer_counter(gate)
@@ -179,6 +186,7 @@ class DecodeLoop(upstream.Scheduler):
         self.max_total_num_tokens = n_tokens
         self.chunked_prefill_size = chunk_tokens
         self.is_mixed_chunk = is_mixed
+        self.enable_hicache_storage = has_disk
         self._set_components(args)
         self.init_overlap()
         self.now_s = 1.0
@@ -297,9 +305,10 @@ class DecodeLoop(upstream.Scheduler):
             parts.metrics,
         )
         self.tiered_kv_order = self.policy.tiered_kv_order = order
-        self.tree_cache.request_order = order
+        self.tree_cache.observer = order
         self.clock = order.clock
         self.tree_cache.resumes_requests = True
+        self.tree_cache.decode_selection = self.policy.tiered_kv_selection = None
         decode_selection.install(self, iteration_policy)
 
     def arrive(self, req: Req) -> None:

@@ -20,6 +20,7 @@ from tiered_kv.plugin.queue.clock_tick import Tick
 from tiered_kv.plugin.queue.order import RequestOrder
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import SchedulerState
 
@@ -56,6 +57,9 @@ class Spy:
     def on_cached_change(self, request: QueuedRequest, now_s: float) -> None:
         self.changes.append(request.request_id)
 
+    def urgency(self, request: QueuedRequest) -> Urgency:
+        return 0.0, request.queued_s
+
     def plan(self, state: SchedulerState, limit: int) -> AdmissionPlan:
         self.states.append(state)
         self.limits.append(limit)
@@ -68,13 +72,25 @@ class Spy:
 class MiniScheduler:
     """The attributes and the steps of SGLang's scheduler that matter here."""
 
-    def __init__(self, rig: Rig, policy: Any) -> None:
+    def __init__(
+        self, rig: Rig, policy: Any, *, lora_drainer: Any = None, prefill_delayer: Any = None
+    ) -> None:
         self.waiting_queue: list[Req] = []
         self.chunked_req: Req | None = None
+        self._pending_chunked_abort_req: Req | None = None
+        self.max_queued_requests: int | None = None
+        self.has_queue_room = True
+        self.sent: list[Any] = []
+        tokenizer = SimpleNamespace(send_output=lambda answer, req: self.sent.append(answer))
+        self.ipc_channels = SimpleNamespace(send_to_tokenizer=tokenizer)
         self.chunked_prefill_size: int | None = CHUNK
         self.max_prefill_tokens = 16384
         self.page_size = PAGE_SIZE
         self.is_mixed_chunk = False
+        self.truncation_align_size: int | None = None
+        self.lora_drainer = lora_drainer
+        self.prefill_delayer = prefill_delayer
+        self.lacks_adapter: set[str] = set()
         self.tree_cache = SimpleNamespace(evictable_size=lambda: 0)
         self.has_decode_memory = True
         self.running_batch = SimpleNamespace(
@@ -82,6 +98,7 @@ class MiniScheduler:
         )
         self.offered: list[str] | None = None
         self.chunk_seen: int | None = None
+        self.chunks_seen: list[Req | None] = []
         self.mix_seen: bool | None = None
         self.mixed: bool | None = None
         self.admit = 1
@@ -98,8 +115,13 @@ class MiniScheduler:
         self.tiered_kv_order.clock.take(Tick(now_s))
 
     def arrive(self, req: Req) -> None:
-        self.waiting_queue.append(req)
-        scheduler_hooks.note_arrival(None, self, req)
+        scheduler_hooks.add_to_queue(MiniScheduler._append, self, req)
+
+    _add_request_to_queue = arrive
+
+    def _append(self, req: Req) -> None:
+        if self.has_queue_room:
+            self.waiting_queue.append(req)
 
     def step(self) -> list[str]:
         """A pass of `_get_new_batch_prefill_raw`; returns who was admitted."""
@@ -111,7 +133,7 @@ class MiniScheduler:
     def _raw(self, running_batch: Any) -> tuple[Any, Any]:
         self.offered = None
         self._rig.hierarchy.poll()
-        self.tiered_kv_order.after_poll()
+        self.tiered_kv_order.polled()
         if running_batch.batch_is_full or not self.waiting_queue:
             return None, running_batch
         scheduler_hooks.put_in_order(
@@ -121,13 +143,20 @@ class MiniScheduler:
             running_batch,
         )
         self.offered = [req.rid for req in self.waiting_queue]
+        self.chunks_seen.append(self.chunked_req)
         self.chunk_seen, self.mix_seen = self.chunked_prefill_size, self.is_mixed_chunk
-        admitted = self.waiting_queue[: self.admit]
+        if self.lora_drainer is not None:
+            self.lora_drainer.update_draining_state(self.waiting_queue, running_batch.reqs)
+        if self.prefill_delayer is not None:
+            n = len(self.waiting_queue)
+            self.prefill_delayer._negotiate_should_allow_prefill(waiting_queue_len=n)
+        able = [req for req in self.waiting_queue if self._can_schedule_lora_req(req)]
+        admitted = able[: self.admit]
         if not admitted:
             return None, running_batch
         self.waiting_queue = [req for req in self.waiting_queue if req not in admitted]
         scheduler_hooks.before_mixing(
-            None, SimpleNamespace(tree_cache=SimpleNamespace(request_order=self.tiered_kv_order))
+            None, SimpleNamespace(tree_cache=SimpleNamespace(observer=self.tiered_kv_order))
         )
         self.mixed = self.is_mixed_chunk
         running_batch.reqs += admitted
@@ -140,6 +169,11 @@ class MiniScheduler:
             decoding_reqs=None,
         )
         return batch, running_batch
+
+    def _can_schedule_lora_req(self, req: Req) -> bool:
+        return scheduler_hooks.may_start(
+            lambda scheduler, req: req.rid not in scheduler.lacks_adapter, self, req
+        )
 
     def match(self, req: Req) -> None:
         """As `Req.init_next_round_input` and `ScheduleBatch.prepare_for_extend` do."""
@@ -172,6 +206,6 @@ def running(scheduler: MiniScheduler, rid: str) -> Req:
     order = scheduler.tiered_kv_order
     scheduler.waiting_queue.remove(req)
     scheduler.match(req)
-    order.queue.admitted([req], order.clock.now_s)
+    order.queue.admitted([req])
     req.output_ids = array("q", [5, 6])
     return req

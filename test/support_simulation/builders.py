@@ -18,7 +18,7 @@ from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
 from tiered_kv.scheduler.measured_costs import PassTimes
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.request import QueuedRequest
-from tiered_kv.scheduler.request_policy import RequestPolicy, SchedulerState
+from tiered_kv.scheduler.request_policy import Arriving, RequestPolicy, SchedulerState
 from tiered_kv.scheduler.waiting import WaitingQueue
 from tiered_kv.simulation.engine import Simulation, SimulationResult
 from tiered_kv.simulation.settings import CacheSettings, InstanceSettings
@@ -137,7 +137,7 @@ class Queue:
         self.now_s = 0.0
         self.processed = 0
         self.running: list[QueuedRequest] = []
-        self.held: set[int] = set()
+        self.held: dict[int, Arriving] = {}
 
     def cache(self, blocks: Sequence[int], tier: Tier = Tier.DEVICE) -> None:
         tokens = array("q", blocks)
@@ -172,6 +172,10 @@ class Queue:
         request = self.waiting.get(request_id)
         self.waiting.remove(request)
         self.policy.on_admission(request, self.now_s)
+
+    def hold(self, *request_ids: int, ready_s: float = 0.0, tokens: int = 0) -> None:
+        """Their pages are on the way."""
+        self.held.update(dict.fromkeys(request_ids, Arriving(ready_s, tokens)))
 
     def state(self) -> SchedulerState:
         return SchedulerState(

@@ -56,7 +56,7 @@ def assert_conserved(result: SimulationResult, simulation: Simulation, n: int) -
             assert record.mean_tbt_s <= record.max_tbt_s * (1 + 1e-9)
             assert record.p99_tbt_s <= record.max_tbt_s
     went_back = result.n_retractions + result.n_swaps
-    if not went_back and not any(i.departures.n_parked for i in simulation.instances):
+    if not went_back and not any(i.departures.n_put_back for i in simulation.instances):
         computed = sum(
             record.input_tokens
             - record.device_hit_tokens

@@ -14,9 +14,14 @@ from collections.abc import Callable
 from support_tiers.doubles import FaultyDisk
 from support_tiers.tier_rig import Request, Rig, tokens_of
 from tiered_kv.core.ids import Tier
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.scheduler.calibration import StepObservation
+from tiered_kv.scheduler.read_order import Urgency
 
+#: A tenant, and an adapter that has no name by its contents.
+TENANT = TreeKey(salt=b"tenant")
+UNNAMED = TreeKey(adapter=b"random", is_lasting=False)
 MAX_RUNNING = 4
 MAX_WAITING = 5
 MAX_PAGES = 9
@@ -32,7 +37,9 @@ class History:
         self.rig = rig
         self.rng = random.Random(seed)
         self.world = random.Random(world)
-        self.waiting: dict[str, tuple[array[int], str | None]] = {}
+        self.waiting: dict[str, tuple[array[int], TreeKey | None]] = {}
+        self.urgency: dict[str, Urgency] = {}
+        rig.hierarchy.prefetch.urgency_of = self.urgency.get
         self.n_arrived = 0
         self.log: list[str] = []
         self.steps: list[tuple[float, Callable[[], str]]] = [
@@ -44,6 +51,8 @@ class History:
             (2, self._stash),
             (1, self._abort),
             (1, self._give_up_waiting),
+            (0.5, self._wait_no_longer),
+            (0.5, self._change_urgency),
             (1, self._reserve_only),
             (2, self._evict_device),
             (1, self._evict_host),
@@ -73,12 +82,12 @@ class History:
 
     # -- drawing ------------------------------------------------------------------------------
 
-    def _prompt(self) -> tuple[array[int], str | None]:
+    def _prompt(self) -> tuple[array[int], TreeKey | None]:
         """Few distinct pages, so that prompts share prefixes and part in the middle of nodes."""
         n_pages = self.rng.randint(1, MAX_PAGES)
         pages = [self.rng.choice((1, 1, 1, 2)) for _ in range(n_pages)]
         tail = self.rng.choice((0, 0, 1, 3))
-        return tokens_of(*pages, tail=tail), self.rng.choice((None, None, "tenant"))
+        return tokens_of(*pages, tail=tail), self.rng.choice((None, None, TENANT, UNNAMED))
 
     def _request(self) -> Request | None:
         return self.rng.choice(self.rig.requests) if self.rig.requests else None
@@ -107,6 +116,8 @@ class History:
         rid = f"r{self.n_arrived}"
         self.n_arrived += 1
         self.waiting[rid] = self._prompt()
+        if self.rng.random() < 0.7:
+            self.urgency[rid] = (self.rng.randrange(3), self.rng.random())
         self.rig.arrive(rid, *self.waiting[rid])
         return f"arrive {rid}: {len(self.waiting[rid][0])} tokens"
 
@@ -130,6 +141,21 @@ class History:
         del self.waiting[rid]
         self.rig.hierarchy.prefetch.release(rid)
         return f"give up {rid}"
+
+    def _wait_no_longer(self) -> str:
+        if not self.waiting:
+            return "wait no longer: none is waiting"
+        rid = self.rng.choice(list(self.waiting))
+        self.rig.hierarchy.prefetch.give_up(rid)
+        assert self.rig.hierarchy.prefetch.done(rid)
+        return f"{rid} waits no longer"
+
+    def _change_urgency(self) -> str:
+        if not self.urgency:
+            return "change urgency: there is none"
+        rid = self.rng.choice(list(self.urgency))
+        self.urgency[rid] = (self.rng.randrange(3), self.rng.random())
+        return f"{rid} is as urgent as {self.urgency[rid]}"
 
     def _finish(self) -> str:
         request = self._request()

@@ -38,7 +38,7 @@ from support_tiers.page_codec import PageCodec, codec, lasting_page, page_layout
 from tiered_kv.core.config import MemoryConfig
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
-from tiered_kv.forest.key import page_hashes
+from tiered_kv.forest.key import TreeKey, page_hashes
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.memory.manager import MemoryManager
@@ -133,11 +133,11 @@ class Rig:
     # -- a request's life ---------------------------------------------------------------------
 
     def admit(
-        self, tokens: array[int], extra_key: str | None = None, *, run: bool = True
+        self, tokens: array[int], key: TreeKey | None = None, *, run: bool = True
     ) -> Request | None:
         """Match, lock, load back, allocate; None (and nothing held) if there is no room."""
         hierarchy, forest = self.hierarchy, self.forest
-        root = hierarchy.root(extra_key)
+        root = hierarchy.root(key)
         prefix = hierarchy.match(root, tokens, len(tokens) - 1)
         locked = prefix.last_device
         device = [device_slots_of(node) for node in prefix.device]
@@ -229,18 +229,19 @@ class Rig:
         self.forest.unpin(request.locked, Tier.DEVICE)
         self.requests.remove(request)
 
-    def serve(self, tokens: array[int], extra_key: str | None = None) -> Request:
+    def serve(self, tokens: array[int], key: TreeKey | None = None) -> Request:
         """One request from its arrival to its end; there must be room for it."""
-        request = self.admit(tokens, extra_key)
+        request = self.admit(tokens, key)
         assert request is not None, "there is no room on the device"
         self.finish(request)
         return request
 
-    def arrive(self, rid: str, tokens: array[int], extra_key: str | None = None) -> None:
-        """Like `_prefetch_kvcache` at enqueue: looks at the disk below what can be used now."""
-        root = self.hierarchy.root(extra_key)
+    def arrive(self, rid: str, tokens: array[int], key: TreeKey | None = None) -> None:
+        """Like `_prefetch_kvcache` at enqueue, and the poll that follows in the same pass."""
+        root = self.hierarchy.root(key)
         prefix = self.hierarchy.match(root, tokens, len(tokens) - 1)
         self.hierarchy.prefetch.request(rid, prefix.last, tokens[prefix.last.end :])
+        self.hierarchy.poll()
 
     # -- waiting ------------------------------------------------------------------------------
 
@@ -265,11 +266,12 @@ class Rig:
 
     def drain(self) -> None:
         """Polls until nothing is on its way; the server would then be idle."""
+        self.hierarchy.poll()
         self.poll_until(lambda: self.in_flight == 0)
 
-    def prefetch(self, rid: str, tokens: array[int], extra_key: str | None = None) -> int:
+    def prefetch(self, rid: str, tokens: array[int], key: TreeKey | None = None) -> int:
         """The whole prefetch of a request; returns the tokens it brought."""
-        self.arrive(rid, tokens, extra_key)
+        self.arrive(rid, tokens, key)
         self.poll_until(lambda: self.hierarchy.prefetch.done(rid))
         n_tokens = self.hierarchy.prefetch.loaded_tokens(rid)
         self.hierarchy.prefetch.release(rid)
@@ -297,14 +299,14 @@ class Rig:
 
     # -- looking ------------------------------------------------------------------------------
 
-    def usable(self, tokens: array[int], extra_key: str | None = None) -> tuple[int, int]:
+    def usable(self, tokens: array[int], key: TreeKey | None = None) -> tuple[int, int]:
         """(pages on the device, further pages on the host) that a request could use now."""
-        prefix = self.hierarchy.match(self.hierarchy.root(extra_key), tokens)
+        prefix = self.hierarchy.match(self.hierarchy.root(key), tokens)
         return sum(node.n_pages for node in prefix.device), sum(n.n_pages for n in prefix.host)
 
-    def stored_pages(self, tokens: array[int], extra_key: str | None = None) -> int:
+    def stored_pages(self, tokens: array[int], key: TreeKey | None = None) -> int:
         """Leading pages of `tokens` on disk."""
-        return int(self.disk.count_prefix(self.hashes(self.hierarchy.root(extra_key), tokens)))
+        return int(self.disk.count_prefix(self.hashes(self.hierarchy.root(key), tokens)))
 
     def drop_from_device(self) -> None:
         self.hierarchy.evict_device(self.allocator.n_pages * self.page_size)
@@ -324,7 +326,11 @@ class Rig:
         self.forest.check_integrity()
         self._check_device_slots()
         self._check_host_slots()
+        self._check_held_pages()
         self._check_bytes()
+        for node in self.forest.nodes():
+            is_lasting = node.root.tree_key.is_lasting
+            assert is_lasting or node.state(Tier.DISK) is Residency.ABSENT, f"{node!r} has no name"
 
     def _check_device_slots(self) -> None:
         held: list[int] = list(self.allocator.free_pages)
@@ -344,6 +350,20 @@ class Rig:
                 held += host_pages_of(node).tolist()
         assert len(set(held)) == len(held), "a host page belongs to two nodes"
         assert len(held) + self.host.n_free == self.host.n_pages, "host pages were lost"
+
+    def _check_held_pages(self) -> None:
+        """What waiting requests hold counts once, is within its share, and cannot be evicted."""
+        order, tickets = self.hierarchy.prefetch._order, self.hierarchy.prefetch.tickets
+        held = {int(page) for pages in order._held.values() for page in pages}
+        assert order.room_pages - order.free_pages == len(held) <= order.room_pages
+        assert set(order._held) == {t.name for t in tickets.values() if t.pinned is not None}
+        pinned = {
+            int(page)
+            for node in self.forest.nodes()
+            if node.pins(Tier.HOST) and node.state(Tier.HOST) is not Residency.ABSENT
+            for page in host_pages_of(node)
+        }
+        assert held <= pinned
 
     def _check_bytes(self) -> None:
         for node in self.forest.nodes():

@@ -54,6 +54,9 @@ class DeviceSpec:
     source: str
     """Where the figures come from."""
 
+    n_devices: int = 1
+    """How many devices this is."""
+
     prefill_weight_reads: float = 0.0
     """How often a prefill's pass reads the weights before it computes with them. A CPU's matrix
     products pack them first; a GPU's read them while it computes."""
@@ -115,6 +118,7 @@ class DeviceSpec:
         return replace(
             self,
             name=f"{n}x{self.name}",
+            n_devices=self.n_devices * n,
             memory_bytes=self.memory_bytes * n,
             flops=self.flops * n,
             memory_bandwidth=self.memory_bandwidth * n,

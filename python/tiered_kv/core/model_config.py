@@ -2,16 +2,22 @@
 
 The dialects understood are those of Llama-like models (Llama, Mistral, Qwen2/3, Gemma, Phi-3, ...),
 of the first Qwen, of GPT-2-like names (`n_embd`, `n_head`, ...), of multi-query Falcon, of
-mixtures of experts (Mixtral, Qwen-MoE, DeepSeek) and of multi-head latent attention (DeepSeek).
+mixtures of experts (Mixtral, Qwen-MoE, DeepSeek, Llama 4) and of multi-head latent attention
+(DeepSeek); those of layers without KV are `model_layers`'.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tiered_kv.core.config_reader import ConfigReader, language_model
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.core.model_experts import Experts, read_experts
+from tiered_kv.core.model_kv import HEAD_DIM, HEADS, HIDDEN, KVLayers, kv_heads, read_kv_layers
+from tiered_kv.core.model_layers import refuse_states
 
 # fmt: off
 _UNGATED_MLP = frozenset(
@@ -31,14 +37,22 @@ _TIED_BY_DEFAULT = frozenset(
         "gpt2", "gpt_bigcode", "gemma", "gemma2", "gemma3", "gemma3_text", "cohere",
     }
 )
+_UNEVEN = (
+    "block_configs", "attention_other_setting", "swa_head_dim", "swa_num_attention_heads",
+    "swa_num_key_value_heads", "global_head_dim", "num_kv_shared_layers", "use_cla",
+    "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "ffn_multipliers",
+    "cross_attention_layers", "hidden_size_per_layer_input", "index_topk", "loop_num",
+    "share_q_dim", "use_residual", "zero_expert_num",
+)
 # fmt: on
-_WITHOUT_ATTENTION = frozenset({"linear_attention", "mamba", "recurrent", "conv"})
+_WIDTHS = re.compile(r"_heads$|intermediate_size|_groups$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """The sizes in a config, under one set of names; `ModelSpec` documents those it shares."""
 
+    name: str
     n_layers: int
     hidden_size: int
     intermediate_size: int
@@ -50,35 +64,56 @@ class Shape:
     mlp_matrices: int
     """3 with a gate (SwiGLU and its kin), 2 without."""
     qkv_bias: bool
-    n_experts: int = 0
-    n_active_experts: int = 0
-    expert_size: int = 0
-    shared_expert_size: int = 0
-    """Width of the experts that every token uses, together."""
-    n_dense_layers: int = 0
-    """Leading layers of a mixture of experts that have a dense MLP."""
+    kv_layers: tuple[KVLayers, ...]
+    without_kv: tuple[str, ...]
+    """Kinds of the layers that keep no KV, one word each."""
+    uneven: str = ""
+    """The field by which layers differ in what is counted from one of them; empty if none does."""
+    experts: Experts | None = None
     mla_kv_lora_rank: int = 0
     mla_rope_head_dim: int = 0
     mla_q_lora_rank: int = 0
     mla_v_head_dim: int = 0
 
     def count_parameters(self) -> tuple[int, int]:
-        """All parameters, and those that one token uses."""
-        hidden = self.hidden_size
+        """All parameters, and those that one token uses. Raises ConfigError (see `count_parts`)."""
+        parts = self.count_parts()
+        total = sum(parts.values())
+        if self.experts is None:
+            return total, total
+        share = self.experts.n_active / self.experts.n_experts
+        return total, total - round(parts["experts"] * (1.0 - share))
+
+    def count_parts(self) -> dict[str, int]:
+        """Parameters of each kind of weight, in all layers together.
+
+        Raises ConfigError if layers are of kinds whose weights a config.json does not give.
+        """
+        if self.without_kv or self.uneven:
+            why = f"layers without attention ({', '.join(sorted(set(self.without_kv)))})"
+            if self.uneven:
+                why = f"{self.uneven}, which changes weights per layer"
+            raise ConfigError(
+                f"The config of {self.name!r} has {why}, and these can't be counted from it; say "
+                "how many parameters the model has (--parameters 48B, or 48B:3B with those that a "
+                "token uses)."
+            )
+        hidden, experts = self.hidden_size, self.experts
         mlp = self.mlp_matrices * hidden
-        n_moe_layers = self.n_layers - self.n_dense_layers if self.n_experts else 0
-        every_token = (
-            self.vocab_size * hidden * (1 if self.tied_embeddings else 2)
-            + self.n_layers * (self._attention_parameters() + 2 * hidden)
-            + (self.n_layers - n_moe_layers) * mlp * self.intermediate_size
-            + n_moe_layers * (mlp * self.shared_expert_size + hidden * self.n_experts)
-            + hidden
-        )
-        one_expert = n_moe_layers * mlp * self.expert_size
-        return (
-            every_token + one_expert * self.n_experts,
-            every_token + one_expert * self.n_active_experts,
-        )
+        n_moe_layers = experts.n_layers if experts else 0
+        embedding = self.vocab_size * hidden
+        parts = {
+            "embedding": embedding,
+            "head": 0 if self.tied_embeddings else embedding,
+            "attention": self.n_layers * self._attention_parameters(),
+            "mlp": (self.n_layers - n_moe_layers) * mlp * self.intermediate_size,
+            "other": (2 * self.n_layers + 1) * hidden,
+        }
+        if experts:
+            parts["shared_experts"] = n_moe_layers * mlp * experts.shared_size
+            parts["experts"] = n_moe_layers * mlp * experts.size * experts.n_experts
+            parts["other"] += n_moe_layers * hidden * experts.n_experts
+        return parts
 
     def _attention_parameters(self) -> int:
         """Parameters of one layer's Q, K, V and output projections."""
@@ -99,106 +134,96 @@ class Shape:
 def read_shape(config: Mapping[str, Any], name: str) -> Shape:
     """The shape that `config`, a parsed config.json, describes; `name` is for error messages.
 
-    A config that nests its language model (`text_config`) is read there. Raises ConfigError, in one
-    sentence, if a size is missing or no number, or if layers are something else than attention.
+    A config that nests its language model (`text_config` and its like) is read there. Raises
+    ConfigError, in one sentence, if a size is missing or no number, or if a layer is of a kind of
+    which it isn't known what it keeps.
     """
-    nested = config.get("text_config", config.get("llm_config"))
-    if isinstance(nested, Mapping) and "num_hidden_layers" in nested:
-        # What a nested config leaves out, such as tied embeddings, stands on the outside.
-        config = {**config, **nested}
-    reader = _Reader(config, name)
-    reader.refuse_other_layers()
+    config = language_model(config)
+    reader = ConfigReader(config, name)
+    _refuse_encoders(reader)
     model_type = str(config.get("model_type", ""))
-    hidden = reader.need("hidden_size", "n_embd", "d_model")
-    heads = reader.need("num_attention_heads", "n_head", "n_heads")
-    layers = reader.need("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    latent = _latent_attention(reader)
-    head_dim = latent.pop("head_dim", 0) or reader.take("head_dim", "kv_channels")
+    hidden = reader.need(*HIDDEN)
+    layers = reader.n_layers()
+    heads = max(reader.each(layers, "num_query_heads", *HEADS))
+    if not heads:
+        refuse_states(reader)
+        reader.need(*HEADS)
+    latent = _latent_attention(reader, hidden // heads)
+    head_dim = latent.pop("head_dim", 0) or reader.take(*HEAD_DIM)
     if not head_dim:
         if hidden % heads:
-            raise ConfigError(
-                f"The config of {name!r} has a hidden_size of {hidden}, which does not divide into "
-                f"{heads} heads; add head_dim."
+            raise reader.error(
+                f"has a hidden_size of {hidden}, which does not divide into {heads} heads; add "
+                "head_dim"
             )
         head_dim = hidden // heads
-    intermediate = reader.take("intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim")
-    if model_type == "qwen":
-        # The first Qwen writes the width of gate and up projection together.
-        intermediate //= 2
-    experts = _experts(reader, layers)
+    mla_elements = latent.get("mla_kv_lora_rank", 0) + latent.get("mla_rope_head_dim", 0)
+    kv_layers, without_kv = read_kv_layers(reader, layers, mla_elements)
+    experts = read_experts(reader, layers)
     return Shape(
+        name=name,
         n_layers=layers,
         hidden_size=hidden,
-        # GPT-2 leaves it out, meaning four times the hidden size.
-        intermediate_size=intermediate or experts.get("expert_size", 0) or 4 * hidden,
+        intermediate_size=_intermediate_size(reader, experts, hidden),
         n_heads=heads,
-        n_kv_heads=_kv_heads(reader, heads),
+        n_kv_heads=kv_heads(config, reader, heads),
         head_dim=head_dim,
         vocab_size=reader.need("vocab_size", "padded_vocab_size"),
         tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
         mlp_matrices=2 if model_type in _UNGATED_MLP else 3,
         qkv_bias=bool(config.get("attention_bias", model_type in _QKV_BIAS)),
-        **experts,
+        kv_layers=kv_layers,
+        without_kv=without_kv,
+        uneven=_uneven(config),
+        experts=experts,
         **latent,
     )
 
 
-class _Reader:
-    """Takes sizes out of a config, whatever they are called there."""
-
-    def __init__(self, config: Mapping[str, Any], name: str) -> None:
-        self.config = config
-        self.name = name
-
-    def take(self, *keys: str) -> int:
-        """The first of `keys` that the config has; 0 if it has none. Raises ConfigError."""
-        for key in keys:
-            value = self.config.get(key)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ConfigError(
-                    f"The config of {self.name!r} has {key} = {value!r}, which is not a whole "
-                    "number of at least 0; correct it."
-                )
-            return value
-        return 0
-
-    def need(self, *keys: str) -> int:
-        """Like `take`, but the size must be there and positive."""
-        value = self.take(*keys)
-        if not value:
-            raise ConfigError(
-                f"The config of {self.name!r} has no {keys[0]}; give a decoder's config.json."
-            )
-        return value
-
-    def refuse_other_layers(self) -> None:
-        """Raise ConfigError if some layers keep a state instead of KV."""
-        kinds = self.config.get("layer_types") or ()
-        strange = sorted(_WITHOUT_ATTENTION.intersection(kinds))
-        if strange:
-            raise ConfigError(
-                f"The config of {self.name!r} has {strange[0]} layers, which keep no KV per token; "
-                "only models whose layers are all attention can be planned."
-            )
+def _uneven(config: Mapping[str, Any]) -> str:
+    for key in _UNEVEN:
+        if config.get(key):
+            return key
+    for key, value in config.items():
+        if (
+            _WIDTHS.search(key)
+            and isinstance(value, list | tuple)
+            and len(set(map(repr, value))) > 1
+        ):
+            return key
+    return ""
 
 
-def _kv_heads(reader: _Reader, n_heads: int) -> int:
+def _refuse_encoders(reader: ConfigReader) -> None:
     config = reader.config
-    if config.get("model_type") == "falcon" and not config.get("new_decoder_architecture"):
-        # Its first generation says num_kv_heads too, but doesn't mean it.
-        return 1 if config.get("multi_query") else n_heads
-    kv_heads = reader.take("num_key_value_heads", "multi_query_group_num", "num_kv_heads")
-    if kv_heads:
-        return kv_heads
-    return 1 if config.get("multi_query") else n_heads
+    if config.get("is_encoder_decoder"):
+        raise reader.error("is an encoder-decoder's; only decoders can be planned")
+    architecture = str((reader.listed("architectures") or [""])[0])
+    is_bidirectional = config.get("use_bidirectional_attention") and architecture.endswith("Model")
+    if is_bidirectional or config.get("is_causal") is False:
+        raise reader.error("is an encoder's, for its tokens see those after them: it keeps no KV")
+    # Encoders of BERT's kind have token types, and keep no KV.
+    if config.get("type_vocab_size") and not config.get("is_decoder"):
+        raise reader.error(f"is an encoder's ({architecture or 'BERT-like'}), which keeps no KV")
 
 
-def _latent_attention(reader: _Reader) -> dict[str, int]:
+def _intermediate_size(reader: ConfigReader, experts: Experts | None, hidden: int) -> int:
+    """Width of a dense MLP."""
+    size = reader.take(
+        "intermediate_size_mlp", "dense_intermediate_size", "intermediate_size", "n_inner",
+        "ffn_hidden_size", "ffn_dim",
+    )  # fmt: skip
+    if reader.config.get("model_type") == "qwen":
+        # The first Qwen writes the width of gate and up projection together.
+        size //= 2
+    # GPT-2 leaves it out, meaning four times the hidden size.
+    return size or (experts.size if experts else 0) or 4 * hidden
+
+
+def _latent_attention(reader: ConfigReader, usual_head_dim: int) -> dict[str, int]:
     """The fields of multi-head latent attention; empty without it."""
     rank = reader.take("kv_lora_rank")
-    if not rank:
+    if not rank or reader.config.get("use_mla") is False:
         return {}
     rope = reader.need("qk_rope_head_dim")
     nope = reader.need("qk_nope_head_dim")
@@ -207,21 +232,5 @@ def _latent_attention(reader: _Reader) -> dict[str, int]:
         "mla_kv_lora_rank": rank,
         "mla_rope_head_dim": rope,
         "mla_q_lora_rank": reader.take("q_lora_rank"),
-        "mla_v_head_dim": reader.need("v_head_dim"),
-    }
-
-
-def _experts(reader: _Reader, n_layers: int) -> dict[str, int]:
-    """The fields of a mixture of experts; empty for a dense model."""
-    n_experts = reader.take("n_routed_experts", "num_local_experts", "num_experts")
-    if n_experts < 2:
-        return {}
-    expert_size = reader.need("moe_intermediate_size", "intermediate_size")
-    shared = reader.take("shared_expert_intermediate_size")
-    return {
-        "n_experts": n_experts,
-        "n_active_experts": reader.need("num_experts_per_tok", "num_experts_per_token"),
-        "expert_size": expert_size,
-        "shared_expert_size": shared or reader.take("n_shared_experts") * expert_size,
-        "n_dense_layers": min(n_layers, reader.take("first_k_dense_replace")),
+        "mla_v_head_dim": reader.take("v_head_dim") or usual_head_dim,
     }

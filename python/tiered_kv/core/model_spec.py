@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tiered_kv.core.errors import ConfigError
-from tiered_kv.core.model_config import read_shape
+from tiered_kv.core.model_config import Shape, read_shape
+from tiered_kv.core.model_kv import KVLayers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """One decoder model: enough to count bytes and FLOPs.
 
-    All layers are counted as full attention: for models with sliding-window layers KV figures are
-    upper bounds.
+    Layers that look back a window only are counted as if they looked back to the beginning: for
+    such models KV figures are upper bounds (`window_kv_bytes_per_token` says by how much). The
+    state that layers without KV keep per request is not counted.
     """
 
     name: str
@@ -39,7 +41,8 @@ class ModelSpec:
     """Query heads per layer."""
 
     n_kv_heads: int
-    """Key/value heads per layer: equal to `n_heads` (MHA), fewer (GQA), one (MQA)."""
+    """Key/value heads per layer: equal to `n_heads` (MHA), fewer (GQA), one (MQA). The most that a
+    layer has."""
 
     head_dim: int
     """Elements per query/key head; under MLA its two parts (without and with RoPE) together."""
@@ -68,6 +71,13 @@ class ModelSpec:
     tied_embeddings: bool = False
     """Whether input and output embedding are one matrix."""
 
+    kv_layers: tuple[KVLayers, ...] = ()
+    """The layers that attend, in groups that keep equally much; empty if all layers do, and keep K
+    and V of every KV head (under MLA the latent)."""
+
+    kinds_without_kv: tuple[str, ...] = ()
+    """What the layers are that don't attend, one word each: `mamba`, `linear_attention`."""
+
     def __post_init__(self) -> None:
         positive = (
             "n_layers hidden_size intermediate_size n_heads n_kv_heads head_dim vocab_size "
@@ -84,25 +94,55 @@ class ModelSpec:
             )
 
     @property
-    def kv_elements_per_token_layer(self) -> int:
-        """Elements of KV cache that one token needs in one layer.
-
-        K and V of every KV head; under MLA one latent and one RoPE key (DeepSeek-V2,
-        arXiv 2405.04434, section 2.1.4).
-        """
+    def attending(self) -> tuple[KVLayers, ...]:
+        """`kv_layers`, also where all layers are alike."""
+        if self.kv_layers:
+            return self.kv_layers
+        # K and V of every KV head; under MLA one latent and one RoPE key (DeepSeek-V2, arXiv
+        # 2405.04434, section 2.1.4).
         if self.mla_kv_lora_rank:
-            return self.mla_kv_lora_rank + self.mla_rope_head_dim
-        return 2 * self.n_kv_heads * self.head_dim
+            return (KVLayers(self.n_layers, self.mla_kv_lora_rank + self.mla_rope_head_dim),)
+        heads = self.n_kv_heads
+        return (KVLayers(self.n_layers, 2 * heads * self.head_dim, heads),)
 
     @property
-    def kv_bytes_per_token_layer(self) -> float:
-        """Bytes of KV cache that one token needs in one layer."""
-        return self.kv_elements_per_token_layer * self.kv_bytes_per_element
+    def n_attention_layers(self) -> int:
+        """Layers that attend to what came before."""
+        return sum(layers.n_layers for layers in self.attending)
+
+    @property
+    def n_kv_layers(self) -> int:
+        """Layers that keep KV of their own."""
+        return sum(layers.n_layers for layers in self.attending if layers.kv_elements)
 
     @property
     def kv_bytes_per_token(self) -> float:
         """Bytes of KV cache that one token needs in all layers."""
-        return self.kv_bytes_per_token_layer * self.n_layers
+        return sum(map(self._bytes_per_token, self.attending))
+
+    @property
+    def window_kv_bytes_per_token(self) -> float:
+        """Those of them that a token needs only as long as it is within a layer's window."""
+        return sum(
+            self._bytes_per_token(layers) for layers in self.attending if layers.window_tokens
+        )
+
+    @property
+    def kv_bytes_per_token_layer(self) -> float:
+        """The same in one layer, on average over those that keep any."""
+        return self.kv_bytes_per_token / self.n_kv_layers
+
+    def on_group(self, n_ranks: int) -> ModelSpec:
+        """The model with the KV that `n_ranks` tensor-parallel ranks keep of a token together.
+
+        More than the model's own where it has fewer KV heads than there are ranks: heads, and the
+        latents of MLA, are kept by several ranks then.
+        """
+        return replace(self, kv_layers=tuple(layers.on_group(n_ranks) for layers in self.attending))
+
+    def _bytes_per_token(self, layers: KVLayers) -> float:
+        per_layer = layers.kv_elements * self.kv_bytes_per_element + layers.other_bytes
+        return layers.n_layers * per_layer
 
     @property
     def weight_bytes(self) -> float:
@@ -125,26 +165,48 @@ class ModelSpec:
         *,
         name: str,
         n_parameters: int | None = None,
+        n_active_parameters: int | None = None,
         weight_bytes_per_parameter: float = 2.0,
         kv_bytes_per_element: float = 2.0,
     ) -> ModelSpec:
         """The model that a Hugging Face `config.json`, already parsed, describes.
 
-        `n_parameters` overrides the count derived from the shapes (weights only: biases other than
-        those of Q, K and V are left out). The config's own data type is ignored: servers choose
-        theirs. Raises ConfigError, in one sentence, for a config that lacks what is needed or
-        describes something else than a stack of attention layers.
+        `n_parameters`, and for a mixture of experts `n_active_parameters`, override the counts
+        derived from the shapes (weights only: biases other than those of Q, K and V are left out).
+        The config's own data type is ignored: servers choose theirs. Raises ConfigError, in one
+        sentence, for a config that lacks what is needed or describes layers of an unknown kind.
         """
-        shape = read_shape(config, name)
-        total, active = shape.count_parameters()
-        if n_parameters is not None:
-            active = active if shape.n_experts else n_parameters
+        return cls.of_shape(
+            read_shape(config, name),
+            n_parameters=n_parameters,
+            n_active_parameters=n_active_parameters,
+            weight_bytes_per_parameter=weight_bytes_per_parameter,
+            kv_bytes_per_element=kv_bytes_per_element,
+        )
+
+    @classmethod
+    def of_shape(
+        cls,
+        shape: Shape,
+        *,
+        n_parameters: int | None = None,
+        n_active_parameters: int | None = None,
+        weight_bytes_per_parameter: float = 2.0,
+        kv_bytes_per_element: float = 2.0,
+    ) -> ModelSpec:
+        """The same for a config that was read already."""
+        if n_parameters is None:
+            total, active = shape.count_parameters()
+        else:
             total = n_parameters
+            active = n_active_parameters or total
+            if shape.experts and n_active_parameters is None:
+                active = shape.count_parameters()[1]
         return cls(
-            name=name,
+            name=shape.name,
             n_layers=shape.n_layers,
             hidden_size=shape.hidden_size,
-            intermediate_size=shape.expert_size if shape.n_experts else shape.intermediate_size,
+            intermediate_size=shape.experts.size if shape.experts else shape.intermediate_size,
             n_heads=shape.n_heads,
             n_kv_heads=shape.n_kv_heads,
             head_dim=shape.head_dim,
@@ -156,6 +218,8 @@ class ModelSpec:
             mla_kv_lora_rank=shape.mla_kv_lora_rank,
             mla_rope_head_dim=shape.mla_rope_head_dim,
             tied_embeddings=shape.tied_embeddings,
+            kv_layers=shape.kv_layers,
+            kinds_without_kv=shape.without_kv,
         )
 
 

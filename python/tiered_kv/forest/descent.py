@@ -18,11 +18,16 @@ class Descent(NamedTuple):
     path: list[Node]
     """Nodes matched in full."""
     position: int
-    """Tokens matched, those of `partial` not included."""
+    """Tokens matched, those of `partial` not included, and those before `begin`."""
     partial: Node | None
     """The node in which the prompt diverges or ends, if it does so inside one."""
     common: int
     """Tokens of `partial` matched: at least a page, less than the node."""
+
+    @property
+    def end(self) -> int:
+        """Tokens matched in all, and those before `begin`."""
+        return self.position + self.common
 
 
 def whole_pages(tokens: Tokens, page_size: int, limit: int | None) -> int:
@@ -35,10 +40,13 @@ def whole_pages(tokens: Tokens, page_size: int, limit: int | None) -> int:
     return n_tokens - n_tokens % page_size
 
 
-def descend(node: Node, tokens: Tokens, end: int, page_size: int) -> Descent:
-    """Follow `tokens[:end]` (whole pages) from `node` down as far as they are known."""
+def descend(node: Node, tokens: Tokens, end: int, page_size: int, begin: int = 0) -> Descent:
+    """Follow `tokens[begin:end]` (whole pages) from `node` down as far as they are known.
+
+    Positions in the answer count from the beginning of `tokens`.
+    """
     path: list[Node] = []
-    position = 0
+    position = begin
     while position < end:
         child = node.children.get(tokens[position : position + page_size].tobytes())
         if child is None:

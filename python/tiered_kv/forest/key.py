@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 TOKEN_TYPECODE = "q"
@@ -30,15 +32,43 @@ class Sliceable(Protocol):
     def __getitem__(self, index: slice, /) -> Sliceable: ...
 
 
-def namespace_hash(*parts: str | bytes | int) -> bytes:
-    """32 bytes that name a namespace; the root of the page hash chains in it.
+@dataclass(frozen=True, slots=True)
+class TreeKey:
+    """What parts the trees of one namespace: equal keys share KV, others share nothing.
 
-    Parts are hashed with their type and length in front, so ("ab", "c"), ("a", "bc") and
-    (b"ab", "c") all differ; order matters.
+    salt, extra_key: names of what the caller sent as `cache_salt` and `extra_key`; None if nothing.
+    adapter: a name of the contents of the LoRA adapter; None for the base model.
+    is_lasting: whether the parts mean the same after a restart. If not (an adapter whose contents
+    have no name), pages of the tree stay above the disk.
+    """
+
+    salt: bytes | None = None
+    extra_key: bytes | None = None
+    adapter: bytes | None = None
+    is_lasting: bool = True
+
+
+#: The tree of requests that name neither a salt nor a key, with the base model.
+SHARED_TREE = TreeKey()
+
+
+@lru_cache(maxsize=4096)
+def tree_hash(namespace: bytes, key: TreeKey) -> bytes:
+    """32 bytes that name the tree `key` of `namespace`; the root of its page hash chains."""
+    return namespace_hash("tree", namespace, key.salt, key.extra_key, key.adapter)
+
+
+def namespace_hash(*parts: str | bytes | int | None) -> bytes:
+    """32 bytes that name a namespace.
+
+    Parts are hashed with their type and length in front, so ("ab", "c"), ("a", "bc"),
+    (b"ab", "c") and ("ab", "c", None) all differ; order matters.
     """
     digest = hashlib.sha256(b"tiered-kv namespace 1\0")
     for part in parts:
-        if isinstance(part, bytes):
+        if part is None:
+            kind, data = b"n", b""
+        elif isinstance(part, bytes):
             kind, data = b"b", part
         elif isinstance(part, str):
             kind, data = b"s", part.encode("utf-8", "surrogatepass")

@@ -6,7 +6,7 @@ from array import array
 from typing import TypeAlias
 
 from tiered_kv.core.ids import PageHash, Tier
-from tiered_kv.forest.key import TOKEN_TYPECODE, Sliceable
+from tiered_kv.forest.key import SHARED_TREE, TOKEN_TYPECODE, Sliceable, TreeKey
 from tiered_kv.forest.residency import Residency
 
 Tokens: TypeAlias = "array[int]"
@@ -48,6 +48,7 @@ class Node:
         "records",
         "root_hash",
         "tokens",
+        "tree_key",
     )
 
     def __init__(
@@ -76,18 +77,31 @@ class Node:
         self.records = tuple(TierRecord() for _ in range(n_records))
         """Indexed by tier."""
         self.root_hash: bytes | None = None
-        """The namespace's hash in a root, None in any other node."""
+        """The tree's hash in a root, None in any other node."""
+        self.tree_key = SHARED_TREE
+        """Whose tree it is, in a root; `SHARED_TREE` in any other node, see `root`."""
 
     @classmethod
-    def make_root(cls, node_id: int, root_hash: bytes, n_records: int) -> Node:
-        """The root of the tree of namespace `root_hash` (32 bytes)."""
+    def make_root(
+        cls, node_id: int, root_hash: bytes, n_records: int, tree_key: TreeKey = SHARED_TREE
+    ) -> Node:
+        """The root of the tree `root_hash` (32 bytes), which is `tree_key`'s."""
         root = cls(node_id, None, array(TOKEN_TYPECODE), [], 0, n_records)
         root.root_hash = root_hash
+        root.tree_key = tree_key
         return root
 
     @property
     def is_root(self) -> bool:
         return self.root_hash is not None
+
+    @property
+    def root(self) -> Node:
+        """The root of the tree that this node is in; O(depth)."""
+        node = self
+        while node.parent is not None:
+            node = node.parent
+        return node
 
     @property
     def n_pages(self) -> int:

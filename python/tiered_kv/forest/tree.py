@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, KeysView
+from collections.abc import Callable, Iterator, KeysView
 from weakref import WeakValueDictionary
 
 from tiered_kv.core.clock import LogicalClock
 from tiered_kv.core.errors import IntegrityError
 from tiered_kv.core.ids import PAGE_HASH_BYTES, Tier
 from tiered_kv.forest import integrity
-from tiered_kv.forest.descent import descend, whole_pages
-from tiered_kv.forest.key import page_hashes
+from tiered_kv.forest.descent import Descent, descend, whole_pages
+from tiered_kv.forest.key import SHARED_TREE, TreeKey, page_hashes
 from tiered_kv.forest.ledger import TierLedger
 from tiered_kv.forest.node import Node, Tokens
 from tiered_kv.forest.residency import Residency
@@ -48,13 +48,14 @@ class Trees:
         self._roots: WeakValueDictionary[bytes, Node] = WeakValueDictionary()
         self._transfers = TransferIndex()
         self._clock = LogicalClock()
+        self._split_watchers: list[Callable[[Node, Node], None]] = []
         self._n_ids = 0
         self._n_root_ids = 0
 
     # -- nodes --------------------------------------------------------------------------------
 
-    def root(self, root_hash: bytes) -> Node:
-        """The root of namespace `root_hash` (32 bytes), made on demand."""
+    def root(self, root_hash: bytes, tree_key: TreeKey = SHARED_TREE) -> Node:
+        """The root of the tree `root_hash` (32 bytes), made on demand as that of `tree_key`."""
         root = self._roots.get(root_hash)
         if root is None:
             if len(root_hash) != PAGE_HASH_BYTES:
@@ -62,7 +63,7 @@ class Trees:
                     f"A namespace hash has {PAGE_HASH_BYTES} bytes, not {len(root_hash)}."
                 )
             self._n_root_ids += 1
-            root = Node.make_root(-self._n_root_ids, root_hash, self._n_records)
+            root = Node.make_root(-self._n_root_ids, root_hash, self._n_records, tree_key)
             self._roots[root_hash] = root
         return root
 
@@ -93,11 +94,14 @@ class Trees:
         """Nodes in the forest, roots not counted."""
         return len(self._nodes)
 
-    def prefix_length(self, root: Node, tokens: Tokens, limit: int | None = None) -> int:
-        """Tokens of the longest known prefix, in whole pages; touches and splits nothing."""
+    def peek(self, node: Node, tokens: Tokens, limit: int | None = None) -> Descent:
+        """How far the first `limit` tokens of a prompt are known below `node`, in whole pages.
+
+        `tokens` are the prompt's from the root on; those down to `node` are taken to be its path.
+        Looking is no use: nothing is touched, counted or split.
+        """
         end = whole_pages(tokens, self.page_size, limit)
-        found = descend(root, tokens, end, self.page_size)
-        return found.position + found.common
+        return descend(node, tokens, end, self.page_size, node.end)
 
     def split(self, node: Node, n_pages: int) -> tuple[Node, Node]:
         """Cut `node` after `n_pages` pages; returns (upper, lower).
@@ -119,7 +123,13 @@ class Trees:
         node.page_hashes = node.page_hashes[n_pages:]
         node.parent = upper
         upper.children[self._key(node)] = node
+        for watcher in self._split_watchers:
+            watcher(upper, node)
         return upper, node
+
+    def watch_splits(self, watcher: Callable[[Node, Node], None]) -> None:
+        """Have `watcher` called with (upper, lower) whenever a node was split."""
+        self._split_watchers.append(watcher)
 
     def clear(self) -> None:
         """Drop every node, pin and transfer; roots stay. The caller frees all slots."""

@@ -24,6 +24,8 @@ from tiered_kv.memory.load_policy import LoadPolicy, LoadQuestion, pages_to_load
 #: What is expected later than this, or is less probable, is not loaded ahead.
 LOAD_AHEAD_S = 10.0
 LOAD_AHEAD_PROBABILITY = 0.5
+#: A request whose pages are loaded whatever it costs waits for them no longer than this.
+PATIENCE_S = 60.0
 
 
 class MemoryManager:
@@ -145,14 +147,20 @@ class MemoryManager:
         """How long a request may wait for such pages before computing them is the better bet.
 
         Twice as long as loading should take, and at least as long as computing does: then the loss
-        is bounded by what the load was to save, and a slow moment costs no page.
+        is bounded by what the load was to save, and a slow moment costs no page. Where costs don't
+        count, a fixed time.
         """
         if self._load_policy is not LoadPolicy.COST:
-            return float("inf")
+            return PATIENCE_S
+        end = start + n_pages * self._forest.page_size
+        load_s = self.read_s(n_pages, queued_bytes)
+        return max(2.0 * load_s, self._costs.recompute_s(start, end))
+
+    def read_s(self, n_pages: int, queued_bytes: int = 0) -> float:
+        """Seconds until that many pages on disk are on the host, behind what is queued."""
         n_tokens = n_pages * self._forest.page_size
         n_bytes = int(n_tokens * self._costs.bytes_per_token(Tier.DISK))
-        load_s = self._costs.load_s(Tier.DISK, Tier.HOST, n_bytes, queued_bytes)
-        return max(2.0 * load_s, self._costs.recompute_s(start, start + n_tokens))
+        return self._costs.load_s(Tier.DISK, Tier.HOST, n_bytes, queued_bytes)
 
     def on_forecast(self, forecast: DemandForecast, device_pages_free: int) -> list[Load]:
         """Protects what is expected, and loads it ahead into device pages that are free anyway.

@@ -6,18 +6,19 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tiered_kv.core.device_spec import DEVICES, DeviceSpec, find_device
 from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.core.ids import Tier
-from tiered_kv.core.model_spec import MODELS, ModelSpec, find_model
+from tiered_kv.core.model_spec import MODELS, ModelSpec
 from tiered_kv.core.units import parse_bytes
 from tiered_kv.plan import report
 from tiered_kv.plan.capacity import context_memory, nominal_parameters, tier_capacities
 from tiered_kv.plan.costs import decode_split, doubling, hit_cost, long_context_costs
+from tiered_kv.plan.models import Loaded, Overrides, load_model
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
 
 _TABLE = "Llama-3.1-8B@128000,Qwen-7B@16000,Gemma-7B@8192,Qwen-14B@16000"
@@ -57,14 +58,27 @@ def _parser() -> argparse.ArgumentParser:
         help="print only the KV of these contexts and how many fit in the whole device "
         f"(without a list: {_TABLE})",
     )  # fmt: skip
+    _add_assumptions(parser)
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    out.add_argument("--plot", type=Path, metavar="FILE", help="draw the decode-time split")
+    return parser
+
+
+def _add_assumptions(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("assumptions")
     how.add_argument(
         "--mem-fraction", type=float, default=0.9, metavar="X",
         help="part of device memory for weights and KV (default 0.9, as SGLang's default is near)",
     )  # fmt: skip
     how.add_argument(
-        "--weight-bytes", type=float, default=2.0, metavar="B", help="bytes per parameter"
-    )
+        "--weight-bytes", type=float, metavar="B",
+        help="bytes per parameter (default: as the config says that they are quantised, else 2)",
+    )  # fmt: skip
+    how.add_argument(
+        "--parameters", metavar="N[:ACTIVE]",
+        help="how many there are, and how many a token uses, where a config doesn't tell: 48B:3B",
+    )  # fmt: skip
     how.add_argument(
         "--kv-bytes", type=float, default=2.0, metavar="B", help="bytes per element of KV"
     )
@@ -86,39 +100,17 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--batches", default="1,32", metavar="N,N", help="batch sizes of the decode-time split"
     )
-    out = parser.add_argument_group("output")
-    out.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    out.add_argument("--plot", type=Path, metavar="FILE", help="draw the decode-time split")
-    return parser
 
 
-def _load_model(chosen: argparse.Namespace, name: str) -> ModelSpec:
-    """A preset or a config.json, with the element sizes asked for."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        path = path / "config.json"
-    if path.suffix == ".json":
-        label = path.parent.name if path.name == "config.json" and path.parent.name else path.stem
-        model = ModelSpec.from_hf_config(_read_json(path), name=label)
-    else:
-        model = find_model(name)
-    return replace(
-        model,
-        weight_bytes_per_parameter=chosen.weight_bytes,
-        kv_bytes_per_element=chosen.kv_bytes,
+def _load_model(chosen: argparse.Namespace, name: str) -> Loaded:
+    return load_model(
+        name,
+        Overrides(
+            parameters=chosen.parameters,
+            weight_bytes=chosen.weight_bytes,
+            kv_bytes=chosen.kv_bytes,
+        ),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read ({error.strerror}); name a config.json.") from None
-    except ValueError:
-        raise ConfigError(f"{path} is not JSON; name a Hugging Face config.json.") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds no JSON object; name a Hugging Face config.json.")
-    return config
 
 
 def _weight_bytes(chosen: argparse.Namespace, model: ModelSpec) -> float:
@@ -133,10 +125,14 @@ def _print_table(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, An
         name, _, length = item.rpartition("@")
         if not name or not length.isdigit():
             raise ConfigError(f"{item!r} is no context; write MODEL@TOKENS, Qwen-7B@16000 say.")
-        model = _load_model(chosen, name)
+        model = _load_model(chosen, name).model
         rows.append(
             context_memory(
-                model, int(length), device.memory_bytes, weight_bytes=_weight_bytes(chosen, model)
+                model,
+                int(length),
+                device.memory_bytes,
+                weight_bytes=_weight_bytes(chosen, model),
+                n_devices=device.n_devices,
             )
         )
     sys.stdout.write(report.context_table(rows, device.memory_bytes) + "\n")
@@ -153,7 +149,8 @@ def _cost_model(chosen: argparse.Namespace, model: ModelSpec, device: DeviceSpec
 
 
 def _print_plan(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, Any]:
-    model = _load_model(chosen, chosen.model)
+    loaded, note = _load_model(chosen, chosen.model)
+    model = loaded.on_group(device.n_devices)
     cost = _cost_model(chosen, model, device)
     kv_bytes = device.memory_bytes * chosen.mem_fraction - _weight_bytes(chosen, model)
     farther = {Tier.HOST: parse_bytes(chosen.host), Tier.DISK: parse_bytes(chosen.disk)}
@@ -176,7 +173,7 @@ def _print_plan(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, Any
     ]
     sections = [
         f"# {model.name} on {device.name}",
-        _facts(model, device),
+        report.facts(loaded, device, note),
         "## What fits",
         report.capacity_table(capacities, chosen.context),
         f"## A hit of {chosen.context:,} tokens, {chosen.new:,} new ones after it",
@@ -190,7 +187,7 @@ def _print_plan(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, Any
     if chosen.plot:
         _plot(cost, chosen, longest)
     return {
-        "model": asdict(model),
+        "model": asdict(loaded),
         "device": asdict(device),
         "capacities": [{**asdict(row), "tier": row.tier.name.lower()} for row in capacities],
         "hits": [{**asdict(row), "tier": row.tier.name.lower()} for row in hits],
@@ -203,14 +200,6 @@ def _print_plan(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, Any
         ],
         "decode_splits": [asdict(row) for rows in splits for row in rows],
     }
-
-
-def _facts(model: ModelSpec, device: DeviceSpec) -> str:
-    return (
-        f"{model.attention_kind}, {model.n_parameters / 1e9:.2f}B parameters, "
-        f"{model.kv_bytes_per_token / 1024:.1f} KiB of KV per token. Times are predictions of a "
-        f"roofline ({device.source})."
-    )
 
 
 def _plot(cost: CostModel, chosen: argparse.Namespace, longest: Mapping[int, int]) -> None:

@@ -57,22 +57,29 @@ class ContextMemory:
 
 
 def context_memory(
-    model: ModelSpec, context_tokens: int, memory_bytes: float, *, weight_bytes: float | None = None
+    model: ModelSpec,
+    context_tokens: int,
+    memory_bytes: float,
+    *,
+    weight_bytes: float | None = None,
+    n_devices: int = 1,
 ) -> ContextMemory:
     """The row for `model`; `weight_bytes` overrides those of the parameters counted.
 
-    Raises ConfigError for a context without tokens.
+    memory_bytes: of `n_devices`, a tensor-parallel group, together. Raises ConfigError for a
+    context without tokens.
     """
     _require_context(context_tokens)
     weights = model.weight_bytes if weight_bytes is None else weight_bytes
     kv_bytes = context_tokens * model.kv_bytes_per_token
+    kept_bytes = context_tokens * model.on_group(n_devices).kv_bytes_per_token
     return ContextMemory(
         model=model.name,
         context_tokens=context_tokens,
         kv_bytes_per_layer=context_tokens * model.kv_bytes_per_token_layer,
         kv_bytes=kv_bytes,
         weight_bytes=weights,
-        concurrency=max(0, int((memory_bytes - weights) // kv_bytes)),
+        concurrency=max(0, int((memory_bytes - weights) // kept_bytes)),
     )
 
 
@@ -92,7 +99,7 @@ def tier_capacities(
     if device_kv_bytes < model.kv_bytes_per_token:
         raise ConfigError(
             f"The weights of {model.name} ({model.weight_bytes / 1e9:.1f} GB) leave no room for KV "
-            "on the device; take more or larger devices, or smaller weights."
+            "on the device; take more or larger devices, or say what they take (--weight-bytes)."
         )
     sizes = {Tier.DEVICE: int(device_kv_bytes), **farther_bytes}
     capacities = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from tiered_kv.core.device_spec import DeviceSpec
 from tiered_kv.core.ids import Tier
+from tiered_kv.core.model_spec import ModelSpec
 from tiered_kv.plan.capacity import ContextMemory, TierCapacity
 from tiered_kv.plan.costs import DecodeSplit, HitCost, LongContextCost
 
@@ -17,6 +19,54 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def facts(model: ModelSpec, device: DeviceSpec, note: str = "") -> str:
+    """What the plan's figures start from, and what they leave out; `note` among it."""
+    kib = model.kv_bytes_per_token / 1024
+    billions = f"{model.n_parameters / 1e9:.2f}B parameters{_active(model)}"
+    said = [f"{model.attention_kind}, {billions}, {kib:.1f} KiB of KV per token."]
+    kept = model.on_group(device.n_devices).kv_bytes_per_token / 1024
+    if kept > kib:
+        said.append(
+            f"{device.n_devices} tensor-parallel ranks keep {kept:.1f} KiB of a token together: "
+            "each keeps whole KV heads, and latents whole."
+        )
+    if note:
+        said.append(note)
+    if model.weight_bytes_per_parameter != 2.0:
+        said.append(
+            f"Weights take {gigabytes(model.weight_bytes)}, "
+            f"{model.weight_bytes_per_parameter:.2f} bytes each."
+        )
+    if model.kinds_without_kv:
+        kinds = ", ".join(sorted(set(model.kinds_without_kv)))
+        said.append(
+            f"{len(model.kinds_without_kv)} of {model.n_layers} layers ({kinds}) keep no KV; the "
+            "state that some keep for each request is not counted."
+        )
+    if model.n_kv_layers < model.n_attention_layers:
+        said.append(
+            f"{model.n_attention_layers - model.n_kv_layers} of {model.n_attention_layers} layers "
+            "that attend read the KV of others."
+        )
+    said += [
+        f"{layers.n_layers} layers look back {layers.window_tokens:,} tokens only, but are counted "
+        "as if they kept all."
+        for layers in model.attending
+        if layers.window_tokens and layers.kv_elements
+    ]
+    if model.window_kv_bytes_per_token:
+        beyond = (model.kv_bytes_per_token - model.window_kv_bytes_per_token) / 1024
+        said.append(f"A server that drops what their windows passed keeps {beyond:.1f} KiB beyond.")
+    said.append(f"Times are predictions of a roofline ({device.source}).")
+    return " ".join(said)
+
+
+def _active(model: ModelSpec) -> str:
+    if model.n_active_parameters == model.n_parameters:
+        return ""
+    return f" ({model.n_active_parameters / 1e9:.2f}B active)"
 
 
 def context_table(rows: Iterable[ContextMemory], memory_bytes: float) -> str:

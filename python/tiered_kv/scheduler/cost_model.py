@@ -85,12 +85,13 @@ class CostModel:
         body = max(model.n_active_parameters - n_embeddings * embedding, 0)
         self._flops_per_token = 2.0 * body
         self._flops_per_logits = 2.0 * embedding
-        self._flops_per_pair_prefill = 4.0 * model.n_layers * model.n_heads * model.head_dim
+        n_attending = model.n_attention_layers
+        self._flops_per_pair_prefill = 4.0 * n_attending * model.n_heads * model.head_dim
         self._flops_per_pair_decode = self._flops_per_pair_prefill
         if model.mla_kv_lora_rank:
             # Decoding attends in the latent space: scores over latent and rope, values from latent.
             width = 2 * model.mla_kv_lora_rank + model.mla_rope_head_dim
-            self._flops_per_pair_decode = 2.0 * model.n_layers * model.n_heads * width
+            self._flops_per_pair_decode = 2.0 * n_attending * model.n_heads * width
         self._kv_bytes = float(model.kv_bytes_per_token)
         self._weight_bytes = float(model.weight_bytes)
         # What kernels read beyond the roofline's once, whatever they compute meanwhile.

@@ -159,9 +159,13 @@ def _own_tokens(request: QueuedRequest) -> int:
 
 def _claim(request: QueuedRequest, claimed: set[Node], tokens_per_unit: int) -> int:
     """Tokens of its cached prefix that nobody holds yet, and that it would. Added to `claimed`."""
-    tokens = 0
+    units = 0
     for node in request.device_path:
         if node not in claimed and not node.records[Tier.DEVICE].pins:
             claimed.add(node)
-            tokens += node.n_tokens * tokens_per_unit
-    return tokens
+            units += node.n_tokens
+    inside = request.inside
+    if inside is not None and inside not in claimed and not inside.records[Tier.DEVICE].pins:
+        # Left unclaimed: others may go through all of it.
+        units += max(0, request.device_units - inside.start)
+    return units * tokens_per_unit

@@ -14,7 +14,8 @@ class AdmissionPlan:
     """
 
     order: tuple[int, ...]
-    """Request ids, first to be admitted first: the head of the order, as long as was asked for."""
+    """Request ids, first to be admitted first: the head of the order, as long as was asked for.
+    One who is held (`SchedulerState.held`) is to run without the pages that have not come."""
 
     prefill_tokens: int | None = None
     """Most tokens to compute in this iteration; None: the configured chunk size. 0: no prefill."""
@@ -29,6 +30,10 @@ class AdmissionPlan:
     """Most requests of `order` to admit before asking again; None: no such limit. More would break
     the memory forecast, or the deadline of one of the first."""
 
-    park_unfinished: bool = False
+    first_or_none: bool = False
+    """Whether nobody may pass the first: if it cannot start now, for want of whatever it is (room,
+    the weights of its adapter), nobody is admitted, so that those who run make way for it."""
+
+    put_back_unfinished: bool = False
     """Whether the prompt that was begun goes back to the queue instead of on. What is computed of
-    it stays in the cache, so whole pages are not lost. Only if `SchedulerState.can_park`."""
+    it stays in the cache, so whole pages are not lost. Only if `SchedulerState.can_put_back`."""

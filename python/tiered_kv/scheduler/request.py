@@ -44,13 +44,18 @@ class QueuedRequest:
     device_units: int = 0
     """The same in the forest's units, whole pages."""
     host_tokens: int = 0
-    """Tokens after those that the host has, or is receiving."""
+    """Tokens after those that the host has."""
     path: tuple[Node, ...] = ()
-    """Nodes of the longest known prefix, top down, in whichever tier they are."""
+    """Nodes that its cached prefix goes through to their ends, top down."""
+    inside: Node | None = None
+    """The node below those in which its cached prefix ends, if it ends inside one. If that was
+    split since, the lower part."""
     processed_at_arrival: int = 0
     """Prefill tokens that the server had computed in all when the request joined the queue."""
 
     # -- while it runs ------------------------------------------------------------------------
+    admitted_s: float | None = None
+    """When it was admitted for the first time."""
     prefilled_tokens: int = 0
     """Leading tokens of prompt (and earlier output, after a retraction) with KV on the device."""
     output_tokens: int = 0
@@ -95,7 +100,7 @@ class QueuedRequest:
 
     @property
     def device_path(self) -> Iterator[Node]:
-        """The nodes of its prefix that the device has, top down."""
+        """The nodes of its prefix that the device has whole, top down."""
         return takewhile(lambda node: node.end <= self.device_units, self.path)
 
     @property

@@ -7,7 +7,7 @@ is room. Time is passed in: the same objects serve the simulator and the server.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -15,8 +15,29 @@ from tiered_kv.core.registry import Registry
 from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.waiting import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """Pages on their way from disk to the host, for a request that waits for them."""
+
+    ready_s: float
+    """When they should be there."""
+    tokens: int
+    """How many tokens they are."""
+
+    def is_in_time(self, now_s: float, needed_s: float, latest_start_s: float) -> bool:
+        """Whether they are expected when they are needed at the latest.
+
+        latest_start_s: when it must be computed without them. If they are late they may not come:
+        then they are expected to take as long again as they are late, and before that.
+        """
+        if now_s <= self.ready_s:
+            return self.ready_s <= needed_s
+        return now_s + (now_s - self.ready_s) <= min(needed_s, latest_start_s)
 
 
 @dataclass(slots=True)
@@ -26,8 +47,9 @@ class SchedulerState:
     now_s: float
     waiting: WaitingQueue
     """All who wait, in queue order."""
-    held: Collection[int]
-    """Ids of waiting requests that cannot start yet because their pages are on their way."""
+    held: Mapping[int, Arriving]
+    """Waiting requests, by id, whose pages are on their way. They do not run before those are
+    there, or their patience is over, unless a plan says so."""
     running: Collection[QueuedRequest]
     """Requests that decode."""
     decode_context_tokens: int
@@ -43,8 +65,8 @@ class SchedulerState:
     unfinished: QueuedRequest | None = None
     """The request whose prompt is computed in part and goes on in this iteration; it neither waits
     nor runs."""
-    can_park: bool = False
-    """Whether `AdmissionPlan.park_unfinished` can be carried out."""
+    can_put_back: bool = False
+    """Whether `AdmissionPlan.put_back_unfinished` can be carried out."""
     loading_bytes: int = 0
     """Bytes that are queued on the way from the host to the device."""
 
@@ -55,7 +77,7 @@ class SchedulerState:
         return self.waiting.tightest.seconds(self.now_s)
 
     def candidates(self) -> list[QueuedRequest]:
-        """Those who wait and may start, in queue order."""
+        """Those who wait for nothing but their turn, in queue order."""
         held = self.held
         if not held:
             return list(self.waiting)
@@ -86,10 +108,15 @@ class RequestPolicy(Protocol):
         ...
 
     def plan(self, state: SchedulerState, limit: int) -> AdmissionPlan:
-        """The first `limit` of the order, or all if there are fewer. Requests held are left out.
+        """The first `limit` of the order, or all if there are fewer.
 
-        Must not change `state`. Called again, with a larger limit, if all of them were admitted.
+        Requests held are left out, or are to be computed. Must not change `state`. Called again,
+        with a larger limit, if all of them were admitted.
         """
+        ...
+
+    def urgency(self, request: QueuedRequest) -> Urgency:
+        """Who of those who wait is read from disk for first."""
         ...
 
 
@@ -119,6 +146,10 @@ class QuietPolicy:
 
     def on_abort(self, request: QueuedRequest, now_s: float) -> None:
         """Nothing to remember."""
+
+    def urgency(self, request: QueuedRequest) -> Urgency:
+        """In the order in which they joined the queue."""
+        return 0.0, request.queued_s
 
 
 PolicyFactory: TypeAlias = Callable[[], RequestPolicy]

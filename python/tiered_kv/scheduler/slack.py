@@ -38,13 +38,15 @@ class Price:
         return max(self.compute_s, self.load_s + queued_s) if self.load_s else self.compute_s
 
 
-def price(request: QueuedRequest, costs: CostModel) -> Price:
-    """By what is cached of `request` now, wherever."""
+def price(request: QueuedRequest, costs: CostModel, more_on_host: int = 0) -> Price:
+    """By what is cached of `request` now, wherever, and `more_on_host` tokens."""
     load_s = 0.0
-    if request.host_tokens:
-        n_bytes = int(request.host_tokens * costs.host_bytes_per_token)
+    host_tokens = request.host_tokens + more_on_host
+    if host_tokens:
+        n_bytes = int(host_tokens * costs.host_bytes_per_token)
         load_s = costs.load_s(Tier.HOST, Tier.DEVICE, n_bytes)
-    compute_s = costs.marginal_prefill_s(request.uncached_tokens, request.cached_tokens)
+    new_tokens = max(1, request.uncached_tokens - more_on_host)
+    compute_s = costs.marginal_prefill_s(new_tokens, request.cached_tokens + more_on_host)
     return Price(compute_s, load_s, max(compute_s, load_s))
 
 
@@ -104,7 +106,7 @@ def select_in_time(jobs: Sequence[Job], now_s: float, slowdown: float = 1.0) -> 
 
 
 def select_beside(
-    jobs: Sequence[Job], begun: Job, now_s: float, slowdown: float, *, may_park: bool
+    jobs: Sequence[Job], begun: Job, now_s: float, slowdown: float, *, may_put_back: bool
 ) -> tuple[Selection, bool]:
     """As `select_in_time` while `begun` is under way, and whether it should make way.
 
@@ -112,7 +114,7 @@ def select_beside(
     it would not be the first in any case. Returned are those in time besides it.
     """
     going_on = select_in_time(jobs, now_s + begun.work_s * slowdown, slowdown)
-    if not may_park or not going_on.left_out:
+    if not may_put_back or not going_on.left_out:
         return going_on, False
     everyone, kept = jobs, going_on.weight
     if now_s + begun.work_s * slowdown <= begun.deadline_s < math.inf:

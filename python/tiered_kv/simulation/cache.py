@@ -19,6 +19,7 @@ from tiered_kv.forest.results import Match
 from tiered_kv.memory.actions import WriteBack
 from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.memory.manager import MemoryManager
+from tiered_kv.scheduler.request_policy import Arriving
 from tiered_kv.simulation.disk_index import DiskIndex
 from tiered_kv.simulation.events import EventQueue
 from tiered_kv.simulation.live import LiveRequest, Prefetch
@@ -209,6 +210,7 @@ class TieredCache:
                 op = node.op(Tier.HOST)
                 assert op is not None
                 self._wait(live, op)
+                live.arriving_tokens += node.n_pages * self.block_tokens
             elif host is not Residency.RESIDENT and node.state(Tier.DEVICE) is _ABSENT:
                 break
             parent, n_known = node, n_known + 1
@@ -243,6 +245,7 @@ class TieredCache:
         n_bytes = len(run) * self.block_bytes
         transfer = self.from_disk.submit(n_bytes, lambda _: self._prefetched(live))
         live.prefetch = Prefetch(op, transfer, nodes[-1], len(run))
+        live.arriving_tokens += len(run) * self.block_tokens
         self._wait(live, op)
 
     def _wait(self, live: LiveRequest, op: int) -> None:
@@ -264,6 +267,10 @@ class TieredCache:
             timeout_s = settings.timeout_base_s + settings.timeout_per_1024_tokens_s * ki_tokens
             live.give_up_s = now_s + min(settings.timeout_max_s, timeout_s)
         self._waiting_for.setdefault(op, []).append(live)
+
+    def arriving(self, live: LiveRequest) -> Arriving:
+        """What is on its way for `live`, with what is queued before it."""
+        return Arriving(self.from_disk.expected_end_s(), live.arriving_tokens)
 
     def stop_prefetch(self, live: LiveRequest) -> None:
         """`live` waits no longer: what has not arrived from disk yet for it will not come."""

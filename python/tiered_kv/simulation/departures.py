@@ -26,7 +26,7 @@ class Departures:
     ) -> None:
         """`selection` chooses who makes way; None: as upstream does."""
         self.n_retracted = 0
-        self.n_parked = 0
+        self.n_put_back = 0
         self.n_swapped = 0
         self._selection = selection
         self._can_swap = settings.swap
@@ -36,9 +36,9 @@ class Departures:
         self._policy = policy
         self._answers = answers
 
-    def park(self, live: LiveRequest, now_s: float) -> None:
+    def put_back(self, live: LiveRequest, now_s: float) -> None:
         """A prompt that was begun makes way; its whole blocks stay as cache."""
-        self.n_parked += 1
+        self.n_put_back += 1
         self._back(live, now_s)
 
     def order(self, now_s: float) -> list[LiveRequest]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.request_policy import (
+    Arriving,
     ForecastingPolicy,
     RequestPolicy,
     SchedulerState,
@@ -85,7 +86,7 @@ class Instance:
         self._foresight = policies.foresight
         self._timeline = timeline
         self._live: dict[int, LiveRequest] = {}
-        self._held: set[int] = set()
+        self._held: dict[int, Arriving] = {}
         self._running = DecodeBatch(self.cache, is_cascade=settings.cascade)
         self._selection = selection_for(
             settings, self._running, self._execution.costs, block_tokens
@@ -136,7 +137,7 @@ class Instance:
         """Keep `live` out of plans while it waits for pages from disk, as long as it wants to."""
         if not live.waits_for or live.give_up_s <= now_s:
             return
-        self._held.add(live.queued.request_id)
+        self._held[live.queued.request_id] = self.cache.arriving(live)
         if live.give_up_s < float("inf"):
             self._events.schedule(live.give_up_s, lambda _: self._let_go(live))
 
@@ -145,8 +146,7 @@ class Instance:
             self._let_go(live)
 
     def _let_go(self, live: LiveRequest) -> None:
-        if live.queued.request_id in self._held:
-            self._held.discard(live.queued.request_id)
+        if self._held.pop(live.queued.request_id, None):
             self._wake(self._events.now())
 
     def _wake(self, now_s: float) -> None:
@@ -184,8 +184,8 @@ class Instance:
         plan = self.policy.plan(state, PLAN_LIMIT)
         if self._forecaster is not None:
             self.cache.forecast(self._forecaster.forecast(state))
-        if plan.park_unfinished and unfinished is not None:
-            self.departures.park(unfinished, now_s)
+        if plan.put_back_unfinished and unfinished is not None:
+            self.departures.put_back(unfinished, now_s)
             self._unfinished = unfinished = None
         is_mixed = bool(self._running) and (settings.mixed_chunk or plan.mix_decodes)
         plan = self._limited(plan, state, is_mixed=is_mixed)
@@ -260,6 +260,7 @@ class Instance:
     def _leave_queue(self, live: LiveRequest, now_s: float) -> None:
         queued = live.queued
         self.waiting.remove(queued)
+        self._held.pop(queued.request_id, None)
         self.policy.on_admission(queued, now_s)
         if live.record.admitted_s is None:
             live.record.admitted_s = now_s
@@ -278,7 +279,7 @@ class Instance:
             costs=self._execution.costs,
             available_tokens=self.cache.available_tokens,
             unfinished=None if self._unfinished is None else self._unfinished.queued,
-            can_park=True,
+            can_put_back=True,
             loading_bytes=self.cache.to_device.queued_bytes,
         )
 

@@ -85,6 +85,8 @@ class LiveRequest:
     """Transfers from disk to host that hold it back,"""
     give_up_s: float = math.inf
     """until this time at most."""
+    arriving_tokens: int = 0
+    """Tokens that these bring for it."""
     last_token_s: float = 0.0
     """When it got its last token."""
     n_swaps: int = 0

@@ -12,6 +12,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.node import Node
 from tiered_kv.tiers.disk_lookup import prompt_of
 
@@ -24,7 +25,7 @@ TOKENS_MAX = 1 << 22
 
 @dataclass(slots=True)
 class _Prompt:
-    extra_key: str | None
+    tree_key: TreeKey | None
     tokens: array[int]
     ticket: str | None = None
     """Of the fetch that was started."""
@@ -42,11 +43,11 @@ class AnnouncedPrompts:
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def remember(self, last: Node, extra_key: str | None) -> None:
-        """A call goes on from `last`, in the tree of `extra_key`."""
+    def remember(self, last: Node, tree_key: TreeKey | None) -> None:
+        """A call goes on from `last`, in the tree of `tree_key`."""
         self.forget([last.node_id])
         _, tokens = prompt_of(last, array("q"))
-        self._prompts[last.node_id] = _Prompt(extra_key, tokens)
+        self._prompts[last.node_id] = _Prompt(tree_key, tokens)
         self._n_tokens += len(tokens)
         while self._n_tokens > TOKENS_MAX:
             self.forget([next(iter(self._prompts))])
@@ -76,8 +77,8 @@ class AnnouncedPrompts:
         if prompt.ticket is None:
             last = self._end_of(prompt)
             prompt.ticket = f"announced call after node {node_id}"
-            prefetch.request(prompt.ticket, last, prompt.tokens[last.end :])
-        if not prefetch.done(prompt.ticket):
+            prefetch.request(prompt.ticket, last, prompt.tokens[last.end :], is_ahead=True)
+        if not prefetch.is_settled(prompt.ticket):
             return node_id
         self._release(prompt)
         prompt.is_fetched = True
@@ -89,8 +90,8 @@ class AnnouncedPrompts:
 
     def _end_of(self, prompt: _Prompt) -> Node:
         """How far the prompt goes that device and host have now."""
-        root = self._hierarchy.root(prompt.extra_key)
-        return self._hierarchy.match(root, prompt.tokens).last
+        root = self._hierarchy.root(prompt.tree_key)
+        return self._hierarchy.peek(root, prompt.tokens)
 
     def _release(self, prompt: _Prompt) -> None:
         """What it has read is ordinary cache from now on; what it has not, nobody needs."""

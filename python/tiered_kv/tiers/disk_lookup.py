@@ -30,11 +30,17 @@ class DiskLookup:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The answer: pages [first, end) of a prompt are on disk; `hashes` are those of all pages."""
+    """The answer: pages [first, end) of a prompt are on disk."""
 
     first: int
     end: int
     hashes: list[bytes]
+    first_hashed: int = 0
+    """The page that the first of `hashes` is of."""
+
+    def between(self, first: int, end: int) -> list[bytes]:
+        """The hashes of the stored pages from page `first` on, before page `end`."""
+        return self.hashes[first - self.first_hashed : min(self.end, end) - self.first_hashed]
 
 
 def look_up(job: DiskLookup) -> int:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from tiered_kv.core.errors import TieredKVError
 from tiered_kv.core.ids import Tier
-from tiered_kv.forest.key import namespace_hash
+from tiered_kv.forest.key import SHARED_TREE, TreeKey, tree_hash
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import InsertResult
@@ -75,8 +74,8 @@ class KVHierarchy:
     """Forest, policy and tiers, wired together.
 
     namespace: 32 bytes naming everything that makes KV reusable at all (the model's weights and
-    configuration, dtype, page layout, tensor-parallel shard); a request's own key (adapter, tenant
-    salt) picks the tree within it.
+    configuration, dtype, page layout, shard); a request's own key (adapter, tenant salt) picks the
+    tree within it.
     """
 
     def __init__(self, context: TierContext, namespace: bytes) -> None:
@@ -101,9 +100,10 @@ class KVHierarchy:
 
     # -- trees --------------------------------------------------------------------------------
 
-    def root(self, extra_key: str | None = None) -> Node:
-        """The root of the tree that requests with this key share."""
-        return self.context.forest.root(_root_hash(self._namespace, extra_key))
+    def root(self, key: TreeKey | None = None) -> Node:
+        """The root of the tree that requests with this key share; None is `SHARED_TREE`."""
+        key = key or SHARED_TREE
+        return self.context.forest.root(tree_hash(self._namespace, key), key)
 
     def set_namespace(self, namespace: bytes, disk: DiskPages | None) -> None:
         """After a flush: the weights have changed, and nothing cached before may be matched."""
@@ -119,17 +119,14 @@ class KVHierarchy:
     def match(self, root: Node, tokens: array[int], limit: int | None = None) -> UsablePrefix:
         """The longest prefix of `tokens[:limit]` that device, then host, can provide now."""
         path = self.context.forest.match(root, tokens, limit).path
-        n_device = 0
-        for node in path:
-            if node.state(Tier.DEVICE) is Residency.ABSENT:
-                break
-            n_device += 1
-        n_usable = n_device
-        for node in path[n_device:]:
-            if node.state(Tier.HOST) is not Residency.RESIDENT:
-                break
-            n_usable += 1
+        n_device, n_usable = _usable(path)
         return UsablePrefix(root, path[:n_device], path[n_device:n_usable])
+
+    def peek(self, root: Node, tokens: array[int]) -> Node:
+        """The last node that such a prefix goes through to its end; looking is no use of it."""
+        path = self.context.forest.peek(root, tokens).path
+        _, n_usable = _usable(path)
+        return path[n_usable - 1] if n_usable else root
 
     def insert(self, root: Node, tokens: array[int], slots: torch.Tensor) -> InsertResult:
         """Takes over those device slots of `tokens` (whole pages) that the tree lacks.
@@ -174,10 +171,11 @@ class KVHierarchy:
 
         Under tensor parallelism every rank must call it at the same points of its loop.
         """
-        if any(queue.in_flight for queue in self._finish):
-            n_ready = self._agree([queue.n_ready for queue in self._finish])
-            for queue, n in zip(self._finish, n_ready, strict=True):
-                self._acknowledge(queue, n)
+        if any(queue.in_flight for queue in self._finish) or self.prefetch.wants_time:
+            ready = [queue.ready() for queue in self._finish]
+            agreed = iter(self._agree([value for values in ready for value in values]))
+            for queue, values in zip(self._finish, ready, strict=True):
+                self._acknowledge(queue, [next(agreed) for _ in values])
         self.load_back.advance()
         self.write_back.advance()
         self.prefetch.advance()
@@ -193,7 +191,7 @@ class KVHierarchy:
             # What a request waits for, if there is such a thing.
             (self.prefetch.queue if self.prefetch.queue in busy else busy[0]).wait_for_one(REST_S)
 
-    def _agree(self, n_ready: list[int]) -> list[int]:
+    def _agree(self, ready: list[int]) -> list[int]:
         """One minimum over the ranks for all that a poll has to agree on.
 
         Besides the transfers that are done: the time, and how long the forward passes took that
@@ -203,10 +201,10 @@ class KVHierarchy:
         steps, self._steps = self._steps, []
         now_us = int((time.monotonic() - self._started_at) * 1e6)
         step_us = [-int(step.seconds * 1e6) for step in steps]
-        agreed = context.collective.minimum([*n_ready, now_us, *step_us])
-        context.now_s = agreed[len(n_ready)] / 1e6
+        agreed = context.collective.minimum([*ready, now_us, *step_us])
+        context.now_s = agreed[len(ready)] / 1e6
         if context.calibrator is not None:
-            for step, negative_us in zip(steps, agreed[len(n_ready) + 1 :], strict=True):
+            for step, negative_us in zip(steps, agreed[len(ready) + 1 :], strict=True):
                 context.calibrator.observe_step(
                     step.prefills,
                     step.decode_contexts_tokens,
@@ -214,7 +212,7 @@ class KVHierarchy:
                     -negative_us / 1e6,
                     step.shared_tokens_saved,
                 )
-        return agreed[: len(n_ready)]
+        return agreed[: len(ready)]
 
     def learn(self) -> None:
         """Learns now from the passes observed since the last poll with a transfer under way.
@@ -255,11 +253,11 @@ class KVHierarchy:
                 f"A {queue.name} transfer did not end within {SETTLE_TIMEOUT_S:.0f} s: the device "
                 "or the disk hangs; look at the kernel's log and restart the server."
             )
-        self._acknowledge(queue, queue.in_flight)
+        self._acknowledge(queue, queue.everything())
 
-    def _acknowledge(self, queue: TransferQueue[Any], n: int) -> None:
-        """The oldest `n` transfers of a queue are done, on all ranks."""
-        for completion in self._agreed(queue.acknowledge(n)):
+    def _acknowledge(self, queue: TransferQueue[Any], ready: list[int]) -> None:
+        """These transfers of a queue are done, on all ranks (`TransferQueue.ready`)."""
+        for completion in self._agreed(queue.take(ready)):
             self._finish[queue](completion)
 
     def _agreed(self, completions: list[Completion[J]]) -> list[Completion[J]]:
@@ -334,7 +332,16 @@ class KVHierarchy:
             open_queue.close(max(0.0, deadline - time.monotonic()))
 
 
-@lru_cache(maxsize=4096)
-def _root_hash(namespace: bytes, extra_key: str | None) -> bytes:
-    parts = ("shared",) if extra_key is None else ("keyed", extra_key)
-    return namespace_hash(namespace, *parts)
+def _usable(path: Sequence[Node]) -> tuple[int, int]:
+    """How many leading nodes the device can provide, and how many it and then the host can."""
+    n_device = 0
+    for node in path:
+        if node.state(Tier.DEVICE) is Residency.ABSENT:
+            break
+        n_device += 1
+    n_usable = n_device
+    for node in path[n_device:]:
+        if node.state(Tier.HOST) is not Residency.RESIDENT:
+            break
+        n_usable += 1
+    return n_device, n_usable

@@ -2,27 +2,37 @@
 
 A lookup that misses costs one hash and one dictionary probe; a long prompt that hits is hashed and
 looked up on a thread of its own. Requests that need a page already on its way share that transfer.
-How much is read, and how long a request waits for it, is for the costs to say. The pages a request
-waits for stay pinned on the host until it is admitted or gone, within a bounded share of the pool;
-beyond it, requests queue here in order. What nobody waits for any more is not read on.
+How much is read is for the costs to say; who is read for first, and who finds room on the host, for
+`scheduler.read_order`. A request's pages stay there until it is admitted or gone, or a more urgent
+one needs the room. What nobody needs any more is not read on.
+
+A request is kept from running while it is looked up or read for, as long as its patience lasts. It
+is not while it stands in line: if its turn to run comes before, it is computed.
 """
 
 from __future__ import annotations
 
 import time
 from array import array
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from tiered_kv.core.ids import Tier
-from tiered_kv.forest.key import page_hashes
+from tiered_kv.forest.key import page_hash, page_hashes
 from tiered_kv.forest.node import Node
-from tiered_kv.forest.residency import Residency
+from tiered_kv.scheduler.read_order import ReadOrder, Urgency
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.disk_lookup import DiskLookup, Stored, look_up, prompt_of
-from tiered_kv.tiers.disk_pages import DiskPages
-from tiered_kv.tiers.slots import PageIds
-from tiered_kv.tiers.timeline import DISK_READS, REQUESTS
+from tiered_kv.tiers.held_reads import HeldReads
+from tiered_kv.tiers.read_queue import DiskRead, ReadQueue
+from tiered_kv.tiers.ticket import (
+    Ticket,
+    count_held,
+    end_of_hole,
+    is_coming,
+    pages_on_host,
+)
+from tiered_kv.tiers.timeline import REQUESTS
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 
 #: Pages held for waiting requests may take at most this share of the host pool: the rest keeps
@@ -31,47 +41,20 @@ HELD_SHARE = 0.5
 #: Up to this many pages are hashed and looked up at once, on the scheduler's thread: a few
 #: microseconds each, where a thread's answer comes a scheduling pass later.
 INLINE_LOOKUP_PAGES = 32
-#: Between stretches of this many pages, a read looks whether it is still wanted.
-READ_STRETCH_PAGES = 64
-
-
-@dataclass(slots=True)
-class Wanted:
-    """Set to False by the owner when nobody waits for a read any more; read by the worker."""
-
-    by_anyone: bool = True
+#: Of those in line, so many are looked at for one that finds room.
+LINE_LOOK = 8
+#: Reads that may be under way at once.
+READS_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
-class DiskRead:
-    op: int
-    disk: DiskPages
-    last: Node
+class _Wish:
+    """What a ticket would hold and have read now."""
+
+    path: tuple[Node, ...]
+    """Nodes that device or host have, or are about to have."""
     hashes: list[bytes]
-    host_pages: PageIds
-    wanted: Wanted
-
-    @property
-    def n_pages(self) -> int:
-        return len(self.hashes)
-
-
-@dataclass(slots=True)
-class Ticket:
-    """What one request waits for: the tree `root`, its prompt's whole pages, and transfers."""
-
-    root: Node
-    tokens: array[int]
-    prompt_tokens: int = 0
-    started: bool = False
-    stored: Stored | None = None
-    waiting_for: set[int] = field(default_factory=set)
-    patience_s: float = float("inf")
-    waits_since_s: float | None = None
-    pinned: Node | None = None
-    n_loaded_tokens: int = 0
-    asked_s: float = field(default_factory=time.perf_counter)
-    is_drawn: bool = False
+    """Of the pages to read after those."""
 
 
 class Prefetch:
@@ -79,48 +62,87 @@ class Prefetch:
 
     def __init__(self, context: TierContext) -> None:
         self._context = context
-        self.queue: TransferQueue[DiskRead] = TransferQueue("disk-to-host", self._read)
         self.lookups: TransferQueue[DiskLookup] = TransferQueue("disk-lookup", look_up)
-        self._reads: dict[int, Wanted] = {}
+        self.urgency_of: Callable[[str], Urgency | None] = lambda _: None
+        """By request id: whose pages come first. Of whom it does not know, those who came first."""
+        n_pages = context.host.n_pages
+        self._order = ReadOrder(n_pages, int(n_pages * HELD_SHARE), self._urgency)
+        self._reads = HeldReads(context, self._order)
         self._tickets: dict[str, Ticket] = {}
-        self._queued: dict[str, None] = {}
-        self._n_held = 0
-        # What was held when the first in the queue found no room: it needs less to be.
-        self._n_held_when_full: int | None = None
+        self._n_asked = 0
+        self._new: list[Ticket] = []
+        self._news: dict[str, None] = {}
+        # Nobody of those looked at in line found room, and nothing has changed since.
+        self._is_full = False
+
+    @property
+    def queue(self) -> ReadQueue:
+        return self._reads.queue
 
     @property
     def tickets(self) -> dict[str, Ticket]:
         return self._tickets
 
+    @property
+    def wants_time(self) -> bool:
+        """Whether the next poll must agree on the time: the same on every rank."""
+        return bool(self._new)
+
     # -- the request's life -------------------------------------------------------------------
 
-    def request(self, rid: str, anchor: Node, tokens: array[int]) -> None:
-        """`rid` needs `tokens` after `anchor`, the last node it can use now: look below."""
-        size = self._context.page_size
-        if self._context.disk is None or rid in self._tickets or len(tokens) < size:
+    def request(
+        self, rid: str, anchor: Node, tokens: array[int], *, is_ahead: bool = False
+    ) -> None:
+        """`rid` needs `tokens` after `anchor`, the last node it can use now: look below.
+
+        It is read for at the next poll, when those who came with it are known, too. is_ahead: it is
+        only expected, so its pages come after all others'.
+        """
+        context, size = self._context, self._context.page_size
+        if context.disk is None or rid in self._tickets or len(tokens) < size:
             return
         if not self._may_hit(anchor, tokens[:size]):
             return
         root, prompt = prompt_of(anchor, tokens)
         n_tokens = len(prompt)
         del prompt[n_tokens // size * size :]
-        ticket = Ticket(root, prompt, n_tokens)
-        self._tickets[rid] = ticket
-        if (len(ticket.tokens) - anchor.end) // size > INLINE_LOOKUP_PAGES:
-            self._submit_lookup(rid, ticket, anchor.end // size)
-        else:
-            self._enqueue(rid)
-
-    def _submit_lookup(self, rid: str, ticket: Ticket, first_page: int) -> None:
-        assert self._context.disk is not None
-        disk, page_size = self._context.disk, self._context.page_size
-        root_hash = ticket.root.last_page_hash
-        self.lookups.submit(
-            DiskLookup(rid, disk, root_hash, ticket.tokens, page_size, first_page, [])
+        self._n_asked += 1
+        ticket = self._tickets[rid] = Ticket(rid, root, prompt, n_tokens, self._n_asked, is_ahead)
+        n_pages = (len(prompt) - anchor.end) // size
+        ticket.patience_s = context.manager.patience_s(
+            n_pages, anchor.end, self._bytes_before(ticket)
         )
+        self._new.append(ticket)
+        self._look_up(ticket, anchor)
+
+    def _may_hit(self, anchor: Node, first: array[int]) -> bool:
+        if first.tobytes() in anchor.children:
+            return True  # on its way for another request
+        disk = self._context.disk
+        assert disk is not None
+        is_there = disk.contains(page_hash(anchor.last_page_hash, first))
+        (hit,) = self._context.collective.minimum([is_there])
+        return bool(hit)
+
+    def _look_up(self, ticket: Ticket, anchor: Node) -> None:
+        """Find out what the disk has of its prompt after `anchor`."""
+        context, size = self._context, self._context.page_size
+        assert context.disk is not None
+        first = anchor.end // size
+        if len(ticket.tokens) // size - first > INLINE_LOOKUP_PAGES:
+            ticket.is_looked_up = False
+            self._news[ticket.name] = None
+            root_hash, disk = ticket.root.last_page_hash, context.disk
+            self.lookups.submit(
+                DiskLookup(ticket.name, disk, root_hash, ticket.tokens, size, first, [])
+            )
+            return
+        hashes = page_hashes(anchor.last_page_hash, ticket.tokens[anchor.end :], size)
+        (n,) = context.collective.minimum([context.disk.count_prefix(hashes)])
+        self._stand_in_line(ticket, Stored(first, first + n, hashes, first))
 
     def looked_up(self, completion: Completion[DiskLookup]) -> None:
-        """A lookup is done: start what its request needs, unless that has gone."""
+        """A lookup is done: its request stands in line, unless it has gone."""
         job = completion.job
         ticket = self._tickets.get(job.rid)
         # Another request may have come with the same name: tickets are told by their tokens.
@@ -128,264 +150,197 @@ class Prefetch:
             return
         end = job.first_page + completion.n_done
         # A lookup that failed leaves the list empty.
-        if len(job.hashes) >= end:
-            ticket.stored = Stored(job.first_page, end, job.hashes)
-        else:
-            ticket.stored = Stored(job.first_page, job.first_page, [])
-        self._enqueue(job.rid)
+        if len(job.hashes) < end:
+            end = job.first_page
+        self._stand_in_line(ticket, Stored(job.first_page, end, job.hashes))
 
-    def _enqueue(self, rid: str) -> None:
-        self._queued[rid] = None
-        self._start_queued()
-
-    def _may_hit(self, anchor: Node, first: array[int]) -> bool:
-        if first.tobytes() in anchor.children:
-            return True  # on its way for another request
-        assert self._context.disk is not None
-        (hit,) = self._context.collective.minimum(
-            [self._context.disk.contains(self._next_hash(anchor.last_page_hash, first))]
-        )
-        return bool(hit)
+    def _stand_in_line(self, ticket: Ticket, stored: Stored | None) -> None:
+        ticket.stored, ticket.is_looked_up = stored, True
+        self._order.wait(ticket.name)
+        self._news[ticket.name] = None
+        self._is_full = False
 
     def done(self, rid: str) -> bool:
-        """True when nothing is on its way for this request (any more)."""
+        """True when nothing is under way for this request that it should wait for (any more)."""
         ticket = self._tickets.get(rid)
         if ticket is None:
             return True
-        is_done = ticket.started and not ticket.waiting_for
+        if ticket.waits:
+            return False
         timeline = self._context.timeline
-        if is_done and timeline is not None and not ticket.is_drawn:
+        if timeline is not None and ticket.pinned is not None and not ticket.is_drawn:
             ticket.is_drawn = True
             now_s = time.perf_counter()
-            timeline.span(REQUESTS, rid, ticket.asked_s, now_s, tokens=ticket.n_loaded_tokens)
-        return is_done
+            timeline.span(REQUESTS, rid, ticket.began_s, now_s, tokens=ticket.came_tokens)
+        return True
+
+    def is_settled(self, rid: str) -> bool:
+        """True when nothing more will come for this request."""
+        ticket = self._tickets.get(rid)
+        if ticket is None:
+            return True
+        return ticket.is_looked_up and not (ticket.waiting_for or self._order.is_in_line(rid))
+
+    def arriving(self, rid: str) -> tuple[float, int]:
+        """Of a request that waits: seconds until its pages should be there, and how many tokens."""
+        ticket = self._tickets[rid]
+        return ticket.ready_s - self._context.now_s, ticket.n_loaded_tokens
+
+    def take_news(self) -> list[str]:
+        """Requests of which `done` may say something else than before the last call."""
+        news, self._news = list(self._news), {}
+        return news
 
     def loaded_tokens(self, rid: str) -> int:
         """Tokens that were brought from disk to host for this request."""
         ticket = self._tickets.get(rid)
-        return ticket.n_loaded_tokens if ticket is not None else 0
+        return ticket.came_tokens if ticket is not None else 0
+
+    def give_up(self, rid: str) -> None:
+        """This request waits no longer. What is on its way still comes, until it is released."""
+        ticket = self._tickets.get(rid)
+        if ticket is not None:
+            ticket.is_patient = False
+            self._news[rid] = None
 
     def release(self, rid: str) -> None:
         """The request has been admitted, or is gone: its pages are ordinary cache from now on."""
         ticket = self._tickets.pop(rid, None)
-        if ticket is None:
-            return
-        if rid in self._queued:
-            del self._queued[rid]
-            self._n_held_when_full = None
-        self._let_go(ticket)
-        still_wanted = set().union(*(other.waiting_for for other in self._tickets.values()))
-        for op in ticket.waiting_for - still_wanted:
-            if op in self._reads:
-                self._reads[op].by_anyone = False
-
-    def _hold(self, ticket: Ticket, pinned: Node, n_loaded_tokens: int) -> None:
-        ticket.pinned, ticket.n_loaded_tokens = pinned, n_loaded_tokens
-        self._n_held += n_loaded_tokens // self._context.page_size
-
-    def _let_go(self, ticket: Ticket) -> None:
-        if ticket.pinned is not None:
-            self._context.forest.unpin(ticket.pinned, Tier.HOST)
-            self._n_held -= ticket.n_loaded_tokens // self._context.page_size
-        ticket.pinned, ticket.n_loaded_tokens = None, 0
+        if ticket is not None:
+            self._reads.let_go(ticket)
+            self._order.drop(rid)
+            self._news.pop(rid, None)
+            self._is_full = False
 
     def clear(self) -> None:
         for rid in list(self._tickets):
             self.release(rid)
 
+    # -- its turn -----------------------------------------------------------------------------
+
     def advance(self) -> None:
-        if self._queued:
-            self._start_queued()
-        if self._reads:
-            self._lose_patience()
-
-    def _lose_patience(self) -> None:
-        """Requests that have waited longer than computing would take wait no more.
-
-        By the time that ranks agree on. What is on its way still arrives, for whoever comes next.
-        """
+        """Once per poll: time has passed, and there may be room."""
         now_s = self._context.now_s
-        for ticket in self._tickets.values():
-            if not ticket.waiting_for:
-                continue
-            if ticket.waits_since_s is None:
-                ticket.waits_since_s = now_s
-            elif now_s - ticket.waits_since_s > ticket.patience_s:
-                ticket.waiting_for.clear()
-                self._let_go(ticket)
+        for ticket in self._new:
+            if self._tickets.get(ticket.name) is ticket:
+                ticket.asked_s = now_s
+                self._order.wait_until(ticket.name, now_s + ticket.patience_s)
+                if self._order.is_in_line(ticket.name):
+                    self._order.wait(ticket.name)  # how urgent it is may be known by now
+        self._new.clear()
+        for name in self._order.out_of_patience(now_s):
+            self.give_up(name)
+        if self._order.n_in_line and not self._is_full:
+            self._serve_line()
 
-    # -- starting -----------------------------------------------------------------------------
+    def _serve_line(self) -> None:
+        """Read for those in line who find room, the most urgent first."""
+        n_refused = 0
+        while n_refused < LINE_LOOK and self.queue.in_flight < READS_MAX:
+            names = self._order.first_in_line(n_refused + 1)
+            if len(names) <= n_refused:
+                break
+            if not self._serve(self._tickets[names[n_refused]]):
+                n_refused += 1
+        self._is_full = n_refused == min(LINE_LOOK, self._order.n_in_line)
 
-    def _start_queued(self) -> None:
-        if self._n_held_when_full is not None and self._n_held >= self._n_held_when_full:
-            return
-        self._n_held_when_full = None
-        for rid in list(self._queued):
-            if not self._start(self._tickets[rid]):
-                self._n_held_when_full = self._n_held
-                return
-            del self._queued[rid]
-
-    def _start(self, ticket: Ticket) -> bool:
-        """False if there is no room to hold its pages yet; True when it need not queue longer."""
-        context = self._context
-        path = context.forest.match(ticket.root, ticket.tokens).path
-        n_held = _count_held(path)
-        last, n_loaded = ticket.root, 0
-        for node in path[:n_held]:
-            op = node.op(Tier.HOST)
-            if op is not None and node.state(Tier.HOST) is Residency.LOADING:
-                ticket.waiting_for.add(op)
-                n_loaded += node.n_tokens
-            last = node
-        rest = ticket.tokens[last.end : _end_of_hole(path[n_held:], len(ticket.tokens))]
-        hashes = self._worth_reading(ticket, last, self._stored_prefix(ticket, last, rest))
-        budget = max(1, int(context.host.n_pages * HELD_SHARE)) - self._n_held
-        if len(hashes) > budget and self._n_held > 0:
-            ticket.waiting_for.clear()
-            return False
-        if hashes:
-            parent, last = last, self._read_from_disk(ticket, last, rest, hashes[:budget])
-            n_loaded += last.end - parent.end
-        if n_loaded:
-            context.forest.pin(last, Tier.HOST)
-            self._hold(ticket, last, n_loaded)
-            ticket.patience_s = context.manager.patience_s(
-                n_loaded // context.page_size, last.end - n_loaded, self._queued_bytes
-            )
-        ticket.started = True
+    def _serve(self, ticket: Ticket) -> bool:
+        """False if there is no room for its pages: it stays in line."""
+        order = self._order
+        wish = self._wish(ticket)
+        if wish is None:
+            return True
+        coming = [node for node in wish.path if is_coming(node)]
+        known = pages_on_host(reversed(wish.path))
+        hashes = wish.hashes[: max(order.room_pages - len(known), order.room_pages // 2)]
+        if coming or hashes or ticket.is_displaced:
+            known = known[: order.room_pages - len(hashes)]
+            displaced = order.make_room(ticket.name, known, len(hashes))
+            if displaced is None:
+                return False
+            for name in displaced:
+                self._displace(self._tickets[name])
+            self._start(ticket, wish.path, coming, hashes)
+        order.leave_line(ticket.name)
         return True
 
-    @property
-    def _queued_bytes(self) -> int:
-        return self.queue.pages_in_flight * self._context.page_format(Tier.DISK).page_bytes
+    def _wish(self, ticket: Ticket) -> _Wish | None:
+        """None if its prompt must be looked up again: what it went on from has left the host."""
+        context, size = self._context, self._context.page_size
+        found = context.forest.peek(ticket.root, ticket.tokens)
+        known = tuple(found.path)
+        if found.partial is not None:
+            # What comes below must go on from where the prompt leaves the node.
+            known = (*known, context.forest.split(found.partial, found.common // size)[0])
+        path = known[: count_held(known)]
+        last = path[-1] if path else ticket.root
+        stored, first = ticket.stored, last.end // size
+        if context.disk is None or stored is None:  # suspended since the request came
+            return _Wish(path, [])
+        if first < stored.first:
+            self._order.leave_line(ticket.name)
+            self._look_up(ticket, last)
+            return None
+        hole_end = end_of_hole(known[len(path) :], len(ticket.tokens))
+        hashes = stored.between(first, hole_end // size)
+        if hashes:
+            n_pages = context.manager.pages_from_disk(
+                len(hashes),
+                last.end,
+                ticket.prompt_tokens,
+                queued_bytes=self._bytes_before(ticket),
+            )
+            hashes = hashes[:n_pages]
+        return _Wish(path, hashes)
 
-    def _worth_reading(self, ticket: Ticket, parent: Node, hashes: list[bytes]) -> list[bytes]:
-        """The leading part of what the disk has that is sooner read than computed."""
-        if not hashes:
-            return hashes
-        n_pages = self._context.manager.pages_from_disk(
-            len(hashes), parent.end, ticket.prompt_tokens, queued_bytes=self._queued_bytes
-        )
-        return hashes[:n_pages]
-
-    def _next_hash(self, parent_hash: bytes, page: array[int]) -> bytes:
-        return page_hashes(parent_hash, page, self._context.page_size)[0]
-
-    def _stored_prefix(self, ticket: Ticket, parent: Node, tokens: array[int]) -> list[bytes]:
-        """The hashes of the leading pages of `tokens` that the disk has (on every rank)."""
-        context = self._context
-        hashes: list[bytes] = []
-        if context.disk is None:  # suspended since the request came
-            return hashes
-        if ticket.stored is not None:
-            first = parent.end // context.page_size
-            if first < ticket.stored.first:  # what was above has left the host meanwhile
-                return hashes
-            n_pages = len(tokens) // context.page_size
-            return ticket.stored.hashes[first : min(ticket.stored.end, first + n_pages)]
-        parent_hash, size = parent.last_page_hash, context.page_size
-        for at in range(0, len(tokens), size):
-            parent_hash = self._next_hash(parent_hash, tokens[at : at + size])
-            if not context.disk.contains(parent_hash):
-                break
-            hashes.append(parent_hash)
-        (n,) = context.collective.minimum([len(hashes)])
-        return hashes[:n]
-
-    def _read_from_disk(
-        self, ticket: Ticket, parent: Node, tokens: array[int], hashes: list[bytes]
-    ) -> Node:
-        """Reserves host pages, grows the tree by LOADING nodes and starts reading into them."""
-        context = self._context
-        # Cheaper than giving up when the whole run does not fit: take its leading half, and so on.
-        while hashes:
-            host_pages = context.alloc_host(len(hashes), keep=parent)
-            if host_pages is not None:
-                break
-            hashes = hashes[: len(hashes) // 2]
+    def _start(
+        self, ticket: Ticket, path: tuple[Node, ...], coming: list[Node], hashes: list[bytes]
+    ) -> None:
+        """Read for it what follows `path`, wait for what is `coming`, and keep all of it."""
+        context, urgency = self._context, self._urgency(ticket.name)
+        bytes_before = self._bytes_before(ticket)
+        for node in coming:
+            op = node.op(Tier.HOST)
+            assert op is not None
+            self._reads.join(ticket, op, urgency)
+        parent = path[-1] if path else ticket.root
+        last = self._reads.read(ticket, parent, hashes, urgency)
+        n_loaded = last.end - parent.end + sum(node.n_tokens for node in coming)
+        if n_loaded or ticket.is_displaced:
+            self._reads.hold(ticket, last, n_loaded)
+        if not ticket.waiting_for:
+            return
+        n_pages = n_loaded // context.page_size
+        ticket.ready_s = context.now_s + context.manager.read_s(n_pages, bytes_before)
+        ticket.patience_s = context.manager.patience_s(n_pages, last.end - n_loaded, bytes_before)
+        if ticket.asked_s + ticket.patience_s < context.now_s:
+            ticket.is_patient = False
         else:
-            return parent
-        op = context.next_op()
-        run = tokens[: len(hashes) * context.page_size]
-        nodes = context.forest.extend(parent, run, Tier.HOST, Residency.LOADING, host_pages, op)
-        last = nodes[-1]
-        context.forest.pin(last, Tier.HOST)
-        ticket.waiting_for.add(op)
-        assert context.disk is not None
-        wanted = self._reads[op] = Wanted()
-        self.queue.submit(DiskRead(op, context.disk, last, hashes, host_pages, wanted))
-        return last
+            self._order.wait_until(ticket.name, ticket.asked_s + ticket.patience_s)
+        self._news[ticket.name] = None
 
-    def _read(self, job: DiskRead) -> int:
-        timeline = self._context.timeline
-        views = self._context.host.views(job.host_pages)
-        for at in range(0, job.n_pages, READ_STRETCH_PAGES):
-            if not job.wanted.by_anyone:
-                return at
-            stretch = slice(at, at + READ_STRETCH_PAGES)
-            hashes = job.hashes[stretch]
-            began_s = time.perf_counter()
-            n_read = job.disk.read_pages(hashes, views[stretch])
-            if timeline is not None:
-                now_s = time.perf_counter()
-                timeline.span(DISK_READS, f"{n_read} pages", began_s, now_s, op=job.op)
-            if n_read < len(hashes):
-                return at + n_read
-        return job.n_pages
+    def _displace(self, ticket: Ticket) -> None:
+        """A more urgent one needs its room: it stands in line again, and may run meanwhile."""
+        self._reads.let_go(ticket)
+        ticket.is_displaced = True
+        self._order.wait(ticket.name)
+        self._news[ticket.name] = None
 
-    # -- finishing ----------------------------------------------------------------------------
+    def _urgency(self, name: str) -> Urgency:
+        ticket = self._tickets[name]
+        if ticket.is_ahead:
+            return float("inf"), ticket.number
+        return self.urgency_of(name) or (0.0, ticket.number)
+
+    def _bytes_before(self, ticket: Ticket) -> int:
+        """What comes from the disk before a read for it would."""
+        n_pages = self.queue.pages_before(self._urgency(ticket.name))
+        return n_pages * self._context.page_format(Tier.DISK).page_bytes
 
     def finished(self, completion: Completion[DiskRead]) -> None:
-        """The leading pages that arrived become readable; the rest are a miss, and computed."""
-        context, job = self._context, completion.job
-        was_wanted = self._reads.pop(job.op).by_anyone
-        nodes, lost = context.forest.finish_leading(job.op, Tier.HOST, completion.n_done)
-        for node in nodes:
-            if node.state(Tier.DISK) is Residency.ABSENT:
-                context.forest.set_resident(node, Tier.DISK)
-        for node, slots in lost:
-            context.host.free(cast(PageIds, slots))
-            if was_wanted and node.state(Tier.DISK) is Residency.RESIDENT:
-                # So that it is written again when it is computed again.
-                context.forest.evict(node, Tier.DISK)
-        for ticket in self._tickets.values():
-            if job.op in ticket.waiting_for:
-                ticket.waiting_for.discard(job.op)
-                self._shorten(ticket, {node for node, _ in lost})
-        context.forest.unpin(job.last, Tier.HOST)
-        context.transferred(Tier.DISK, Tier.HOST, completion)
-        context.stored(nodes, Tier.HOST)
+        """A read is done, as far as it came."""
+        self._reads.finished(completion, self._heard)
+        self._is_full = False
 
-    def _shorten(self, ticket: Ticket, lost: set[Node]) -> None:
-        """Nothing below a page that did not come can be used: hold only what is above it."""
-        keep, at = ticket.pinned, ticket.pinned
-        while at is not None and lost:
-            if at in lost:
-                keep = at.parent
-            at = at.parent
-        if ticket.pinned is None or keep is None or keep is ticket.pinned:
-            return
-        n_loaded = max(0, ticket.n_loaded_tokens - (ticket.pinned.end - keep.end))
-        if n_loaded:
-            self._context.forest.pin(keep, Tier.HOST)
-        self._let_go(ticket)
-        if n_loaded:
-            self._hold(ticket, keep, n_loaded)
-
-
-def _count_held(path: tuple[Node, ...]) -> int:
-    """How many leading nodes the device or the host has, or is about to have."""
-    for position, node in enumerate(path):
-        host = node.state(Tier.HOST) in (Residency.RESIDENT, Residency.LOADING)
-        if not host and node.state(Tier.DEVICE) is Residency.ABSENT:
-            return position
-    return len(path)
-
-
-def _end_of_hole(nodes: tuple[Node, ...], end: int) -> int:
-    """Where the host has pages again, below a part that failed to be copied or read; or `end`."""
-    for node in nodes:
-        if node.state(Tier.HOST) is not Residency.ABSENT:
-            return node.start
-    return end
+    def _heard(self, ticket: Ticket) -> None:
+        self._news[ticket.name] = None

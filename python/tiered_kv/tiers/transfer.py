@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -107,6 +107,18 @@ class TransferQueue(Generic[J]):
         self._n_acknowledged += n
         self._pages_in_flight -= sum(c.job.n_pages for c in taken)
         return taken
+
+    def ready(self) -> list[int]:
+        """What ranks take the minimum of, element by element, to agree on what is done."""
+        return [self.n_ready]
+
+    def everything(self) -> list[int]:
+        """What `ready` says when every submitted job has finished."""
+        return [self.in_flight]
+
+    def take(self, ready: Sequence[int]) -> list[Completion[J]]:
+        """Takes the completions that all ranks have ready."""
+        return self.acknowledge(ready[0])
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Blocks until every submitted job has finished; False if the time ran out."""

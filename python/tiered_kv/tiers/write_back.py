@@ -88,10 +88,11 @@ class WriteBack:
         self._start_host_writes()
 
     def resident_on_host(self, nodes: Iterable[Node]) -> None:
-        """`nodes`, as far as they are readable on the host, are to be on disk as well."""
-        if self._context.disk is None:
+        """`nodes`, of one tree, are to be on disk as well if they are readable on the host."""
+        nodes = tuple(nodes)
+        if self._context.disk is None or not nodes or not nodes[0].root.tree_key.is_lasting:
             return
-        for action in self._context.manager.on_host_resident(tuple(nodes)):
+        for action in self._context.manager.on_host_resident(nodes):
             self._defer(self._disk_deferred, action.node_id)
         self._start_disk_writes()
 

@@ -62,10 +62,15 @@ def in_mib(n_bytes: float) -> str:
 
 
 def default_cache() -> Path:
+    """Raises BundleError for a user without a home."""
     base = os.environ.get("TIERED_KV_CACHE_DIR")
-    if base:
-        return Path(base).expanduser() / "bundle"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tiered_kv" / "bundle"
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    try:
+        if base:
+            return Path(base).expanduser() / "bundle"
+        return (Path(xdg) if xdg else Path.home() / ".cache") / "tiered_kv" / "bundle"
+    except RuntimeError:
+        raise BundleError("This user has no home to keep downloads in; give --cache.") from None
 
 
 class Progress:

@@ -202,6 +202,9 @@ def write_scripts(prefix: Path, description: dict[str, object]) -> None:
         f"PREFIX={quoted(prefix)}",
         'export PYTHONPATH="$PREFIX/site${PYTHONPATH:+:$PYTHONPATH}"',
         f"export TIERED_KV_PYTHON={quoted(Path(sys.executable))}",
+        "# SGLang's warm-up asks the server at its own address, which no proxy would find.",
+        'export NO_PROXY="${no_proxy:-${NO_PROXY:-}},127.0.0.1"',
+        'export no_proxy="$NO_PROXY"',
         *(f'export {name}="{value}"' for name, value in variables.items()),
     ]
     (prefix / "env").write_text("\n".join(lines) + "\n")
@@ -251,6 +254,16 @@ def install(folder: Path, prefix: Path, *, is_compiled: bool = True) -> None:
     )
 
 
+def absolute(prefix: Path) -> Path:
+    """Raises InstallError for a user without a home."""
+    try:
+        return prefix.expanduser().absolute()
+    except RuntimeError:
+        raise InstallError(
+            f"There is no such home as in {prefix}; give --prefix a whole path."
+        ) from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="install", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -258,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--prefix",
         type=Path,
-        default=Path.home() / "tiered_kv",
+        default=Path("~/tiered_kv"),
         help="folder to install into; an earlier installation there is replaced (default: "
         "%(default)s)",
     )
@@ -271,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     folder = Path(__file__).resolve().parent
     try:
-        prefix = chosen.prefix.expanduser().absolute()
+        prefix = absolute(chosen.prefix)
         install(folder, prefix, is_compiled=not chosen.no_compile)
     except InstallError as error:
         say(f"error: {error}")

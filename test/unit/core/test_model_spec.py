@@ -173,7 +173,13 @@ def without(key: str) -> dict[str, Any]:
         ({**LLAMA_8B, "num_hidden_layers": "32"}, "num_hidden_layers = '32'"),
         ({**LLAMA_8B, "num_attention_heads": 30}, "does not divide"),
         ({**LLAMA_8B, "num_key_value_heads": 5}, "5 KV heads"),
-        ({**LLAMA_8B, "layer_types": ["full_attention", "mamba"]}, "mamba layers"),
+        (
+            {**LLAMA_8B, "layer_types": ["full_attention", "mamba"] * 16},
+            "without attention (mamba)",
+        ),
+        ({**LLAMA_8B, "layer_types": ["full_attention", "mamba"]}, "2 entries in layer_types"),
+        ({**LLAMA_8B, "layer_types": ["mamba"] * 32}, "only mamba layers"),
+        ({**LLAMA_8B, "layer_types": ["full_attention", "wavelet"] * 16}, "has wavelet layers"),
         ({**DEEPSEEK_V3, "qk_rope_head_dim": None}, "no qk_rope_head_dim"),
     ],
 )

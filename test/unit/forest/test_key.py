@@ -14,14 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiered_kv.forest import key
-from tiered_kv.forest.key import namespace_hash, page_hash, page_hashes
+from tiered_kv.forest.key import TreeKey, namespace_hash, page_hash, page_hashes, tree_hash
 
 ROOT = bytes(range(32))
 FIRST = "4eda7b1d359ab209d87d382affa21fbea8bdaef5eaea4107dae09efc6da68f3e"
 SECOND = "0d7ac9afe92c76527a323a0c58b27fb805a03e2d4e40fdf3d178d68d878eaa94"
 NAMESPACE = "ac45f26c7c1a195a9c46936ddba1b8a4f3d47d1c12201e59ffce0388ff52e48c"
 TOKENS = st.lists(st.integers(min_value=-(2**63), max_value=2**63 - 1), max_size=40)
-PARTS = st.lists(st.one_of(st.text(max_size=4), st.binary(max_size=4), st.integers()), max_size=4)
+PART = st.one_of(st.none(), st.text(max_size=4), st.binary(max_size=4), st.integers())
+PARTS = st.lists(PART, max_size=4)
+NAME = st.none() | st.binary(max_size=2)
+TREES = st.builds(TreeKey, salt=NAME, extra_key=NAME, adapter=NAME)
 
 
 def chain_by_definition(parent: bytes, tokens: list[int], page_size: int) -> list[bytes]:
@@ -70,7 +73,7 @@ def test_a_big_endian_machine_computes_the_same(monkeypatch: pytest.MonkeyPatch)
 
 @given(PARTS, PARTS)
 def test_namespaces_differ_whenever_their_parts_do(
-    one: list[str | bytes | int], other: list[str | bytes | int]
+    one: list[str | bytes | int | None], other: list[str | bytes | int | None]
 ) -> None:
     assert (namespace_hash(*one) == namespace_hash(*other)) == (
         [(type(part), part) for part in one] == [(type(part), part) for part in other]
@@ -86,10 +89,22 @@ def test_namespaces_differ_whenever_their_parts_do(
         (("1",), (1,)),
         (("a",), ("a", "")),
         ((), ("",)),
+        (("a",), ("a", None)),
+        ((None,), ("",)),
+        (("a", None), (None, "a")),
     ],
 )
 def test_parts_that_could_be_confused_are_not(
-    one: tuple[str | bytes | int, ...], other: tuple[str | bytes | int, ...]
+    one: tuple[str | bytes | int | None, ...], other: tuple[str | bytes | int | None, ...]
 ) -> None:
     assert namespace_hash(*one) != namespace_hash(*other)
     assert len(namespace_hash(*one)) == 32
+
+
+@given(TREES, TREES)
+def test_trees_are_one_if_all_that_names_them_is(one: TreeKey, other: TreeKey) -> None:
+    assert (tree_hash(ROOT, one) == tree_hash(ROOT, other)) == (one == other)
+
+
+def test_a_tree_is_named_by_its_namespace_too() -> None:
+    assert tree_hash(ROOT, TreeKey()) != tree_hash(bytes(32), TreeKey())

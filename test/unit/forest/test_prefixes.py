@@ -172,10 +172,14 @@ def test_matching_touches_the_path_and_only_it(forest: Forest, root: Node) -> No
     assert (shared.hits, one.hits, other.hits) == (1, 1, 0)
 
 
-def test_prefix_length_touches_and_splits_nothing(forest: Forest, root: Node) -> None:
-    forest.insert(root, tokens_of(16), list(range(16)))
+def test_a_peek_touches_and_splits_nothing(forest: Forest, root: Node) -> None:
+    upper = forest.insert(root, tokens_of(4), list(range(4))).last
+    lower = forest.insert(root, tokens_of(16), list(range(16))).last
     before = forest.view()
-    assert forest.prefix_length(root, tokens_of(10)) == 8
+    found = forest.peek(root, tokens_of(10))
+    assert (found.path, found.partial, found.common, found.end) == ([upper], lower, 4, 8)
+    assert forest.peek(upper, tokens_of(10)) == ([], 4, lower, 4)
+    assert forest.peek(root, tokens_of(30), limit=17).path == [upper, lower]
     assert forest.view() == before
 
 

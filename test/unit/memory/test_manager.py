@@ -14,7 +14,7 @@ from tiered_kv.forest.key import namespace_hash
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.memory.actions import Drop, Load, WriteBack
-from tiered_kv.memory.manager import MemoryManager
+from tiered_kv.memory.manager import PATIENCE_S, MemoryManager
 
 DEVICE, HOST, DISK = Tier.DEVICE, Tier.HOST, Tier.DISK
 PROMPT = array("q", range(12))
@@ -238,7 +238,7 @@ def test_patience_is_what_computing_takes_or_twice_what_reading_takes(forest: Fo
     config = MemoryConfig()
     assert MemoryManager(forest, config, SlowDisk(0.1)).patience_s(3, 0) == 12.0
     assert MemoryManager(forest, config, SlowDisk(0.1)).patience_s(3, 0, queued_bytes=100) > 20.0
-    assert MemoryManager(forest, config).patience_s(3, 0) == float("inf")
+    assert MemoryManager(forest, config).patience_s(3, 0) == PATIENCE_S
 
 
 def test_a_load_ends_at_a_page_in_the_middle_of_a_node(forest: Forest, root: Node) -> None:

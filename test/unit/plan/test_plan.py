@@ -71,6 +71,22 @@ def test_capacities_count_whole_requests() -> None:
     assert host.requests == 25
 
 
+def test_a_group_of_devices_keeps_heads_several_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "plan.json"
+    # 4 KV heads on 8 devices.
+    assert main(["--model", "Qwen2.5-7B", "--device", "8xH100-80", "--json", str(written)]) == 0
+    shown = capsys.readouterr().out
+    assert "56.0 KiB of KV per token" in shown
+    assert "8 tensor-parallel ranks keep 112.0 KiB" in shown
+    device = json.loads(written.read_text())["capacities"][0]
+    assert device["tokens"] == device["kv_bytes"] // (112 * 1024)
+    row = context_memory(MODELS["Qwen2.5-7B"], 1000, 640 * GB, weight_bytes=0, n_devices=8)
+    assert row.kv_bytes == 1000 * 56 * 1024
+    assert row.concurrency == int(640 * GB // (1000 * 112 * 1024))
+
+
 def test_weights_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"leave no room"):
         tier_capacities(MODELS["Llama-3.1-70B"], 24 * GB - 141 * GB, {}, 1000)

@@ -12,7 +12,7 @@ from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.policies.fcfs import FirstComeFirstServed
 from tiered_kv.scheduler.prompts_ahead import PROMPTS_LOOK, STEP_TOKENS, PromptsAhead
-from tiered_kv.scheduler.request_policy import SchedulerState
+from tiered_kv.scheduler.request_policy import Arriving, SchedulerState
 
 CPU = CostModel(find_model("SmolLM2-135M"), find_device("CPU-2"), {})
 SHARED = range(100)
@@ -64,11 +64,11 @@ def test_the_prompt_that_was_begun_comes_first_and_those_held_not_at_all() -> No
     begun = state.waiting.get(0)
     state.waiting.remove(begun)
     begun.prefilled_tokens = CACHED + 6
-    held = replace(state, unfinished=begun, held={1})
+    held = replace(state, unfinished=begun, held={1: Arriving(0.0, 0)})
     whole = PromptsAhead(held).whole
     assert whole.chunks == ((10, CACHED + 6), (16, CACHED))
     assert whole.n_admitted == 1
-    assert not PromptsAhead(replace(state, held={1, 2}))
+    assert not PromptsAhead(replace(state, held=dict.fromkeys((1, 2), Arriving(0.0, 0))))
 
 
 def test_a_piece_is_worth_a_pass_if_all_of_it_takes_little_longer_in_such_pieces() -> None:

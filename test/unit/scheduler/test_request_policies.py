@@ -28,7 +28,7 @@ class TestEveryPolicy:
         for request_id in range(20):
             q.now_s = request_id * 0.01
             q.arrive(request_id, [1, 2, 3, 100 + request_id][request_id % 4 :])
-        q.held = {3, 7}
+        q.hold(3, 7)
         assert sorted(q.order()) == [i for i in range(20) if i not in q.held]
 
     def test_a_limit_gives_the_head_of_the_same_order(self, name: str) -> None:

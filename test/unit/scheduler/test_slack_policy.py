@@ -52,7 +52,7 @@ class TestEveryOrder:
     def test_everyone_who_shares_nothing_is_planned_once_but_those_held(self) -> None:
         q = queue()
         self.fill(q)
-        q.held = {3, 7, 50}
+        q.hold(3, 7, 50, ready_s=q.now_s)
         assert sorted(q.order()) == [i for i in range(100) if i not in q.held]
 
     def test_a_limit_gives_the_head_of_the_same_order(self) -> None:
@@ -358,13 +358,13 @@ class TestTheIteration:
         q.admit(0)
         q.arrive(1, blocks(1), slo=TIGHT)
         state = q.state()
-        state.unfinished, state.can_park = long, True
-        assert q.policy.plan(state, 16).park_unfinished
-        state.can_park = False
-        assert not q.policy.plan(state, 16).park_unfinished
-        state.can_park = True
+        state.unfinished, state.can_put_back = long, True
+        assert q.policy.plan(state, 16).put_back_unfinished
+        state.can_put_back = False
+        assert not q.policy.plan(state, 16).put_back_unfinished
+        state.can_put_back = True
         long.prefilled_tokens = long.prompt_tokens - 100
-        assert not q.policy.plan(state, 16).park_unfinished
+        assert not q.policy.plan(state, 16).put_back_unfinished
 
     @pytest.mark.parametrize("is_in_turn", [True, False])
     def test_an_overdue_prompt_admitted_in_its_turn_never_makes_way(
@@ -389,8 +389,8 @@ class TestTheIteration:
         q.admit(0)
         q.arrive(1, blocks(1), slo=TIGHT)
         state = q.state()
-        state.unfinished, state.can_park = long, True
-        assert q.policy.plan(state, 16).park_unfinished is not is_in_turn
+        state.unfinished, state.can_put_back = long, True
+        assert q.policy.plan(state, 16).put_back_unfinished is not is_in_turn
 
     def test_admission_is_capped_by_predicted_memory(self) -> None:
         q = queue(memory_margin=0.0)

@@ -154,10 +154,10 @@ def test_a_request_queued_for_the_disk_when_it_is_suspended(make_rig: MakeRig) -
         rig.arrive(f"r{n}", prompt)
     prefetch = rig.hierarchy.prefetch
     rig.poll_until(lambda: prefetch.done("r0"))
-    assert not prefetch.done("r1")
+    assert not prefetch.is_settled("r1")
     rig.hierarchy.suspend_disk()
     prefetch.release("r0")
-    rig.poll_until(lambda: prefetch.done("r1"))
+    rig.poll_until(lambda: prefetch.is_settled("r1"))
     assert prefetch.loaded_tokens("r1") == 0
     prefetch.release("r1")
     rig.check_idle()

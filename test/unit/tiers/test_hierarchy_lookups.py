@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from support_tiers.tier_rig import Rig, new_disk, on_disk, tokens_of
-from tiered_kv.tiers.prefetch import INLINE_LOOKUP_PAGES, READ_STRETCH_PAGES
+from tiered_kv.tiers.prefetch import INLINE_LOOKUP_PAGES
+from tiered_kv.tiers.read_queue import READ_STRETCH_PAGES
 
 pytestmark = pytest.mark.timeout(60)
 

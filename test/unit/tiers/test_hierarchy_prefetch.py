@@ -14,6 +14,7 @@ import pytest
 from support_tiers.doubles import FaultyDisk
 from support_tiers.tier_rig import NAMESPACE, Rig, new_disk, on_disk, on_host, tokens_of
 from tiered_kv.core.ids import Tier
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.disk.store import DiskStore
 from tiered_kv.tiers.in_memory import InMemoryStore
@@ -90,14 +91,15 @@ def test_a_miss_leaves_no_ticket(make_rig: MakeRig) -> None:
 def test_trees_of_other_keys_are_apart(make_rig: MakeRig) -> None:
     rig = make_rig(disk=new_disk())
     on_disk(rig, PROMPT)
-    rig.arrive("r", PROMPT, "tenant")
+    tenant = TreeKey(extra_key=b"tenant")
+    rig.arrive("r", PROMPT, tenant)
     assert not rig.hierarchy.prefetch.tickets
-    request = rig.admit(PROMPT, "tenant")
+    request = rig.admit(PROMPT, tenant)
     assert request is not None
     assert (request.n_device, request.n_host) == (0, 0)
     rig.finish(request)
     rig.drain()
-    assert rig.stored_pages(PROMPT) == rig.stored_pages(PROMPT, "tenant") == 4
+    assert rig.stored_pages(PROMPT) == rig.stored_pages(PROMPT, tenant) == 4
     assert len(rig.disk) == 8
     rig.check_idle()
     rig.check_disk()
@@ -281,54 +283,6 @@ def test_pages_computed_while_they_are_read(make_rig: MakeRig, n_read: int | Non
     rig.drain()
     rig.drop_from_device()
     assert rig.usable(PROMPT) == (0, 4)
-    rig.check_idle()
-
-
-def test_requests_queue_for_their_share_of_the_host(make_rig: MakeRig) -> None:
-    """Pages held for waiting requests take half of the host pool; the next ones wait in order."""
-    rig = make_rig(64, 16, new_disk())
-    prompts = {f"r{n}": tokens_of(n, n + 1, n + 2, n + 3, n + 4, tail=1) for n in (10, 20, 30)}
-    for prompt in prompts.values():
-        on_disk(rig, prompt)
-    prefetch = rig.hierarchy.prefetch
-    for rid, prompt in prompts.items():
-        rig.arrive(rid, prompt)
-    rig.poll_until(lambda: prefetch.done("r10"))
-    for _ in range(10):
-        rig.hierarchy.poll()
-    assert [prefetch.done(rid) for rid in prompts] == [True, False, False]
-    assert rig.disk.n_read_calls == 1
-    prefetch.release("r10")
-    rig.poll_until(lambda: prefetch.done("r20"))
-    assert not prefetch.done("r30")
-    prefetch.release("r30")  # the one in the queue gives up
-    assert prefetch.done("r30")
-    rig.arrive("r30", prompts["r30"])
-    assert not prefetch.done("r30")
-    prefetch.release("r20")
-    rig.poll_until(lambda: prefetch.done("r30"))
-    assert prefetch.loaded_tokens("r30") == 20
-    prefetch.release("r30")
-    rig.drain()
-    rig.check_idle()
-
-
-def test_the_queue_goes_on_when_its_head_gives_up(make_rig: MakeRig) -> None:
-    rig = make_rig(64, 16, new_disk())
-    large, small = tokens_of(*range(10, 18)), tokens_of(30, 31, tail=1)
-    on_disk(rig, tokens_of(1, 2, 3, 4, 5), large, small)
-    prefetch = rig.hierarchy.prefetch
-    rig.arrive("first", tokens_of(1, 2, 3, 4, 5, tail=1))
-    rig.arrive("large", large)
-    rig.arrive("small", small)
-    rig.poll_until(lambda: prefetch.done("first"))
-    rig.hierarchy.poll()
-    assert not prefetch.done("small")
-    prefetch.release("large")
-    rig.poll_until(lambda: prefetch.done("small"))
-    assert prefetch.loaded_tokens("small") == 8
-    prefetch.release("first")
-    prefetch.release("small")
     rig.check_idle()
 
 

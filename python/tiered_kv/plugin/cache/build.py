@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
+from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+from sglang.version import __version__ as sglang_release
 
 from tiered_kv.core.config import TieredKVConfig
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.memory.manager import MemoryManager
-from tiered_kv.plugin.cache import fingerprint, weight_updates
+from tiered_kv.plugin.cache import adapters, fingerprint, weight_updates
 from tiered_kv.plugin.cache.costs import build_cost_model
 from tiered_kv.plugin.cache.device_copier import make_copier
 from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
@@ -26,6 +24,7 @@ from tiered_kv.plugin.cache.disk import open_disk
 from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.formats import TierFormats, tier_formats
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder, PrometheusRecorder
+from tiered_kv.plugin.cache.parts import CacheParts, HostReport, RankMinimum
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.options.overlap import budget_share, rank_trace_file
 from tiered_kv.plugin.passes.pass_log import Pass, PassLog, draw_passes, pace_by_decodes
@@ -39,6 +38,7 @@ from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.interference import InterferenceBudget
+from tiered_kv.tiers.memory_limits import available_bytes
 from tiered_kv.tiers.pacing import WriteBackPacer
 from tiered_kv.tiers.timeline import TimelineFile
 from tiered_kv.tiers.transfer import Collective, SingleRank
@@ -54,53 +54,6 @@ logger = logging.getLogger(__name__)
 HOST_RESERVE_BYTES = 1 << 30
 
 
-class RankMinimum:
-    """Agreement between tensor-parallel ranks over upstream's CPU group."""
-
-    def __init__(self, group: torch.distributed.ProcessGroup) -> None:
-        self._group = group
-
-    def minimum(self, values: list[int]) -> list[int]:
-        tensor = torch.tensor(values, dtype=torch.int64)
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MIN, group=self._group)
-        return [int(value) for value in tensor.tolist()]
-
-
-class HostReport:
-    """What upstream's metrics reporter reads of a host pool, in tokens."""
-
-    def __init__(self, host: HostPool) -> None:
-        self._host = host
-        self.logical_size = host.n_pages * host.page_format.page_size
-
-    def available_size(self) -> int:
-        return self._host.n_free * self._host.page_format.page_size
-
-
-@dataclass(slots=True)
-class CacheParts:
-    """Everything the prefix cache is made of."""
-
-    hierarchy: KVHierarchy
-    disk_store: DiskTier | None
-    events: KvEvents
-    metrics: MetricsRecorder
-    host_report: HostReport
-    name_weights: Callable[[], tuple[bytes, DiskPages | None]]
-    """Names the weights in use now, and opens their namespace on disk."""
-    step_times: StepTimes
-    residency: ResidencyLog
-    """What became cached, or ceased to be, while somebody waits."""
-    cost_model: CostModel | None
-    pass_log: PassLog | None = None
-    """None if nobody wants to know of every pass."""
-
-    @property
-    def controller_report(self) -> SimpleNamespace:
-        """What upstream's output streamer reads of a cache controller."""
-        return SimpleNamespace(storage_backend=self.disk_store)
-
-
 def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     """Raises ConfigError or DiskTierError, one sentence each, if a tier cannot be set up."""
     from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
@@ -111,6 +64,8 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     ctx.params.token_to_kv_pool_allocator.get_kvcache().register_layer_transfer_counter(gate)
     ctx.tp_worker.register_hicache_layer_transfer_counter(gate)
     weight_updates.track(cache)
+    lora_manager = getattr(ctx.tp_worker.model_runner, "lora_manager", None)
+    adapters.track(adapters.AdapterNames(lora_manager, make_collective(ctx)))
     return cache
 
 
@@ -191,24 +146,16 @@ def host_bytes(config: TieredKVConfig, device_bytes: int, n_ranks: int) -> int:
     size = config.host.size_bytes
     if size is None:
         size = int(config.host.ratio * device_bytes)
-    available = max(0, available_memory() - HOST_RESERVE_BYTES) // n_ranks
+    free = available_bytes()
+    if free is None:
+        return size
+    available = max(0, free - HOST_RESERVE_BYTES) // n_ranks
     if size > available:
         raise ConfigError(
             f"the host tier wants {size / 1e9:.2f} GB per rank but only {available / 1e9:.2f} GB "
             "of memory are free; lower --tiered-kv-host-size or --tiered-kv-host-ratio."
         )
     return size
-
-
-def available_memory() -> int:
-    """Bytes that can still be taken on this machine, or in this container if that is less."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else min(available, int(limit) - used)
 
 
 def register_for_dma(address: int, n_bytes: int) -> None:
@@ -258,17 +205,40 @@ def launched_so_far(forward_stream: torch.cuda.Stream) -> After:
 def name_namespace(
     ctx: TreeCacheBuildContext, pool: Any, formats: TierFormats, store: DiskTier | None
 ) -> tuple[bytes, DiskPages | None]:
+    """The namespace of KV computed from now on, and its pages on disk if they are kept there.
+
+    On several ranks all must call it at the same points.
+    """
     started = time.perf_counter()
-    namespace = fingerprint.namespace_of(
-        ctx.tp_worker.model_runner.model,
+    model = ctx.tp_worker.model_runner.model
+    collective = make_collective(ctx)
+    checksum = fingerprint.weights_checksum(model)
+    checksums = collective.gather(checksum) if isinstance(collective, RankMinimum) else [checksum]
+    is_replicated = isinstance(pool, MLATokenToKVPool)
+    n_kv_heads = None if is_replicated else ctx.model_config.get_total_num_kv_heads()
+    parts = fingerprint.parts_of(
+        model,
         ctx.model_config,
+        ctx.server_args,
         pool,
         # What lies on disk is what must not be misread: host pages end with this process.
         formats.disk,
-        shard=f"{ctx.tp_rank} of {ctx.tp_size}",
+        weights=fingerprint.weights_of_all(checksums),
+        shard=fingerprint.kv_shard(ctx.tp_rank, ctx.tp_size, n_kv_heads),
+        release=sglang_release,
     )
-    logger.info("Tiered KV: named the weights in %.2f s.", time.perf_counter() - started)
+    namespace = fingerprint.namespace_of(parts)
+    logger.info(
+        "Tiered KV: named the weights in %.2f s; the namespace is %s, of %s.",
+        time.perf_counter() - started,
+        namespace.hex()[:8],
+        fingerprint.described(parts),
+    )
     if store is None:
+        return namespace, None
+    reason = fingerprint.beyond_names(ctx.model_config)
+    if reason is not None:
+        logger.warning("Tiered KV: nothing is kept on disk: %s.", reason)
         return namespace, None
     description = f"{ctx.server_args.model_path} {pool.dtype} page {formats.disk.page_size}"
     if formats.disk_layout is not None and formats.disk.is_lossy:

@@ -1,7 +1,10 @@
 """Upstream's KV cache events (`--kv-events-config`), with the tier of every block.
 
-A block is a page; its hash is the head of our own chained page hash, so it also tells namespaces
-(adapters, tenants) apart. Cache-aware routers read these events (disaggregation/kv_events.py).
+A block is a page; its hash is the head of our own chained page hash, so equal hashes are equal
+tokens of one tree. Cache-aware routers read these events (disaggregation/kv_events.py), and many
+find blocks by their tokens and parents alone, so these tell trees apart as well: the first block of
+a salted tree hangs below the tree's own hash, where no unsalted request looks, and an adapter's
+blocks carry a number made of its contents as `lora_id`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from sglang.srt.disaggregation.kv_events import (
 )
 
 from tiered_kv.core.ids import Tier
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.node import Node
 
 MEDIUM = {
@@ -30,6 +34,17 @@ MEDIUM = {
 def block_hash(page_hash: bytes) -> int:
     """The signed 64-bit number that upstream's events carry."""
     return int.from_bytes(page_hash[:8], "big", signed=True)
+
+
+def is_salted(key: TreeKey) -> bool:
+    return key.salt is not None or key.extra_key is not None
+
+
+def adapter_number(key: TreeKey) -> int | None:
+    """A positive 63-bit number of an adapter's contents, None for the base model."""
+    if key.adapter is None:
+        return None
+    return int.from_bytes(key.adapter[:8], "big") >> 1
 
 
 class KvEvents:
@@ -49,11 +64,12 @@ class KvEvents:
             self._queue.append(AllBlocksCleared())
 
     def stored(self, node: Node, tier: Tier) -> None:
-        if not self._enabled:
-            return
         parent = node.parent
+        if not self._enabled or parent is None:  # it left the forest meanwhile
+            return
+        key = parent.root.tree_key
         parent_hash = None
-        if parent is not None and not parent.is_root:
+        if not parent.is_root or is_salted(key):
             parent_hash = block_hash(parent.last_page_hash)
         for i, page_hash in enumerate(node.page_hashes):
             page = node.tokens[i * self._page_size : (i + 1) * self._page_size]
@@ -63,7 +79,7 @@ class KvEvents:
                     parent_block_hash=parent_hash,
                     token_ids=page.tolist(),
                     block_size=self._page_size,
-                    lora_id=None,
+                    lora_id=adapter_number(key),
                     medium=MEDIUM[tier],
                 )
             )

@@ -28,7 +28,10 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from tiered_kv.core.ids import Tier
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.node import Node
+from tiered_kv.plugin.cache.observer import NoObserver, RequestObserver
+from tiered_kv.plugin.requests.view import is_named_by_tokens
 from tiered_kv.tiers.context import device_slots_of
 from tiered_kv.tiers.hierarchy import KVHierarchy
 
@@ -36,8 +39,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
-    from tiered_kv.plugin.cache.build import CacheParts
-    from tiered_kv.plugin.queue.order import RequestOrder
+    from tiered_kv.plugin.cache.parts import CacheParts
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +71,8 @@ class TieredPrefixCache(RadixCache):
         self.token_to_kv_pool_host = parts.host_report
         self.cache_controller = parts.controller_report
         self.root_node = self.hierarchy.root()
-        # Set if one of our policies orders the waiting queue.
-        self.request_order: RequestOrder | None = None
+        # Whoever keeps the waiting queue in order, if one of our policies does.
+        self.observer: RequestObserver = NoObserver()
         # KV tokens that the decode launched last need not read, as others of it do.
         self.saved_tokens = 0
         # Where what was inserted last ended in the tree.
@@ -100,7 +102,7 @@ class TieredPrefixCache(RadixCache):
             host_hit_length=prefix.n_host_tokens,
         )
 
-    def root_node_handle(self, extra_key: str | None = None) -> Node:
+    def root_node_handle(self, extra_key: TreeKey | None = None) -> Node:
         return self.hierarchy.root(extra_key)
 
     def is_root(self, node: Node) -> bool:
@@ -181,20 +183,17 @@ class TieredPrefixCache(RadixCache):
         self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int
     ) -> None:
         self.hierarchy.prefetch.release(req.rid)
-        if self.request_order is not None:
-            self.request_order.queue.ended(req)
         if is_insert:
             self.parts.metrics.finished(req)
         is_insert = is_insert and is_named_by_tokens(req)
         self._last_inserted = self.root_node
         super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
-        if self.request_order is not None:
-            self.request_order.ended(req, self._last_inserted)
+        self.observer.released(req, self._last_inserted)
 
     def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
         self.hierarchy.prefetch.release(req.rid)
-        if self.request_order is not None and not chunked:
-            self.request_order.queue.first_token(req)
+        if not chunked:
+            self.observer.first_token(req)
         if is_named_by_tokens(req):
             super().cache_unfinished_req(req, chunked)
             return
@@ -237,13 +236,11 @@ class TieredPrefixCache(RadixCache):
     def check_hicache_events(self) -> None:
         """Called once per scheduling pass, idle or not: the hierarchy's clock tick."""
         self.hierarchy.poll()
-        parts, order = self.parts, self.request_order
-        if order is not None:
-            order.after_poll()
+        self.observer.polled()
+        parts = self.parts
         n_tokens = self.token_to_kv_pool_allocator.size
-        is_due = parts.metrics.refresh(self.hierarchy, parts.disk_store, n_tokens)
-        if is_due and order is not None:
-            parts.metrics.longest_wait(order.wait_over_bound_s())
+        if parts.metrics.refresh(self.hierarchy, parts.disk_store, n_tokens):
+            parts.metrics.longest_wait(self.observer.wait_over_bound_s())
 
     @property
     def ongoing_write_through(self) -> range:
@@ -274,8 +271,7 @@ class TieredPrefixCache(RadixCache):
                 self._weights_changed = False
             self.root_node = self._hierarchy.root()
             self.parts.events.cleared()
-            if self.request_order is not None:
-                self.request_order.queue.look_up_all()
+            self.observer.emptied()
 
     def weights_changing(self) -> None:
         """Nothing goes to or comes from the disk until a flush has named the new weights."""
@@ -322,12 +318,3 @@ class TieredPrefixCache(RadixCache):
 
     def pretty_print(self) -> None:
         print(self.hierarchy.context.forest.view())  # noqa: T201
-
-
-def is_named_by_tokens(req: Req) -> bool:
-    """Whether a prompt's KV depends on its token ids alone, so that they may name it.
-
-    Embeddings given by the client override those of the tokens. Upstream does not match such
-    prompts, but inserts what they computed; on disk that would outlive the request's own error.
-    """
-    return req.positional_embed_overrides is None and req.input_embeds is None

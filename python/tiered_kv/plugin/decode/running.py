@@ -11,18 +11,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tiered_kv.api.terms import Terms
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.plugin.decode.gangs import gangs_of
 from tiered_kv.plugin.decode.swap_out import can_swap
+from tiered_kv.plugin.requests.view import terms_of
 from tiered_kv.scheduler.iteration_policy import RunningRequest, RunningTotals
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
-
-_NO_TERMS = Terms()
 
 
 @dataclass(slots=True)
@@ -33,12 +31,6 @@ class _Entry:
     n_all: int
     """Iterations of everybody that its `context_tokens` and `last_token_s` account for."""
     first_token_s: float
-
-
-def terms_of(req: Req) -> Terms:
-    """What `req` was promised."""
-    terms: Terms = getattr(req, "tiered_kv_terms", _NO_TERMS)
-    return terms
 
 
 class RunningRequests:
@@ -75,6 +67,13 @@ class RunningRequests:
             self._add(req, now_s)
         self._reqs = reqs
         self.totals.shared_tokens_saved = 0
+
+    def clear(self) -> None:
+        """Nobody runs any more."""
+        for req in list(self._entries):
+            self._remove(req)
+        self._reqs = self._gangs_known_of = self._decoding = None
+        self.totals.n_parked = self.totals.shared_tokens_saved = 0
 
     def _new(self, reqs: list[Req], n_new: int) -> list[Req]:
         """The `n_new` of `reqs` that are not known yet, in order: they are near the end."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin.attention.cascade import planner_of
 from tiered_kv.plugin.decode.batch import decode_part
-from tiered_kv.plugin.decode.running import RunningRequests, terms_of
+from tiered_kv.plugin.decode.running import RunningRequests
 from tiered_kv.plugin.decode.swap_out import Leaving
 from tiered_kv.plugin.options import decode as decode_option
+from tiered_kv.plugin.requests.view import queued_of, terms_of
 from tiered_kv.scheduler.iteration_policy import (
     IterationPlan,
     IterationPolicy,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
     from tiered_kv.plugin.queue.clock_tick import SharedClock
-    from tiered_kv.plugin.queue.order import RequestOrder
     from tiered_kv.scheduler.cost_model import CostModel
     from tiered_kv.scheduler.request_policy import SchedulerState
 
@@ -55,7 +55,9 @@ class DecodeSelection:
         clock: SharedClock,
         *,
         is_cascade: bool = False,
+        on_parked: Callable[[Sequence[Req]], None] | None = None,
     ) -> None:
+        """on_parked: told who skips an iteration, and of nobody when all take part again."""
         cache = scheduler.tree_cache
         self.running = RunningRequests((lambda: cache.saved_tokens) if is_cascade else None)
         self.leaving = Leaving(scheduler)
@@ -72,6 +74,8 @@ class DecodeSelection:
         self._policy = policy
         self._costs = costs
         self._clock = clock
+        self._on_parked = on_parked
+        self._are_some_parked = False
         # While SGLang prepares a decode: the running batch, and who of it decodes (None: all; [] if
         # all are about to leave).
         self._whole: ScheduleBatch | None = None
@@ -115,6 +119,7 @@ class DecodeSelection:
             if whole is None:
                 # Mixed into a prefill, all of them.
                 self.running.some_decode(batch.reqs, now_s)
+                self._park(())
             return
         if self._chosen is not None and not self._chosen:
             self.running.some_decode([], now_s)
@@ -124,12 +129,21 @@ class DecodeSelection:
         if rows is None or len(rows) == len(batch.reqs):
             prepare()
             self.running.everyone_decodes(now_s)
+            self._park(())
             return
         part = decode_part(batch, rows)
         self.running.some_decode(part.reqs, now_s)
         self._part = batch, part
         self.n_parts += 1
+        decoding = set(part.reqs)
+        self._park([req for req in batch.reqs if req not in decoding])
         batch.tree_cache.parts.metrics.some_parked()
+
+    def _park(self, reqs: Sequence[Req]) -> None:
+        if reqs or self._are_some_parked:
+            self._are_some_parked = bool(reqs)
+            if self._on_parked is not None:
+                self._on_parked(reqs)
 
     def batch_to_run(self, batch: ScheduleBatch | None) -> ScheduleBatch | None:
         """`batch`, or what runs in its place."""
@@ -200,6 +214,14 @@ class DecodeSelection:
         elif len(staying) < len(batch.reqs):
             self._chosen = staying
 
+    def begin_pass(self, batch: ScheduleBatch) -> None:
+        """A scheduling pass begins, in which those in `batch` run; perhaps nobody."""
+        if batch.is_empty() and self.running.totals.n:
+            self.running.clear()
+            self.leaving.clear()
+            self._first_in_queue = None
+            self._park(())
+
     def plan_prefill(self, batch: ScheduleBatch, prefill: SchedulerState) -> IterationPlan:
         """What room the decodes of `batch` leave for a prefill that runs before them.
 
@@ -246,22 +268,21 @@ class DecodeSelection:
 
     # -- who makes way ------------------------------------------------------------------------
 
-    def queue_in_order(self, offered: Sequence[Req], order: RequestOrder | None) -> None:
-        """SGLang admits from `offered` next. If that is nobody, `order` sees no room for anybody:
-        then whoever waits with the tightest token objective may need others to make way.
+    def queue_in_order(self, offered: Sequence[Req], able: Iterable[Req]) -> None:
+        """SGLang admits from `offered` next. If that is nobody, the queue's policy sees no room for
+        anybody: then whoever waits with the tightest token objective may need others to make way.
+
+        able: those who wait and could start if there were room, in the order of arrival.
         """
         self._is_held_back = not offered
         self._first_in_queue = offered[0] if offered else None
-        if offered or order is None:
-            return
-        waiting = [
-            queued
-            for queued in islice(order.queue.waiting, LOOK_AHEAD)
-            if queued.slo.tbt_s is not None and queued.request_id not in order.queue.held
-        ]
-        if waiting:
-            first = min(waiting, key=lambda queued: (queued.slo.tbt_s, queued.request_id))
-            self._first_in_queue = order.queue.req(first.request_id)
+        if not offered:
+            hurried = [r for r in islice(able, LOOK_AHEAD) if terms_of(r).slo.tbt_s is not None]
+            self._first_in_queue = min(
+                hurried,
+                key=lambda req: (terms_of(req).slo.tbt_s, queued_of(req).request_id),
+                default=None,
+            )
 
     def _make_way(self, batch: ScheduleBatch, first: Req) -> None:
         """Have some leave so that `first`, whose objective is tighter, is admitted."""
@@ -354,10 +375,15 @@ def install(scheduler: Any, policy_name: str) -> None:
     policy = iteration_policies.get(policy_name)()
     is_cascade = planner_of(scheduler.tp_worker.model_runner) is not None
     selection = DecodeSelection(
-        scheduler, policy, parts.cost_model, order.clock, is_cascade=is_cascade
+        scheduler,
+        policy,
+        parts.cost_model,
+        order.clock,
+        is_cascade=is_cascade,
+        on_parked=order.queue.parked,
     )
     order.clock.also_wanted(lambda: not scheduler.running_batch.is_empty())
     scheduler.tree_cache.decode_selection = selection
     scheduler.policy.tiered_kv_selection = selection
-    order.selection = selection
+    order.room = selection
     logger.info("Tiered KV: who decodes is chosen by the policy %s.", policy_name)

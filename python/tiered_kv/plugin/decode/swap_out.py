@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from tiered_kv.plugin.cache.prefix_cache import is_named_by_tokens
+from tiered_kv.plugin.queue.again import Why, has_room, queue_again
+from tiered_kv.plugin.requests.view import is_named_by_tokens
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -85,6 +86,10 @@ class Leaving:
         """They are to leave."""
         self._reqs += [req for req in reqs if req not in self._reqs]
 
+    def clear(self) -> None:
+        """Nobody runs any more: nobody is on their way."""
+        self._reqs.clear()
+
     def settle(self, batch: ScheduleBatch) -> None:
         """Those who can leave `batch`, the running batch, do. Who is to end stays, to do so."""
         if not self._reqs:
@@ -98,6 +103,9 @@ class Leaving:
         in_flight = self._in_flight()
         ready = [req for req in self._reqs if req not in in_flight]
         if not ready:
+            return
+        if not has_room(self._scheduler):
+            self._reqs.clear()
             return
         self._reqs = [req for req in self._reqs if req in in_flight]
         gone = set(ready)
@@ -114,17 +122,7 @@ class Leaving:
         return {req for batch, _ in self._scheduler.result_queue for req in batch.reqs}
 
     def _wait_again(self, req: Req) -> None:
-        scheduler = self._scheduler
-        keep_kv(req, scheduler.tree_cache)
-        n_retractions = req.retraction_count
-        req.reset_for_retract()
-        # What SGLang counts as retractions means memory that ran out.
-        req.retraction_count = n_retractions
+        keep_kv(req, self._scheduler.tree_cache)
         setattr(req, _N_SWAPS, getattr(req, _N_SWAPS, 0) + 1)
         self.n_swapped += 1
-        scheduler.tree_cache.parts.metrics.made_way()
-        scheduler.waiting_queue.append(req)
-        req.time_stats.set_wait_queue_entry_time()
-        order = getattr(scheduler, "tiered_kv_order", None)
-        if order is not None:
-            order.queue.parked(req, order.clock)
+        queue_again(self._scheduler, req, Why.SWAPPED)

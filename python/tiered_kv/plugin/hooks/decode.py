@@ -77,7 +77,7 @@ def note_first_in_queue(
     selection = getattr(schedule_policy, "tiered_kv_selection", None)
     if selection is not None:
         order = getattr(schedule_policy, "tiered_kv_order", None)
-        selection.queue_in_order(waiting_queue, order)
+        selection.queue_in_order(waiting_queue, () if order is None else order.able())
 
 
 def after_batch_result(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:

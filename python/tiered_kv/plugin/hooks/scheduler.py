@@ -17,6 +17,18 @@ def announce_disk_tier(result: None, scheduler: Any, *args: Any, **kwargs: Any) 
         scheduler.enable_hicache_storage = scheduler.tree_cache.enable_storage
 
 
+def refuse_what_never_fits(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Have SGLang refuse prompts that its admission would never let in.
+
+    AFTER `Scheduler.__init__`. It counts a page more than the prompt has tokens, and admits what is
+    less than the pool (managers/schedule_policy.py: PrefillAdder.add_one_req); but it refuses on
+    arrival only what is longer than the pool less a few tokens.
+    """
+    if getattr(scheduler.server_args, "tiered_kv", False):
+        most = scheduler.max_total_num_tokens - scheduler.page_size
+        scheduler.max_req_input_len = min(scheduler.max_req_input_len, most)
+
+
 def check_integrity_when_idle(scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """With `--tiered-kv-debug-integrity`, stop the server if the cache's books do not balance.
 
@@ -73,23 +85,37 @@ def put_in_order(
         order.put_in_order(waiting_queue, running_batch)
 
 
+def may_start(
+    original: Callable[..., bool], scheduler: Any, req: Any, *args: Any, **kwargs: Any
+) -> bool:
+    """AROUND `Scheduler._can_schedule_lora_req`: whether its adapter can be loaded now."""
+    order = getattr(scheduler, "tiered_kv_order", None)
+    if order is None:
+        return original(scheduler, req, *args, **kwargs)
+    allowed: bool = order.may_start(req, lambda: original(scheduler, req, *args, **kwargs))
+    return allowed
+
+
 def before_mixing(result: None, batch: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `ScheduleBatch.prepare_for_extend`; decodes are mixed in right after it, if at all."""
-    order = getattr(batch.tree_cache, "request_order", None)
-    if order is not None:
-        order.before_mixing()
+    observer = getattr(batch.tree_cache, "observer", None)
+    if observer is not None:
+        observer.before_mixing()
 
 
 def after_batch_result(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `Scheduler.process_batch_result`."""
     order = getattr(scheduler, "tiered_kv_order", None)
     if order is not None:
-        order.parking.after_result()
+        order.put_back.after_result()
 
 
-def note_arrival(result: None, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER `Scheduler._add_request_to_queue`, which may also have refused `req`."""
+def add_to_queue(
+    original: Callable[..., None], scheduler: Any, req: Any, *args: Any, **kwargs: Any
+) -> None:
+    """AROUND `Scheduler._add_request_to_queue`, which may also refuse `req`."""
     order = getattr(scheduler, "tiered_kv_order", None)
-    queue = scheduler.waiting_queue
-    if order is not None and queue and queue[-1] is req:
-        order.queue.arrived(req, order.clock)
+    if order is None:
+        original(scheduler, req, *args, **kwargs)
+    else:
+        order.add(req, lambda: original(scheduler, req, *args, **kwargs))

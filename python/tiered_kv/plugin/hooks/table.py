@@ -16,6 +16,7 @@ from tiered_kv.core.errors import UpstreamError
 from tiered_kv.plugin.hooks.decode_table import DECODE_HOOKS
 from tiered_kv.plugin.hooks.guard_table import GUARD_HOOKS
 from tiered_kv.plugin.hooks.hook import Hook, Process
+from tiered_kv.plugin.hooks.naming_table import NAMING_HOOKS
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
@@ -92,6 +93,20 @@ HOOKS: tuple[Hook, ...] = (
         why="the waiting queue would be in SGLang's order instead of the policy's",
     ),
     Hook(
+        target="sglang.srt.managers.scheduler.Scheduler._can_schedule_lora_req",
+        kind="around",
+        function="tiered_kv.plugin.hooks.scheduler:may_start",
+        process=Process.SCHEDULER,
+        why="requests for a rare adapter would be passed over for ever",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.__init__",
+        kind="after",
+        function="tiered_kv.plugin.hooks.scheduler:refuse_what_never_fits",
+        process=Process.SCHEDULER,
+        why="a prompt within a page of the pool would wait for ever, and everyone behind it",
+    ),
+    Hook(
         target="sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
         kind="after",
         function="tiered_kv.plugin.hooks.scheduler:before_mixing",
@@ -107,8 +122,8 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
-        kind="after",
-        function="tiered_kv.plugin.hooks.scheduler:note_arrival",
+        kind="around",
+        function="tiered_kv.plugin.hooks.scheduler:add_to_queue",
         process=Process.SCHEDULER,
         why="a policy is told of arrivals instead of looking for them in every step",
     ),
@@ -247,6 +262,7 @@ HOOKS: tuple[Hook, ...] = (
         )
     ),
     *GUARD_HOOKS,
+    *NAMING_HOOKS,
 )
 
 _installed: dict[str, Callable[..., Any]] = {}

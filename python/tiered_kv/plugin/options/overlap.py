@@ -11,6 +11,7 @@ from typing import Any
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.core.paths import expand_user
 from tiered_kv.plugin.options.values import argument
 
 COPY_PATHS = ("auto", "dma", "kernel")
@@ -53,7 +54,7 @@ def trace_file(option: str, value: str | os.PathLike[str] | None) -> str | None:
     """An absolute path in a directory that exists, or None for none. Raises ConfigError."""
     if value is None or not str(value).strip():
         return None
-    path = Path(value).expanduser().absolute()
+    path = expand_user(option, value).absolute()
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise ConfigError(
             f"{option} cannot be {path}; name a file in a directory that exists and is writable."

@@ -24,7 +24,9 @@ from tiered_kv.api.fields import TermsError
 from tiered_kv.api.slo import DEFAULT_CLASSES, SloClasses
 from tiered_kv.core.config import DISK_IO_MODES, PAGE_FORMATS, SAME_FORMAT
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.core.paths import expand_user
 from tiered_kv.core.units import parse_bytes
+from tiered_kv.plugin.upstream import user
 from tiered_kv.scheduler.request_policy import request_policies
 from tiered_kv.tiers.disk.shards import bytes_below, list_shards
 
@@ -136,7 +138,7 @@ def key_file(option: str, value: str | os.PathLike[str] | None) -> Path | None:
     """The disk tier's key file, an absolute path. Raises ConfigError if there is no such file."""
     if value is None or not str(value).strip():
         return None
-    path = Path(value).expanduser().absolute()
+    path = expand_user(option, value).absolute()
     if not path.is_file():
         raise ConfigError(
             f"{option} names {path}, which is no file; write a key with "
@@ -152,12 +154,11 @@ def disk_directory(option: str, value: str | os.PathLike[str] | None) -> Path | 
     mount that is read-only, is no reason not to start.
     """
     if value is None:
-        cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        directory = Path(cache_home).expanduser() / "tiered_kv" / "disk"
+        directory = _cache_home(option) / "tiered_kv" / "disk"
     elif str(value).strip().lower() in (NO_DISK, ""):
         return None
     else:
-        directory = Path(value).expanduser()
+        directory = expand_user(option, value)
     directory = directory.absolute()
     in_the_way = _ask_disk(lambda: _file_in_the_way(directory), None)
     if in_the_way is not None:
@@ -166,6 +167,22 @@ def disk_directory(option: str, value: str | os.PathLike[str] | None) -> Path | 
             f"or write {NO_DISK} to do without the disk tier."
         )
     return directory
+
+
+def _cache_home(option: str) -> Path:
+    """Where this user keeps caches. Raises ConfigError for a user without a home."""
+    configured = os.environ.get("XDG_CACHE_HOME")
+    if configured:
+        return expand_user(option, configured)
+    try:
+        if not user.has_temporary_home():
+            return Path.home() / ".cache"
+    except RuntimeError:
+        pass
+    raise ConfigError(
+        f"{option} has no default because this user has no home; name a directory, or write "
+        f"{NO_DISK} to do without the disk tier."
+    )
 
 
 def slo_table(option: str, value: str | os.PathLike[str]) -> str:
@@ -179,7 +196,7 @@ def slo_table(option: str, value: str | os.PathLike[str]) -> str:
         if text.startswith("{"):
             table = json.loads(text)
         else:
-            content = Path(text).expanduser().read_text()
+            content = expand_user(option, text).read_text()
             table = tomllib.loads(content) if text.endswith(".toml") else json.loads(content)
         parse_classes(table)
     except (OSError, UnicodeDecodeError) as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.memory.manager import LOAD_AHEAD_PROBABILITY, LOAD_AHEAD_S
-from tiered_kv.plugin.decode.running import terms_of
+from tiered_kv.plugin.requests.view import terms_of
 from tiered_kv.scheduler.next_calls import NextCalls
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import ForecastingPolicy, RequestPolicy, SchedulerState

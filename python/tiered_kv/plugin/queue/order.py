@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from tiered_kv.plugin.queue import clock_tick
+from tiered_kv.plugin.queue import again, clock_tick
 from tiered_kv.plugin.queue.foretold import Foretold
-from tiered_kv.plugin.queue.parking import Parking
-from tiered_kv.plugin.queue.queued import QueuedRequests, is_aborted, queued_of
+from tiered_kv.plugin.queue.put_back import PutBack
+from tiered_kv.plugin.queue.queued import QueuedRequests
+from tiered_kv.plugin.queue.whole_queue import show_whole_queue
+from tiered_kv.plugin.requests.view import QUEUED, is_aborted, queued_of
 from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.decode_room import DecodeRoom
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.request import QueuedRequest
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
     from tiered_kv.forest.node import Node
     from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
     from tiered_kv.plugin.cache.residency_log import ResidencyLog
-    from tiered_kv.plugin.decode.selection import DecodeSelection
     from tiered_kv.tiers.hierarchy import KVHierarchy
 
 logger = logging.getLogger(__name__)
@@ -59,37 +61,68 @@ class RequestOrder:
         max_wait_s: float | None = None,
     ) -> None:
         """`max_wait_s`: how long the policy promises that nobody waits, None: it does not."""
-        self.queue = QueuedRequests(hierarchy, policy, residency, metrics)
         self.clock = clock_tick.SharedClock(
-            wanted=lambda: self.queue.wants_time, on_tick=self._on_tick
+            wanted=lambda: self.queue.lives.wants_time, on_tick=self._on_tick
         )
+        self.queue = QueuedRequests(hierarchy, policy, residency, metrics, self.clock)
         self.foretold = Foretold(hierarchy, policy)
         self.clock.also_wanted(lambda: self.foretold.is_due(time.perf_counter()))
-        self.selection: DecodeSelection | None = None
+        self.room: DecodeRoom[ScheduleBatch] | None = None
         """Set if an iteration policy chooses who decodes: it knows what room that leaves."""
-        self.parking = Parking(scheduler, self.queue, self.clock)
+        self.put_back = PutBack(scheduler)
         self._scheduler = scheduler
         self._policy = policy
         self._hierarchy = hierarchy
         self._costs = costs
         self._max_wait_s = max_wait_s
+        self._may_put_back = True
         # While SGLang forms a prefill batch.
         self._running_batch: ScheduleBatch | None = None
         self._everyone: list[Req] | None = None
         self._state: SchedulerState | None = None
+        self._first: Req | None = None
+        """Whom nobody may pass in this pass."""
+        self._is_blocked = False
+        show_whole_queue(scheduler, lambda: self._everyone)
 
     def _on_tick(self) -> None:
-        self.queue.tell(self.clock.now_s)
+        self.queue.drop_gone(self._scheduler.waiting_queue)
+        self.queue.tell()
         self.foretold.tick(self.clock.now_s)
 
     def wait_over_bound_s(self) -> float:
         """By how much the bound on waiting is exceeded now, at most; 0 if it is kept."""
-        return self.queue.wait_over_bound_s(self.clock.now_s, self._max_wait_s)
+        return self.queue.wait_over_bound_s(self._max_wait_s)
 
-    def ended(self, req: Req, last: Node) -> None:
-        """`req` is over, and its KV is in the tree down to `last`, a root if it is not."""
-        if not is_aborted(req):
+    def add(self, req: Req, add: Callable[[], None]) -> None:
+        """`add`, SGLang's `_add_request_to_queue`, for `req`, which is new or comes back."""
+        scheduler = self._scheduler
+        if hasattr(req, QUEUED) and again.is_to_end(scheduler, req):
+            again.end_now(scheduler, req)
+            self.queue.refused(req)
+            return
+        add()
+        queue = scheduler.waiting_queue
+        if queue and queue[-1] is req:
+            self.queue.arrived(req)
+        else:
+            self.queue.refused(req)
+
+    # -- what the cache sees (plugin/cache/observer.py) -----------------------------------------
+
+    def first_token(self, req: Req) -> None:
+        """`req` has a token, and goes on."""
+        self.queue.first_token(req)
+
+    def released(self, req: Req, last: Node) -> None:
+        """`req` holds no KV any more; what it computed is in the tree down to `last`."""
+        self.queue.released(req)
+        if req.finished() and not is_aborted(req):
             self.foretold.ended(req, last, self.clock.now_s)
+
+    def emptied(self) -> None:
+        """Nothing is cached any more."""
+        self.queue.look_up_all()
 
     # -- one prefill batch --------------------------------------------------------------------
 
@@ -109,38 +142,66 @@ class RequestOrder:
         finally:
             scheduler.chunked_prefill_size, scheduler.is_mixed_chunk = configured
             self._end_pass(batch)
+        if batch is None and self.put_back.undo():
+            # Nobody fits without the prompt that was begun, so it goes on, in this very pass.
+            self._may_put_back = False
+            try:
+                return self.form_prefill(form, running_batch)
+            finally:
+                self._may_put_back = True
+        self.put_back.after_result()
         return batch, running_batch
 
-    def after_poll(self) -> None:
+    def polled(self) -> None:
         """Transfers were acknowledged: at the start of `form`, before it looks whether it may stop.
 
         It stops if the batch was full and nobody has left it since. But who has joined the queue
         since, or has its pages by now, may fit, and may be more urgent than whoever did not.
         """
         queue = self.queue
-        if queue.held:
-            queue.release_ready()
+        queue.drop_gone(self._scheduler.waiting_queue)
+        if self.room is not None and self._running_batch is not None:
+            self.room.begin_pass(self._running_batch)
+        queue.hold_or_let_go()
         if queue.has_news and self._running_batch is not None:
             self._running_batch.batch_is_full = False
 
     def put_in_order(self, waiting_queue: list[Req], running_batch: ScheduleBatch) -> None:
         """In the place of `SchedulePolicy.calc_priority`. Raises PrefillSkipped."""
-        queue, now_s = self.queue, self.clock.now_s
+        queue, scheduler = self.queue, self._scheduler
         queue.has_news = False
-        queue.drop_gone(waiting_queue, now_s)
-        queue.look_up_changed(now_s)
+        queue.look_up_changed()
         state = self._state = self._look(running_batch)
         plan = self._plan(state)
-        if plan.park_unfinished and state.can_park:
-            self.parking.take_out()
+        if plan.put_back_unfinished and state.can_put_back:
+            self.put_back.take_out()
         plan = self._limited(plan, state)
         self._everyone = waiting_queue.copy()
-        waiting_queue[:] = [queue.req(request_id) for request_id in self._offer(plan, state)]
+        offered = self._offer(plan, state)
+        for request_id in offered:
+            queue.wait_no_longer(request_id)
+        waiting_queue[:] = [queue.req(request_id) for request_id in offered]
+        # If nothing runs that could make way, waiting for it would be in vain.
+        is_held_up = plan.first_or_none and bool(state.running or scheduler.chunked_req)
+        self._first = waiting_queue[0] if is_held_up and waiting_queue else None
         self._set_chunk(plan, state)
+
+    def may_start(self, req: Req, can_start: Callable[[], bool]) -> bool:
+        """Whether `req`, offered in its turn, is admitted as far as its adapter is concerned.
+
+        SGLang goes on with the next in its queue if not; but not past whom nobody may pass.
+        """
+        if self._is_blocked:
+            return False
+        if can_start():
+            return True
+        self._is_blocked = req is self._first
+        return False
 
     def _end_pass(self, batch: ScheduleBatch | None) -> None:
         """Make the queue whole again, without those who are in `batch`."""
-        self._running_batch = None
+        self._running_batch = self._first = None
+        self._is_blocked = False
         everyone, state = self._everyone, self._state
         self._everyone = self._state = None
         if everyone is None or state is None:
@@ -149,11 +210,10 @@ class RequestOrder:
         if batch is not None:
             n_mixed = len(batch.decoding_reqs or ())
             self.queue.processed_prefill_tokens += batch.extend_num_tokens - n_mixed
-            admitted = self.queue.admitted(batch.reqs, self.clock.now_s)
+            admitted = self.queue.admitted(batch.reqs)
             self.foretold.admitted(map(queued_of, admitted))
         waiting = [req for req in everyone if req not in admitted] if admitted else everyone
         self._scheduler.waiting_queue = waiting
-        self.parking.settle(batch)
         if batch is not None and batch.prefill_stats is not None:
             # It was counted over what was offered.
             batch.prefill_stats.num_pending_tokens = self._pending_tokens()
@@ -165,6 +225,11 @@ class RequestOrder:
         unfinished = scheduler.chunked_req
         done = 0 if unfinished is None else unfinished.extend_range.length
         return int(scheduler.load_inquirer._get_num_pending_tokens(chunk_deduct=done))
+
+    def able(self) -> Iterator[Req]:
+        """Those who wait and could start now if there were room, in the order of arrival."""
+        queue = self.queue
+        return (queue.req(i) for i in queue.waiting.requests if i not in queue.held)
 
     # -- the plan -----------------------------------------------------------------------------
 
@@ -183,7 +248,7 @@ class RequestOrder:
             costs=self._costs,
             available_tokens=context.allocator.available() + scheduler.tree_cache.evictable_size(),
             unfinished=self._unfinished(),
-            can_park=self.parking.can_park(),
+            can_put_back=self._may_put_back and self.put_back.can_put_back(),
             loading_bytes=loading_pages * context.copier.page_format.page_bytes,
         )
 
@@ -218,7 +283,7 @@ class RequestOrder:
 
     def _offer(self, plan: AdmissionPlan, state: SchedulerState) -> tuple[int, ...]:
         order = plan.order[: plan.admit_at_most]
-        goes_on = state.unfinished is not None and not plan.park_unfinished
+        goes_on = state.unfinished is not None and not plan.put_back_unfinished
         if not order and not state.running and not goes_on:
             # Nothing runs that a request could wait for: a policy that is too careful would hang.
             return tuple(request.request_id for request in state.candidates()[:1])
@@ -230,39 +295,41 @@ class RequestOrder:
         It counts on everybody decoding. Where an iteration policy leaves only some of them to it,
         what these leave room for takes its place. Mixed with a prefill, everybody decodes.
         """
-        selection, running_batch = self.selection, self._running_batch
+        room, running_batch = self.room, self._running_batch
         is_mixed = plan.mix_decodes or self._scheduler.is_mixed_chunk
-        if selection is None or running_batch is None or not state.running or is_mixed:
+        if room is None or running_batch is None or not state.running or is_mixed:
             return plan
-        iteration = selection.plan_prefill(running_batch, state)
+        iteration = room.plan_prefill(running_batch, state)
         return iteration.limit(plan, self._scheduler.page_size)
 
     def _set_chunk(self, plan: AdmissionPlan, state: SchedulerState) -> None:
         """The most tokens of this batch: whole pages, one at least, as configured at most.
 
-        Where decodes are mixed in, they take theirs first. Raises PrefillSkipped if there is no
-        time for any, or no memory, and somebody decodes meanwhile.
+        Where attention splits prompts at fixed places (`truncation_align_size`) it is whole pieces
+        of that size instead: SGLang begins no prompt whose first piece is less. Where decodes are
+        mixed in, they take theirs first. Raises PrefillSkipped if there is no time for any, or no
+        memory, and somebody decodes meanwhile.
         """
         scheduler, n_running = self._scheduler, len(state.running)
         prefill_tokens = plan.prefill_tokens
         chunk_tokens: int | None = scheduler.chunked_prefill_size
-        page_size: int = scheduler.page_size
+        unit: int = scheduler.truncation_align_size or scheduler.page_size
         if chunk_tokens is not None and plan.mix_decodes:
-            scheduler.is_mixed_chunk = chunk_tokens >= n_running + page_size
+            scheduler.is_mixed_chunk = chunk_tokens >= n_running + unit
         taken = n_running if scheduler.is_mixed_chunk else 0
         available_tokens = state.available_tokens
         if scheduler.chunked_req is not None and n_running and available_tokens is not None:
             # SGLang goes on with a prompt that was begun whatever memory says, and would stop if
             # there was none. A decode ends somebody, or has somebody make way.
-            limit = available_tokens // page_size * page_size + taken
+            limit = available_tokens // unit * unit + taken
             prefill_tokens = limit if prefill_tokens is None else min(prefill_tokens, limit)
         if prefill_tokens is None:
             return
         if n_running and prefill_tokens <= taken:
             raise PrefillSkipped
         if chunk_tokens is not None:
-            pages = max(1, (prefill_tokens - taken) // page_size)
-            scheduler.chunked_prefill_size = min(chunk_tokens, pages * page_size + taken)
+            units = max(1, (prefill_tokens - taken) // unit)
+            scheduler.chunked_prefill_size = min(chunk_tokens, units * unit + taken)
 
     def before_mixing(self) -> None:
         """The prefill has its memory; decodes join it only if there is a page for each that needs
@@ -298,6 +365,6 @@ def install(scheduler: Any, policy_name: str) -> None:
     )
     scheduler.tiered_kv_order = order
     scheduler.policy.tiered_kv_order = order
-    cache.request_order = order
+    cache.observer = order
     clock_tick.attach(scheduler.request_receiver, order.clock)
     logger.info("Tiered KV: the waiting queue is ordered by the policy %s.", policy_name)

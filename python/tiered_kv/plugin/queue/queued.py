@@ -1,27 +1,35 @@
 """SGLang's requests as a scheduling policy sees them, from their arrival to their last token.
 
-Nothing is done per token: a request is touched when it arrives, when what is cached of it changes,
-when it is admitted, at its first token and when it is over. What is known of running requests is
-brought up to date when a policy is about to look at it.
+What SGLang does with a request is reported to the owner of its life (scheduler/lifecycle.py), in
+the order in which SGLang does it. Nothing is done per token: a request is touched when it arrives,
+when what is cached of it changes, when it is admitted, at its first token and when it leaves or is
+over. What is known of running requests is brought up to date when a policy is about to look at it.
 """
 
 from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
-from tiered_kv.api.report import RequestReport
 from tiered_kv.api.terms import Terms
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TOKEN_TYPECODE
-from tiered_kv.plugin.cache.prefix_cache import is_named_by_tokens
+from tiered_kv.plugin.requests.view import (
+    QUEUED,
+    is_aborted,
+    is_named_by_tokens,
+    queued_of,
+    report_of,
+    terms_of,
+)
+from tiered_kv.scheduler.lifecycle import Event, RequestLives
+from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
-from tiered_kv.scheduler.request_policy import RequestPolicy
+from tiered_kv.scheduler.request_policy import Arriving, RequestPolicy
 from tiered_kv.scheduler.waiting import WaitingQueue
 
 if TYPE_CHECKING:
@@ -32,20 +40,11 @@ if TYPE_CHECKING:
     from tiered_kv.plugin.queue.clock_tick import SharedClock
     from tiered_kv.tiers.hierarchy import KVHierarchy
 
-#: The attribute of SGLang's request under which ours is kept.
-QUEUED = "tiered_kv_queued"
-_NO_TERMS = Terms()
 _NO_TOKENS = array(TOKEN_TYPECODE)
 
 
-@dataclass(slots=True)
-class _Ended:
-    queued: QueuedRequest
-    is_answered: bool
-
-
 class QueuedRequests:
-    """Keeps a `WaitingQueue` and its policy in step with SGLang's scheduler."""
+    """Keeps the owner of requests' lives in step with SGLang's scheduler."""
 
     def __init__(
         self,
@@ -53,64 +52,66 @@ class QueuedRequests:
         policy: RequestPolicy,
         residency: ResidencyLog,
         metrics: MetricsRecorder,
+        clock: SharedClock,
     ) -> None:
-        self.waiting = WaitingQueue(hierarchy.context.forest)
-        self.held: set[int] = set()
-        """Ids of those whose pages are on their way."""
+        self.lives = RequestLives(WaitingQueue(hierarchy.context.forest), policy)
         self.has_news = False
         """Somebody joined the queue, or may start now, since this was last set to False."""
         self.processed_prefill_tokens = 0
         self._hierarchy = hierarchy
-        self._policy = policy
         self._residency = residency
         self._metrics = metrics
+        self._clock = clock
         self._reqs: dict[int, Req] = {}
-        self._begun: set[int] = set()
-        """Ids of those who were admitted once, whether they run, or wait again."""
+        """Those who wait, by id."""
+        self._ids: dict[str, int] = {}
+        """The same the other way round."""
         self._next_id = 0
-        # What a policy hears of with the next tick: only then all ranks know the time.
-        self._started: list[QueuedRequest] = []
-        self._ended: list[_Ended] = []
+        hierarchy.prefetch.urgency_of = self._urgency_of
+
+    @property
+    def waiting(self) -> WaitingQueue:
+        return self.lives.waiting
+
+    @property
+    def held(self) -> Mapping[int, Arriving]:
+        """Those whose pages are on their way, by id."""
+        return self.lives.held
 
     # -- joining the queue --------------------------------------------------------------------
 
-    def arrived(self, req: Req, clock: SharedClock) -> None:
+    def arrived(self, req: Req) -> None:
         """`req` was put into SGLang's waiting queue, for the first time or again."""
         queued: QueuedRequest | None = getattr(req, QUEUED, None)
         if queued is None:
-            queued = self._make(req, clock)
+            queued = self._make(req)
             setattr(req, QUEUED, queued)
-        else:
-            queued.n_retractions += 1
-        self._join(req, queued, clock)
-
-    def parked(self, req: Req, clock: SharedClock) -> None:
-        """`req`, whose prompt was begun, made way for others and is in the queue again."""
-        self._join(req, queued_of(req), clock)
-
-    def _join(self, req: Req, queued: QueuedRequest, clock: SharedClock) -> None:
-        queued.prefilled_tokens = 0
+        # Only memory that ran out counts as a retraction, as in SGLang's answers.
+        queued.n_retractions = req.retraction_count
         queued.output_tokens = len(req.output_ids)
         if queued.tokens and queued.output_tokens:
             queued.tokens = req.origin_input_ids + req.output_ids
-        queued.queued_s = clock.now_s
         queued.processed_at_arrival = self.processed_prefill_tokens
         self._residency.is_wanted = True
         self._reqs[queued.request_id] = req
-        self.waiting.add(queued)
-        self._policy.on_arrival(queued, clock.now_s)
-        if not self._hierarchy.prefetch.done(req.rid):
-            self.held.add(queued.request_id)
+        self._ids[req.rid] = queued.request_id
+        self.lives.queue(queued, self._clock.now_s)
+        self._hold_or_let_go(req.rid)
         self.has_news = True
 
-    def _make(self, req: Req, clock: SharedClock) -> QueuedRequest:
-        terms: Terms = getattr(req, "tiered_kv_terms", _NO_TERMS)
-        if req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
-            terms = _NO_TERMS  # nobody was promised anything
+    def refused(self, req: Req) -> None:
+        """SGLang ended `req` instead of putting it into its queue."""
+        queued: QueuedRequest | None = getattr(req, QUEUED, None)
+        if queued is not None:
+            self.lives.abort(queued, self._clock.now_s)
+
+    def _make(self, req: Req) -> QueuedRequest:
+        is_probe = req.rid.startswith(HEALTH_CHECK_RID_PREFIX)  # nobody was promised anything
+        terms = Terms() if is_probe else terms_of(req)
         self._next_id += 1
         return QueuedRequest(
             request_id=self._next_id,
-            arrival_s=clock.arrival_s(req.rid),
+            arrival_s=self._clock.arrival_s(req.rid),
             root=self._hierarchy.root(req.extra_key),
             tokens=req.origin_input_ids if is_named_by_tokens(req) else _NO_TOKENS,
             prompt_tokens=len(req.origin_input_ids),
@@ -127,7 +128,7 @@ class QueuedRequests:
         """SGLang's request of that id, which waits."""
         return self._reqs[request_id]
 
-    def drop_gone(self, waiting_queue: Sequence[Req], now_s: float) -> None:
+    def drop_gone(self, waiting_queue: Sequence[Req]) -> None:
         """Forget those who are not in SGLang's queue any more: aborted, or timed out.
 
         Arrivals are told by a hook, so equal lengths mean that nobody is missing.
@@ -136,44 +137,54 @@ class QueuedRequests:
             return
         there = {queued_of(req).request_id for req in waiting_queue}
         for request_id in [i for i in self._reqs if i not in there]:
-            queued = self.waiting.get(request_id)
-            self._leave(queued)
-            self._begun.discard(request_id)
-            self._policy.on_abort(queued, now_s)
+            self.lives.abort(queued_of(self._reqs[request_id]), self._clock.now_s)
+            self._left_queue(request_id)
 
-    def release_ready(self) -> None:
-        """Those whose pages have arrived, or who need not wait for them longer, may start."""
-        for request_id in [i for i in self.held if self._is_ready(i)]:
-            self.held.discard(request_id)
-            # Pages that did not come are on its path still.
-            self._residency.note(self.waiting.get(request_id).path)
-            self.has_news = True
-
-    def _is_ready(self, request_id: int) -> bool:
-        return self._hierarchy.prefetch.done(self._reqs[request_id].rid)
-
-    def look_up_changed(self, now_s: float) -> None:
-        """Bring what is cached of those who wait up to date."""
-        for queued in self.waiting.changed(self._residency.take()):
-            self._policy.on_cached_change(queued, now_s)
-
-    def look_up_all(self) -> None:
-        """The trees were emptied: nothing is cached of anybody."""
-        self._residency.take()
-        for queued in list(self.waiting):
-            self.waiting.remove(queued)
-            queued.root = self._hierarchy.root(self._reqs[queued.request_id].extra_key)
-            self.waiting.add(queued)
-
-    def _leave(self, queued: QueuedRequest) -> None:
-        self.waiting.remove(queued)
-        self.held.discard(queued.request_id)
-        del self._reqs[queued.request_id]
+    def _left_queue(self, request_id: int) -> None:
+        req = self._reqs.pop(request_id)
+        if self._ids.get(req.rid) == request_id:
+            del self._ids[req.rid]
         if not self._reqs:
             self._residency.is_wanted = False
             self._residency.take()
 
-    def wait_over_bound_s(self, now_s: float, bound_s: float | None) -> float:
+    def hold_or_let_go(self) -> None:
+        """Pages have come, or are on their way now: who waits for some, and who may start?"""
+        for rid in self._hierarchy.prefetch.take_news():
+            self._hold_or_let_go(rid)
+
+    def _hold_or_let_go(self, rid: str) -> None:
+        prefetch, request_id = self._hierarchy.prefetch, self._ids.get(rid)
+        if request_id is None:
+            return
+        if not prefetch.done(rid):
+            seconds, tokens = prefetch.arriving(rid)
+            self.lives.hold(request_id, Arriving(self._clock.now_s + seconds, tokens))
+        elif self.lives.let_go(request_id):
+            self.has_news = True
+
+    def wait_no_longer(self, request_id: int) -> None:
+        """It is to run without the pages that have not come."""
+        if self.lives.let_go(request_id):
+            self._hierarchy.prefetch.give_up(self._reqs[request_id].rid)
+
+    def _urgency_of(self, rid: str) -> Urgency | None:
+        """Of one who waits; None if it is not known, or not yet."""
+        request_id = self._ids.get(rid)
+        return None if request_id is None else self.lives.urgency(request_id)
+
+    def look_up_changed(self) -> None:
+        """Bring what is cached of those who wait up to date."""
+        self.lives.cached_changed(self._residency.take(), self._clock.now_s)
+
+    def look_up_all(self) -> None:
+        """The trees were emptied: nothing is cached of anybody."""
+        self._residency.take()
+        root = self._hierarchy.root
+        roots = {request_id: root(req.extra_key) for request_id, req in self._reqs.items()}
+        self.lives.moved(roots, self._clock.now_s)
+
+    def wait_over_bound_s(self, bound_s: float | None) -> float:
         """By how much somebody's wait is beyond its bound, at most; 0 if nobody's is.
 
         bound_s: of those whose class has no bound of its own; None: there is none.
@@ -183,28 +194,27 @@ class QueuedRequests:
             own_s = queued.slo.max_wait_s
             limit_s = bound_s if own_s is None else own_s
             if limit_s is not None:
-                over_s = max(over_s, now_s - queued.arrival_s - limit_s)
+                over_s = max(over_s, self._clock.now_s - queued.arrival_s - limit_s)
         return over_s
 
     # -- while they run -----------------------------------------------------------------------
 
-    def admitted(self, reqs: Iterable[Req], now_s: float) -> set[Req]:
+    def admitted(self, reqs: Iterable[Req]) -> set[Req]:
         """Those of `reqs` who waited until now run from now on; returns them."""
-        admitted = set()
+        admitted, now_s = set(), self._clock.now_s
         for req in reqs:
             queued = queued_of(req)
-            if queued.request_id not in self._reqs:
+            is_first = queued.admitted_s is None
+            if not self.lives.admit(queued, now_s):
                 continue
-            self._leave(queued)
-            self._policy.on_admission(queued, now_s)
-            if queued.request_id not in self._begun:
-                self._begun.add(queued.request_id)
+            self._left_queue(queued.request_id)
+            admitted.add(req)
+            if is_first:
                 self._metrics.admitted(queued, now_s)
                 forest = self._hierarchy.context.forest
                 _credit_source(req, forest.take_ahead(req.last_node, Tier.DEVICE))
                 if (report := report_of(req)) is not None:
                     report.wait_s = now_s - queued.arrival_s
-            admitted.add(req)
         return admitted
 
     def running(self, reqs: Iterable[Req]) -> list[QueuedRequest]:
@@ -219,49 +229,44 @@ class QueuedRequests:
             running.append(queued)
         return running
 
-    def first_token(self, req: Req) -> None:
-        """`req` has a token, and goes on."""
-        queued: QueuedRequest | None = getattr(req, QUEUED, None)
-        if queued is not None and queued.first_token_s is None and req.output_ids:
-            queued.output_tokens = len(req.output_ids)
-            self._started.append(queued)
-            if (report := report_of(req)) is not None:
-                # Its answer may leave before the next tick. Rank 0 answers, on its own clock.
-                report.ttft_s = time.perf_counter() - queued.arrival_s
+    def parked(self, reqs: Iterable[Req]) -> None:
+        """`reqs` run, but skip this iteration."""
+        self.lives.park(queued_of(req).request_id for req in reqs)
 
-    def ended(self, req: Req) -> None:
-        """`req` gave up its KV: it is finished, was aborted, or will wait again."""
+    def first_token(self, req: Req) -> None:
+        """`req` has a token, the first one since it was admitted."""
         queued: QueuedRequest | None = getattr(req, QUEUED, None)
-        # Out of memory, SGLang aborts the last request without finishing it.
-        if queued is None or not (req.finished() or req.to_finish is not None):
+        if queued is None or not req.output_ids:
+            return
+        queued.output_tokens = len(req.output_ids)
+        if self.lives.token(queued) and (report := report_of(req)) is not None:
+            # Its answer may leave before the next tick. Rank 0 answers, on its own clock.
+            report.ttft_s = time.perf_counter() - queued.arrival_s
+
+    def released(self, req: Req) -> None:
+        """`req` holds no KV any more: it has ended, or goes somewhere that is still to be seen."""
+        queued: QueuedRequest | None = getattr(req, QUEUED, None)
+        if queued is None:
             return
         self.first_token(req)
         queued.output_tokens = len(req.output_ids)
-        self._ended.append(_Ended(queued, not is_aborted(req)))
+        if not req.finished():
+            self.lives.leave(queued)
+        elif is_aborted(req):
+            self.lives.abort(queued, self._clock.now_s)
+        else:
+            self.lives.answer(queued, self._clock.now_s)
 
     # -- time ---------------------------------------------------------------------------------
 
-    @property
-    def wants_time(self) -> bool:
-        return bool(self._reqs or self._started or self._ended)
-
-    def tell(self, now_s: float) -> None:
-        """A tick: what happened since the last one has happened now."""
-        for queued in self._started:
-            if queued.first_token_s is None:
-                queued.first_token_s = queued.last_token_s = now_s
+    def tell(self) -> None:
+        """A tick: what happened since the last one has happened now, and nothing is under way."""
+        self.lives.settle(self._clock.now_s)
+        for event, queued in self.lives.date(self._clock.now_s):
+            if event is Event.TOKEN:
                 self._metrics.first_token(queued)
-        self._started.clear()
-        for ended in self._ended:
-            queued = ended.queued
-            queued.last_token_s = now_s
-            self._begun.discard(queued.request_id)
-            if ended.is_answered:
-                self._policy.on_finish(queued, now_s)
-                self._metrics.answered(queued)
             else:
-                self._policy.on_abort(queued, now_s)
-        self._ended.clear()
+                self._metrics.answered(queued)
 
 
 def _credit_source(req: Req, n_tokens: int) -> None:
@@ -275,19 +280,3 @@ def _credit_source(req: Req, n_tokens: int) -> None:
     req.cached_tokens_device -= n_tokens
     req.cached_tokens_storage += from_disk
     req.cached_tokens_host += n_tokens - from_disk
-
-
-def queued_of(req: Req) -> QueuedRequest:
-    queued: QueuedRequest = getattr(req, QUEUED)
-    return queued
-
-
-def report_of(req: Req) -> RequestReport | None:
-    report: RequestReport | None = getattr(req, "tiered_kv_report", None)
-    return report
-
-
-def is_aborted(req: Req) -> bool:
-    from sglang.srt.managers.schedule_batch import FINISH_ABORT
-
-    return isinstance(req.finished_reason or req.to_finish, FINISH_ABORT)

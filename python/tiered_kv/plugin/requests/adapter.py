@@ -19,7 +19,7 @@ from tiered_kv.api.parse import HINTS, KEYS, SLO, fields_in, fields_in_headers, 
 from tiered_kv.api.report import RequestReport
 from tiered_kv.api.slo import SloClasses
 from tiered_kv.api.trust import Trust, tenant_in
-from tiered_kv.plugin.requests import guard
+from tiered_kv.plugin.requests import guard, salts
 from tiered_kv.plugin.requests import reports as request_reports
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,8 @@ async def check_http_request(original: Callable[..., Any], request: Any) -> Any:
             guard.refuse_internal_fields(body)
             trust = state.tokenizer_manager.server_args.trust()
             request.scope[SCOPE_KEY] = fields_of_http(body, request.headers, classes, trust)
+            request.scope[salts.SCOPE_KEY] = salts.key_of_body(body)
+            salts.forget_unknown(body)
         except ValueError as error:
             raise HTTPException(status_code=400, detail=str(error)) from None
     return body
@@ -102,6 +104,7 @@ def lift_fields(
         return original(manager, obj, request)
     trust = manager.server_args.trust()
     sent = _fields_sent_with(request, classes, trust)
+    salts.put_key(obj, request)
     obj.sampling_params = place(
         obj.sampling_params,
         sent,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from heapq import nsmallest
 
 from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import QuietPolicy, SchedulerState
 
@@ -16,6 +17,10 @@ class EarliestDeadlineFirst(QuietPolicy):
         """See `RequestPolicy.plan`."""
         order = nsmallest(limit, state.candidates(), key=_key)
         return AdmissionPlan(tuple(request.request_id for request in order))
+
+    def urgency(self, request: QueuedRequest) -> Urgency:
+        """See `RequestPolicy.urgency`."""
+        return _key(request)
 
 
 def _key(request: QueuedRequest) -> tuple[float, float]:

@@ -47,7 +47,7 @@ class LongestPrefixMatch(QuietPolicy):
 
     def _sort(self, state: SchedulerState) -> None:
         waiting = state.waiting.requests
-        queue = [waiting[rid] for rid in self._queue]
+        queue = [waiting[rid] for rid in self._queue if rid in waiting]
         last = deprioritized(queue, state.waiting.tokens_per_unit)
         queue.sort(key=lambda r: (r.request_id in last, -r.cached_tokens))
         self._queue = {request.request_id: None for request in queue}

@@ -18,6 +18,7 @@ import math
 from heapq import nsmallest
 
 from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import QuietPolicy, SchedulerState
 
@@ -67,6 +68,11 @@ class Niyama(QuietPolicy):
             mix_decodes=True,
             relegated=frozenset(hopeless.intersection(order)),
         )
+
+    def urgency(self, request: QueuedRequest) -> Urgency:
+        """By deadline."""
+        deadline_s = request.deadline_s
+        return 0.0, deadline_s if math.isfinite(deadline_s) else request.arrival_s + BATCH_TTFT_S
 
     def _output_estimate(self) -> float:
         if not self._n_finished:

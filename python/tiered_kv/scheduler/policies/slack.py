@@ -10,6 +10,9 @@ Behind a request come those of its gang that its prefix, on the device now, make
 would compute what another member is computing is held back until that is done (`gang.py`). The
 iteration is filled as far as the running requests' token deadlines and the first one's deadline
 leave time (`pass_budget.py`).
+
+Whose pages are on their way from disk waits for them, unless they are expected too late for its
+deadline, or it is overdue: then it is computed.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from tiered_kv.scheduler.pass_budget import DecodeWatch, PassBudget, chunk_token
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.prompt_trie import TrieNode
+from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import SchedulerState
 from tiered_kv.scheduler.slack import (
@@ -81,6 +85,9 @@ class SlackPolicy:
         self._memory = MemoryForecast(config.length_quantile, config.memory_margin)
         self._slowdown = 1.0
         self._decodes = DecodeWatch()
+        self._now_s = 0.0
+        self._waits_on: dict[int, bool] = {}
+        """What the plan under way has decided on those who are held."""
         self._head: tuple[int, ...] = ()
 
     # -- what happens -------------------------------------------------------------------------
@@ -95,11 +102,14 @@ class SlackPolicy:
 
     def on_cached_change(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
         """Its price changed."""
-        self._changed[request.request_id] = request
+        if self._waits(request.request_id):
+            self._changed[request.request_id] = request
 
     def on_admission(self, request: QueuedRequest, now_s: float) -> None:
         """It leaves all orders; others may wait for what it computes."""
         request_id = request.request_id
+        if not self._waits(request_id):
+            return
         entry = self._entries.get(request_id)
         work_s = entry.price.work_s if entry is not None else 0.0
         in_turn = False
@@ -126,6 +136,9 @@ class SlackPolicy:
         self._leave(request.request_id)
         self._memory.forget(request.request_id)
 
+    def _waits(self, request_id: int) -> bool:
+        return request_id in self._entries or request_id in self._changed
+
     def _leave(self, request_id: int) -> None:
         self._entries.pop(request_id, None)
         self._changed.pop(request_id, None)
@@ -140,31 +153,32 @@ class SlackPolicy:
 
     def plan(self, state: SchedulerState, limit: int) -> AdmissionPlan:
         """See `RequestPolicy.plan`."""
+        self._now_s = state.now_s
+        self._waits_on.clear()
         self._take_in(state)
         self._decodes.look(state)
         budget = pass_budget(state, self._config, self._decodes)
         self._slowdown = budget.slowdown
         unfinished = state.unfinished
         jobs = self._jobs(state)
-        selection, is_parked = self._select(state, jobs, unfinished)
+        selection, is_put_back = self._select(state, jobs, unfinished)
         if unfinished is not None and self._gangs.is_leading(unfinished.request_id):
             until_s = state.now_s + self._work_left_s(state, unfinished) * self._slowdown
             self._gangs.extend(unfinished.request_id, until_s)
         self._gangs.expire(state.now_s)
-        overdue = self._overdue.by_arrival(state.now_s)
-        able = (rid for rid in overdue if rid not in state.held)
-        self._in_turn = deque(islice(able, limit))
+        self._in_turn = deque(islice(self._overdue.by_arrival(state.now_s), limit))
         self._is_their_turn = self._overdue.is_their_turn()
         late: set[int] = set()
         head = tuple(islice(self._order(state, jobs, selection, late), limit))
         self._head = head[:FORECAST_LENGTH]
         return AdmissionPlan(
             head,
-            prefill_tokens=self._chunk_tokens(state, budget, head, is_parked),
+            prefill_tokens=self._chunk_tokens(state, budget, head, is_put_back),
             mix_decodes=budget.mix_decodes,
             relegated=frozenset(late.intersection(head)),
             admit_at_most=self._admit_at_most(state, head),
-            park_unfinished=is_parked,
+            first_or_none=self._is_their_turn and bool(self._in_turn),
+            put_back_unfinished=is_put_back,
         )
 
     def forecast(self, state: SchedulerState) -> DemandForecast:  # noqa: ARG002
@@ -188,6 +202,14 @@ class SlackPolicy:
                     expected[node_id] = Expectation(known.starts_in_s, requests=n)
             starts_in_s += entry.price.work_s * self._slowdown
         return DemandForecast(expected)
+
+    def urgency(self, request: QueuedRequest) -> Urgency:
+        """By deadline as long as there is one to be met; then as the rest are admitted."""
+        due_s = _due_s(request)
+        if self._config.slack and self._now_s <= due_s < math.inf:
+            return 0.0, due_s
+        entry = self._entries.get(request.request_id)
+        return 1.0, request.arrival_s if entry is None else self._aged_key(entry)
 
     # -- keeping the orders -------------------------------------------------------------------
 
@@ -228,7 +250,7 @@ class SlackPolicy:
         """The next deadlines that could be met, soonest first."""
         entries, shares = self._entries, self._others
         queued_s = queued_load_s(state)
-        ids = (rid for rid in self._by_deadline if rid not in state.held)
+        ids = (rid for rid in self._by_deadline if not self._is_to_wait(state, rid))
         return [
             Job(
                 rid,
@@ -240,6 +262,21 @@ class SlackPolicy:
             for entry in (entries[rid],)
         ]
 
+    def _is_to_wait(self, state: SchedulerState, request_id: int) -> bool:
+        """Whether it is held and does better to wait for its pages than to be computed now."""
+        arriving = state.held.get(request_id)
+        if arriving is None:
+            return False
+        if request_id not in self._by_deadline:
+            return True  # computing it would be too late as well
+        waits_on = self._waits_on.get(request_id)
+        if waits_on is None:
+            entry, latest_start_s = self._entries[request_id], self._by_start.key(request_id)
+            slow_s = price(entry.request, state.costs, arriving.tokens).work_s * self._slowdown
+            waits_on = arriving.is_in_time(state.now_s, entry.deadline_s - slow_s, latest_start_s)
+            self._waits_on[request_id] = waits_on
+        return waits_on
+
     def _select(
         self, state: SchedulerState, jobs: list[Job], unfinished: QueuedRequest | None
     ) -> tuple[Selection, bool]:
@@ -250,8 +287,18 @@ class SlackPolicy:
         request_id = unfinished.request_id
         weight = self._others.weight(unfinished.tenant)
         own = Job(request_id, self._work_left_s(state, unfinished), _due_s(unfinished), weight)
-        may_park = state.can_park and self._config.park and request_id not in self._protected
-        return select_beside(jobs, own, now_s, slowdown, may_park=may_park)
+        may_put_back = state.can_put_back and self._config.put_back
+        may_put_back = may_put_back and request_id not in self._protected
+        beside, is_put_back = select_beside(jobs, own, now_s, slowdown, may_put_back=may_put_back)
+        if is_put_back and not self._fits(state, beside.in_time[0].request_id):
+            # Its own memory comes back only when it is in the queue: both would stand still.
+            return select_beside(jobs, own, now_s, slowdown, may_put_back=False)
+        return beside, is_put_back
+
+    def _fits(self, state: SchedulerState, request_id: int) -> bool:
+        """Whether the device has room for its prompt now, as far as is known."""
+        available = state.available_tokens
+        return available is None or self._entries[request_id].request.uncached_tokens < available
 
     def _work_left_s(self, state: SchedulerState, request: QueuedRequest) -> float:
         return state.costs.marginal_prefill_s(request.unprefilled_tokens, request.prefilled_tokens)
@@ -266,7 +313,6 @@ class SlackPolicy:
         self, state: SchedulerState, jobs: list[Job], selection: Selection, late: set[int]
     ) -> Iterator[int]:
         """Ids, the first to be admitted first, gangs together. Adds to `late` who is relegated."""
-        held = state.held
         seen: set[int] = set()
         chosen: set[TrieNode] = set()
         looked_at: set[TrieNode] = set()
@@ -275,10 +321,12 @@ class SlackPolicy:
         def emit(ids: Iterable[int], *, gangs: bool = True) -> Iterator[int]:
             nonlocal spare_s
             for request_id in ids:
-                if request_id in seen or request_id in held or request_id not in self._entries:
+                if request_id in seen or request_id not in self._entries:
+                    continue
+                # Whoever is overdue is kept back by nothing and nobody.
+                if gangs and self._is_to_wait(state, request_id):
                     continue
                 seen.add(request_id)
-                # Whoever is overdue is held back by nobody.
                 if not self._may_start(state, request_id, chosen) and gangs:
                     continue
                 yield request_id
@@ -345,7 +393,7 @@ class SlackPolicy:
             entry = self._entries.get(member_id)
             if entry is None or entry.price.work_s > saved_s:
                 continue
-            if member_id in seen or member_id in state.held:
+            if member_id in seen or self._is_to_wait(state, member_id):
                 continue
             # The longer an answer against its prompt, the better decoding hides behind prefill.
             decode = self._memory.lengths.total(member, 0.5)
@@ -356,12 +404,12 @@ class SlackPolicy:
     # -- how much of it -----------------------------------------------------------------------
 
     def _chunk_tokens(
-        self, state: SchedulerState, budget: PassBudget, head: tuple[int, ...], is_parked: bool
+        self, state: SchedulerState, budget: PassBudget, head: tuple[int, ...], is_put_back: bool
     ) -> int:
         """Tokens of this iteration: what the budget allows, less if the first would be late."""
         cached = first_tokens = 0
         due_s = math.inf
-        if state.unfinished is not None and not is_parked:
+        if state.unfinished is not None and not is_put_back:
             cached = state.unfinished.prefilled_tokens
             first_tokens = max(1, state.unfinished.unprefilled_tokens)
         elif head:

@@ -38,7 +38,7 @@ class SlackConfig:
     mix_decodes: bool = True
     """Whether running requests decode in the iterations that prefill."""
 
-    park: bool = True
+    put_back: bool = True
     """Whether a prompt that was begun may make way for others."""
 
     share_min_tokens: int = 256

@@ -10,11 +10,11 @@ import argparse
 from collections.abc import Callable
 from dataclasses import fields
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
+from tiered_kv.core.paths import expand_user
 from tiered_kv.simulation.workload.adapt import Adaptation, AdaptedWorkload
-from tiered_kv.simulation.workload.arrivals import parse_arrivals
+from tiered_kv.simulation.workload.arrivals import Arrivals, parse_arrivals
 from tiered_kv.simulation.workload.errors import WorkloadError
 from tiered_kv.simulation.workload.generators.agents import Agents
 from tiered_kv.simulation.workload.generators.best_of_n import BestOfN
@@ -38,12 +38,12 @@ GENERATORS: dict[str, type[Any]] = {
     "shared_context": SharedContext,
 }
 
-READERS: dict[str, tuple[Callable[..., Workload], frozenset[str]]] = {
-    "agent_sessions": (read_agent_sessions, frozenset({"arrivals", "users"})),
-    "azure": (read_azure, frozenset({"block_tokens"})),
-    "burstgpt": (read_burstgpt, frozenset({"block_tokens"})),
-    "chat_log": (read_chat_log, frozenset({"block_tokens"})),
-    "mooncake": (read_mooncake, frozenset({"block_tokens"})),
+READERS: dict[str, tuple[Callable[..., Workload], dict[str, type]]] = {
+    "agent_sessions": (read_agent_sessions, {"arrivals": Arrivals, "users": int}),
+    "azure": (read_azure, {"block_tokens": int}),
+    "burstgpt": (read_burstgpt, {"block_tokens": int}),
+    "chat_log": (read_chat_log, {"block_tokens": int}),
+    "mooncake": (read_mooncake, {"block_tokens": int, "unit": str}),
 }
 
 HELP = (
@@ -84,16 +84,16 @@ def _read(name: str, path: str, options: dict[str, str], seed: int) -> Workload:
     reader, known = READERS[name]
     if not path:
         raise WorkloadError(f"The reader {name} needs a file; write {name}:PATH.")
-    _require_known(name, options, known)
+    _require_known(name, options, frozenset(known))
     values: dict[str, Any] = {
-        key: parse_arrivals(text) if key == "arrivals" else _converted(key, text, int)
+        key: parse_arrivals(text) if key == "arrivals" else _converted(key, text, known[key])
         for key, text in options.items()
     }
     if values.get("block_tokens", 1) < 1:
         raise WorkloadError("A block needs at least 1 token; correct block_tokens.")
     if "arrivals" in known:
         values["seed"] = seed
-    return reader(Path(path).expanduser(), **values)
+    return reader(expand_user("a workload's file", path), **values)
 
 
 def _options(parts: list[str], spec: str) -> dict[str, str]:

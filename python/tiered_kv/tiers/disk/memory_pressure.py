@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from tiered_kv.tiers.memory_limits import memory_limits, own_group_v2
+
 SAMPLE_S = 0.5
 """Shortest time between two looks at the kernel's files."""
 CALM_S = 10.0
@@ -38,40 +40,29 @@ class MemoryProbe(Protocol):
 
 
 class KernelMemory:
-    """Reads /proc and, where this process is in a container with a limit, its control group."""
+    """Reads what the kernel says of the machine, and of the control groups that this process is in.
 
-    def __init__(self, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> None:
-        self._proc = proc
-        self._cgroup = cgroup
+    `root` has /proc and /sys.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
 
     def __call__(self) -> MemorySample | None:
-        share = self._available_share()
-        return None if share is None else MemorySample(share, self._stalled_us())
+        limits = memory_limits(self._root)
+        if not limits:
+            return None
+        return MemorySample(min(limit.available_share for limit in limits), self._stalled_us())
 
     def _stalled_us(self) -> int | None:
         # A root control group has no file of its own: there the machine's is the one.
-        for path in (self._cgroup / "memory.pressure", self._proc / "pressure" / "memory"):
+        group = own_group_v2(self._root) / "memory.pressure"
+        for path in (group, self._root / "proc/pressure/memory"):
             try:
                 return _parse_stall(path.read_text())
             except (OSError, ValueError, KeyError):
                 continue
         return None
-
-    def _available_share(self) -> float | None:
-        try:
-            numbers = _parse_table((self._proc / "meminfo").read_text())
-            total, available = numbers["MemTotal:"], numbers["MemAvailable:"]
-        except (OSError, ValueError, KeyError):
-            return None
-        shares = [available / max(total, 1)]
-        try:
-            limit = int((self._cgroup / "memory.max").read_text())
-            used = int((self._cgroup / "memory.current").read_text())
-            files = _parse_table((self._cgroup / "memory.stat").read_text())["inactive_file"]
-            shares.append((limit - used + files) / max(limit, 1))
-        except (OSError, ValueError, KeyError):
-            pass  # No limit ("max"), or no control groups of version 2.
-        return min(shares)
 
 
 def _parse_stall(text: str) -> int:
@@ -80,11 +71,6 @@ def _parse_stall(text: str) -> int:
         if kind == "some":
             return int(dict(field.split("=") for field in fields)["total"])
     raise ValueError("no line begins with `some`")
-
-
-def _parse_table(text: str) -> dict[str, int]:
-    rows = (line.split() for line in text.splitlines())
-    return {row[0]: int(row[1]) for row in rows if len(row) > 1}
 
 
 class MemoryPressure:
@@ -109,7 +95,7 @@ class MemoryPressure:
         self._is_first = True
 
     def is_plentiful(self) -> bool:
-        """Costs two small reads at most every half second, else nothing."""
+        """Costs a few small reads at most every half second, else nothing."""
         now = self._now()
         if now - self._sampled_at >= SAMPLE_S and self._lock.acquire(blocking=False):
             try:

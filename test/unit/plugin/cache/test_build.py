@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +20,7 @@ GB = 10**9
 
 @pytest.fixture(autouse=True)
 def twelve_gb_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "available_memory", lambda: 12 * GB + build.HOST_RESERVE_BYTES)
+    monkeypatch.setattr(build, "available_bytes", lambda: 12 * GB + build.HOST_RESERVE_BYTES)
 
 
 def config(**host: object) -> TieredKVConfig:
@@ -36,6 +38,13 @@ def test_more_than_the_machine_has_is_refused_in_a_sentence(n_ranks: int) -> Non
     assert build.host_bytes(config(size_bytes=per_rank), 1, n_ranks) == per_rank
     with pytest.raises(ConfigError, match=r"lower --tiered-kv-host-size"):
         build.host_bytes(config(size_bytes=per_rank + 1), 1, n_ranks)
+
+
+def test_a_machine_that_does_not_say_what_it_has_is_trusted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "available_bytes", lambda: None)
+    assert build.host_bytes(config(size_bytes=99 * GB), 1, n_ranks=1) == 99 * GB
 
 
 def make_mha() -> MHATokenToKVPool:
@@ -99,3 +108,21 @@ def test_the_allocator_frees_whole_pages() -> None:
     assert allocator.alloc(64) is None
     allocator.free(slots)
     assert allocator.available() == 64
+
+
+def test_ranks_gather_what_each_of_them_gave() -> None:
+    """Two ranks of gloo in one process: a group needs a store in common, not a process each."""
+    store = torch.distributed.HashStore()
+    given = [bytes(range(32)), bytes(range(100, 132))]
+    gathered: list[list[bytes]] = [[], []]
+
+    def rank(index: int) -> None:
+        group = torch.distributed.ProcessGroupGloo(store, index, 2, timedelta(seconds=30))
+        gathered[index] = build.RankMinimum(group).gather(given[index])
+
+    threads = [threading.Thread(target=rank, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert gathered == [given, given]

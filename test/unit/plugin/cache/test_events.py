@@ -8,7 +8,7 @@ from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, 
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
-from tiered_kv.forest.key import namespace_hash
+from tiered_kv.forest.key import SHARED_TREE, TreeKey, namespace_hash, tree_hash
 from tiered_kv.plugin.cache.events import KvEvents, block_hash
 
 PAGE = 4
@@ -31,6 +31,41 @@ def test_blocks_are_chained_pages_with_tokens_and_medium() -> None:
     assert (first.medium, third.medium) == ("GPU", "CPU_PINNED")
     assert first.block_size == PAGE
     assert -(2**63) <= block_hash(upper.page_hashes[0]) < 2**63
+
+
+def first_block(key: TreeKey) -> BlockStored:
+    """Of one prompt of a page, in the tree of `key`."""
+    forest = Forest(PAGE)
+    root = forest.root(tree_hash(namespace_hash("m"), key), key)
+    events = KvEvents(PAGE, enabled=True)
+    events.stored(forest.insert(root, array("q", range(PAGE)), range(PAGE)).last, Tier.DEVICE)
+    (block,) = events.take()
+    assert isinstance(block, BlockStored)
+    return block
+
+
+def test_blocks_tell_salts_and_adapters_apart() -> None:
+    """Also to who finds blocks by parents and tokens, as routers do, and not by their hashes."""
+    adapter = bytes(range(200, 232))
+    keys = [
+        SHARED_TREE,
+        TreeKey(salt=b"a"),
+        TreeKey(extra_key=b"a"),
+        TreeKey(salt=b"a", extra_key=b"a"),
+        TreeKey(adapter=adapter),
+        TreeKey(adapter=bytes(32)),
+        TreeKey(salt=b"a", adapter=adapter),
+    ]
+    blocks = [first_block(key) for key in keys]
+    assert len({(block.parent_block_hash, block.lora_id) for block in blocks}) == len(keys)
+    assert len({block.block_hashes[0] for block in blocks}) == len(keys)
+    shared, *_ = blocks
+    assert (shared.parent_block_hash, shared.lora_id) == (None, None)
+    assert first_block(TreeKey(salt=b"a")).parent_block_hash == blocks[1].parent_block_hash
+    of_adapter = blocks[4]
+    assert of_adapter.parent_block_hash is None
+    assert of_adapter.lora_id is not None
+    assert 0 <= of_adapter.lora_id < 2**63
 
 
 def test_removal_names_the_same_blocks() -> None:

@@ -11,6 +11,7 @@ pytest.importorskip("sglang")
 
 import torch
 from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
 from support_plugin.decode_loop import DecodeLoop
 from support_plugin.decode_requests import Kind, light_costs, publish_arguments
@@ -18,6 +19,7 @@ from support_plugin.mini_scheduler import MiniScheduler, request
 from support_tiers.tier_rig import PAGE_SIZE, Rig, on_host, tokens_of
 from tiered_kv.api.hints import Hints
 from tiered_kv.api.terms import Terms
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.memory.manager import LOAD_AHEAD_S
 from tiered_kv.plugin.queue.foretold import FETCH_AHEAD_S, REFRESH_S
 from tiered_kv.tiers import announced_prompts
@@ -29,12 +31,13 @@ N_PAGES = len(PROMPT) // PAGE_SIZE
 def hinted(rid: str, *hints: float) -> Any:
     req = request(rid, PROMPT)
     req.tiered_kv_terms = Terms(hints=Hints(None, *hints))
+    req.finished_reason = FINISH_LENGTH(1)
     return req
 
 
 def announce(scheduler: MiniScheduler, rig: Rig, *hints: float) -> None:
     last = rig.hierarchy.match(rig.hierarchy.root(), PROMPT).last
-    scheduler.tiered_kv_order.ended(hinted("a", *hints), last)
+    scheduler.tiered_kv_order.released(hinted("a", *hints), last)
 
 
 def pages_on_device(rig: Rig) -> int:
@@ -88,17 +91,18 @@ def test_what_only_the_disk_has_comes_back_tier_by_tier(scheduler: MiniScheduler
 
 
 def test_other_keys_prompts_are_found_under_their_keys(scheduler: MiniScheduler, rig: Rig) -> None:
-    rig.serve(PROMPT, "tenant")
-    last = rig.hierarchy.match(rig.hierarchy.root("tenant"), PROMPT).last
+    tenant = TreeKey(extra_key=b"tenant")
+    rig.serve(PROMPT, tenant)
+    last = rig.hierarchy.match(rig.hierarchy.root(tenant), PROMPT).last
     req = hinted("a", 60.0)
-    req.extra_key = "tenant"
-    scheduler.tiered_kv_order.ended(req, last)
+    req.extra_key = tenant
+    scheduler.tiered_kv_order.released(req, last)
     rig.drain()
     rig.drop_from_device()
     rig.drop_from_host()
     scheduler.tick(155.0)
     rig.drain()
-    assert rig.usable(PROMPT, "tenant") == (0, N_PAGES)
+    assert rig.usable(PROMPT, tenant) == (0, N_PAGES)
     assert rig.usable(PROMPT) == (0, 0)
 
 
@@ -122,6 +126,18 @@ def test_a_fetch_ends_with_the_call_or_with_the_wait_for_it(
     assert not [name for name in rig.hierarchy.prefetch.tickets if name != "b"]
     rig.disk.reads.release()
     rig.drain()
+
+
+def test_looking_for_an_announced_prompt_is_no_use_of_it(
+    scheduler: MiniScheduler, rig: Rig
+) -> None:
+    rig.serve(PROMPT)
+    prompts = scheduler.tiered_kv_order.foretold.prompts
+    node = rig.hierarchy.match(rig.hierarchy.root(), PROMPT).last
+    prompts.remember(node, None)
+    before = node.hits, node.last_access
+    assert prompts.fetch(node.node_id) == node.node_id
+    assert (node.hits, node.last_access) == before
 
 
 def test_the_oldest_prompts_are_forgotten_beyond_a_bound(

@@ -82,7 +82,104 @@ def test_nobody_waits_nothing_is_asked(scheduler: MiniScheduler, spy: Spy, rig: 
     rig.serve(tokens_of(1, 2))
     scheduler.step()
     assert spy.states == []
-    assert not scheduler.tiered_kv_order.queue.wants_time
+    assert not scheduler.tiered_kv_order.queue.lives.wants_time
+
+
+def test_who_lacks_an_adapter_is_passed_unless_nobody_may_pass(
+    scheduler: MiniScheduler, spy: Spy
+) -> None:
+    three(scheduler)
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    scheduler.lacks_adapter = {"a"}
+    assert scheduler.step() == ["b"]
+    spy.plan_fields = {"first_or_none": True}
+    for _ in range(3):
+        assert scheduler.step() == []
+    assert scheduler.waiting == ["a", "c"]
+    scheduler.lacks_adapter = {"c"}
+    assert scheduler.step() == ["a"]
+    scheduler.lacks_adapter.clear()
+    assert scheduler.step() == ["c"]
+
+
+def test_nobody_is_waited_for_while_nothing_runs_that_could_make_way(
+    scheduler: MiniScheduler, spy: Spy
+) -> None:
+    three(scheduler)
+    scheduler.lacks_adapter = {"a"}
+    spy.plan_fields = {"first_or_none": True}
+    assert scheduler.step() == ["b"]
+    assert scheduler.step() == [], "now something does"
+
+
+def test_helpers_of_sglangs_see_everyone_who_waits(rig: Rig, spy: Spy) -> None:
+    seen: list[list[str]] = []
+    asked: list[dict[str, Any]] = []
+    drainer = SimpleNamespace(
+        update_draining_state=lambda queue, _: seen.append([req.rid for req in queue])
+    )
+    delayer = SimpleNamespace(_negotiate_should_allow_prefill=lambda **kwargs: asked.append(kwargs))
+    scheduler = MiniScheduler(rig, spy, lora_drainer=drainer, prefill_delayer=delayer)
+    three(scheduler)
+    spy.order = [3]
+    scheduler.step()
+    assert scheduler.offered == ["c"]
+    assert seen == [["a", "b", "c"]]
+    assert asked == [{"waiting_queue_len": 3}]
+    drainer.update_draining_state(scheduler.waiting_queue, [])
+    delayer._negotiate_should_allow_prefill(waiting_queue_len=7)
+    assert (seen[-1], asked[-1]) == (["a", "b"], {"waiting_queue_len": 7})
+
+
+def test_a_request_that_waits_for_pages_is_computed_if_the_plan_says_so(
+    scheduler: MiniScheduler, spy: Spy, rig: Rig
+) -> None:
+    stored = tokens_of(1, 2, 3)
+    rig.serve(stored)
+    rig.drain()
+    rig.hierarchy.flush()
+    rig.disk.reads.hold()
+    rig.arrive("a", stored)
+    scheduler.arrive(request("a", stored))
+    scheduler.arrive(request("b"))
+    scheduler.admit = 0
+    assert scheduler.step() == []
+    (state,) = spy.states
+    assert state.held[1].tokens == 3 * PAGE_SIZE
+    assert scheduler.offered == ["b"]
+    spy.order, scheduler.admit = [1, 2], 1
+    assert scheduler.step() == ["a"]
+    assert not scheduler.tiered_kv_order.queue.held
+    rig.hierarchy.prefetch.release("a")
+    rig.disk.reads.release()
+    rig.drain()
+
+
+def test_reads_from_disk_are_in_the_policys_order(
+    scheduler: MiniScheduler, spy: Spy, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reqs = [request(rid, tokens_of(n, n + 1, n + 2)) for n, rid in ((10, "a"), (20, "b"))]
+    for req in reqs:
+        rig.serve(req.origin_input_ids)
+        rig.drain()
+    rig.hierarchy.flush()
+    monkeypatch.setattr(spy, "urgency", lambda queued: (0.0, -queued.request_id))
+    root, read, read_pages = rig.hierarchy.root(), [], rig.disk.read_pages
+
+    def note(hashes: Any, views: Any) -> int:
+        read.append(hashes[0])
+        return int(read_pages(hashes, views))
+
+    monkeypatch.setattr(rig.disk, "read_pages", note)
+    rig.disk.reads.delay = lambda: 0.02
+    for req in reqs:
+        rig.hierarchy.prefetch.request(req.rid, root, req.origin_input_ids)
+        scheduler.arrive(req)
+    scheduler.admit = 0
+    scheduler.step()
+    rig.drain()
+    assert read == [rig.hashes(root, req.origin_input_ids)[0] for req in reversed(reqs)]
+    rig.hierarchy.prefetch.clear()
 
 
 # -- how much is prefilled at once -------------------------------------------------------------
@@ -110,8 +207,28 @@ def test_no_prefill_while_somebody_decodes(scheduler: MiniScheduler, spy: Spy) -
     assert scheduler.waiting == ["a", "b", "c"]
 
 
+def room(plan_prefill: Any) -> Any:
+    return SimpleNamespace(plan_prefill=plan_prefill, begin_pass=lambda batch: None)
+
+
+@pytest.mark.parametrize(("planned", "chunk"), [(1, 16), (17, 16), (31, 16), (32, CHUNK), (0, 16)])
+def test_where_prompts_are_split_at_fixed_places_chunks_are_whole_pieces(
+    scheduler: MiniScheduler, spy: Spy, planned: int, chunk: int
+) -> None:
+    """SGLang begins no prompt whose first piece is less: it would wait for ever."""
+    scheduler.truncation_align_size = 16
+    three(scheduler)
+    spy.plan_fields = {"prefill_tokens": planned}
+    scheduler.step()
+    assert scheduler.chunk_seen == chunk
+    if planned > 1:
+        spy.plan_fields["mix_decodes"] = True
+        scheduler.step()
+        assert scheduler.chunk_seen == (17 if planned <= 32 else CHUNK)
+
+
 @pytest.mark.parametrize(
-    ("asked", "room", "some_decode", "chunk"),
+    ("asked", "left", "some_decode", "chunk"),
     [
         (12, None, False, 12),
         (12, 8, False, 8),
@@ -126,7 +243,7 @@ def test_decodes_leave_room_for_so_much_prefill(
     scheduler: MiniScheduler,
     spy: Spy,
     asked: int | None,
-    room: int | None,
+    left: int | None,
     some_decode: bool,
     chunk: int,
 ) -> None:
@@ -134,9 +251,9 @@ def test_decodes_leave_room_for_so_much_prefill(
 
     def plan_prefill(*args: Any) -> IterationPlan:
         asks.append(args)
-        return IterationPlan((1,) if some_decode else None, room)
+        return IterationPlan((1,) if some_decode else None, left)
 
-    scheduler.tiered_kv_order.selection = SimpleNamespace(plan_prefill=plan_prefill)
+    scheduler.tiered_kv_order.room = room(plan_prefill)
     three(scheduler)
     spy.plan_fields = {"prefill_tokens": asked} if asked else {}
     scheduler.step()
@@ -152,8 +269,8 @@ def test_decodes_leave_room_for_so_many_requests(scheduler: MiniScheduler, spy: 
     scheduler.running_batch.reqs.append(running(scheduler, "r"))
     three(scheduler)
     plans = iter([IterationPlan((1,), 2, admit_at_most=2), IterationPlan((1,), 100)])
-    selection: Any = SimpleNamespace(plan_prefill=lambda *_: next(plans))
-    scheduler.tiered_kv_order.selection = selection
+    selection: Any = room(lambda *_: next(plans))
+    scheduler.tiered_kv_order.room = selection
     scheduler.admit = 3
     assert scheduler.step() == ["a", "b"]
     assert scheduler.chunk_seen == 2 * PAGE_SIZE
@@ -166,8 +283,8 @@ def test_decodes_that_leave_no_room_go_first(scheduler: MiniScheduler) -> None:
     scheduler.running_batch.reqs.append(running(scheduler, "r"))
     three(scheduler)
     plans = iter([IterationPlan((1,), 0), IterationPlan((1,), 8)])
-    selection: Any = SimpleNamespace(plan_prefill=lambda *_: next(plans))
-    scheduler.tiered_kv_order.selection = selection
+    selection: Any = room(lambda *_: next(plans))
+    scheduler.tiered_kv_order.room = selection
     assert scheduler.step() == []
     assert len(scheduler.step()) == 1
 
@@ -256,7 +373,8 @@ def test_without_a_policy_of_ours_sglang_is_left_alone() -> None:
     called = []
     scheduler_hooks.put_in_order(lambda *args: called.append(args), stock.policy, [], None)
     assert called == [(stock.policy, [], None)]
-    scheduler_hooks.note_arrival(None, stock, request("a"))
+    scheduler_hooks.add_to_queue(lambda *args: called.append(args), stock, request("a"))
+    assert len(called) == 2
 
 
 def just_made(rig: Rig, policy: str, *, costs: CostModel | None) -> Any:
@@ -270,9 +388,11 @@ def just_made(rig: Rig, policy: str, *, costs: CostModel | None) -> Any:
     args = SimpleNamespace(tiered_kv=True, tiered_kv_policy=policy, schedule_policy="fcfs")
     return SimpleNamespace(
         server_args=args,
-        tree_cache=SimpleNamespace(parts=parts, request_order=None),
+        tree_cache=SimpleNamespace(parts=parts, observer=None),
         policy=SimpleNamespace(),
         request_receiver=object(),
+        lora_drainer=None,
+        prefill_delayer=None,
     )
 
 
@@ -282,7 +402,7 @@ def test_the_policy_named_is_put_in_charge(rig: Rig) -> None:
     scheduler_hooks.order_waiting_queue(None, scheduler)
     order = scheduler.tiered_kv_order
     assert isinstance(order, RequestOrder)
-    assert scheduler.policy.tiered_kv_order is scheduler.tree_cache.request_order is order
+    assert scheduler.policy.tiered_kv_order is scheduler.tree_cache.observer is order
 
 
 def test_sglang_stays_in_charge_where_it_is_told_to_or_costs_are_unknown(
@@ -297,4 +417,4 @@ def test_sglang_stays_in_charge_where_it_is_told_to_or_costs_are_unknown(
     assert "--schedule-policy fcfs orders the queue" in caplog.text
     for scheduler in (told, unknown):
         assert not hasattr(scheduler, "tiered_kv_order")
-        assert scheduler.tree_cache.request_order is None
+        assert scheduler.tree_cache.observer is None

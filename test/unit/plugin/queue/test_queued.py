@@ -1,7 +1,8 @@
 """What a policy sees of SGLang's requests, and what it hears.
 
-Guarantee: the policy hears of everything that happens to a request, at the time of the clock's
-tick; what is cached of those who wait is up to date, and nothing is looked up in vain.
+Guarantee: the policy hears of everything that happens to a request, in that order; what happens
+between two ticks is dated by the second; nobody who is gone stays known; what is cached of those
+who wait is up to date, and nothing is looked up in vain.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 
 from support_plugin.mini_scheduler import MiniScheduler, Spy, request, running, three
 from support_tiers.tier_rig import PAGE_SIZE, Rig, on_host, tokens_of
@@ -115,38 +116,75 @@ def test_who_is_aborted_while_waiting(scheduler: MiniScheduler, spy: Spy) -> Non
     assert ("admission", 2, 101.0) not in spy.heard
 
 
-def test_who_finishes_is_heard_of_with_the_next_tick(scheduler: MiniScheduler, spy: Spy) -> None:
+def test_who_is_aborted_while_waiting_is_forgotten_by_an_idle_server(
+    scheduler: MiniScheduler, spy: Spy
+) -> None:
+    """Rank 0 would tick for ever, and the longest wait would go on rising."""
+    order = scheduler.tiered_kv_order
+    scheduler.arrive(request("a"))
+    scheduler.waiting_queue.clear()
+    assert order.clock.read([]) is not None
+    scheduler.tick(500.0)
+    assert spy.heard[-1] == ("abort", 1, 500.0)
+    assert order.clock.read([]) is None
+    assert order.queue.wait_over_bound_s(1.0) == 0
+    assert len(order.queue.lives) == len(order.queue.waiting) == 0
+
+
+def test_who_finishes_is_heard_of_at_once_and_dated_with_the_next_tick(
+    scheduler: MiniScheduler, spy: Spy
+) -> None:
     req = running(scheduler, "r")
     queue = scheduler.tiered_kv_order.queue
     queue.first_token(req)
     scheduler.tick(102.0)
     assert req.tiered_kv_queued.first_token_s == 102.0
     req.finished_reason = FINISH_LENGTH(2)
-    queue.ended(req)
-    assert queue.wants_time
-    assert spy.heard[-1][0] == "admission"
+    queue.released(req)
+    assert spy.heard[-1] == ("finish", 1, 102.0)
+    assert queue.lives.wants_time
     scheduler.tick(103.0)
-    assert spy.heard[-1] == ("finish", 1, 103.0)
     queued = req.tiered_kv_queued
     assert (queued.first_token_s, queued.last_token_s, queued.output_tokens) == (102.0, 103.0, 2)
-    assert not queue.wants_time
+    assert not queue.lives.wants_time
 
 
-@pytest.mark.parametrize("field", ["finished_reason", "to_finish"])
-def test_who_is_aborted_while_running(scheduler: MiniScheduler, spy: Spy, field: str) -> None:
+def test_who_is_aborted_while_running(scheduler: MiniScheduler, spy: Spy) -> None:
     req = running(scheduler, "r")
-    setattr(req, field, FINISH_ABORT())
-    scheduler.tiered_kv_order.queue.ended(req)
+    req.finished_reason = FINISH_ABORT()
+    scheduler.tiered_kv_order.queue.released(req)
+    assert spy.heard[-1] == ("abort", 1, 100.0)
+    scheduler.tick(103.0)
+    assert len(spy.heard) == 3
+
+
+def test_who_gives_up_its_kv_and_is_not_queued_again_was_aborted(
+    scheduler: MiniScheduler, spy: Spy
+) -> None:
+    """Out of memory, SGLang aborts the last request without finishing it."""
+    req = running(scheduler, "r")
+    req.to_finish = FINISH_ABORT("out of memory")
+    queue = scheduler.tiered_kv_order.queue
+    queue.released(req)
+    assert spy.heard[-1][0] == "admission", "it may still come back"
+    assert queue.lives.wants_time
     scheduler.tick(103.0)
     assert spy.heard[-1] == ("abort", 1, 103.0)
+    assert not queue.lives.wants_time
+
+
+def retract(scheduler: MiniScheduler, req: Req) -> None:
+    """As SGLang does it."""
+    scheduler.tiered_kv_order.queue.released(req)
+    req.reset_for_retract()
+    scheduler.arrive(req)
 
 
 def test_who_is_retracted_waits_again(scheduler: MiniScheduler, spy: Spy, rig: Rig) -> None:
     req = running(scheduler, "r")
-    scheduler.tiered_kv_order.queue.ended(req)  # gives up its KV, but is not finished
     rig.serve(req.origin_input_ids + array("q", [5, 6, 0, 0]))
     scheduler.tick(105.0)
-    scheduler.arrive(req)
+    retract(scheduler, req)
     queued = req.tiered_kv_queued
     assert [what for what, _, _ in spy.heard] == ["arrival", "admission", "arrival"]
     assert (queued.n_retractions, queued.output_tokens) == (1, 2)
@@ -156,6 +194,45 @@ def test_who_is_retracted_waits_again(scheduler: MiniScheduler, spy: Spy, rig: R
     assert scheduler.step() == ["r"]
 
 
+@pytest.mark.parametrize("is_chunk", [False, True])
+def test_who_was_aborted_and_is_retracted_ends_instead_of_waiting(
+    scheduler: MiniScheduler, spy: Spy, is_chunk: bool
+) -> None:
+    """SGLang would compute all of it again only to end it; a prompt in chunks it would revive."""
+    req = running(scheduler, "r")
+    if is_chunk:
+        scheduler._pending_chunked_abort_req = req
+    else:
+        req.to_finish = FINISH_ABORT("gone")
+    retract(scheduler, req)
+    assert scheduler.waiting == []
+    assert spy.heard[-1] == ("abort", 1, 100.0)
+    (answer,) = scheduler.sent
+    assert answer.rid == "r"
+    assert answer.finished_reason == (None if is_chunk else FINISH_ABORT("gone").to_json())
+    assert scheduler._pending_chunked_abort_req is None
+    scheduler.tick(101.0)
+    assert len(scheduler.tiered_kv_order.queue.lives) == 0
+
+
+def test_who_is_to_end_from_the_first_is_left_to_sglang(scheduler: MiniScheduler) -> None:
+    """A request that is not valid gets its answer by way of the queue."""
+    req = request("invalid")
+    req.to_finish = FINISH_ABORT("too long")
+    scheduler.arrive(req)
+    assert scheduler.step() == ["invalid"]
+
+
+def test_who_finds_the_queue_full_is_over(scheduler: MiniScheduler, spy: Spy) -> None:
+    req = running(scheduler, "r")
+    scheduler.has_queue_room = False
+    retract(scheduler, req)
+    assert spy.heard[-1] == ("abort", 1, 100.0)
+    scheduler.arrive(request("new"))
+    assert len(spy.heard) == 3, "nobody had heard of it"
+    assert len(scheduler.tiered_kv_order.queue.lives) == 0
+
+
 def test_a_flush_under_waiting_requests(scheduler: MiniScheduler, spy: Spy, rig: Rig) -> None:
     rig.serve(tokens_of(1, 2))
     req = request("a", tokens_of(1, 2, 3))
@@ -163,8 +240,9 @@ def test_a_flush_under_waiting_requests(scheduler: MiniScheduler, spy: Spy, rig:
     assert req.tiered_kv_queued.device_tokens == 8
     rig.drain()
     rig.hierarchy.flush()
-    scheduler.tiered_kv_order.queue.look_up_all()
+    scheduler.tiered_kv_order.emptied()
     assert req.tiered_kv_queued.cached_tokens == 0
+    assert spy.changes == [1], "what it costs has changed"
     assert scheduler.step() == ["a"]
 
 
@@ -184,7 +262,7 @@ def test_who_waits_for_pages_is_held_and_starts_when_they_are_there(
     scheduler.arrive(req)
     scheduler.arrive(other)
     queue = scheduler.tiered_kv_order.queue
-    assert queue.held == {1}
+    assert list(queue.held) == [1]
     assert scheduler.step() == ["b"]
     # The batch is full now, and nobody leaves it.
     scheduler.running_batch.batch_is_full = True
@@ -213,6 +291,8 @@ def test_the_bound_on_waiting(scheduler: MiniScheduler) -> None:
     scheduler.arrive(patient)
     scheduler.arrive(impatient)
     queue = scheduler.tiered_kv_order.queue
-    assert queue.wait_over_bound_s(102.0, None) == 0
-    assert queue.wait_over_bound_s(105.0, None) == 2.0
-    assert queue.wait_over_bound_s(105.0, 1.0) == 4.0
+    scheduler.tick(102.0)
+    assert queue.wait_over_bound_s(None) == 0
+    scheduler.tick(105.0)
+    assert queue.wait_over_bound_s(None) == 2.0
+    assert queue.wait_over_bound_s(1.0) == 4.0

@@ -17,10 +17,11 @@ import pytest
 
 from tiered_kv.api.report import RequestReport
 from tiered_kv.api.slo import DEFAULT_CLASSES, Slo
+from tiered_kv.api.trust import Trust
 from tiered_kv.plugin.requests import openai_responses
 from tiered_kv.plugin.requests import reports as request_reports
 
-ON = SimpleNamespace(tiered_kv=True, slo_classes=lambda: DEFAULT_CLASSES)
+ON = SimpleNamespace(tiered_kv=True, slo_classes=lambda: DEFAULT_CLASSES, trust=Trust)
 OFF = SimpleNamespace(tiered_kv=False)
 DONE = "data: [DONE]\n\n"
 

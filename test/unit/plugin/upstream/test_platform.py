@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -103,6 +104,8 @@ def server_args(**given: object) -> SimpleNamespace:
         "mem_fraction_static": None,
         "grammar_backend": None,
         "tp_size": 1,
+        "dtype": "auto",
+        "get_model_config": lambda: SimpleNamespace(dtype=torch.bfloat16, quantization=None),
     }
     return SimpleNamespace(**(values | given))
 
@@ -131,6 +134,123 @@ def test_what_the_user_gives_is_kept(given: dict[str, object]) -> None:
         assert getattr(args, name) == value
     if "mem_fraction_static" in given:
         assert args.max_total_tokens is None
+
+
+# As torch names them: an old server, Zen 4, Sapphire Rapids, and two ARM cores.
+CPUS: dict[str, tuple[str, ...]] = {
+    "skylake": ("avx2", "avx512_f", "avx512_vnni"),
+    "zen4": ("avx2", "avx512_f", "avx512_bf16"),
+    "sapphire rapids": ("avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16"),
+    "graviton2": ("neon", "fp16_arith", "dot"),
+    "graviton3": ("neon", "fp16_arith", "bf16", "sve"),
+}
+
+
+def cpu_is(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    known = {unit for units in CPUS.values() for unit in units}
+    capabilities = {unit: unit in CPUS[name] for unit in known}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "model_dtype", "expected"),
+    [
+        ("skylake", torch.bfloat16, "float32"),
+        ("skylake", torch.float16, "float32"),
+        ("skylake", torch.float32, "auto"),
+        ("zen4", torch.bfloat16, "auto"),
+        ("zen4", torch.float16, "float32"),
+        ("sapphire rapids", torch.bfloat16, "auto"),
+        ("sapphire rapids", torch.float16, "auto"),
+        ("graviton2", torch.bfloat16, "float32"),
+        ("graviton2", torch.float16, "auto"),
+        ("graviton3", torch.bfloat16, "auto"),
+    ],
+)
+def test_a_type_that_the_cpu_has_no_units_for_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cpu: str,
+    model_dtype: torch.dtype,
+    expected: str,
+) -> None:
+    cpu_is(monkeypatch, cpu)
+    model = SimpleNamespace(dtype=model_dtype, quantization=None)
+    args = server_args(get_model_config=lambda: model)
+    TieredKVCpuPlatform().apply_server_args_defaults(args)
+    assert args.dtype == expected
+    # What upstream has already read of the model says the same.
+    assert model.dtype == (torch.float32 if expected == "float32" else model_dtype)
+    said = [record.getMessage() for record in caplog.records if "--dtype" in record.getMessage()]
+    assert len(said) == (1 if expected == "float32" else 0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "half", "float32"])
+def test_a_type_that_the_user_names_is_kept(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    cpu_is(monkeypatch, "skylake")
+    args = server_args(dtype=dtype)
+    TieredKVCpuPlatform().apply_server_args_defaults(args)
+    assert args.dtype == dtype
+
+
+def test_quantised_weights_keep_the_type_of_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_is(monkeypatch, "skylake")
+    model = SimpleNamespace(dtype=torch.float16, quantization="awq")
+    args = server_args(get_model_config=lambda: model)
+    TieredKVCpuPlatform().apply_server_args_defaults(args)
+    assert args.dtype == "auto"
+
+
+RESOLVE_DTYPE = """
+import json
+import sys
+
+import torch
+
+units = []
+torch.cpu.get_capabilities = lambda: dict.fromkeys(units, True)
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.plugins import load_plugins
+
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+
+for units, *flags in json.loads(sys.argv[2]):
+    args = prepare_server_args(["--model-path", sys.argv[1], "--device", "cpu", *flags])
+    dtypes = args.get_model_config().dtype, ModelConfig.from_server_args(args).dtype
+    print("found:", args.dtype, *dtypes)
+"""
+
+
+def test_sglang_takes_the_type_from_here(tmp_path: Path) -> None:
+    """All of it but the CPU is real; with and without --tiered-kv."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
+        "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1,
+        "num_key_value_heads": 2, "vocab_size": 128, "dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tiered_kv = ["--tiered-kv", "--tiered-kv-disk-dir", "none"]
+    cases = [
+        [["avx2"]],
+        [["avx2"], "--dtype", "bfloat16", *tiered_kv],
+        [["avx2", "amx_bf16"], *tiered_kv],
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", RESOLVE_DTYPE, str(tmp_path), json.dumps(cases)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [line for line in result.stdout.splitlines() if line.startswith("found: ")] == [
+        "found: float32 torch.float32 torch.float32",
+        "found: bfloat16 torch.bfloat16 torch.bfloat16",
+        "found: auto torch.bfloat16 torch.bfloat16",
+    ]
+    assert result.stderr.count("runs in float32") == 1
 
 
 def test_the_entry_point_names_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from tiered_kv.simulation.workload.arrivals import Arrivals
+from tiered_kv.simulation.workload.catalog import open_workload
 from tiered_kv.simulation.workload.errors import WorkloadError
 from tiered_kv.simulation.workload.readers.agent_sessions import read_agent_sessions
 from tiered_kv.simulation.workload.readers.chat_log import read_chat_log
@@ -44,6 +46,92 @@ def test_mooncake(tmp_path: Path) -> None:
     assert (first.input_tokens, first.output_tokens) == (1100, 1)
     assert (workload.name, workload.block_tokens) == ("trace", 512)
     assert workload.follow_up(first, 9.0) is None
+
+
+def mooncake_times(tmp_path: Path, *times: Any, **options: Any) -> list[float]:
+    path = jsonl(tmp_path / "times.jsonl", *(mooncake_line(timestamp=time) for time in times))
+    return [request.arrival_s for request in read_mooncake(path, **options).initial()]
+
+
+@pytest.mark.parametrize(
+    ("times", "arrivals_s"),
+    [
+        ([0, 3000, 6000], [0, 3, 6]),
+        ([0, 0, 0], [0, 0, 0]),
+        ([0, 1, 2, 3], [0, 0.001, 0.002, 0.003]),
+        ([0.0, 125.5, 900.25], [0, 0.1255, 0.90025]),
+        # Since 1970, in milliseconds, seconds and words.
+        ([1700158546680, 1700158547680], [0, 1]),
+        ([1700158546, 1700158549.5], [0, 3.5]),
+        (["2023-11-16T18:15:46Z", "2023-11-16T18:15:48Z"], [0, 2]),
+        # The third day of a trace.
+        ([200_000_000, 200_003_000], [200_000, 200_003]),
+    ],
+)
+def test_mooncakes_times(tmp_path: Path, times: list[Any], arrivals_s: list[float]) -> None:
+    assert mooncake_times(tmp_path, *times) == pytest.approx(arrivals_s)
+
+
+@pytest.mark.parametrize(
+    ("times", "unit", "last_s"),
+    [
+        ([0.0, 0.5, 1.25, 3.0], "s", 3.0),
+        ([0, 1, 2, 5, 7], "s", 7.0),
+        ([0, 1_500_000_000, 3_600_000_000], "us", 3600.0),
+        ([0, 2, 3, 4, 5], "ms", 0.005),
+        ([0, 0.25], "s", 0.25),
+    ],
+)
+def test_times_that_are_hardly_milliseconds_need_a_unit(
+    tmp_path: Path, times: list[float], unit: str, last_s: float
+) -> None:
+    with pytest.raises(WorkloadError, match="hardly be milliseconds"):
+        mooncake_times(tmp_path, *times)
+    assert mooncake_times(tmp_path, *times, unit=unit)[-1] == pytest.approx(last_s)
+    path = tmp_path / "times.jsonl"
+    assert next(open_workload(f"mooncake:{path},unit={unit}").initial()).arrival_s == 0
+    with pytest.raises(WorkloadError, match="unit must be one of"):
+        open_workload(f"mooncake:{path},unit=hours")
+
+
+def test_hashes_of_any_length_are_told_apart(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "trace.jsonl",
+        mooncake_line(hash_ids=[2**64 - 1, 2**200, 7]),
+        mooncake_line(hash_ids=[2**64 - 1, 2**200 + 1, -1]),
+        mooncake_line(hash_ids=[2**64 - 1, 2**200, 7]),
+    )
+    first, second, third = read_mooncake(path).initial()
+    assert first.blocks == third.blocks
+    assert first.blocks[0] == second.blocks[0]
+    assert len({*first.blocks, *second.blocks}) == 5
+
+
+@pytest.mark.parametrize("name", ["trace.jsonl.gz", "trace"])
+def test_compressed_traces(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(json.dumps(mooncake_line()).encode()))
+    assert len(read_mooncake(path)) == 1
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(WorkloadError, match="damaged gzip file"):
+        read_mooncake(path)
+    path.write_bytes(gzip.compress(b"Timestamp,Request tokens,Response tokens\n5,40,2\n"))
+    assert next(read_burstgpt(path).initial()).input_tokens == 40
+
+
+def test_an_array_of_records(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps([mooncake_line(), mooncake_line()], indent=2))
+    assert len(read_mooncake(path)) == 2
+    path.write_text(json.dumps([mooncake_line(), 7]))
+    with pytest.raises(WorkloadError, match="entry 2: a JSON object is expected"):
+        read_mooncake(path)
+    path.write_text(json.dumps([mooncake_line(), mooncake_line(hash_ids=[1])]))
+    with pytest.raises(WorkloadError, match=r"entry 2: 1 hash_ids don't fit.*block_tokens="):
+        read_mooncake(path)
+    path.write_text("[1,")
+    with pytest.raises(WorkloadError, match="not JSON"):
+        read_mooncake(path)
 
 
 def agent_call(at_s: float, n_in: int, n_out: int, lcp: int, *new: list[int]) -> dict[str, Any]:
@@ -158,6 +246,26 @@ def test_burstgpt_leaves_out_failures(tmp_path: Path) -> None:
     ]
 
 
+def test_cells_that_are_empty_and_headers_with_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "burst.csv"
+    header = "Timestamp, Model, Request tokens ,Response tokens\n"
+    path.write_text(f"{header}5,ChatGPT,472,18\n6,ChatGPT,40,\n1700000000000,ChatGPT,30,2\n")
+    with pytest.raises(WorkloadError, match="54 years"):
+        read_burstgpt(path)
+    path.write_text(f"{header}5,ChatGPT,472,18\n6,ChatGPT,40,\n\n9,ChatGPT,30,2\n")
+    # A row without a response is a failure of the recorded service.
+    assert [request.arrival_s for request in read_burstgpt(path).initial()] == [0, 4]
+    path.write_text(f"{header}5,ChatGPT,,18\n")
+    with pytest.raises(WorkloadError, match="line 2: Request tokens is missing"):
+        read_burstgpt(path)
+    path.write_text(f"{header}5,ChatGPT\n,ChatGPT,3,4\n")
+    with pytest.raises(WorkloadError, match="line 3: Timestamp is missing"):
+        read_burstgpt(path)
+    path.write_text(f'{header}5,"{"x" * 200_000}",3,4\n')
+    with pytest.raises(WorkloadError, match="line 2: not CSV"):
+        read_burstgpt(path)
+
+
 def test_a_chat_log_shares_what_its_texts_share(tmp_path: Path) -> None:
     hello = "You are a helpful assistant with many tools. " * 10
     path = jsonl(
@@ -197,6 +305,11 @@ BAD_LINES: list[tuple[Callable[[Path], object], str, str]] = [
     (read_mooncake, json.dumps(mooncake_line(timestamp=None)), "line 2: timestamp is missing"),
     (read_mooncake, json.dumps(mooncake_line(hash_ids=[1])), "line 2: 1 hash_ids don't fit 1100"),
     (read_mooncake, json.dumps(mooncake_line(hash_ids=["a"] * 3)), "line 2: hash_ids must be"),
+    (read_mooncake, json.dumps(mooncake_line(input_length=1e12)), "line 2: input_length must"),
+    (read_mooncake, json.dumps(mooncake_line(input_length=10**400)), "line 2: input_length must"),
+    (read_mooncake, '{"timestamp": ' + "9" * 5000 + "}", "line 2: not a record"),
+    (read_mooncake, "[" * 100_000, "line 2: not"),
+    (read_mooncake, json.dumps(mooncake_line(timestamp="soon")), "line 2: timestamp 'soon' is no"),
     (read_mooncake, json.dumps(mooncake_line(output_length=True)), "line 2: output_length must"),
 ]
 

@@ -118,7 +118,7 @@ def proc(tmp_path: Path) -> Path:
 
 
 def test_reads_the_machine(proc: Path, tmp_path: Path) -> None:
-    assert KernelMemory(proc, tmp_path / "none")() == MemorySample(0.4, 12345)
+    assert KernelMemory(tmp_path)() == MemorySample(0.4, 12345)
 
 
 @pytest.mark.parametrize("contents", [None, "", "some avg10=0.00", "full total=3", "some total=x"])
@@ -127,27 +127,30 @@ def test_reads_a_kernel_without_psi(proc: Path, tmp_path: Path, contents: str | 
         (proc / "pressure" / "memory").unlink()
     else:
         (proc / "pressure" / "memory").write_text(contents)
-    assert KernelMemory(proc, tmp_path / "none")() == MemorySample(0.4, None)
+    assert KernelMemory(tmp_path)() == MemorySample(0.4, None)
 
 
 @pytest.mark.parametrize(("limit", "share"), [("1000", 0.3), ("max", 0.4), ("1000000", 0.4)])
+@pytest.mark.parametrize("name", ["", "app.slice"])
 def test_a_container_counts_its_own_limit_and_stalls(
-    proc: Path, tmp_path: Path, limit: str, share: float
+    proc: Path, tmp_path: Path, limit: str, share: float, name: str
 ) -> None:
     """What it has cached of files and not used lately can be had back."""
-    group = tmp_path / "group"
-    group.mkdir()
+    (proc / "self").mkdir()
+    (proc / "self" / "cgroup").write_text(f"0::/{name}\n")
+    group = tmp_path / "sys/fs/cgroup" / name
+    group.mkdir(parents=True)
     (group / "memory.max").write_text(limit + "\n")
     (group / "memory.current").write_text("900\n")
     (group / "memory.stat").write_text("anon 600\ninactive_file 200\n")
     (group / "memory.pressure").write_text(PSI.format(99))
-    assert KernelMemory(proc, group)() == MemorySample(share, 99)
+    assert KernelMemory(tmp_path)() == MemorySample(share, 99)
 
 
 @pytest.mark.parametrize("contents", ["", "nonsense", "MemTotal: x kB\n", "MemTotal: 5 kB\n"])
 def test_meminfo_that_makes_no_sense(proc: Path, tmp_path: Path, contents: str) -> None:
     (proc / "meminfo").write_text(contents)
-    assert KernelMemory(proc, tmp_path / "none")() is None
+    assert KernelMemory(tmp_path)() is None
 
 
 def test_this_machine_can_be_read() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from tiered_kv.plugin.upstream.symbol import SRT, Symbol, function, methods, object_
 from tiered_kv.plugin.upstream.v0_5_17.symbols_attention import ATTENTION
 from tiered_kv.plugin.upstream.v0_5_17.symbols_cache import (
+    ADAPTERS,
     CACHE_INTERFACE,
     POOLS,
     REQUESTS_AND_EVENTS,
@@ -21,7 +22,7 @@ from tiered_kv.plugin.upstream.v0_5_17.symbols_scheduler import DECODE, QUEUE, S
 _STREAM = "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
 
 PLUGIN_SYSTEM = (
-    object_("sglang.version.__version__", "", "upstream.release"),
+    object_("sglang.version.__version__", "", "upstream.release cache.build"),
     function(f"{SRT}.plugins.load_plugins", "", "start.process_carrier"),
     object_(f"{SRT}.plugins.hook_registry.HookRegistry", "", "start.entry hooks.table"),
     function(
@@ -65,13 +66,19 @@ ARGUMENTS = (
     ),
     function(f"{SRT}.server_args.ServerArgs.from_cli_args", "args", "options.server_args"),
     function(f"{SRT}.server_args.ServerArgs.__post_init__", "self", "options.server_args"),
-    object_(f"{SRT}.arg_groups.arg_utils.A", "", "options.server_args options.overlap"),
+    object_(
+        f"{SRT}.arg_groups.arg_utils.A", "", "options.server_args options.overlap options.callers"
+    ),
     object_(
         f"{SRT}.arg_groups.arg_utils.Arg",
         "help type_parser no_cli",
-        "options.server_args options.overlap",
+        "options.server_args options.overlap options.callers",
     ),
-    object_(f"{SRT}.arg_groups.arg_utils.NS", "path", "options.server_args options.overlap"),
+    object_(
+        f"{SRT}.arg_groups.arg_utils.NS",
+        "path",
+        "options.server_args options.overlap options.callers",
+    ),
     object_(f"{SRT}.entrypoints.engine.Engine", "server_args_class", "start.entry"),
     object_(
         f"{SRT}.environ.envs",
@@ -93,8 +100,13 @@ FRONT_ENDS = (
     ),
     object_(
         f"{SRT}.managers.io_struct.GenerateReqInput",
-        "sampling_params batch_size parallel_sample_num",
-        "requests.adapter requests.openai_responses",
+        "sampling_params batch_size parallel_sample_num extra_key",
+        "requests.adapter requests.openai_responses requests.salts",
+    ),
+    function(
+        f"{SRT}.entrypoints.openai.serving_base.OpenAIServingBase._compute_extra_key",
+        "self request",
+        "requests.salts",
     ),
     function(f"{SRT}.entrypoints.http_server.ORJSONRequest.json", "self", "requests.adapter"),
     function(f"{SRT}.entrypoints.http_server.get_global_state", "", "requests.adapter"),
@@ -140,6 +152,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     *FRONT_ENDS,
     *CACHE_INTERFACE,
     *POOLS,
+    *ADAPTERS,
     *REQUESTS_AND_EVENTS,
     *CPU_PLATFORM,
     *ATTENTION,

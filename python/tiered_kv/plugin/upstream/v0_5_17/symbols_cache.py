@@ -115,15 +115,58 @@ POOLS = (
     ),
     object_(
         f"{SRT}.configs.model_config.ModelConfig",
-        "hf_config context_len is_multimodal is_encoder_decoder is_generation dtype",
-        "cache.fingerprint options.refusals cache.costs",
+        "hf_config hf_text_config context_len is_multimodal is_encoder_decoder is_generation dtype "
+        "quantization get_total_num_kv_heads",
+        "cache.fingerprint cache.build options.refusals cache.costs",
+    ),
+    function(f"{SRT}.server_args.ServerArgs.get_attention_backends", "self", "cache.fingerprint"),
+    object_(
+        f"{SRT}.server_args.ServerArgs",
+        "enable_deterministic_inference rl_on_policy_target",
+        "cache.fingerprint",
     ),
     object_(
         f"{SRT}.managers.tp_worker.TpModelWorker", "model_runner", "cache.build decode.selection"
     ),
     object_(
-        f"{SRT}.model_executor.model_runner.ModelRunner", "model forward_stream", "cache.build"
+        f"{SRT}.model_executor.model_runner.ModelRunner",
+        "model forward_stream lora_manager",
+        "cache.build",
     ),
+)
+
+ADAPTERS = (
+    object_(
+        f"{SRT}.lora.lora_manager.LoRAManager",
+        "loras target_modules experts_shared_outer_loras",
+        "cache.adapters",
+    ),
+    object_(
+        f"{SRT}.lora.lora.LoRAAdapter",
+        "config scaling layers embedding_layers added_tokens_embeddings",
+        "cache.adapters",
+    ),
+    object_(f"{SRT}.lora.lora.LoRALayer", "weights", "cache.adapters"),
+    object_(
+        f"{SRT}.lora.lora_config.LoRAConfig", "hf_config added_tokens_config", "cache.adapters"
+    ),
+    function(
+        f"{SRT}.lora.utils.get_target_module_name",
+        "full_module_name target_modules",
+        "cache.adapters",
+    ),
+    *methods(
+        f"{SRT}.managers.scheduler.Scheduler",
+        "cache.adapters",
+        load_lora_adapter="recv_req",
+        load_lora_adapter_from_tensors="recv_req",
+        unload_lora_adapter="recv_req",
+    ),
+    *(
+        object_(f"{SRT}.managers.io_struct.{name}ReqInput", "lora_id", "cache.adapters")
+        for name in ("LoadLoRAAdapter", "LoadLoRAAdapterFromTensors", "UnloadLoRAAdapter")
+    ),
+    object_(f"{SRT}.managers.schedule_batch.Req", "extra_key lora_id", "cache.adapters"),
 )
 
 REQUESTS_AND_EVENTS = (

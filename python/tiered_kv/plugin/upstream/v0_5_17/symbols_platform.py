@@ -19,6 +19,13 @@ CPU_PLATFORM = (
         merge_and_sort_free="",
     ),
     object_(f"{SRT}.platforms.cpu.CpuDeviceMixin", "", "upstream.platform"),
+    object_(
+        f"{SRT}.server_args.ServerArgs",
+        "attention_backend max_total_tokens mem_fraction_static grammar_backend tp_size dtype",
+        "upstream.platform",
+    ),
+    function(f"{SRT}.server_args.ServerArgs.get_model_config", "self", "upstream.platform"),
+    object_(f"{SRT}.configs.model_config.ModelConfig", "dtype quantization", "upstream.platform"),
     object_(f"{SRT}.platforms.device_mixin.PlatformEnum", "OOT", "upstream.platform"),
     function(
         f"{SRT}.layers.attention.attention_registry.register_attention_backend",

@@ -67,12 +67,32 @@ QUEUE = (
         "hooks.scheduler queue.order",
         _get_new_batch_prefill_raw="prefill_delayer_single_pass running_batch",
         _add_request_to_queue="req is_retracted",
+        _can_schedule_lora_req="req running_loras",
     ),
     object_(
         f"{SRT}.managers.scheduler.Scheduler",
         "waiting_queue policy chunked_req chunked_prefill_size max_prefill_tokens page_size "
-        "is_mixed_chunk request_receiver load_inquirer",
+        "is_mixed_chunk truncation_align_size request_receiver load_inquirer",
         "hooks.scheduler queue.order",
+    ),
+    object_(
+        f"{SRT}.managers.scheduler.Scheduler",
+        "max_req_input_len max_total_num_tokens",
+        "hooks.scheduler",
+    ),
+    object_(
+        f"{SRT}.managers.scheduler.Scheduler", "lora_drainer prefill_delayer", "queue.whole_queue"
+    ),
+    function(
+        "sglang.srt.lora.lora_drainer.LoRADrainer.update_draining_state",
+        "self waiting_queue running_reqs",
+        "queue.whole_queue",
+    ),
+    function(
+        f"{SRT}.managers.prefill_delayer.PrefillDelayer._negotiate_should_allow_prefill",
+        "self local_prefillable token_usage running_batch max_prefill_bs max_running_requests "
+        "waiting_queue_len",
+        "queue.whole_queue",
     ),
     function(
         f"{SRT}.managers.schedule_policy.SchedulePolicy.calc_priority",
@@ -105,20 +125,31 @@ QUEUE = (
         f"{SRT}.managers.schedule_batch.Req",
         "rid origin_input_ids output_ids extra_key sampling_params priority finished to_finish "
         "finished_reason prefix_indices extend_range positional_embed_overrides input_embeds",
-        "queue.queued queue.order cache.prefix_cache",
+        "queue.queued queue.order requests.view",
     ),
     object_(
         f"{SRT}.managers.schedule_batch.Req",
-        "return_logprob inflight_middle_chunks retraction_count retracted_stain",
-        "queue.parking",
+        "return_logprob inflight_middle_chunks",
+        "queue.put_back",
     ),
-    function(f"{SRT}.managers.schedule_batch.Req.reset_for_retract", "self", "queue.parking"),
+    object_(
+        f"{SRT}.managers.schedule_batch.Req",
+        "retraction_count retracted_stain",
+        "queue.again",
+    ),
+    object_(
+        f"{SRT}.managers.scheduler.Scheduler",
+        "max_queued_requests ipc_channels _pending_chunked_abort_req",
+        "queue.again",
+    ),
+    object_(f"{SRT}.managers.io_struct.AbortReq", "rid finished_reason", "queue.again"),
+    function(f"{SRT}.managers.schedule_batch.Req.reset_for_retract", "self", "queue.again"),
     function(
         f"{MEM}.common.release_kv_cache",
         "req tree_cache is_insert",
-        "queue.parking decode.swap_out",
+        "queue.put_back decode.swap_out",
     ),
-    object_(f"{SRT}.managers.schedule_batch.FINISH_ABORT", "", "queue.queued"),
+    object_(f"{SRT}.managers.schedule_batch.FINISH_ABORT", "", "requests.view"),
     object_(f"{SRT}.constants.HEALTH_CHECK_RID_PREFIX", "", "queue.queued"),
     object_(
         f"{SRT}.managers.io_struct.TokenizedGenerateReqInput", "rid time_stats", "queue.clock_tick"

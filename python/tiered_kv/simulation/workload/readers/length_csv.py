@@ -9,11 +9,10 @@ BurstGPT (arXiv 2401.17644): Timestamp in seconds, "Request tokens", "Response t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 
 from tiered_kv.simulation.workload.block_ids import blocks_spanned, own_blocks
-from tiered_kv.simulation.workload.readers.lines import Line, csv_lines, require_some
+from tiered_kv.simulation.workload.readers.lines import csv_lines, start_at_zero
 from tiered_kv.simulation.workload.request import RecordedWorkload, Request
 
 DEFAULT_BLOCK_TOKENS = 64
@@ -24,7 +23,7 @@ def read_azure(path: Path, block_tokens: int = DEFAULT_BLOCK_TOKENS) -> Recorded
     columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
     rows = (
         (
-            _seconds(line),
+            line.time_s("TIMESTAMP"),
             line.count("ContextTokens"),
             line.count("GeneratedTokens"),
         )
@@ -40,9 +39,9 @@ def read_burstgpt(path: Path, block_tokens: int = DEFAULT_BLOCK_TOKENS) -> Recor
     """
     columns = ("Timestamp", "Request tokens", "Response tokens")
     rows = (
-        (line.number_of("Timestamp"), line.count("Request tokens"), n_output)
+        (line.time_s("Timestamp"), line.count("Request tokens"), n_output)
         for line in csv_lines(path, columns)
-        if (n_output := line.count("Response tokens"))
+        if line.has("Response tokens") and (n_output := line.count("Response tokens"))
     )
     return _workload(path, block_tokens, rows)
 
@@ -51,13 +50,10 @@ def _workload(
     path: Path, block_tokens: int, rows: Iterable[tuple[float, int, int]]
 ) -> RecordedWorkload:
     """`rows` have arrival in seconds, input and output tokens."""
-    taken = sorted(rows)
-    require_some(taken, path)
-    first_s = taken[0][0]
     requests = [
         Request(
             request_id=request_id,
-            arrival_s=arrival_s - first_s,
+            arrival_s=arrival_s,
             blocks=own_blocks(request_id, 0, blocks_spanned(max(1, n_input), block_tokens)),
             input_tokens=max(1, n_input),
             output_tokens=max(1, n_output),
@@ -66,18 +62,7 @@ def _workload(
             ttft_slo_s=None,
             tbt_slo_s=None,
         )
-        for request_id, (arrival_s, n_input, n_output) in enumerate(taken)
+        for request_id, (arrival_s, n_input, n_output) in enumerate(sorted(rows))
     ]
+    start_at_zero(requests, path)
     return RecordedWorkload(path.stem, block_tokens, requests)
-
-
-def _seconds(line: Line) -> float:
-    """A time such as "2023-11-16 18:15:46.6805900", with seven digits, perhaps with a zone."""
-    text = line.text("TIMESTAMP")
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        raise line.error(
-            f"TIMESTAMP {text!r} is no time; write it like 2023-11-16 18:15:46.680"
-        ) from None
-    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()

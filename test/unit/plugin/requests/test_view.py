@@ -1,4 +1,4 @@
-"""What the adapter adds to the tree operations (those are tested with the hierarchy)."""
+"""What is wanted of one of SGLang's requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tiered_kv.plugin.cache.prefix_cache import is_named_by_tokens
+from tiered_kv.plugin.requests.view import is_named_by_tokens
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""The one door by which a request that was under way comes back into SGLang's waiting queue.
+
+| why | cached tokens | waited | retracted |
+|---|---|---|---|
+| `PUT_BACK`: a prompt that was begun makes way for others | as when it was first admitted: what \
+the server has computed for it since is none | since it came back | no |
+| `SWAPPED`: a request that decodes makes way for others | the same | the same | no; counted as \
+made way |
+| SGLang's own: memory ran out, or generation is paused | the same | the same | yes |
+
+All of them go through `Scheduler._add_request_to_queue`: that asks the disk for what has left the
+host meanwhile, starts the clock of SGLANG_REQ_WAITING_TIMEOUT anew, and is where the queue's order
+hears of them.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+class Why(enum.Enum):
+    """Why we send a request back; SGLang has its own reasons."""
+
+    PUT_BACK = "put back"
+    SWAPPED = "swapped out"
+
+
+def queue_again(scheduler: Any, req: Req, why: Why) -> None:
+    """`req`, which has given up its KV, waits with everyone else again."""
+    n_retractions = req.retraction_count
+    # Sets `retracted_stain` for good, with which SGLang counts no more cached tokens.
+    req.reset_for_retract()
+    # What SGLang counts as retractions means memory that ran out.
+    req.retraction_count = n_retractions
+    if why is Why.SWAPPED:
+        scheduler.tree_cache.parts.metrics.made_way()
+    scheduler._add_request_to_queue(req)
+
+
+def has_room(scheduler: Any) -> bool:
+    """Whether one more may wait: SGLang aborts whoever joins a queue that is full."""
+    most: int | None = scheduler.max_queued_requests
+    return most is None or len(scheduler.waiting_queue) < most
+
+
+def is_to_end(scheduler: Any, req: Req) -> bool:
+    """Whether `req`, which was under way, was aborted before it left.
+
+    SGLang would queue it all the same, compute it once more and end it then; or, if its prompt was
+    not computed yet, forget that it was aborted.
+    """
+    return req.to_finish is not None or scheduler._pending_chunked_abort_req is req
+
+
+def end_now(scheduler: Any, req: Req) -> None:
+    """Tells the client that `req`, which is to end and holds no KV, has ended."""
+    from sglang.srt.managers.io_struct import AbortReq
+
+    if scheduler._pending_chunked_abort_req is req:
+        scheduler._pending_chunked_abort_req = None
+    reason = req.to_finish
+    answer = AbortReq(rid=req.rid, finished_reason=None if reason is None else reason.to_json())
+    scheduler.ipc_channels.send_to_tokenizer.send_output(answer, req)

@@ -1,0 +1,53 @@
+"""What the other rooms want to know of one of SGLang's requests, and what we keep on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tiered_kv.api.report import RequestReport
+from tiered_kv.api.terms import Terms
+from tiered_kv.scheduler.request import QueuedRequest
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+#: The attributes of SGLang's request under which ours are kept.
+TERMS = "tiered_kv_terms"
+REPORT = "tiered_kv_report"
+QUEUED = "tiered_kv_queued"
+
+_NO_TERMS = Terms()
+
+
+def terms_of(req: Req) -> Terms:
+    """What `req` was promised."""
+    terms: Terms = getattr(req, TERMS, _NO_TERMS)
+    return terms
+
+
+def report_of(req: Req) -> RequestReport | None:
+    """The report that `req` asked for, if it did."""
+    report: RequestReport | None = getattr(req, REPORT, None)
+    return report
+
+
+def queued_of(req: Req) -> QueuedRequest:
+    """`req` as a policy sees it, from its first arrival in the queue on."""
+    queued: QueuedRequest = getattr(req, QUEUED)
+    return queued
+
+
+def is_aborted(req: Req) -> bool:
+    """Whether `req` ended, or is about to, without its answer."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    return isinstance(req.finished_reason or req.to_finish, FINISH_ABORT)
+
+
+def is_named_by_tokens(req: Req) -> bool:
+    """Whether a prompt's KV depends on its token ids alone, so that they may name it.
+
+    Embeddings given by the client override those of the tokens. Upstream does not match such
+    prompts, but inserts what they computed; on disk that would outlive the request's own error.
+    """
+    return req.positional_embed_overrides is None and req.input_embeds is None

@@ -1,0 +1,96 @@
+"""What one request wants of the disk, and has."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.node import Node
+from tiered_kv.forest.residency import Residency
+from tiered_kv.tiers.context import host_pages_of
+from tiered_kv.tiers.disk_lookup import Stored
+from tiered_kv.tiers.slots import PageIds
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """Of the request `name`: the tree `root`, its prompt's whole pages, and transfers."""
+
+    name: str
+    root: Node
+    tokens: array[int]
+    prompt_tokens: int
+    number: int
+    """Its place among all tickets that there were."""
+    is_ahead: bool
+    """Whether the request is only expected."""
+    is_looked_up: bool = False
+    stored: Stored | None = None
+    waiting_for: dict[int, None] = field(default_factory=dict)
+    """Reads under way, by op."""
+    is_patient: bool = True
+    asked_s: float = 0.0
+    patience_s: float = 0.0
+    ready_s: float = float("inf")
+    """When its pages should be there."""
+    is_displaced: bool = False
+    """Whether it held room once that a more urgent one took."""
+    pinned: Node | None = None
+    n_loaded_tokens: int = 0
+    """Tokens down to `pinned` that came for it from disk, or are about to."""
+    began_s: float = field(default_factory=time.perf_counter)
+    is_drawn: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is kept from running."""
+        return self.is_patient and bool(self.waiting_for or not self.is_looked_up)
+
+    @property
+    def came_tokens(self) -> int:
+        """Of `n_loaded_tokens`, those that are there."""
+        coming = 0
+        if self.pinned is not None:
+            coming = sum(node.n_tokens for node in path_up(self.pinned) if is_coming(node))
+        return max(0, self.n_loaded_tokens - coming)
+
+
+def path_up(node: Node) -> Iterator[Node]:
+    """`node` and those above it, without the root."""
+    at = node
+    while at.parent is not None:
+        yield at
+        at = at.parent
+
+
+def is_coming(node: Node) -> bool:
+    """Whether it is on its way to the host."""
+    return node.state(Tier.HOST) is Residency.LOADING
+
+
+def pages_on_host(nodes: Iterable[Node]) -> PageIds:
+    """The host pages that hold, or will hold, the nodes: in their order."""
+    slots = [host_pages_of(node) for node in nodes if node.slots(Tier.HOST) is not None]
+    return np.concatenate(slots) if slots else np.empty(0, dtype=np.int64)
+
+
+def count_held(path: tuple[Node, ...]) -> int:
+    """How many leading nodes the device or the host has, or is about to have."""
+    for position, node in enumerate(path):
+        host = node.state(Tier.HOST) in (Residency.RESIDENT, Residency.LOADING)
+        if not host and node.state(Tier.DEVICE) is Residency.ABSENT:
+            return position
+    return len(path)
+
+
+def end_of_hole(nodes: Iterable[Node], end: int) -> int:
+    """Where the host has pages again, below a part that failed to be copied or read; or `end`."""
+    for node in nodes:
+        if node.state(Tier.HOST) is not Residency.ABSENT:
+            return node.start
+    return end
