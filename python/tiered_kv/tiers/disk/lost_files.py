@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import logging
 import sqlite3
@@ -13,6 +14,9 @@ from tiered_kv.tiers.disk.segment_files import SegmentFiles
 from tiered_kv.tiers.disk.space import SpaceManager
 
 logger = logging.getLogger(__name__)
+
+_LOOKS_AT_ONCE = 2_000
+"""Segments; more are looked at in turn."""
 
 
 class LostFiles:
@@ -26,12 +30,15 @@ class LostFiles:
         self._catalog = catalog
         self._files = files
         self._space = space
+        self._next_number = 0
 
-    def forget_all(self) -> None:
-        """Looks at every segment; costs one system call for each."""
-        with self._catalog.lock:
-            segments = list(self._catalog.segments.values())
-        self.forget(segments)
+    def look(self) -> None:
+        """Looks at the next segments, some thousands of them; costs one system call for each."""
+        numbers = sorted(self._catalog.segments)
+        first = bisect.bisect_left(numbers, self._next_number)
+        numbers = numbers[first : first + _LOOKS_AT_ONCE]
+        self._next_number = numbers[-1] + 1 if len(numbers) == _LOOKS_AT_ONCE else 0
+        self.forget(s for n in numbers if (s := self._catalog.segments.get(n)) is not None)
 
     def forget(self, suspects: Iterable[Segment]) -> None:
         """Give up those of these segments whose file is gone or has another size. Never raises."""

@@ -188,6 +188,7 @@ class SpaceManager:
         if self._catalog.is_current(segment):
             self._catalog.offer(segment)
             self.to_pack.append(segment)
+            self._wake_keeper()
 
     def _has_another(self, record_bytes: int) -> bool:
         """Can a segment be had without reclaiming one?"""

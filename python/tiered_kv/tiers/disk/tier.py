@@ -26,8 +26,9 @@ from tiered_kv.tiers.disk.write_gate import FIRST_PAUSE_S, LONGEST_PAUSE_S
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 10.0
-"""A start waits so long for the store; serving begins without it if it takes longer."""
+START_TIMEOUT_S = 3.0
+"""A start waits so long for the store, enough to tell misuse and to load a few million pages;
+serving begins without it if it takes longer."""
 LOOK_S = 10.0
 """So often it is looked whether the files are still there."""
 

@@ -217,7 +217,8 @@ def test_budget_holds_with_a_damaged_index_set_aside(
     # Far larger than an index of this budget would be, so that ignoring it would show.
     index.write_bytes(random.Random(3).randbytes(MIB))
     store._index._db.execute("PRAGMA shrink_memory")
-    assert write(ns, range(5000, 5020)) == 0
+    # Whether the write finds out or the keeper, which then has mended it already.
+    assert write(ns, range(5000, 5020)) in (0, 20)
     store._gate._now = lambda: 100.0
     for first in range(1000, 3000, 20):
         write(ns, range(first, first + 20))
