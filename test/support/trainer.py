@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import pickle
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class ProcessGroup:
         self._group, _ = torch.distributed.distributed_c10d._new_process_group_helper(
             2, 0, [], torch.distributed.Backend("gloo"),
             torch.distributed.PrefixStore(GROUP, store), group_name=GROUP,
+            timeout=timedelta(seconds=60),
         )  # fmt: skip
         torch.distributed.distributed_c10d._world.pg_group_ranks[self._group] = {0: 0, 1: 1}
         thread.join()

@@ -17,13 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tiered_kv.scheduler import request_policy
 from tiered_kv.scheduler.plan import AdmissionPlan
-from tiered_kv.scheduler.request_policy import (
-    Arriving,
-    ForecastingPolicy,
-    RequestPolicy,
-    SchedulerState,
-)
+from tiered_kv.scheduler.request_policy import ForecastingPolicy, RequestPolicy, SchedulerState
 from tiered_kv.scheduler.waiting import WaitingQueue
 from tiered_kv.simulation.admission import Added, NewTokenRatio, PrefillAdder, PrefillBatch
 from tiered_kv.simulation.cache import ManagerFactory, TieredCache
@@ -86,7 +82,7 @@ class Instance:
         self._foresight = policies.foresight
         self._timeline = timeline
         self._live: dict[int, LiveRequest] = {}
-        self._held: dict[int, Arriving] = {}
+        self._held: dict[int, request_policy.Arriving] = {}
         self._running = DecodeBatch(self.cache, is_cascade=settings.cascade)
         self._selection = selection_for(
             settings, self._running, self._execution.costs, block_tokens
