@@ -113,7 +113,7 @@ def test_it_waits_anew(loop: DecodeLoop, comes_back: Callable[..., None]) -> Non
 @WAYS
 def test_it_counts_as_what_it_is(loop: DecodeLoop, comes_back: Callable[..., None]) -> None:
     loop.serve(SHORT.request("first"))
-    loop.tree_cache.hierarchy.settle_host_writes()
+    loop.tree_cache.hierarchy.settle_copies()
     loop.tree_cache.hierarchy.evict_device(1000)
     req = LONG.request("r")
     comes_back(loop, req)
