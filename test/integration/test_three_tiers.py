@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from support.client import Answer, generate, generate_all
+from support.client import Answer, generate, generate_all, post_generate, request_body
 from support.kv_events import KvEventListener
 from support.metrics import scrape, wait_for_disk
 from support.oracle import Oracle
@@ -17,6 +17,7 @@ from tiered_kv.metrics import names
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
+DEVICE_TOKENS = 1024
 N_TOKENS = 400
 #: Of 400 tokens the last one is always computed, so 24 whole pages of 16 can be reused.
 N_REUSABLE = 384
@@ -52,6 +53,21 @@ def test_a_prefix_that_was_pushed_out_of_the_device_comes_back_from_host(
     assert cached_by_tier(from_host) == (0, N_REUSABLE, 0)
     assert from_host.cached_tokens == N_REUSABLE
     assert [first.output_ids, from_device.output_ids, from_host.output_ids] == [truth] * 3
+
+
+@pytest.mark.parametrize("missing", [0, 1, 8, 20])
+def test_a_prompt_that_never_fits_is_refused_and_nobody_waits_behind_it(
+    three_tiers: Server, prompts: PromptMaker, missing: int
+) -> None:
+    """Admission wants a page more than the prompt, and less than the pool."""
+    longest = DEVICE_TOKENS - 16 - 1
+    prompt = prompts.tokens("never fits", longest + 1 + missing)
+    refused = post_generate(three_tiers, request_body(prompt, 4))
+    assert refused.status_code == 400
+    assert f"maximum allowed length ({longest + 1} tokens)" in refused.text
+    assert generate(three_tiers, prompts.tokens("behind it", 20), 2).finish_reason == "length"
+    fits = generate(three_tiers, prompt[:longest], 4)
+    assert fits.prompt_tokens == longest
 
 
 def test_a_longer_prompt_reuses_host_pages_and_computes_the_rest(

@@ -116,8 +116,8 @@ class Instance:
             request, self.settings, self.cache, now_s, self.processed_prefill_tokens
         )
         live = LiveRequest(request, queued, new_record(request))
-        most = request.input_tokens + request.output_tokens + self.settings.page_tokens
-        if most >= self.cache.capacity_tokens:
+        tokens = request.input_tokens + request.output_tokens
+        if tokens + self.settings.page_tokens >= self.cache.capacity_tokens:
             self._on_finish(live, now_s)
             return
         self._live[request.request_id] = live
@@ -131,11 +131,10 @@ class Instance:
 
     def _hold(self, live: LiveRequest, now_s: float) -> None:
         """Keep `live` out of plans while it waits for pages from disk, as long as it wants to."""
-        if not live.waits_for or live.give_up_s <= now_s:
-            return
-        self._held[live.queued.request_id] = self.cache.arriving(live)
-        if live.give_up_s < float("inf"):
-            self._events.schedule(live.give_up_s, lambda _: self._let_go(live))
+        if live.waits_for and live.give_up_s > now_s:
+            self._held[live.queued.request_id] = self.cache.arriving(live)
+            if live.give_up_s < float("inf"):
+                self._events.schedule(live.give_up_s, lambda _: self._let_go(live))
 
     def _on_ready(self, live: LiveRequest) -> None:
         if not live.waits_for:

@@ -189,8 +189,7 @@ class KVHierarchy:
             self.dropped.counted(self.progress.advance(self.dropped.votes()))
         if self.load_back.has_failed:
             self._give_up_failed_loads()
-        # No pass is being formed: nobody will wait for these.
-        self.load_back.gate.close_failed()
+        self.load_back.close_failed()
         self.load_back.advance()
         self.write_back.advance()
         self.prefetch.advance()
@@ -256,7 +255,7 @@ class KVHierarchy:
     def leave_failed_loads(self) -> None:
         """Nobody holds pages any more that never came: they leave the tree."""
         self.settle_loads()
-        self.load_back.gate.close_failed()
+        self.load_back.close_failed()
 
     # -- whole-cache operations ---------------------------------------------------------------
 

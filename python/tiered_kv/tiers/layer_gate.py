@@ -90,11 +90,6 @@ class LayerGate:
         """
         return any(b.has_failed for b in self._open.values() if b.index <= index)
 
-    def close_failed(self) -> None:
-        """Nobody waits any more for loads that failed."""
-        for batch in [batch for batch in self._open.values() if batch.has_failed]:
-            self.close(batch)
-
     def newest_open(self) -> int:
         """The index of the newest load still open, or -1.
 

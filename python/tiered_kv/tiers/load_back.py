@@ -62,6 +62,8 @@ class LoadBack:
         self.queue: TransferQueue[DeviceLoad] = TransferQueue("host-to-device", self._copy)
         self._pending: list[Loading] = []
         self._failed: list[DeviceLoad] = []
+        # Of acknowledged loads that failed: a pass that is being formed still counts on them.
+        self._to_close: list[LoadBatch] = []
         self._n_left_out = 0
         self._n_to_leave_out = 0
         if context.timeline is not None:
@@ -193,6 +195,7 @@ class LoadBack:
             # Later loads may continue what failed.
             job.batch.fail()
             self._failed.append(job)
+            self._to_close.append(job.batch)
             return
         self.gate.close(job.batch)
         self._n_left_out = 0
@@ -207,6 +210,12 @@ class LoadBack:
     def has_failed(self) -> bool:
         """Whether loads have failed whose pages are still in the tree."""
         return bool(self._failed)
+
+    def close_failed(self) -> None:
+        """No pass that counts on loads that failed is being formed, or under way."""
+        for batch in self._to_close:
+            self.gate.close(batch)
+        self._to_close.clear()
 
     def give_up_failed(self) -> None:
         """Takes the pages that never came out of the tree; no load may be in flight."""

@@ -155,7 +155,7 @@ def test_who_waited_for_a_load_counts_on_those_before_it() -> None:
     assert gate.has_failed(second.index)
     gate.close(third)  # though it is over before its consumer runs
     assert gate.has_failed(third.index)
-    gate.close_failed()
+    gate.close(second)
     assert not gate.has_failed(third.index)
     assert gate.newest_open() == first.index
 

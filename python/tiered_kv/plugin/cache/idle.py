@@ -100,8 +100,7 @@ def keep_up_while_paused(result: None, scheduler: Any, *args: Any, **kwargs: Any
         return
     cache = cache_of(scheduler)
     if cache is not None:
-        cache.check_hicache_events()
-        cache.hierarchy.rest()
+        cache.keep_up()
 
 
 def sleep_when_idle(original: Callable[..., None], scheduler: Any) -> None:

@@ -240,6 +240,15 @@ class TieredPrefixCache(RadixCache):
         """Called once per scheduling pass, idle or not: the hierarchy's clock tick."""
         self.hierarchy.poll()
         self.observer.polled()
+        self._refresh_metrics()
+
+    def keep_up(self) -> None:
+        """Called while everything is paused: transfers end, and nothing else is to begin."""
+        self.hierarchy.poll()
+        self._refresh_metrics()
+        self.hierarchy.rest()
+
+    def _refresh_metrics(self) -> None:
         parts = self.parts
         n_tokens = self.token_to_kv_pool_allocator.size
         if parts.metrics.refresh(self.hierarchy, parts.disk_store, n_tokens):
