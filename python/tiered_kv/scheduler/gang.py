@@ -5,7 +5,7 @@ prefix times the members that need not compute them. That need not be the longes
 with somebody. Nothing is stored per gang: counts in the tree of prompts are kept as requests come
 and go, and the gang of the request whose turn it is is read from its path.
 
-While a member computes a prefix that is not cached, the others are held back: after the step they
+While a member computes a prefix that is not cached, the others are kept back: after the step they
 find it on the device (BatchLLM, arXiv 2412.03594; upstream's in-batch prefix caching only sends
 them to the end of its queue).
 """

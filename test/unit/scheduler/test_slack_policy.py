@@ -181,7 +181,7 @@ class TestGangs:
             q.now_s = request_id * 1e-3
             q.arrive(request_id, [*SHARED, 100 + request_id], slo=LOOSE)
 
-    def test_one_computes_what_nobody_has_and_the_others_are_held_back(self) -> None:
+    def test_one_computes_what_nobody_has_and_the_others_are_kept_back(self) -> None:
         q = queue()
         self.gang(q)
         q.arrive(9, blocks(9), slo=LOOSE)

@@ -68,7 +68,7 @@ class DecodeSelection:
         self._launched: tuple[bool, float, float] | None = None
         # Who would be admitted next, and whether the queue's policy sees no room for anybody.
         self._first_in_queue: Req | None = None
-        self._is_held_back = False
+        self._sees_no_room = False
         self._n_updates = 0
         self._scheduler = scheduler
         self._policy = policy
@@ -199,7 +199,7 @@ class DecodeSelection:
 
     def _choose_of(self, batch: ScheduleBatch) -> None:
         running, now_s = self.running, self._clock.now_s
-        if self._first_in_queue is not None and (batch.batch_is_full or self._is_held_back):
+        if self._first_in_queue is not None and (batch.batch_is_full or self._sees_no_room):
             self._make_way(batch, self._first_in_queue)
         if not self.leaving and self._policy.fits(running.totals, self._costs, now_s):
             return
@@ -274,7 +274,7 @@ class DecodeSelection:
 
         able: those who wait and could start if there were room, in the order of arrival.
         """
-        self._is_held_back = not offered
+        self._sees_no_room = not offered
         self._first_in_queue = offered[0] if offered else None
         if not offered:
             hurried = [r for r in islice(able, LOOK_AHEAD) if terms_of(r).slo.tbt_s is not None]

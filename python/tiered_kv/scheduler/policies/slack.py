@@ -7,7 +7,7 @@
    are relegated, not dropped (Niyama, arXiv 2503.22562).
 
 Behind a request come those of its gang that its prefix, on the device now, makes cheap; and who
-would compute what another member is computing is held back until that is done (`gang.py`). The
+would compute what another member is computing is kept back until that is done (`gang.py`). The
 iteration is filled as far as the running requests' token deadlines and the first one's deadline
 leave time (`pass_budget.py`).
 

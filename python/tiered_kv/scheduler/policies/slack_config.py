@@ -42,7 +42,7 @@ class SlackConfig:
     """Whether a prompt that was begun may make way for others."""
 
     share_min_tokens: int = 256
-    """Least tokens that somebody else must be computing for a request to be held back."""
+    """Least tokens that somebody else must be computing for a request to be kept back."""
 
     pass_share: float = 0.1
     """Longest iteration with prefill, as a share of the tightest TTFT objective seen."""
