@@ -213,8 +213,11 @@ class Prefetch:
             self._is_full = False
 
     def clear(self) -> None:
-        for rid in list(self._tickets):
+        """Nothing is on its way for anybody any more; whoever was held is told so."""
+        waited = list(self._tickets)
+        for rid in waited:
             self.release(rid)
+        self._news.update(dict.fromkeys(waited))
 
     # -- its turn -----------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import pytest
 
 from support_tiers.engine import N_LAYERS, NAMESPACE, PAGE_SIZE, tokens_of
 from support_tiers.page_codec import page_layout
-from support_tiers.tier_rig import Rig
+from support_tiers.tier_rig import Rig, new_disk, on_disk
 from tiered_kv.core.ids import Tier
 from tiered_kv.tiers.disk import stall_watch
 from tiered_kv.tiers.disk.io_ops import IoOps
@@ -83,3 +83,21 @@ def test_closing_while_it_hangs(rig: Rig, io: HangingIo, store: DiskStore) -> No
     rig.hierarchy.close(0.2, end_s=0.2)
     store.close(0.2)
     assert time.monotonic() - started < 2.0
+
+
+def test_a_flush_lets_go_whoever_waited_for_a_disk_that_hangs(make_rig: MakeRig) -> None:
+    """The queue asks `done` again only for those of whom there is news."""
+    rig = make_rig(64, 16, new_disk())
+    prompt = tokens_of(10, 11, 12, tail=1)
+    on_disk(rig, prompt)
+    rig.disk.reads.hold()
+    rig.arrive("waits", prompt)
+    prefetch = rig.hierarchy.prefetch
+    assert not prefetch.done("waits")
+    prefetch.take_news()
+    rig.flush()
+    assert prefetch.done("waits")
+    assert "waits" in prefetch.take_news()
+    rig.disk.reads.release()
+    rig.drain()
+    rig.check_idle()
