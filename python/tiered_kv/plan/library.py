@@ -102,10 +102,14 @@ def library_parts(made: Any) -> list[Part] | None:
 def _config_class(block: Mapping[str, Any]) -> Any:
     try:
         import transformers
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     except ImportError:
         return None
-    if block.get("model_type") in transformers.CONFIG_MAPPING:
-        return transformers.CONFIG_MAPPING[block["model_type"]]
+    # By name, not by CONFIG_MAPPING: whoever else is in this process registers classes of its own
+    # there (SGLang does), which may lack the defaults and the models.
+    own = CONFIG_MAPPING_NAMES.get(str(block.get("model_type")))
+    if own is not None:
+        return getattr(transformers, own)
     # A model may have another's architecture under a type of its own.
     for name in block.get("architectures") or ():
         model = getattr(transformers, str(name), None)
