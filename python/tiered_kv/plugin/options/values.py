@@ -28,7 +28,6 @@ from tiered_kv.core.paths import expand_user
 from tiered_kv.core.units import parse_bytes
 from tiered_kv.plugin.upstream import user
 from tiered_kv.scheduler.request_policy import request_policies
-from tiered_kv.tiers.disk.shards import bytes_below, list_shards
 
 NO_DISK = "none"
 """The value of `--tiered-kv-disk-dir` that switches the disk tier off."""
@@ -254,6 +253,9 @@ def _ask_disk(question: Callable[[], T], otherwise: T) -> T:
 
 
 def _own_bytes(directory: Path, n_shards: int) -> int:
+    # Without the flag nobody loads the tiers.
+    from tiered_kv.tiers.disk.shards import bytes_below, list_shards
+
     n_bytes = 0
     for shard in list_shards(directory) if directory.is_dir() else ():
         if shard.n_shards == n_shards:
