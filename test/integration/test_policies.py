@@ -119,7 +119,6 @@ def ids_of(response: requests.Response) -> tuple[int, ...]:
 # -- who goes first ----------------------------------------------------------------------------
 
 
-@pytest.mark.long
 def test_the_policy_decides_who_goes_first(
     server: Server, oracle: Oracle, prompts: PromptMaker
 ) -> None:
@@ -240,7 +239,6 @@ def test_a_busy_server_is_healthy_and_is_not_flushed(server: Server, prompts: Pr
 
 @pytest.mark.long
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
-@pytest.mark.long
 def test_paused_and_continued(
     server: Server, oracle: Oracle, prompts: PromptMaker, mode: str
 ) -> None:

@@ -41,7 +41,7 @@ def build_cost_model(
     dtype: torch.dtype = ctx.tp_worker.model_runner.model_config.dtype
     try:
         model = ModelSpec.from_hf_config(
-            hf_config.to_dict(),
+            _as_published(hf_config.to_dict(), ctx.model_config.head_dim),
             name=str(ctx.server_args.model_path),
             weight_bytes_per_parameter=float(dtype.itemsize),
             kv_bytes_per_element=float(pool.dtype.itemsize),
@@ -67,6 +67,14 @@ def build_cost_model(
         },
         host_bytes_per_token=page_format.token_bytes,
     )
+
+
+def _as_published(config: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """Without what SGLang writes into every model's configuration: windows as wide as the rest."""
+    for block in (config, config.get("text_config")):
+        if isinstance(block, dict) and block.get("swa_head_dim") == head_dim:
+            del block["swa_head_dim"]
+    return config
 
 
 def nearest_device() -> DeviceSpec:

@@ -126,3 +126,11 @@ def test_ranks_gather_what_each_of_them_gave() -> None:
     for thread in threads:
         thread.join(60)
     assert gathered == [given, given]
+
+
+def test_what_sglang_writes_into_a_configuration_is_no_window() -> None:
+    from tiered_kv.plugin.cache.costs import _as_published
+
+    assert _as_published({"swa_head_dim": 64, "a": 1}, 64) == {"a": 1}
+    assert _as_published({"swa_head_dim": 128}, 64) == {"swa_head_dim": 128}
+    assert _as_published({"text_config": {"swa_head_dim": 64}}, 64) == {"text_config": {}}
