@@ -170,6 +170,13 @@ class Site:
         assert warm == [self.cold(prompt).output_ids] * 2, f"round {number}: after {what}"
         self.disk_is("none")
 
+    def disk_says(self) -> str:
+        """What the server has said of its disk tier, and its metrics now."""
+        log = self.server.log_text().splitlines()
+        said = [line for line in log if "iered" in line or "isk" in line]
+        gauges = [line for line in self.server.get("/metrics").text.splitlines() if "disk" in line]
+        return "\n".join([*said[-40:], *gauges])
+
     def check_that_the_disk_is_back(self) -> None:
         self.loads_fail(False)
         assert self.do_flush()
@@ -182,7 +189,7 @@ class Site:
             again = generate(self.server, prompt, N_NEW)
             if again.disk:
                 break
-            assert time.monotonic() < deadline, f"the disk did not come back{self.server.tail()}"
+            assert time.monotonic() < deadline, f"the disk did not come back: {self.disk_says()}"
             time.sleep(1)
         assert again.output_ids == first.output_ids
         time.sleep(1.5)  # gauges are refreshed once a second

@@ -214,8 +214,8 @@ def test_budget_holds_with_a_damaged_index_set_aside(
     store._gate._now = lambda: 0.0
     store._index.fold_log()
     index = directory / "index.sqlite"
-    # Far larger than an index of this budget would be, so that ignoring it would show.
-    index.write_bytes(random.Random(3).randbytes(MIB))
+    # So large that there is no room for it whatever was reclaimed by then.
+    index.write_bytes(random.Random(3).randbytes(capacity_bytes))
     store._index._db.execute("PRAGMA shrink_memory")
     # Whether the write finds out or the keeper, which then has mended it already.
     assert write(ns, range(5000, 5020)) in (0, 20)
