@@ -204,7 +204,6 @@ def args(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     torch.compiler.set_stance("default")
 
 
-@pytest.mark.long
 def test_whatever_happens_answers_are_right_and_the_tiers_whole(args: Any) -> None:
     totals: Counter[str] = Counter()
     for shape, (overlap, n_device, n_host, chunk, is_mixed, policy) in enumerate(SHAPES):

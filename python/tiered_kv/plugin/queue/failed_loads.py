@@ -27,6 +27,7 @@ def after_run_batch(result: Any, scheduler: Any, batch: Any, *args: Any, **kwarg
         len(reqs),
     )
     for req in reqs:
+        _give_back_what_the_pass_took(req, cache)
         release_kv_cache(req, cache, is_insert=False)
     cache.hierarchy.leave_failed_loads()
     cache.parts.metrics.failed_load()
@@ -36,3 +37,20 @@ def after_run_batch(result: Any, scheduler: Any, batch: Any, *args: Any, **kwarg
     for req in reqs:
         # SGLang skips the pass's result for whoever waits again.
         queue_again(scheduler, req, Why.NOT_LOADED)
+
+
+def _give_back_what_the_pass_took(req: Any, cache: Any) -> None:
+    """Slots of a token that nobody knows yet: its pass is still to be looked at (overlap).
+
+    SGLang releases those of known tokens, and never sees a request leave at this point.
+    """
+    n_known = len(req.origin_input_ids) + len(req.output_ids)
+    n_taken = req.kv_committed_len
+    if n_taken <= n_known:
+        return
+    allocator = cache.token_to_kv_pool_allocator
+    begins_page = -(-n_known // allocator.page_size) * allocator.page_size
+    if begins_page < n_taken:
+        slots = cache.req_to_token_pool.req_to_token[req.req_pool_idx, begins_page:n_taken]
+        allocator.free_segment(slots, start_pos=begins_page)
+    req.kv_committed_len = req.kv.kv_allocated_len = n_known

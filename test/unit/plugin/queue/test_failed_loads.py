@@ -110,8 +110,12 @@ def test_the_requests_of_a_failed_load_are_computed_again(
     loop.check_nothing_is_held()
 
 
+@pytest.mark.parametrize("n_decoded", range(4, 8))  # The pass may begin a page, or not.
 def test_beside_requests_that_decode(
-    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch, answers: Callable[[Kind], list[int]]
+    make_loop: MakeLoop,
+    monkeypatch: pytest.MonkeyPatch,
+    answers: Callable[[Kind], list[int]],
+    n_decoded: int,
 ) -> None:
     for is_mixed in (False, True):
         loop = make_loop(is_mixed=is_mixed, chunk_tokens=16)
@@ -121,7 +125,7 @@ def test_beside_requests_that_decode(
         tried = fail_loads(loop, monkeypatch, 1)
         decoding, loading = OTHER.request("b"), PROMPT.request("a")
         loop.arrive(decoding)
-        loop.run(lambda req=decoding: len(req.output_ids) < 4)  # type: ignore[misc]
+        loop.run(lambda req=decoding: len(req.output_ids) < n_decoded)  # type: ignore[misc]
         loop.serve(loading)
         loop.run(lambda loop=loop: not loop.is_at_rest)  # type: ignore[misc]
         assert tried == [7]
