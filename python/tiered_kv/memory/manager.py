@@ -97,13 +97,19 @@ class MemoryManager:
     # -- upwards ------------------------------------------------------------------------------
 
     def on_match(
-        self, match: Match, *, prompt_tokens: int | None = None, queued_bytes: int = 0
+        self,
+        match: Match,
+        *,
+        prompt_tokens: int | None = None,
+        queued_bytes: int = 0,
+        least_pages: int = 0,
     ) -> Load | None:
         """Those nodes on the host that continue what the device has of `match` and pay to load.
 
         Nodes that are LOADING on the device count as being there. prompt_tokens: the length of the
         whole prompt, if it goes on after `match`. queued_bytes: what is ahead on the way to the
-        device. The node in which the boundary falls is split there.
+        device. least_pages: so many if there are as many, whatever they cost (see `Probes`). The
+        node in which the boundary falls is split there.
         """
         run = _host_run(match.path)
         if not run:
@@ -116,6 +122,7 @@ class MemoryManager:
             start=run[0].start,
             prompt_tokens=n_tokens,
             queued_bytes=queued_bytes,
+            least_pages=least_pages,
         )
         wanted = self._leading(run, n_pages)
         return Load(tuple(wanted), Tier.HOST, Tier.DEVICE) if wanted else None
@@ -128,10 +135,12 @@ class MemoryManager:
         *,
         queued_bytes: int = 0,
         wait_s: float = 0.0,
+        least_pages: int = 0,
     ) -> int:
         """How many of `n_pages` pages on disk, from token `start` of a prompt on, to bring nearer.
 
         They reach the host before the request runs. wait_s: how long it would wait in any case.
+        least_pages: as in `on_match`.
         """
         return self._worth_loading(
             Tier.DISK,
@@ -141,6 +150,7 @@ class MemoryManager:
             prompt_tokens=max(prompt_tokens, start + n_pages * self._forest.page_size),
             queued_bytes=queued_bytes,
             wait_s=wait_s,
+            least_pages=least_pages,
         )
 
     def patience_s(self, n_pages: int, start: int, queued_bytes: int = 0) -> float:
@@ -200,6 +210,7 @@ class MemoryManager:
         prompt_tokens: int,
         queued_bytes: int,
         wait_s: float = 0.0,
+        least_pages: int = 0,
     ) -> int:
         if self._load_policy is LoadPolicy.NEVER:
             return 0
@@ -211,7 +222,7 @@ class MemoryManager:
         def load_s(queued: int, k: int) -> float:
             return costs.load_s(source, target, int(k * page_bytes), queued)
 
-        return pages_to_load(
+        worth = pages_to_load(
             LoadQuestion(
                 n_pages=n_pages,
                 page_tokens=self._forest.page_size,
@@ -223,6 +234,7 @@ class MemoryManager:
                 wait_s=wait_s,
             )
         )
+        return max(worth, min(least_pages, n_pages))
 
     def _leading(self, run: list[Node], n_pages: int) -> tuple[int, ...]:
         """The ids of the nodes that make up the first `n_pages` pages of `run`."""

@@ -193,11 +193,11 @@ class TierContext:
         return slots
 
     def transferred(self, source: Tier, target: Tier, completion: Completion[J]) -> None:
-        """A transfer was acknowledged: tell whoever counts it, and learn from it if all came."""
+        """A transfer was acknowledged: tell whoever counts it, and learn from what came as asked."""
         n_done = completion.n_done
         n_bytes = n_done * self.page_format(max(source, target)).page_bytes
         self.observer.transferred(source, target, n_done, n_bytes, completion.seconds)
-        if self.calibrator is not None and n_done == completion.job.n_pages:
+        if self.calibrator is not None and n_done and completion.is_as_asked:
             self.calibrator.observe_transfer(source, target, n_bytes, completion.service_s)
 
     def stored(self, nodes: Sequence[Node], tier: Tier) -> None:

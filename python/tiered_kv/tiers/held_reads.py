@@ -9,6 +9,7 @@ from typing import cast
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
+from tiered_kv.memory.probes import Probes
 from tiered_kv.scheduler.read_order import ReadOrder, Urgency
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.read_queue import DiskRead, ReadQueue
@@ -25,6 +26,7 @@ class HeldReads:
         self._context = context
         self._order = order
         self.queue = ReadQueue("disk-to-host", self._read)
+        self.probes = Probes()
         self._waiters: dict[int, dict[str, Ticket]] = {}
 
     def read(self, ticket: Ticket, parent: Node, hashes: list[bytes], urgency: Urgency) -> Node:
@@ -72,9 +74,17 @@ class HeldReads:
             waiters = self._waiters[op]
             del waiters[ticket.name]
             if not waiters:
-                self.queue.forget(op)
+                self._forget(op)
         ticket.waiting_for.clear()
         self._unpin(ticket)
+
+    def _forget(self, op: int) -> None:
+        """Nobody waits for it: as they thought it too slow? Then it is to be found out."""
+        now_s = self._context.now_s
+        is_doubted = self.probes.is_due(now_s)
+        self.queue.forget(op, is_probe=is_doubted)
+        if is_doubted:
+            self.probes.begun(now_s)
 
     def _unpin(self, ticket: Ticket) -> None:
         if ticket.pinned is not None:
@@ -99,6 +109,8 @@ class HeldReads:
         """
         context, job = self._context, completion.job
         waiters = self._waiters.pop(job.op)
+        if completion.n_done:
+            self.probes.begun(context.now_s)
         if job.epoch.flushes != context.epoch.flushes:
             context.host.free(job.host_pages)
             return

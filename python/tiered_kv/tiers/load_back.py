@@ -13,6 +13,7 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.memory.actions import Load
+from tiered_kv.memory.probes import PROBE_PAGES, Probes
 from tiered_kv.tiers.context import TierContext, host_pages_of, match_of
 from tiered_kv.tiers.device import After, DeviceSlots, wait_for
 from tiered_kv.tiers.layer_gate import LayerEvent, LayerGate, LoadBatch
@@ -66,6 +67,7 @@ class LoadBack:
         self._to_close: list[LoadBatch] = []
         self._n_left_out = 0
         self._n_to_leave_out = 0
+        self._probes = Probes()
         if context.timeline is not None:
             self.gate.observe = draw_waits(context.timeline)
 
@@ -87,10 +89,12 @@ class LoadBack:
         match = match_of(last)
         if match is None or self._is_left_out():
             return None
+        is_doubted = self._probes.is_due(context.now_s)
         action = context.manager.on_match(
             match,
             prompt_tokens=prompt_tokens,
             queued_bytes=self._pages_ahead * context.copier.page_format.page_bytes,
+            least_pages=PROBE_PAGES if is_doubted else 0,
         )
         return None if action is None else self.carry_out(action)
 
@@ -116,6 +120,7 @@ class LoadBack:
         if slots is None:
             context.forest.unpin(last, Tier.HOST)
             return None
+        self._probes.begun(context.now_s)
         op = context.next_op()
         at = 0
         for node in nodes:

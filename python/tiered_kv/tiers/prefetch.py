@@ -16,10 +16,12 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import page_hash, page_hashes
 from tiered_kv.forest.node import Node
+from tiered_kv.memory.probes import PROBE_PAGES
 from tiered_kv.scheduler.read_order import ReadOrder, Urgency
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.disk_lookup import DiskLookup, Stored, look_up, prompt_of
@@ -286,15 +288,26 @@ class Prefetch:
             return None
         hole_end = end_of_hole(known[len(path) :], len(ticket.tokens))
         hashes = stored.between(first, hole_end // size)
-        if hashes:
-            n_pages = context.manager.pages_from_disk(
-                len(hashes),
-                last.end,
-                ticket.prompt_tokens,
-                queued_bytes=self._bytes_before(ticket),
-            )
-            hashes = hashes[:n_pages]
-        return _Wish(path, hashes)
+        return _Wish(path, hashes[: self._worth_reading(ticket, len(hashes), last.end)])
+
+    def _worth_reading(self, ticket: Ticket, n_pages: int, start: int) -> int:
+        """How many of `n_pages` pages on disk, from token `start` of its prompt on, to read."""
+        if not n_pages:
+            return 0
+        context = self._context
+        ask = partial(
+            context.manager.pages_from_disk,
+            n_pages,
+            start,
+            ticket.prompt_tokens,
+            queued_bytes=self._bytes_before(ticket),
+        )
+        n_wanted = ask()
+        if not n_wanted and self._reads.probes.is_due(context.now_s):
+            n_wanted = ask(least_pages=PROBE_PAGES)
+            # To find out how long it takes; it is not kept waiting for that.
+            ticket.is_patient = ticket.is_patient and not n_wanted
+        return n_wanted
 
     def _start(
         self, ticket: Ticket, path: tuple[Node, ...], coming: list[Node], hashes: list[bytes]

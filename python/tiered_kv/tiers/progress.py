@@ -113,9 +113,16 @@ class Progress:
             return completions
         counts = [c.n_done for c in completions]
         times_us = [-int(c.service_s * 1e6) for c in completions]
-        agreed = self._context.collective.minimum([*counts, *times_us])
+        # All that was asked for came, on every rank, and it was as much on each.
+        most = [-c.n_done if c.is_as_asked else -c.job.n_pages - 1 for c in completions]
+        agreed = self._context.collective.minimum([*counts, *times_us, *most])
         n = len(completions)
         return [
-            replace(c, n_done=n_done, service_s=-negative_us / 1e6)
-            for c, n_done, negative_us in zip(completions, agreed[:n], agreed[n:], strict=True)
+            replace(
+                c,
+                n_done=agreed[i],
+                service_s=-agreed[n + i] / 1e6,
+                is_as_asked=agreed[i] == -agreed[2 * n + i],
+            )
+            for i, c in enumerate(completions)
         ]

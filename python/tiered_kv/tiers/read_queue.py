@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tiered_kv.forest.node import Node
-from tiered_kv.scheduler.read_order import Urgency
+from tiered_kv.memory.probes import PROBE_PAGES
+from tiered_kv.scheduler.read_order import LEAST_URGENT, Urgency
 from tiered_kv.tiers.context import Epoch
 from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.slots import PageIds
@@ -47,7 +48,9 @@ class _Entry:
     begun_at: float = 0.0
     service_s: float = 0.0
     n_done: int = 0
+    is_as_asked: bool = True
     is_wanted: bool = True
+    is_probe: bool = False
     completion: Completion[DiskRead] | None = None
 
 
@@ -81,15 +84,18 @@ class ReadQueue(TransferQueue[DiskRead]):
         """Somebody waits for this read who is as urgent as that."""
         entry = self._entries[op]
         if urgency < entry.urgency or not entry.is_wanted:
-            entry.is_wanted = True
+            entry.is_wanted, entry.is_probe = True, False
             entry.urgency = urgency
             self._push(entry)
 
-    def forget(self, op: int) -> None:
-        """Nobody waits for this read any more: it ends after the stretch under way."""
+    def forget(self, op: int, *, is_probe: bool = False) -> None:
+        """Nobody waits for this read any more: it ends after the stretch under way.
+
+        is_probe: its first pages are read all the same, after all others, to see how long it takes.
+        """
         entry = self._entries[op]
-        entry.is_wanted = False
-        entry.urgency = _AT_ONCE
+        entry.is_wanted, entry.is_probe = False, is_probe
+        entry.urgency = LEAST_URGENT if is_probe else _AT_ONCE
         self._push(entry)
 
     def pages_before(self, urgency: Urgency) -> int:
@@ -144,7 +150,10 @@ class ReadQueue(TransferQueue[DiskRead]):
             if entry.completion is not None or entry.urgency != urgency:
                 heapq.heappop(self._order)
                 return True
-        if self._is_closing or not entry.is_wanted or self._read_stretch(entry):
+        is_to_probe = entry.is_probe and not entry.n_done
+        if self._is_closing or not (entry.is_wanted or is_to_probe):
+            self._finish(entry)
+        elif self._read_stretch(entry) or is_to_probe:
             self._finish(entry)
         return True
 
@@ -153,7 +162,8 @@ class ReadQueue(TransferQueue[DiskRead]):
         job, began_at = entry.job, time.perf_counter()
         if not entry.n_done:
             entry.begun_at = began_at
-        stretch = slice(entry.n_done, min(entry.n_done + READ_STRETCH_PAGES, job.n_pages))
+        most = PROBE_PAGES if entry.is_probe else READ_STRETCH_PAGES
+        stretch = slice(entry.n_done, min(entry.n_done + most, job.n_pages))
         try:
             n_read = self._read(job, stretch)
         except Exception:
@@ -161,6 +171,7 @@ class ReadQueue(TransferQueue[DiskRead]):
             n_read = 0
         entry.service_s += time.perf_counter() - began_at
         entry.n_done += n_read
+        entry.is_as_asked = entry.n_done == stretch.stop
         return entry.n_done < stretch.stop or stretch.stop == job.n_pages
 
     def _finish(self, entry: _Entry) -> None:
@@ -170,6 +181,6 @@ class ReadQueue(TransferQueue[DiskRead]):
             self.observe(self.name, job, entry.begun_at or ended_at, ended_at, n_done)
         with self._progress:
             seconds = ended_at - entry.submitted_at
-            entry.completion = Completion(job, n_done, seconds, entry.service_s)
+            entry.completion = Completion(job, n_done, seconds, entry.service_s, entry.is_as_asked)
             self._n_finished += 1
             self._progress.notify_all()

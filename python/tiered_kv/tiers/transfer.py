@@ -57,6 +57,8 @@ class Completion(Generic[J]):
     """From submit to end, time in the queue included."""
     service_s: float
     """Time that the job itself took, without what it had to wait for (see `restart_clock`)."""
+    is_as_asked: bool = True
+    """Whether all of it came that was asked for until nobody wanted the rest."""
 
 
 class Collective(Protocol):
@@ -189,7 +191,8 @@ class TransferQueue(Generic[J]):
             logger.exception("Tiered KV: a %s transfer failed, its pages are lost", self.name)
             n_done = 0
         ended_at = time.perf_counter()
-        completion = Completion(job, n_done, ended_at - submitted_at, ended_at - self._begun_at)
+        seconds, service_s = ended_at - submitted_at, ended_at - self._begun_at
+        completion = Completion(job, n_done, seconds, service_s, n_done == job.n_pages)
         if self.observe is not None:
             self.observe(self.name, job, ended_at - completion.service_s, ended_at, n_done)
         with self._progress:
