@@ -193,7 +193,7 @@ class TierContext:
         return slots
 
     def transferred(self, source: Tier, target: Tier, completion: Completion[J]) -> None:
-        """A transfer was acknowledged: tell whoever counts it, and learn from what came as asked."""
+        """A transfer was acknowledged: it is counted, and learned from if it came as asked."""
         n_done = completion.n_done
         n_bytes = n_done * self.page_format(max(source, target)).page_bytes
         self.observer.transferred(source, target, n_done, n_bytes, completion.seconds)

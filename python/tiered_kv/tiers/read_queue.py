@@ -151,9 +151,8 @@ class ReadQueue(TransferQueue[DiskRead]):
                 heapq.heappop(self._order)
                 return True
         is_to_probe = entry.is_probe and not entry.n_done
-        if self._is_closing or not (entry.is_wanted or is_to_probe):
-            self._finish(entry)
-        elif self._read_stretch(entry) or is_to_probe:
+        is_to_read = not self._is_closing and (entry.is_wanted or is_to_probe)
+        if not is_to_read or self._read_stretch(entry) or is_to_probe:
             self._finish(entry)
         return True
 
