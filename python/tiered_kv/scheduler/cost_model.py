@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from tiered_kv.core.device_spec import DeviceSpec
 from tiered_kv.core.errors import ConfigError
@@ -34,16 +35,14 @@ class EdgeCost:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Correction:
+class Correction(NamedTuple):
     """Observed seconds = `fixed_s` + `scale` * roofline seconds, for one kind of forward pass."""
 
     fixed_s: float
     scale: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """What a part of a forward pass does, summed over all layers."""
 
     flops: float
@@ -232,6 +231,9 @@ class CostModel:
 
     def _chunks_work(self, prefills: Sequence[tuple[int, int]]) -> tuple[int, Work]:
         """(new tokens, work) of all chunks."""
+        if len(prefills) == 1:  # Policies ask hundreds of times for each plan.
+            ((new, cached),) = prefills
+            return new, self._prefill_work(new, cached)
         n_new, flops, n_bytes, again_s = 0, 0.0, 0.0, 0.0
         for new, cached in prefills:
             work = self._prefill_work(new, cached)
