@@ -23,7 +23,7 @@ MODULE = ("-m", "sglang.launch_server")
 SERVE = ("-c", "from sglang.cli.main import main; main()", "serve")
 
 WRONG_VERSION = "import sglang.version\nsglang.version.__version__ = '0.5.16'\n"
-BROKEN_PLUGIN = "import sys\nsys.modules['tiered_kv.plugin.options.server_args'] = None\n"
+BROKEN_PLUGIN = "import sys\nsys.modules['tiered_kv.plugin.start.server_args'] = None\n"
 RENAMED_TARGET = """
 import dataclasses
 import tiered_kv.plugin.hooks.table as hooks
@@ -243,7 +243,7 @@ print(json.dumps({
 def test_arguments_prepare_the_process_that_unpickles_them(
     run_python: Any, tmp_path: Path, tiny_model: str, module: str, processes: set[str]
 ) -> None:
-    from tiered_kv.plugin.options.server_args import ServerArgs
+    from tiered_kv.plugin.start.server_args import ServerArgs
 
     args = ServerArgs(
         model_path=tiny_model,
@@ -257,7 +257,7 @@ def test_arguments_prepare_the_process_that_unpickles_them(
     ended = run_python("-c", UNPICKLE, module, str(pickled))
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout.splitlines()[-1])
-    assert found["class"] == "tiered_kv.plugin.options.server_args"
+    assert found["class"] == "tiered_kv.plugin.start.server_args"
     assert found["plugins_loaded"]
     assert found["host_size"] == 10**9
     assert processes == set(found["verified"])

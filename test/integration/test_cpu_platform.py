@@ -14,7 +14,7 @@ import pytest
 from support.client import Answer, generate, generate_all
 from support.prompts import PromptMaker
 from support.server import FLOAT32, Server
-from tiered_kv.plugin.upstream.platform import has_accelerator
+from tiered_kv.plugin.start.platform import has_accelerator
 
 pytestmark = [
     pytest.mark.server,

@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="session")
 def server_flags() -> set[str]:
     """Every flag of `sglang.launch_server` with this project installed."""
-    from tiered_kv.plugin.options.server_args import ServerArgs
+    from tiered_kv.plugin.start.server_args import ServerArgs
 
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)

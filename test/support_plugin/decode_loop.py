@@ -45,10 +45,10 @@ from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.decode import selection as decode_selection
 from tiered_kv.plugin.decode.selection import DecodeSelection
-from tiered_kv.plugin.options.server_args import ServerArgs
 from tiered_kv.plugin.passes.step_times import StepTimes
 from tiered_kv.plugin.queue.clock_tick import SharedClock, Tick
 from tiered_kv.plugin.queue.order import RequestOrder
+from tiered_kv.plugin.start.server_args import ServerArgs
 from tiered_kv.plugin.upstream.cpu_allocator import CpuPagedTokenToKVPoolAllocator
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.iteration_policy import IterationPolicy

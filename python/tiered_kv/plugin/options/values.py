@@ -17,7 +17,7 @@ import threading
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tiered_kv.api.class_table import parse_classes, with_default
 from tiered_kv.api.fields import TermsError
@@ -25,6 +25,7 @@ from tiered_kv.api.slo import DEFAULT_CLASSES, SloClasses
 from tiered_kv.core.config import DISK_IO_MODES, PAGE_FORMATS, SAME_FORMAT
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.paths import expand_user
+from tiered_kv.core.registry import Registry
 from tiered_kv.core.units import parse_bytes
 from tiered_kv.plugin.upstream import user
 from tiered_kv.scheduler.request_policy import request_policies
@@ -58,6 +59,16 @@ def argument(check: Callable[[str, str], T]) -> Callable[[str], T]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return parse
+
+
+def named_in(registry: Registry[Any]) -> Callable[[str], str]:
+    """As an argparse `type`: a name that is registered."""
+
+    def check(_option: str, text: str) -> str:
+        registry.get(text)
+        return text
+
+    return argument(check)
 
 
 def size_bytes(option: str, value: str | int | float) -> int:

@@ -6,13 +6,7 @@ raises: if the plugin cannot work, it leaves `--tiered-kv` behind as a flag that
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from tiered_kv.core.errors import UpstreamError
-
-if TYPE_CHECKING:
-    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
-    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
 
 
 def register() -> None:
@@ -36,30 +30,12 @@ def register() -> None:
         )
 
 
-def create_tree_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
-    """The radix-cache factory, registered as "tiered_kv".
-
-    Raises UpstreamError if a hook is missing or SGLang is not the release we know, and ConfigError
-    for models that are not supported: this is the last point at which a start can be refused.
-    """
-    from tiered_kv.plugin.cache.build import build_tree_cache
-    from tiered_kv.plugin.hooks import table as hooks
-    from tiered_kv.plugin.hooks.hook import Process
-    from tiered_kv.plugin.options import refusals
-    from tiered_kv.plugin.upstream import release as upstream
-
-    upstream.verify()
-    hooks.verify_installed(Process.SCHEDULER)
-    refusals.check_model(ctx)
-    return build_tree_cache(ctx)
-
-
 def _replace_server_args() -> None:
     import sys
 
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from tiered_kv.plugin.options.server_args import ServerArgs
+    from tiered_kv.plugin.start.server_args import ServerArgs
 
     HookRegistry.register("sglang.srt.server_args.ServerArgs", ServerArgs, HookType.REPLACE)
     # Engine bound the class when it was created, where replacing module attributes can't reach it.

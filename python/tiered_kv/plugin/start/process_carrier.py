@@ -70,7 +70,7 @@ def _register_radix_cache() -> None:
     # Not in the entry point: importing SGLang's registry takes seconds.
     from sglang.srt.mem_cache import registry
 
-    from tiered_kv.plugin.start.entry import create_tree_cache
+    from tiered_kv.plugin.start.tree_cache import create_tree_cache
 
     if registry.get_radix_cache_factory(RADIX_CACHE_BACKEND) is None:
         registry.register_radix_cache_backend(RADIX_CACHE_BACKEND, create_tree_cache)

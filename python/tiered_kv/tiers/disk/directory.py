@@ -12,9 +12,10 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from tiered_kv.core.errors import DiskStateError, DiskTierError
+from tiered_kv.tiers.disk.encryption_header import AES, CHACHA20, EncryptionHeader
 from tiered_kv.tiers.disk.faults import remedy
 from tiered_kv.tiers.disk.generation import GENERATION_NAME
 from tiered_kv.tiers.disk.index import CORRUPT_INDEX_NAME, index_files
@@ -34,23 +35,12 @@ SEGMENTS_NAME = "segments"
 _FORMAT_KIND = "tiered-kv-disk"
 _SEALED_VERSION = 2
 """Version of an encrypted directory, so that what cannot decrypt refuses it."""
-AES = "AES-256-GCM"
-CHACHA20 = "ChaCha20-Poly1305"
 _OUR_FIRST_NAMES = frozenset(
     {LOCK_NAME, FORMAT_NAME, f"{FORMAT_NAME}.new", SEGMENTS_NAME, PROBE_NAME}
 )
 _INDEX_NAMES = frozenset({path.name for path in index_files(Path())} | {CORRUPT_INDEX_NAME})
 _OUR_NAMES = _OUR_FIRST_NAMES | _INDEX_NAMES | {GENERATION_NAME, f"{GENERATION_NAME}.new"}
 ANEW = "begin anew with --tiered-kv-clear-disk (the pages are only a cache)"
-
-
-class EncryptionHeader(NamedTuple):
-    """What an encrypted directory says about itself, in the clear."""
-
-    cipher: str
-    """AES or CHACHA20."""
-    salt: bytes
-    key_check: bytes
 
 
 class OtherFormatError(DiskStateError):

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from tiered_kv.core.errors import DiskTierError
-from tiered_kv.tiers.disk.directory import AES, CHACHA20, EncryptionHeader
+from tiered_kv.tiers.disk.encryption_header import AES, CHACHA20, EncryptionHeader
 from tiered_kv.tiers.disk.record import (
     ENCODING_AES_256_GCM,
     ENCODING_CHACHA20_POLY1305,

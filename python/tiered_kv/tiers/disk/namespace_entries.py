@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from tiered_kv.tiers.disk.index import NamespaceRow
+from tiered_kv.tiers.disk.page_table import PageTable
 from tiered_kv.tiers.disk.record import BLOCK_BYTES, checksum, round_up
-
-if TYPE_CHECKING:
-    from tiered_kv.tiers.disk.catalog import Catalog
 
 MAX_DROPPED = 65_536
 """Names of dropped pages that a namespace remembers until they are asked for."""
@@ -16,11 +14,18 @@ MAX_DROPPED = 65_536
 _KEY_BYTES = 8
 
 
+class HasTable(Protocol):
+    """The catalog: its table is another one after everything was cleared."""
+
+    @property
+    def table(self) -> PageTable: ...
+
+
 class NamespaceEntries:
     """What all pages of one namespace have in common. Guarded by the catalog's lock, but `find`."""
 
     def __init__(
-        self, catalog: Catalog, namespace_id: bytes, page_bytes: int, description: str
+        self, catalog: HasTable, namespace_id: bytes, page_bytes: int, description: str
     ) -> None:
         self.number = 0
         """In the index and in segments; 0 while the namespace has no page and is in neither."""

@@ -21,7 +21,7 @@ from tiered_kv.plugin.options.values import slo_table  # noqa: E402
 
 load_plugins()
 
-from tiered_kv.plugin.options.server_args import ServerArgs  # noqa: E402
+from tiered_kv.plugin.start.server_args import ServerArgs  # noqa: E402
 
 OPTION = "--tiered-kv-slo-classes"
 TABLE = {"chat": {"ttft_ms": 500, "tbt_ms": 50}, "bulk": {"max_wait_ms": 600000}}

@@ -20,6 +20,7 @@ from tiered_kv.plugin.upstream.v0_5_17.symbols_guard import GUARD
 from tiered_kv.plugin.upstream.v0_5_17.symbols_platform import CPU_PLATFORM
 from tiered_kv.plugin.upstream.v0_5_17.symbols_scheduler import DECODE, QUEUE, SCHEDULER
 
+_OPTIONS = "start.server_args options.tiers options.policies options.overlap options.callers"
 _STREAM = "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
 
 PLUGIN_SYSTEM = (
@@ -58,27 +59,29 @@ ARGUMENTS = (
         "schedule_policy kv_canary hicache_size hicache_ratio hicache_write_policy "
         "hicache_storage_backend hicache_storage_backend_extra_config "
         "hicache_storage_prefetch_policy device chunked_prefill_size model_path served_model_name",
-        "options.server_args options.refusals start.unavailable cache.build",
+        "start.server_args options.refusals start.unavailable cache.build",
     ),
     function(
         f"{SRT}.server_args.ServerArgs.add_cli_args",
         "parser",
-        "options.server_args start.unavailable",
+        "start.server_args start.unavailable",
     ),
-    function(f"{SRT}.server_args.ServerArgs.from_cli_args", "args", "options.server_args"),
-    function(f"{SRT}.server_args.ServerArgs.__post_init__", "self", "options.server_args"),
+    function(f"{SRT}.server_args.ServerArgs.from_cli_args", "args", "start.server_args"),
+    function(f"{SRT}.server_args.ServerArgs.__post_init__", "self", "start.server_args"),
     object_(
-        f"{SRT}.arg_groups.arg_utils.A", "", "options.server_args options.overlap options.callers"
+        f"{SRT}.arg_groups.arg_utils.A",
+        "",
+        _OPTIONS,
     ),
     object_(
         f"{SRT}.arg_groups.arg_utils.Arg",
         "help type_parser no_cli",
-        "options.server_args options.overlap options.callers",
+        _OPTIONS,
     ),
     object_(
         f"{SRT}.arg_groups.arg_utils.NS",
         "path",
-        "options.server_args options.overlap options.callers",
+        _OPTIONS,
     ),
     object_(f"{SRT}.entrypoints.engine.Engine", "server_args_class", "start.entry"),
     object_(

@@ -91,12 +91,12 @@ POOLS = (
         f"{MEM}.memory_pool.MHATokenToKVPool",
         "k_buffer v_buffer kv_cache_layout is_quantized_kv_cache quant_method dtype store_dtype "
         "size register_layer_transfer_counter",
-        "cache.device_pool cache.build options.refusals upstream.platform",
+        "cache.device_pool cache.build options.refusals start.platform",
     ),
     object_(
         f"{MEM}.memory_pool.MLATokenToKVPool",
         "kv_buffer dtype store_dtype size register_layer_transfer_counter",
-        "cache.device_pool cache.build options.refusals upstream.platform",
+        "cache.device_pool cache.build options.refusals start.platform",
     ),
     object_(
         f"{MEM}.allocator.base.BaseTokenToKVPoolAllocator",

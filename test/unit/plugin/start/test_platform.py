@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tiered_kv.plugin.start.platform import TieredKVCpuPlatform, activate, requested_device
 from tiered_kv.plugin.upstream import platform as platform_adapter
-from tiered_kv.plugin.upstream.platform import TieredKVCpuPlatform, activate, requested_device
 
-CLASS_NAME = "tiered_kv.plugin.upstream.platform.TieredKVCpuPlatform"
+CLASS_NAME = "tiered_kv.plugin.start.platform.TieredKVCpuPlatform"
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ load_plugins()
 import sglang.srt.server_args as upstream_server_args  # noqa: E402
 from sglang.srt.server_args import prepare_server_args  # noqa: E402
 
-from tiered_kv.plugin.options.server_args import ServerArgs, own_fields  # noqa: E402
 from tiered_kv.plugin.start import process_carrier  # noqa: E402
+from tiered_kv.plugin.start.server_args import ServerArgs, own_fields  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STOCK = ServerArgs.__mro__[1]

@@ -1,0 +1,137 @@
+"""SGLang's `ServerArgs` with the `--tiered-kv` options; the entry point puts it in their place.
+
+Without `--tiered-kv` it behaves as SGLang's own: same values, same side effects. With it, the
+values that make SGLang build our cache are set before SGLang resolves the rest, and the object
+prepares every process that unpickles it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from typing import Any, get_args, get_type_hints
+
+from sglang.srt import server_args as upstream_server_args
+from sglang.srt.arg_groups.arg_utils import NS, A, Arg
+
+from tiered_kv.core.errors import ConfigError, TieredKVError
+from tiered_kv.plugin.options import cascade as cascade_option
+from tiered_kv.plugin.options import refusals, values
+from tiered_kv.plugin.options.callers import CallerArgs
+from tiered_kv.plugin.options.overlap import OverlapArgs
+from tiered_kv.plugin.options.policies import SCHEDULE_POLICY_DEFAULT, PolicyArgs
+from tiered_kv.plugin.options.tiers import PAGE_SIZE_DEFAULT, TierArgs
+from tiered_kv.plugin.start import process_carrier
+
+_MIXED_IN = (TierArgs, PolicyArgs, OverlapArgs, CallerArgs)
+"""In the order of the help."""
+
+
+def _flag(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+# The fields are declared `no_cli` because SGLang would list them among its four hundred options;
+# `add_cli_args` adds them to a group of their own.
+@dataclasses.dataclass
+class ServerArgs(upstream_server_args.ServerArgs, TierArgs, PolicyArgs, OverlapArgs, CallerArgs):
+    """SGLang's arguments and ours."""
+
+    tiered_kv: A[
+        bool,
+        Arg(
+            no_cli=True,
+            help="Keep the KV cache of past prompts in three tiers: device, host memory and disk. "
+            f"Makes --page-size {PAGE_SIZE_DEFAULT} unless it is given, and --enable-cache-report "
+            "the default, so that a response's usage says how many prompt tokens were cached.",
+        ),
+        NS("memory"),
+    ] = False
+
+    def __post_init__(self) -> None:
+        """Resolve all arguments. Raises ConfigError (a ValueError) or UpstreamError for ours."""
+        refusals.check_options_need_flag(self)
+        if not self.tiered_kv:
+            super().__post_init__()
+            return
+        process_carrier.prepare_main_process()
+        refusals.check_server_args(self)
+        self.resolve_policies()
+        self.resolve_callers()
+        self.resolve_tiers()
+        self.resolve_overlap()
+        self._select_cache()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if self.disable_radix_cache:
+                raise ConfigError(refusals.RADIX_CACHE_OFF) from error
+            raise
+        refusals.check_resolved(self)
+        cascade_option.check_resolved(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Not by setattr: resolved arguments are read-only.
+        self.__dict__.update(state)
+        if self.tiered_kv:
+            process_carrier.prepare_child_process()
+
+    # The next two are defined here, rather than inherited, for the sake of other plugins that hook
+    # them: SGLang's HookRegistry recognises static and class methods only in the class's own dict.
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> None:
+        """Add SGLang's options, and ours as a group of their own."""
+        super(ServerArgs, ServerArgs).add_cli_args(parser)
+        group = parser.add_argument_group(
+            "Tiered KV", "KV cache on device, host memory and disk (plugin sglang-tiered-kv)"
+        )
+        # To tell a policy that was named from the default, which `from_cli_args` puts back.
+        parser.set_defaults(schedule_policy=None)
+        hints = get_type_hints(ServerArgs, include_extras=True)
+        for field in own_fields():
+            _add_option(group, field, hints[field.name])
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> ServerArgs:
+        """As SGLang's, but an error of ours is a message and exit code 2, as argparse's are."""
+        if args.schedule_policy is None:
+            args.schedule_policy = SCHEDULE_POLICY_DEFAULT
+        elif args.tiered_kv and args.tiered_kv_policy is None:
+            args.tiered_kv_policy = values.UPSTREAM_POLICY
+        try:
+            return super().from_cli_args(args)
+        except TieredKVError as error:
+            sys.stderr.write(f"sglang serve: error: {error}\n")
+            sys.exit(2)
+
+    def _select_cache(self) -> None:
+        """Set what makes SGLang's scheduler build our cache and call its hierarchical interface."""
+        self.radix_cache_backend = process_carrier.RADIX_CACHE_BACKEND
+        self.enable_hierarchical_cache = True
+        self.enable_cache_report = True
+        # We build no pool by these two; this pair passes SGLang's checks on every device.
+        self.hicache_io_backend = "direct"
+        self.hicache_mem_layout = "layer_first"
+
+
+def own_fields() -> list[dataclasses.Field[Any]]:
+    """The fields that `ServerArgs` adds to SGLang's, in the order of the help."""
+    order = {f.name: n for n, mixin in enumerate(_MIXED_IN) for f in dataclasses.fields(mixin)}
+    fields = [f for f in dataclasses.fields(ServerArgs) if f.name.startswith("tiered_kv")]
+    return sorted(fields, key=lambda f: order.get(f.name, -1))
+
+
+def _add_option(
+    group: argparse._ArgumentGroup, field: dataclasses.Field[Any], annotation: Any
+) -> None:
+    kind, arg, *_ = get_args(annotation)
+    if kind is bool:
+        group.add_argument(_flag(field.name), action="store_true", help=arg.help)
+        return
+    parser = arg.type_parser or (kind if kind in (int, float) else str)
+    metavar = field.name.removeprefix("tiered_kv_").upper()
+    group.add_argument(
+        _flag(field.name), type=parser, default=field.default, help=arg.help, metavar=metavar
+    )
