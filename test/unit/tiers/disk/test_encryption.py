@@ -30,8 +30,8 @@ from disk_builders import (
 from tiered_kv import disk
 from tiered_kv.core.errors import DiskTierError
 from tiered_kv.tiers.disk import encryption
-from tiered_kv.tiers.disk.encryption_header import AES, CHACHA20
 from tiered_kv.tiers.disk.encryption import PageCipher, cipher_of, new_header, read_key_file
+from tiered_kv.tiers.disk.encryption_header import AES, CHACHA20
 from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.record import BLOCK_BYTES, pack_record, unpack_record
 from tiered_kv.tiers.disk.store import DiskStore

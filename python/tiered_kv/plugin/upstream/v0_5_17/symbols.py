@@ -59,7 +59,7 @@ ARGUMENTS = (
         "schedule_policy kv_canary hicache_size hicache_ratio hicache_write_policy "
         "hicache_storage_backend hicache_storage_backend_extra_config "
         "hicache_storage_prefetch_policy device chunked_prefill_size model_path served_model_name",
-        "start.server_args options.refusals start.unavailable cache.build",
+        "start.server_args options.policies options.refusals start.unavailable cache.build",
     ),
     function(
         f"{SRT}.server_args.ServerArgs.add_cli_args",
