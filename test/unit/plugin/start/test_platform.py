@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tiered_kv.plugin.start import platform as platform_adapter
 from tiered_kv.plugin.start.platform import TieredKVCpuPlatform, activate, requested_device
-from tiered_kv.plugin.upstream import platform as platform_adapter
 
 CLASS_NAME = "tiered_kv.plugin.start.platform.TieredKVCpuPlatform"
 
