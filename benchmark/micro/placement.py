@@ -46,6 +46,8 @@ from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.memory.eviction import eviction_policies
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost, PlacementCosts
+from tiered_kv.tiers.cold.local_pages import LocalStore
+from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import CpuPageCopier
 from tiered_kv.tiers.host import HostPool
@@ -167,27 +169,29 @@ def loads(repeats: int) -> Row:
 
 def make_prefetch(
     page_size: int, n_host_pages: int, load_policy: str = "cost"
-) -> tuple[Prefetch, Node, Any]:
-    """A prefetch, the root of a tree, and its disk."""
+) -> tuple[Prefetch, Node, Any, ColdTier]:
+    """A prefetch, the root of a tree, its disk, and the tier around that."""
     layers = [0, 0]
     buffers = [torch.zeros(page_size * 8, 2, 8) for _ in layers]
     probe = CpuPageCopier(page_size, layers, buffers, None)  # type: ignore[arg-type]
     host = HostPool(probe.page_format, n_host_pages * probe.page_format.slot_bytes)
     forest = Forest(page_size)
     disk = InMemoryStore().namespace(namespace_hash("disk"), probe.page_format.page_bytes)
+    store = LocalStore(disk, probe.page_format)
     context = TierContext(
         forest,
         MemoryManager(forest, MemoryConfig(load_policy=load_policy), make_costs()),
         CpuPageCopier(page_size, layers, buffers, host.pages),
         allocator=None,  # type: ignore[arg-type]
         host=host,
-        disk=disk,  # type: ignore[arg-type]
+        stores=(store,),
     )
-    return Prefetch(context), forest.root(namespace_hash("benchmark")), disk
+    cold = ColdTier(context, store, write_share=0.5)
+    return Prefetch(context, [cold]), forest.root(namespace_hash("benchmark")), disk, cold
 
 
 def tickets(repeats: int) -> Iterator[Row]:
-    prefetch, root, disk = make_prefetch(PAGE_SIZE, 4 * N_TICKETS, "always")
+    prefetch, root, disk, cold = make_prefetch(PAGE_SIZE, 4 * N_TICKETS, "always")
     page = memoryview(bytes(disk.page_bytes))
     prompts = [prompt_of(n, 1, PAGE_SIZE) for n in range(N_TICKETS + repeats)]
     for prompt in prompts:
@@ -208,12 +212,12 @@ def tickets(repeats: int) -> Iterator[Row]:
         yield Row(f"departure, {N_TICKETS} tickets", departures)
     finally:
         may_read.set()
-        prefetch.lookups.close()
-        prefetch.queue.close()
+        for queue in (prefetch.lookups.queue, *cold.queues()):
+            queue.close()
 
 
 def arrivals(repeats: int) -> Iterator[Row]:
-    prefetch, root, disk = make_prefetch(PAGE_SIZE, 4096)
+    prefetch, root, disk, cold = make_prefetch(PAGE_SIZE, 4096)
     stored = prompt_of(1, LONG_PROMPT_PAGES, PAGE_SIZE)
     page = memoryview(bytes(disk.page_bytes))
     for page_hash in page_hashes(root.last_page_hash, stored, PAGE_SIZE):
@@ -229,11 +233,11 @@ def arrivals(repeats: int) -> Iterator[Row]:
             rid = str(i)
             hits.append(timed(lambda rid=rid: prefetch.request(rid, root, stored)))
             prefetch.release(rid)
-            prefetch.lookups.wait()
+            prefetch.lookups.queue.wait()
         yield Row("hit of 2,000 pages", hits)
     finally:
-        prefetch.lookups.close()
-        prefetch.queue.close()
+        for queue in (prefetch.lookups.queue, *cold.queues()):
+            queue.close()
 
 
 def main() -> int:

@@ -33,16 +33,17 @@ from support.client import generate
 from support.metrics import wait_for_disk
 from support.prompts import PromptMaker
 from support.server import BASE_ARGS, Server
+from tiered_kv.core.ids import Tier
 from tiered_kv.metrics.timeline import Event
 from tiered_kv.tiers.timeline import (
     CLOCK,
-    DISK_READS,
     LAYER_COPIES,
     LAYER_WAITS,
     PASSES,
     Rows,
     read_events,
     rows_of,
+    store_reads,
 )
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -185,7 +186,7 @@ def report(questions: list[Question], events: list[Event]) -> list[dict[str, Any
                 "prompt_tokens": question.prompt_tokens,
                 "cached_tokens": question.cached,
                 "request_ms": round(1e3 * (question.end_s - question.start_s), 1),
-                "disk_reads_ms": spent_ms(rows, DISK_READS, start_us, end_us),
+                "disk_reads_ms": spent_ms(rows, store_reads(Tier.DISK), start_us, end_us),
                 "loads": [asdict(load) for load in loads],
             }
         )

@@ -18,15 +18,16 @@ from support.demo_model import LAYERS, host_size
 from support.metrics import scrape, wait_for_disk
 from support.prompts import PromptMaker
 from support.server import ALWAYS_LOAD, FLOAT32, Server
+from tiered_kv.core.ids import Tier
 from tiered_kv.metrics import names
 from tiered_kv.tiers.timeline import (
-    DISK_READS,
     LAYER_COPIES,
     LAYER_WAITS,
     PASSES,
     REQUESTS,
     read_events,
     rows_of,
+    store_reads,
 )
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
@@ -84,7 +85,9 @@ def test_one_prompt_from_every_tier(
         assert report.layers == LAYERS
         assert 0 <= report.layers_hidden <= LAYERS
         assert report.waited_ms <= report.pass_ms
-    assert sum(int(e["name"].split()[0]) for e in rows[DISK_READS]) * 16 == from_disk.disk
+    assert (
+        sum(int(e["name"].split()[0]) for e in rows[store_reads(Tier.DISK)]) * 16 == from_disk.disk
+    )
     assert [e["args"]["tokens"] for e in rows[REQUESTS]] == [from_disk.disk]
     assert rows["device-to-host"]
     assert rows["host-to-disk"]

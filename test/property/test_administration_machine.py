@@ -185,7 +185,7 @@ def run(loop: DecodeLoop, disk: PretendDisk, oracle: Oracle, number: int) -> Cou
         for version, found in versions_on_disk(disk).items():
             assert found == {float(version)}
         assert history.administrator.flush()
-        assert hierarchy.context.disk is not None
+        assert hierarchy.colds[0].store is not None
         assert loop.tree_cache.weights.is_named
         assert len(hierarchy.context.forest) == 0
         loop.check_nothing_is_held()

@@ -24,7 +24,7 @@ from support_tiers.tier_rig import Rig, new_disk
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
 from tiered_kv.scheduler.calibration import Calibrator
-from tiered_kv.tiers import read_queue
+from tiered_kv.tiers.cold import read_queue
 from tiered_kv.tiers.context import host_pages_of
 
 pytestmark = pytest.mark.timeout(120)

@@ -53,9 +53,10 @@ from tiered_kv.plugin.upstream.cpu_allocator import CpuPagedTokenToKVPoolAllocat
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.iteration_policy import IterationPolicy
 from tiered_kv.scheduler.request_policy import request_policies
+from tiered_kv.tiers.cold.local_pages import LocalStore
+from tiered_kv.tiers.cold.store import PageStore
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import CpuPageCopier, buffer_format
-from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.in_memory import InMemoryStore
@@ -148,18 +149,20 @@ def serving_parts(
     events = KvEvents(page_size, False)
     residency = ResidencyLog(events)
 
-    def name_weights() -> tuple[bytes, DiskPages | None]:
+    def name_weights() -> tuple[bytes, tuple[PageStore, ...]]:
         name = namespace_hash("the KV model", str(version()))
-        return name, None if disk is None else disk.namespace(name, page_format.page_bytes)
+        if disk is None:
+            return name, ()
+        return name, (LocalStore(disk.namespace(name, page_format.page_bytes), page_format),)
 
-    name, pages = name_weights()
+    name, stores = name_weights()
     context = TierContext(
         forest=forest,
         manager=MemoryManager(forest, MemoryConfig()),
         copier=CpuPageCopier(page_size, device.layers, device.buffers, host.pages),
         allocator=EngineAllocator(allocator),
         host=host,
-        disk=pages,
+        stores=stores,
         listener=residency,
     )
     hierarchy = KVHierarchy(context, name)

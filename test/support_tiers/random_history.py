@@ -248,13 +248,13 @@ class History:
     def _change_weights(self) -> str:
         """Some are in use a second time."""
         hierarchy = self.rig.hierarchy
-        hierarchy.suspend_disk()
+        hierarchy.put_stores_away()
         self._flush()
         self.n_weights += 1
         name = namespace_hash(f"weights {self.n_weights % 3}")
         if self.rig.disk is not None:
             self.rig.disk = self.rig.disk.of_namespace(name)
-        hierarchy.set_namespace(name, self.rig.disk)
+        hierarchy.set_namespace(name, self.rig.stores_of(self.rig.disk))
         return f"other weights: {self.n_weights}"
 
     def _drain(self) -> str:
@@ -278,6 +278,6 @@ class History:
     def _forget_disk(self) -> str:
         if self.rig.disk is None:
             return "forget the disk: there is none"
-        self.rig.hierarchy.forget_disk()
+        self.rig.hierarchy.forget_stored(Tier.DISK)
         self.rig.disk.clear_all()
         return "forget the disk"

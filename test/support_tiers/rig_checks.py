@@ -55,10 +55,12 @@ class RigChecks:
             if node.state(Tier.HOST) is not Residency.ABSENT:
                 held += host_pages_of(node).tolist()
         n_flushes = self.context.epoch.flushes
-        for queue in (self.hierarchy.write_back.to_disk, self.hierarchy.prefetch.queue):
-            for job in queue.open_jobs:
+        behind: set[int] = set()
+        for cold in self.hierarchy.colds:
+            for job in (*cold.writes.queue.open_jobs, *cold.reads.open_jobs):
                 if job.epoch.flushes != n_flushes:
-                    held += job.host_pages.tolist()
+                    behind |= set(job.host_pages.tolist())
+        held += behind
         assert len(set(held)) == len(held), "a host page belongs to two nodes"
         assert len(held) + self.host.n_free == self.host.n_pages, "host pages were lost"
 

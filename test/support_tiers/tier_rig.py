@@ -42,6 +42,11 @@ from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import TreeKey, page_hashes
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.manager import MemoryManager
+from tiered_kv.tiers.cold.local_pages import LocalStore
+from tiered_kv.tiers.cold.read_queue import ReadQueue
+from tiered_kv.tiers.cold.store import PageStore
+from tiered_kv.tiers.cold.tier import ColdTier
+from tiered_kv.tiers.cold.writes import ColdWrite
 from tiered_kv.tiers.context import TierContext, device_slots_of
 from tiered_kv.tiers.device import buffer_format, byte_pages
 from tiered_kv.tiers.encoded_disk import EncodedDisk
@@ -49,7 +54,7 @@ from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.in_memory import InMemoryStore
 from tiered_kv.tiers.page_format import PageFormat
-from tiered_kv.tiers.transfer import Collective, SingleRank
+from tiered_kv.tiers.transfer import Collective, SingleRank, TransferQueue
 
 #: How long a transfer is held back from a call that must wait for it.
 A_MOMENT_S = 0.05
@@ -106,7 +111,7 @@ class Rig(RigChecks):
             self.copier,
             self.allocator,
             self.host,
-            disk,
+            self.stores_of(disk),
             collective or SingleRank(),
             self.events,
             self.events,
@@ -115,6 +120,34 @@ class Rig(RigChecks):
         self.requests: list[Request] = []
         #: Every page hash this rig has met, for looking at the disk.
         self.known_hashes: set[bytes] = set()
+
+    # -- its cold stores ----------------------------------------------------------------------
+
+    def stores_of(self, disk: Any, page_format: PageFormat | None = None) -> tuple[PageStore, ...]:
+        """`disk` as the tiers take it; page_format: what it keeps, if not pages as on the host."""
+        if disk is None:
+            return ()
+        return (LocalStore(disk, page_format or self.copier.page_format),)
+
+    def use(self, disk: Any, page_format: PageFormat | None = None) -> None:
+        """From now on `disk` is the disk, for the present weights."""
+        self.disk = disk
+        self.context.stores = self.stores_of(disk, page_format)
+        for cold, store in zip(self.hierarchy.colds, self.context.stores, strict=False):
+            cold.use(store)
+
+    @property
+    def cold(self) -> ColdTier:
+        """The nearest."""
+        return self.hierarchy.colds[0]
+
+    @property
+    def reads(self) -> ReadQueue:
+        return self.cold.reads
+
+    @property
+    def writes(self) -> TransferQueue[ColdWrite]:
+        return self.cold.writes.queue
 
     # -- what the model computes --------------------------------------------------------------
 
@@ -268,11 +301,11 @@ class Rig(RigChecks):
         hierarchy = self.hierarchy
         return (
             hierarchy.write_back.to_host.in_flight
-            + hierarchy.write_back.to_disk.in_flight
+            + sum(cold.writes.queue.in_flight for cold in hierarchy.colds)
             + hierarchy.write_back.n_deferred
             + hierarchy.load_back.n_open
-            + hierarchy.prefetch.lookups.in_flight
-            + hierarchy.prefetch.queue.in_flight
+            + hierarchy.prefetch.lookups.queue.in_flight
+            + sum(cold.reads.in_flight for cold in hierarchy.colds)
         )
 
     def drain(self) -> None:
@@ -339,7 +372,7 @@ class Rig(RigChecks):
         if isinstance(self.disk, FaultyDisk):
             self.disk.reads.release()
             self.disk.writes.release()
-        for queue in (*self.hierarchy.progress.queues(), self.hierarchy.used.queue):
+        for queue in self.hierarchy.queues():
             queue.close()
 
 

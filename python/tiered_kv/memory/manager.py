@@ -45,6 +45,7 @@ class MemoryManager:
             Tier.DEVICE: True,
             Tier.HOST: config.host_enabled,
             Tier.DISK: config.disk_enabled,
+            Tier.REMOTE: True,
         }
 
     def is_enabled(self, tier: Tier) -> bool:
@@ -68,9 +69,9 @@ class MemoryManager:
         """`adopted` became RESIDENT on the device: those the host lacks are written through."""
         return self._write_through(adopted, Tier.DEVICE, Tier.HOST)
 
-    def on_host_resident(self, nodes: Iterable[Node]) -> list[WriteBack]:
-        """`nodes` became RESIDENT on the host: those the disk lacks are written through."""
-        return self._write_through(nodes, Tier.HOST, Tier.DISK)
+    def on_host_resident(self, nodes: Iterable[Node], target: Tier = Tier.DISK) -> list[WriteBack]:
+        """`nodes` became RESIDENT on the host: those `target` lacks are written through to it."""
+        return self._write_through(nodes, Tier.HOST, target)
 
     def write_value(self, node: Node) -> float:
         """What a copy of `node` farther down is worth: seconds per token to compute it again.
@@ -127,8 +128,9 @@ class MemoryManager:
         wanted = self._leading(run, n_pages)
         return Load(tuple(wanted), Tier.HOST, Tier.DEVICE) if wanted else None
 
-    def pages_from_disk(
+    def pages_from(
         self,
+        source: Tier,
         n_pages: int,
         start: int,
         prompt_tokens: int,
@@ -137,13 +139,13 @@ class MemoryManager:
         wait_s: float = 0.0,
         least_pages: int = 0,
     ) -> int:
-        """How many of `n_pages` pages on disk, from token `start` of a prompt on, to bring nearer.
+        """Of `n_pages` pages in a store, from token `start` of a prompt on: how many to read.
 
         They reach the host before the request runs. wait_s: how long it would wait in any case.
         least_pages: as in `on_match`.
         """
         return self._worth_loading(
-            Tier.DISK,
+            source,
             Tier.HOST,
             n_pages=n_pages,
             start=start,
@@ -153,24 +155,23 @@ class MemoryManager:
             least_pages=least_pages,
         )
 
-    def patience_s(self, n_pages: int, start: int, queued_bytes: int = 0) -> float:
+    def patience_s(self, n_pages: int, start: int, read_s: float) -> float:
         """How long a request may wait for such pages before computing them is the better bet.
 
-        Twice as long as loading should take, and at least as long as computing does: then the loss
-        is bounded by what the load was to save, and a slow moment costs no page. Where costs don't
-        count, a fixed time.
+        Twice as long as reading should take (`read_s`), and at least as long as computing does:
+        then the loss is bounded by what the read was to save, and a slow moment costs no page.
+        Where costs don't count, a fixed time.
         """
         if self._load_policy is not LoadPolicy.COST:
             return PATIENCE_S
         end = start + n_pages * self._forest.page_size
-        load_s = self.read_s(n_pages, queued_bytes)
-        return max(2.0 * load_s, self._costs.recompute_s(start, end))
+        return max(2.0 * read_s, self._costs.recompute_s(start, end))
 
-    def read_s(self, n_pages: int, queued_bytes: int = 0) -> float:
-        """Seconds until that many pages on disk are on the host, behind what is queued."""
+    def read_s(self, source: Tier, n_pages: int, queued_bytes: int = 0) -> float:
+        """Seconds until that many pages in a store are on the host, behind what is queued."""
         n_tokens = n_pages * self._forest.page_size
-        n_bytes = int(n_tokens * self._costs.bytes_per_token(Tier.DISK))
-        return self._costs.load_s(Tier.DISK, Tier.HOST, n_bytes, queued_bytes)
+        n_bytes = int(n_tokens * self._costs.bytes_per_token(source))
+        return self._costs.load_s(source, Tier.HOST, n_bytes, queued_bytes)
 
     def on_forecast(self, forecast: DemandForecast, device_pages_free: int) -> list[Load]:
         """Protects what is expected, and loads it ahead into device pages that are free anyway.

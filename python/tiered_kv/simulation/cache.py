@@ -220,7 +220,8 @@ class TieredCache:
                 end = node.start
                 break
         pages = self.disk.prefix(parent.last_page_hash, tokens[parent.end : end])
-        n_units = self.manager.pages_from_disk(
+        n_units = self.manager.pages_from(
+            Tier.DISK,
             len(pages),
             parent.end,
             self._prompt_units(live),
@@ -259,9 +260,9 @@ class TieredCache:
         n_units = prefetch.n_units if prefetch is not None else 0
         if settings.stop_policy == "patience" and prefetch is not None:
             start = prefetch.last.end - n_units
-            live.give_up_s = now_s + self.manager.patience_s(
-                n_units, start, self.from_disk.queued_bytes - prefetch.transfer.n_bytes
-            )
+            queued_bytes = self.from_disk.queued_bytes - prefetch.transfer.n_bytes
+            read_s = self.manager.read_s(Tier.DISK, n_units, queued_bytes)
+            live.give_up_s = now_s + self.manager.patience_s(n_units, start, read_s)
         elif settings.stop_policy == "timeout":
             ki_tokens = n_units * self.block_tokens / 1024
             timeout_s = settings.timeout_base_s + settings.timeout_per_1024_tokens_s * ki_tokens

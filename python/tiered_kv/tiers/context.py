@@ -15,8 +15,8 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.results import Match
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.scheduler.calibration import Calibrator
+from tiered_kv.tiers.cold.store import PageStore
 from tiered_kv.tiers.device import After, DeviceSlots, PageCopier
-from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.pacing import WriteBackPacer
 from tiered_kv.tiers.page_format import PageFormat
@@ -84,7 +84,8 @@ class Epoch:
     """How often everything was forgotten. Jobs carry that of their start."""
 
     flushes: int = 0
-    disk_clears: int = 0
+    clears: int = 0
+    """Of cold stores."""
 
 
 class _Silent:
@@ -110,12 +111,12 @@ class _Silent:
 class TierContext:
     """The tiers and the forest, for the one thread that owns them.
 
+    stores: the cold stores as they are at the start, nearest first.
     order_after: the points in the device's streams that a copy started now must wait for.
     calibrator: learns from transfers; None where nothing asks for costs.
-    epoch: changes whenever the tree is emptied or the disk cleared.
+    epoch: changes whenever the tree is emptied or a store cleared.
     now_s: time as all ranks agree on it, of the last poll with a transfer under way.
     evicted: called with a node that left a tier, and its parent then.
-    disk_format: the pages on disk, where they are not as on the host.
     timeline: where what the tiers do is drawn, if it is to be.
     pacer: holds back what is written while requests decode.
     """
@@ -125,7 +126,7 @@ class TierContext:
     copier: PageCopier
     allocator: DeviceAllocator
     host: HostPool
-    disk: DiskPages | None = None
+    stores: tuple[PageStore, ...] = ()
     collective: Collective = field(default_factory=SingleRank)
     listener: TierListener = field(default_factory=_Silent)
     observer: TransferObserver = field(default_factory=_Silent)
@@ -134,7 +135,6 @@ class TierContext:
     now_s: float = 0.0
     epoch: Epoch = field(default_factory=Epoch)
     evicted: Callable[[Node, Node, Tier], None] | None = None
-    disk_format: PageFormat | None = None
     timeline: TimelineFile | None = None
     pacer: WriteBackPacer = field(default_factory=WriteBackPacer)
     _ops: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -148,8 +148,9 @@ class TierContext:
 
     def page_format(self, tier: Tier) -> PageFormat:
         """The pages in a tier below the device, which is also what moves to and from it."""
-        if tier is Tier.DISK and self.disk_format is not None:
-            return self.disk_format
+        for store in self.stores:
+            if store.traits.tier is tier:
+                return store.traits.page_format
         return self.copier.page_format
 
     def alloc_host(self, n_pages: int, keep: Node | None = None) -> PageIds | None:

@@ -16,8 +16,8 @@ import torch
 
 from sgl_kernel_ext.formats import Format, PageLayout
 from tiered_kv.tiers.codec import PageTranscoder, use_one_thread
+from tiered_kv.tiers.cold.local_pages import LocalPages
 from tiered_kv.tiers.disk.buffers import AlignedBuffer
-from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.page_format import PageFormat
 
 #: Most bytes of pages, as the device has them, that are converted at a time.
@@ -73,7 +73,7 @@ class EncodedDisk:
     """
 
     def __init__(
-        self, disk: DiskPages, host: PageLayout, stored: PageLayout, n_threads: int = 1
+        self, disk: LocalPages, host: PageLayout, stored: PageLayout, n_threads: int = 1
     ) -> None:
         device = PageLayout.of(Format.RAW, host.page_size, [b.spec for b in host.buffers])
         self._n_pages = n_threads * max(1, BLOCK_BYTES // device.page_bytes // n_threads)

@@ -1,6 +1,6 @@
-"""The three tiers as one cache: what the engine's prefix cache calls.
+"""All tiers as one cache: what the engine's prefix cache calls.
 
-One thread owns a hierarchy (the scheduler's). No call waits for a disk, or raises because of one;
+One thread owns a hierarchy (the scheduler's). No call waits for a store, or raises because of one;
 `settle_*` and what needs them wait for copies between memories, and not for ever.
 """
 
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import Any
 
-import numpy as np
 import torch
 
 from tiered_kv.core.errors import TieredKVError
@@ -22,18 +23,20 @@ from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import InsertResult
 from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.scheduler.calibration import StepObservation
+from tiered_kv.tiers.cold.store import PageStore
+from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import DeviceSlots
-from tiered_kv.tiers.disk_pages import DiskPages
-from tiered_kv.tiers.disk_use import DroppedPages, UsedPages
 from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.prefetch import Prefetch
-from tiered_kv.tiers.progress import SETTLE_TIMEOUT_S, Progress
+from tiered_kv.tiers.progress import SETTLE_TIMEOUT_S, Finish, Progress
 from tiered_kv.tiers.ticket import path_up
 from tiered_kv.tiers.timeline import transfer_spans
-from tiered_kv.tiers.transfer import LONGEST_JOB_S, SingleRank
+from tiered_kv.tiers.transfer import LONGEST_JOB_S, SingleRank, TransferQueue
 from tiered_kv.tiers.write_back import WriteBack
 
+#: What is on its way to the stores may hold this share of the host pool, in equal parts.
+WRITE_SHARE = 0.5
 #: How long `drain` goes on copying to the host what had to wait for room there.
 DRAIN_S = 2.0
 #: Longest rest of an idle loop, in seconds: what a request that comes then may wait longer.
@@ -79,22 +82,21 @@ class KVHierarchy:
 
     def __init__(self, context: TierContext, namespace: bytes) -> None:
         self.context = context
-        self.write_back = WriteBack(context)
+        share = WRITE_SHARE / max(1, len(context.stores))
+        self.colds = tuple(ColdTier(context, store, share) for store in context.stores)
+        """The nearest first."""
+        self.write_back = WriteBack(context, self.colds)
         self.load_back = LoadBack(context)
-        self.prefetch = Prefetch(context)
-        self.dropped = DroppedPages(context)
-        self.used = UsedPages(context)
+        self.prefetch = Prefetch(context, self.colds)
         self._namespace = namespace
-        self.progress = Progress(
-            context,
-            {
-                self.write_back.to_host: self.write_back.host_written,
-                self.load_back.queue: self.load_back.loaded,
-                self.write_back.to_disk: self.write_back.disk_written,
-                self.prefetch.lookups: self.prefetch.looked_up,
-                self.prefetch.queue: self.prefetch.finished,
-            },
-        )
+        finish: dict[TransferQueue[Any], Finish] = {
+            self.write_back.to_host: self.write_back.host_written,
+            self.load_back.queue: self.load_back.loaded,
+        }
+        finish |= {cold.writes.queue: cold.writes.written for cold in self.colds}
+        finish[self.prefetch.lookups.queue] = self.prefetch.looked_up
+        finish |= {cold.reads: self.prefetch.finished for cold in self.colds}
+        self.progress = Progress(context, finish)
         if context.timeline is not None:
             for queue in self.progress.queues():
                 queue.observe = transfer_spans(context.timeline)
@@ -110,20 +112,24 @@ class KVHierarchy:
     def namespace(self) -> bytes:
         return self._namespace
 
-    def set_namespace(self, namespace: bytes, disk: DiskPages | None) -> None:
+    def set_namespace(self, namespace: bytes, stores: Iterable[PageStore]) -> None:
         """The weights in use are called `namespace`, and so is all that is in the tree.
 
-        If that is another name than before, the tree must be empty.
+        If that is another name than before, the tree must be empty. stores: where their pages go to
+        and come from; tiers that are not among them stay away.
         """
         self._namespace = namespace
-        self.context.disk = disk
+        by_tier = {store.traits.tier: store for store in stores}
+        for cold in self.colds:
+            cold.use(by_tier.get(cold.tier))
 
-    def suspend_disk(self) -> None:
+    def put_stores_away(self) -> None:
         """The weights are changing: what is computed from now on has no name until there is one.
 
-        What is under way to the disk was computed before, and arrives under the old name.
+        What is under way to a store was computed before, and arrives under the old name.
         """
-        self.context.disk = None
+        for cold in self.colds:
+            cold.use(None)
 
     # -- what a request does ------------------------------------------------------------------
 
@@ -156,7 +162,8 @@ class KVHierarchy:
         self.context.stored(result.adopted, Tier.DEVICE)
         self.write_back.inserted(result.adopted or (result.last,))
         self.write_back.resident_on_host(path_up(result.last))
-        self.used.note(result.last)
+        for cold in self.colds:
+            cold.used.note(result.last)
         return result
 
     def evict_device(self, n_tokens: int) -> int:
@@ -185,26 +192,36 @@ class KVHierarchy:
 
         Under tensor parallelism every rank must call it at the same points of its loop.
         """
-        if self.progress.is_busy or self.dropped.is_looking or self.prefetch.wants_time:
-            self.dropped.counted(self.progress.advance(self.dropped.votes()))
+        is_looking = any(cold.dropped.is_looking for cold in self.colds)
+        if self.progress.is_busy or is_looking or self.prefetch.wants_time:
+            self._advance()
         if self.load_back.has_failed:
             self._give_up_failed_loads()
         self.load_back.close_failed()
         self.load_back.advance()
         self.write_back.advance()
         self.prefetch.advance()
-        self.used.advance()
+        for cold in self.colds:
+            cold.used.advance()
+
+    def _advance(self) -> None:
+        """What is done on all ranks counts, and what the stores gave up."""
+        votes = [cold.dropped.votes() for cold in self.colds]
+        agreed = iter(self.progress.advance(list(chain.from_iterable(votes))))
+        for cold, own in zip(self.colds, votes, strict=True):
+            cold.dropped.counted(list(islice(agreed, len(own))))
 
     def rest(self) -> None:
         """Gives the interpreter to the transfers under way, until one is done or REST_S is over.
 
         For a loop with nothing else to do: were it to spin, every transfer would wait for it after
-        each of its calls to the disk, for up to 5 ms (`sys.getswitchinterval`).
+        each of its calls to the system, for up to 5 ms (`sys.getswitchinterval`).
         """
         busy = [queue for queue in self.progress.queues() if queue.in_flight]
         if busy and not any(queue.n_ready for queue in busy):
             # What a request waits for, if there is such a thing.
-            (self.prefetch.queue if self.prefetch.queue in busy else busy[0]).wait_for_one(REST_S)
+            reads = [cold.reads for cold in self.colds if cold.reads.in_flight]
+            [*reads, *busy][0].wait_for_one(REST_S)
 
     def learn(self) -> None:
         """Learns now from the passes observed since the last poll with a transfer under way.
@@ -262,8 +279,8 @@ class KVHierarchy:
     def drain(self) -> bool:
         """Ends what touches the device's memory; False if a copy hangs, on any rank.
 
-        What waits for room on the host is copied as far as there is some. Nothing waits for a disk:
-        what is on the host is written behind.
+        What waits for room on the host is copied as far as there is some. Nothing waits for a
+        store: what is on the host is written behind.
         """
         deadline = time.monotonic() + DRAIN_S
         to_host = self.write_back.to_host
@@ -279,7 +296,7 @@ class KVHierarchy:
                 return True
 
     def flush(self) -> None:
-        """Empties device and host; the disk keeps its pages, and gets those that are on the host.
+        """Empties device and host; the stores keep their pages, and get those that are on the host.
 
         The caller has no request in flight, and resets the engine's allocator itself. Raises
         TransferTimeoutError if a copy between device and host hangs: `drain` first.
@@ -291,25 +308,32 @@ class KVHierarchy:
             )
         context = self.context
         self.prefetch.clear()
-        being_read = [job.host_pages for job in self.prefetch.queue.open_jobs]
-        keep = np.concatenate([self.write_back.hand_over(), *being_read])
+        keep = self.write_back.hand_over()
+        keep += [job.host_pages for cold in self.colds for job in cold.reads.open_jobs]
         context.epoch = replace(context.epoch, flushes=context.epoch.flushes + 1)
-        self.dropped.forget()
+        for cold in self.colds:
+            cold.dropped.forget()
         context.forest.clear()
         context.host.clear(keep)
 
-    def forget_disk(self) -> None:
-        """The disk is being cleared: no node may claim to be there, now or later."""
+    def forget_stored(self, tier: Tier) -> None:
+        """The store is being cleared: no node may claim to be there, now or later."""
         context = self.context
-        context.epoch = replace(context.epoch, disk_clears=context.epoch.disk_clears + 1)
-        self.write_back.forget_disk()
-        self.dropped.forget()
+        context.epoch = replace(context.epoch, clears=context.epoch.clears + 1)
+        for cold in self.colds:
+            if cold.tier is tier:
+                cold.writes.forget()
+                cold.dropped.forget()
         for node in context.forest.nodes():
-            if node.state(Tier.DISK) is Residency.RESIDENT:
-                context.forest.evict(node, Tier.DISK)
+            if node.state(tier) is Residency.RESIDENT:
+                context.forest.evict(node, tier)
+
+    def queues(self) -> list[TransferQueue[Any]]:
+        """All there are, each with a thread of its own."""
+        return [*self.progress.queues(), *(cold.used.queue for cold in self.colds)]
 
     def close(self, timeout_s: float, end_s: float = LONGEST_JOB_S) -> None:
-        """Lets what is still to be written reach the disk, as far as the time allows, and stops.
+        """Lets what is still to be written reach the stores, as far as the time allows, and stops.
 
         The jobs under way then get `end_s` to end, all together.
         """
@@ -317,14 +341,15 @@ class KVHierarchy:
         self.context.collective = SingleRank()
         self.context.pacer.stop()
         deadline = time.monotonic() + timeout_s
-        queues = (self.write_back.to_host, self.write_back.to_disk)
+        queues: list[TransferQueue[Any]] = [self.write_back.to_host]
+        queues += [cold.writes.queue for cold in self.colds]
         while time.monotonic() < deadline:
             for queue in queues:
                 queue.wait(max(0.0, deadline - time.monotonic()))
             self.poll()
             if not any(queue.in_flight for queue in queues) and not self.write_back.n_deferred:
                 break
-        all_queues = (*self.progress.queues(), self.used.queue)
+        all_queues = self.queues()
         for open_queue in all_queues:
             open_queue.end()
         deadline = time.monotonic() + end_s

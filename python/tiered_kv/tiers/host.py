@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,9 @@ class HostPool:
             n_pages, self.slot_bytes
         )
         self._slots = SlotAllocator(n_pages)
+        # How many keep a slot beside the one who counts.
+        self._others = np.zeros(n_pages, dtype=np.int16)
+        self._n_others = 0
         if register is not None:
             register(self.pages.ctypes.data, self.pages.nbytes)
 
@@ -59,11 +62,22 @@ class HostPool:
         return self._slots.alloc(n_pages)
 
     def free(self, ids: PageIds) -> None:
+        """Gives slots back; one that `clear` kept for several is free when all of them did."""
+        if self._n_others:
+            is_held = self._others[ids] > 0
+            self._others[ids[is_held]] -= 1
+            self._n_others -= int(np.count_nonzero(is_held))
+            ids = ids[~is_held]
         self._slots.free(ids)
 
-    def clear(self, keep: PageIds) -> None:
-        """All slots but those in `keep` are free."""
-        self._slots.clear(keep)
+    def clear(self, keep: Sequence[PageIds]) -> None:
+        """All slots but those in `keep` are free: whoever keeps some gives them back himself."""
+        ids = np.concatenate([np.empty(0, dtype=np.int64), *keep])
+        kept, n_keepers = np.unique(ids, return_counts=True)
+        self._slots.clear(kept)
+        self._others[:] = 0
+        self._others[kept] = n_keepers - 1
+        self._n_others = len(ids) - len(kept)
 
     def views(self, ids: PageIds) -> list[memoryview]:
         """The slots' whole bytes (padding included), writable, without a copy."""

@@ -1,4 +1,4 @@
-"""Disk -> host, ahead of admission: while a request waits, its pages come nearer.
+"""Cold stores -> host, ahead of admission: while a request waits, its pages come nearer.
 
 A lookup that misses costs one hash and one dictionary probe; a long prompt that hits is hashed and
 looked up on a thread of its own. Requests that need a page already on its way share that transfer.
@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from tiered_kv.core.ids import Tier
-from tiered_kv.forest.key import page_hash, page_hashes
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.probes import PROBE_PAGES
 from tiered_kv.scheduler.read_order import ReadOrder, Urgency
+from tiered_kv.tiers.cold.lookup import ColdLookup, Lookups
+from tiered_kv.tiers.cold.read_queue import ColdRead
+from tiered_kv.tiers.cold.reads import HeldReads
+from tiered_kv.tiers.cold.stored import Stored, prompt_of
+from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.context import TierContext
-from tiered_kv.tiers.disk_lookup import DiskLookup, Stored, look_up, prompt_of
-from tiered_kv.tiers.held_reads import HeldReads
-from tiered_kv.tiers.read_queue import DiskRead, ReadQueue
 from tiered_kv.tiers.ticket import (
     Ticket,
     count_held,
@@ -35,14 +37,11 @@ from tiered_kv.tiers.ticket import (
     pages_on_host,
 )
 from tiered_kv.tiers.timeline import REQUESTS
-from tiered_kv.tiers.transfer import Completion, TransferQueue
+from tiered_kv.tiers.transfer import Completion
 
 #: Pages held for waiting requests may take at most this share of the host pool: the rest keeps
 #: taking what is being computed.
 HELD_SHARE = 0.5
-#: Up to this many pages are hashed and looked up at once, on the scheduler's thread: a few
-#: microseconds each, where a thread's answer comes a scheduling pass later.
-INLINE_LOOKUP_PAGES = 32
 #: Of those in line, so many are looked at for one that finds room.
 LINE_LOOK = 8
 #: Reads that may be under way at once.
@@ -55,16 +54,33 @@ class _Wish:
 
     path: tuple[Node, ...]
     """Nodes that device or host have, or are about to have."""
-    hashes: list[bytes]
-    """Of the pages to read after those."""
+    parts: list[tuple[ColdTier, list[bytes]]]
+    """Hashes of the pages to read after those, in their order, by store."""
+
+    @property
+    def n_pages(self) -> int:
+        return sum(len(hashes) for _, hashes in self.parts)
+
+    def within(self, n_pages: int) -> list[tuple[ColdTier, list[bytes]]]:
+        """Of `parts`, the leading so many pages."""
+        kept = []
+        for cold, hashes in self.parts:
+            if n_pages > 0:
+                kept.append((cold, hashes[:n_pages]))
+                n_pages -= len(hashes)
+        return kept
 
 
 class Prefetch:
-    """Tickets by request id; the scheduler's thread asks `done(rid)` before it admits."""
+    """Tickets by request id; the scheduler's thread asks `done(rid)` before it admits.
 
-    def __init__(self, context: TierContext) -> None:
+    colds: where to look, the nearest first.
+    """
+
+    def __init__(self, context: TierContext, colds: Sequence[ColdTier]) -> None:
         self._context = context
-        self.lookups: TransferQueue[DiskLookup] = TransferQueue("disk-lookup", look_up)
+        self._colds = {cold.tier: cold for cold in colds}
+        self.lookups = Lookups(context, colds)
         self.urgency_of: Callable[[str], Urgency | None] = lambda _: None
         """By request id: whose pages come first. Of whom it does not know, those who came first."""
         n_pages = context.host.n_pages
@@ -76,10 +92,6 @@ class Prefetch:
         self._news: dict[str, None] = {}
         # Nobody of those looked at in line found room, and nothing has changed since.
         self._is_full = False
-
-    @property
-    def queue(self) -> ReadQueue:
-        return self._reads.queue
 
     @property
     def tickets(self) -> dict[str, Ticket]:
@@ -101,9 +113,9 @@ class Prefetch:
         only expected, so its pages come after all others'.
         """
         context, size = self._context, self._context.page_size
-        if context.disk is None or rid in self._tickets or len(tokens) < size:
+        if rid in self._tickets or len(tokens) < size:
             return
-        if not self._may_hit(anchor, tokens[:size]):
+        if not self.lookups.may_hit(anchor, tokens[:size]):
             return
         root, prompt = prompt_of(anchor, tokens)
         n_tokens = len(prompt)
@@ -111,50 +123,33 @@ class Prefetch:
         self._n_asked += 1
         ticket = self._tickets[rid] = Ticket(rid, root, prompt, n_tokens, self._n_asked, is_ahead)
         n_pages = (len(prompt) - anchor.end) // size
-        ticket.patience_s = context.manager.patience_s(
-            n_pages, anchor.end, self._bytes_before(ticket)
+        read_s = max(
+            context.manager.read_s(cold.tier, n_pages, self._bytes_before(ticket, cold))
+            for cold in self._colds.values()
         )
+        ticket.patience_s = context.manager.patience_s(n_pages, anchor.end, read_s)
         self._new.append(ticket)
         self._look_up(ticket, anchor)
 
-    def _may_hit(self, anchor: Node, first: array[int]) -> bool:
-        if first.tobytes() in anchor.children:
-            return True  # on its way for another request
-        disk = self._context.disk
-        assert disk is not None
-        is_there = disk.contains(page_hash(anchor.last_page_hash, first))
-        (hit,) = self._context.collective.minimum([is_there])
-        return bool(hit)
-
     def _look_up(self, ticket: Ticket, anchor: Node) -> None:
-        """Find out what the disk has of its prompt after `anchor`."""
-        context, size = self._context, self._context.page_size
-        assert context.disk is not None
-        first = anchor.end // size
-        if len(ticket.tokens) // size - first > INLINE_LOOKUP_PAGES:
-            ticket.is_looked_up = False
-            self._news[ticket.name] = None
-            root_hash, disk = ticket.root.last_page_hash, context.disk
-            self.lookups.submit(
-                DiskLookup(ticket.name, disk, root_hash, ticket.tokens, size, first, [])
-            )
+        """Find out what the stores have of its prompt after `anchor`."""
+        stored = self.lookups.ask(ticket.name, ticket.root, ticket.tokens, anchor)
+        if stored is not None:
+            self._stand_in_line(ticket, stored)
             return
-        hashes = page_hashes(anchor.last_page_hash, ticket.tokens[anchor.end :], size)
-        (n,) = context.collective.minimum([context.disk.count_prefix(hashes)])
-        self._stand_in_line(ticket, Stored(first, first + n, hashes, first))
+        ticket.is_looked_up = False
+        self._news[ticket.name] = None
 
-    def looked_up(self, completion: Completion[DiskLookup]) -> None:
+    def looked_up(self, completion: Completion[ColdLookup]) -> None:
         """A lookup is done: its request stands in line, unless it has gone."""
         job = completion.job
         ticket = self._tickets.get(job.rid)
         # Another request may have come with the same name: tickets are told by their tokens.
         if ticket is None or ticket.tokens is not job.tokens:
             return
-        end = job.first_page + completion.n_done
-        # A lookup that failed leaves the list empty.
-        if len(job.hashes) < end:
-            end = job.first_page
-        self._stand_in_line(ticket, Stored(job.first_page, end, job.hashes))
+        stored = self.lookups.answered(completion)
+        if stored is not None:
+            self._stand_in_line(ticket, stored)
 
     def _stand_in_line(self, ticket: Ticket, stored: Stored | None) -> None:
         ticket.stored, ticket.is_looked_up = stored, True
@@ -194,7 +189,7 @@ class Prefetch:
         return news
 
     def loaded_tokens(self, rid: str) -> int:
-        """Tokens that were brought from disk to host for this request."""
+        """Tokens that were brought to the host for this request."""
         ticket = self._tickets.get(rid)
         return ticket.came_tokens if ticket is not None else 0
 
@@ -241,7 +236,7 @@ class Prefetch:
     def _serve_line(self) -> None:
         """Read for those in line who find room, the most urgent first."""
         n_refused = 0
-        while n_refused < LINE_LOOK and self.queue.in_flight < READS_MAX:
+        while n_refused < LINE_LOOK and self._n_reads < READS_MAX:
             names = self._order.first_in_line(n_refused + 1)
             if len(names) <= n_refused:
                 break
@@ -257,15 +252,15 @@ class Prefetch:
             return True
         coming = [node for node in wish.path if is_coming(node)]
         known = pages_on_host(reversed(wish.path))
-        hashes = wish.hashes[: max(order.room_pages - len(known), order.room_pages // 2)]
-        if coming or hashes or ticket.is_displaced:
-            known = known[: order.room_pages - len(hashes)]
-            displaced = order.make_room(ticket.name, known, len(hashes))
+        n_pages = min(wish.n_pages, max(order.room_pages - len(known), order.room_pages // 2))
+        if coming or n_pages or ticket.is_displaced:
+            known = known[: order.room_pages - n_pages]
+            displaced = order.make_room(ticket.name, known, n_pages)
             if displaced is None:
                 return False
             for name in displaced:
                 self._displace(self._tickets[name])
-            self._start(ticket, wish.path, coming, hashes)
+            self._start(ticket, wish.path, coming, wish.within(n_pages))
         order.leave_line(ticket.name)
         return True
 
@@ -280,55 +275,80 @@ class Prefetch:
         path = known[: count_held(known)]
         last = path[-1] if path else ticket.root
         stored, first = ticket.stored, last.end // size
-        if context.disk is None or stored is None:  # suspended since the request came
+        if stored is None:
             return _Wish(path, [])
         if first < stored.first:
             self._order.leave_line(ticket.name)
             self._look_up(ticket, last)
             return None
         hole_end = end_of_hole(known[len(path) :], len(ticket.tokens))
-        hashes = stored.between(first, hole_end // size)
-        return _Wish(path, hashes[: self._worth_reading(ticket, len(hashes), last.end)])
+        parts: list[tuple[ColdTier, list[bytes]]] = []
+        start = last.end
+        for tier, hashes in stored.between(first, hole_end // size):
+            cold = self._colds[tier]
+            n_pages = self._worth_reading(ticket, cold, len(hashes), start)
+            if n_pages:
+                parts.append((cold, hashes[:n_pages]))
+            if n_pages < len(hashes):
+                break
+            start += n_pages * size
+        return _Wish(path, parts)
 
-    def _worth_reading(self, ticket: Ticket, n_pages: int, start: int) -> int:
-        """How many of `n_pages` pages on disk, from token `start` of its prompt on, to read."""
-        if not n_pages:
+    def _worth_reading(self, ticket: Ticket, cold: ColdTier, n_pages: int, start: int) -> int:
+        """How many of `n_pages` pages in a store, from token `start` of its prompt on, to read."""
+        if cold.store is None:  # put away since the request came
             return 0
         context = self._context
         ask = partial(
-            context.manager.pages_from_disk,
+            context.manager.pages_from,
+            cold.tier,
             n_pages,
             start,
             ticket.prompt_tokens,
-            queued_bytes=self._bytes_before(ticket),
+            queued_bytes=self._bytes_before(ticket, cold),
         )
         n_wanted = ask()
-        if not n_wanted and self._reads.probes.is_due(context.now_s):
+        if not n_wanted and cold.probes.is_due(context.now_s):
             n_wanted = ask(least_pages=PROBE_PAGES)
             # To find out how long it takes; it is not kept waiting for that.
             ticket.is_patient = ticket.is_patient and not n_wanted
         return n_wanted
 
     def _start(
-        self, ticket: Ticket, path: tuple[Node, ...], coming: list[Node], hashes: list[bytes]
+        self,
+        ticket: Ticket,
+        path: tuple[Node, ...],
+        coming: list[Node],
+        parts: list[tuple[ColdTier, list[bytes]]],
     ) -> None:
         """Read for it what follows `path`, wait for what is `coming`, and keep all of it."""
         context, urgency = self._context, self._urgency(ticket.name)
-        bytes_before = self._bytes_before(ticket)
+        bytes_before = {cold: self._bytes_before(ticket, cold) for cold in self._colds.values()}
         for node in coming:
             op = node.op(Tier.HOST)
             assert op is not None
             self._reads.join(ticket, op, urgency)
-        parent = path[-1] if path else ticket.root
-        last = self._reads.read(ticket, parent, hashes, urgency)
-        n_loaded = last.end - parent.end + sum(node.n_tokens for node in coming)
+        parent = last = path[-1] if path else ticket.root
+        n_coming = sum(node.n_pages for node in coming)
+        pages_from = Counter({parts[0][0] if parts else next(iter(bytes_before)): n_coming})
+        for cold, hashes in parts:
+            before = last.end
+            last = self._reads.read(ticket, cold, last, hashes, urgency)
+            pages_from[cold] += (last.end - before) // context.page_size
+            if last.end - before < len(hashes) * context.page_size:
+                break
+        read_s = max(
+            context.manager.read_s(cold.tier, n_pages, bytes_before[cold])
+            for cold, n_pages in pages_from.items()
+        )
+        n_loaded = last.end - parent.end + n_coming * context.page_size
         if n_loaded or ticket.is_displaced:
             self._reads.hold(ticket, last, n_loaded)
         if not ticket.waiting_for:
             return
         n_pages = n_loaded // context.page_size
-        ticket.ready_s = context.now_s + context.manager.read_s(n_pages, bytes_before)
-        ticket.patience_s = context.manager.patience_s(n_pages, last.end - n_loaded, bytes_before)
+        ticket.ready_s = context.now_s + read_s
+        ticket.patience_s = context.manager.patience_s(n_pages, last.end - n_loaded, read_s)
         if ticket.asked_s + ticket.patience_s < context.now_s:
             ticket.is_patient = False
         else:
@@ -348,12 +368,16 @@ class Prefetch:
             return float("inf"), ticket.number
         return self.urgency_of(name) or (0.0, ticket.number)
 
-    def _bytes_before(self, ticket: Ticket) -> int:
-        """What comes from the disk before a read for it would."""
-        n_pages = self.queue.pages_before(self._urgency(ticket.name))
-        return n_pages * self._context.page_format(Tier.DISK).page_bytes
+    @property
+    def _n_reads(self) -> int:
+        return sum(cold.reads.in_flight for cold in self._colds.values())
 
-    def finished(self, completion: Completion[DiskRead]) -> None:
+    def _bytes_before(self, ticket: Ticket, cold: ColdTier) -> int:
+        """What comes from a store before a read for it would."""
+        n_pages = cold.reads.pages_before(self._urgency(ticket.name))
+        return n_pages * cold.traits.page_format.page_bytes
+
+    def finished(self, completion: Completion[ColdRead]) -> None:
         """A read is done, as far as it came."""
         self._reads.finished(completion, self._heard)
         self._is_full = False

@@ -1,4 +1,4 @@
-"""What one request wants of the disk, and has."""
+"""What one request wants of the cold stores, and has."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
+from tiered_kv.tiers.cold.stored import Stored
 from tiered_kv.tiers.context import host_pages_of
-from tiered_kv.tiers.disk_lookup import Stored
 from tiered_kv.tiers.slots import PageIds
 
 
@@ -42,7 +42,7 @@ class Ticket:
     """Whether it held room once that a more urgent one took."""
     pinned: Node | None = None
     n_loaded_tokens: int = 0
-    """Tokens down to `pinned` that came for it from disk, or are about to."""
+    """Tokens down to `pinned` that came for it from a store, or are about to."""
     began_s: float = field(default_factory=time.perf_counter)
     is_drawn: bool = False
 

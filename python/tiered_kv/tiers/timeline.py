@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.core.ids import Tier
 from tiered_kv.metrics.timeline import Event, Tracks, counters, span, track_name
 from tiered_kv.tiers.layer_gate import LayerEvent, WaitObserver
 from tiered_kv.tiers.transfer import Job, JobObserver
@@ -171,7 +172,11 @@ LAYER_COPIES = "host-to-device, by layer"
 LAYER_WAITS = "forward pass waits for layers"
 REQUESTS = "requests wait for the disk"
 PASSES = "forward passes"
-DISK_READS = "disk reads"
+
+
+def store_reads(tier: Tier) -> str:
+    """The row of the reads from a cold store."""
+    return f"{tier.name.lower()} reads"
 
 
 def draw_waits(timeline: TimelineFile) -> WaitObserver:

@@ -1,38 +1,29 @@
-"""Write-through: device -> host -> disk, in the background, so that eviction is only a free.
+"""Write-through: device -> host, and on to the cold stores, so that eviction is only a free.
 
-A page is written as soon as it is in the tree. What finds no room (the queue is full, or every host
+A page is written as soon as it is in the tree, in the background. What finds no room (every host
 page is in use) waits in a bounded list, the most valuable first; what is evicted before its turn is
 lost to the tiers below and would be computed again. A prompt larger than the host pool streams
-through it: its leading pages stay, the others make room for the next ones once the disk has them.
-
-A flush waits for no disk: what is on the host and not on the disk yet keeps its host pages, belongs
-to no node any more, and is written behind, for a limited time.
+through it: its leading pages stay, the others make room for the next ones once a store has them.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import cast
 
-import numpy as np
 import torch
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers.context import Epoch, TierContext, device_slots_of, host_pages_of
+from tiered_kv.tiers.cold.tier import ColdTier
+from tiered_kv.tiers.context import TierContext, device_slots_of
 from tiered_kv.tiers.deferred import DeferredNodes
 from tiered_kv.tiers.device import After, wait_for
-from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.slots import PageIds
-from tiered_kv.tiers.transfer import Completion, TransferQueue, Wanted
+from tiered_kv.tiers.transfer import Completion, TransferQueue
 
-#: Disk writes hold their host pages: they may have at most this share of the host pool in flight,
-#: so that a slow disk never stops the host tier from taking new pages.
-DISK_WRITE_SHARE = 0.5
 #: A node larger than this share of the host pool is written in parts: what fits is worth having.
 HOST_WRITE_SHARE = 0.25
 #: Of a prompt larger than the host pool, this share of the pool keeps the head.
@@ -41,8 +32,6 @@ MAX_DEFERRED = 16384
 #: Copies under way hold their pages where they come from. If they hold more than this share of what
 #: could be freed there, nothing holds them back.
 PRESSED_SHARE = 0.2
-#: What a flush found on the host may be written for so long.
-BEHIND_FLUSH_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,59 +47,38 @@ class HostWrite:
         return len(self.host_pages)
 
 
-@dataclass(frozen=True, slots=True)
-class DiskWrite:
-    op: int
-    disk: DiskPages
-    node: Node
-    hashes: list[bytes]
-    host_pages: PageIds
-    above: tuple[list[bytes], ...]
-    epoch: Epoch
-    wanted: Wanted
-
-    @property
-    def n_pages(self) -> int:
-        return len(self.hashes)
-
-
 class WriteBack:
-    """Carries out the manager's WriteBack actions."""
+    """Carries out the manager's WriteBack actions. colds: where the host's pages go on to."""
 
-    def __init__(self, context: TierContext) -> None:
+    def __init__(self, context: TierContext, colds: Sequence[ColdTier]) -> None:
         self._context = context
+        self._colds = colds
         self.to_host: TransferQueue[HostWrite] = TransferQueue("device-to-host", self._copy)
-        self.to_disk: TransferQueue[DiskWrite] = TransferQueue("host-to-disk", self._write)
-        value = context.manager.write_value
-        self._host_deferred = DeferredNodes(value, lambda: MAX_DEFERRED)
-        self._disk_deferred = DeferredNodes(value, lambda: MAX_DEFERRED)
+        self._deferred = DeferredNodes(context.manager.write_value, lambda: MAX_DEFERRED)
         context.evicted = self._evicted
 
     @property
     def n_deferred(self) -> int:
-        return len(self._host_deferred) + len(self._disk_deferred)
+        return len(self._deferred) + sum(cold.writes.n_deferred for cold in self._colds)
 
     def inserted(self, nodes: Iterable[Node]) -> None:
         """`nodes` are readable on the device: those that the host lacks are to be written."""
         for action in self._context.manager.on_insert(tuple(nodes)):
-            self._defer(self._host_deferred, action.node_id)
+            self._deferred.add(self._context.forest.node(action.node_id))
         self._start_host_writes()
 
     def resident_on_host(self, nodes: Iterable[Node]) -> None:
-        """`nodes`, of one tree, are to be on disk as well if they are readable on the host."""
+        """`nodes`, of one tree, are to be in the stores as well, as far as the host has them."""
         nodes = tuple(nodes)
-        if self._context.disk is None or not nodes or not nodes[0].root.tree_key.is_lasting:
-            return
-        for action in self._context.manager.on_host_resident(nodes):
-            self._defer(self._disk_deferred, action.node_id)
-        self._start_disk_writes()
+        for cold in self._colds:
+            cold.writes.offer(nodes)
 
     def advance(self) -> None:
         """Starts what had to wait, as far as there is room now."""
         self._context.pacer.press(self._is_pressed())
-        if self._disk_deferred:
-            self._start_disk_writes()
-        if self._host_deferred:
+        for cold in self._colds:
+            cold.writes.advance()
+        if self._deferred:
             self._start_host_writes()
 
     def _is_pressed(self) -> bool:
@@ -120,61 +88,59 @@ class WriteBack:
             held = self.to_host.pages_in_flight * context.page_size
             if held > PRESSED_SHARE * (free + held):
                 return True
-        return self.to_disk.pages_in_flight > PRESSED_SHARE * context.host.n_pages
+        in_flight = sum(cold.writes.queue.pages_in_flight for cold in self._colds)
+        return in_flight > PRESSED_SHARE * context.host.n_pages
 
-    def hand_over(self) -> PageIds:
+    def hand_over(self) -> list[PageIds]:
         """The tree is about to be emptied, and no copy to the host is under way.
 
-        Starts all writes to the disk that had to wait, and forgets the rest. Returns the host pages
-        of those under way: they stay until their write is acknowledged.
+        Starts all writes to the stores that had to wait, and forgets the rest. Returns the host
+        pages of each that is under way: they stay until it is acknowledged.
         """
-        self._start_disk_writes(limit=self._context.host.n_pages)
-        lost = {n for node in self._host_deferred.nodes() for n in self._unwritten_path(node)}
+        pages = [pages for cold in self._colds for pages in cold.writes.hand_over()]
+        lost = {n for node in self._deferred.nodes() for n in self._unwritten_path(node)}
         if lost:
             self._context.observer.unwritten(Tier.HOST, sum(node.n_pages for node in lost))
-        self._host_deferred.clear()
-        until_s = time.monotonic() + BEHIND_FLUSH_S
-        for job in self.to_disk.open_jobs:
-            job.wanted.until_s = min(job.wanted.until_s, until_s)
-        pages = [job.host_pages for job in self.to_disk.open_jobs]
-        return np.concatenate(pages) if pages else np.empty(0, dtype=np.int64)
-
-    def forget_disk(self) -> None:
-        """What is on its way to the disk is not written, or has been for nothing."""
-        for job in self.to_disk.open_jobs:
-            job.wanted.by_anyone = False
-
-    def _defer(self, deferred: DeferredNodes, node_id: int) -> None:
-        deferred.add(self._context.forest.node(node_id))
+        self._deferred.clear()
+        return pages
 
     def _evicted(self, node: Node, parent: Node, tier: Tier) -> None:
         """What waited and is gone cannot be written; what is left of its path still can.
 
         A node that waits may be split: only its lower half is still in the list, and goes first.
         """
-        deferred = {Tier.DEVICE: self._host_deferred, Tier.HOST: self._disk_deferred}.get(tier)
-        if deferred is None or node not in deferred:
+        if tier is Tier.HOST:
+            for cold in self._colds:
+                cold.writes.evicted(node, parent)
+        if tier is not Tier.DEVICE or node not in self._deferred:
             return
-        deferred.discard(node)
-        target = Tier.HOST if tier is Tier.DEVICE else Tier.DISK
+        self._deferred.discard(node)
         if (
             not parent.is_root
-            and parent.state(tier) is Residency.RESIDENT
-            and parent.state(target) is Residency.ABSENT
+            and parent.state(Tier.DEVICE) is Residency.RESIDENT
+            and parent.state(Tier.HOST) is Residency.ABSENT
         ):
-            deferred.add(parent)
+            self._deferred.add(parent)
 
     # -- device -> host -----------------------------------------------------------------------
 
     def _start_host_writes(self) -> None:
-        while self._host_deferred:
-            node = self._host_deferred.first()
+        while self._deferred:
+            node = self._deferred.first()
             if not all(map(self._start_host_write, self._parts(self._unwritten_path(node)))):
-                if not self._is_host_in_use() and not self._disk_deferred:
+                if not self._is_host_in_use() and not self._is_written_on():
                     # Nothing is in use that could make room later: its own path fills the pool.
-                    self._host_deferred.discard(node)
+                    self._deferred.discard(node)
                 return
-            self._host_deferred.discard(node)
+            self._deferred.discard(node)
+
+    def _is_written_on(self) -> bool:
+        """Whether something on the host still waits to be written to a store."""
+        return any(cold.writes.n_deferred for cold in self._colds)
+
+    def _is_below(self, node: Node) -> bool:
+        """Whether a store has it."""
+        return any(node.state(cold.tier) is Residency.RESIDENT for cold in self._colds)
 
     def _is_host_in_use(self) -> bool:
         """Whether host pages are held that will be free later: by nodes, or behind a flush."""
@@ -185,7 +151,7 @@ class WriteBack:
     def _unwritten_path(self, node: Node) -> list[Node]:
         """The node and those above it that lack a host copy (it may have been split), top first.
 
-        Of a path that does not fit, those that the disk has are not written to the host again.
+        Of a path that does not fit, those that a store has are not written to the host again.
         """
         is_streamed = node.end > self._context.host.n_pages * self._context.page_size
         path = []
@@ -195,7 +161,7 @@ class WriteBack:
                 if not is_streamed:
                     break
             elif at.state(Tier.DEVICE) is Residency.RESIDENT and not (
-                is_streamed and at.state(Tier.DISK) is Residency.RESIDENT
+                is_streamed and self._is_below(at)
             ):
                 path.append(at)
             at = at.parent
@@ -224,14 +190,14 @@ class WriteBack:
     def _needed_above(self, node: Node) -> Node:
         """The lowest node above `node` whose host pages must not make room for it.
 
-        Those that the disk has may, if its path does not fit as a whole, but for its head.
+        Those that a store has may, if its path does not fit as a whole, but for its head.
         """
         assert node.parent is not None
         at = node.parent
         n_tokens = self._context.host.n_pages * self._context.page_size
         if node.end > n_tokens:
             while at.end > n_tokens * STREAM_HEAD_SHARE and (
-                at.state(Tier.HOST) is Residency.ABSENT or at.state(Tier.DISK) is Residency.RESIDENT
+                at.state(Tier.HOST) is Residency.ABSENT or self._is_below(at)
             ):
                 assert at.parent is not None
                 at = at.parent
@@ -265,94 +231,9 @@ class WriteBack:
 
     def _give_up_below(self, failed: Node) -> None:
         """Without the pages above them, those below are of no use on the host."""
-        for node in self._host_deferred.nodes():
+        for node in self._deferred.nodes():
             at: Node | None = node
             while at is not None and at is not failed:
                 at = at.parent
             if at is failed:
-                self._host_deferred.discard(node)
-
-    # -- host -> disk -------------------------------------------------------------------------
-
-    def _start_disk_writes(self, limit: int | None = None) -> None:
-        """limit: the most pages that may be on their way."""
-        if limit is None:
-            limit = max(1, int(self._context.host.n_pages * DISK_WRITE_SHARE))
-        while self._disk_deferred:
-            in_flight = self.to_disk.pages_in_flight
-            node = self._disk_deferred.first()
-            if in_flight and in_flight + node.n_pages > limit:
-                return
-            self._disk_deferred.discard(node)
-            for part in self._undurable_path(node):
-                self._start_disk_write(part)
-
-    @staticmethod
-    def _undurable_path(node: Node) -> list[Node]:
-        path = []
-        at: Node | None = node
-        while (
-            at is not None
-            and not at.is_root
-            and at.state(Tier.HOST) is Residency.RESIDENT
-            and at.state(Tier.DISK) is Residency.ABSENT
-        ):
-            path.append(at)
-            at = at.parent
-        return path[::-1]
-
-    def _start_disk_write(self, node: Node) -> None:
-        context = self._context
-        if context.disk is None:
-            return
-        op = context.next_op()
-        host_pages = host_pages_of(node)
-        context.forest.start_transfer(node, Tier.DISK, Residency.WRITING_BACK, None, op)
-        context.forest.pin(node, Tier.HOST)
-        hashes, above = list(node.page_hashes), _hashes_above(node)
-        epoch, wanted = context.epoch, Wanted()
-        self.to_disk.submit(
-            DiskWrite(op, context.disk, node, hashes, host_pages, above, epoch, wanted)
-        )
-
-    def _write(self, job: DiskWrite) -> int:
-        if job.wanted.is_over():
-            return 0
-        job.disk.touch(chain.from_iterable(job.above))
-        context = self._context
-        page_bytes = context.page_format(Tier.DISK).page_bytes
-        for part in context.pacer.portions(job.n_pages, page_bytes):
-            if job.wanted.is_over():
-                break
-            with context.pacer.turn((part.stop - part.start) * page_bytes) as held_up_s:
-                self.to_disk.exclude(held_up_s)
-                job.disk.write_pages(job.hashes[part], context.host.views(job.host_pages[part]))
-        return job.disk.count_prefix(job.hashes)
-
-    def disk_written(self, completion: Completion[DiskWrite]) -> None:
-        context, job = self._context, completion.job
-        context.forest.unpin(job.node, Tier.HOST)
-        has_arrived = completion.n_done == job.n_pages and job.wanted.by_anyone
-        if not has_arrived:
-            context.observer.unwritten(Tier.DISK, job.n_pages)
-        if job.epoch.flushes != context.epoch.flushes:
-            context.host.free(job.host_pages)
-            return
-        if not has_arrived:
-            # The tier is degraded or full: the pages stay where they are, and are tried again when
-            # they are used the next time.
-            context.forest.abort_transfer(job.op, Tier.DISK)
-            return
-        nodes = context.forest.finish_transfer(job.op, Tier.DISK)
-        context.transferred(Tier.HOST, Tier.DISK, completion)
-        context.stored(nodes, Tier.DISK)
-
-
-def _hashes_above(node: Node) -> tuple[list[bytes], ...]:
-    """Page hashes of the nodes above, by node: whoever adds to a prefix uses it."""
-    above = []
-    at = node.parent
-    while at is not None and not at.is_root:
-        above.append(at.page_hashes)
-        at = at.parent
-    return tuple(above)
+                self._deferred.discard(node)

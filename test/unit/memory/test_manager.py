@@ -214,31 +214,32 @@ def test_an_unknown_load_policy_is_refused() -> None:
 @pytest.mark.parametrize(("byte_s", "n_pages"), [(0.5, 3), (2.0, 0)])
 def test_the_disk_is_read_if_that_is_sooner(forest: Forest, byte_s: float, n_pages: int) -> None:
     manager = MemoryManager(forest, MemoryConfig(), SlowDisk(byte_s))
-    assert manager.pages_from_disk(3, 0, 12) == n_pages
+    assert manager.pages_from(DISK, 3, 0, 12) == n_pages
 
 
 def test_what_is_queued_before_it_may_make_it_later(forest: Forest) -> None:
     manager = MemoryManager(forest, MemoryConfig(), SlowDisk(0.5))
-    assert manager.pages_from_disk(3, 0, 12, queued_bytes=8) == 3
-    assert manager.pages_from_disk(3, 0, 12, queued_bytes=20) == 0
+    assert manager.pages_from(DISK, 3, 0, 12, queued_bytes=8) == 3
+    assert manager.pages_from(DISK, 3, 0, 12, queued_bytes=20) == 0
 
 
 def test_what_is_read_while_a_request_waits_anyway_is_free(forest: Forest) -> None:
     manager = MemoryManager(forest, MemoryConfig(), SlowDisk(2.0))
-    assert manager.pages_from_disk(3, 0, 12, wait_s=17.0) == 2
+    assert manager.pages_from(DISK, 3, 0, 12, wait_s=17.0) == 2
 
 
 @pytest.mark.parametrize(("policy", "n_pages"), [("always", 3), ("never", 0)])
 def test_a_policy_may_disregard_costs(forest: Forest, policy: str, n_pages: int) -> None:
     manager = MemoryManager(forest, MemoryConfig(load_policy=policy), SlowDisk(100.0))
-    assert manager.pages_from_disk(3, 0, 12) == n_pages
+    assert manager.pages_from(DISK, 3, 0, 12) == n_pages
 
 
 def test_patience_is_what_computing_takes_or_twice_what_reading_takes(forest: Forest) -> None:
     config = MemoryConfig()
-    assert MemoryManager(forest, config, SlowDisk(0.1)).patience_s(3, 0) == 12.0
-    assert MemoryManager(forest, config, SlowDisk(0.1)).patience_s(3, 0, queued_bytes=100) > 20.0
-    assert MemoryManager(forest, config).patience_s(3, 0) == PATIENCE_S
+    manager = MemoryManager(forest, config, SlowDisk(0.1))
+    assert manager.patience_s(3, 0, manager.read_s(DISK, 3)) == 12.0
+    assert manager.patience_s(3, 0, manager.read_s(DISK, 3, queued_bytes=100)) > 20.0
+    assert MemoryManager(forest, config).patience_s(3, 0, 1.0) == PATIENCE_S
 
 
 def test_a_load_ends_at_a_page_in_the_middle_of_a_node(forest: Forest, root: Node) -> None:

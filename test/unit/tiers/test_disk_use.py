@@ -12,7 +12,7 @@ from support_tiers.ranks import Ranks
 from support_tiers.tier_rig import Rig, new_disk, tokens_of
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers import disk_use
+from tiered_kv.tiers.cold import use as disk_use
 from tiered_kv.tiers.in_memory import InMemoryStore
 
 pytestmark = pytest.mark.timeout(60)
@@ -53,7 +53,7 @@ def poll(rig: Rig) -> None:
 
 def wait_for_touches(rig: Rig) -> None:
     rig.hierarchy.poll()
-    assert rig.hierarchy.used.queue.wait(10.0)
+    assert rig.cold.used.queue.wait(10.0)
 
 
 def test_what_the_disk_gave_up_is_written_again_when_it_is_used(
@@ -133,16 +133,16 @@ def test_many_nodes_are_looked_at_some_at_a_time(
     rig.drain()
     drop(rig, [rig.hashes(rig.hierarchy.root(), prompts[n])[0] for n in (0, 5, 11)])
     asked: list[int] = []
-    counted = rig.hierarchy.dropped.counted
+    counted = rig.cold.dropped.counted
 
     def counting(votes: list[int]) -> None:
-        asked.append(len(rig.hierarchy.dropped._asked))
+        asked.append(len(rig.cold.dropped._asked))
         counted(votes)
 
-    monkeypatch.setattr(rig.hierarchy.dropped, "counted", counting)
+    monkeypatch.setattr(rig.cold.dropped, "counted", counting)
     rig.serve(tokens_of(50))
     rig.drain()
-    while rig.hierarchy.dropped.is_looking:
+    while rig.cold.dropped.is_looking:
         rig.hierarchy.poll()
     assert sum(asked) >= len(prompts)
     assert max(asked) == 2
@@ -165,11 +165,11 @@ def test_nodes_that_leave_while_they_are_to_be_looked_at(
     drop(rig, [rig.hashes(root, tokens_of(100 + n))[0] for n in range(6)])
     rig.serve(tokens_of(50))
     rig.drain()
-    assert rig.hierarchy.dropped.is_looking
+    assert rig.cold.dropped.is_looking
     rig.drop_from_device()
     rig.drop_from_host()
     poll(rig)
-    assert not rig.hierarchy.dropped.is_looking
+    assert not rig.cold.dropped.is_looking
     rig.flush()
     rig.drain()
     rig.check_idle()
@@ -228,14 +228,14 @@ def test_uses_are_told_now_and_then_and_never_waited_for(
 
     monkeypatch.setattr(rig.disk, "touch", touch)
     monkeypatch.setattr(disk_use, "TELL_EVERY_S", 0.0)
-    rig.hierarchy.used._next_s = 0.0
+    rig.cold.used._next_s = 0.0
     started = time.monotonic()
     for _ in range(10):
         for n in range(5):
             rig.serve(tokens_of(100 + n))
         rig.hierarchy.poll()
     assert time.monotonic() - started < 5.0
-    assert rig.hierarchy.used.queue.in_flight == 1
+    assert rig.cold.used.queue.in_flight == 1
     may_end.set()
     wait_for_touches(rig)
     wait_for_touches(rig)
@@ -248,7 +248,7 @@ def test_what_is_noted_is_bounded(make_rig: MakeRig, monkeypatch: pytest.MonkeyP
     rig = make_rig(64, 64, new_disk())
     for n in range(6):
         rig.serve(tokens_of(100 + n))
-    assert len(rig.hierarchy.used._nodes) == 3
+    assert len(rig.cold.used._nodes) == 3
 
 
 def test_nothing_is_looked_for_while_the_disk_is_suspended(make_rig: MakeRig) -> None:
@@ -256,13 +256,13 @@ def test_nothing_is_looked_for_while_the_disk_is_suspended(make_rig: MakeRig) ->
     rig = make_rig(64, 64, new_disk(store))
     rig.serve(PROMPT)
     rig.drain()
-    rig.hierarchy.suspend_disk()
+    rig.hierarchy.put_stores_away()
     store.clear()
     rig.serve(tokens_of(50))
     rig.drain()
     poll(rig)
     assert disk_state(rig) == {Residency.RESIDENT}
-    rig.hierarchy.set_namespace(rig.hierarchy.namespace, rig.disk)
+    rig.hierarchy.set_namespace(rig.hierarchy.namespace, rig.stores_of(rig.disk))
     rig.serve(tokens_of(60))
     rig.drain()
     poll(rig)

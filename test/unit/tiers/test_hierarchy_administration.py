@@ -11,7 +11,7 @@ from support_tiers.tier_rig import NAMESPACE, Rig, new_disk, tokens_of
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers import write_back
+from tiered_kv.tiers.cold import writes
 from tiered_kv.tiers.in_memory import InMemoryStore
 
 pytestmark = pytest.mark.timeout(60)
@@ -50,7 +50,7 @@ def test_flush_with_everything_in_flight(make_rig: MakeRig) -> None:
     rig.disk.reads.hold()
     rig.disk.writes.hold()
     rig.serve(third)
-    rig.poll_until(lambda: rig.hierarchy.write_back.to_disk.in_flight == 1)
+    rig.poll_until(lambda: rig.writes.in_flight == 1)
     rig.copier.down.hold()
     rig.serve(fourth)
     rig.arrive("waiting", PROMPT)
@@ -58,7 +58,7 @@ def test_flush_with_everything_in_flight(make_rig: MakeRig) -> None:
     assert rig.hierarchy.load_back.load(prefix.last) is not None
     hierarchy = rig.hierarchy
     assert hierarchy.write_back.to_host.in_flight == 1
-    assert hierarchy.prefetch.queue.in_flight == 1
+    assert rig.reads.in_flight == 1
     assert hierarchy.load_back.n_open == 1
     rig.check()
     rig.meanwhile(rig.flush, rig.copier.up, rig.copier.down)
@@ -107,7 +107,7 @@ def test_a_flush_does_not_wait_for_a_disk_that_hangs(make_rig: MakeRig) -> None:
 def test_what_a_flush_left_behind_is_written_for_a_limited_time(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write_back, "BEHIND_FLUSH_S", 0.05)
+    monkeypatch.setattr(writes, "BEHIND_FLUSH_S", 0.05)
     rig = make_rig(64, 16, new_disk())
     prompts = [tokens_of(*range(n, n + 4)) for n in (10, 20, 30)]
     rig.disk.writes.hold()
@@ -163,10 +163,10 @@ def test_new_weights_never_meet_old_pages(make_rig: MakeRig) -> None:
     rig = make_rig(disk=new_disk(store))
     rig.serve(PROMPT)
     rig.drain()
-    rig.hierarchy.suspend_disk()
+    rig.hierarchy.put_stores_away()
     rig.flush()
     rig.disk = new_disk(store, NEW_WEIGHTS)
-    rig.hierarchy.set_namespace(NEW_WEIGHTS, rig.disk)
+    rig.hierarchy.set_namespace(NEW_WEIGHTS, rig.stores_of(rig.disk))
     assert rig.usable(PROMPT) == (0, 0)
     rig.arrive("r", PROMPT)
     assert not rig.hierarchy.prefetch.tickets
@@ -178,7 +178,7 @@ def test_new_weights_never_meet_old_pages(make_rig: MakeRig) -> None:
     # Back to the old weights (a LoRA merged and unmerged, say): the disk knows them still.
     rig.flush()
     rig.disk = new_disk(store)
-    rig.hierarchy.set_namespace(NAMESPACE, rig.disk)
+    rig.hierarchy.set_namespace(NAMESPACE, rig.stores_of(rig.disk))
     assert rig.prefetch("s", PROMPT) == 16
     rig.serve(PROMPT)
     rig.drain()
@@ -198,8 +198,8 @@ def test_pages_computed_between_the_update_and_the_flush_have_no_name(make_rig: 
         rig.serve(tokens_of(100 + n, 200 + n))
         rig.poll_until(lambda: rig.hierarchy.write_back.to_host.in_flight == 0)
     assert rig.hierarchy.write_back.n_deferred > 0
-    n_stored = rig.hierarchy.write_back.to_disk.pages_in_flight + len(rig.disk)
-    rig.hierarchy.suspend_disk()
+    n_stored = rig.writes.pages_in_flight + len(rig.disk)
+    rig.hierarchy.put_stores_away()
     rig.disk.writes.release()
     rig.serve(PROMPT)
     rig.arrive("r", on_disk)
@@ -225,7 +225,7 @@ def test_a_request_queued_for_the_disk_when_it_is_suspended(make_rig: MakeRig) -
     prefetch = rig.hierarchy.prefetch
     rig.poll_until(lambda: prefetch.done("r0"))
     assert not prefetch.is_settled("r1")
-    rig.hierarchy.suspend_disk()
+    rig.hierarchy.put_stores_away()
     prefetch.release("r0")
     rig.poll_until(lambda: prefetch.is_settled("r1"))
     assert prefetch.loaded_tokens("r1") == 0
@@ -240,7 +240,7 @@ def test_forgetting_the_disk(make_rig: MakeRig) -> None:
     written, writing, waiting = tokens_of(7, 8), tokens_of(9, 10), tokens_of(11, 12)
     rig.serve(PROMPT)
     rig.drain()
-    to_disk = rig.hierarchy.write_back.to_disk
+    to_disk = rig.writes
     rig.serve(written)
     rig.poll_until(lambda: to_disk.in_flight == 1)
     assert to_disk.wait(10.0)
@@ -249,7 +249,7 @@ def test_forgetting_the_disk(make_rig: MakeRig) -> None:
         rig.hierarchy.write_back.to_host.wait(10.0)
         rig.serve(prompt)
     started = time.monotonic()
-    rig.hierarchy.forget_disk()
+    rig.hierarchy.forget_stored(Tier.DISK)
     store.clear()
     assert time.monotonic() - started < 1.0
     assert states(rig, Tier.DISK) == {Residency.ABSENT, Residency.WRITING_BACK}
@@ -279,7 +279,7 @@ def test_forgetting_the_disk_while_pages_are_read(make_rig: MakeRig) -> None:
     rig.drop_from_host()
     rig.disk.reads.hold()
     rig.arrive("r", PROMPT)
-    rig.hierarchy.forget_disk()
+    rig.hierarchy.forget_stored(Tier.DISK)
     rig.disk.reads.release()
     rig.poll_until(lambda: rig.hierarchy.prefetch.done("r"))
     assert rig.usable(PROMPT) == (0, 4)

@@ -67,7 +67,7 @@ def test_what_is_observed_and_learned_are_the_bytes_that_moved(make_rig: MakeRig
     disk = new_disk(host_format="raw", disk_format="int4")
     rig = make_rig(disk=disk, lasting="int4")
     stored = PageFormat.of_layout(page_layout("int4", PAGE_SIZE, N_LAYERS))
-    rig.context.disk_format = stored
+    rig.use(disk, stored)
     moved: dict[tuple[Tier, Tier], int] = {}
     learned: dict[tuple[Tier, Tier], int] = {}
 

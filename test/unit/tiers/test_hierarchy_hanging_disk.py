@@ -67,9 +67,9 @@ def test_the_writes_behind_one_that_hangs_let_go_of_their_pages(rig: Rig, io: Ha
     poll_until(rig, lambda: rig.forest.protected_tokens(Tier.HOST) > 0)
     poll_until(rig, lambda: rig.forest.protected_tokens(Tier.HOST) == 0)
     assert not io.answers.is_set(), "while it hangs"
-    assert rig.hierarchy.write_back.to_disk.in_flight == 0, "and the server is idle"
+    assert rig.writes.in_flight == 0, "and the server is idle"
     io.answers.set()
-    poll_until(rig, lambda: not rig.context.disk.is_stalled())  # type: ignore[union-attr]
+    poll_until(rig, lambda: not rig.disk.is_stalled())  # type: ignore[union-attr]
     prompt = tokens_of(77, 78)
     rig.serve(prompt)
     poll_until(rig, lambda: rig.stored_pages(prompt) == 2)

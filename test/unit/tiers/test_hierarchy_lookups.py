@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from support_tiers.tier_rig import Rig, new_disk, on_disk, tokens_of
-from tiered_kv.tiers.prefetch import INLINE_LOOKUP_PAGES
-from tiered_kv.tiers.read_queue import READ_STRETCH_PAGES
+from tiered_kv.tiers.cold.lookup import INLINE_LOOKUP_PAGES
+from tiered_kv.tiers.cold.read_queue import READ_STRETCH_PAGES
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -57,7 +57,7 @@ def test_a_long_prompt_is_looked_up_on_another_thread(make_rig: MakeRig) -> None
     on_disk(rig, prompt)
     rig.arrive("r", prompt)
     prefetch = rig.hierarchy.prefetch
-    assert prefetch.lookups.in_flight == 1
+    assert prefetch.lookups.queue.in_flight == 1
     assert not prefetch.done("r")
     rig.poll_until(lambda: prefetch.done("r"))
     assert rig.usable(prompt) == (0, INLINE_LOOKUP_PAGES + 19)
@@ -71,7 +71,7 @@ def test_a_request_that_is_gone_before_its_lookup_is_done(make_rig: MakeRig) -> 
     on_disk(rig, prompt)
     rig.arrive("r", prompt)
     rig.hierarchy.prefetch.release("r")
-    rig.poll_until(lambda: rig.hierarchy.prefetch.lookups.in_flight == 0)
+    rig.poll_until(lambda: rig.hierarchy.prefetch.lookups.queue.in_flight == 0)
     rig.drain()
     assert rig.disk.n_read_calls == 0
     rig.check_idle()

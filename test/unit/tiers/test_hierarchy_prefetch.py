@@ -348,7 +348,7 @@ def test_a_page_that_the_disk_lost_is_written_there_again(make_rig: MakeRig) -> 
     rig.disk.reads_to_come.extend([0])
     rig.prefetch("r", whole)
     assert node.state(Tier.DISK) is ABSENT
-    rig.disk = rig.context.disk = new_disk()  # nothing is there
+    rig.use(new_disk())  # nothing is there
     rig.serve(whole)
     rig.drain()
     assert rig.stored_pages(upper) == 2

@@ -48,14 +48,14 @@ def test_a_disk_believed_slow_is_found_out(make_rig: MakeRig) -> None:
         if not prefetch.done(f"soon {n}"):
             break  # it is waited for again
         prefetch.release(f"soon {n}")
-        assert not prefetch.queue.in_flight
+        assert not rig.reads.in_flight
         time_passes(rig)
         rig.arrive(f"r{n}", PROMPT)
         if not prefetch.done(f"r{n}"):
             break
         n_calls = rig.disk.n_read_calls
         prefetch.release(f"r{n}")  # it runs at once, and what was begun goes on behind
-        rig.poll_until(lambda: not prefetch.queue.in_flight)
+        rig.poll_until(lambda: not rig.reads.in_flight)
         assert rig.disk.n_read_calls <= n_calls + 1
         assert rig.usable(PROMPT) == (0, PROBE_PAGES)
         rig.drop_from_host()
@@ -83,7 +83,7 @@ def test_a_read_that_was_given_up_before_it_began(make_rig: MakeRig, is_due: boo
     assert prefetch.done("second")
     prefetch.release("second")
     rig.disk.reads.release()
-    rig.poll_until(lambda: not prefetch.queue.in_flight)
+    rig.poll_until(lambda: not rig.reads.in_flight)
     assert rig.usable(PROMPT) == (0, 1 + PROBE_PAGES if is_due else 1)
     prefetch.clear()
     rig.drain()
@@ -108,7 +108,7 @@ def test_what_a_probe_took_is_learned_though_it_is_not_all_of_the_read(make_rig:
     rig.arrive("r", PROMPT)
     prefetch.release("r")
     rig.disk.reads.release()
-    rig.poll_until(lambda: not prefetch.queue.in_flight)
+    rig.poll_until(lambda: not rig.reads.in_flight)
     page_bytes = rig.page_format.page_bytes
     assert sorted(observed) == [page_bytes, PROBE_PAGES * page_bytes]
     prefetch.clear()

@@ -77,7 +77,7 @@ def test_ranks_lose_patience_together(ranks: Ranks) -> None:
     slow.disk.reads.hold()
     ranks.each(lambda rig: rig.arrive("r", PROMPT))
     ranks.each(lambda rig: rig.poll_until(lambda: rig.hierarchy.prefetch.done("r")))
-    assert slow.hierarchy.prefetch.queue.in_flight == 1, "it had not arrived on both"
+    assert slow.reads.in_flight == 1, "it had not arrived on both"
     ranks.serve(PROMPT)
     ranks.each(lambda rig: rig.hierarchy.prefetch.release("r"))
     slow.disk.reads.release()

@@ -16,7 +16,7 @@ from support_tiers.costs import give_costs, page_s
 from support_tiers.doubles import FaultyDisk
 from support_tiers.tier_rig import PAGE_SIZE, Rig, new_disk, on_disk, on_host, tokens_of
 from tiered_kv.core.ids import Tier
-from tiered_kv.tiers import read_queue
+from tiered_kv.tiers.cold import read_queue
 from tiered_kv.tiers.prefetch import LINE_LOOK
 
 pytestmark = pytest.mark.timeout(60)
@@ -361,11 +361,11 @@ def test_a_lookup_that_hangs_is_not_waited_for_either(
     on_disk(rig, prompt)
     prefetch = rig.hierarchy.prefetch
     may_end = threading.Event()
-    monkeypatch.setattr(prefetch.lookups, "_run", lambda _: int(may_end.wait(60)) - 1)
+    monkeypatch.setattr(prefetch.lookups.queue, "_run", lambda _: int(may_end.wait(60)) - 1)
     rig.arrive("r", prompt)
     assert not prefetch.done("r")
     rig.poll_until(lambda: prefetch.done("r"))
-    assert prefetch.lookups.in_flight == 1
+    assert prefetch.lookups.queue.in_flight == 1
     may_end.set()
     prefetch.release("r")
     rig.drain()

@@ -210,7 +210,7 @@ def test_what_is_left_of_a_node_that_waits_is_written(make_rig: MakeRig) -> None
     rig.disk.writes.hold()
     blocker, prompt = tokens_of(*range(50, 66)), tokens_of(*range(1, 7))
     rig.serve(blocker)
-    rig.poll_until(lambda: rig.hierarchy.write_back.to_disk.in_flight > 0)
+    rig.poll_until(lambda: rig.writes.in_flight > 0)
     rig.serve(prompt)
     rig.poll_until(lambda: rig.hierarchy.write_back.to_host.in_flight == 0)
     assert rig.hierarchy.write_back.n_deferred > 0
@@ -227,7 +227,7 @@ def test_the_most_valuable_is_written_first(make_rig: MakeRig) -> None:
     rig = make_rig(64, 32, new_disk())
     rig.disk.writes.hold()
     rig.serve(tokens_of(*range(50, 66)))
-    rig.poll_until(lambda: rig.hierarchy.write_back.to_disk.in_flight > 0)
+    rig.poll_until(lambda: rig.writes.in_flight > 0)
     seldom, often = tokens_of(1, 2, tail=1), tokens_of(3, 4, tail=1)
     for prompt in (seldom, often, often, often):
         rig.serve(prompt)
@@ -275,7 +275,7 @@ def test_disk_writes_in_flight_hold_a_bounded_share_of_the_host(make_rig: MakeRi
     for n in range(8):
         rig.serve(tokens_of(100 + n, 200 + n))
         rig.poll_until(lambda: rig.hierarchy.write_back.to_host.in_flight == 0)
-        assert rig.hierarchy.write_back.to_disk.pages_in_flight <= 8
+        assert rig.writes.pages_in_flight <= 8
     # The last ones pushed out the first that were not under way: the host goes on taking pages.
     assert rig.host.n_free == 0
     assert rig.usable(tokens_of(107, 207)) == (2, 0)

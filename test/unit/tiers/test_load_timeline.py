@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from benchmark.serving.load_timeline import Question, load_report, loads_within, report
 
+from tiered_kv.core.ids import Tier
 from tiered_kv.tiers.timeline import (
-    DISK_READS,
     LAYER_COPIES,
     LAYER_WAITS,
     PASSES,
@@ -18,6 +18,7 @@ from tiered_kv.tiers.timeline import (
     draw_waits,
     read_events,
     rows_of,
+    store_reads,
 )
 
 
@@ -36,7 +37,7 @@ def draw(path: Path) -> tuple[float, TimelineFile]:
     wait(3, 2, zero + 0.126, zero + 0.13)
     timeline.span(PASSES, "extend 9", zero + 0.105, zero + 0.205, requests=1, load=3)
     timeline.span(PASSES, "decode 1", zero + 0.3, zero + 0.31, requests=1, load=-1)
-    timeline.span(DISK_READS, "4 pages", zero + 0.05, zero + 0.09, op=1)
+    timeline.span(store_reads(Tier.DISK), "4 pages", zero + 0.05, zero + 0.09, op=1)
     timeline.close()
     return zero, timeline
 

@@ -203,7 +203,7 @@ def test_what_moves_between_decode_steps_is_not_their_harm() -> None:
 def paced() -> Iterator[tuple[Rig, ScriptedBudget]]:
     """A rig with an unlimited budget, and a disk."""
     rig = Rig(n_device_pages=64, n_host_pages=64)
-    rig.context.disk = rig.disk = InMemoryStore().namespace(NAMESPACE, rig.page_format.slot_bytes)
+    rig.use(InMemoryStore().namespace(NAMESPACE, rig.page_format.slot_bytes))
     budget = ScriptedBudget(math.inf)
     rig.hierarchy.close(0)
     rig.context.pacer = WriteBackPacer(budget)
@@ -299,7 +299,7 @@ def test_under_a_real_budget_everything_arrives_while_decoding_goes_on(
     runs: list[int], slowdown: float
 ) -> None:
     rig = Rig(n_device_pages=128, n_host_pages=128)
-    rig.context.disk = rig.disk = InMemoryStore().namespace(NAMESPACE, rig.page_format.slot_bytes)
+    rig.use(InMemoryStore().namespace(NAMESPACE, rig.page_format.slot_bytes))
     rig.hierarchy.close(0)
     pacer = rig.context.pacer = WriteBackPacer(InterferenceBudget(0.03))
     rig.hierarchy = KVHierarchy(rig.context, NAMESPACE)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tiered_kv.tiers.cold.read_queue import READ_STRETCH_PAGES, ColdRead, ReadQueue
 from tiered_kv.tiers.context import Epoch
-from tiered_kv.tiers.read_queue import READ_STRETCH_PAGES, DiskRead, ReadQueue
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -22,9 +22,9 @@ LONG = 3 * READ_STRETCH_PAGES
 MakeQueue = Callable[..., ReadQueue]
 
 
-def read_of(op: int, n_pages: int = 1) -> DiskRead:
+def read_of(op: int, n_pages: int = 1) -> ColdRead:
     anything: Any = None
-    return DiskRead(op, anything, anything, [b""] * n_pages, np.arange(n_pages), Epoch())
+    return ColdRead(op, anything, anything, [b""] * n_pages, np.arange(n_pages), Epoch())
 
 
 class Disk:
@@ -35,7 +35,7 @@ class Disk:
         self.gate = threading.Semaphore(0)
         self.begun = threading.Semaphore(0)
 
-    def __call__(self, job: DiskRead, stretch: slice) -> int:
+    def __call__(self, job: ColdRead, stretch: slice) -> int:
         self.read.append((job.op, stretch.start))
         self.begun.release()
         assert self.gate.acquire(timeout=PATIENCE_S)
@@ -144,7 +144,7 @@ def test_pages_before_a_read_are_those_at_least_as_urgent(queue: ReadQueue) -> N
 def test_a_short_stretch_and_an_error_end_a_read_and_keep_what_came(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def read(job: DiskRead, stretch: slice) -> int:
+    def read(job: ColdRead, stretch: slice) -> int:
         if job.op == 1 and stretch.start:
             raise OSError("no such luck")
         if job.op == 2 and stretch.start:

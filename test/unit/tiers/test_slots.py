@@ -99,7 +99,7 @@ def test_every_slot_is_aligned_and_apart() -> None:
     assert pool.alloc(1) is None
     pool.free(ids[:3])
     assert pool.n_free == 3
-    pool.clear(keep=ids[:2])
+    pool.clear(keep=[ids[:2]])
     assert pool.n_free == 6
     taken = pool.alloc(6)
     assert taken is not None

@@ -26,7 +26,6 @@ from tiered_kv.metrics.timeline import Event
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.in_memory import InMemoryStore
 from tiered_kv.tiers.timeline import (
-    DISK_READS,
     LAYER_COPIES,
     LAYER_WAITS,
     REQUESTS,
@@ -34,6 +33,7 @@ from tiered_kv.tiers.timeline import (
     layer_ends,
     read_events,
     rows_of,
+    store_reads,
 )
 
 pytestmark = pytest.mark.timeout(60)
@@ -150,7 +150,7 @@ def drawn(tmp_path: Path) -> Iterator[tuple[Rig, TimelineFile]]:
     """A rig whose hierarchy draws."""
     rig = Rig(n_device_pages=48, n_host_pages=48)
     slot_bytes = rig.page_format.slot_bytes
-    rig.context.disk = rig.disk = InMemoryStore().namespace(NAMESPACE, slot_bytes)
+    rig.use(InMemoryStore().namespace(NAMESPACE, slot_bytes))
     rig.hierarchy.close(0)
     timeline = rig.context.timeline = TimelineFile(tmp_path / "trace.json")
     rig.hierarchy = KVHierarchy(rig.context, NAMESPACE)
@@ -208,11 +208,11 @@ def test_a_prefetch_draws_its_lookup_its_reads_and_its_request(
     timeline.close()
     found = rows(timeline.path)
     assert n_tokens > 0
-    assert [s["args"]["request"] for s in found["disk-lookup"]] == ["a request"]
+    assert [s["args"]["request"] for s in found["lookup"]] == ["a request"]
     (waited,) = found[REQUESTS]
     assert waited["name"] == "a request"
     assert waited["args"]["tokens"] == n_tokens
-    reads = found[DISK_READS]
+    reads = found[store_reads(Tier.DISK)]
     assert sum(int(s["name"].split()[0]) for s in reads) == n_tokens // rig.page_size
     (job,) = found["disk-to-host"]
     assert all(job["ts"] <= s["ts"] and end_of(s) <= end_of(job) for s in reads)

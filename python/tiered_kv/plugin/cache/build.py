@@ -31,10 +31,11 @@ from tiered_kv.plugin.passes.pass_log import Pass, PassLog, draw_passes, pace_by
 from tiered_kv.plugin.passes.step_times import StepTimes
 from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.cost_model import CostModel, PlacementCosts
+from tiered_kv.tiers.cold.local_pages import LocalStore
+from tiered_kv.tiers.cold.store import PageStore
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import After, PageCopier
 from tiered_kv.tiers.disk.tier import DiskTier
-from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.interference import InterferenceBudget
@@ -88,10 +89,10 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     timeline = open_timeline(args, ctx.tp_rank, copier)
     store = open_disk(config, ctx.tp_rank, ctx.tp_size, make_collective(ctx))
 
-    def name_weights() -> tuple[bytes, DiskPages | None]:
+    def name_weights() -> tuple[bytes, tuple[PageStore, ...]]:
         return name_namespace(ctx, pool, formats, store)
 
-    namespace, disk = name_weights()
+    namespace, stores = name_weights()
     events = KvEvents(params.page_size, params.enable_kv_cache_events)
     residency = ResidencyLog(events)
     metrics = make_metrics(ctx)
@@ -114,13 +115,12 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         copier=copier,
         allocator=EngineAllocator(allocator),
         host=host,
-        disk=disk,
+        stores=stores,
         collective=make_collective(ctx),
         listener=residency,
         observer=metrics,
         calibrator=None if cost_model is None else Calibrator(cost_model),
         order_after=tuple if on_cpu else lambda: launched_so_far(runner.forward_stream),
-        disk_format=formats.disk,
         timeline=timeline,
         pacer=make_pacer(budget_share(args, on_cpu=on_cpu)),
     )
@@ -204,8 +204,8 @@ def launched_so_far(forward_stream: torch.cuda.Stream) -> After:
 
 def name_namespace(
     ctx: TreeCacheBuildContext, pool: Any, formats: TierFormats, store: DiskTier | None
-) -> tuple[bytes, DiskPages | None]:
-    """The namespace of KV computed from now on, and its pages on disk if they are kept there.
+) -> tuple[bytes, tuple[PageStore, ...]]:
+    """The namespace of KV computed from now on, and where its pages are kept below the host.
 
     On several ranks all must call it at the same points.
     """
@@ -235,16 +235,16 @@ def name_namespace(
         fingerprint.described(parts),
     )
     if store is None:
-        return namespace, None
+        return namespace, ()
     reason = fingerprint.beyond_names(ctx.model_config)
     if reason is not None:
         logger.warning("Tiered KV: nothing is kept on disk: %s.", reason)
-        return namespace, None
+        return namespace, ()
     description = f"{ctx.server_args.model_path} {pool.dtype} page {formats.disk.page_size}"
     if formats.disk_layout is not None and formats.disk.is_lossy:
         description += f" as {formats.disk_layout.format}"
     stored = store.namespace(namespace, formats.disk.page_bytes, description)
-    return namespace, formats.on_disk(stored)
+    return namespace, (LocalStore(formats.on_disk(stored), formats.disk),)
 
 
 def make_collective(ctx: TreeCacheBuildContext) -> Collective:

@@ -9,8 +9,8 @@ from sgl_kernel_ext.ops import layout_of
 from tiered_kv.core.config import TieredKVConfig
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.cache.device_pool import DeviceBuffers
+from tiered_kv.tiers.cold.local_pages import LocalPages
 from tiered_kv.tiers.device import buffer_format
-from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.encoded_disk import EncodedDisk
 from tiered_kv.tiers.page_format import PageFormat
 
@@ -27,7 +27,7 @@ class TierFormats:
     n_threads: int = 1
     """How many threads convert pages on their way to the disk, and as many from it."""
 
-    def on_disk(self, disk: DiskPages) -> DiskPages:
+    def on_disk(self, disk: LocalPages) -> LocalPages:
         """`disk` as the host sees it: its pages in the host's format."""
         if self.host_layout is None or self.disk_layout is None or self.disk == self.host:
             return disk

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tiered_kv.tiers.disk.stats import DiskStats
     from tiered_kv.tiers.disk.tier import DiskTier
     from tiered_kv.tiers.hierarchy import KVHierarchy
+    from tiered_kv.tiers.transfer import TransferQueue
 
 #: Gauges change with every page; scrapes come every few seconds.
 REFRESH_S = 1.0
@@ -174,7 +175,7 @@ class PrometheusRecorder(MetricsRecorder):
                 stats.capacity // context.page_format(Tier.DISK).slot_bytes * page_size
             )
             self._refresh_disk(stats)
-            self._of(names.DISK_SUSPENDED).set(int(context.disk is None))
+            self._of(names.DISK_SUSPENDED).set(int(not is_disk_in_use(hierarchy)))
         for metric, values in (
             (names.RESIDENT_TOKENS, resident),
             (names.CAPACITY_TOKENS, capacity),
@@ -183,12 +184,14 @@ class PrometheusRecorder(MetricsRecorder):
             for tier, n_tokens in values.items():
                 self._of(metric, tier=tier.name.lower()).set(n_tokens)
         write_back = hierarchy.write_back
-        for source, target, queue in (
+        queues: list[tuple[Tier, Tier, TransferQueue[Any]]] = [
             (Tier.DEVICE, Tier.HOST, write_back.to_host),
-            (Tier.HOST, Tier.DISK, write_back.to_disk),
             (Tier.HOST, Tier.DEVICE, hierarchy.load_back.queue),
-            (Tier.DISK, Tier.HOST, hierarchy.prefetch.queue),
-        ):
+        ]
+        for cold in hierarchy.colds:
+            queues.append((Tier.HOST, cold.tier, cold.writes.queue))
+            queues.append((cold.tier, Tier.HOST, cold.reads))
+        for source, target, queue in queues:
             self._of(names.QUEUE_DEPTH, **_edge(source, target)).set(queue.in_flight)
         self._of(names.DEFERRED_NODES).set(write_back.n_deferred)
         self._of(names.WRITE_BACK_LIMIT).set(context.pacer.bytes_per_s)
@@ -202,6 +205,11 @@ class PrometheusRecorder(MetricsRecorder):
             counter = self._of(names.DISK_IO_BYTES, path=path, operation=operation)
             counter.inc(n_bytes - self._disk_io.get((path, operation), 0))
             self._disk_io[path, operation] = n_bytes
+
+
+def is_disk_in_use(hierarchy: KVHierarchy) -> bool:
+    """Whether what is computed now has a name under which it goes to the disk."""
+    return any(cold.store is not None for cold in hierarchy.colds if cold.tier is Tier.DISK)
 
 
 def meets_slo(request: QueuedRequest) -> bool:

@@ -14,8 +14,8 @@ from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.passes.pass_log import PassLog
 from tiered_kv.plugin.passes.step_times import StepTimes
 from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.tiers.cold.store import PageStore
 from tiered_kv.tiers.disk.tier import DiskTier
-from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
 
@@ -59,8 +59,8 @@ class CacheParts:
     events: KvEvents
     metrics: MetricsRecorder
     host_report: HostReport
-    name_weights: Callable[[], tuple[bytes, DiskPages | None]]
-    """Names the weights in use now, and opens their namespace on disk."""
+    name_weights: Callable[[], tuple[bytes, tuple[PageStore, ...]]]
+    """Names the weights in use now, and opens their namespace in the cold stores."""
     step_times: StepTimes
     residency: ResidencyLog
     """What became cached, or ceased to be, while somebody waits."""

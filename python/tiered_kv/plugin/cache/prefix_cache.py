@@ -283,7 +283,7 @@ class TieredPrefixCache(RadixCache):
         if self.parts.disk_store is None:
             logger.warning("Tiered KV: there is no disk tier to clear.")
             return False
-        self.hierarchy.forget_disk()
+        self.hierarchy.forget_stored(Tier.DISK)
         self.parts.disk_store.clear()
         return True
 

@@ -1,7 +1,7 @@
-"""Under which name KV goes to the disk while the weights change.
+"""Under which name KV goes to the cold stores while the weights change.
 
 A name stands for the weights that all of the cached KV was computed with. While there is none, the
-disk tier is left alone. A name is looked for as late as possible, when the next prompt is looked
+stores are left alone. A name is looked for as late as possible, when the next prompt is looked
 up: trainers send weights in many parts, each of which is an update.
 """
 
@@ -12,20 +12,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tiered_kv.tiers.disk_pages import DiskPages
+    from tiered_kv.tiers.cold.store import PageStore
     from tiered_kv.tiers.hierarchy import KVHierarchy
 
 logger = logging.getLogger(__name__)
 
 
 class WeightNames:
-    """name_weights: names the weights in use now, and opens their namespace on disk.
+    """name_weights: names the weights in use now, and opens their namespace in the cold stores.
 
     Every call is made on every rank, at the same point of its loop.
     """
 
     def __init__(
-        self, hierarchy: KVHierarchy, name_weights: Callable[[], tuple[bytes, DiskPages | None]]
+        self,
+        hierarchy: KVHierarchy,
+        name_weights: Callable[[], tuple[bytes, tuple[PageStore, ...]]],
     ) -> None:
         self._hierarchy = hierarchy
         self._name_weights = name_weights
@@ -38,7 +40,7 @@ class WeightNames:
 
     def changing(self, *, is_computing: bool) -> None:
         """Other weights may be in use after this; is_computing: and go on with KV of the old."""
-        self._hierarchy.suspend_disk()
+        self._hierarchy.put_stores_away()
         self.is_named = False
         self._is_mixed |= is_computing
 
@@ -59,7 +61,7 @@ class WeightNames:
         if self.is_named or self._is_mixed or self._are_away:
             return
         hierarchy = self._hierarchy
-        namespace, disk = self._name_weights()
+        namespace, stores = self._name_weights()
         (is_same,) = hierarchy.context.collective.minimum([int(namespace == hierarchy.namespace)])
         if not is_same and len(hierarchy.context.forest):
             self._is_mixed = True
@@ -68,7 +70,7 @@ class WeightNames:
                 "the update asked for; the disk tier is not used until /flush_cache."
             )
             return
-        hierarchy.set_namespace(namespace, disk)
+        hierarchy.set_namespace(namespace, stores)
         self.is_named = True
         logger.info(
             "Tiered KV: the weights are %s; what is computed with them has a name again.",

@@ -229,10 +229,10 @@ def test_an_update_that_fails(
         assert again.cached_tokens == 0
     else:
         assert again.cached_tokens_host == N_REUSABLE, "as the update asked for"
-        assert loop.tree_cache.hierarchy.context.disk is None
+        assert loop.tree_cache.hierarchy.colds[0].store is None
         assert administrator.flush()
         ask(loop, PROMPT, "c")
-    assert loop.tree_cache.hierarchy.context.disk is not None
+    assert loop.tree_cache.hierarchy.colds[0].store is not None
     settle(loop)
     assert administrator.flush()
     assert ask(loop, PROMPT, "d").cached_tokens_storage == N_REUSABLE
@@ -300,7 +300,7 @@ def test_the_same_weights_again_keep_their_cache(make_loop: MakeLoop, disk: Pret
     settle(loop)
     assert administrator.update("the same", flush=False)[0]
     assert ask(loop, PROMPT, "b").cached_tokens_device == N_REUSABLE
-    assert loop.tree_cache.hierarchy.context.disk is not None
+    assert loop.tree_cache.hierarchy.colds[0].store is not None
     settle(loop)
 
 
@@ -318,10 +318,10 @@ def test_there_and_back_without_a_flush_is_not_the_same(
     assert loop.tp_worker.version == 1
     ask(loop, PROMPT, "c")
     settle(loop)
-    assert loop.tree_cache.hierarchy.context.disk is None
+    assert loop.tree_cache.hierarchy.colds[0].store is None
     assert versions_on_disk(disk) == {1: {1.0}}
     assert administrator.flush()
-    assert loop.tree_cache.hierarchy.context.disk is not None
+    assert loop.tree_cache.hierarchy.colds[0].store is not None
 
 
 def test_an_update_while_requests_are_paused(

@@ -1,4 +1,7 @@
-"""Disk reads, the most urgent first and a stretch at a time: no long read holds up a short one."""
+"""Reads from one store, the most urgent first and a stretch at a time.
+
+No long read holds up a short one.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from dataclasses import dataclass
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.probes import PROBE_PAGES
 from tiered_kv.scheduler.read_order import LEAST_URGENT, Urgency
-from tiered_kv.tiers.context import Epoch
-from tiered_kv.tiers.disk_pages import DiskPages
+from tiered_kv.tiers.cold.store import PageStore
+from tiered_kv.tiers.context import Epoch, TierContext
 from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.timeline import store_reads
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 
 logger = logging.getLogger(__name__)
@@ -25,11 +29,11 @@ _AT_ONCE: Urgency = (float("-inf"), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
-class DiskRead:
-    """Pages of one run, from `disk` into `host_pages`; they go on after the node before `last`."""
+class ColdRead:
+    """Pages of one run, from `store` into `host_pages`; they go on after the node before `last`."""
 
     op: int
-    disk: DiskPages
+    store: PageStore
     last: Node
     hashes: list[bytes]
     host_pages: PageIds
@@ -42,7 +46,7 @@ class DiskRead:
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    job: DiskRead
+    job: ColdRead
     urgency: Urgency
     submitted_at: float
     begun_at: float = 0.0
@@ -51,13 +55,13 @@ class _Entry:
     is_as_asked: bool = True
     is_wanted: bool = True
     is_probe: bool = False
-    completion: Completion[DiskRead] | None = None
+    completion: Completion[ColdRead] | None = None
 
 
-class ReadQueue(TransferQueue[DiskRead]):
+class ReadQueue(TransferQueue[ColdRead]):
     """Not in the order of submission, so ranks agree on each read of its own (`ready`)."""
 
-    def __init__(self, name: str, read: Callable[[DiskRead, slice], int]) -> None:
+    def __init__(self, name: str, read: Callable[[ColdRead, slice], int]) -> None:
         """read: reads those pages of a job and says how many leading ones arrived."""
         self._read = read
         # Those not acknowledged, by op in the order of submission: the owner's.
@@ -70,14 +74,14 @@ class ReadQueue(TransferQueue[DiskRead]):
 
     # -- the owner's side ---------------------------------------------------------------------
 
-    def submit_by(self, job: DiskRead, urgency: Urgency) -> None:
+    def submit_by(self, job: ColdRead, urgency: Urgency) -> None:
         """As `submit`, for when its turn is."""
         self._n_submitted += 1
         self._pages_in_flight += job.n_pages
         entry = self._entries[job.op] = _Entry(job, urgency, time.perf_counter())
         self._push(entry)
 
-    def submit(self, job: DiskRead) -> None:
+    def submit(self, job: ColdRead) -> None:
         self.submit_by(job, _AT_ONCE)
 
     def hurry(self, op: int, urgency: Urgency) -> None:
@@ -104,7 +108,7 @@ class ReadQueue(TransferQueue[DiskRead]):
         return sum(entry.job.n_pages for entry in entries if entry.urgency <= urgency)
 
     @property
-    def open_jobs(self) -> tuple[DiskRead, ...]:
+    def open_jobs(self) -> tuple[ColdRead, ...]:
         return tuple(entry.job for entry in self._entries.values())
 
     def ready(self) -> list[int]:
@@ -114,9 +118,9 @@ class ReadQueue(TransferQueue[DiskRead]):
     def everything(self) -> list[int]:
         return [1] * len(self._entries)
 
-    def take(self, ready: Sequence[int]) -> list[Completion[DiskRead]]:
+    def take(self, ready: Sequence[int]) -> list[Completion[ColdRead]]:
         """The completions of the reads in flight that all ranks have finished."""
-        taken: list[Completion[DiskRead]] = []
+        taken: list[Completion[ColdRead]] = []
         for op, is_ready in zip(list(self._entries), ready, strict=True):
             if is_ready:
                 completion = self._entries.pop(op).completion
@@ -183,3 +187,19 @@ class ReadQueue(TransferQueue[DiskRead]):
             entry.completion = Completion(job, n_done, seconds, entry.service_s, entry.is_as_asked)
             self._n_finished += 1
             self._progress.notify_all()
+
+
+def read_stretch(context: TierContext) -> Callable[[ColdRead, slice], int]:
+    """What a queue does with a stretch of a read."""
+
+    def read(job: ColdRead, stretch: slice) -> int:
+        views = context.host.views(job.host_pages[stretch])
+        began_s = time.perf_counter()
+        n_read = job.store.get(job.hashes[stretch], views)
+        if context.timeline is not None:
+            now_s = time.perf_counter()
+            row = store_reads(job.store.traits.tier)
+            context.timeline.span(row, f"{n_read} pages", began_s, now_s, op=job.op)
+        return n_read
+
+    return read

@@ -1,4 +1,4 @@
-"""Between its reads and writes: what the disk gives up by itself, and what is used above it.
+"""Between its reads and writes: what a store gives up by itself, and what is used above it.
 
 A page that is used from the device all day is never read from the disk. Its use is told there, now
 and then, or it would be the first to go; and if it goes all the same, its node is written again
@@ -8,33 +8,38 @@ when it is used the next time.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, islice
 
 from tiered_kv.core.ids import PageHash, Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
+from tiered_kv.tiers.cold.store import PageStore
 from tiered_kv.tiers.context import TierContext
-from tiered_kv.tiers.disk_pages import DiskPages
 from tiered_kv.tiers.transfer import TransferQueue
 
-#: Nodes that are looked at in one poll when the disk has given pages up.
+#: Nodes that are looked at in one poll when the store has given pages up.
 CHECKED_NODES = 256
-#: How often the disk is told what was used, and of how many nodes at most.
+#: How often the store is told what was used, and of how many nodes at most.
 TELL_EVERY_S = 1.0
 USED_NODES_MAX = 4096
-#: Pages that are touched in one call: the disk's readers wait meanwhile.
+#: Pages that are touched in one call: its readers wait meanwhile.
 TOUCHED_PAGES = 512
 
 
 class DroppedPages:
-    """Looks for the nodes whose pages the disk has given up, some in each poll.
+    """Looks for the nodes whose pages the store has given up, some in each poll.
 
-    On one rank, that is; a node is on disk as long as all ranks have its pages there.
+    On one rank, that is; a node is in the tier as long as all ranks have its pages there.
     """
 
-    def __init__(self, context: TierContext) -> None:
+    def __init__(
+        self, context: TierContext, tier: Tier, store: Callable[[], PageStore | None]
+    ) -> None:
         self._context = context
+        self._tier = tier
+        self._store = store
         # Pages that have gone since the nodes were listed that are looked at now, and those that
         # these are looked for. None: so many that every node's pages are to be asked for.
         self._news: set[PageHash] | None = set()
@@ -46,23 +51,23 @@ class DroppedPages:
     @property
     def is_looking(self) -> bool:
         """The same on every rank."""
-        return self._context.disk is not None and bool(self._unchecked)
+        return self._store() is not None and bool(self._unchecked)
 
     def votes(self) -> list[int]:
-        """For the minimum over the ranks: 0 for news, then 1 for each node that is on disk."""
-        disk = self._context.disk
-        if disk is None:
+        """For the minimum over the ranks: 0 for news, then 1 for each node that is in the store."""
+        store = self._store()
+        if store is None:
             self._asked = []
             return [1]
-        self._listen(disk)
+        self._listen(store)
         forest = self._context.forest
         self._asked = [
             node
             for node in self._unchecked[-CHECKED_NODES:]
-            if node in forest and node.state(Tier.DISK) is Residency.RESIDENT
+            if node in forest and node.state(self._tier) is Residency.RESIDENT
         ]
         has_news = self._news is None or bool(self._news)
-        return [int(not has_news), *(self._is_stored(disk, node) for node in self._asked)]
+        return [int(not has_news), *(self._is_stored(store, node) for node in self._asked)]
 
     def counted(self, votes: list[int]) -> None:
         """What the ranks agree on."""
@@ -70,8 +75,8 @@ class DroppedPages:
         forest = self._context.forest
         for node, is_stored in zip(self._asked, are_stored, strict=True):
             if not is_stored:
-                forest.evict(node, Tier.DISK)
-        if self._context.disk is None:
+                forest.evict(node, self._tier)
+        if self._store() is None:
             return
         del self._unchecked[-CHECKED_NODES:]
         if not self._unchecked and not has_no_news:
@@ -79,30 +84,31 @@ class DroppedPages:
             self._unchecked = forest.nodes()[::-1]
 
     def forget(self) -> None:
-        """No node is on disk any more."""
+        """No node is in the store any more."""
         self._news, self._gone = set(), set()
         self._unchecked.clear()
 
-    def _listen(self, disk: DiskPages) -> None:
-        dropped = disk.drain_dropped()
+    def _listen(self, store: PageStore) -> None:
+        dropped = store.drain_dropped()
         if dropped is None:
             self._news = None
         elif dropped:
-            self._context.listener.dropped(dropped, Tier.DISK)
+            self._context.listener.dropped(dropped, self._tier)
             if self._news is not None:
                 self._news.update(dropped)
 
-    def _is_stored(self, disk: DiskPages, node: Node) -> int:
+    def _is_stored(self, store: PageStore, node: Node) -> int:
         if self._gone is None:
-            return int(disk.count_prefix(node.page_hashes) == node.n_pages)
+            # Who cannot say is believed to have it: a read will tell.
+            return int(store.known(node.page_hashes) in (None, node.n_pages))
         return int(self._gone.isdisjoint(node.page_hashes))
 
 
 @dataclass(frozen=True, slots=True)
 class Touch:
-    """Pages that are on disk and were used above it."""
+    """Pages that are in a store and were used above it."""
 
-    disk: DiskPages
+    store: PageStore
     hashes: tuple[list[PageHash], ...]
 
     @property
@@ -111,14 +117,18 @@ class Touch:
 
 
 class UsedPages:
-    """Tells the disk what was used, on a thread of its own; nothing waits for that.
+    """Tells the store what was used, on a thread of its own; nothing waits for that.
 
-    Each rank tells its own disk when it likes: nothing depends on it but what its disk keeps.
+    Each rank tells its own when it likes: nothing depends on it but what the store keeps.
     """
 
-    def __init__(self, context: TierContext) -> None:
+    def __init__(
+        self, context: TierContext, tier: Tier, store: Callable[[], PageStore | None]
+    ) -> None:
         self._context = context
-        self.queue: TransferQueue[Touch] = TransferQueue("disk-use", _touch)
+        self._tier = tier
+        self._store = store
+        self.queue: TransferQueue[Touch] = TransferQueue(f"{tier.name.lower()}-use", _touch)
         self._nodes: dict[Node, None] = {}
         self._next_s = 0.0
 
@@ -143,15 +153,16 @@ class UsedPages:
         hashes = tuple(
             node.page_hashes
             for node in self._nodes
-            if node in self._context.forest and node.state(Tier.DISK) is Residency.RESIDENT
+            if node in self._context.forest and node.state(self._tier) is Residency.RESIDENT
         )
         self._nodes.clear()
-        if hashes and self._context.disk is not None:
-            self.queue.submit(Touch(self._context.disk, hashes))
+        store = self._store()
+        if hashes and store is not None:
+            self.queue.submit(Touch(store, hashes))
 
 
 def _touch(job: Touch) -> int:
     hashes = chain.from_iterable(job.hashes)
     while stretch := list(islice(hashes, TOUCHED_PAGES)):
-        job.disk.touch(stretch)
+        job.store.touch(stretch)
     return job.n_pages

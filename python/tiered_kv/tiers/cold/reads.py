@@ -1,21 +1,19 @@
-"""Reads from disk under way, who waits for each, and the pages that stay on the host for them."""
+"""Reads from cold stores: who waits for each, and the pages that stay on the host for them."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import cast
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
-from tiered_kv.memory.probes import Probes
 from tiered_kv.scheduler.read_order import ReadOrder, Urgency
+from tiered_kv.tiers.cold.read_queue import ColdRead
+from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.context import TierContext
-from tiered_kv.tiers.read_queue import DiskRead, ReadQueue
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.ticket import Ticket, pages_on_host, path_up
-from tiered_kv.tiers.timeline import DISK_READS
 from tiered_kv.tiers.transfer import Completion
 
 
@@ -25,16 +23,19 @@ class HeldReads:
     def __init__(self, context: TierContext, order: ReadOrder) -> None:
         self._context = context
         self._order = order
-        self.queue = ReadQueue("disk-to-host", self._read)
-        self.probes = Probes()
         self._waiters: dict[int, dict[str, Ticket]] = {}
+        self._source: dict[int, ColdTier] = {}
+        """Of each read under way."""
 
-    def read(self, ticket: Ticket, parent: Node, hashes: list[bytes], urgency: Urgency) -> Node:
+    def read(
+        self, ticket: Ticket, cold: ColdTier, parent: Node, hashes: list[bytes], urgency: Urgency
+    ) -> Node:
         """Reserves host pages, grows the tree by LOADING nodes and starts reading into them.
 
         Returns the last node: of fewer pages if there is no room for all, `parent` if for none.
         """
-        context = self._context
+        context, store = self._context, cold.store
+        assert store is not None
         # Cheaper than giving up when the whole run does not fit: take its leading half, and so on.
         while hashes:
             host_pages = context.alloc_host(len(hashes), keep=parent)
@@ -48,10 +49,9 @@ class HeldReads:
         nodes = context.forest.extend(parent, run, Tier.HOST, Residency.LOADING, host_pages, op)
         last = nodes[-1]
         context.forest.pin(last, Tier.HOST)
-        assert context.disk is not None
-        self._waiters[op] = {}
-        read = DiskRead(op, context.disk, last, hashes, host_pages, context.epoch)
-        self.queue.submit_by(read, urgency)
+        self._waiters[op], self._source[op] = {}, cold
+        read = ColdRead(op, store, last, hashes, host_pages, context.epoch)
+        cold.reads.submit_by(read, urgency)
         self.join(ticket, op, urgency)
         return last
 
@@ -59,7 +59,7 @@ class HeldReads:
         """It waits for this read, among others."""
         ticket.waiting_for[op] = None
         self._waiters[op][ticket.name] = ticket
-        self.queue.hurry(op, urgency)
+        self._source[op].reads.hurry(op, urgency)
 
     def hold(self, ticket: Ticket, last: Node, n_loaded_tokens: int) -> None:
         """All down to `last` stays on the host for it."""
@@ -80,11 +80,11 @@ class HeldReads:
 
     def _forget(self, op: int) -> None:
         """Nobody waits for it: as they thought it too slow? Then it is to be found out."""
-        now_s = self._context.now_s
-        is_doubted = self.probes.is_due(now_s)
-        self.queue.forget(op, is_probe=is_doubted)
+        now_s, cold = self._context.now_s, self._source[op]
+        is_doubted = cold.probes.is_due(now_s)
+        cold.reads.forget(op, is_probe=is_doubted)
         if is_doubted:
-            self.probes.begun(now_s)
+            cold.probes.begun(now_s)
 
     def _unpin(self, ticket: Ticket) -> None:
         if ticket.pinned is not None:
@@ -92,43 +92,33 @@ class HeldReads:
             self._order.let_go(ticket.name)
         ticket.pinned, ticket.n_loaded_tokens = None, 0
 
-    def _read(self, job: DiskRead, stretch: slice) -> int:
-        timeline = self._context.timeline
-        views = self._context.host.views(job.host_pages[stretch])
-        began_s = time.perf_counter()
-        n_read = job.disk.read_pages(job.hashes[stretch], views)
-        if timeline is not None:
-            now_s = time.perf_counter()
-            timeline.span(DISK_READS, f"{n_read} pages", began_s, now_s, op=job.op)
-        return n_read
-
-    def finished(self, completion: Completion[DiskRead], heard: Callable[[Ticket], None]) -> None:
+    def finished(self, completion: Completion[ColdRead], heard: Callable[[Ticket], None]) -> None:
         """The leading pages that arrived become readable; the rest are a miss, and computed.
 
         heard: is told of all who waited for it.
         """
         context, job = self._context, completion.job
-        waiters = self._waiters.pop(job.op)
+        waiters, cold = self._waiters.pop(job.op), self._source.pop(job.op)
         if completion.n_done:
-            self.probes.begun(context.now_s)
+            cold.probes.begun(context.now_s)
         if job.epoch.flushes != context.epoch.flushes:
             context.host.free(job.host_pages)
             return
         nodes, lost = context.forest.finish_leading(job.op, Tier.HOST, completion.n_done)
         for node in nodes:
-            if node.state(Tier.DISK) is Residency.ABSENT and job.epoch == context.epoch:
-                context.forest.set_resident(node, Tier.DISK)
+            if node.state(cold.tier) is Residency.ABSENT and job.epoch == context.epoch:
+                context.forest.set_resident(node, cold.tier)
         for node, slots in lost:
             context.host.free(cast(PageIds, slots))
-            if waiters and node.state(Tier.DISK) is Residency.RESIDENT:
+            if waiters and node.state(cold.tier) is Residency.RESIDENT:
                 # So that it is written again when it is computed again.
-                context.forest.evict(node, Tier.DISK)
+                context.forest.evict(node, cold.tier)
         for ticket in waiters.values():
             del ticket.waiting_for[job.op]
             self._shorten(ticket, {node for node, _ in lost})
             heard(ticket)
         context.forest.unpin(job.last, Tier.HOST)
-        context.transferred(Tier.DISK, Tier.HOST, completion)
+        context.transferred(cold.tier, Tier.HOST, completion)
         context.stored(nodes, Tier.HOST)
 
     def _shorten(self, ticket: Ticket, lost: set[Node]) -> None:

@@ -1,0 +1,1 @@
+"""Cold stores: what keeps pages below the host, nearest first."""

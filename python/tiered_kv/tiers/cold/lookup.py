@@ -1,0 +1,129 @@
+"""Finding out which pages of a prompt the cold stores have."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.key import page_hash, page_hashes
+from tiered_kv.forest.node import Node
+from tiered_kv.tiers.cold.store import PageStore
+from tiered_kv.tiers.cold.stored import Stored
+from tiered_kv.tiers.cold.tier import ColdTier
+from tiered_kv.tiers.context import TierContext
+from tiered_kv.tiers.transfer import Completion, TransferQueue
+
+#: Up to this many pages are hashed and looked up at once, on the scheduler's thread: a few
+#: microseconds each, where a thread's answer comes a scheduling pass later.
+INLINE_LOOKUP_PAGES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ColdLookup:
+    """Which pages of a prompt, from the one at `at_page` on, a store has without a gap."""
+
+    rid: str
+    store: PageStore
+    others: tuple[ColdTier, ...]
+    """Those to be asked next, for what this one lacks."""
+    root_hash: bytes
+    tokens: array[int]
+    page_size: int
+    first_page: int
+    at_page: int
+    ends: tuple[tuple[Tier, int], ...]
+    """The answers until now."""
+    hashes: list[bytes]
+    """Of all pages of the prompt; filled by the worker, and not read before it is done."""
+
+    @property
+    def n_pages(self) -> int:
+        return 0
+
+
+class Lookups:
+    """Asks the stores, the nearest first, for what those before it lack.
+
+    Where all of them know their pages, a short prompt is answered at once; else on a thread.
+    """
+
+    def __init__(self, context: TierContext, colds: Sequence[ColdTier]) -> None:
+        self._context = context
+        self._colds = colds
+        self.queue: TransferQueue[ColdLookup] = TransferQueue("lookup", _look_up)
+
+    def may_hit(self, anchor: Node, first: array[int]) -> bool:
+        """Whether some store has, or may have, the page `first` after `anchor`."""
+        if first.tobytes() in anchor.children:
+            return True  # on its way for another request
+        colds = self._open()
+        name = [page_hash(anchor.last_page_hash, first)]
+        are_there = [int(cold.known(name) != 0) for cold in colds]
+        return bool(colds) and any(self._context.collective.minimum(are_there))
+
+    def ask(self, rid: str, root: Node, tokens: array[int], anchor: Node) -> Stored | None:
+        """What the stores have of a prompt after `anchor`; None: `answered` will say.
+
+        tokens: whole pages.
+        """
+        size = self._context.page_size
+        first, colds = anchor.end // size, self._open()
+        is_long = len(tokens) // size - first > INLINE_LOOKUP_PAGES
+        if is_long or not all(cold.traits.knows_locally for cold in colds):
+            self._submit(rid, colds, root.last_page_hash, tokens, first, first, (), [])
+            return None
+        hashes = page_hashes(anchor.last_page_hash, tokens[anchor.end :], size)
+        ends: list[tuple[Tier, int]] = []
+        at = 0
+        for cold in colds:
+            if at < len(hashes):
+                (n,) = self._context.collective.minimum([cold.known(hashes[at:]) or 0])
+                if n:
+                    at += n
+                    ends.append((cold.tier, first + at))
+        return Stored(first, tuple(ends), hashes, first)
+
+    def answered(self, completion: Completion[ColdLookup]) -> Stored | None:
+        """A store has answered; None: another one is asked now."""
+        job = completion.job
+        at = job.at_page + completion.n_done
+        # A lookup that failed leaves the list empty.
+        if len(job.hashes) < at:
+            return Stored(job.first_page, (), [])
+        ends = job.ends
+        if completion.n_done:
+            ends = (*ends, (job.store.traits.tier, at))
+        if at < len(job.tokens) // job.page_size and job.others:
+            self._submit(
+                job.rid, job.others, job.root_hash, job.tokens, job.first_page, at, ends, job.hashes
+            )
+            return None
+        return Stored(job.first_page, ends, job.hashes)
+
+    def _open(self) -> tuple[ColdTier, ...]:
+        return tuple(cold for cold in self._colds if cold.store is not None)
+
+    def _submit(
+        self,
+        rid: str,
+        colds: tuple[ColdTier, ...],
+        root_hash: bytes,
+        tokens: array[int],
+        first: int,
+        at: int,
+        ends: tuple[tuple[Tier, int], ...],
+        hashes: list[bytes],
+    ) -> None:
+        store, others = colds[0].last_store, colds[1:]
+        size = self._context.page_size
+        self.queue.submit(
+            ColdLookup(rid, store, others, root_hash, tokens, size, first, at, ends, hashes)
+        )
+
+
+def _look_up(job: ColdLookup) -> int:
+    if not job.hashes:
+        job.hashes.extend(page_hashes(job.root_hash, job.tokens, job.page_size))
+    return job.store.lookup(job.hashes[job.at_page :])

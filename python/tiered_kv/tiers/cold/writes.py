@@ -1,0 +1,193 @@
+"""Write-through from the host to one cold store, behind everything else.
+
+What finds no room in the queue waits in a bounded list, the most valuable first. A flush waits for
+no store: what is on the host and not in the store yet keeps its host pages, belongs to no node any
+more, and is written behind, for a limited time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.node import Node
+from tiered_kv.forest.residency import Residency
+from tiered_kv.tiers.cold.store import PageStore
+from tiered_kv.tiers.context import Epoch, TierContext, host_pages_of
+from tiered_kv.tiers.deferred import DeferredNodes
+from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.transfer import Completion, TransferQueue, Wanted
+
+MAX_DEFERRED = 16384
+#: What a flush found on the host may be written for so long.
+BEHIND_FLUSH_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ColdWrite:
+    op: int
+    store: PageStore
+    node: Node
+    hashes: list[bytes]
+    host_pages: PageIds
+    above: tuple[list[bytes], ...]
+    epoch: Epoch
+    wanted: Wanted
+
+    @property
+    def n_pages(self) -> int:
+        return len(self.hashes)
+
+
+class ColdWrites:
+    """store: where to write now; None while what is computed has no name, or the tier is away.
+
+    limit_pages: the most host pages that are on their way: they are held until they have arrived,
+    and a slow store must not keep the host tier from taking new ones.
+    """
+
+    def __init__(
+        self,
+        context: TierContext,
+        tier: Tier,
+        store: Callable[[], PageStore | None],
+        limit_pages: int,
+    ) -> None:
+        self._context = context
+        self.tier = tier
+        self._store = store
+        self._limit_pages = limit_pages
+        name = f"host-to-{tier.name.lower()}"
+        self.queue: TransferQueue[ColdWrite] = TransferQueue(name, self._write)
+        self._deferred = DeferredNodes(context.manager.write_value, lambda: MAX_DEFERRED)
+
+    @property
+    def n_deferred(self) -> int:
+        return len(self._deferred)
+
+    def offer(self, nodes: Sequence[Node]) -> None:
+        """`nodes`, of one tree, are to be in the store as well if they are readable on the host."""
+        if self._store() is None or not nodes or not nodes[0].root.tree_key.is_lasting:
+            return
+        for action in self._context.manager.on_host_resident(nodes, self.tier):
+            self._deferred.add(self._context.forest.node(action.node_id))
+        self._start()
+
+    def advance(self) -> None:
+        """Starts what had to wait, as far as there is room now."""
+        if self._deferred:
+            self._start()
+
+    def evicted(self, node: Node, parent: Node) -> None:
+        """A node has left the host: what waited is gone, but what is above it can be written.
+
+        A node that waits may be split: only its lower half is still in the list, and goes first.
+        """
+        if node not in self._deferred:
+            return
+        self._deferred.discard(node)
+        if (
+            not parent.is_root
+            and parent.state(Tier.HOST) is Residency.RESIDENT
+            and parent.state(self.tier) is Residency.ABSENT
+        ):
+            self._deferred.add(parent)
+
+    def hand_over(self) -> list[PageIds]:
+        """The tree is about to be emptied: starts what had to wait.
+
+        Returns the host pages of all on their way: they stay until that is acknowledged.
+        """
+        self._start(limit=self._context.host.n_pages)
+        until_s = time.monotonic() + BEHIND_FLUSH_S
+        for job in self.queue.open_jobs:
+            job.wanted.until_s = min(job.wanted.until_s, until_s)
+        return [job.host_pages for job in self.queue.open_jobs]
+
+    def forget(self) -> None:
+        """What is on its way to the store is not written, or has been for nothing."""
+        for job in self.queue.open_jobs:
+            job.wanted.by_anyone = False
+
+    def _start(self, limit: int | None = None) -> None:
+        limit = self._limit_pages if limit is None else limit
+        while self._deferred:
+            in_flight = self.queue.pages_in_flight
+            node = self._deferred.first()
+            if in_flight and in_flight + node.n_pages > limit:
+                return
+            self._deferred.discard(node)
+            for part in self._unwritten_path(node):
+                self._start_write(part)
+
+    def _unwritten_path(self, node: Node) -> list[Node]:
+        path = []
+        at: Node | None = node
+        while (
+            at is not None
+            and not at.is_root
+            and at.state(Tier.HOST) is Residency.RESIDENT
+            and at.state(self.tier) is Residency.ABSENT
+        ):
+            path.append(at)
+            at = at.parent
+        return path[::-1]
+
+    def _start_write(self, node: Node) -> None:
+        context, store = self._context, self._store()
+        if store is None:
+            return
+        op = context.next_op()
+        host_pages = host_pages_of(node)
+        context.forest.start_transfer(node, self.tier, Residency.WRITING_BACK, None, op)
+        context.forest.pin(node, Tier.HOST)
+        hashes, above = list(node.page_hashes), _hashes_above(node)
+        epoch, wanted = context.epoch, Wanted()
+        self.queue.submit(ColdWrite(op, store, node, hashes, host_pages, above, epoch, wanted))
+
+    def _write(self, job: ColdWrite) -> int:
+        if job.wanted.is_over():
+            return 0
+        job.store.touch(chain.from_iterable(job.above))
+        context, n_stored = self._context, 0
+        page_bytes = job.store.traits.page_format.page_bytes
+        for part in context.pacer.portions(job.n_pages, page_bytes):
+            if job.wanted.is_over() or n_stored < part.start:
+                break
+            with context.pacer.turn((part.stop - part.start) * page_bytes) as held_up_s:
+                self.queue.exclude(held_up_s)
+                n_stored += job.store.put(
+                    job.hashes[part], context.host.views(job.host_pages[part])
+                )
+        return n_stored
+
+    def written(self, completion: Completion[ColdWrite]) -> None:
+        context, job = self._context, completion.job
+        context.forest.unpin(job.node, Tier.HOST)
+        has_arrived = completion.n_done == job.n_pages and job.wanted.by_anyone
+        if not has_arrived:
+            context.observer.unwritten(self.tier, job.n_pages)
+        if job.epoch.flushes != context.epoch.flushes:
+            context.host.free(job.host_pages)
+            return
+        if not has_arrived:
+            # The store is degraded or full: the pages stay where they are, and are tried again when
+            # they are used the next time.
+            context.forest.abort_transfer(job.op, self.tier)
+            return
+        nodes = context.forest.finish_transfer(job.op, self.tier)
+        context.transferred(Tier.HOST, self.tier, completion)
+        context.stored(nodes, self.tier)
+
+
+def _hashes_above(node: Node) -> tuple[list[bytes], ...]:
+    """Page hashes of the nodes above, by node: whoever adds to a prefix uses it."""
+    above = []
+    at = node.parent
+    while at is not None and not at.is_root:
+        above.append(at.page_hashes)
+        at = at.parent
+    return tuple(above)
