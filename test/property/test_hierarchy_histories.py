@@ -20,6 +20,7 @@ import pytest
 from support_tiers.costs import give_costs, page_s
 from support_tiers.doubles import PATIENCE_S, BarrierMinimum, random_delays
 from support_tiers.random_history import History
+from support_tiers.shared_blobs import SharedBlobs
 from support_tiers.tier_rig import Rig, new_disk
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
@@ -29,13 +30,21 @@ from tiered_kv.tiers.context import host_pages_of
 
 pytestmark = pytest.mark.timeout(120)
 
-N_HISTORIES = int(os.environ.get("TIERED_KV_PROPERTY_EXAMPLES", "12"))
+N_HISTORIES = int(os.environ.get("TIERED_KV_PROPERTY_EXAMPLES", "14"))
 N_STEPS = 150
 LONGEST_DELAY_S = 0.004
 
-# (device pages, host pages, is there a disk): roomy, a tight host, a tight device, a host smaller
-# than a prompt, no disk.
-SIZES = [(48, 40, True), (40, 14, True), (20, 40, True), (32, 6, True), (32, 20, False)]
+# (device pages, host pages, is there a disk, is there a shared store): roomy, a tight host, a tight
+# device, a host smaller than a prompt, no disk; and the same with what others use as well.
+SIZES = [
+    (48, 40, True, False),
+    (40, 14, True, True),
+    (20, 40, True, False),
+    (32, 6, True, True),
+    (32, 20, False, True),
+    (40, 14, True, False),
+    (32, 20, False, False),
+]
 
 
 EVICTION_POLICIES = ("value", "s3fifo", "slru")
@@ -48,19 +57,22 @@ def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_rig(seed: int, *, rank: int = 0, **options: Any) -> Rig:
-    n_device, n_host, has_disk = SIZES[seed % len(SIZES)]
-    rig = Rig(n_device, n_host, new_disk() if has_disk else None, shard=rank, **options)
+    n_device, n_host, has_disk, is_shared = SIZES[seed % len(SIZES)]
+    disk, remote = new_disk() if has_disk else None, SharedBlobs() if is_shared else None
+    rig = Rig(n_device, n_host, disk, shard=rank, remote=remote, **options)
     delays = random_delays(seed * 10 + rank, LONGEST_DELAY_S)
     rig.copier.up.delay = rig.copier.down.delay = delays
     if has_disk:
         rig.disk.reads.delay = rig.disk.writes.delay = delays
-    if seed % 2:
+    if remote is not None:
+        remote.reads.delay = remote.writes.delay = remote.asks.delay = delays
+    if seed // len(SIZES) % 2:
         # What is learned from the delays moves boundaries, and ends the patience of some requests.
         model = give_costs(
             rig,
             load_page_s=page_s(rig),
             read_page_s=page_s(rig) / 2,
-            eviction=EVICTION_POLICIES[seed // 2 % len(EVICTION_POLICIES)],
+            eviction=EVICTION_POLICIES[seed % len(EVICTION_POLICIES)],
         )
         rig.context.calibrator = Calibrator(model)
     return rig

@@ -12,7 +12,8 @@ import time
 from array import array
 from collections.abc import Callable
 
-from support_tiers.doubles import FaultyDisk
+from support_tiers.doubles import Faults, FaultyDisk
+from support_tiers.shared_blobs import lies
 from support_tiers.tier_rig import Request, Rig, tokens_of
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TreeKey, namespace_hash
@@ -68,6 +69,7 @@ class History:
             (0.4, self._drain),
             (0.3, self._hang),
             (0.6, self._work_again),
+            (0.5, self._others_use_it),
         ]
         self.n_weights = 0
 
@@ -254,6 +256,7 @@ class History:
         name = namespace_hash(f"weights {self.n_weights % 3}")
         if self.rig.disk is not None:
             self.rig.disk = self.rig.disk.of_namespace(name)
+        self.rig.namespace = name
         hierarchy.set_namespace(name, self.rig.stores_of(self.rig.disk))
         return f"other weights: {self.n_weights}"
 
@@ -262,18 +265,32 @@ class History:
         return "drain"
 
     def _hang(self) -> str:
-        """The disk does not answer, on this rank or not."""
-        if isinstance(self.rig.disk, FaultyDisk):
-            for faults in (self.rig.disk.reads, self.rig.disk.writes):
-                if self.world.random() < 0.5:
-                    faults.hold()
-        return "the disk hangs"
+        """A store does not answer, on this rank or not."""
+        for faults in self._faults_of_stores():
+            if self.world.random() < 0.5:
+                faults.hold()
+        return "a store hangs"
 
     def _work_again(self) -> str:
-        if isinstance(self.rig.disk, FaultyDisk):
-            self.rig.disk.reads.release()
-            self.rig.disk.writes.release()
-        return "the disk answers"
+        for faults in self._faults_of_stores():
+            faults.release()
+        return "the stores answer"
+
+    def _faults_of_stores(self) -> list[Faults]:
+        disk, remote = self.rig.disk, self.rig.remote
+        faults = [disk.reads, disk.writes] if isinstance(disk, FaultyDisk) else []
+        return faults if remote is None else [*faults, remote.reads, remote.writes, remote.asks]
+
+    def _others_use_it(self) -> str:
+        """What is shared loses some of it, or tells lies for a while, on this rank or not."""
+        remote = self.rig.remote
+        if remote is None:
+            return "nobody else is there"
+        if self.world.random() < 0.5:
+            remote.forget(share=0.3, seed=self.world.randrange(1000))
+        every = [lie for _, lie in lies(remote)]
+        remote.lie = self.world.choice(every) if self.world.random() < 0.5 else None
+        return "others use what is shared"
 
     def _forget_disk(self) -> str:
         if self.rig.disk is None:

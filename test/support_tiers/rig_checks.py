@@ -36,7 +36,9 @@ class RigChecks:
         self._check_bytes()
         for node in self.forest.nodes():
             is_lasting = node.root.tree_key.is_lasting
-            assert is_lasting or node.state(Tier.DISK) is Residency.ABSENT, f"{node!r} has no name"
+            for cold in self.hierarchy.colds:
+                is_above = node.state(cold.tier) is Residency.ABSENT
+                assert is_lasting or is_above, f"{node!r} has no name"
 
     def _check_device_slots(self) -> None:
         held: list[int] = list(self.allocator.free_pages)

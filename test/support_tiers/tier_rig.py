@@ -8,6 +8,7 @@ by layer behind the gate, insert), and accounts for every slot of both pools.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from array import array
@@ -36,6 +37,7 @@ from support_tiers.engine import (
 )
 from support_tiers.page_codec import PageCodec, codec, lasting_page, page_layout
 from support_tiers.rig_checks import RigChecks
+from support_tiers.shared_blobs import SharedBlobs
 from tiered_kv.core.config import MemoryConfig
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
@@ -43,8 +45,9 @@ from tiered_kv.forest.key import TreeKey, page_hashes
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.tiers.cold.local_pages import LocalStore
+from tiered_kv.tiers.cold.object_store import ObjectStore
 from tiered_kv.tiers.cold.read_queue import ReadQueue
-from tiered_kv.tiers.cold.store import PageStore
+from tiered_kv.tiers.cold.store import PageStore, StoreTraits
 from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.cold.writes import ColdWrite
 from tiered_kv.tiers.context import TierContext, device_slots_of
@@ -64,7 +67,7 @@ class Rig(RigChecks):
     """An engine with `n_device_pages`, over `n_host_pages` and `disk` (None: no disk tier).
 
     host_format: what the host keeps pages in. lasting: a format; what is computed are then pages
-    that this format does not change.
+    that this format does not change. remote: a store below, which others use as well.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Rig(RigChecks):
         shard: int = 0,
         host_format: str = "raw",
         lasting: str | None = None,
+        remote: SharedBlobs | None = None,
     ) -> None:
         self.page_size = page_size
         self.lasting = lasting
@@ -101,7 +105,10 @@ class Rig(RigChecks):
             layout = self.host_codec.layout
             self.copier = FaultyEncodedCopier(self.buffers, layout, self.host.pages)
         self.allocator = PagedAllocator(n_device_pages, page_size)
-        self.forest = Forest(page_size)
+        self.remote = remote
+        self.namespace = namespace
+        tiers = tuple(tier for tier in Tier if tier is not Tier.REMOTE or remote is not None)
+        self.forest = Forest(page_size, tiers=tiers)
         self.events = Events()
         self.disk = disk
         manager = MemoryManager(self.forest, MemoryConfig())
@@ -124,10 +131,19 @@ class Rig(RigChecks):
     # -- its cold stores ----------------------------------------------------------------------
 
     def stores_of(self, disk: Any, page_format: PageFormat | None = None) -> tuple[PageStore, ...]:
-        """`disk` as the tiers take it; page_format: what it keeps, if not pages as on the host."""
-        if disk is None:
-            return ()
-        return (LocalStore(disk, page_format or self.copier.page_format),)
+        """`disk` as the tiers take it; page_format: what it keeps, if not pages as on the host.
+
+        And what is shared with others, if there is such a thing.
+        """
+        stores: list[PageStore] = []
+        if disk is not None:
+            stores.append(LocalStore(disk, page_format or self.copier.page_format))
+        if self.remote is not None:
+            page_format = self.copier.page_format
+            traits = StoreTraits(Tier.REMOTE, page_format, is_shared=True, knows_locally=False)
+            name = hashlib.sha256(self.namespace + bytes([self.shard])).digest()
+            stores.append(ObjectStore(self.remote, name, traits))
+        return tuple(stores)
 
     def use(self, disk: Any, page_format: PageFormat | None = None) -> None:
         """From now on `disk` is the disk, for the present weights."""
@@ -372,6 +388,8 @@ class Rig(RigChecks):
         if isinstance(self.disk, FaultyDisk):
             self.disk.reads.release()
             self.disk.writes.release()
+        if self.remote is not None:
+            self.remote.release()
         for queue in self.hierarchy.queues():
             queue.close()
 

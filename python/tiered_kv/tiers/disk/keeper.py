@@ -20,7 +20,7 @@ from tiered_kv.tiers.disk.generation import write_generation
 from tiered_kv.tiers.disk.index_upkeep import IndexUpkeep
 from tiered_kv.tiers.disk.reclaimer import Reclaimer
 from tiered_kv.tiers.disk.space import SpaceManager
-from tiered_kv.tiers.disk.write_gate import FIRST_PAUSE_S, LONGEST_PAUSE_S
+from tiered_kv.tiers.gate import FIRST_PAUSE_S, LONGEST_PAUSE_S
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.record import BLOCK_BYTES, round_up
 from tiered_kv.tiers.disk.stats import Counters, DiskStats
 from tiered_kv.tiers.disk.store import CLOSE_TIMEOUT_S, DiskStore
-from tiered_kv.tiers.disk.write_gate import FIRST_PAUSE_S, LONGEST_PAUSE_S
+from tiered_kv.tiers.gate import FIRST_PAUSE_S, LONGEST_PAUSE_S
 
 logger = logging.getLogger(__name__)
 

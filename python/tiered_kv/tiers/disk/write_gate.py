@@ -2,90 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections.abc import Callable
 
-logger = logging.getLogger(__name__)
-
-FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 60.0
+from tiered_kv.tiers.gate import Gate
 
 
-class WriteGate:
-    """Open while writes work. A failure closes it for 1 s, 2 s, 4 s ... at most 60 s.
-
-    When a pause is over one write is let through; if it works the gate opens, if it fails the
-    next pause is twice as long. One line is logged when the gate closes, one when it opens.
-    """
+class WriteGate(Gate):
+    """Of the disk tier called `name`; see `Gate`."""
 
     def __init__(
-        self,
-        name: str,
-        now: Callable[[], float] = time.monotonic,
-        *,
-        read_only: bool = False,
+        self, name: str, now: Callable[[], float] = time.monotonic, *, read_only: bool = False
     ) -> None:
-        """read_only: it never opens."""
-        self._read_only = read_only
-        self._name = name
-        self._now = now
-        self._lock = threading.Lock()
-        self._pause_s = 0.0
-        self._retry_at = 0.0
-        self._closed_at = 0.0
-        self._probing = False
-
-    @property
-    def is_degraded(self) -> bool:
-        return self._read_only or self._pause_s > 0.0
-
-    def try_enter(self) -> bool:
-        """May this write go ahead? Every True must be answered by `succeed` or `fail`."""
-        if not self.is_degraded:
-            return True
-        with self._lock:
-            if self._read_only or self._probing or self._now() < self._retry_at:
-                return False
-            self._probing = True
-            return True
-
-    def fail(self, error: BaseException) -> None:
-        """A write that was let through has failed."""
-        with self._lock:
-            was_open = not self.is_degraded
-            if not was_open:
-                if self._probing:
-                    self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
-                self._probing = False
-                self._retry_at = self._now() + self._pause_s
-        if was_open:
-            self.shut(error)
-
-    def shut(self, error: BaseException) -> None:
-        """Something else than a write has failed, in a way that writes had better wait for."""
-        with self._lock:
-            if self.is_degraded:
-                return
-            self._pause_s = FIRST_PAUSE_S
-            self._closed_at = self._now()
-            self._retry_at = self._now() + self._pause_s
-        logger.warning(
-            "Disk tier %s stops writing because of an error (%s); reads go on, and writes are "
-            "tried again by themselves.",
-            self._name,
-            error,
+        name = name.replace("%", "%%")
+        closes = (
+            f"Disk tier {name} stops writing because of an error (%s); reads go on, and writes are "
+            "tried again by themselves."
         )
-
-    def succeed(self) -> None:
-        if not self.is_degraded:
-            return
-        with self._lock:
-            # A write that began before the failure proves nothing: only the probe opens the gate.
-            if not self._probing:
-                return
-            closed_s = self._now() - self._closed_at
-            self._probing = False
-            self._pause_s = 0.0
-        logger.warning("Disk tier %s writes again after %.1f s.", self._name, closed_s)
+        opens = f"Disk tier {name} writes again after %.1f s."
+        super().__init__(closes, opens, now, read_only=read_only)

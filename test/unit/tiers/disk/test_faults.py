@@ -18,7 +18,8 @@ from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.record import BLOCK_BYTES
 from tiered_kv.tiers.disk.store import DiskStore
-from tiered_kv.tiers.disk.write_gate import LONGEST_PAUSE_S, WriteGate
+from tiered_kv.tiers.disk.write_gate import WriteGate
+from tiered_kv.tiers.gate import LONGEST_PAUSE_S
 
 OpenStore = Callable[..., DiskStore]
 

@@ -1,0 +1,246 @@
+"""What every cold store must do, whatever it is made of.
+
+Guarantee: what comes back is what was stored under that name in that namespace, whole, or it is a
+miss; leading pages count; nothing raises because of what is outside the process; whatever failed is
+tried again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support_tiers.shared_blobs import SharedBlobs, lies
+from tiered_kv.core.ids import Tier
+from tiered_kv.tiers.cold.local_pages import LocalStore
+from tiered_kv.tiers.cold.object_store import ObjectStore
+from tiered_kv.tiers.cold.store import PageStore, StoreTraits
+from tiered_kv.tiers.disk.store import DiskStore
+from tiered_kv.tiers.in_memory import InMemoryStore
+from tiered_kv.tiers.page_format import PageFormat
+
+pytestmark = pytest.mark.timeout(60)
+
+PAGE = PageFormat.of_buffers(16, (0, 0, 1, 1), (24, 24, 24, 24))
+NAMESPACE, OTHER = b"n" * 32, b"m" * 32
+
+MakeStore = Callable[[bytes], PageStore]
+
+
+def on_disk(path: Path, key: bytes | None = None) -> tuple[Any, MakeStore]:
+    store = DiskStore.open(path, capacity_bytes=64 << 20, key=key)
+    return store.close, lambda name: LocalStore(store.namespace(name, PAGE.page_bytes), PAGE)
+
+
+@pytest.fixture(params=["memory", "disk", "encrypted disk", "blobs", "blobs with a key"])
+def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeStore]:
+    close: Callable[[], Any] = lambda: None  # noqa: E731
+    if request.param == "memory":
+        memory = InMemoryStore()
+        yield lambda name: LocalStore(memory.namespace(name, PAGE.page_bytes), PAGE)
+    elif "disk" in request.param:
+        close, make = on_disk(tmp_path, b"k" * 32 if "encrypted" in request.param else None)
+        yield make
+    else:
+        blobs = SharedBlobs()
+        traits = StoreTraits(Tier.REMOTE, PAGE, is_shared=True, knows_locally=False)
+        key = b"cluster" if "key" in request.param else b""
+        yield lambda name: ObjectStore(blobs, name, traits, key)
+    close()
+
+
+@pytest.fixture
+def store(make_store: MakeStore) -> PageStore:
+    return make_store(NAMESPACE)
+
+
+def hashes(*numbers: int) -> list[bytes]:
+    return [number.to_bytes(32, "little") for number in numbers]
+
+
+def page(number: int, tag: int = 0) -> bytes:
+    return bytes((number * 7 + tag + i) % 251 for i in range(PAGE.page_bytes))
+
+
+def put(store: PageStore, *numbers: int, tag: int = 0) -> int:
+    buffers = [memoryview(bytearray(page(number, tag))) for number in numbers]
+    return store.put(hashes(*numbers), buffers)
+
+
+def get(store: PageStore, *numbers: int, slot_bytes: int = PAGE.page_bytes) -> list[bytes]:
+    buffers = [memoryview(bytearray(slot_bytes)) for _ in numbers]
+    n_read = store.get(hashes(*numbers), buffers)
+    return [bytes(buffer[: PAGE.page_bytes]) for buffer in buffers[:n_read]]
+
+
+def test_what_was_put_is_there_and_comes_back(store: PageStore) -> None:
+    assert put(store, 1, 2, 3) == 3
+    assert store.lookup(hashes(1, 2, 3)) == 3
+    assert get(store, 1, 2, 3) == [page(1), page(2), page(3)]
+    assert get(store, 3, 1) == [page(3), page(1)]
+    assert get(store, 2, slot_bytes=PAGE.slot_bytes) == [page(2)]
+
+
+def test_it_says_what_it_knows(store: PageStore) -> None:
+    put(store, 1, 2)
+    known = store.known(hashes(1, 2, 3)), store.known(hashes(1)), store.known(hashes(9))
+    assert known == ((2, 1, 0) if store.traits.knows_locally else (None, None, None))
+
+
+def test_what_is_not_there_ends_the_prefix(store: PageStore) -> None:
+    assert store.lookup(hashes(1)) == 0
+    assert get(store, 1) == []
+    put(store, 1, 2, 4)
+    assert store.lookup(hashes(1, 2, 3, 4)) == 2
+    assert get(store, 1, 2, 3, 4) == [page(1), page(2)]
+    assert get(store, 3, 4) == []
+
+
+def test_what_is_there_need_not_be_put_again(store: PageStore) -> None:
+    put(store, 2)
+    assert put(store, 1, 2, 3) == 3
+    assert put(store, 1, 2, 3) == 3
+    assert get(store, 1, 2, 3) == [page(1), page(2), page(3)]
+
+
+def test_namespaces_are_apart(make_store: MakeStore) -> None:
+    mine, others = make_store(NAMESPACE), make_store(OTHER)
+    put(mine, 1, tag=5)
+    assert others.lookup(hashes(1)) == 0
+    put(others, 1, tag=9)
+    assert get(mine, 1) == [page(1, 5)]
+    assert get(others, 1) == [page(1, 9)]
+
+
+def test_nothing_is_asked_and_nothing_comes(store: PageStore) -> None:
+    assert store.lookup([]) == 0
+    assert store.get([], []) == 0
+    assert store.put([], []) == 0
+    store.touch([])
+
+
+def test_touching_and_dropping(store: PageStore) -> None:
+    put(store, 1, 2)
+    store.touch(hashes(1, 2, 77))
+    assert store.drain_dropped() == []
+
+
+def test_many_at_once_from_many_threads(store: PageStore) -> None:
+    wrong: list[object] = []
+
+    def work(seed: int) -> None:
+        for n in range(30):
+            first = (seed * 13 + n * 7) % 40
+            numbers = range(first, first + 6)
+            put(store, *numbers)
+            for number, found in zip(numbers, get(store, *numbers), strict=False):
+                if found != page(number):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert store.lookup(hashes(*range(40))) == 40
+
+
+# -- a store that is not to be believed
+
+
+@pytest.fixture
+def blobs() -> SharedBlobs:
+    return SharedBlobs()
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def shared(blobs: SharedBlobs, clock: Clock, name: bytes = NAMESPACE, **more: Any) -> ObjectStore:
+    traits = StoreTraits(Tier.REMOTE, PAGE, is_shared=True, knows_locally=False)
+    return ObjectStore(blobs, name, traits, now=clock, **more)
+
+
+@pytest.mark.parametrize("what", [name for name, _ in lies(SharedBlobs())])
+def test_a_lie_is_a_miss_and_is_replaced(blobs: SharedBlobs, clock: Clock, what: str) -> None:
+    store = shared(blobs, clock)
+    put(store, 1, 2, 3)
+    honest = dict(blobs.blobs)
+    lie = dict(lies(blobs))[what]
+    (second,) = store._keys(hashes(2))
+    blobs.lie = lambda key, blob: lie(key, blob) if key == second else blob
+    assert get(store, 1, 2, 3) == [page(1)]
+    blobs.lie = None
+    if what != "forgotten":
+        blobs.blobs[second] = b"something else"
+        assert put(store, 2) == 1
+    assert blobs.blobs == honest
+    assert get(store, 1, 2, 3) == [page(1), page(2), page(3)]
+
+
+def test_blobs_of_others_are_theirs(blobs: SharedBlobs, clock: Clock) -> None:
+    mine = shared(blobs, clock, key=b"one")
+    put(mine, 1)
+    for other in (shared(blobs, clock, key=b"two"), shared(blobs, clock, OTHER, key=b"one")):
+        assert other.lookup(hashes(1)) == 0
+        # Even where somebody gives it the name that is asked for.
+        (theirs,), (ours,) = other._keys(hashes(1)), mine._keys(hashes(1))
+        blobs.blobs[theirs] = blobs.blobs[ours]
+        has_its_namespace = other._namespace_id == NAMESPACE
+        assert bool(get(other, 1)) is has_its_namespace
+        del blobs.blobs[theirs]
+
+
+def test_what_is_refused_ends_what_is_stored(blobs: SharedBlobs, clock: Clock) -> None:
+    store = shared(blobs, clock)
+    (second,) = store._keys(hashes(2))
+    blobs.takes = lambda key: key != second
+    assert put(store, 1, 2, 3) == 1
+    assert store.lookup(hashes(1, 2, 3)) == 1
+
+
+def test_an_error_is_a_miss_and_is_not_tried_all_the_time(
+    blobs: SharedBlobs, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = shared(blobs, clock)
+    put(store, 1)
+    for faults in (blobs.reads, blobs.asks):
+        faults.error = ConnectionError("no route")
+    for _ in range(5):
+        assert get(store, 1) == []
+        assert store.lookup(hashes(1)) == 0
+    assert store.is_degraded
+    assert len(caplog.messages) == 1
+    assert "Cold store remote is not read because of an error (no route)" in caplog.text
+    blobs.reads.error = blobs.asks.error = None
+    assert get(store, 1) == []
+    clock.now_s += 1.0
+    assert get(store, 1) == [page(1)]
+    assert not store.is_degraded
+    assert "is read again after 1.0 s" in caplog.text
+
+
+def test_writes_that_fail_leave_reads_alone(blobs: SharedBlobs, clock: Clock) -> None:
+    store = shared(blobs, clock)
+    put(store, 1)
+    blobs.writes.error = ConnectionError("full")
+    assert put(store, 2) == 0
+    blobs.writes.error = None
+    assert put(store, 2) == 0
+    assert get(store, 1) == [page(1)]
+    clock.now_s += 1.0
+    assert put(store, 2) == 1
