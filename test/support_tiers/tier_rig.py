@@ -140,7 +140,7 @@ class Rig(RigChecks):
             stores.append(LocalStore(disk, page_format or self.copier.page_format))
         if self.remote is not None:
             page_format = self.copier.page_format
-            traits = StoreTraits(Tier.REMOTE, page_format, is_shared=True, knows_locally=False)
+            traits = StoreTraits(Tier.REMOTE, page_format, knows_locally=False)
             name = hashlib.sha256(self.namespace + bytes([self.shard])).digest()
             stores.append(ObjectStore(self.remote, name, traits))
         return tuple(stores)

@@ -9,7 +9,6 @@ stored.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,12 +25,8 @@ class StoreTraits:
     """How far it is: a larger one is farther from the compute."""
     page_format: PageFormat
     """What it keeps and moves; buffers are host slots all the same."""
-    is_shared: bool = False
-    """Others write and delete there as well, and nobody tells us."""
     knows_locally: bool = True
     """`known` answers. If not, only `lookup` does, which takes a round trip."""
-    patience_s: float = math.inf
-    """A call that takes longer is as good as failed: whoever waits for it is computed."""
 
 
 class PageStore(Protocol):

@@ -47,7 +47,7 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeS
         yield make
     else:
         blobs = SharedBlobs()
-        traits = StoreTraits(Tier.REMOTE, PAGE, is_shared=True, knows_locally=False)
+        traits = StoreTraits(Tier.REMOTE, PAGE, knows_locally=False)
         key = b"cluster" if "key" in request.param else b""
         yield lambda name: ObjectStore(blobs, name, traits, key)
     close()
@@ -171,7 +171,7 @@ def clock() -> Clock:
 
 
 def shared(blobs: SharedBlobs, clock: Clock, name: bytes = NAMESPACE, **more: Any) -> ObjectStore:
-    traits = StoreTraits(Tier.REMOTE, PAGE, is_shared=True, knows_locally=False)
+    traits = StoreTraits(Tier.REMOTE, PAGE, knows_locally=False)
     return ObjectStore(blobs, name, traits, now=clock, **more)
 
 
