@@ -7,16 +7,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from support_tiers.doubles import BarrierMinimum
+from support_tiers.shared_blobs import SharedBlobs
 from support_tiers.tier_rig import Rig, new_disk
 
 
 class Ranks:
-    """Two rigs, each with KV of its own shard, a host pool and a disk."""
+    """Two rigs, each with KV of its own shard, a host pool, a disk, and perhaps what is shared."""
 
-    def __init__(self) -> None:
+    def __init__(self, remote: SharedBlobs | None = None) -> None:
         self.barrier = BarrierMinimum(2)
         self.rigs = [
-            Rig(32, 16, new_disk(), collective=self.barrier.rank(rank), shard=rank)
+            Rig(
+                64 if remote else 32,
+                64 if remote else 16,
+                new_disk(),
+                collective=self.barrier.rank(rank),
+                shard=rank,
+                remote=remote,
+            )
             for rank in range(2)
         ]
 

@@ -56,12 +56,14 @@ class Lookups:
 
     def may_hit(self, anchor: Node, first: array[int]) -> bool:
         """Whether some store has, or may have, the page `first` after `anchor`."""
+        colds = self._open()
+        if not colds:
+            return False
         if first.tobytes() in anchor.children:
             return True  # on its way for another request
-        colds = self._open()
         name = [page_hash(anchor.last_page_hash, first)]
         are_there = [int(cold.known(name) != 0) for cold in colds]
-        return bool(colds) and any(self._context.collective.minimum(are_there))
+        return any(self._context.collective.minimum(are_there))
 
     def ask(self, rid: str, root: Node, tokens: array[int], anchor: Node) -> Stored | None:
         """What the stores have of a prompt after `anchor`; None: `answered` will say.
@@ -70,6 +72,8 @@ class Lookups:
         """
         size = self._context.page_size
         first, colds = anchor.end // size, self._open()
+        if not colds:  # put away since the request came
+            return Stored(first, (), [])
         is_long = len(tokens) // size - first > INLINE_LOOKUP_PAGES
         if is_long or not all(cold.traits.knows_locally for cold in colds):
             self._submit(rid, colds, root.last_page_hash, tokens, first, first, (), [])
@@ -89,9 +93,6 @@ class Lookups:
         """A store has answered; None: another one is asked now."""
         job = completion.job
         at = job.at_page + completion.n_done
-        # A lookup that failed leaves the list empty.
-        if len(job.hashes) < at:
-            return Stored(job.first_page, (), [])
         ends = job.ends
         if completion.n_done:
             ends = (*ends, (job.store.traits.tier, at))

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from support_tiers.costs import give_costs
+from support_tiers.ranks import Ranks
 from support_tiers.shared_blobs import SharedBlobs, lies
 from support_tiers.tier_rig import PAGE_SIZE, Rig, new_disk, on_disk, on_host, tokens_of
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.residency import Residency
+from tiered_kv.tiers.cold.lookup import INLINE_LOOKUP_PAGES
+from tiered_kv.tiers.cold.object_store import ObjectStore
 from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.in_memory import InMemoryStore
 
@@ -271,3 +274,72 @@ def test_a_disk_in_memory_of_limited_size(make_rig: MakeRig, blobs: SharedBlobs)
     assert rig.serve(prompts[0]).n_host == 4 * PAGE_SIZE
     rig.drain()
     rig.check_idle()
+
+
+@pytest.fixture
+def ranks(blobs: SharedBlobs) -> Iterator[Ranks]:
+    made = Ranks(blobs)
+    yield made
+    made.barrier.abort()
+    for rig in made:
+        rig.close()
+
+
+def only_in_blobs(ranks: Ranks, prompt: array[int]) -> None:
+    """It was computed long ago."""
+    ranks.serve(prompt)
+    ranks.drain()
+    ranks.each(Rig.drop_from_device)
+    ranks.each(Rig.drop_from_host)
+    for rig in ranks:
+        rig.disk.clear_all()
+        rig.disk.drain_dropped()
+
+
+def read_on_both(ranks: Ranks, prompt: array[int]) -> list[int]:
+    """Pages that came, on each rank."""
+    ranks.each(lambda rig: rig.arrive("r", prompt))
+    deadline = time.monotonic() + 10.0
+    while not all(ranks.each(lambda rig: rig.hierarchy.prefetch.is_settled("r"))):
+        assert time.monotonic() < deadline
+        ranks.each(lambda rig: rig.hierarchy.poll())
+    came = ranks.each(lambda rig: rig.hierarchy.prefetch.loaded_tokens("r") // PAGE_SIZE)
+    ranks.each(lambda rig: rig.hierarchy.prefetch.release("r"))
+    return came
+
+
+def test_ranks_read_what_both_of_them_have(ranks: Ranks) -> None:
+    only_in_blobs(ranks, PROMPT)
+    hashes = ranks.each(lambda rig: rig.hashes(rig.hierarchy.root(), PROMPT))[1]
+    far_store = far(ranks.rigs[1]).last_store
+    assert isinstance(far_store, ObjectStore)
+    for key in far_store._keys(hashes[5:]):
+        del ranks.rigs[1].remote.blobs[key]  # type: ignore[union-attr]
+    assert read_on_both(ranks, PROMPT) == [5, 5]
+    ranks.serve(PROMPT)
+    ranks.drain()
+    ranks.each(Rig.check_idle)
+
+
+def test_a_lookup_that_fails_on_one_rank_is_a_miss_on_both(ranks: Ranks) -> None:
+    prompt = tokens_of(*range(1, INLINE_LOOKUP_PAGES + 10), tail=1)
+    only_in_blobs(ranks, prompt)
+    disk = ranks.rigs[1].disk
+
+    def fail(hashes: object) -> int:
+        raise OSError("the index is gone")
+
+    disk.count_prefix = fail
+    first, second = read_on_both(ranks, prompt)
+    assert first == second > INLINE_LOOKUP_PAGES // 2, "the other store was asked all the same"
+    ranks.check()
+
+
+def test_stores_are_put_away_while_a_long_prompt_waits(rig: Rig) -> None:
+    prompt = tokens_of(*range(1, INLINE_LOOKUP_PAGES + 10), tail=1)
+    hierarchy = rig.hierarchy
+    assert hierarchy.prefetch.lookups.ask("r", hierarchy.root(), prompt, hierarchy.root()) is None
+    hierarchy.put_stores_away()
+    found = hierarchy.prefetch.lookups.ask("r", hierarchy.root(), prompt, hierarchy.root())
+    assert found is not None
+    assert found.end == 0
