@@ -6,7 +6,6 @@ than chance lets them. Every system gets the same ids in the same order.
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
@@ -15,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import requests
+from streams import pieces
 
 #: Ordinary tokens of every vocabulary we use; the first thousand holds the special ones.
 FIRST_TOKEN, LAST_TOKEN = 1000, 40000
-REQUEST_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -101,21 +100,9 @@ def stream(
     """One streamed request to /generate. Raises requests.RequestException or RuntimeError."""
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
     body = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
-    first_s, last, began = 0.0, "", time.perf_counter()
-    with session.post(
-        f"{url}/generate", json=body, stream=True, timeout=REQUEST_TIMEOUT_S
-    ) as response:
-        response.raise_for_status()
-        for line in response.iter_lines(chunk_size=None, decode_unicode=True):
-            if line.startswith("data: {"):
-                first_s = first_s or time.perf_counter() - began
-                last = line
-    ended_s = time.perf_counter() - began
-    if not last:
-        raise RuntimeError("the server closed the stream without an answer")
-    answer = json.loads(last[len("data: ") :])
-    if "error" in answer:
-        raise RuntimeError(f"the server answered with an error: {answer['error']}")
+    began = time.perf_counter()
+    times, answers = zip(*pieces(url, body, session), strict=True)
+    ended_s, first_s, answer = time.perf_counter() - began, times[0] - began, answers[-1]
     meta = answer["meta_info"]
     details = meta.get("cached_tokens_details") or {}
     cached = int(meta["cached_tokens"])

@@ -45,6 +45,7 @@ from typing import Any
 import numpy as np
 import requests
 from multiturn_report import machine
+from streams import pieces
 from systems import model_of
 from tqdm import tqdm
 
@@ -54,7 +55,6 @@ from support.server import BASE_ARGS, Server
 RESULTS = Path(__file__).parents[1] / "results" / "decode_selection"
 TIERED = ("--tiered-kv", "--tiered-kv-disk-dir", "none", "--tiered-kv-iteration-policy")
 SYSTEMS = {"plain": (), "all": (*TIERED, "all"), "slack": (*TIERED, "slack")}
-TIMEOUT_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -185,21 +185,11 @@ def stream(server: Server, asked: Asked, new_tokens: int, began: float) -> Answe
         body["slo"] = {"class": name, "ttft_ms": 60_000, "tbt_ms": asked.tbt_ms}
     times: list[float] = []
     n_seen, ids = 0, ()
-    with requests.post(
-        f"{server.url}/generate", json=body, stream=True, timeout=TIMEOUT_S
-    ) as response:
-        response.raise_for_status()
-        for line in response.iter_lines(chunk_size=None):
-            if not line.startswith(b"data: {"):
-                continue
-            now = round(time.perf_counter() - began, 5)
-            answer = json.loads(line[len(b"data: ") :])
-            if "error" in answer:
-                raise RuntimeError(f"the server answered with an error: {answer['error']}")
-            ids = tuple(answer["output_ids"])
-            n_tokens = answer["meta_info"]["completion_tokens"]
-            times += [now] * (n_tokens - n_seen)
-            n_seen = n_tokens
+    for now_s, answer in pieces(server.url, body):
+        ids = tuple(answer["output_ids"])
+        n_tokens = answer["meta_info"]["completion_tokens"]
+        times += [round(now_s - began, 5)] * (n_tokens - n_seen)
+        n_seen = n_tokens
     if len(times) != new_tokens:
         raise RuntimeError(f"{len(times)} tokens came instead of {new_tokens}")
     return Answer(asked.is_interactive, tuple(times), ids)

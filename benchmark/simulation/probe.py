@@ -6,7 +6,6 @@ detokenising add is in both ends and drops out. Prompts are token ids drawn at r
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import threading
@@ -15,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import requests
+from benchmark.serving.streams import pieces
 
 FIRST_TOKEN, LAST_TOKEN = 1000, 40000
-REQUEST_TIMEOUT_S = 300.0
 #: Tokens of the request that keeps the server busy while those to be timed gather in its queue.
 BLOCKER_TOKENS = 192
 #: Seconds that they have for it; a blocker that ends sooner is followed by a longer one.
@@ -72,7 +70,7 @@ class Probe:
         return [self._rng.randrange(FIRST_TOKEN, LAST_TOKEN) for _ in range(n)]
 
     def ask(self, prompt: Sequence[int], n_new: int = 1) -> Answer:
-        """One answer of exactly `n_new` tokens. Raises requests.RequestException."""
+        """One answer of exactly `n_new` tokens. Raises as `pieces` does."""
         body = {
             "input_ids": list(prompt),
             "sampling_params": {"temperature": 0, "max_new_tokens": n_new, "ignore_eos": True},
@@ -81,18 +79,11 @@ class Probe:
         answer = Answer(time.perf_counter())
         meta: dict[str, Any] = {}
         n_seen = 0
-        with requests.post(
-            f"{self._url}/generate", json=body, stream=True, timeout=REQUEST_TIMEOUT_S
-        ) as response:
-            response.raise_for_status()
-            for line in response.iter_lines(chunk_size=None):
-                if not line.startswith(b"data: {"):
-                    continue
-                now_s = time.perf_counter()
-                meta = json.loads(line[len(b"data: ") :])["meta_info"]
-                # Two tokens in one piece came at the same time as far as a client can tell.
-                answer.token_times_s += [now_s] * (meta["completion_tokens"] - n_seen)
-                n_seen = meta["completion_tokens"]
+        for now_s, piece in pieces(self._url, body):
+            meta = piece["meta_info"]
+            # Two tokens in one piece came at the same time as far as a client can tell.
+            answer.token_times_s += [now_s] * (meta["completion_tokens"] - n_seen)
+            n_seen = meta["completion_tokens"]
         answer.cached_tokens = meta["cached_tokens"]
         answer.by_tier = meta.get("cached_tokens_details") or {}
         return answer
