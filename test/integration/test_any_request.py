@@ -111,6 +111,33 @@ def wait_until_idle(server: Server) -> None:
     raise ServerError(f"requests that never end: {load}{server.tail()}")
 
 
+#: What ended the server once: each leaves no token to draw, or makes one of its numbers infinite.
+ENDED_IT = [
+    {"regex": "[ab]{2}", "min_new_tokens": 6, "max_new_tokens": 8},
+    {"json_schema": '{"type": "boolean"}', "min_new_tokens": 20, "max_new_tokens": 24},
+    {"logit_bias": {"5": 3e38, "6": 3e38}, "repetition_penalty": 1e-6, "max_new_tokens": 4},
+    {"logit_bias": {"5": 1e39}, "max_new_tokens": 4},
+    {"repetition_penalty": 1e-300, "max_new_tokens": 4},
+    {"temperature": 1e300, "regex": "[ab]{2}", "max_new_tokens": 4},
+    {"logit_bias": {str(token): -3e38 for token in range(50)}, "max_new_tokens": 4},
+]
+
+
+@pytest.mark.parametrize("drawn", [{"temperature": 0}, {"top_p": 0.4}, {"min_p": 0.5}, {}])
+@pytest.mark.parametrize("settings", ENDED_IT, ids=",".join)
+def test_settings_that_leave_no_token(
+    server: Server, settings: dict[str, Any], drawn: dict[str, Any]
+) -> None:
+    bodies = [{"input_ids": [5, 6, 7] * 10, "sampling_params": {**drawn, **settings}}, PROMPT]
+    with ThreadPoolExecutor(2) as pool:
+        odd, plain = pool.map(lambda body: server.post("/generate", body), bodies)
+    assert odd.status_code in (200, 400), odd.text
+    assert plain.status_code == 200
+    assert len(plain.json()["output_ids"]) == 8 or plain.json()["meta_info"]["finish_reason"]
+    if odd.status_code == 200:
+        assert odd.json()["meta_info"]["finish_reason"]["type"] in ("stop", "length")
+
+
 def test_two_thousand(server: Server) -> None:
     check_any(server, 2_000)
 

@@ -53,6 +53,13 @@ GUARD_HOOKS = (
         why="an empty prompt or a token id that the model does not have would end the server",
     ),
     Hook(
+        target="sglang.srt.model_executor.model_runner.ModelRunner._preprocess_logits",
+        kind="around",
+        function="tiered_kv.plugin.requests.sampling:leave_the_end",
+        process=Process.SCHEDULER,
+        why="a request whose own settings leave no token to draw would end the server",
+    ),
+    Hook(
         target="sglang.srt.managers.scheduler.Scheduler.handle_generate_request",
         kind="around",
         function=f"{_GUARD}:contain_arrival",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -28,6 +28,9 @@ CLIENT_FAULTS = (
     *(ArithmeticError, RecursionError, NotImplementedError, UnicodeError, re.error),
 )
 _INT32, _INT64 = np.iinfo(np.int32), np.iinfo(np.int64)
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+#: Logits are divided by it; less makes them infinite.
+LEAST_REPETITION_PENALTY = 1e-6
 
 
 def _told(error: Exception) -> ValueError:
@@ -168,11 +171,28 @@ def check_sampling(sampling: Any, vocabulary: int) -> None:
         bounds = _INT64 if field.name == "sampling_seed" else _INT32
         if isinstance(value, int) and not bounds.min <= value <= bounds.max:
             raise ValueError(f"{field.name} must fit {bounds.bits} bits, not {str(value)[:60]}.")
+    for name, number in _floats(sampling):
+        if not abs(number) <= _FLOAT32_MAX:
+            raise ValueError(f"{name} must be a number that fits 32 bits, not {number:g}.")
+    if sampling.repetition_penalty < LEAST_REPETITION_PENALTY:
+        raise ValueError(
+            f"repetition_penalty must be at least {LEAST_REPETITION_PENALTY:g}, not "
+            f"{sampling.repetition_penalty:g}."
+        )
     for token in sampling.stop_token_ids or ():
         if not 0 <= token < vocabulary:
             raise ValueError(
                 f"stop_token_ids has {token}, but the model's token ids are 0 to {vocabulary - 1}."
             )
+
+
+def _floats(sampling: Any) -> Iterator[tuple[str, float]]:
+    for field in msgspec.structs.fields(sampling):
+        value = getattr(sampling, field.name)
+        if isinstance(value, float):
+            yield field.name, value
+    for token, bias in (sampling.logit_bias or {}).items():
+        yield f"logit_bias of {str(token)[:20]}", bias
 
 
 def check_labels(labels: Mapping[str, str] | None, server_args: Any) -> None:

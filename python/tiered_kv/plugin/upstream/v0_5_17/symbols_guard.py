@@ -31,9 +31,31 @@ GUARD = (
     ),
     object_(
         f"{SRT}.sampling.sampling_params.SamplingParams",
-        "stop_token_ids sampling_seed",
+        "stop_token_ids sampling_seed repetition_penalty logit_bias",
         "requests.guard",
     ),
+    *methods(
+        f"{SRT}.model_executor.model_runner.ModelRunner",
+        "requests.sampling",
+        _preprocess_logits="logits_output sampling_info",
+    ),
+    object_(f"{SRT}.model_executor.model_runner.ModelRunner", "model_config", "requests.sampling"),
+    object_(
+        f"{SRT}.sampling.sampling_batch_info.SamplingBatchInfo",
+        "grammars logit_bias acc_additive_penalties acc_scaling_penalties penalizer_orchestrator",
+        "requests.sampling",
+    ),
+    object_(
+        f"{SRT}.sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator",
+        "is_required",
+        "requests.sampling",
+    ),
+    object_(
+        f"{SRT}.layers.logits_processor.LogitsProcessorOutput",
+        "next_token_logits",
+        "requests.sampling",
+    ),
+    object_(f"{SRT}.configs.model_config.ModelConfig", "hf_eos_token_id", "requests.sampling"),
     object_(
         f"{SRT}.server_args.ServerArgs",
         "tokenizer_metrics_allowed_custom_labels",
