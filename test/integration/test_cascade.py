@@ -39,6 +39,13 @@ def gang_prompts(
     ]
 
 
+def equal_prompts(prompts: PromptMaker, shared: int) -> list[Prompt]:
+    """Some share the whole prompt, which ends with a page; others part in the token after it."""
+    base = prompts.tokens(f"equal {shared}", shared)
+    others = [base + prompts.tokens(f"last {i}", 1) for i in range(4)]
+    return [*[base] * 8, *others, *[base[:64]] * 2]
+
+
 def read_share(server: Server) -> float:
     """Tokens read per token attended to, in all decoding so far."""
     now = scrape(server)
@@ -54,8 +61,10 @@ def test_four_gangs_of_four(
     with make_server(f"cascade-{shared}", *FLOAT32, *args, *TIERS, *WATCH) as server:
         answers = generate_all(server, asked, NEW_TOKENS, concurrency=16)
         share = read_share(server)
-    truths = oracle.all_output_ids([(prompt, NEW_TOKENS) for prompt in asked])
-    assert [answer.output_ids for answer in answers] == truths
+        equals = equal_prompts(prompts, shared)
+        said = generate_all(server, equals, NEW_TOKENS, concurrency=16)
+    truths = oracle.all_output_ids([(prompt, NEW_TOKENS) for prompt in asked + equals])
+    assert [answer.output_ids for answer in answers + said] == truths
     # All sixteen together would read 4 x (shared + 4 x own) of 16 x (shared + own) tokens: 0.27
     # of 2,048 shared, 0.29 of 1,024.
     assert share < 0.45

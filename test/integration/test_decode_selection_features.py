@@ -6,13 +6,16 @@ float32, with the same adapters.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from support.adapters import write_adapter
 from support.client import generate, in_parallel, post_generate, request_body
@@ -80,6 +83,37 @@ def test_grammars_several_answers_and_streams_while_others_take_turns(
             for piece, longer in itertools.pairwise(answer):
                 assert longer[: len(piece)] == piece
                 assert len(longer) > len(piece)
+
+
+def test_clients_that_hang_up_while_others_take_turns(
+    taking_turns: Server, oracle: Oracle, prompts: PromptMaker
+) -> None:
+    """Streams, a batch and several choices, running, parked or queued: nobody decodes for them."""
+    long = {"max_new_tokens": 3000}
+    asked = [prompts.tokens(f"gone {i}", 60 + i) for i in range(6)]
+    bodies = [request_body(prompt, 1, sampling_params=long, stream=True) for prompt in asked[:3]]
+    bodies.append({**bodies[0], "input_ids": [list(prompt) for prompt in asked[3:5]]})
+    bodies.append(request_body(asked[5], 1, sampling_params={**long, "n": 3}, stream=True))
+    before = len(taking_turns.decode_sizes())
+    streams = [
+        requests.post(f"{taking_turns.url}/generate", json=body, stream=True, timeout=60)
+        for body in bodies
+    ]
+    for stream in streams:
+        assert next(stream.iter_lines()).startswith(b"data:")
+    for stream in streams:
+        stream.close()
+    with contextlib.suppress(requests.Timeout):
+        taking_turns.post("/generate", {**bodies[0], "stream": False}, timeout_s=0.5)
+
+    prompt = prompts.tokens("stays", 60)
+    assert generate(taking_turns, prompt, N_NEW).output_ids == oracle.output_ids(prompt, N_NEW)
+    assert max(taking_turns.decode_sizes()[before:]) > 1, "they never ran beside each other"
+    deadline = time.monotonic() + 60
+    n_seen = -1
+    while n_seen != (n_seen := len(taking_turns.decode_sizes())):
+        assert time.monotonic() < deadline, "somebody decodes for those who are gone"
+        time.sleep(3)
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from support.client import generate, generate_all, post_generate, request_body
+from support.client import Answer, generate, generate_all, post_generate, request_body
 from support.metrics import wait_for_disk
 from support.oracle import Oracle
 from support.prompts import PromptMaker, story
@@ -58,6 +58,46 @@ def cached_tokens(usage: Any) -> int:
     """An answer of which nothing was cached may leave the details out."""
     details = usage.prompt_tokens_details
     return details.cached_tokens or 0 if details else 0
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_what_several_choices_of_one_prompt_call_cached(
+    three_tiers: Server, client: OpenAI, stream: bool
+) -> None:
+    prompts = [story(f"choices {stream} {i}", 12) for i in range(2)]
+
+    def cached() -> int:
+        asked: dict[str, Any] = {**GREEDY, "prompt": prompts, "n": 3}
+        if not stream:
+            return cached_tokens(client.completions.create(**asked).usage)
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        return cached_tokens(list(client.completions.create(**asked, **options))[-1].usage)
+
+    assert cached() == 0
+    assert cached() > 0
+
+
+def test_several_choices_by_tier_and_in_reports(three_tiers: Server) -> None:
+    prompt = story("choices by tier", 12)
+    body = request_body(prompt, 4, sampling_params={"n": 3}, slo={"report": True})
+
+    def accounts() -> list[tuple[int, int, dict[str, int]]]:
+        found = [Answer.of(one) for one in three_tiers.post("/generate", body).json()]
+        return [
+            (
+                one.cached_tokens,
+                (one.meta_info["cached_tokens_details"] or {}).get("storage", 0),
+                one.meta_info["tiered_kv"]["cached_tokens"],
+            )
+            for one in found
+        ]
+
+    assert accounts() == [(0, 0, {"device": 0, "host": 0, "disk": 0})] * 3
+    evict(three_tiers)
+    again = accounts()
+    n = again[0][0]
+    assert n > 0
+    assert again == [(n, n, {"device": 0, "host": 0, "disk": n})] * 3
 
 
 def test_openai_chat_streaming(three_tiers: Server, client: OpenAI) -> None:

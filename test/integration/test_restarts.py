@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,29 @@ def test_after_sigterm_the_disk_serves(
 
     assert (again.device, again.host, again.disk) == (0, 0, N_REUSABLE)
     check_answers([again], [prompt], oracle)
+    server.check_log()
+
+
+def test_sigterm_under_load_cuts_nobody_off_and_loses_no_page(
+    server: Server, oracle: Oracle, prompts: PromptMaker
+) -> None:
+    """Some run, some queue, one waits for the disk when the signal comes."""
+    stored = prompts.tokens("drained from disk", N_TOKENS)
+    generate(server, stored)
+    wait_for_disk(server)
+    server.flush_cache()
+    asked = [stored, *(prompts.tokens(f"drained {i}", 200) for i in range(7))]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = [pool.submit(generate, server, prompt, 40) for prompt in asked]
+        time.sleep(1.0)
+        assert not all(answer.done() for answer in answers), "the load had ended before the signal"
+        server.stop(timeout_s=120)
+
+    truths = oracle.all_output_ids([(prompt, 40) for prompt in asked])
+    assert [answer.result().output_ids for answer in answers] == truths
+    server.start()
+    # Of 200 tokens, 12 whole pages can be reused.
+    assert [answer.disk for answer in one_by_one(server, asked)] == [N_REUSABLE, *[192] * 7]
     server.check_log()
 
 

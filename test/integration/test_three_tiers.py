@@ -184,6 +184,59 @@ def test_metrics_count_hits_transfers_and_residency(
     assert after.of(names.DISK_DEGRADED) == 0
 
 
+#: Of SGLang's own metrics, what boards made for it read.
+ON_BOARDS = {
+    *("sglang:num_running_reqs", "sglang:num_queue_reqs", "sglang:gen_throughput"),
+    *("sglang:token_usage", "sglang:cache_hit_rate", "sglang:num_used_tokens"),
+    *("sglang:time_to_first_token_seconds_bucket", "sglang:inter_token_latency_seconds_bucket"),
+    *("sglang:e2e_request_latency_seconds_bucket", "sglang:hicache_host_used_tokens"),
+}
+
+
+def test_sglang_s_own_metrics_say_what_answers_say(
+    three_tiers: Server, prompts: PromptMaker
+) -> None:
+    """Boards that were made for SGLang read its names, not ours. Health checks are in neither."""
+    wait_for_disk(three_tiers)
+    before = scrape(three_tiers)
+    assert three_tiers.get("/health_generate").status_code == 200
+    prompt = prompts.tokens("boards", N_TOKENS)
+    answers = [generate(three_tiers, prompt), generate(three_tiers, prompt)]
+    wait_for_disk(three_tiers)
+    host_used = scrape(three_tiers).value("sglang:hicache_host_used_tokens")
+    push_out_of_device(three_tiers, prompts, "boards")
+    answers.append(generate(three_tiers, prompt))
+    empty_device_and_host(three_tiers)
+    answers.append(generate(three_tiers, prompt + prompts.tokens("boards, longer", 40)))
+    wait_for_disk(three_tiers)
+    after = scrape(three_tiers)
+
+    def moved(name: str, **labels: str) -> float:
+        return after.value(name, **labels) - before.value(name, **labels)
+
+    n_others = 4
+    assert moved("sglang:num_requests_total") == len(answers) + n_others
+    n_prompt = sum(answer.prompt_tokens for answer in answers) + n_others * N_TOKENS
+    assert moved("sglang:prompt_tokens_total") == n_prompt
+    assert moved(names.PROMPT_TOKENS.name) == n_prompt
+    assert moved(f"{names.WAIT_SECONDS.name}_count") == len(answers) + n_others
+    assert moved("sglang:generation_tokens_total") == 8 * len(answers) + n_others
+    for source, tier in (("device", "device"), ("host", "host"), ("storage", "disk")):
+        said = sum(getattr(answer, tier) for answer in answers)
+        assert said > 0, tier
+        found = sum(
+            moved("sglang:cached_tokens_total", cache_source=name)
+            for name in after.values_of("sglang:cached_tokens_total", "cache_source")
+            if name.startswith(source)
+        )
+        assert found == said, source
+        assert moved(names.HIT_TOKENS.name, tier=tier) == said
+    assert after.sample_names >= ON_BOARDS
+    for name in ("sglang:token_usage", "sglang:cache_hit_rate"):
+        assert 0 <= after.value(name) <= 1
+    assert N_TOKENS - 16 <= host_used <= after.value("sglang:hicache_host_total_tokens")
+
+
 def test_kv_events_name_the_tier(
     three_tiers: Server, prompts: PromptMaker, kv_events: KvEventListener
 ) -> None:

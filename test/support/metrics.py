@@ -29,6 +29,10 @@ class Scrape:
             if sample.name == name and _includes(sample.labels, labels)
         )
 
+    def values_of(self, name: str, label: str) -> set[str]:
+        """The values of that label among the samples of that name."""
+        return {sample.labels[label] for sample in self._samples if sample.name == name}
+
     def of(self, metric: Metric, **labels: str) -> float:
         return self.value(metric.name, **labels)
 

@@ -156,17 +156,17 @@ class Server:
             self.kill_9()
         return code
 
-    def stop(self) -> None:
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """SIGTERM, as a service manager sends it; every process of the group must go."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + STOP_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         try:
-            self.process.wait(STOP_TIMEOUT_S)
+            self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill_9()
             raise ServerError(
-                f"the server ignored SIGTERM for {STOP_TIMEOUT_S} s{self.tail()}"
+                f"the server ignored SIGTERM for {timeout_s:.0f} s{self.tail()}"
             ) from None
         while self._group_alive() and time.monotonic() < deadline:
             time.sleep(0.1)

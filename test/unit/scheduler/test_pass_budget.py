@@ -116,3 +116,17 @@ def test_what_fits_whole_need_not_wait_for_more_room() -> None:
 
 def test_without_objectives_nothing_limits() -> None:
     assert math.isinf(arrivals_limit_s(state(CPU, 2048), 0, math.inf, 0.1))
+
+
+@pytest.mark.parametrize("costs", [GPU, CPU], ids=["GPU", "CPU"])
+@pytest.mark.parametrize("seconds", [1e-6, 0.05, 1.0, 60.0, math.inf])
+@pytest.mark.parametrize("cached", [0, 6_000, 30_000])
+@pytest.mark.parametrize("first_tokens", [0, 300, 7_500])
+def test_no_pass_is_longer_than_sglangs_chunk(
+    costs: CostModel, seconds: float, cached: int, first_tokens: int
+) -> None:
+    """Health checks are answered between passes, so they find the server no busier than without."""
+    budget = PassBudget(seconds, 1.0, 900, 3, 128, mix_decodes=True, saves_up=False)
+    for due_s in (0.0, 10.0, math.inf):
+        tokens = chunk_tokens(state(costs, 2048), budget, cached, first_tokens, due_s)
+        assert tokens <= 2048 + 3

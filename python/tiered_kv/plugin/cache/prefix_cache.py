@@ -32,7 +32,7 @@ from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.node import Node
 from tiered_kv.plugin.cache.observer import NoObserver, RequestObserver
 from tiered_kv.plugin.cache.weight_names import WeightNames
-from tiered_kv.plugin.requests.view import is_named_by_tokens
+from tiered_kv.plugin.requests.view import is_named_by_tokens, is_probe
 from tiered_kv.tiers.context import device_slots_of
 from tiered_kv.tiers.hierarchy import KVHierarchy
 
@@ -186,7 +186,7 @@ class TieredPrefixCache(RadixCache):
         self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int
     ) -> None:
         self.hierarchy.prefetch.release(req.rid)
-        if is_insert:
+        if is_insert and not is_probe(req):
             self.parts.metrics.finished(req)
         is_insert = is_insert and is_named_by_tokens(req)
         self._last_inserted = self.root_node

@@ -200,6 +200,19 @@ HOOKS: tuple[Hook, ...] = (
         process=Process.TOKENIZER,
         why="an slo would not be checked before the request is queued, nor reach the scheduler",
     ),
+    *(
+        Hook(
+            target=f"sglang.srt.managers.tokenizer_manager.TokenizerManager.{method}",
+            kind="around",
+            function=f"tiered_kv.plugin.requests.choices:{function}",
+            process=Process.TOKENIZER,
+            why="with several choices a request would report as cached what it computed itself",
+        )
+        for method, function in (
+            ("_handle_batch_request", "open_accounts"),
+            ("_wait_one_response", "keep_accounts"),
+        )
+    ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.__init__",
         kind="after",

@@ -13,8 +13,6 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
-
 from tiered_kv.api.terms import Terms
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TOKEN_TYPECODE
@@ -22,6 +20,7 @@ from tiered_kv.plugin.requests.view import (
     QUEUED,
     is_aborted,
     is_named_by_tokens,
+    is_probe,
     queued_of,
     report_of,
     terms_of,
@@ -106,8 +105,7 @@ class QueuedRequests:
             self.lives.abort(queued, self._clock.now_s)
 
     def _make(self, req: Req) -> QueuedRequest:
-        is_probe = req.rid.startswith(HEALTH_CHECK_RID_PREFIX)  # nobody was promised anything
-        terms = Terms() if is_probe else terms_of(req)
+        terms = Terms() if is_probe(req) else terms_of(req)
         self._next_id += 1
         return QueuedRequest(
             request_id=self._next_id,
@@ -210,7 +208,8 @@ class QueuedRequests:
             self._left_queue(queued.request_id)
             admitted.add(req)
             if is_first:
-                self._metrics.admitted(queued, now_s)
+                if not is_probe(req):
+                    self._metrics.admitted(queued, now_s)
                 forest = self._hierarchy.context.forest
                 _credit_source(req, forest.take_ahead(req.last_node, Tier.DEVICE))
                 if (report := report_of(req)) is not None:

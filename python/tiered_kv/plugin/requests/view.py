@@ -44,6 +44,13 @@ def is_aborted(req: Req) -> bool:
     return isinstance(req.finished_reason or req.to_finish, FINISH_ABORT)
 
 
+def is_probe(req: Req) -> bool:
+    """Whether `req` is a health check's: nobody was promised anything, and nobody counts it."""
+    from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+
+    return req.rid.startswith(HEALTH_CHECK_RID_PREFIX)
+
+
 def is_named_by_tokens(req: Req) -> bool:
     """Whether a prompt's KV depends on its token ids alone, so that they may name it.
 

@@ -97,6 +97,12 @@ FRONT_ENDS = (
         "self obj request",
         "requests.adapter",
     ),
+    *methods(
+        f"{SRT}.managers.tokenizer_manager.TokenizerManager",
+        "requests.choices",
+        _handle_batch_request="obj request",
+        _wait_one_response="obj request",
+    ),
     object_(
         f"{SRT}.managers.tokenizer_manager.TokenizerManager",
         "preferred_sampling_params",
@@ -105,7 +111,7 @@ FRONT_ENDS = (
     object_(
         f"{SRT}.managers.io_struct.GenerateReqInput",
         "sampling_params batch_size parallel_sample_num extra_key received_time",
-        "requests.adapter requests.openai_responses requests.salts",
+        "requests.adapter requests.choices requests.openai_responses requests.salts",
     ),
     function(
         f"{SRT}.entrypoints.openai.serving_base.OpenAIServingBase._compute_extra_key",

@@ -142,7 +142,7 @@ QUEUE = (
         "queue.put_back decode.swap_out",
     ),
     object_(f"{SRT}.managers.schedule_batch.FINISH_ABORT", "", "requests.view"),
-    object_(f"{SRT}.constants.HEALTH_CHECK_RID_PREFIX", "", "queue.queued"),
+    object_(f"{SRT}.constants.HEALTH_CHECK_RID_PREFIX", "", "requests.view"),
     object_(
         f"{SRT}.managers.io_struct.TokenizedGenerateReqInput", "rid time_stats", "queue.clock_tick"
     ),
