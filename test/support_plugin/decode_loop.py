@@ -54,12 +54,12 @@ from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.iteration_policy import IterationPolicy
 from tiered_kv.scheduler.request_policy import request_policies
 from tiered_kv.tiers.cold.local_pages import LocalStore
-from tiered_kv.tiers.cold.store import PageStore
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import CpuPageCopier, buffer_format
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.in_memory import InMemoryStore
+from tiered_kv.tiers.page_store import PageStore
 
 
 class PretendDisk:

@@ -47,7 +47,6 @@ from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.tiers.cold.local_pages import LocalStore
 from tiered_kv.tiers.cold.object_store import ObjectStore
 from tiered_kv.tiers.cold.read_queue import ReadQueue
-from tiered_kv.tiers.cold.store import PageStore, StoreTraits
 from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.cold.writes import ColdWrite
 from tiered_kv.tiers.context import TierContext, device_slots_of
@@ -57,6 +56,7 @@ from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.in_memory import InMemoryStore
 from tiered_kv.tiers.page_format import PageFormat
+from tiered_kv.tiers.page_store import PageStore, StoreTraits
 from tiered_kv.tiers.transfer import Collective, SingleRank, TransferQueue
 
 #: How long a transfer is held back from a call that must wait for it.

@@ -15,11 +15,11 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.results import Match
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.scheduler.calibration import Calibrator
-from tiered_kv.tiers.cold.store import PageStore
 from tiered_kv.tiers.device import After, DeviceSlots, PageCopier
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.pacing import WriteBackPacer
 from tiered_kv.tiers.page_format import PageFormat
+from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.timeline import TimelineFile
 from tiered_kv.tiers.transfer import Collective, Completion, J, SingleRank

@@ -23,11 +23,11 @@ from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import InsertResult
 from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.scheduler.calibration import StepObservation
-from tiered_kv.tiers.cold.store import PageStore
 from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import DeviceSlots
 from tiered_kv.tiers.load_back import LoadBack
+from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.prefetch import Prefetch
 from tiered_kv.tiers.progress import SETTLE_TIMEOUT_S, Finish, Progress
 from tiered_kv.tiers.ticket import path_up

@@ -26,9 +26,9 @@ from tiered_kv.scheduler.read_order import ReadOrder, Urgency
 from tiered_kv.tiers.cold.lookup import ColdLookup, Lookups
 from tiered_kv.tiers.cold.read_queue import ColdRead
 from tiered_kv.tiers.cold.reads import HeldReads
-from tiered_kv.tiers.cold.stored import Stored, prompt_of
 from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.context import TierContext
+from tiered_kv.tiers.stored_pages import Stored, prompt_of
 from tiered_kv.tiers.ticket import (
     Ticket,
     count_held,

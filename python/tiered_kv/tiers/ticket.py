@@ -12,9 +12,9 @@ import numpy as np
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers.cold.stored import Stored
 from tiered_kv.tiers.context import host_pages_of
 from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.stored_pages import Stored
 
 
 @dataclass(slots=True, eq=False)

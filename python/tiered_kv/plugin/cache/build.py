@@ -32,7 +32,6 @@ from tiered_kv.plugin.passes.step_times import StepTimes
 from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.cost_model import CostModel, PlacementCosts
 from tiered_kv.tiers.cold.local_pages import LocalStore
-from tiered_kv.tiers.cold.store import PageStore
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import After, PageCopier
 from tiered_kv.tiers.disk.tier import DiskTier
@@ -41,6 +40,7 @@ from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.interference import InterferenceBudget
 from tiered_kv.tiers.memory_limits import available_bytes
 from tiered_kv.tiers.pacing import WriteBackPacer
+from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.timeline import TimelineFile
 from tiered_kv.tiers.transfer import Collective, SingleRank
 

@@ -14,10 +14,10 @@ from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.passes.pass_log import PassLog
 from tiered_kv.plugin.passes.step_times import StepTimes
 from tiered_kv.scheduler.cost_model import CostModel
-from tiered_kv.tiers.cold.store import PageStore
 from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
+from tiered_kv.tiers.page_store import PageStore
 
 
 class RankMinimum:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tiered_kv.tiers.cold.store import PageStore
     from tiered_kv.tiers.hierarchy import KVHierarchy
+    from tiered_kv.tiers.page_store import PageStore
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from tiered_kv.core.ids import PageHash, Tier
-from tiered_kv.tiers.cold.store import StoreTraits
 from tiered_kv.tiers.page_format import PageFormat
+from tiered_kv.tiers.page_store import StoreTraits
 
 
 class LocalPages(Protocol):

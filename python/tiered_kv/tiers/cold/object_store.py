@@ -19,8 +19,8 @@ import numpy.typing as npt
 import xxhash
 
 from tiered_kv.core.ids import PageHash
-from tiered_kv.tiers.cold.store import StoreTraits
 from tiered_kv.tiers.gate import Gate
+from tiered_kv.tiers.page_store import StoreTraits
 
 MAGIC = b"TKVOBJ01"
 #: magic, payload bytes, namespace id, page hash

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.probes import PROBE_PAGES
 from tiered_kv.scheduler.read_order import LEAST_URGENT, Urgency
-from tiered_kv.tiers.cold.store import PageStore
 from tiered_kv.tiers.context import Epoch, TierContext
+from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.timeline import store_reads
 from tiered_kv.tiers.transfer import Completion, TransferQueue

@@ -8,10 +8,10 @@ from typing import Any
 from tiered_kv.core.ids import PageHash, Tier
 from tiered_kv.memory.probes import Probes
 from tiered_kv.tiers.cold.read_queue import ReadQueue, read_stretch
-from tiered_kv.tiers.cold.store import PageStore, StoreTraits
 from tiered_kv.tiers.cold.use import DroppedPages, UsedPages
 from tiered_kv.tiers.cold.writes import ColdWrites
 from tiered_kv.tiers.context import TierContext
+from tiered_kv.tiers.page_store import PageStore, StoreTraits
 from tiered_kv.tiers.transfer import TransferQueue
 
 

@@ -15,8 +15,8 @@ from itertools import chain, islice
 from tiered_kv.core.ids import PageHash, Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers.cold.store import PageStore
 from tiered_kv.tiers.context import TierContext
+from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.transfer import TransferQueue
 
 #: Nodes that are looked at in one poll when the store has given pages up.

@@ -15,9 +15,9 @@ from itertools import chain
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers.cold.store import PageStore
 from tiered_kv.tiers.context import Epoch, TierContext, host_pages_of
 from tiered_kv.tiers.deferred import DeferredNodes
+from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Completion, TransferQueue, Wanted
 

@@ -18,10 +18,10 @@ from support_tiers.shared_blobs import SharedBlobs, lies
 from tiered_kv.core.ids import Tier
 from tiered_kv.tiers.cold.local_pages import LocalStore
 from tiered_kv.tiers.cold.object_store import ObjectStore
-from tiered_kv.tiers.cold.store import PageStore, StoreTraits
 from tiered_kv.tiers.disk.store import DiskStore
 from tiered_kv.tiers.in_memory import InMemoryStore
 from tiered_kv.tiers.page_format import PageFormat
+from tiered_kv.tiers.page_store import PageStore, StoreTraits
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -1,7 +1,7 @@
 """What a cold store does for the tiers, and what it says of itself.
 
 A store keeps the pages of one namespace below the host: the local disk, a store that a cluster
-shares. Its calls block, and are made on threads of its own tier (`cold.tier`); only `known` and
+shares. Its calls block, and are made on threads of its own tier (`cold/tier.py`); only `known` and
 `drain_dropped` are called by the scheduler's thread, and wait for nothing. None of them raises
 because of what is outside the process: what cannot be had is a miss, what cannot be stored is not
 stored.
