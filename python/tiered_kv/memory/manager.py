@@ -48,21 +48,6 @@ class MemoryManager:
             Tier.REMOTE: True,
         }
 
-    def is_enabled(self, tier: Tier) -> bool:
-        """Whether pages are sent to `tier`."""
-        return self._enabled.get(tier, False)
-
-    def enable(self, tier: Tier) -> None:
-        """Send pages to `tier` from now on."""
-        self._enabled[tier] = True
-
-    def disable(self, tier: Tier) -> None:
-        """Send no more pages to `tier`, for example because it failed.
-
-        What is there already can still be loaded and dropped.
-        """
-        self._enabled[tier] = False
-
     # -- downwards ----------------------------------------------------------------------------
 
     def on_insert(self, adopted: Iterable[Node]) -> list[WriteBack]:
@@ -250,7 +235,7 @@ class MemoryManager:
         return tuple(wanted)
 
     def _write_through(self, nodes: Iterable[Node], source: Tier, target: Tier) -> list[WriteBack]:
-        if not self.is_enabled(target):
+        if not self._enabled[target]:
             return []
         return [
             WriteBack(node.node_id, source, target)

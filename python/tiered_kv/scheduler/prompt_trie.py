@@ -97,10 +97,6 @@ class PromptTrie:
             at = at.parent
         self._tidy(node)
 
-    def computing(self) -> tuple[int, ...]:
-        """Ids of those who were started and not stopped."""
-        return tuple(self._computing_at)
-
     def node(self, request_id: int) -> TrieNode:
         """Where the prompt of a waiting request ends. Raises KeyError for others."""
         return self._place[request_id]

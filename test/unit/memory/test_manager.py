@@ -77,19 +77,9 @@ def test_nothing_is_sent_to_a_tier_that_is_off(
     forest: Forest, path: list[Node], config: MemoryConfig, to_host: bool, to_disk: bool
 ) -> None:
     manager = MemoryManager(forest, config)
-    assert bool(manager.on_insert(path)) is to_host is manager.is_enabled(HOST)
+    assert bool(manager.on_insert(path)) is to_host
     forest.set_resident(path[0], HOST, [0])
-    assert bool(manager.on_host_resident(path)) is to_disk is manager.is_enabled(DISK)
-
-
-def test_a_tier_may_fail_and_come_back(forest: Forest, path: list[Node]) -> None:
-    manager = MemoryManager(forest, MemoryConfig())
-    forest.set_resident(path[0], HOST, [0])
-    manager.disable(DISK)
-    assert manager.on_host_resident(path) == []
-    assert len(manager.on_insert(path)) == 2
-    manager.enable(DISK)
-    assert len(manager.on_host_resident(path)) == 1
+    assert bool(manager.on_host_resident(path)) is to_disk
 
 
 # -- loads ------------------------------------------------------------------------------------
