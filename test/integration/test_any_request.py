@@ -138,6 +138,29 @@ def test_settings_that_leave_no_token(
         assert odd.json()["meta_info"]["finish_reason"]["type"] in ("stop", "length")
 
 
+def test_some_ask_for_the_probabilities_of_tokens(server: Server) -> None:
+    """In one batch with others that want plain ones, or none."""
+    wishes: list[Any] = [[5, 6], None, [], [7]] * 3
+    kinds = [True, True, True, True, True, False, True, True, False, True, True, True]
+
+    def ask(number: int) -> Any:
+        body = {
+            "input_ids": [5, 6, 7 + number] * 10,
+            "sampling_params": {"max_new_tokens": 24, "ignore_eos": True},
+            "return_logprob": kinds[number],
+            "token_ids_logprob": wishes[number],
+        }
+        return server.post("/generate", body)
+
+    with ThreadPoolExecutor(len(wishes)) as pool:
+        answers = list(pool.map(ask, range(len(wishes))))
+    for answer, ids, is_told in zip(answers, wishes, kinds, strict=True):
+        assert answer.status_code == 200, answer.text
+        told = answer.json()["meta_info"].get("output_token_ids_logprobs") or []
+        assert [len(row or []) for row in told] == [len(ids or [])] * len(told)
+        assert len(told) == 24 or not (ids and is_told)
+
+
 def test_two_thousand(server: Server) -> None:
     check_any(server, 2_000)
 

@@ -60,6 +60,13 @@ GUARD_HOOKS = (
         why="a request whose own settings leave no token to draw would end the server",
     ),
     Hook(
+        target="sglang.srt.layers.logprob_processor.OutputLogprobProcessor.compute_logprobs",
+        kind="after",
+        function="tiered_kv.plugin.requests.sampling:rows_without_tokens",
+        process=Process.SCHEDULER,
+        why="log-probabilities of some tokens for one request of a batch would end the server",
+    ),
+    Hook(
         target="sglang.srt.managers.scheduler.Scheduler.handle_generate_request",
         kind="around",
         function=f"{_GUARD}:contain_arrival",

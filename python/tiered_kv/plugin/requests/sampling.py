@@ -1,7 +1,8 @@
-"""Tokens for requests whose own settings leave none: they end, and nobody else does.
+"""What a request's own settings make of a pass's logits costs that request alone.
 
 A grammar that allows nothing but the end, and `min_new_tokens` that forbids it; biases that add up
-to infinity. Nothing can be drawn from what is left, and SGLang's scheduler ends when it tries.
+to infinity. Nothing can be drawn from what is left, and SGLang's scheduler ends when it tries. It
+ends, too, when one request of a batch wants log-probabilities of some tokens, and another does not.
 """
 
 from __future__ import annotations
@@ -41,3 +42,15 @@ def _changes_logits(info: Any) -> bool:
         or info.acc_scaling_penalties is not None
         or (info.penalizer_orchestrator and info.penalizer_orchestrator.is_required)
     )
+
+
+def rows_without_tokens(result: Any, processor: Any, logprobs: torch.Tensor, *_: Any) -> None:
+    """AFTER `OutputLogprobProcessor.compute_logprobs`: no values are an empty tensor, not a list.
+
+    Whoever moves them off the device asks each row's for `tolist`.
+    """
+    if result.token_ids_logprobs_val is not None:
+        result.token_ids_logprobs_val = [
+            row if torch.is_tensor(row) else logprobs.new_empty(0)
+            for row in result.token_ids_logprobs_val
+        ]

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tiered_kv.plugin.requests.sampling import allow_the_end, leave_the_end
+from tiered_kv.plugin.requests.sampling import (
+    allow_the_end,
+    leave_the_end,
+    rows_without_tokens,
+)
 
 END = 3
 INF, NAN = float("inf"), float("nan")
@@ -74,3 +78,18 @@ def test_only_batches_with_such_settings_are_looked_at(
     leave_the_end(original, runner, output, info(**changes))
     assert called == [output]
     assert (float(logits[0, END]) == 0.0) is is_looked_at
+
+
+def test_rows_whose_request_asks_for_no_tokens() -> None:
+    pytest.importorskip("sglang")
+    from sglang.srt.layers.logprob_processor import OutputLogprobProcessor
+
+    logprobs = torch.log_softmax(torch.arange(12.0).reshape(3, 4), dim=-1)
+    asked: list[Any] = [[1, 2], None, [3]]
+    result = OutputLogprobProcessor().compute_logprobs(
+        logprobs, [0, 0, 0], asked, torch.tensor([0, 1, 2])
+    )
+    rows_without_tokens(result, None, logprobs)
+    assert result.token_ids_logprobs_val is not None
+    lists = [row.tolist() for row in result.token_ids_logprobs_val]
+    assert lists == [logprobs[0, [1, 2]].tolist(), [], logprobs[2, [3]].tolist()]

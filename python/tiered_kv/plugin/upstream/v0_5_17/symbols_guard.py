@@ -56,6 +56,16 @@ GUARD = (
         "requests.sampling",
     ),
     object_(f"{SRT}.configs.model_config.ModelConfig", "hf_eos_token_id", "requests.sampling"),
+    *methods(
+        f"{SRT}.layers.logprob_processor.OutputLogprobProcessor",
+        "requests.sampling",
+        compute_logprobs="logprobs top_logprobs_nums token_ids_logprobs batch_next_token_ids",
+    ),
+    object_(
+        f"{SRT}.layers.logprob_processor.LogprobResult",
+        "token_ids_logprobs_val",
+        "requests.sampling",
+    ),
     object_(
         f"{SRT}.server_args.ServerArgs",
         "tokenizer_metrics_allowed_custom_labels",
