@@ -9,7 +9,8 @@ Measured: opening a full store of ten million pages, and how long another thread
 to wait meanwhile; then for `--seconds` writes as fast as the device takes them, which must reclaim
 as much as they bring, beside reads and a thread that looks pages up as a scheduler does: the
 longest time in which nothing was written, the longest lookup; closing after pages all over the
-store were read; clearing.
+store were read; clearing. Beside what took long it says what the machine had to do with it (see
+`delays.py`).
 
 Example: python benchmark/micro/disk_at_scale.py --json benchmark/results/disk_at_scale.json
 """
@@ -28,11 +29,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from delays import BEAT_S, Control, Distribution, Pulse, Times
 from disk_index import current_rss, settle_index
 
 from tiered_kv.tiers.disk.budget import Budget
@@ -125,20 +127,25 @@ class Result:
     index_bytes: int
     open_s: float
     open_cold_s: float
-    longest_pause_while_opening_ms: float
-    """Of another thread of the process, which wanted to run every millisecond."""
+    beside_opening: Distribution
+    """By how much another thread of the process, which slept for a millisecond, slept too long."""
+    control_beside_opening: Distribution
+    """Likewise another process."""
     memory_bytes_per_page: float
     count_prefix_2000_ms: float
     count_prefix_2000_scattered_ms: float
     seconds: float = 0.0
     written_gb_per_s: float = 0.0
     batch_mib: float = 0.0
-    longest_without_a_write_ms: float = 0.0
-    median_batch_ms: float = 0.0
+    batches: Distribution | None = None
+    """Of one thread that writes one batch after the other: in its longest nothing was written."""
+    longest_wait_for_room_ms: float = 0.0
     reclaimed_segments: int = 0
     moved_pages: int = 0
-    longest_lookup_ms: float = 0.0
+    lookups: Distribution | None = None
     """Of 64 pages, beside the writes, together with `stats`."""
+    control: Distribution | None = None
+    """By how much a process that slept for a millisecond slept too long, beside the writes."""
     longest_choice_of_victim_ms: float = 0.0
     pages_read: int = 0
     save_order_of_use_and_close_s: float = 0.0
@@ -183,31 +190,6 @@ def fill(directory: Path, capacity: int, n_segments: int, slots: int, page_bytes
     index.close()
 
 
-class Pulse:
-    """A thread that does something every millisecond and notes the longest that it took."""
-
-    def __init__(self, act: Callable[[], object]) -> None:
-        self.longest_s = 0.0
-        self._act = act
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat)
-
-    def _beat(self) -> None:
-        while not self._stop.is_set():
-            started = time.perf_counter()
-            self._act()
-            self.longest_s = max(self.longest_s, time.perf_counter() - started)
-            time.sleep(0.001)
-
-    def __enter__(self) -> Pulse:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
 class Scale:
     """The store and what is done to it."""
 
@@ -232,7 +214,8 @@ class Scale:
         store, cold_s = self.open()
         store.close()
         rss = current_rss()
-        with Pulse(lambda: time.sleep(0.001)) as pulse:
+        control = Control()
+        with Pulse(lambda: time.sleep(BEAT_S)) as pulse:
             store, open_s = self.open()
         stats = store.stats()
         ns = store.namespace(NAMESPACE, self._page_bytes)
@@ -246,7 +229,8 @@ class Scale:
             index_bytes=store._index.n_bytes,
             open_s=open_s,
             open_cold_s=cold_s,
-            longest_pause_while_opening_ms=(pulse.longest_s - 0.001) * 1e3,
+            beside_opening=pulse.distribution(BEAT_S),
+            control_beside_opening=control.end(),
             memory_bytes_per_page=(current_rss() - rss) / stats.pages,
             count_prefix_2000_ms=self._time_lookup(ns, range(first, first + 2000)),
             count_prefix_2000_scattered_ms=self._time_lookup(
@@ -273,6 +257,7 @@ class Scale:
         deadline = time.perf_counter() + self._options.seconds
         before = store.stats()
         choosing = slowest_call(store._keeper._reclaimer, "_choose_victim")
+        allocating = slowest_call(store._space, "allocate")
 
         def look_up() -> None:
             first = choose.randrange(self._pages)
@@ -286,26 +271,32 @@ class Scale:
                 ns.read_pages([page_name(i) for i in range(first, first + 8)], targets)
 
         reader = threading.Thread(target=read)
-        batches: list[float] = []
+        batches = Times()
         number = self._pages
+
+        def write() -> None:
+            if ns.write_pages(names, buffers) != n:
+                raise RuntimeError("a write failed")
+
+        control = Control()
         with Pulse(look_up) as pulse:
             reader.start()
-            while (started := time.perf_counter()) < deadline:
+            while time.perf_counter() < deadline:
                 names = [page_name(i) for i in range(number, number + n)]
-                if ns.write_pages(names, buffers) != n:
-                    raise RuntimeError("a write failed")
-                batches.append(time.perf_counter() - started)
+                batches.measure(write)
                 number += n
             reader.join()
+        result.control = control.end()
         after = store.stats()
         result.seconds = self._options.seconds
         result.batch_mib = n * self._page_bytes / MIB
-        result.written_gb_per_s = len(batches) * n * self._page_bytes / sum(batches) / 1e9
-        result.longest_without_a_write_ms = max(batches) * 1e3
-        result.median_batch_ms = sorted(batches)[len(batches) // 2] * 1e3
+        n_bytes = len(batches.seconds) * n * self._page_bytes
+        result.written_gb_per_s = n_bytes / sum(batches.seconds) / 1e9
+        result.batches = batches.distribution()
+        result.longest_wait_for_room_ms = allocating[0] * 1e3
         result.reclaimed_segments = after.reclaimed_segments - before.reclaimed_segments
         result.moved_pages = after.moved_pages - before.moved_pages
-        result.longest_lookup_ms = pulse.longest_s * 1e3
+        result.lookups = pulse.distribution()
         result.longest_choice_of_victim_ms = choosing[0] * 1e3
         result.pages_read = after.reads - before.reads
 
@@ -349,6 +340,16 @@ def slowest_call(owner: object, name: str) -> list[float]:
     return longest
 
 
+def tell(result: Result) -> None:
+    for field in fields(result):
+        value = getattr(result, field.name)
+        if isinstance(value, Distribution):
+            value = ", ".join(f"{name} {number:,.4g}" for name, number in asdict(value).items())
+        elif isinstance(value, float):
+            value = f"{value:,.2f}"
+        print(f"{field.name:<34} {value}")
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -370,12 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = Scale(directory / "disk", options).measure()
     finally:
         shutil.rmtree(directory)
-    for name, value in asdict(result).items():
-        print(
-            f"{name:<34} {value:>16,.2f}"
-            if isinstance(value, float)
-            else f"{name:<34} {value:>16,}"
-        )
+    tell(result)
     if options.json is not None:
         machine = {
             "cpu_count": os.cpu_count(),

@@ -144,8 +144,11 @@ class Keeper:
     def _try(self, job: _Job) -> bool:
         try:
             did = job.run()
-        except (OSError, sqlite3.Error) as error:
-            if not job.pause_s:
+        except Exception as error:
+            # Whatever it is: what comes after this job must not be kept from being done.
+            if not isinstance(error, OSError | sqlite3.Error):
+                logger.exception("Disk tier %s: an error nobody foresaw", self._directory)
+            elif not job.pause_s:
                 logger.warning(
                     "Disk tier %s: something that nobody waits for went wrong (%s); it is tried "
                     "again by itself.",

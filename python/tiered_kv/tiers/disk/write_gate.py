@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import threading
 import time
@@ -13,11 +14,21 @@ FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 
 
+class Admission(enum.Enum):
+    """A write that may go ahead; it is over with `succeed`, `fail` or `leave`."""
+
+    WRITE = enum.auto()
+    PROBE = enum.auto()
+    """It tells whether the disk can be written again."""
+
+
 class WriteGate:
     """Open while writes work. A failure closes it for 1 s, 2 s, 4 s ... at most 60 s.
 
     When a pause is over one write is let through; if it works the gate opens, if it fails the
-    next pause is twice as long. One line is logged when the gate closes, one when it opens.
+    next pause is twice as long, and if it comes to nothing (its caller has gone, or there is no
+    room) the next write is let through at once. One line is logged when the gate closes, one when
+    it opens.
     """
 
     def __init__(
@@ -41,27 +52,31 @@ class WriteGate:
     def is_degraded(self) -> bool:
         return self._read_only or self._pause_s > 0.0
 
-    def try_enter(self) -> bool:
-        """May this write go ahead? Every True must be answered by `succeed` or `fail`."""
+    def try_enter(self) -> Admission | None:
+        """May this write go ahead?"""
         if not self.is_degraded:
-            return True
+            return Admission.WRITE
         with self._lock:
             if self._read_only or self._probing or self._now() < self._retry_at:
-                return False
+                return None
             self._probing = True
-            return True
+            return Admission.PROBE
 
-    def fail(self, error: BaseException) -> None:
-        """A write that was let through has failed."""
-        with self._lock:
-            was_open = not self.is_degraded
-            if not was_open:
-                if self._probing:
-                    self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
-                self._probing = False
-                self._retry_at = self._now() + self._pause_s
-        if was_open:
+    def fail(self, admission: Admission, error: BaseException) -> None:
+        """The write has failed. One that began before the gate was closed says nothing new."""
+        if admission is Admission.WRITE:
             self.shut(error)
+            return
+        with self._lock:
+            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+            self._retry_at = self._now() + self._pause_s
+            self._probing = False
+
+    def leave(self, admission: Admission) -> None:
+        """Nothing was written, but for no fault of the disk's: it proves nothing."""
+        if admission is Admission.PROBE:
+            with self._lock:
+                self._probing = False
 
     def shut(self, error: BaseException) -> None:
         """Something else than a write has failed, in a way that writes had better wait for."""
@@ -78,13 +93,12 @@ class WriteGate:
             error,
         )
 
-    def succeed(self) -> None:
-        if not self.is_degraded:
+    def succeed(self, admission: Admission) -> None:
+        """Something was written. Only a probe opens the gate: what began before the failure proves
+        nothing."""
+        if admission is Admission.WRITE:
             return
         with self._lock:
-            # A write that began before the failure proves nothing: only the probe opens the gate.
-            if not self._probing:
-                return
             closed_s = self._now() - self._closed_at
             self._probing = False
             self._pause_s = 0.0
