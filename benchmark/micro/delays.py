@@ -102,6 +102,22 @@ class Times:
         )
 
 
+def slowest_call(owner: object, name: str) -> list[float]:
+    """Times a method from now on; the longest of its calls is in the list that is returned."""
+    longest = [0.0]
+    original = getattr(owner, name)
+
+    def timed(*args: object, **kwargs: object) -> object:
+        started = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            longest[0] = max(longest[0], time.perf_counter() - started)
+
+    setattr(owner, name, timed)
+    return longest
+
+
 class Pulse:
     """A thread that does something every millisecond and notes how long it took."""
 

@@ -34,7 +34,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from delays import BEAT_S, Control, Distribution, Pulse, Times
+from delays import BEAT_S, Control, Distribution, Pulse, Times, slowest_call
 from disk_index import current_rss, settle_index
 
 from tiered_kv.tiers.disk.budget import Budget
@@ -151,6 +151,7 @@ class Result:
     save_order_of_use_and_close_s: float = 0.0
     clear_ms: float = 0.0
     clear_to_first_new_page_ms: float = 0.0
+    batches_while_deleting: Distribution | None = None
     clear_to_all_deleted_s: float = 0.0
     index_bytes_after_clear: int = 0
 
@@ -190,6 +191,25 @@ def fill(directory: Path, capacity: int, n_segments: int, slots: int, page_bytes
     index.close()
 
 
+class Writes:
+    """Batches of new pages, one after the other."""
+
+    def __init__(self, ns: DiskNamespace, n_pages: int, first_number: int) -> None:
+        self.times = Times()
+        self._ns = ns
+        self._number = first_number
+        self._buffers = [memoryview(mmap.mmap(-1, ns.slot_bytes))] * n_pages
+
+    def write(self) -> None:
+        n = len(self._buffers)
+        names = [page_name(number) for number in range(self._number, self._number + n)]
+        self._number += n
+        n_written: list[int] = []
+        self.times.measure(lambda: n_written.append(self._ns.write_pages(names, self._buffers)))
+        if n_written != [n]:
+            raise RuntimeError("a write failed")
+
+
 class Scale:
     """The store and what is done to it."""
 
@@ -197,6 +217,7 @@ class Scale:
         self._directory = directory
         self._page_bytes = int(options.page_mib * MIB)
         self._options = options
+        self._n_batch = max(int(options.batch_mib * MIB) // self._page_bytes, 1)
         self._capacity, self.n_segments, self._slots = room_for(options.pages, self._page_bytes)
         fill(directory, self._capacity, self.n_segments, self._slots, self._page_bytes)
         self._pages = self.n_segments * self._slots
@@ -211,9 +232,11 @@ class Scale:
 
     def measure(self) -> Result:
         settle_index(self._directory)
-        store, cold_s = self.open()
-        store.close()
         rss = current_rss()
+        store, cold_s = self.open()
+        # The second time it would find memory that the first has left.
+        rss = current_rss() - rss
+        store.close()
         control = Control()
         with Pulse(lambda: time.sleep(BEAT_S)) as pulse:
             store, open_s = self.open()
@@ -231,7 +254,7 @@ class Scale:
             open_cold_s=cold_s,
             beside_opening=pulse.distribution(BEAT_S),
             control_beside_opening=control.end(),
-            memory_bytes_per_page=(current_rss() - rss) / stats.pages,
+            memory_bytes_per_page=rss / stats.pages,
             count_prefix_2000_ms=self._time_lookup(ns, range(first, first + 2000)),
             count_prefix_2000_scattered_ms=self._time_lookup(
                 ns, [choose.randrange(self._pages) for _ in range(2000)]
@@ -251,8 +274,6 @@ class Scale:
         return (time.perf_counter() - started) * 1e3
 
     def _write(self, store: DiskStore, ns: DiskNamespace, result: Result) -> None:
-        n = max(int(self._options.batch_mib * MIB) // self._page_bytes, 1)
-        buffers = [memoryview(mmap.mmap(-1, ns.slot_bytes))] * n
         choose = random.Random(5)
         deadline = time.perf_counter() + self._options.seconds
         before = store.stats()
@@ -271,28 +292,21 @@ class Scale:
                 ns.read_pages([page_name(i) for i in range(first, first + 8)], targets)
 
         reader = threading.Thread(target=read)
-        batches = Times()
-        number = self._pages
-
-        def write() -> None:
-            if ns.write_pages(names, buffers) != n:
-                raise RuntimeError("a write failed")
-
+        writes = Writes(ns, self._n_batch, self._pages)
         control = Control()
         with Pulse(look_up) as pulse:
             reader.start()
             while time.perf_counter() < deadline:
-                names = [page_name(i) for i in range(number, number + n)]
-                batches.measure(write)
-                number += n
+                writes.write()
             reader.join()
         result.control = control.end()
         after = store.stats()
         result.seconds = self._options.seconds
-        result.batch_mib = n * self._page_bytes / MIB
-        n_bytes = len(batches.seconds) * n * self._page_bytes
-        result.written_gb_per_s = n_bytes / sum(batches.seconds) / 1e9
-        result.batches = batches.distribution()
+        result.batch_mib = self._n_batch * self._page_bytes / MIB
+        seconds = writes.times.seconds
+        n_bytes = len(seconds) * self._n_batch * self._page_bytes
+        result.written_gb_per_s = n_bytes / sum(seconds) / 1e9
+        result.batches = writes.times.distribution()
         result.longest_wait_for_room_ms = allocating[0] * 1e3
         result.reclaimed_segments = after.reclaimed_segments - before.reclaimed_segments
         result.moved_pages = after.moved_pages - before.moved_pages
@@ -314,30 +328,17 @@ class Scale:
         result.clear_ms = (time.perf_counter() - started) * 1e3
         if len(ns) or store.stats().pages:
             raise RuntimeError("not cleared")
-        buffer = memoryview(mmap.mmap(-1, ns.slot_bytes))
-        if ns.write_pages([page_name(0)], [buffer]) != 1:
-            raise RuntimeError("a write after clearing failed")
+        Writes(ns, 1, 0).write()
         result.clear_to_first_new_page_ms = (time.perf_counter() - started) * 1e3
-        store.collect_garbage()
+        deleting = threading.Thread(target=store.collect_garbage)
+        deleting.start()
+        writes = Writes(ns, self._n_batch, 1)
+        while deleting.is_alive():
+            writes.write()
+        result.batches_while_deleting = writes.times.distribution()
         result.clear_to_all_deleted_s = time.perf_counter() - started
         result.index_bytes_after_clear = store._index.n_bytes
         store.close()
-
-
-def slowest_call(owner: object, name: str) -> list[float]:
-    """Times a method from now on; the longest of its calls is in the list that is returned."""
-    longest = [0.0]
-    original = getattr(owner, name)
-
-    def timed(*args: object, **kwargs: object) -> object:
-        started = time.perf_counter()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            longest[0] = max(longest[0], time.perf_counter() - started)
-
-    setattr(owner, name, timed)
-    return longest
 
 
 def tell(result: Result) -> None:

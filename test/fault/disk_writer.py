@@ -14,7 +14,8 @@ Python. The child prints `ready` once the store is open, and then, as it happens
 Three threads write, pages of two sizes, in batches and after pauses of random length; one reads,
 one clears and one closes the store (if the order says so). A child either kills itself, with
 SIGKILL, before or after some system call of the store or some step of its index, of all of them or
-of those in one place (see `PLACES`); or the zygote kills it from outside, at any instant.
+of those in one place (see `PLACES`), or in the middle of a write; or the zygote kills it from
+outside, at any instant.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from tiered_kv.tiers.disk.index import PageIndex
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.io_path import IoMode, Reuse
 from tiered_kv.tiers.disk.namespace import DiskNamespace
+from tiered_kv.tiers.disk.record import BLOCK_BYTES
 from tiered_kv.tiers.disk.store import DiskStore
 
 THREADS = 3
@@ -47,6 +49,8 @@ SEEDS_PER_ROUND = THREADS << 18
 BATCH_PAGES = 24
 SAVE_S = 0.02
 """Upkeep once a minute would hardly ever be met."""
+TEAR = "tear"
+"""A place: within a write of pages, so that only some of its blocks are there."""
 
 UPKEEP = ("refill", "pack", "save_order_of_use", "forget_namespaces", "give_back", "compact")
 PLACES = {
@@ -106,14 +110,19 @@ class Fate:
         yield
         self._count(place)
 
+    def tears(self) -> bool:
+        """Is this the write that a kill cuts off?"""
+        return self._place == TEAR and self._is_due()
+
     def _count(self, place: str) -> None:
-        if self._place not in (None, place):
-            return
+        if self._place in (None, place) and self._is_due():
+            self.strike(place)
+
+    def _is_due(self) -> bool:
         with self._lock:
             assert self._left is not None
             self._left -= 1
-            if self._left <= 0:
-                self.strike(place)
+            return self._left <= 0
 
 
 def place_of_caller() -> str:
@@ -124,6 +133,18 @@ def place_of_caller() -> str:
             names.add(frame.f_code.co_name)
         frame = frame.f_back  # type: ignore[assignment]
     return next((place for place, those in PLACES.items() if names & {*those}), "other")
+
+
+def some_of(buffers: Sequence[memoryview]) -> list[memoryview]:
+    """The first blocks, as they are in the file when a kill cuts a write off."""
+    left = random.randrange(1, max(sum(map(len, buffers)) // BLOCK_BYTES, 2)) * BLOCK_BYTES
+    some = []
+    for buffer in buffers:
+        some.append(buffer[:left])
+        left -= len(some[-1])
+        if not left:
+            break
+    return some
 
 
 class FatefulIo(IoOps):
@@ -142,6 +163,9 @@ class FatefulIo(IoOps):
 
     def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         with self._fate.step():
+            if self._fate.tears():
+                super().pwritev(fd, some_of(buffers), offset)
+                self._fate.strike(TEAR)
             return super().pwritev(fd, buffers, offset)
 
     def allocate(self, fd: int, n_bytes: int) -> None:
