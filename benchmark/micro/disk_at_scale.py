@@ -9,7 +9,8 @@ Measured: opening a full store of ten million pages, and how long another thread
 to wait meanwhile; then for `--seconds` writes as fast as the device takes them, which must reclaim
 as much as they bring, beside reads and a thread that looks pages up as a scheduler does: the
 longest time in which nothing was written, the longest lookup; closing after pages all over the
-store were read; clearing.
+store were read; clearing. Beside what took long it says what the machine had to do with it (see
+`delays.py`).
 
 Example: python benchmark/micro/disk_at_scale.py --json benchmark/results/disk_at_scale.json
 """
@@ -28,11 +29,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from delays import BEAT_S, Control, Distribution, Pulse, Times, slowest_call
 from disk_index import current_rss, settle_index
 
 from tiered_kv.tiers.disk.budget import Budget
@@ -125,25 +127,31 @@ class Result:
     index_bytes: int
     open_s: float
     open_cold_s: float
-    longest_pause_while_opening_ms: float
-    """Of another thread of the process, which wanted to run every millisecond."""
+    beside_opening: Distribution
+    """By how much another thread of the process, which slept for a millisecond, slept too long."""
+    control_beside_opening: Distribution
+    """Likewise another process."""
     memory_bytes_per_page: float
     count_prefix_2000_ms: float
     count_prefix_2000_scattered_ms: float
     seconds: float = 0.0
     written_gb_per_s: float = 0.0
     batch_mib: float = 0.0
-    longest_without_a_write_ms: float = 0.0
-    median_batch_ms: float = 0.0
+    batches: Distribution | None = None
+    """Of one thread that writes one batch after the other: in its longest nothing was written."""
+    longest_wait_for_room_ms: float = 0.0
     reclaimed_segments: int = 0
     moved_pages: int = 0
-    longest_lookup_ms: float = 0.0
+    lookups: Distribution | None = None
     """Of 64 pages, beside the writes, together with `stats`."""
+    control: Distribution | None = None
+    """By how much a process that slept for a millisecond slept too long, beside the writes."""
     longest_choice_of_victim_ms: float = 0.0
     pages_read: int = 0
     save_order_of_use_and_close_s: float = 0.0
     clear_ms: float = 0.0
     clear_to_first_new_page_ms: float = 0.0
+    batches_while_deleting: Distribution | None = None
     clear_to_all_deleted_s: float = 0.0
     index_bytes_after_clear: int = 0
 
@@ -183,29 +191,23 @@ def fill(directory: Path, capacity: int, n_segments: int, slots: int, page_bytes
     index.close()
 
 
-class Pulse:
-    """A thread that does something every millisecond and notes the longest that it took."""
+class Writes:
+    """Batches of new pages, one after the other."""
 
-    def __init__(self, act: Callable[[], object]) -> None:
-        self.longest_s = 0.0
-        self._act = act
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat)
+    def __init__(self, ns: DiskNamespace, n_pages: int, first_number: int) -> None:
+        self.times = Times()
+        self._ns = ns
+        self._number = first_number
+        self._buffers = [memoryview(mmap.mmap(-1, ns.slot_bytes))] * n_pages
 
-    def _beat(self) -> None:
-        while not self._stop.is_set():
-            started = time.perf_counter()
-            self._act()
-            self.longest_s = max(self.longest_s, time.perf_counter() - started)
-            time.sleep(0.001)
-
-    def __enter__(self) -> Pulse:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    def write(self) -> None:
+        n = len(self._buffers)
+        names = [page_name(number) for number in range(self._number, self._number + n)]
+        self._number += n
+        n_written: list[int] = []
+        self.times.measure(lambda: n_written.append(self._ns.write_pages(names, self._buffers)))
+        if n_written != [n]:
+            raise RuntimeError("a write failed")
 
 
 class Scale:
@@ -215,6 +217,7 @@ class Scale:
         self._directory = directory
         self._page_bytes = int(options.page_mib * MIB)
         self._options = options
+        self._n_batch = max(int(options.batch_mib * MIB) // self._page_bytes, 1)
         self._capacity, self.n_segments, self._slots = room_for(options.pages, self._page_bytes)
         fill(directory, self._capacity, self.n_segments, self._slots, self._page_bytes)
         self._pages = self.n_segments * self._slots
@@ -229,10 +232,13 @@ class Scale:
 
     def measure(self) -> Result:
         settle_index(self._directory)
-        store, cold_s = self.open()
-        store.close()
         rss = current_rss()
-        with Pulse(lambda: time.sleep(0.001)) as pulse:
+        store, cold_s = self.open()
+        # The second time it would find memory that the first has left.
+        rss = current_rss() - rss
+        store.close()
+        control = Control()
+        with Pulse(lambda: time.sleep(BEAT_S)) as pulse:
             store, open_s = self.open()
         stats = store.stats()
         ns = store.namespace(NAMESPACE, self._page_bytes)
@@ -246,8 +252,9 @@ class Scale:
             index_bytes=store._index.n_bytes,
             open_s=open_s,
             open_cold_s=cold_s,
-            longest_pause_while_opening_ms=(pulse.longest_s - 0.001) * 1e3,
-            memory_bytes_per_page=(current_rss() - rss) / stats.pages,
+            beside_opening=pulse.distribution(BEAT_S),
+            control_beside_opening=control.end(),
+            memory_bytes_per_page=rss / stats.pages,
             count_prefix_2000_ms=self._time_lookup(ns, range(first, first + 2000)),
             count_prefix_2000_scattered_ms=self._time_lookup(
                 ns, [choose.randrange(self._pages) for _ in range(2000)]
@@ -267,12 +274,11 @@ class Scale:
         return (time.perf_counter() - started) * 1e3
 
     def _write(self, store: DiskStore, ns: DiskNamespace, result: Result) -> None:
-        n = max(int(self._options.batch_mib * MIB) // self._page_bytes, 1)
-        buffers = [memoryview(mmap.mmap(-1, ns.slot_bytes))] * n
         choose = random.Random(5)
         deadline = time.perf_counter() + self._options.seconds
         before = store.stats()
         choosing = slowest_call(store._keeper._reclaimer, "_choose_victim")
+        allocating = slowest_call(store._space, "allocate")
 
         def look_up() -> None:
             first = choose.randrange(self._pages)
@@ -286,26 +292,25 @@ class Scale:
                 ns.read_pages([page_name(i) for i in range(first, first + 8)], targets)
 
         reader = threading.Thread(target=read)
-        batches: list[float] = []
-        number = self._pages
+        writes = Writes(ns, self._n_batch, self._pages)
+        control = Control()
         with Pulse(look_up) as pulse:
             reader.start()
-            while (started := time.perf_counter()) < deadline:
-                names = [page_name(i) for i in range(number, number + n)]
-                if ns.write_pages(names, buffers) != n:
-                    raise RuntimeError("a write failed")
-                batches.append(time.perf_counter() - started)
-                number += n
+            while time.perf_counter() < deadline:
+                writes.write()
             reader.join()
+        result.control = control.end()
         after = store.stats()
         result.seconds = self._options.seconds
-        result.batch_mib = n * self._page_bytes / MIB
-        result.written_gb_per_s = len(batches) * n * self._page_bytes / sum(batches) / 1e9
-        result.longest_without_a_write_ms = max(batches) * 1e3
-        result.median_batch_ms = sorted(batches)[len(batches) // 2] * 1e3
+        result.batch_mib = self._n_batch * self._page_bytes / MIB
+        seconds = writes.times.seconds
+        n_bytes = len(seconds) * self._n_batch * self._page_bytes
+        result.written_gb_per_s = n_bytes / sum(seconds) / 1e9
+        result.batches = writes.times.distribution()
+        result.longest_wait_for_room_ms = allocating[0] * 1e3
         result.reclaimed_segments = after.reclaimed_segments - before.reclaimed_segments
         result.moved_pages = after.moved_pages - before.moved_pages
-        result.longest_lookup_ms = pulse.longest_s * 1e3
+        result.lookups = pulse.distribution()
         result.longest_choice_of_victim_ms = choosing[0] * 1e3
         result.pages_read = after.reads - before.reads
 
@@ -323,30 +328,27 @@ class Scale:
         result.clear_ms = (time.perf_counter() - started) * 1e3
         if len(ns) or store.stats().pages:
             raise RuntimeError("not cleared")
-        buffer = memoryview(mmap.mmap(-1, ns.slot_bytes))
-        if ns.write_pages([page_name(0)], [buffer]) != 1:
-            raise RuntimeError("a write after clearing failed")
+        Writes(ns, 1, 0).write()
         result.clear_to_first_new_page_ms = (time.perf_counter() - started) * 1e3
-        store.collect_garbage()
+        deleting = threading.Thread(target=store.collect_garbage)
+        deleting.start()
+        writes = Writes(ns, self._n_batch, 1)
+        while deleting.is_alive():
+            writes.write()
+        result.batches_while_deleting = writes.times.distribution()
         result.clear_to_all_deleted_s = time.perf_counter() - started
         result.index_bytes_after_clear = store._index.n_bytes
         store.close()
 
 
-def slowest_call(owner: object, name: str) -> list[float]:
-    """Times a method from now on; the longest of its calls is in the list that is returned."""
-    longest = [0.0]
-    original = getattr(owner, name)
-
-    def timed(*args: object, **kwargs: object) -> object:
-        started = time.perf_counter()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            longest[0] = max(longest[0], time.perf_counter() - started)
-
-    setattr(owner, name, timed)
-    return longest
+def tell(result: Result) -> None:
+    for field in fields(result):
+        value = getattr(result, field.name)
+        if isinstance(value, Distribution):
+            value = ", ".join(f"{name} {number:,.4g}" for name, number in asdict(value).items())
+        elif isinstance(value, float):
+            value = f"{value:,.2f}"
+        print(f"{field.name:<34} {value}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -370,12 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = Scale(directory / "disk", options).measure()
     finally:
         shutil.rmtree(directory)
-    for name, value in asdict(result).items():
-        print(
-            f"{name:<34} {value:>16,.2f}"
-            if isinstance(value, float)
-            else f"{name:<34} {value:>16,}"
-        )
+    tell(result)
     if options.json is not None:
         machine = {
             "cpu_count": os.cpu_count(),

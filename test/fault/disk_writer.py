@@ -9,16 +9,19 @@ Python. The child prints `ready` once the store is open, and then, as it happens
     w DONE BEGUN SEED ...   these pages were acknowledged in one call, which began after DONE clears
                             were over, and ended before more than BEGUN had begun
     b BEGUN                 the clear of this number is about to begin
+    x PLACE                 it kills itself now, in this place
 
-Three threads write, one reads, one clears (if the order says so); the sizes of batches are drawn at
-random, and so are the moments at which it kills itself, if the order says so: before or after any
-system call of the store or any commit of its index, wherever that is: in a write, in a reclaim, in
-what follows a clear. A thread kills from outside at a random time as well: the zygote.
+Three threads write, pages of two sizes, in batches and after pauses of random length; one reads,
+one clears and one closes the store (if the order says so). A child either kills itself, with
+SIGKILL, before or after some system call of the store or some step of its index, of all of them or
+of those in one place (see `PLACES`), or in the middle of a write; or the zygote kills it from
+outside, at any instant.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import mmap
@@ -37,44 +40,111 @@ from tiered_kv.tiers.disk.index import PageIndex
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.io_path import IoMode, Reuse
 from tiered_kv.tiers.disk.namespace import DiskNamespace
+from tiered_kv.tiers.disk.record import BLOCK_BYTES
 from tiered_kv.tiers.disk.store import DiskStore
 
-NAMESPACE = hashlib.sha256(b"fault test").digest()
-SEEDS_PER_ROUND = 1 << 20
 THREADS = 3
-BATCH_PAGES = 12
+SEEDS_PER_ROUND = THREADS << 18
+"""A multiple of the threads, so that a seed tells which of them writes the page."""
+BATCH_PAGES = 24
+SAVE_S = 0.02
+"""Upkeep once a minute would hardly ever be met."""
+TEAR = "tear"
+"""A place: within a write of pages, so that only some of its blocks are there."""
+
+UPKEEP = ("refill", "pack", "save_order_of_use", "forget_namespaces", "give_back", "compact")
+PLACES = {
+    "rebuild": ("_rebuild",),
+    "start": ("_start_keeper", "__init__"),
+    "close": ("_finish",),
+    "clear": ("_save_generation",),
+    "new segment": ("_create",),
+    "delete": ("delete_condemned",),
+    "reclaim": ("_reclaim", "shrink"),
+    "upkeep": UPKEEP,
+    "commit": ("_acknowledge",),
+    "write": ("write_run",),
+    "read": ("read_run",),
+}
+"""What is under way, by the functions of the store that do it; the first that fits counts."""
+
+
+def namespace_of(seed: int) -> bytes:
+    return hashlib.sha256(b"fault test %d" % (seed % THREADS == 0)).digest()
+
+
+def size_of(seed: int, page_bytes: int) -> int:
+    """A third of the pages is smaller, so that segments of two kinds compete for the budget."""
+    return page_bytes if seed % THREADS else page_bytes // 3
 
 
 def page_hash(seed: int) -> bytes:
     return hashlib.sha256(b"page %d" % seed).digest()
 
 
-def page_payload(seed: int, n_bytes: int) -> bytes:
+def page_payload(seed: int, page_bytes: int) -> bytes:
     """Different in every block, so that a mix of two pages shows."""
-    return random.Random(seed).randbytes(n_bytes)
+    return random.Random(seed).randbytes(size_of(seed, page_bytes))
 
 
 class Fate:
-    """Kills the process at the n-th call of `step`, before or after what is done in it."""
+    """Kills the process at the n-th step in a place (anywhere if there is none)."""
 
-    def __init__(self, n_steps: int | None) -> None:
+    def __init__(self, n_steps: int | None, place: str | None) -> None:
         self._left = n_steps
+        self._place = place
         self._lock = threading.Lock()
+
+    def strike(self, place: str) -> None:
+        say(f"x {place}")
+        os.kill(os.getpid(), signal.SIGKILL)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Two steps: one before, one after."""
-        self._count()
-        yield
-        self._count()
-
-    def _count(self) -> None:
         if self._left is None:
+            yield
             return
+        place = place_of_caller()
+        self._count(place)
+        yield
+        self._count(place)
+
+    def tears(self) -> bool:
+        """Is this the write that a kill cuts off?"""
+        return self._place == TEAR and self._is_due()
+
+    def _count(self, place: str) -> None:
+        if self._place in (None, place) and self._is_due():
+            self.strike(place)
+
+    def _is_due(self) -> bool:
         with self._lock:
+            assert self._left is not None
             self._left -= 1
-            if self._left <= 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+            return self._left <= 0
+
+
+def place_of_caller() -> str:
+    names = set()
+    frame = sys._getframe(1)
+    while frame is not None:
+        if "tiers/disk" in frame.f_code.co_filename:
+            names.add(frame.f_code.co_name)
+        frame = frame.f_back  # type: ignore[assignment]
+    return next((place for place, those in PLACES.items() if names & {*those}), "other")
+
+
+def some_of(buffers: Sequence[memoryview]) -> list[memoryview]:
+    """The first blocks, as they are in the file when a kill cuts a write off."""
+    left = random.randrange(1, max(sum(map(len, buffers)) // BLOCK_BYTES, 2)) * BLOCK_BYTES
+    some = []
+    for buffer in buffers:
+        some.append(buffer[:left])
+        left -= len(some[-1])
+        if not left:
+            break
+    return some
 
 
 class FatefulIo(IoOps):
@@ -93,6 +163,9 @@ class FatefulIo(IoOps):
 
     def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         with self._fate.step():
+            if self._fate.tears():
+                super().pwritev(fd, some_of(buffers), offset)
+                self._fate.strike(TEAR)
             return super().pwritev(fd, buffers, offset)
 
     def allocate(self, fd: int, n_bytes: int) -> None:
@@ -104,7 +177,7 @@ class FatefulIo(IoOps):
             super().delete(path)
 
 
-def make_commits_fateful(fate: Fate) -> None:
+def make_index_fateful(fate: Fate) -> None:
     """Likewise what the index and the generation file do."""
     transaction = PageIndex.transaction
 
@@ -112,15 +185,21 @@ def make_commits_fateful(fate: Fate) -> None:
     def fateful(index: PageIndex) -> Iterator[Any]:
         with fate.step(), transaction(index) as db:
             yield db
+            with fate.step():  # Before what was written is committed.
+                pass
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with fate.step():
+                return function(*args, **kwargs)
+
+        return wrapped
 
     PageIndex.transaction = fateful  # type: ignore[method-assign]
-    write_generation = keeper.write_generation
-
-    def fateful_generation(directory: Path, generation: int, *, sync: bool) -> None:
-        with fate.step():
-            write_generation(directory, generation, sync=sync)
-
-    keeper.write_generation = fateful_generation
+    for name in ("_connect", "give_back", "fold_log", "close"):
+        setattr(PageIndex, name, wrap(getattr(PageIndex, name)))
+    keeper.write_generation = wrap(keeper.write_generation)
 
 
 def say(line: str) -> None:
@@ -135,14 +214,16 @@ class Clears:
     done = 0
 
 
-def write_for_ever(ns: DiskNamespace, seed: int) -> None:
+def write_for_ever(ns: DiskNamespace, seed: int, page_bytes: int) -> None:
     buffers = [memoryview(mmap.mmap(-1, ns.slot_bytes)) for _ in range(BATCH_PAGES)]
     choose = random.Random(seed)
     while True:
-        seeds = [seed + THREADS * i for i in range(choose.randint(1, BATCH_PAGES))]
+        if choose.random() < 0.3:
+            time.sleep(choose.expovariate(200))
+        seeds = [seed + THREADS * i for i in range(int(BATCH_PAGES ** choose.random()))]
         seed += THREADS * len(seeds)
         for buffer, each in zip(buffers, seeds, strict=False):
-            buffer[: ns.page_bytes] = page_payload(each, ns.page_bytes)
+            buffer[: ns.page_bytes] = page_payload(each, page_bytes)
         # In mode "auto" the hint decides: pages written by one path are written over by the other.
         reuse = choose.choice(list(Reuse))
         done = Clears.done
@@ -157,7 +238,7 @@ def read_for_ever(ns: DiskNamespace, first_seed: int) -> None:
     choose = random.Random(first_seed)
     seed = first_seed
     while True:
-        seed = seed + 1 if ns.contains(page_hash(seed + 1)) else first_seed
+        seed = seed + THREADS if ns.contains(page_hash(seed + THREADS)) else first_seed
         if choose.random() < 0.3:
             ns.read_pages([page_hash(seed)], [buffer])
         else:
@@ -176,9 +257,9 @@ def clear_for_ever(store: DiskStore, first_seed: int) -> None:
 
 def live(order: dict[str, Any]) -> None:
     """What a child does until it is killed."""
-    fate = Fate(order["n_steps"])
-    make_commits_fateful(fate)
-    index_upkeep.SAVE_S = 0.02
+    fate = Fate(order["n_steps"], order["place"])
+    make_index_fateful(fate)
+    index_upkeep.SAVE_S = SAVE_S
     store = DiskStore.open(
         Path(order["directory"]),
         capacity_bytes=order["capacity_bytes"],
@@ -186,21 +267,26 @@ def live(order: dict[str, Any]) -> None:
         io_ops=FatefulIo(fate),
         key=bytes.fromhex(order["key"]) if order["key"] else None,
     )
-    ns = store.namespace(NAMESPACE, order["page_bytes"])
-    say("ready")
-    first_seed = order["first_seed"]
-    jobs: list[Callable[[], None]] = [
-        lambda seed=first_seed + n: write_for_ever(ns, seed)  # type: ignore[misc]
-        for n in range(THREADS)
+    first_seed, page_bytes = order["first_seed"], order["page_bytes"]
+    namespaces = [
+        store.namespace(namespace_of(seed), size_of(seed, page_bytes))
+        for seed in range(first_seed, first_seed + THREADS)
     ]
-    jobs.append(lambda: read_for_ever(ns, first_seed))
+    say("ready")
+    jobs: list[Callable[[], None]] = [
+        functools.partial(write_for_ever, ns, first_seed + n, page_bytes)
+        for n, ns in enumerate(namespaces)
+    ]
+    jobs.append(lambda: read_for_ever(namespaces[1], first_seed + 1))
     if order["clears"]:
         jobs.append(lambda: clear_for_ever(store, first_seed))
-    threads = [threading.Thread(target=job, daemon=True) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for job in jobs:
+        threading.Thread(target=job, daemon=True).start()
+    if order["closes_after_s"] is None:
+        threading.Event().wait()
+    time.sleep(order["closes_after_s"])
+    store.close()
+    fate.strike("closed")
 
 
 def serve() -> None:

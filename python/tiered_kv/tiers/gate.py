@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import threading
 import time
@@ -13,11 +14,20 @@ FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 
 
+class Admission(enum.Enum):
+    """A call that may go ahead; it is over with `succeed`, `fail` or `leave`."""
+
+    CALL = enum.auto()
+    PROBE = enum.auto()
+    """It tells whether calls work again."""
+
+
 class Gate:
     """Open while calls work. A failure closes it for 1 s, 2 s, 4 s ... at most 60 s.
 
     When a pause is over one call is let through; if it works the gate opens, if it fails the next
-    pause is twice as long. One line is logged when the gate closes, one when it opens.
+    pause is twice as long, and if it comes to nothing (its caller has gone, or there is no room)
+    the next call is let through at once. One line is logged when the gate closes, one when it opens.
     """
 
     def __init__(
@@ -45,27 +55,31 @@ class Gate:
     def is_degraded(self) -> bool:
         return self._read_only or self._pause_s > 0.0
 
-    def try_enter(self) -> bool:
-        """May this call go ahead? Every True must be answered by `succeed` or `fail`."""
+    def try_enter(self) -> Admission | None:
+        """May this call go ahead?"""
         if not self.is_degraded:
-            return True
+            return Admission.CALL
         with self._lock:
             if self._read_only or self._probing or self._now() < self._retry_at:
-                return False
+                return None
             self._probing = True
-            return True
+            return Admission.PROBE
 
-    def fail(self, error: BaseException) -> None:
-        """A call that was let through has failed."""
-        with self._lock:
-            was_open = not self.is_degraded
-            if not was_open:
-                if self._probing:
-                    self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
-                self._probing = False
-                self._retry_at = self._now() + self._pause_s
-        if was_open:
+    def fail(self, admission: Admission, error: BaseException) -> None:
+        """The call has failed. One that began before the gate was closed says nothing new."""
+        if admission is Admission.CALL:
             self.shut(error)
+            return
+        with self._lock:
+            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+            self._retry_at = self._now() + self._pause_s
+            self._probing = False
+
+    def leave(self, admission: Admission) -> None:
+        """Nothing came of it, but for no fault of who was called: it proves nothing."""
+        if admission is Admission.PROBE:
+            with self._lock:
+                self._probing = False
 
     def shut(self, error: BaseException) -> None:
         """Something else has failed, in a way that calls had better wait for."""
@@ -77,13 +91,12 @@ class Gate:
             self._retry_at = self._now() + self._pause_s
         logger.warning(self._closes, error)
 
-    def succeed(self) -> None:
-        if not self.is_degraded:
+    def succeed(self, admission: Admission) -> None:
+        """It has worked. Only a probe opens the gate: what began before the failure proves
+        nothing."""
+        if admission is Admission.CALL:
             return
         with self._lock:
-            # A call that began before the failure proves nothing: only the probe opens the gate.
-            if not self._probing:
-                return
             closed_s = self._now() - self._closed_at
             self._probing = False
             self._pause_s = 0.0

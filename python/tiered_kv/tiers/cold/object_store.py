@@ -170,17 +170,18 @@ class ObjectStore:
 
     def _call(self, gate: Gate, call: Callable[[], T]) -> T | None:
         """What it answers; None if it failed, or failed a moment ago."""
-        if not gate.try_enter():
+        admission = gate.try_enter()
+        if admission is None:
             return None
         try:
             answer = call()
         except Exception as error:
-            gate.fail(error)
+            gate.fail(admission, error)
             return None
         except BaseException as error:
-            gate.fail(error)
+            gate.fail(admission, error)
             raise
-        gate.succeed()
+        gate.succeed(admission)
         return answer
 
     def _keys(self, hashes: Sequence[PageHash]) -> list[str]:

@@ -32,6 +32,13 @@ class Cleared(NamedTuple):
     board: SegmentBoard
     table: PageTable
 
+    def dispose(self) -> bool:
+        """Give some memory back, some microseconds' worth; False if there is none left."""
+        if self.loose:
+            self.loose.pop()
+            return True
+        return self.table.dispose() or self.board.dispose()
+
 
 class Catalog:
     """All namespaces and segments, and the logical clock that orders their use."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -49,11 +50,12 @@ class DaemonThreads:
 
     def close(self) -> None:
         """Ends the threads. Those that have nothing to do end at once; others aren't waited for."""
+        deadline = time.monotonic() + _END_S
         with self._lock:
             for _ in self._threads:
                 self._calls.put(None)
             for thread in self._threads:
-                thread.join(_END_S)
+                thread.join(max(deadline - time.monotonic(), 0.0))
 
     def _work(self) -> None:
         while (item := self._calls.get()) is not None:

@@ -144,8 +144,11 @@ class Keeper:
     def _try(self, job: _Job) -> bool:
         try:
             did = job.run()
-        except (OSError, sqlite3.Error) as error:
-            if not job.pause_s:
+        except Exception as error:
+            # Whatever it is: what comes after this job must not be kept from being done.
+            if not isinstance(error, OSError | sqlite3.Error):
+                logger.exception("Disk tier %s: an error nobody foresaw", self._directory)
+            elif not job.pause_s:
                 logger.warning(
                     "Disk tier %s: something that nobody waits for went wrong (%s); it is tried "
                     "again by itself.",
@@ -198,11 +201,17 @@ class Keeper:
         tidying = self._tidying.pop(0)
         try:
             while self._space.condemn_free(even_spares=True) or self._reclaimer.delete_condemned():
-                pass
-            self._upkeep.compact(lambda: True)
+                self._let_others()
+            self._upkeep.compact(self._let_others)
         except (OSError, sqlite3.Error) as error:
             tidying.error = error
         tidying.is_over.set()
+        return True
+
+    def _let_others(self) -> bool:
+        """In the middle of something long: who wants to write does not wait for the end of it."""
+        self._serve_needs()
+        self.pause(_BREATH_S)
         return True
 
     def _finish(self) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 from tiered_kv.tiers.disk.faults import Blame, blame_of
+from tiered_kv.tiers.disk.io_pool import DaemonThreads
 from tiered_kv.tiers.disk.record import (
     BLOCK_BYTES,
     RecordHeader,
@@ -50,15 +53,16 @@ def scan_segments(directory: Path) -> Iterator[ScannedSegment]:
     paths = segment_paths(directory)
     logged = time.monotonic()
     rest = iter(paths)
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="tiered-kv-disk-scan") as pool:
+    with contextlib.closing(DaemonThreads(_THREADS, "tiered-kv-disk-scan")) as pool:
         # Not all at once: what is found waits in memory until it is taken.
         ahead: deque[tuple[Path, Future[ScannedSegment | None]]] = deque(
-            (path, pool.submit(_scan_file, path)) for path in itertools.islice(rest, 2 * _THREADS)
+            (path, pool.submit(functools.partial(_scan_file, path)))
+            for path in itertools.islice(rest, 2 * _THREADS)
         )
         for n_done in range(len(paths)):
             path, future = ahead.popleft()
             for another in itertools.islice(rest, 1):
-                ahead.append((another, pool.submit(_scan_file, another)))
+                ahead.append((another, pool.submit(functools.partial(_scan_file, another))))
             if time.monotonic() - logged > _PROGRESS_S:
                 logged = time.monotonic()
                 logger.warning("Disk tier: scanned %d of %d segment files.", n_done, len(paths))

@@ -66,6 +66,17 @@ class SegmentBoard:
         self._vacant.append(segment.row)
         segment.row = None
 
+    def dispose(self) -> bool:
+        """Give a segment's memory back; False if there is none left. Of no use after that."""
+        if not self._blocks:
+            return False
+        segments = self._blocks[-1].segments
+        if segments:
+            segments.pop()
+        else:
+            self._blocks.pop()
+        return True
+
     def _place(self, row: int) -> tuple[_Block, int]:
         return self._blocks[row // _ROWS], row % _ROWS
 

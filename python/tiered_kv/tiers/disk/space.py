@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 from tiered_kv.tiers.disk.ages import EPOCHS
 from tiered_kv.tiers.disk.budget import Budget
-from tiered_kv.tiers.disk.catalog import Catalog
+from tiered_kv.tiers.disk.catalog import Catalog, Cleared
 from tiered_kv.tiers.disk.ledger import Condemned, FileLedger
 from tiered_kv.tiers.disk.segment import Segment, SegmentState
 
@@ -24,6 +24,7 @@ BATCH_BYTES = 128 << 20
 
 _ASK_AGAIN_S = 0.25
 _DROPS_PER_LOCK = 1_000
+_PIECES_PER_STEP = 64  # All at once would hold every thread up.
 
 Slots = list[tuple[Segment, int]]
 
@@ -76,6 +77,7 @@ class SpaceManager:
         self._next_epoch_at = budget.segment_space // EPOCHS
         self._filling: dict[int, Segment] = {}
         self._partial: dict[int, list[Segment]] = {}
+        self._disposing: Cleared | None = None
 
     # -- slots for new pages
 
@@ -381,14 +383,13 @@ class SpaceManager:
             self.ledger.add_condemned(file)
 
     def dispose(self) -> bool:
-        """Give some memory of a cleared store back; False if there is none."""
+        """Give some memory of a cleared store back; False if there is none. The keeper's."""
         with self._catalog.lock:
-            cleared = self.ledger.take_disposed()
+            cleared = self._disposing = self._disposing or self.ledger.take_disposed()
         if cleared is None:
             return False
-        while cleared.table.dispose() or cleared.loose:
-            if cleared.loose:
-                cleared.loose.pop()
+        if not all(cleared.dispose() for _ in range(_PIECES_PER_STEP)):
+            self._disposing = None
         return True
 
     def clear(self) -> None:

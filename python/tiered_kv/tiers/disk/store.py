@@ -92,46 +92,47 @@ class DiskStore:
             read_only=read_only,
             watch=self._stalls.watch,
         )
-        self._index, loaded = self._open_index(sync_writes=sync_writes)
-        self._catalog = loaded.catalog
-        page_io = PageIo(
-            self._files,
-            io_ops,
-            self._paths,
-            ScratchPool(),
-            self._counters,
-            stalls=self._stalls,
-            cipher=cipher,
-        )
-        self._keeper = Keeper(
-            directory,
-            self._catalog,
-            saved_generation=loaded.saved_generation,
-            sync_writes=sync_writes,
-        )
-        self._space = SpaceManager(
-            self._catalog,
-            self._budget,
-            wake_keeper=self._keeper.wake,
-            is_stalled=self._stalls.is_stalled,
-            other_bytes=size_of_aside(directory),
-        )
-        loaded.adopt(self._space)
-        self._lost_files = LostFiles(self._catalog, self._files, self._space)
-        # One pool each: a request that waits for its pages must not queue behind write-backs.
-        self._read_pool, self._write_pool = IoPool(io_threads), IoPool(io_threads)
-        self._upkeep = IndexUpkeep(
-            self._catalog, self._index, self._space, capacity_bytes=capacity_bytes
-        )
-        self._operations = self._make_operations(page_io)
-        self._close_lock = threading.Lock()
-        self._is_closed = False
-        if not read_only:
-            try:
+        # What is tried again every minute must leave nothing open.
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._files.close)
+            self._index, loaded = self._open_index(sync_writes=sync_writes)
+            undo.callback(self._index.close)
+            self._catalog = loaded.catalog
+            page_io = PageIo(
+                self._files,
+                io_ops,
+                self._paths,
+                ScratchPool(),
+                self._counters,
+                stalls=self._stalls,
+                cipher=cipher,
+            )
+            self._keeper = Keeper(
+                directory,
+                self._catalog,
+                saved_generation=loaded.saved_generation,
+                sync_writes=sync_writes,
+            )
+            self._space = SpaceManager(
+                self._catalog,
+                self._budget,
+                wake_keeper=self._keeper.wake,
+                is_stalled=self._stalls.is_stalled,
+                other_bytes=size_of_aside(directory),
+            )
+            loaded.adopt(self._space)
+            self._lost_files = LostFiles(self._catalog, self._files, self._space)
+            # One pool each: a request that waits for its pages must not queue behind write-backs.
+            self._read_pool, self._write_pool = IoPool(io_threads), IoPool(io_threads)
+            self._upkeep = IndexUpkeep(
+                self._catalog, self._index, self._space, capacity_bytes=capacity_bytes
+            )
+            self._operations = self._make_operations(page_io)
+            self._close_lock = threading.Lock()
+            self._is_closed = False
+            if not read_only:
                 self._start_keeper(page_io)
-            except BaseException:
-                self._index.close()
-                raise
+            undo.pop_all()
 
     def _open_index(self, *, sync_writes: bool) -> tuple[PageIndex, Loaded]:
         if self.read_only:
@@ -148,7 +149,11 @@ class DiskStore:
             ),
             self._has_room_aside,
         )
-        index.set_meta(CAPACITY_META, self._budget.capacity_bytes)
+        try:
+            index.set_meta(CAPACITY_META, self._budget.capacity_bytes)
+        except BaseException:
+            index.close()
+            raise
         return index, loaded
 
     def _make_operations(self, page_io: PageIo) -> Operations:

@@ -173,9 +173,10 @@ class DiskTier:
                 pause_s = self._note_trouble(str(error), pause_s)
             except Exception:
                 logger.exception("Disk tier %s: an error nobody foresaw", self.name)
-                pause_s = LONGEST_PAUSE_S
+                pause_s = _longer(pause_s)
             self._first_outcome.set()
-            self._wake.wait(pause_s)
+            if self._wake.wait(pause_s):
+                pause_s = 0.0  # Things have changed: how often it failed before says nothing.
             self._wake.clear()
 
     def _ends_start(self, misuse: DiskTierError) -> bool:
@@ -266,7 +267,10 @@ class DiskTier:
                 return False
             self._store = store
             for namespace in self._namespaces:
-                namespace.bind(store)
+                try:
+                    namespace.bind(store)
+                except DiskTierError as error:  # The others have theirs all the same.
+                    logger.warning("%s It has no pages on disk.", error)
             return True
 
     def _take_out(self) -> None:

@@ -19,6 +19,7 @@ from tiered_kv.tiers.disk.segment import location, runs_of
 from tiered_kv.tiers.disk.space import SpaceManager
 from tiered_kv.tiers.disk.stats import Counters
 from tiered_kv.tiers.disk.write_gate import WriteGate
+from tiered_kv.tiers.gate import Admission
 
 
 class PageWriter:
@@ -64,14 +65,38 @@ class PageWriter:
             mine, others = self._catalog.claim(entries, hashes)
         written = 0
         try:
-            if mine and self._gate.try_enter():
-                written = self._write_claimed(entries, hashes, buffers, mine, reuse, attempt)
+            admission = self._gate.try_enter() if mine else None
+            if admission is not None:
+                written = self._write_admitted(
+                    admission,
+                    lambda: self._write_claimed(entries, hashes, buffers, mine, reuse, attempt),
+                )
         finally:
             with self._catalog.lock:
                 self._catalog.release(entries, [hashes[position] for position in mine])
         if others:
             with self._catalog.lock:
                 self._catalog.wait_for_others(entries, others)
+        return written
+
+    def _write_admitted(
+        self, admission: Admission, write: Callable[[], tuple[int, Exception | None]]
+    ) -> int:
+        """Whatever becomes of the write, the gate is told."""
+        try:
+            written, error = write()
+        except BaseException as raised:
+            self._gate.fail(admission, raised)
+            raise
+        if error is not None:
+            self._gate.fail(admission, error)
+            self._counters.add(io_errors=1)
+            if isinstance(error, sqlite3.Error) and is_damage(error):
+                self._mend_index()
+        elif written:
+            self._gate.succeed(admission)
+        else:
+            self._gate.leave(admission)
         return written
 
     def _write_claimed(
@@ -82,33 +107,22 @@ class PageWriter:
         positions: Sequence[int],
         reuse: Reuse,
         attempt: Attempt,
-    ) -> int:
+    ) -> tuple[int, Exception | None]:
+        """Returns pages acknowledged, and the error that ended it."""
         written = 0
         error: Exception | None = None
         for chunk in _even_chunks(positions, self._space.pages_per_batch(entries.record_bytes)):
+            if error is not None or attempt.is_abandoned:
+                break
             try:
-                if attempt.is_abandoned:
-                    break
                 n_written, error = self._write_chunk(
                     entries, hashes, buffers, chunk, reuse, attempt
                 )
                 written += n_written
             except (OSError, sqlite3.Error) as raised:
                 error = raised
-            except BaseException as raised:
-                self._gate.fail(raised)
-                raise
-            if error is not None:
-                self._counters.add(io_errors=1)
-                if isinstance(error, sqlite3.Error) and is_damage(error):
-                    self._mend_index()
-                break
-        if error is None:
-            self._gate.succeed()
-        else:
-            self._gate.fail(error)
         self._counters.add(writes=written, write_bytes=written * entries.page_bytes)
-        return written
+        return written, error
 
     def _write_chunk(
         self,

@@ -30,6 +30,7 @@ from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.reader import FAILURE_MEMORY_S
 from tiered_kv.tiers.disk.store import DiskStore
 from tiered_kv.tiers.disk.write_gate import WriteGate
+from tiered_kv.tiers.gate import Admission
 
 OpenStore = Callable[..., DiskStore]
 PROCESS = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR]
@@ -376,6 +377,6 @@ def test_a_gate_that_was_shut_opens_with_a_write() -> None:
     gate.shut(OSError(errno.EMFILE, "many"))
     assert not gate.try_enter()
     clock.now_s = 1.0
-    assert gate.try_enter()
-    gate.succeed()
+    assert gate.try_enter() is Admission.PROBE
+    gate.succeed(Admission.PROBE)
     assert not gate.is_degraded

@@ -23,6 +23,8 @@ from disk_builders import (
 )
 
 from tiered_kv.tiers.disk import keeper as keeper_module
+from tiered_kv.tiers.disk import space as space_module
+from tiered_kv.tiers.disk.catalog import Cleared
 from tiered_kv.tiers.disk.generation import GENERATION_NAME, read_generation, write_generation
 from tiered_kv.tiers.disk.index import PageIndex
 from tiered_kv.tiers.disk.io_ops import IoOps
@@ -248,3 +250,35 @@ class PageIndexOf:
 
     def __exit__(self, *exc_info: object) -> None:
         self._index.close()
+
+
+def test_memory_of_a_cleared_store_is_given_back_in_small_steps(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tables of ten million pages at once would hold every thread up for a fifth of a
+    second."""
+    monkeypatch.setattr(space_module, "_PIECES_PER_STEP", 5)
+    store = open_store(capacity_bytes=16 * MIB)
+    write(store.namespace(NAMESPACE, PAGE_BYTES), range(150))
+    space = store._space
+    seen: list[Cleared] = []
+    dispose = space.dispose
+    n_steps = 0
+
+    def counted() -> bool:
+        nonlocal n_steps
+        did = dispose()
+        n_steps += did
+        if space._disposing is not None:
+            seen.append(space._disposing)
+        return did
+
+    store._keeper._jobs = [
+        type(job)(counted) if job.run == dispose else job for job in store._keeper._jobs
+    ]
+    store.clear()
+    wait_until(lambda: n_steps > 10 and space._disposing is None)
+    assert len({id(cleared) for cleared in seen}) == 1
+    assert not seen[0].loose
+    assert not seen[0].board._blocks
+    assert not seen[0].table._shards

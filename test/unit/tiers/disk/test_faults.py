@@ -18,8 +18,6 @@ from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.record import BLOCK_BYTES
 from tiered_kv.tiers.disk.store import DiskStore
-from tiered_kv.tiers.disk.write_gate import WriteGate
-from tiered_kv.tiers.gate import LONGEST_PAUSE_S
 
 OpenStore = Callable[..., DiskStore]
 
@@ -303,34 +301,3 @@ def test_errors_during_reclaim_lose_no_page_silently(
     assert readable(ns, present) == present
     assert len(present) == store.stats().pages > 30
     assert store.stats().checksum_failures == 0
-
-
-def test_pauses_grow_to_a_minute() -> None:
-    clock = Time()
-    gate = WriteGate("here", clock)
-    pauses = []
-    for _ in range(9):
-        assert gate.try_enter()
-        gate.fail(OSError(errno.EIO, "broken"))
-        started = clock.now_s
-        while not gate.try_enter():
-            clock.now_s += 0.5
-        pauses.append(clock.now_s - started)
-        gate._probing = False
-    assert pauses[0] == 1.0
-    assert max(pauses) <= LONGEST_PAUSE_S
-
-
-def test_gate_lets_one_probe_through_at_a_time() -> None:
-    clock = Time()
-    gate = WriteGate("here", clock)
-    gate.fail(OSError(errno.EIO, "broken"))
-    clock.now_s = 1.0
-    assert [gate.try_enter() for _ in range(3)] == [True, False, False]
-    gate.fail(OSError(errno.EIO, "broken"))
-    clock.now_s = 2.9
-    assert not gate.try_enter()
-    clock.now_s = 3.0
-    assert gate.try_enter()
-    gate.succeed()
-    assert [gate.try_enter() for _ in range(3)] == [True, True, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import textwrap
@@ -177,9 +178,31 @@ def test_closing_has_one_deadline(
     assert store.close()
 
 
-def test_a_process_ends_though_its_disk_hangs(tmp_path: Path) -> None:
+def test_a_trial_that_hangs_neither_opens_the_gate_nor_keeps_it_shut(
+    store: DiskStore, ns: DiskNamespace, io: HangingIo
+) -> None:
+    """A write that was to tell whether the disk works again is left by its caller, and ends with
+    nothing written: the next one tells, at once."""
+    store._gate.shut(OSError(errno.ENOSPC, "full"))
+    store._gate._retry_at = 0.0
+    io.hang = {"pwritev"}
+    assert write(ns, range(300)) == 0
+    assert store.stats().stalled
+    io.answers.set()
+    wait_until(lambda: store._operations._under_way == 0 and not store.stats().stalled)
+    assert store.stats().degraded != bool(len(ns))
+    io.hang = set()
+    seeds = range(1000, 1010)
+    assert write(ns, seeds) == 10
+    assert not store.stats().degraded
+    assert read(ns, seeds) == 10
+
+
+@pytest.mark.parametrize("hangs", ["pread", "pwritev"])
+def test_a_process_ends_though_its_disk_hangs(tmp_path: Path, hangs: str) -> None:
+    """In a write, or while an index is rebuilt."""
     program = """
-        import sys, threading
+        import os, sys, threading
         from pathlib import Path
         from tiered_kv.tiers.disk import stall_watch
         from tiered_kv.tiers.disk.io_ops import IoOps
@@ -193,6 +216,21 @@ def test_a_process_ends_though_its_disk_hangs(tmp_path: Path) -> None:
                     threading.Event().wait()
                 return super().pwritev(fd, buffers, offset)
 
+        if sys.argv[2] == "pread":
+            def open_store():
+                return DiskStore.open(Path(sys.argv[1]), capacity_bytes=1 << 26)
+
+            with open_store() as store:
+                ns = store.namespace(bytes(32), 4096)
+                ns.write_pages([bytes(32)], [memoryview(bytes(4096))])
+            Path(sys.argv[1], "index.sqlite").unlink()
+            hung = threading.Event()
+            os.pread = lambda *_: hung.set() or threading.Event().wait()
+            threading.Thread(target=open_store, daemon=True).start()
+            assert hung.wait(10)
+            print("closed")
+            sys.exit()
+
         store = DiskStore.open(Path(sys.argv[1]), capacity_bytes=1 << 26, io_ops=Hanging())
         ns = store.namespace(bytes(32), 1 << 20)
         hashes = [bytes([i]) * 32 for i in range(16)]
@@ -201,7 +239,7 @@ def test_a_process_ends_though_its_disk_hangs(tmp_path: Path) -> None:
         print("closed")
     """
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "disk")],
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "disk"), hangs],
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from disk_builders import MIB, NAMESPACE, page_hash, read, readable, segment_files, write
 
-from tiered_kv.tiers.disk import index_upkeep
+from tiered_kv.tiers.disk import index_upkeep, stall_watch
 from tiered_kv.tiers.disk import segment_files as segment_files_module
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.namespace import DiskNamespace
@@ -74,9 +74,12 @@ def test_room_is_made_ahead_of_need(open_store: OpenStore) -> None:
     assert store.stats().dropped_pages > 200
 
 
-def test_writes_go_on_while_pages_are_moved(open_store: OpenStore) -> None:
+def test_writes_go_on_while_pages_are_moved(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The disk takes its time to read what is to be carried over: nobody waits for that, and no
     lock is held meanwhile."""
+    monkeypatch.setattr(stall_watch, "STALL_AFTER_S", 60.0)  # The machine may be busy.
     io = HeldReads()
     store = open_store(capacity_bytes=CAPACITY, io_ops=io)
     ns = store.namespace(NAMESPACE, PAGE_BYTES)
@@ -87,13 +90,11 @@ def test_writes_go_on_while_pages_are_moved(open_store: OpenStore) -> None:
     while not io.n_waiting:
         assert write(ns, [seed]) == 1
         seed += 1
-    started = time.perf_counter()
     for first in range(seed, seed + 20, 2):
         assert write(ns, range(first, first + 2)) == 2
         assert ns.contains(page_hash(first))
         store.stats()
         ns.touch([page_hash(first)])
-    assert time.perf_counter() - started < 2.0
     assert io.n_waiting, "it still moves pages"
     io.go.set()
     wait_until(lambda: states(store, SegmentState.FREE) >= 1)
@@ -215,7 +216,7 @@ import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from disk_builders import NAMESPACE, page_hash, read, write
-from tiered_kv.tiers.disk import index_upkeep
+from tiered_kv.tiers.disk import index_upkeep, stall_watch
 from tiered_kv.tiers.disk.store import DiskStore
 index_upkeep.SAVE_S = 0.1
 store = DiskStore.open(Path(sys.argv[1]), capacity_bytes=16 << 20)
@@ -285,3 +286,22 @@ def test_it_is_saved_about_once_a_minute(open_store: OpenStore) -> None:
     store._keeper.wake()
     wait_until(lambda: not segment.touched)
     assert store._index.segments()[0].was_read
+
+
+def test_an_error_that_nobody_foresaw_keeps_nothing_else_from_being_done(
+    open_store: OpenStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(capacity_bytes=CAPACITY)
+    ns = store.namespace(NAMESPACE, PAGE_BYTES)
+
+    def fails() -> bool:
+        raise KeyError("injected")
+
+    urgent = store._keeper._jobs[1]
+    urgent.run = fails
+    seed = fill(store, ns)  # Who waits for room gets it.
+    store.clear()
+    wait_until(lambda: not store._catalog.segments and store.stats().bytes_on_disk < MIB)
+    assert write(ns, range(seed, seed + 10)) == 10
+    assert urgent.pause_s
+    assert "nobody foresaw" in caplog.text

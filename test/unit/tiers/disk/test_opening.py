@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +26,10 @@ from disk_builders import (
 )
 
 from tiered_kv.core.errors import DiskStateError, DiskTierError
+from tiered_kv.tiers.disk.index import PageIndex
+from tiered_kv.tiers.disk.index_upkeep import CAPACITY_META
 from tiered_kv.tiers.disk.io_path import IoMode
+from tiered_kv.tiers.disk.reclaimer import Reclaimer
 from tiered_kv.tiers.disk.store import Access, DiskStore
 
 OpenStore = Callable[..., DiskStore]
@@ -264,3 +269,35 @@ def test_many_namespaces_survive(open_store: OpenStore) -> None:
         ns = store.namespace(namespace_id, 4096 * (i + 1))
         assert len(ns) == i + 1
         assert read(ns, range(i + 1)) == i + 1
+
+
+@pytest.mark.parametrize("step", ["budget", "shrink"])
+def test_a_start_that_fails_leaves_nothing_open(
+    open_store: OpenStore, directory: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """It is tried again and again: while the index is told of the budget, or has to shrink."""
+    with open_store() as store:
+        write(store.namespace(NAMESPACE, PAGE_BYTES), range(500))
+    n_threads = threading.active_count()
+    set_meta = PageIndex.set_meta
+
+    def fail(*_: object) -> bool:
+        error = sqlite3.OperationalError("injected")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    def set_others(index: PageIndex, name: str, value: int) -> None:
+        fail() if name == CAPACITY_META else set_meta(index, name, value)
+
+    with monkeypatch.context() as patches:
+        if step == "budget":
+            patches.setattr(PageIndex, "set_meta", set_others)
+        else:
+            patches.setattr(Reclaimer, "shrink", fail)
+        # As long as the error is held, so is all that it was raised from.
+        with pytest.raises(DiskStateError, match="free some space") as _held:
+            open_store()
+    still_open = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+    assert not [path for path in still_open if directory in path.parents]
+    assert threading.active_count() == n_threads
+    assert read(open_store().namespace(NAMESPACE, PAGE_BYTES), range(500)) == 500

@@ -25,6 +25,7 @@ from disk_builders import (
 from tier_builders import Disk, OpenTier, pages_of, read, wait_until_mended, write
 
 from tiered_kv.tiers.disk import store as store_module
+from tiered_kv.tiers.disk import tier as tier_module
 from tiered_kv.tiers.disk.index import PageIndex
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.shards import shard_path
@@ -83,6 +84,22 @@ def test_clearing_what_is_only_read(written_shard: Path, open_tier: OpenTier, di
     wait_until_mended(tier)
     assert len(ns) == 0
     assert write(ns, range(5)) == read(ns, range(5)) == 5
+
+
+def test_clearing_again_and_again_makes_no_pause_longer(
+    written_shard: Path, open_tier: OpenTier, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that was full for a moment, in which it was cleared ten times, isn't left alone for a
+    minute."""
+    monkeypatch.setattr(tier_module, "LONGEST_PAUSE_S", 60.0)
+    disk.code = sqlite3.SQLITE_FULL
+    tier = open_tier()
+    for _ in range(12):
+        tier.clear()
+        wait_until(lambda: not tier._wake.is_set())
+    disk.code = None
+    wait_until_mended(tier)
+    assert write(pages_of(tier), range(5)) == 5
 
 
 def test_clearing_what_is_being_opened(written_shard: Path, open_tier: OpenTier) -> None:
