@@ -27,7 +27,8 @@ class Gate:
 
     When a pause is over one call is let through; if it works the gate opens, if it fails the next
     pause is twice as long, and if it comes to nothing (its caller has gone, or there is no room)
-    the next call is let through at once. One line is logged when the gate closes, one when it opens.
+    the next call is let through at once. One line is logged when the gate closes, and one when it
+    opens.
     """
 
     def __init__(

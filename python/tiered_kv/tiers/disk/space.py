@@ -1,8 +1,7 @@
 """Which slots new pages get, and what the files there are cost. No I/O is done here.
 
-Slots come from segments that are being filled, and those from free ones. Making those, and
-reclaiming others, takes I/O: the keeper's thread does it ahead of need, and a writer that finds
-none asks and waits. All state is guarded by the catalog's lock.
+Slots come from segments that are being filled, and those from free ones. Making and reclaiming
+those is the keeper's, ahead of need: a writer that finds none waits. The catalog's lock guards all.
 """
 
 from __future__ import annotations

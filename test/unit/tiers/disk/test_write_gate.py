@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 
-from tiered_kv.tiers.disk.write_gate import LONGEST_PAUSE_S, Admission, WriteGate
+from tiered_kv.tiers.disk.write_gate import WriteGate
+from tiered_kv.tiers.gate import LONGEST_PAUSE_S, Admission
 
 BROKEN = OSError(errno.EIO, "broken")
 
@@ -23,7 +24,7 @@ def closed_gate() -> tuple[WriteGate, Time]:
     """It may be tried at 1 s."""
     clock = Time()
     gate = WriteGate("here", clock)
-    gate.fail(Admission.WRITE, BROKEN)
+    gate.fail(Admission.CALL, BROKEN)
     assert gate.is_degraded
     return gate, clock
 
@@ -51,20 +52,20 @@ def test_one_probe_is_let_through_at_a_time() -> None:
     clock.now_s = 3.0
     assert gate.try_enter() is Admission.PROBE
     gate.succeed(Admission.PROBE)
-    assert [gate.try_enter() for _ in range(3)] == [Admission.WRITE] * 3
+    assert [gate.try_enter() for _ in range(3)] == [Admission.CALL] * 3
 
 
 def test_only_the_probe_has_a_say_while_the_gate_is_closed() -> None:
     """Writes that were let in before the failure may end at any time, one way or the other."""
     gate, clock = closed_gate()
-    gate.succeed(Admission.WRITE)
+    gate.succeed(Admission.CALL)
     clock.now_s = 0.9
-    gate.fail(Admission.WRITE, BROKEN)
+    gate.fail(Admission.CALL, BROKEN)
     assert gate.is_degraded
     clock.now_s = 1.0
     assert gate.try_enter() is Admission.PROBE, "late failures make the pause no longer"
-    gate.fail(Admission.WRITE, BROKEN)
-    gate.succeed(Admission.WRITE)
+    gate.fail(Admission.CALL, BROKEN)
+    gate.succeed(Admission.CALL)
     assert gate.is_degraded
     assert not gate.try_enter(), "the probe is still under way"
     gate.succeed(Admission.PROBE)
