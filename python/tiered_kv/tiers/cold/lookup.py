@@ -56,14 +56,14 @@ class Lookups:
 
     def may_hit(self, anchor: Node, first: array[int]) -> bool:
         """Whether some store has, or may have, the page `first` after `anchor`."""
-        colds = self._open()
-        if not colds:
+        stores = [cold.last_store for cold in self._colds if not cold.is_away]
+        if not stores:
             return False
         if first.tobytes() in anchor.children:
             return True  # on its way for another request
-        name = [page_hash(anchor.last_page_hash, first)]
-        are_there = [int(cold.known(name) != 0) for cold in colds]
-        return any(self._context.collective.minimum(are_there))
+        name = (page_hash(anchor.last_page_hash, first),)
+        are_there = [int(store.known(name) != 0) for store in stores]
+        return 1 in self._context.collective.minimum(are_there)
 
     def ask(self, rid: str, root: Node, tokens: array[int], anchor: Node) -> Stored | None:
         """What the stores have of a prompt after `anchor`; None: `answered` will say.
@@ -104,7 +104,7 @@ class Lookups:
         return Stored(job.first_page, ends, job.hashes)
 
     def _open(self) -> tuple[ColdTier, ...]:
-        return tuple(cold for cold in self._colds if cold.store is not None)
+        return tuple(cold for cold in self._colds if not cold.is_away)
 
     def _submit(
         self,

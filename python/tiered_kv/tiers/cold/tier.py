@@ -24,7 +24,8 @@ class ColdTier:
     def __init__(self, context: TierContext, store: PageStore, write_share: float) -> None:
         self.last_store = store
         """The one in use now, or before it was put away."""
-        self._is_away = False
+        self.is_away = False
+        """Whether pages have no name now under which to go there or come from there."""
         self.traits: StoreTraits = store.traits
         self.reads = ReadQueue(f"{self.name}-to-host", read_stretch(context))
         limit_pages = max(1, int(context.host.n_pages * write_share))
@@ -36,17 +37,17 @@ class ColdTier:
     @property
     def store(self) -> PageStore | None:
         """Where pages with a name go to and come from; None while they have none."""
-        return None if self._is_away else self.last_store
+        return None if self.is_away else self.last_store
 
     def use(self, store: PageStore | None) -> None:
         """From now on; None: none until further notice. What is under way goes where it began."""
-        self._is_away = store is None
+        self.is_away = store is None
         if store is not None:
             self.last_store, self.traits = store, store.traits
 
     def known(self, hashes: Sequence[PageHash]) -> int | None:
         """As `PageStore.known`, and 0 while there is no store."""
-        return 0 if self._is_away else self.last_store.known(hashes)
+        return 0 if self.is_away else self.last_store.known(hashes)
 
     @property
     def tier(self) -> Tier:
