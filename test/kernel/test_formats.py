@@ -35,7 +35,7 @@ def test_raw_is_the_tiers_page_format(shape: Shape) -> None:
     assert layout.page_bytes == page_format.page_bytes
     assert layout.n_layers == page_format.n_layers
     ours = [(b.spec.layer, b.offset, b.n_bytes) for b in layout.buffers]
-    assert ours == [(s.layer, s.offset, s.n_bytes) for s in page_format.segments]
+    assert ours == [(s.layer, s.offset, s.n_bytes) for s in page_format.parts]
 
 
 def test_raw_rows_are_what_the_tiers_copier_writes() -> None:

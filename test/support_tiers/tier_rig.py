@@ -235,7 +235,7 @@ class Rig(RigChecks):
             gate.wait_until(layer)
             for position, (page_hash, page) in enumerate(zip(hashes, pages, strict=False)):
                 kv = self.kv(page_hash)
-                for segment, buffer in zip(self.page_format.segments, self._pages, strict=True):
+                for segment, buffer in zip(self.page_format.parts, self._pages, strict=True):
                     if segment.layer != layer:
                         continue
                     part = kv[segment.offset : segment.offset + segment.n_bytes]

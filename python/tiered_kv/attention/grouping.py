@@ -9,7 +9,7 @@ tokens, less what they cost; with one level that is, per node u of the tree,
 
 and with more levels the same for every possible cut above u. A node is worth a cut only where rows
 part, so the tree has fewer nodes than rows, and all is done in
-O(levels x total length of the paths), the lengths counted in segments.
+O(levels x total length of the paths), the lengths counted in stretches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from tiered_kv.attention.plan import CascadePlan, Group, Level
 from tiered_kv.forest.node import Node
 
-Segment = tuple[int, int]
+Stretch = tuple[int, int]
 """(id, tokens) of a run of tokens that contexts may share, in the same slots."""
 
 
@@ -31,8 +31,8 @@ class Context:
     n_tokens: int
     """Tokens of its context, the newest included, at least 1."""
 
-    path: tuple[Segment, ...] = ()
-    """The segments that the context begins with; what follows them is the row's own."""
+    path: tuple[Stretch, ...] = ()
+    """The stretches that the context begins with; what follows them is the row's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +54,14 @@ class GroupingCosts:
             raise ValueError(f"Costs must be at least 0, tiles and lengths at least 1: {self}.")
 
 
-def path_of(node: Node) -> tuple[Segment, ...]:
+def path_of(node: Node) -> tuple[Stretch, ...]:
     """The path from the root to `node`, which must be the last whose slots a request uses."""
-    segments = []
+    stretches = []
     at: Node | None = node
     while at is not None and not at.is_root:
-        segments.append((at.node_id, at.n_tokens))
+        stretches.append((at.node_id, at.n_tokens))
         at = at.parent
-    return tuple(reversed(segments))
+    return tuple(reversed(stretches))
 
 
 def best_plans(
@@ -69,7 +69,7 @@ def best_plans(
 ) -> list[CascadePlan]:
     """For at most 0, 1, ... `max_levels` levels, the plan that saves most; fewest cuts of equals.
 
-    A segment's id must stand for the same tokens and slots wherever it follows the same segments.
+    A stretch's id must stand for the same tokens and slots wherever it follows the same stretches.
     Raises ValueError if a path is longer than its context, or an id has two lengths.
     """
     root = _compress(_prefix_tree(contexts))
@@ -93,7 +93,7 @@ def _gain(n_rows: int, length: int, costs: GroupingCosts) -> int:
 
 @dataclass(slots=True)
 class _Prefix:
-    """A node of the tree of segments."""
+    """A node of the tree of stretches."""
 
     tokens: int
     rows: list[int] = field(default_factory=list)
@@ -101,28 +101,28 @@ class _Prefix:
 
 
 def _prefix_tree(contexts: Sequence[Context]) -> _Prefix:
-    """All rows' segments, so cut that every row keeps a token of its own."""
+    """All rows' stretches, so cut that every row keeps a token of its own."""
     whole = {row for row, context in enumerate(contexts) if _is_whole(context)}
-    # A segment that ends a whole context ends a token earlier for that row, so there it is cut.
+    # A stretch that ends a whole context ends a token earlier for that row, so there it is cut.
     cut_ids = {contexts[row].path[-1][0] for row in whole}
     root = _Prefix(0)
     for row, context in enumerate(contexts):
         at = root
         at.rows.append(row)
         last = len(context.path) - 1
-        for i, (segment, tokens) in enumerate(context.path):
+        for i, (stretch, tokens) in enumerate(context.path):
             parts = [(tokens, False)]
-            if segment in cut_ids:
+            if stretch in cut_ids:
                 parts = [(tokens - 1, False), (1, True)]
             if row in whole and i == last:
                 parts.pop()
             for n_tokens, is_tail in parts:
                 if not n_tokens:
                     continue
-                child = at.children.setdefault((segment, is_tail), _Prefix(n_tokens))
+                child = at.children.setdefault((stretch, is_tail), _Prefix(n_tokens))
                 if child.tokens != n_tokens:
                     raise ValueError(
-                        f"The segment {segment} has {child.tokens} tokens in one context and "
+                        f"The stretch {stretch} has {child.tokens} tokens in one context and "
                         f"{n_tokens} in that of row {row}; it must be the same in both."
                     )
                 child.rows.append(row)
@@ -133,7 +133,7 @@ def _prefix_tree(contexts: Sequence[Context]) -> _Prefix:
 def _is_whole(context: Context) -> bool:
     """Whether the path covers all of the context, so that its last token must be kept out."""
     if context.n_tokens < 1 or any(tokens < 1 for _, tokens in context.path):
-        raise ValueError(f"A context and its segments need at least one token each: {context}.")
+        raise ValueError(f"A context and its stretches need at least one token each: {context}.")
     on_path = sum(tokens for _, tokens in context.path)
     if on_path > context.n_tokens:
         raise ValueError(

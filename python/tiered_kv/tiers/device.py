@@ -137,9 +137,9 @@ class CpuPageCopier:
         del after  # a forward pass on the CPU has returned before anyone asks for its pages
         device_pages = page_ids(device_slots, self.page_format.page_size)
         for device, host, n in contiguous_runs(device_pages, host_pages):
-            for segment, buffer in zip(self.page_format.segments, self._buffers, strict=True):
-                end = segment.offset + segment.n_bytes
-                self._host[host : host + n, segment.offset : end] = buffer[device : device + n]
+            for part, buffer in zip(self.page_format.parts, self._buffers, strict=True):
+                end = part.offset + part.n_bytes
+                self._host[host : host + n, part.offset : end] = buffer[device : device + n]
 
     def to_device(
         self,
@@ -151,13 +151,13 @@ class CpuPageCopier:
         del after
         device_pages = page_ids(device_slots, self.page_format.page_size)
         runs = list(contiguous_runs(host_pages, device_pages))
-        segments = self.page_format.segments
-        for i, (segment, buffer) in enumerate(zip(segments, self._buffers, strict=True)):
-            end = segment.offset + segment.n_bytes
+        parts = self.page_format.parts
+        for i, (part, buffer) in enumerate(zip(parts, self._buffers, strict=True)):
+            end = part.offset + part.n_bytes
             for host, device, n in runs:
-                buffer[device : device + n] = self._host[host : host + n, segment.offset : end]
-            if i + 1 == len(segments) or segments[i + 1].layer != segment.layer:
-                layer_done(segment.layer, None)
+                buffer[device : device + n] = self._host[host : host + n, part.offset : end]
+            if i + 1 == len(parts) or parts[i + 1].layer != part.layer:
+                layer_done(part.layer, None)
 
 
 class TorchPageCopier:
@@ -223,9 +223,9 @@ class TorchPageCopier:
 
     def _gather(self, device_pages: torch.Tensor, staging: torch.Tensor) -> None:
         """Fills row i of `staging`, (pages, page bytes), with page i."""
-        for segment, buffer in zip(self.page_format.segments, self._buffers, strict=True):
-            end = segment.offset + segment.n_bytes
-            staging[:, segment.offset : end] = buffer.index_select(0, device_pages)
+        for part, buffer in zip(self.page_format.parts, self._buffers, strict=True):
+            end = part.offset + part.n_bytes
+            staging[:, part.offset : end] = buffer.index_select(0, device_pages)
 
     def to_device(
         self,
@@ -250,10 +250,10 @@ class TorchPageCopier:
     def _scatter(self, layer: int, staging: torch.Tensor, device_pages: torch.Tensor) -> None:
         """Writes row i of `staging`, (pages, bytes of the layer), to page i."""
         start, _ = self.page_format.layer_bytes(layer)
-        for segment, buffer in zip(self.page_format.segments, self._buffers, strict=True):
-            if segment.layer == layer:
-                at = segment.offset - start
-                buffer.index_copy_(0, device_pages, staging[:, at : at + segment.n_bytes])
+        for part, buffer in zip(self.page_format.parts, self._buffers, strict=True):
+            if part.layer == layer:
+                at = part.offset - start
+                buffer.index_copy_(0, device_pages, staging[:, at : at + part.n_bytes])
 
 
 def _rows_of(host_pages: PageIds) -> list[tuple[int, int, int]]:

@@ -28,7 +28,7 @@ def round_up(size: int, multiple: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class BufferPart:
     """One buffer's share of a page: `n_bytes` at `offset` (both bytes), of layer `layer`."""
 
     layer: int
@@ -38,7 +38,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class PageFormat:
-    """The layout of a page; `segments[i]` belongs to the i-th device buffer.
+    """The layout of a page; `parts[i]` belongs to the i-th device buffer.
 
     `token_bytes[i]` is what buffer i holds per token; `layers[i]` the layer it serves. Buffers
     must come layer by layer.
@@ -46,28 +46,28 @@ class PageFormat:
     """
 
     page_size: int
-    segments: tuple[Segment, ...]
+    parts: tuple[BufferPart, ...]
     encoding: bytes = b""
 
     @classmethod
     def of_buffers(
         cls, page_size: int, layers: Sequence[int], token_bytes: Sequence[int]
     ) -> PageFormat:
-        segments = []
+        parts = []
         offset = 0
         for layer, n_bytes in zip(layers, token_bytes, strict=True):
-            segments.append(Segment(layer, offset, n_bytes * page_size))
+            parts.append(BufferPart(layer, offset, n_bytes * page_size))
             offset += n_bytes * page_size
-        if [s.layer for s in segments] != sorted(s.layer for s in segments):
+        if [s.layer for s in parts] != sorted(s.layer for s in parts):
             raise ValueError("device buffers must be listed layer by layer")
-        return cls(page_size, tuple(segments))
+        return cls(page_size, tuple(parts))
 
     @classmethod
     def of_layout(cls, layout: PageLayout) -> PageFormat:
         """The page format of a layout; a raw one is the same as that of its buffers."""
-        segments = tuple(Segment(b.spec.layer, b.offset, b.n_bytes) for b in layout.buffers)
+        parts = tuple(BufferPart(b.spec.layer, b.offset, b.n_bytes) for b in layout.buffers)
         encoding = layout.fingerprint() if layout.format.is_lossy else b""
-        return cls(layout.page_size, segments, encoding)
+        return cls(layout.page_size, parts, encoding)
 
     @property
     def is_lossy(self) -> bool:
@@ -76,7 +76,7 @@ class PageFormat:
 
     @property
     def page_bytes(self) -> int:
-        last = self.segments[-1]
+        last = self.parts[-1]
         return last.offset + last.n_bytes
 
     @property
@@ -91,17 +91,17 @@ class PageFormat:
 
     def layer_bytes(self, layer: int) -> tuple[int, int]:
         """(start, end) of the bytes of one layer."""
-        inside = [s for s in self.segments if s.layer == layer]
+        inside = [s for s in self.parts if s.layer == layer]
         return inside[0].offset, inside[-1].offset + inside[-1].n_bytes
 
     @property
     def n_layers(self) -> int:
-        return self.segments[-1].layer + 1
+        return self.parts[-1].layer + 1
 
     def fingerprint(self) -> bytes:
         """32 bytes that differ whenever the same page's bytes would mean something else."""
         text = f"{LAYOUT_VERSION}|{self.page_size}|" + "|".join(
-            f"{s.layer},{s.offset},{s.n_bytes}" for s in self.segments
+            f"{s.layer},{s.offset},{s.n_bytes}" for s in self.parts
         )
         if self.encoding:
             text += f"|{self.encoding.hex()}"

@@ -20,7 +20,7 @@ FREE = GroupingCosts()
 
 @st.composite
 def batches(draw: st.DrawFn) -> list[Context]:
-    """Up to six rows on a tree of at most four segments, with and without tokens of their own."""
+    """Up to six rows on a tree of at most four stretches, with and without tokens of their own."""
     parents = [draw(st.integers(-1, i - 1)) for i in range(draw(st.integers(0, 4)))]
     lengths = [draw(st.integers(1, 3)) for _ in parents]
     paths: list[tuple[tuple[int, int], ...]] = [()]
@@ -46,7 +46,7 @@ def all_costs(draw: st.DrawFn) -> GroupingCosts:
 
 def token_ids(context: Context) -> list[tuple[int, int]]:
     """What identifies each token that may be shared: all of the path but the context's last."""
-    ids = [(segment, i) for segment, tokens in context.path for i in range(tokens)]
+    ids = [(stretch, i) for stretch, tokens in context.path for i in range(tokens)]
     return ids[: context.n_tokens - 1]
 
 
@@ -142,7 +142,7 @@ def test_the_plan_s_order_puts_every_group_together(
         assert [n for n in layout.lengths if n] == [g.length for g in level.groups]
 
 
-def test_a_segment_read_by_more_of_them_is_a_level_of_its_own() -> None:
+def test_a_stretch_read_by_more_of_them_is_a_level_of_its_own() -> None:
     system, tools = (1, 1000), (2, 500)
     contexts = [Context(1600, (system, tools)) for _ in range(3)] + [Context(1100, (system,))] * 4
     one, two = best_plans(contexts, FREE, 2)[1:]
@@ -179,7 +179,7 @@ def test_tiles_read_the_shared_part_again() -> None:
     ("contexts", "message"),
     [
         ([Context(5, ((1, 6),))], "longer than its context"),
-        ([Context(9, ((1, 4),)), Context(9, ((1, 5),))], "segment 1 has 4 tokens"),
+        ([Context(9, ((1, 4),)), Context(9, ((1, 5),))], "stretch 1 has 4 tokens"),
         ([Context(0)], "at least one token"),
         ([Context(3, ((1, 0),))], "at least one token"),
     ],
@@ -190,7 +190,7 @@ def test_contradictions_are_refused(contexts: list[Context], message: str) -> No
 
 
 def test_a_deep_chain_of_conversations_is_no_problem() -> None:
-    """500 rows, each with four segments more than the one before."""
+    """500 rows, each with four stretches more than the one before."""
     path: list[tuple[int, int]] = []
     contexts = []
     for i in range(2000):

@@ -158,7 +158,7 @@ def test_to_device_copies_exactly_these_pages_layer_by_layer(
         """This layer's bytes and all earlier ones are there now."""
         assert event is None
         done.append(layer)
-        for segment in bench.copier.page_format.segments:
+        for segment in bench.copier.page_format.parts:
             if segment.layer <= layer:
                 end = segment.offset + segment.n_bytes
                 for page, expected in arrived.items():
@@ -203,7 +203,7 @@ def test_the_last_layer_is_written_after_the_first_was_announced() -> None:
         ids([5]), bench.token_slots([3]), (), lambda layer, _: seen.append(bench.device_page(3))
     )
     page = bench.copier.page_format
-    cut = next(segment.offset for segment in page.segments if segment.layer == 1)
+    cut = next(segment.offset for segment in page.parts if segment.layer == 1)
     assert seen[0] == arriving[:cut] + before[cut:]
 
 

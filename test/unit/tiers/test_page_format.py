@@ -16,7 +16,7 @@ MHA = PageFormat.of_buffers(16, [0, 0, 1, 1], [192, 192, 192, 192])
 
 def test_segments_lie_back_to_back_layer_by_layer() -> None:
     page = PageFormat.of_buffers(4, [0, 0, 1, 1], [8, 16, 8, 16])
-    assert [(s.layer, s.offset, s.n_bytes) for s in page.segments] == [
+    assert [(s.layer, s.offset, s.n_bytes) for s in page.parts] == [
         (0, 0, 32),
         (0, 32, 64),
         (1, 96, 32),
@@ -35,7 +35,7 @@ def test_the_segments_cover_the_page_exactly(page_size: int, layers: list[list[i
     sizes = [size for buffers in layers for size in buffers]
     page = PageFormat.of_buffers(page_size, numbers, sizes)
     end = 0
-    for segment, size in zip(page.segments, sizes, strict=True):
+    for segment, size in zip(page.parts, sizes, strict=True):
         assert segment.offset == end
         assert segment.n_bytes == size * page_size
         end += segment.n_bytes

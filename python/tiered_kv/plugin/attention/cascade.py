@@ -29,7 +29,7 @@ from tiered_kv.plugin.cache.costs import nearest_device
 from tiered_kv.plugin.options import cascade as cascade_option
 
 if TYPE_CHECKING:
-    from tiered_kv.attention.grouping import Segment
+    from tiered_kv.attention.grouping import Stretch
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def _never(plan: CascadePlan) -> bool:
     return False
 
 
-def _shared_path(node: Any, n_tokens: int) -> tuple[Segment, ...]:
+def _shared_path(node: Any, n_tokens: int) -> tuple[Stretch, ...]:
     """The nodes whose slots a request surely uses; none if its node is not of the tree any more."""
     if node is None or node.is_root or node.end >= n_tokens:
         return ()
