@@ -26,6 +26,7 @@ from tiered_kv.plugin.passes.step_times import DECODES_PER_OBSERVATION
 from tiered_kv.plugin.queue.clock_tick import SharedClock
 from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.iteration_policy import IterationPlan, IterationState, RunningTotals
+from tiered_kv.scheduler.plan import PrefillRoom
 from tiered_kv.scheduler.prefill_turns import TURN_SHARE
 
 MakeLoop = Callable[..., DecodeLoop]
@@ -362,6 +363,8 @@ def test_decodes_are_learned_from_without_transfers(make_loop: MakeLoop, overlap
 def test_prefill_gets_the_room_that_the_chosen_leave(
     make_loop: MakeLoop, overlap: bool, answers: Callable[[Kind], list[int]]
 ) -> None:
+    decoded_last: list[bool] = []
+
     class Rooms(Told):
         """No room for prefill after a prefill, and a page of it after a decode."""
 
@@ -369,7 +372,8 @@ def test_prefill_gets_the_room_that_the_chosen_leave(
             plan = super().plan(state)
             if state.prefill is None:
                 return plan
-            return IterationPlan(plan.decode, 4 if state.decoded_last else 0)
+            decoded_last.append(state.prefill.turns.decoded_last)
+            return IterationPlan(plan.decode, PrefillRoom(4 if decoded_last[-1] else 0))
 
     loop, told = make_loop(overlap=overlap, chunk_tokens=64), Rooms()
     loop.govern("fcfs", "slack", light_costs())
@@ -386,7 +390,7 @@ def test_prefill_gets_the_room_that_the_chosen_leave(
     loop.arrive(req)
     loop.run(lambda: not loop.is_at_rest)
     asked = [state for state in told.states if state.prefill is not None]
-    assert [state.decoded_last for state in asked[:3]] == [True, False, True]
+    assert decoded_last[:3] == [True, False, True]
     assert all(state.prefill.least_ttft_s == 0.5 for state in asked)
     assert all(state.prefill_load >= TURN_SHARE for state in asked)
     assert len(loop.tp_worker.batch_sizes) > before + 3
