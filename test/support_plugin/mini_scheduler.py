@@ -94,7 +94,7 @@ class MiniScheduler:
         self.lora_drainer = lora_drainer
         self.prefill_delayer = prefill_delayer
         self.lacks_adapter: set[str] = set()
-        self.tree_cache = SimpleNamespace(evictable_size=lambda: 0)
+        self.tree_cache = SimpleNamespace(evictable_size=lambda: 0, saved_tokens=0)
         self.has_decode_memory = True
         self.running_batch = SimpleNamespace(
             reqs=[], batch_is_full=False, check_decode_mem=lambda: self.has_decode_memory

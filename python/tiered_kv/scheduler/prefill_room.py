@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from tiered_kv.scheduler.cost_search import most_within
@@ -157,7 +158,7 @@ def tokens_within(ahead: PromptsAhead, seconds: float) -> int:
 # -- beside decodes -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RoomBeside:
     """What there is time for in the pass in which `decodes` go on."""
 
@@ -165,8 +166,13 @@ class RoomBeside:
     decodes: Decodes
     seconds: float
     """Longest that the pass may take; infinity if nothing limits it."""
-    least_tokens: int
-    """Prefill tokens that are computed whatever the time."""
+    floor: int
+    """Fewer tokens are not worth it, however long they take."""
+
+    @cached_property
+    def least_tokens(self) -> int:
+        """Prefill tokens that are computed whatever the time."""
+        return least_piece(self.state, begun_tokens(self.state), WORTH_SHARE, self.floor)[0]
 
     def tokens(self, cached: int, seconds: float = math.inf) -> int:
         """Of a pass of at most `seconds`, those counted who decode. cached: before the chunk."""
@@ -201,16 +207,12 @@ class RoomBeside:
 def room_beside(
     state: SchedulerState, decodes: Decodes, rules: RoomRules, floor: int = MIN_CHUNK_TOKENS
 ) -> RoomBeside:
-    """Priced as one prompt: what is read of several is little against the decodes.
-
-    floor: fewer tokens are not worth it, however long they take.
-    """
+    """Priced as one prompt: what is read of several is little against the decodes."""
     cached = begun_tokens(state)
     seconds, wanted_s = decodes.left_s, wanted_pass_s(state, rules, decodes.seconds)
     if seconds > wanted_s:
         seconds = min(seconds, max(wanted_s, least_piece(state, cached, CUTTING_SHARE)[1]))
-    least_tokens, _ = least_piece(state, cached, WORTH_SHARE, floor)
-    return RoomBeside(state, decodes, seconds, least_tokens)
+    return RoomBeside(state, decodes, seconds, floor)
 
 
 # -- both -----------------------------------------------------------------------------------------

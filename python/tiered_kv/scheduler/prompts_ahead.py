@@ -102,16 +102,26 @@ class PromptsAhead:
         whole_s = self.whole.seconds
         if whole_s <= seconds:
             return self.whole
-        sizes = self._sizes
-        least_s = self._piece(sizes[0]).seconds
-        if least_s > seconds:
-            return None
+        sizes, low, high = self._sizes, 0, len(self._sizes) - 1
+        low_s, high_s = 0.0, whole_s
+        # Between those whose price is known already.
+        for tokens, piece in self._pieces.items():
+            if piece.seconds <= seconds:
+                if tokens > low:
+                    low, low_s = tokens, piece.seconds
+            elif piece.seconds < high_s:
+                high, high_s = bisect_left(sizes, tokens), piece.seconds
+        low = bisect_left(sizes, low) if low else -1
+        if low < 0:
+            low, low_s = 0, self._piece(sizes[0]).seconds
+            if low_s > seconds:
+                return None
 
         def cost_s(n_steps: int) -> float:
-            return self._piece(sizes[n_steps]).seconds
+            return self._piece(sizes[low + n_steps]).seconds
 
-        n_steps = most_within(cost_s, seconds, len(sizes) - 1, least_s, whole_s)
-        return self._piece(sizes[n_steps])
+        n_steps = most_within(cost_s, seconds, high - low, low_s, high_s)
+        return self._piece(sizes[low + n_steps])
 
     def worth_a_pass(self, share: float, floor: int = 0) -> Piece:
         """The least (doubled) in pieces of which all of it takes at most `share` longer.
