@@ -17,6 +17,7 @@ from tiered_kv.api.slo import NO_SLO, Slo
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.everyone_decodes import EveryoneDecodes
 from tiered_kv.scheduler.iteration_batch import Packing
 from tiered_kv.scheduler.plan import NO_LIMIT, PrefillRoom
 from tiered_kv.scheduler.policies.fcfs import FirstComeFirstServed
@@ -186,3 +187,29 @@ def test_where_nobody_runs_nobody_is_waited_for() -> None:
     nobody = Decodes(Packing(CPU, is_cascade=False), 0.0, math.inf)
     granted, _ = room_before(long, PromptsAhead(long), nobody, SlackConfig())
     assert granted != PrefillRoom(0)
+
+
+# -- everyone -------------------------------------------------------------------------------------
+
+
+def everyone(saved_tokens: int) -> PrefillRoom:
+    """Beside eight who share nearly all of their contexts, a decode of whom has just ended."""
+    queue = Queue(FirstComeFirstServed())
+    queue.running = [
+        queue.arrive(at, [at], tokens=30_000, slo=Slo(ttft_s=1.0, tbt_s=0.012)) for at in range(8)
+    ]
+    for request in queue.running:
+        queue.admit(request.request_id)
+        request.first_token_s, request.output_tokens = 0.99, 1
+    prompt = queue.arrive(100, range(1000, 1200))
+    queue.now_s = 1.0
+    queue.turns.passed(1.0, 0.01, decoded=True)
+    rules = SlackConfig(mix_decodes=False)
+    asked = EveryoneDecodes(replace(queue.state(), shared_tokens_saved=saved_tokens), rules)
+    ahead = asked.ahead([prompt], goes_on=False)
+    return asked.room([prompt], ahead, math.inf, goes_on=False)[0]
+
+
+def test_what_a_gang_shares_is_read_once_in_the_decode_that_room_is_left_for() -> None:
+    assert everyone(saved_tokens=0).tokens, "they take too long to gain any room"
+    assert everyone(saved_tokens=7 * 29_000) == PrefillRoom(0)

@@ -7,6 +7,7 @@ only that nothing breaks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -396,6 +397,36 @@ def test_prefill_gets_the_room_that_the_chosen_leave(
     assert len(loop.tp_worker.batch_sizes) > before + 3
     for name, one in kinds.items():
         assert list(loop.finished[name].output_ids) == answers(one)
+
+
+def test_who_waits_while_the_batch_is_full_is_still_in_a_hurry(
+    make_loop: MakeLoop, overlap: bool
+) -> None:
+    """No plan with prompts is made then; the last one counts until nobody waits."""
+
+    class Hurried(Told):
+        def plan(self, state: IterationState) -> IterationPlan:
+            return replace(super().plan(state), is_hurried=state.prefill is not None)
+
+    loop, told = make_loop(overlap=overlap, max_running=2), Hurried()
+    loop.govern("fcfs", "slack", light_costs())
+    loop.tree_cache.decode_selection._policy = told
+    told.decode = lambda ids: ids[:1]
+    first, second, third = (kind(i, n).request(f"r{i}") for i, n in enumerate((30, 30, 4)))
+    loop.arrive(first)
+    loop.run(turns(4))
+    loop.arrive(second)
+    loop.arrive(third)
+    loop.run(turns(6))
+    assert loop.waiting_queue == [third]
+    assert any(state.prefill is not None for state in told.states)
+    before = len(told.states)
+    loop.run(turns(4))
+    full = told.states[before:]
+    assert full
+    assert all(state.prefill is None and state.is_hurried for state in full)
+    loop.run(lambda: not loop.is_at_rest)
+    assert not told.states[-1].is_hurried
 
 
 def test_our_own_policies_have_loose_requests_make_way(
