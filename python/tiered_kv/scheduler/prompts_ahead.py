@@ -7,20 +7,37 @@ tokens to 2,048 cached ones are not a prompt of 256.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Protocol
 
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.cost_search import most_within
 from tiered_kv.scheduler.request import QueuedRequest
-from tiered_kv.scheduler.request_policy import SchedulerState
 
 #: So many of those who wait are looked at.
 PROMPTS_LOOK = 64
 #: Prompts are cut to this precision.
 STEP_TOKENS = 64
+
+
+class QueueState(Protocol):
+    """What is read of `SchedulerState`."""
+
+    @property
+    def costs(self) -> CostModel: ...
+    @property
+    def waiting(self) -> Iterable[QueuedRequest]: ...
+    @property
+    def held(self) -> Container[int]: ...
+    @property
+    def unfinished(self) -> QueuedRequest | None: ...
+    @property
+    def chunk_tokens(self) -> int: ...
+    @property
+    def page_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,7 @@ class PromptsAhead:
 
     def __init__(
         self,
-        state: SchedulerState,
+        state: QueueState,
         first: Sequence[QueuedRequest] = (),
         *,
         goes_on: bool = True,
@@ -174,7 +191,7 @@ class PromptsAhead:
         return list(accumulate(cost_s(new, cached) for new, cached in self._chunks))
 
 
-def _in_order(first: Sequence[QueuedRequest], state: SchedulerState) -> Iterator[QueuedRequest]:
+def _in_order(first: Sequence[QueuedRequest], state: QueueState) -> Iterator[QueuedRequest]:
     yield from first
     named = {request.request_id for request in first}
     for request in state.waiting:

@@ -84,11 +84,10 @@ class Instance:
         self._timeline = timeline
         self._live: dict[int, LiveRequest] = {}
         self._held: dict[int, request_policy.Arriving] = {}
-        self._running = DecodeBatch(self.cache, is_cascade=settings.cascade)
-        self._turns = PrefillTurns()
-        self._selection = selection_for(
-            settings, self._running, self._execution.costs, block_tokens, self._turns
-        )
+        self._running = batch = DecodeBatch(self.cache, is_cascade=settings.cascade)
+        self._turns = turns = PrefillTurns()
+        costs = self._execution.costs
+        self._selection = selection_for(settings, batch, costs, block_tokens, turns)
         self._unfinished: LiveRequest | None = None
         self._is_full = False
         self._is_refused = False
@@ -173,10 +172,9 @@ class Instance:
     def _next_prefill(self, now_s: float) -> PrefillBatch | None:
         settings, unfinished = self.settings, self._unfinished
         self._is_refused = False
-        if not self.waiting and unfinished is None:
-            self._turns.nobody_waits()
-            return None
-        if self._is_full and unfinished is None:
+        if unfinished is None and (self._is_full or not self.waiting):
+            if not self.waiting:
+                self._turns.nobody_waits()
             return None
         for changed in self.waiting.changed(self.cache.take_changes()):
             self.policy.on_cached_change(changed, now_s)
