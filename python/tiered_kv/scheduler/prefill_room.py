@@ -103,9 +103,8 @@ def room_before(
     wanted_s = wanted_pass_s(state, rules, needed_s)
     seconds = decodes.left_s - needed_s
     if seconds > wanted_s:
-        seconds = min(
-            seconds, max(wanted_s, ahead.worth_a_pass(CUTTING_SHARE, MIN_CHUNK_TOKENS).seconds)
-        )
+        uncut = ahead.worth_a_pass(CUTTING_SHARE, MIN_CHUNK_TOKENS)
+        seconds = min(seconds, max(wanted_s, uncut.seconds))
     if _saves_up(turns, worth.seconds, decodes):
         fits = ahead.within(seconds)
         if fits is None or fits.tokens < ahead.first.tokens:

@@ -74,7 +74,8 @@ class SchedulerState:
     """Of `decode_context_tokens`, those that a decode need not read because gangs read theirs once,
     with cascade attention."""
     turns: PrefillTurns = field(default_factory=PrefillTurns)
-    """What ran last, as the executor keeps it; by default it is prefill's turn."""
+    """What ran last, as the executor keeps it: one object, told of every pass, or a prefill that
+    waits for decodes waits for ever."""
     page_tokens: int = 1
     """Who fills the batch counts whole pages of each prompt of so many tokens."""
 
