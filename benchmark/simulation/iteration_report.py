@@ -203,9 +203,10 @@ Read with care: in most rows a handful of requests decides between 90% and 94%.
   asked. Counted for each, as it was, no decode seemed to gain any, and 55% and 50% were.
 - **It loses where the load is more than can be served at the tightest objective**: on the 70B
   model private contexts of 16k at 0.8 of what full batches sustain (0.93 of `all`'s goodput),
-  private contexts of 64k (0.89) and contexts by class (0.88). An iteration of 25 ms there sustains 0.75 or less of what a full batch
-  does, and smaller pieces of prefill take their part: `chunks`, which parks nobody, loses as much.
-  Token objectives give way when two or more who wait would be late for their sake.
+  private contexts of 64k (0.89) and contexts by class (0.88). An iteration of 25 ms there sustains
+  0.75 or less of what a full batch does, and smaller pieces of prefill take their part: `chunks`,
+  which parks nobody, loses as much. Token objectives give way when two or more who wait would be
+  late for their sake.
 - **The price** in tokens per second is 0 to 5% for `slack` and up to 11% for `relegate`; the table
   below holds that against what the bytes say.
 """
