@@ -51,14 +51,15 @@ class Packing:
 
     def add(self, requests: Iterable[RunningRequest]) -> None:
         """They decode, however long that takes."""
+        n_before = len(self.chosen)
         for request in requests:
             self.chosen.append(request)
-            self._n += 1
             self._context += request.context_tokens
             if self._is_cascade and request.gang is not None:
                 read = self._read.get(request.gang, 0)
                 self._saved += min(read, request.shared_tokens)
                 self._read[request.gang] = max(read, request.shared_tokens)
+        self._n += len(self.chosen) - n_before
 
     def seconds_with(self, request: RunningRequest) -> float:
         """Predicted duration if `request` joined."""
