@@ -79,7 +79,9 @@ class Iterations:
         self.context_tokens, self.step_s = context_tokens, step_s
         self.now_s = 1.0
         self.batch: Any = SimpleNamespace(
-            reqs=[request(i, context_tokens) for i in range(n)], batch_is_full=False
+            reqs=[request(i, context_tokens) for i in range(n)],
+            batch_is_full=False,
+            forward_mode=SimpleNamespace(is_decode=lambda: True, is_mixed=lambda: False),
         )
         self._next = n
 

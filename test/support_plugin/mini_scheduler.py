@@ -39,6 +39,7 @@ class Spy:
         self.changes: list[int] = []
         self.states: list[SchedulerState] = []
         self.limits: list[int] = []
+        self.turns: list[tuple[bool, int, float]] = []
         self.plan_fields: dict[str, Any] = {}
         self.order: list[int] | None = None
 
@@ -63,6 +64,8 @@ class Spy:
     def plan(self, state: SchedulerState, limit: int) -> AdmissionPlan:
         self.states.append(state)
         self.limits.append(limit)
+        turns = state.turns
+        self.turns.append((turns.decoded_last, turns.in_a_row, turns.decoded_s))
         order = self.order
         if order is None:
             order = [request.request_id for request in state.candidates()]
@@ -91,7 +94,7 @@ class MiniScheduler:
         self.lora_drainer = lora_drainer
         self.prefill_delayer = prefill_delayer
         self.lacks_adapter: set[str] = set()
-        self.tree_cache = SimpleNamespace(evictable_size=lambda: 0)
+        self.tree_cache = SimpleNamespace(evictable_size=lambda: 0, saved_tokens=0)
         self.has_decode_memory = True
         self.running_batch = SimpleNamespace(
             reqs=[], batch_is_full=False, check_decode_mem=lambda: self.has_decode_memory

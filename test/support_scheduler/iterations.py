@@ -118,7 +118,6 @@ class Adversary:
                 requests,
                 self.costs,
                 is_cascade=bool(random.integers(2)),
-                decoded_last=decoded_last,
                 prefill_load=float(random.random()),
             )
             plan = self.policy.plan(state)

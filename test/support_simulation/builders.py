@@ -17,6 +17,7 @@ from tiered_kv.forest.key import namespace_hash
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
 from tiered_kv.scheduler.measured_costs import PassTimes
 from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.prefill_turns import PrefillTurns
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import Arriving, RequestPolicy, SchedulerState
 from tiered_kv.scheduler.waiting import WaitingQueue
@@ -138,6 +139,7 @@ class Queue:
         self.processed = 0
         self.running: list[QueuedRequest] = []
         self.held: dict[int, Arriving] = {}
+        self.turns = PrefillTurns()
 
     def cache(self, blocks: Sequence[int], tier: Tier = Tier.DEVICE) -> None:
         tokens = array("q", blocks)
@@ -187,10 +189,12 @@ class Queue:
             processed_prefill_tokens=self.processed,
             chunk_tokens=8192,
             costs=cost_model(),
+            turns=self.turns,
         )
 
     def plan(self, limit: int = 1000) -> AdmissionPlan:
-        return self.policy.plan(self.state(), limit)
+        """As it is carried out if everyone who runs decodes."""
+        return self.policy.plan(self.state(), limit).within()
 
     def order(self, limit: int = 1000) -> list[int]:
         return list(self.plan(limit).order)

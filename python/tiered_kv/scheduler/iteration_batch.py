@@ -17,16 +17,32 @@ class Packing:
     def __init__(self, costs: CostModel, *, is_cascade: bool) -> None:
         self.chosen: list[RunningRequest] = []
         self._costs = costs
+        self._n = 0
         self._is_cascade = is_cascade
         self._context = 0
         self._saved = 0
         self._read: dict[int, int] = {}
         """Leading tokens of each gang that are read anyway."""
 
+    @classmethod
+    def of_all(
+        cls, costs: CostModel, n: int, context_tokens: int, saved_tokens: int = 0
+    ) -> Packing:
+        """Everybody who runs, known by their number and the sum of their contexts only.
+
+        saved_tokens: how many of these need not be read.
+        """
+        packing = cls(costs, is_cascade=False)
+        packing._n, packing._context, packing._saved = n, context_tokens, saved_tokens
+        return packing
+
+    def __len__(self) -> int:
+        return self._n
+
     @property
     def seconds(self) -> float:
         """Predicted duration; 0 for nobody."""
-        return self._costs.iteration_s((), self._context, len(self.chosen), self._saved)
+        return self._costs.iteration_s((), self._context, self._n, self._saved)
 
     @property
     def tokens_read(self) -> int:
@@ -35,6 +51,7 @@ class Packing:
 
     def add(self, requests: Iterable[RunningRequest]) -> None:
         """They decode, however long that takes."""
+        n_before = len(self.chosen)
         for request in requests:
             self.chosen.append(request)
             self._context += request.context_tokens
@@ -42,6 +59,7 @@ class Packing:
                 read = self._read.get(request.gang, 0)
                 self._saved += min(read, request.shared_tokens)
                 self._read[request.gang] = max(read, request.shared_tokens)
+        self._n += len(self.chosen) - n_before
 
     def seconds_with(self, request: RunningRequest) -> float:
         """Predicted duration if `request` joined."""
@@ -49,7 +67,7 @@ class Packing:
         if self._is_cascade and request.gang is not None:
             saved += min(self._read.get(request.gang, 0), request.shared_tokens)
         context = self._context + request.context_tokens
-        return self._costs.iteration_s((), context, len(self.chosen) + 1, saved)
+        return self._costs.iteration_s((), context, self._n + 1, saved)
 
     def fill(self, order: Sequence[RunningRequest], limit_s: float) -> list[RunningRequest]:
         """Add from the front of `order` while that takes at most `limit_s`; returns the rest.
@@ -75,7 +93,7 @@ class Packing:
         while low < high:
             middle = (low + high + 1) // 2
             context, saved = sums[middle - 1]
-            n = len(self.chosen) + middle
+            n = self._n + middle
             if self._costs.iteration_s((), context, n, saved) <= limit_s:
                 low = middle
             else:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from tiered_kv.core.registry import Registry
 from tiered_kv.scheduler.cost_model import CostModel
-from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.plan import PrefillRoom
+from tiered_kv.scheduler.prompts_ahead import PromptsAhead
 from tiered_kv.scheduler.request_policy import SchedulerState
 
 
@@ -75,15 +76,14 @@ class IterationState:
     """Whether a gang's shared tokens are read once per iteration."""
     prefill: SchedulerState | None = None
     """What the request-level policy is asked with, if anything waits to be prefilled; its
-    `running` has the same ids. None: `IterationPlan.prefill_tokens` is not wanted."""
+    `turns` say what ran last. None: `IterationPlan.room` is not wanted."""
+    ahead: PromptsAhead | None = None
+    """What could be prefilled next, in the order in which it will be; None: not known."""
     is_mixed: bool = False
     """Whether those who are chosen decode in the same iteration as the prefill."""
-    decoded_last: bool = True
-    """Whether the iteration before this one decoded: then it is the prefill's turn, a little of it
-    even where no slack is left. False while nothing but prefill has run since the last decode."""
     prefill_load: float = 0.0
     """Share of the time that is prefill's alone: what it took of late, or, if prompts wait, at
-    least the third that its turns take (`decoded_last`)."""
+    least the third that its turns take (`PrefillTurns`)."""
     is_hurried: bool = False
     """Without `prefill`: what the last plan with it said (`IterationPlan.is_hurried`)."""
     short_tokens: int = 0
@@ -100,34 +100,15 @@ class IterationPlan:
     decode: tuple[int, ...] | None = None
     """Ids of those who decode, never empty if anyone runs; None: everyone."""
 
-    prefill_tokens: int | None = None
-    """Most prefill tokens that the decode slack leaves room for, decodes of a mixed iteration
-    counted as one each (as `AdmissionPlan.prefill_tokens`). Where a subset decodes it takes that
-    one's place, which counts everyone; else the lesser holds. None: no limit; 0: decode first."""
+    room: PrefillRoom | None = None
+    """What those who decode leave to a prefill; None: what they would if everyone did, which the
+    request policy says (`AdmissionPlan.within`)."""
 
     swap_out: tuple[int, ...] = ()
     """Whose KV goes to the host, in this order; none of them is in `decode`."""
 
-    admit_at_most: int | None = None
-    """Most waiting requests that are admitted within `prefill_tokens`; None: no such limit."""
-
     is_hurried: bool = False
-    """Whether who waits needs the throughput: see `iteration_prefill.is_hurried`."""
-
-    def limit(self, plan: AdmissionPlan, page_tokens: int = 1) -> AdmissionPlan:
-        """`plan` of the request policy, as far as those who decode leave room for it.
-
-        It counts on all who run to decode: where some do, `prefill_tokens` takes its limit's place.
-        page_tokens: who fills the batch counts whole pages of each prompt, so that those to be
-        admitted fit with theirs.
-        """
-        tokens, asked = self.prefill_tokens, plan.prefill_tokens
-        if tokens is not None and self.admit_at_most:
-            tokens += (page_tokens - 1) * self.admit_at_most
-        if self.decode is None and asked is not None:
-            tokens = asked if tokens is None else min(asked, tokens)
-        limits = [n for n in (plan.admit_at_most, self.admit_at_most) if n is not None]
-        return replace(plan, prefill_tokens=tokens, admit_at_most=min(limits, default=None))
+    """Whether who waits needs the throughput: then it counts more than token objectives."""
 
 
 EVERYONE = IterationPlan()

@@ -31,15 +31,8 @@ from tiered_kv.scheduler.iteration_policy import (
     RunningRequest,
     RunningTotals,
 )
-from tiered_kv.scheduler.iteration_prefill import (
-    PrefillRoom,
-    is_hurried,
-    prefill_room,
-    prompts_ahead,
-    share_of,
-)
+from tiered_kv.scheduler.iteration_room import IterationRoom, share_of
 from tiered_kv.scheduler.iteration_swap import choose_swap_out
-from tiered_kv.scheduler.prompts_ahead import PromptsAhead
 
 #: However much prefill there was, decoding is planned with at least the rest of the time.
 PREFILL_LOAD_MAX = 0.5
@@ -80,14 +73,14 @@ class SlackIterations:
         if state.prefill is not None and not state.is_mixed:
             # Those who need not decode each time leave room for the prefill before they do.
             decode_s *= 1.0 - _prefill_load(state)
-        ahead = prompts_ahead(state)
-        hurried = is_hurried(state, ahead, all_s)
+        prefill = IterationRoom(state, config)
+        hurried = prefill.is_hurried(all_s)
         if config.select and all_s > decode_s:
             pace = self._pace(state, running, hurried=hurried)
             if not math.isinf(pace.interval_s):
-                return self._paced(state, ahead, running, pace, swap_out, hurried=hurried)
-        room = prefill_room(state, ahead, everyone, all_s, left_s, config) or PrefillRoom()
-        return _plan(None, room, swap_out, hurried=hurried)
+                return self._paced(state, prefill, running, pace, swap_out, hurried=hurried)
+        room, _ = prefill.room(everyone, all_s, left_s, is_everyone=True)
+        return IterationPlan(None, room, swap_out, hurried)
 
     def _pace(
         self, state: IterationState, running: Sequence[RunningRequest], *, hurried: bool
@@ -110,7 +103,7 @@ class SlackIterations:
     def _paced(
         self,
         state: IterationState,
-        ahead: PromptsAhead | None,
+        prefill: IterationRoom,
         running: Sequence[RunningRequest],
         pace: Pace,
         swap_out: tuple[int, ...],
@@ -145,21 +138,11 @@ class SlackIterations:
             fill_s -= for_prefill_s - needed_s
         parked = batch.fill(others, fill_s)
         limit_s = left_s if state.is_mixed else for_prefill_s
-        room = prefill_room(state, ahead, batch, needed_s, limit_s, config)
-        if room is None:
+        room, is_queue_late = prefill.room(batch, needed_s, limit_s, is_everyone=not parked)
+        if is_queue_late:
             return IterationPlan(swap_out=swap_out, is_hurried=True)
         chosen = tuple(r.request_id for r in batch.chosen) if parked else None
-        return _plan(chosen, room, swap_out, hurried=hurried)
-
-
-def _plan(
-    decode: tuple[int, ...] | None,
-    room: PrefillRoom,
-    swap_out: tuple[int, ...],
-    *,
-    hurried: bool,
-) -> IterationPlan:
-    return IterationPlan(decode, room.tokens, swap_out, room.admit_at_most, hurried)
+        return IterationPlan(chosen, room, swap_out, hurried)
 
 
 def _prefill_load(state: IterationState) -> float:

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tiered_kv.scheduler.prompts_ahead import PromptsAhead
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRoom:
+    """What those who decode leave to a prefill; made by `prefill_room.py` alone."""
+
+    tokens: int | None = None
+    """Most tokens of the pass, decodes of a mixed one counted as one each; None: no limit. 0: they
+    decode first."""
+    admit_at_most: int | None = None
+    """Most waiting requests that are admitted within `tokens`; None: no such limit."""
+
+
+NO_LIMIT = PrefillRoom()
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +36,15 @@ class AdmissionPlan:
     One who is held (`SchedulerState.held`) is to run without the pages that have not come."""
 
     prefill_tokens: int | None = None
-    """Most tokens to compute in this iteration; None: the configured chunk size. 0: no prefill."""
+    """Most tokens to compute in this iteration, whoever decodes: more would make somebody late who
+    waits. None: the configured chunk size. 0: no prefill."""
+
+    room: PrefillRoom = NO_LIMIT
+    """What those who run leave if all of them decode. Where an iteration policy has an answer
+    (`IterationPlan.room`), that one counts and not this."""
+
+    ahead: PromptsAhead | None = field(default=None, compare=False, repr=False)
+    """What a prefill that runs alone could compute, in the order of admission; None: not asked."""
 
     mix_decodes: bool = False
     """Whether running requests decode in the same iteration, even where that is not configured."""
@@ -37,3 +63,23 @@ class AdmissionPlan:
     put_back_unfinished: bool = False
     """Whether the prompt that was begun goes back to the queue instead of on. What is computed of
     it stays in the cache, so whole pages are not lost. Only if `SchedulerState.can_put_back`."""
+
+    def within(self, room: PrefillRoom | None = None) -> AdmissionPlan:
+        """The plan to carry out: with the lesser of its own limits and those of a room.
+
+        room: the iteration policy's; None: it has none, so that of the plan holds. The one of two
+        is not weighed against the other: this is the only place in which they meet.
+        """
+        room = self.room if room is None else room
+        return replace(
+            self,
+            prefill_tokens=_lesser(self.prefill_tokens, room.tokens),
+            admit_at_most=_lesser(self.admit_at_most, room.admit_at_most),
+        )
+
+
+def _lesser(first: int | None, second: int | None) -> int | None:
+    """None is no limit."""
+    if first is None or second is None:
+        return second if first is None else first
+    return min(first, second)

@@ -8,13 +8,14 @@ is room. Time is passed in: the same objects serve the simulator and the server.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from tiered_kv.core.registry import Registry
 from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.prefill_turns import PrefillTurns
 from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.waiting import WaitingQueue
@@ -69,6 +70,14 @@ class SchedulerState:
     """Whether `AdmissionPlan.put_back_unfinished` can be carried out."""
     loading_bytes: int = 0
     """Bytes that are queued on the way from the host to the device."""
+    shared_tokens_saved: int = 0
+    """Of `decode_context_tokens`, those that a decode need not read because gangs read theirs once,
+    with cascade attention."""
+    turns: PrefillTurns = field(default_factory=PrefillTurns)
+    """What ran last, as the executor keeps it: one object, told of every pass, or a prefill that
+    waits for decodes waits for ever."""
+    page_tokens: int = 1
+    """Who fills the batch counts whole pages of each prompt of so many tokens."""
 
     @property
     def least_ttft_s(self) -> float:

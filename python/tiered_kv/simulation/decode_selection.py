@@ -17,6 +17,7 @@ from tiered_kv.scheduler.iteration_policy import (
 )
 from tiered_kv.scheduler.iteration_slack import SlackIterations
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
+from tiered_kv.scheduler.prompts_ahead import PromptsAhead
 from tiered_kv.scheduler.request_policy import SchedulerState
 from tiered_kv.simulation.decode_batch import DecodeBatch
 from tiered_kv.simulation.live import LiveRequest
@@ -43,9 +44,14 @@ class DecodeSelection:
     """Between one instance's batch and its policy."""
 
     def __init__(
-        self, settings: InstanceSettings, batch: DecodeBatch, costs: CostModel, block_tokens: int
+        self,
+        settings: InstanceSettings,
+        batch: DecodeBatch,
+        costs: CostModel,
+        block_tokens: int,
+        turns: PrefillTurns,
     ) -> None:
-        """Raises ConfigError for an unknown policy."""
+        """`turns`: the instance's. Raises ConfigError for an unknown policy."""
         make = iteration_policies.get(settings.iteration_policy)
         self.policy: IterationPolicy = (
             SlackIterations(settings.iteration) if make is SlackIterations else make()
@@ -57,7 +63,7 @@ class DecodeSelection:
         self._block_tokens = block_tokens
         self._known: dict[int, RunningRequest] = {}
         self._gangs: dict[int, _Gang] = {}
-        self._turns = PrefillTurns()
+        self._turns = turns
 
     # -- what happens -------------------------------------------------------------------------
 
@@ -86,20 +92,23 @@ class DecodeSelection:
             if not gang.n:
                 del self._gangs[gang_id]
 
-    def passed(self, seconds: float, *, decoded: bool) -> None:
-        """A pass ended, or some of the same kind; whether anyone decoded."""
-        self._turns.passed(seconds, decoded=decoded)
-
     # -- plans --------------------------------------------------------------------------------
 
     def plan(
-        self, now_s: float, prefill: SchedulerState | None = None, *, is_mixed: bool = False
+        self,
+        now_s: float,
+        prefill: SchedulerState | None = None,
+        ahead: PromptsAhead | None = None,
+        *,
+        is_mixed: bool = False,
     ) -> IterationPlan:
-        """For the next iteration. `prefill`: what the order of the queue is asked with."""
+        """For the next iteration. `prefill`: what the order of the queue is asked with. `ahead`:
+        see `IterationState.ahead`.
+        """
         if prefill is not None:
             self._turns.wants_prefill()
         state = self._state(now_s)
-        state.prefill, state.is_mixed = prefill, is_mixed
+        state.prefill, state.ahead, state.is_mixed = prefill, ahead, is_mixed
         state.prefill_load = self._turns.load(is_mixed=is_mixed)
         plan = self.policy.plan(state)
         if prefill is not None:
@@ -168,7 +177,6 @@ class DecodeSelection:
             running,
             self._costs,
             is_cascade=self._settings.cascade,
-            decoded_last=self._turns.decoded_last,
             prefill_load=self._turns.load(),
             is_hurried=self._turns.is_hurried,
         )
@@ -197,12 +205,16 @@ class DecodeSelection:
 
 
 def selection_for(
-    settings: InstanceSettings, batch: DecodeBatch, costs: CostModel, block_tokens: int
+    settings: InstanceSettings,
+    batch: DecodeBatch,
+    costs: CostModel,
+    block_tokens: int,
+    turns: PrefillTurns,
 ) -> DecodeSelection | None:
     """None if everyone always decodes. Raises ConfigError for an unknown policy."""
     if settings.iteration_policy == ALL_DECODE:
         return None
-    return DecodeSelection(settings, batch, costs, block_tokens)
+    return DecodeSelection(settings, batch, costs, block_tokens, turns)
 
 
 def _common(first: Tokens, second: Tokens, limit: int) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 
 from tiered_kv.scheduler import request_policy
 from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.prefill_turns import PrefillTurns
 from tiered_kv.scheduler.request_policy import ForecastingPolicy, RequestPolicy, SchedulerState
 from tiered_kv.scheduler.waiting import WaitingQueue
 from tiered_kv.simulation.admission import Added, NewTokenRatio, PrefillAdder, PrefillBatch
@@ -83,10 +84,10 @@ class Instance:
         self._timeline = timeline
         self._live: dict[int, LiveRequest] = {}
         self._held: dict[int, request_policy.Arriving] = {}
-        self._running = DecodeBatch(self.cache, is_cascade=settings.cascade)
-        self._selection = selection_for(
-            settings, self._running, self._execution.costs, block_tokens
-        )
+        self._running = batch = DecodeBatch(self.cache, is_cascade=settings.cascade)
+        self._turns = turns = PrefillTurns()
+        costs = self._execution.costs
+        self._selection = selection_for(settings, batch, costs, block_tokens, turns)
         self._unfinished: LiveRequest | None = None
         self._is_full = False
         self._is_refused = False
@@ -171,7 +172,9 @@ class Instance:
     def _next_prefill(self, now_s: float) -> PrefillBatch | None:
         settings, unfinished = self.settings, self._unfinished
         self._is_refused = False
-        if (self._is_full or not self.waiting) and unfinished is None:
+        if unfinished is None and (self._is_full or not self.waiting):
+            if not self.waiting:
+                self._turns.nobody_waits()
             return None
         for changed in self.waiting.changed(self.cache.take_changes()):
             self.policy.on_cached_change(changed, now_s)
@@ -246,11 +249,11 @@ class Instance:
     ) -> AdmissionPlan:
         """`plan`, as far as decodes leave room; parks who does not decode beside the prefill."""
         if self._selection is None or not self._running:
-            return plan
-        iteration = self._selection.plan(state.now_s, state, is_mixed=is_mixed)
+            return plan.within()
+        iteration = self._selection.plan(state.now_s, state, plan.ahead, is_mixed=is_mixed)
         if is_mixed:
             self._running.choose(iteration.decode)
-        return iteration.limit(plan, self.settings.page_tokens)
+        return plan.within(iteration.room)
 
     def _leave_queue(self, live: LiveRequest, now_s: float) -> None:
         queued = live.queued
@@ -276,6 +279,9 @@ class Instance:
             unfinished=None if self._unfinished is None else self._unfinished.queued,
             can_put_back=True,
             loading_bytes=self.cache.to_device.queued_bytes,
+            shared_tokens_saved=self._running.shared_tokens_saved,
+            turns=self._turns,
+            page_tokens=self.settings.page_tokens,
         )
 
     # -- prefill ------------------------------------------------------------------------------
@@ -308,8 +314,7 @@ class Instance:
     ) -> None:
         n_new = sum(new for _, new, _ in batch.chunks)
         self._count(start_s, now_s, 1, "prefill", new_tokens=n_new, decodes=n_decodes)
-        if self._selection is not None:
-            self._selection.passed(now_s - start_s, decoded=bool(n_decodes))
+        self._turns.passed(now_s, now_s - start_s, decoded=bool(n_decodes))
         if n_decodes:
             self._end_decodes(np.array([now_s]))
         for live, new, before in batch.chunks:
@@ -374,8 +379,7 @@ class Instance:
         self._run = None
         n_steps = len(run.ends_s)
         self._count(run.start_s, now_s, n_steps, "decode", decodes=self._running.n_decoding)
-        if self._selection is not None:
-            self._selection.passed(now_s - run.start_s, decoded=True)
+        self._turns.passed(now_s, now_s - run.start_s, decoded=True, n=n_steps)
         self._ratio.decay(n_steps)
         self._end_decodes(run.ends_s)
         self._step(now_s)

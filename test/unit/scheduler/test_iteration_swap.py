@@ -87,12 +87,19 @@ def test_who_is_swapped_out_does_not_decode() -> None:
 
 
 def prefill_tokens(
-    requests: list[RunningRequest], now_s: float, slo: Slo = NO_SLO, **more: object
-) -> int | None:
+    requests: list[RunningRequest],
+    now_s: float,
+    slo: Slo = NO_SLO,
+    *,
+    decoded_last: bool = True,
+) -> int:
     queue = Queue(FirstComeFirstServed())
+    queue.turns.passed(now_s, 0.0, decoded=decoded_last)
     queue.arrive(1000, range(200), slo=slo)
-    state = IterationState(now_s, requests, COSTS, prefill=queue.state(), **more)  # type: ignore[arg-type]
-    return SlackIterations().plan(state).prefill_tokens
+    prefill = queue.state()
+    room = SlackIterations().plan(IterationState(now_s, requests, COSTS, prefill=prefill)).room
+    assert room is not None
+    return prefill.chunk_tokens if room.tokens is None else room.tokens
 
 
 def test_prefill_takes_what_the_tokens_due_leave() -> None:
@@ -108,13 +115,12 @@ def test_prefill_waits_for_a_decode_when_no_time_is_left_but_has_its_turn_after(
     requests = running((40, 12_000, 0.025))
     assert prefill_tokens(requests, 0.0, decoded_last=False) == 0
     turn = prefill_tokens(requests, 0.0)
-    assert turn is not None
     assert 64 <= turn <= 512
 
 
 def test_nothing_to_prefill_is_no_question() -> None:
     requests = running((20, 8_000, 0.05))
-    assert SlackIterations().plan(IterationState(0.0, requests, COSTS)).prefill_tokens is None
+    assert SlackIterations().plan(IterationState(0.0, requests, COSTS)).room is None
 
 
 def test_prefill_and_the_decodes_beside_it_share_one_iteration() -> None:
@@ -124,9 +130,10 @@ def test_prefill_and_the_decodes_beside_it_share_one_iteration() -> None:
     state = IterationState(0.0, requests, COSTS, prefill=queue.state(), is_mixed=True)
     plan = SlackIterations().plan(state)
     assert plan.decode
-    assert plan.prefill_tokens
+    assert plan.room
+    assert plan.room.tokens
     batch = [requests[request_id] for request_id in plan.decode]
-    n_new = plan.prefill_tokens - len(batch)
+    n_new = plan.room.tokens - len(batch)
     context = sum(request.context_tokens for request in batch)
     assert n_new >= 64
     assert COSTS.iteration_s(((n_new, 0),), context, len(batch)) <= 0.025
@@ -136,7 +143,5 @@ def test_with_an_objective_for_first_tokens_prefills_stay_short() -> None:
     requests = running((4, 1_000, None))
     short = prefill_tokens(requests, 0.0, Slo(ttft_s=0.5))
     long = prefill_tokens(requests, 0.0)
-    assert short
-    assert long
-    assert short < long
+    assert 0 < short < long
     assert COSTS.iteration_s(((short, 0),), 0, 0) <= 0.05

@@ -12,10 +12,10 @@ from tiered_kv.scheduler.prefill_turns import LOAD_MEMORY_S, TURN_SHARE, Prefill
 def test_the_share_follows_what_ran() -> None:
     turns = PrefillTurns()
     assert (turns.decoded_last, turns.load()) == (True, 0.0)
-    turns.passed(LOAD_MEMORY_S, decoded=False)
+    turns.passed(3.0, LOAD_MEMORY_S, decoded=False)
     assert not turns.decoded_last
     assert turns.load() == pytest.approx(1.0 - math.exp(-1.0))
-    turns.passed(2 * LOAD_MEMORY_S, decoded=True)
+    turns.passed(9.0, 2 * LOAD_MEMORY_S, decoded=True)
     assert turns.decoded_last
     assert turns.load() == pytest.approx((1.0 - math.exp(-1.0)) * math.exp(-2.0))
 
@@ -23,8 +23,8 @@ def test_the_share_follows_what_ran() -> None:
 def test_alternating_passes_come_to_their_share() -> None:
     turns = PrefillTurns()
     for _ in range(1000):
-        turns.passed(0.03, decoded=False)
-        turns.passed(0.01, decoded=True)
+        turns.passed(0.0, 0.03, decoded=False)
+        turns.passed(0.0, 0.01, decoded=True)
     assert turns.load() == pytest.approx(0.75, abs=0.01)
 
 
@@ -37,13 +37,23 @@ def test_prompts_that_wait_are_granted_turns_until_it_is_decided_who_decodes() -
     assert turns.load() == 0.0
 
 
-def test_what_a_plan_says_of_prompts_that_wait_holds_as_long() -> None:
+def test_it_is_known_when_the_last_decode_ended_and_how_many_came_in_a_row() -> None:
+    turns = PrefillTurns()
+    turns.passed(1.0, 0.5, decoded=True)
+    turns.passed(3.0, 2.0, decoded=True, n=4)
+    assert (turns.decoded_s, turns.in_a_row) == (3.0, 5)
+    turns.passed(4.0, 1.0, decoded=False)
+    assert (turns.decoded_s, turns.in_a_row) == (3.0, 0)
+
+
+def test_a_hurry_lasts_until_the_next_plan_or_until_nobody_waits() -> None:
     turns = PrefillTurns()
     turns.wants_prefill()
     turns.planned(is_hurried=True)
-    assert turns.is_hurried
     turns.decided()
-    assert not turns.is_hurried
-    turns.wants_prefill()
+    assert turns.is_hurried, "while the batch is full no plan with prefill is made"
     turns.planned(is_hurried=False)
+    assert not turns.is_hurried
+    turns.planned(is_hurried=True)
+    turns.nobody_waits()
     assert not turns.is_hurried

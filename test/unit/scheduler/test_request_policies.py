@@ -9,7 +9,8 @@ from tiered_kv.api.slo import Slo
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.scheduler.policies import lpm
-from tiered_kv.scheduler.policies.niyama import MIN_CHUNK_TOKENS, Niyama
+from tiered_kv.scheduler.policies.niyama import Niyama
+from tiered_kv.scheduler.prefill_room import MIN_CHUNK_TOKENS
 from tiered_kv.scheduler.request_policy import request_policies
 
 NAMES = ("fcfs", "lpm", "dfs-weight", "priority", "hrrn", "k-lpm", "edf", "niyama")
@@ -222,9 +223,20 @@ class TestNiyama:
         q.now_s = 0.5
         plan = q.plan()
         assert plan.mix_decodes
-        assert MIN_CHUNK_TOKENS <= plan.prefill_tokens < 8192
+        # Whoever decodes counts for one of the tokens.
+        n_new = plan.prefill_tokens - 1
+        assert MIN_CHUNK_TOKENS <= n_new < 8192
         # Its fourth token is due 0.5 + 3 * 0.05 s after its arrival: 150 ms from now.
         costs = q.state().costs
-        within_s = costs.iteration_s(((plan.prefill_tokens, 0),), running.prompt_tokens, 1)
-        beyond_s = costs.iteration_s(((plan.prefill_tokens + 64, 0),), running.prompt_tokens, 1)
+        within_s = costs.iteration_s(((n_new, 0),), running.prompt_tokens, 1)
+        beyond_s = costs.iteration_s(((n_new + 64, 0),), running.prompt_tokens, 1)
         assert within_s <= 0.15 < beyond_s
+
+    def test_many_who_decode_leave_their_chunk_to_the_prefill(self) -> None:
+        """As the others do: what is worth a pass, and one token for each of them."""
+        q = queue("niyama")
+        for request_id in range(300):
+            q.running.append(q.arrive(request_id, [request_id], slo=Slo("fast", 0.5, 1e-4)))
+            q.admit(request_id)
+        q.arrive(1000, range(1000, 1200), slo=LOOSE)
+        assert q.plan().prefill_tokens >= MIN_CHUNK_TOKENS + 300

@@ -10,10 +10,10 @@ from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.cost_model import CostModel
-from tiered_kv.scheduler.pass_budget import MIN_CHUNK_TOKENS
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.slack import SlackPolicy
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
+from tiered_kv.scheduler.prefill_room import DECODES_AHEAD, MIN_CHUNK_TOKENS
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import ForecastingPolicy, request_policies
 
@@ -286,10 +286,13 @@ class TestTheIteration:
         running = q.arrive(1, blocks(1), slo=Slo("impossible", 5.0, 1e-4))
         running.first_token_s, running.output_tokens = 0.0, 5
         q.now_s = 0.1
+        q.turns.passed(q.now_s, 0.01, decoded=True)
         plan = self.plan_beside(running, q)
-        assert plan.prefill_tokens >= MIN_CHUNK_TOKENS
+        # Nobody who waits is in a hurry.
+        assert 64 <= plan.prefill_tokens < MIN_CHUNK_TOKENS
         # It was prefill's turn; now, without a token in between, it is decoding's.
         q.now_s = 0.12
+        q.turns.passed(q.now_s, 0.02, decoded=False)
         assert q.plan().prefill_tokens == 0
 
     def beside(self, prompt: int, gained_s: float, tbt_s: float) -> int:
@@ -301,6 +304,7 @@ class TestTheIteration:
         q.now_s = 10.0
         # Of its first five tokens, the fifth was due at 10 s + `gained_s`.
         running.output_tokens, running.first_token_s = 5, q.now_s + gained_s - 4 * tbt_s
+        q.turns.passed(q.now_s, tbt_s, decoded=True)
         return self.plan_beside(running, q).prefill_tokens
 
     def test_a_prefill_waits_for_a_few_decodes_that_gain_it_room(self) -> None:
@@ -317,17 +321,19 @@ class TestTheIteration:
         running = q.arrive(1, blocks(1), slo=Slo("steady", 5.0, 0.008))
         running.output_tokens, running.first_token_s = 1, 0.0
         q.now_s = 0.008
+        q.turns.passed(q.now_s, 0.008, decoded=True)
         chunks = [self.plan_beside(running, q).prefill_tokens]
         for _ in range(9):
             q.now_s += 0.008
+            q.turns.passed(q.now_s, 0.008, decoded=True)
             running.output_tokens += 1
             chunks.append(q.plan().prefill_tokens)
         turns = [at for at, chunk in enumerate(chunks) if chunk]
         assert turns
-        assert 1 < turns[0] <= 5
+        assert turns[0] == DECODES_AHEAD - 1, "one was there before"
 
     def test_but_not_where_decodes_gain_hardly_any(self) -> None:
-        assert self.beside(200, 0.0, 1.1 * cost_model().iteration_s((), 65, 1)) >= MIN_CHUNK_TOKENS
+        assert self.beside(200, 0.0, 1.1 * cost_model().iteration_s((), 65, 1)) >= 64
 
     def test_decodes_are_mixed_in_only_where_the_device_gains_by_it(self) -> None:
         def mixes(device: str) -> bool:

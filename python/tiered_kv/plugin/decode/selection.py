@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from tiered_kv.plugin.queue.clock_tick import SharedClock
     from tiered_kv.scheduler.cost_model import CostModel
+    from tiered_kv.scheduler.prompts_ahead import PromptsAhead
     from tiered_kv.scheduler.request_policy import SchedulerState
 
 logger = logging.getLogger(__name__)
@@ -54,17 +55,20 @@ class DecodeSelection:
         costs: CostModel,
         clock: SharedClock,
         *,
+        turns: PrefillTurns | None = None,
         is_cascade: bool = False,
         on_parked: Callable[[Sequence[Req]], None] | None = None,
     ) -> None:
-        """on_parked: told who skips an iteration, and of nobody when all take part again."""
+        """turns: those that the order of the queue is asked with, which are told of passes here.
+
+        on_parked: told who skips an iteration, and of nobody when all take part again."""
         cache = scheduler.tree_cache
         self.running = RunningRequests((lambda: cache.saved_tokens) if is_cascade else None)
         self.leaving = Leaving(scheduler)
         self.n_parts = 0
         """Iterations in which somebody was parked."""
         # The pass launched last: whether it decoded, when, and how long it should take at most.
-        self._turns = PrefillTurns()
+        self._turns = PrefillTurns() if turns is None else turns
         self._launched: tuple[bool, float, float] | None = None
         # Who would be admitted next, and whether the queue's policy sees no room for anybody.
         self._first_in_queue: Req | None = None
@@ -170,7 +174,8 @@ class DecodeSelection:
         """
         if self._launched is not None:
             decoded, launched_s, most_s = self._launched
-            self._turns.passed(min(self._clock.now_s - launched_s, most_s), decoded=decoded)
+            now_s = self._clock.now_s
+            self._turns.passed(now_s, min(now_s - launched_s, most_s), decoded=decoded)
             self._launched = None
 
     def after_result(self) -> None:
@@ -216,16 +221,21 @@ class DecodeSelection:
 
     def begin_pass(self, batch: ScheduleBatch) -> None:
         """A scheduling pass begins, in which those in `batch` run; perhaps nobody."""
+        self._end_last_pass()
+        if not self._scheduler.waiting_queue and self._scheduler.chunked_req is None:
+            self._turns.nobody_waits()
         if batch.is_empty() and self.running.totals.n:
             self.running.clear()
             self.leaving.clear()
             self._first_in_queue = None
             self._park(())
 
-    def plan_prefill(self, batch: ScheduleBatch, prefill: SchedulerState) -> IterationPlan:
+    def plan_prefill(
+        self, batch: ScheduleBatch, prefill: SchedulerState, ahead: PromptsAhead | None
+    ) -> IterationPlan:
         """What room the decodes of `batch` leave for a prefill that runs before them.
 
-        prefill: what the order of the queue was asked with.
+        prefill: what the order of the queue was asked with. ahead: see `IterationState.ahead`.
         """
         reqs = batch.reqs
         if any(req.finished() for req in reqs):
@@ -235,7 +245,7 @@ class DecodeSelection:
         self._end_last_pass()
         self._turns.wants_prefill()
         state = self._state(reqs)
-        state.prefill = prefill
+        state.prefill, state.ahead = prefill, ahead
         plan = self._policy.plan(state)
         self._turns.planned(is_hurried=plan.is_hurried)
         return plan
@@ -253,7 +263,6 @@ class DecodeSelection:
             running=self.running.look(reqs),
             costs=self._costs,
             is_cascade=self.running.is_cascade,
-            decoded_last=self._turns.decoded_last,
             prefill_load=self._turns.load(),
             is_hurried=self._turns.is_hurried,
         )
@@ -379,6 +388,7 @@ def install(scheduler: Any, policy_name: str) -> None:
         policy,
         parts.cost_model,
         order.clock,
+        turns=order.turns,
         is_cascade=is_cascade,
         on_parked=order.queue.parked,
     )

@@ -22,6 +22,7 @@ from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.decode_room import DecodeRoom
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
+from tiered_kv.scheduler.prefill_turns import PrefillTurns
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import (
     RequestPolicy,
@@ -69,6 +70,10 @@ class RequestOrder:
         self.clock.also_wanted(lambda: self.foretold.is_due(time.perf_counter()))
         self.room: DecodeRoom[ScheduleBatch] | None = None
         """Set if an iteration policy chooses who decodes: it knows what room that leaves."""
+        self.turns = PrefillTurns()
+        """Told of passes by `room`, if there is one, which sees more of them."""
+        self._launched: tuple[float, bool] | None = None
+        """When the last pass was, and whether it decoded; None: there was none."""
         self.put_back = PutBack(scheduler)
         self._scheduler = scheduler
         self._policy = policy
@@ -133,6 +138,7 @@ class RequestOrder:
         """
         scheduler = self._scheduler
         configured = scheduler.chunked_prefill_size, scheduler.is_mixed_chunk
+        self._end_last_pass()
         self._running_batch = running_batch
         batch = None
         try:
@@ -150,7 +156,19 @@ class RequestOrder:
             finally:
                 self._may_put_back = True
         self.put_back.after_result()
+        if batch is not None:
+            self._launched = self.clock.now_s, bool(batch.decoding_reqs)
+        elif running_batch.reqs:
+            self._launched = self.clock.now_s, True
         return batch, running_batch
+
+    def _end_last_pass(self) -> None:
+        """What was launched after the last prefill was formed, or instead, is over."""
+        if self._launched is not None and self.room is None:
+            launched_s, decoded = self._launched
+            now_s = self.clock.now_s
+            self.turns.passed(now_s, now_s - launched_s, decoded=decoded)
+        self._launched = None
 
     def polled(self) -> None:
         """Transfers were acknowledged: at the start of `form`, before it looks whether it may stop.
@@ -237,12 +255,13 @@ class RequestOrder:
         scheduler, context = self._scheduler, self._hierarchy.context
         running = self.queue.running(running_batch.reqs)
         loading_pages = self._hierarchy.load_back.queue.pages_in_flight
+        context_tokens = sum(r.prompt_tokens + r.output_tokens for r in running)
         return SchedulerState(
             now_s=self.clock.now_s,
             waiting=self.queue.waiting,
             held=self.queue.held,
             running=running,
-            decode_context_tokens=sum(r.prompt_tokens + r.output_tokens for r in running),
+            decode_context_tokens=context_tokens,
             processed_prefill_tokens=self.queue.processed_prefill_tokens,
             chunk_tokens=self._most_tokens(),
             costs=self._costs,
@@ -250,6 +269,9 @@ class RequestOrder:
             unfinished=self._unfinished(),
             can_put_back=self._may_put_back and self.put_back.can_put_back(),
             loading_bytes=loading_pages * context.copier.page_format.page_bytes,
+            shared_tokens_saved=min(context_tokens, scheduler.tree_cache.saved_tokens),
+            turns=self.turns,
+            page_tokens=scheduler.page_size,
         )
 
     def _unfinished(self) -> QueuedRequest | None:
@@ -292,15 +314,14 @@ class RequestOrder:
     def _limited(self, plan: AdmissionPlan, state: SchedulerState) -> AdmissionPlan:
         """`plan`, as far as those who decode leave room.
 
-        It counts on everybody decoding. Where an iteration policy leaves only some of them to it,
-        what these leave room for takes its place. Mixed with a prefill, everybody decodes.
+        It counts on everybody decoding, as they do beside a prefill. Where an iteration policy
+        chooses them, what these leave room for counts instead.
         """
         room, running_batch = self.room, self._running_batch
         is_mixed = plan.mix_decodes or self._scheduler.is_mixed_chunk
         if room is None or running_batch is None or not state.running or is_mixed:
-            return plan
-        iteration = room.plan_prefill(running_batch, state)
-        return iteration.limit(plan, self._scheduler.page_size)
+            return plan.within()
+        return plan.within(room.plan_prefill(running_batch, state, plan.ahead).room)
 
     def _set_chunk(self, plan: AdmissionPlan, state: SchedulerState) -> None:
         """The most tokens of this batch: whole pages, one at least, as configured at most.

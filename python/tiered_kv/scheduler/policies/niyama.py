@@ -15,15 +15,24 @@ decoding of a typical output: the mean of past lengths plus two standard deviati
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from heapq import nsmallest
 
-from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.iteration_batch import Packing
+from tiered_kv.scheduler.plan import AdmissionPlan, PrefillRoom
+from tiered_kv.scheduler.prefill_room import Decodes, begun_tokens, room_beside
 from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import QuietPolicy, SchedulerState
 
 BATCH_TTFT_S = 600.0
-MIN_CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """Niyama's passes are as long as the running requests allow, whoever may arrive."""
+
+    pass_share: float = math.inf
 
 
 class Niyama(QuietPolicy):
@@ -64,7 +73,7 @@ class Niyama(QuietPolicy):
         order = tuple(r.request_id for r in nsmallest(limit, state.candidates(), key=key))
         return AdmissionPlan(
             order,
-            prefill_tokens=self._chunk_tokens(state),
+            room=self._room(state),
             mix_decodes=True,
             relegated=frozenset(hopeless.intersection(order)),
         )
@@ -81,28 +90,15 @@ class Niyama(QuietPolicy):
         variance = max(0.0, self._sum_squares / self._n_finished - mean * mean)
         return mean + 2.0 * math.sqrt(variance)
 
-    def _chunk_tokens(self, state: SchedulerState) -> int:
-        """The most prefill tokens with which no running request's next token comes late."""
+    @staticmethod
+    def _room(state: SchedulerState) -> PrefillRoom:
+        """The most prefill with which no running request's next token comes late."""
         due_s = math.inf
         for request in state.running:
             tbt_s = request.slo.tbt_s
             if tbt_s is not None:
                 # A request that is late already cannot be helped by stopping everyone else.
                 due_s = min(due_s, max(request.next_token_deadline_s, state.now_s + tbt_s))
-        slack_s = due_s - state.now_s
-        low, high = MIN_CHUNK_TOKENS, max(state.chunk_tokens, MIN_CHUNK_TOKENS)
-        if self._mixed_s(state, high) <= slack_s:
-            return high
-        while high - low > 64:
-            middle = (low + high) // 2
-            if self._mixed_s(state, middle) <= slack_s:
-                low = middle
-            else:
-                high = middle
-        return low
-
-    @staticmethod
-    def _mixed_s(state: SchedulerState, n_tokens: int) -> float:
-        return state.costs.iteration_s(
-            ((n_tokens, 0),), state.decode_context_tokens, len(state.running)
-        )
+        batch = Packing.of_all(state.costs, len(state.running), state.decode_context_tokens)
+        decodes = Decodes(batch, batch.seconds, due_s - state.now_s)
+        return PrefillRoom(room_beside(state, decodes, _Rules()).tokens(begun_tokens(state)))

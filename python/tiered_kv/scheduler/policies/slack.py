@@ -9,7 +9,7 @@
 Behind a request come those of its gang that its prefix, on the device now, makes cheap; and who
 would compute what another member is computing is kept back until that is done (`gang.py`). The
 iteration is filled as far as the running requests' token deadlines and the first one's deadline
-leave time (`pass_budget.py`).
+leave time (`prefill_room.py`).
 
 Whose pages are on their way from disk waits for them, unless they are expected too late for its
 deadline, or it is overdue: then it is computed.
@@ -25,10 +25,10 @@ from itertools import islice
 
 from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.scheduler.aging import Overdue, aged_key
+from tiered_kv.scheduler.everyone_decodes import EveryoneDecodes
 from tiered_kv.scheduler.gang import Gangs
 from tiered_kv.scheduler.memory_forecast import MemoryForecast
 from tiered_kv.scheduler.ordered import OrderedIds
-from tiered_kv.scheduler.pass_budget import DecodeWatch, PassBudget, chunk_tokens, pass_budget
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.prompt_trie import TrieNode
@@ -84,7 +84,6 @@ class SlackPolicy:
         self._gangs = Gangs()
         self._memory = MemoryForecast(config.length_quantile, config.memory_margin)
         self._slowdown = 1.0
-        self._decodes = DecodeWatch()
         self._now_s = 0.0
         self._waits_on: dict[int, bool] = {}
         """What the plan under way has decided on those who are held."""
@@ -156,9 +155,8 @@ class SlackPolicy:
         self._now_s = state.now_s
         self._waits_on.clear()
         self._take_in(state)
-        self._decodes.look(state)
-        budget = pass_budget(state, self._config, self._decodes)
-        self._slowdown = budget.slowdown
+        everyone = EveryoneDecodes(state, self._config)
+        self._slowdown = everyone.slowdown
         unfinished = state.unfinished
         jobs = self._jobs(state)
         selection, is_put_back = self._select(state, jobs, unfinished)
@@ -171,12 +169,19 @@ class SlackPolicy:
         late: set[int] = set()
         head = tuple(islice(self._order(state, jobs, selection, late), limit))
         self._head = head[:FORECAST_LENGTH]
+        goes_on = unfinished is not None and not is_put_back
+        first = [self._entries[request_id].request for request_id in head]
+        ahead = everyone.ahead(first, goes_on=goes_on)
+        due_s = self._due_in_s(state, head)
+        room, first_in_time = everyone.room(first, ahead, due_s, goes_on=goes_on)
         return AdmissionPlan(
             head,
-            prefill_tokens=self._chunk_tokens(state, budget, head, is_put_back),
-            mix_decodes=budget.mix_decodes,
+            prefill_tokens=first_in_time,
+            room=room,
+            ahead=ahead,
+            mix_decodes=everyone.is_mixed,
             relegated=frozenset(late.intersection(head)),
-            admit_at_most=self._admit_at_most(state, head),
+            admit_at_most=self._admit_at_most(state, first),
             first_or_none=self._is_their_turn and bool(self._in_turn),
             put_back_unfinished=is_put_back,
         )
@@ -403,26 +408,14 @@ class SlackPolicy:
 
     # -- how much of it -----------------------------------------------------------------------
 
-    def _chunk_tokens(
-        self, state: SchedulerState, budget: PassBudget, head: tuple[int, ...], is_put_back: bool
-    ) -> int:
-        """Tokens of this iteration: what the budget allows, less if the first would be late."""
-        cached = first_tokens = 0
-        due_s = math.inf
-        if state.unfinished is not None and not is_put_back:
-            cached = state.unfinished.prefilled_tokens
-            first_tokens = max(1, state.unfinished.unprefilled_tokens)
-        elif head:
-            entry = self._entries[head[0]]
-            cached, first_tokens = entry.request.cached_tokens, entry.request.uncached_tokens
-            if head[0] in self._by_deadline:
-                due_s = entry.deadline_s - state.now_s
-        return chunk_tokens(state, budget, cached, first_tokens, due_s)
+    def _due_in_s(self, state: SchedulerState, head: tuple[int, ...]) -> float:
+        """Seconds until the first token of the first one is due; infinity if it will be late."""
+        if not head or head[0] not in self._by_deadline:
+            return math.inf
+        return self._entries[head[0]].deadline_s - state.now_s
 
-    def _admit_at_most(self, state: SchedulerState, head: tuple[int, ...]) -> int | None:
-        if not self._config.forecast:
-            return None
-        return self._memory.admit_at_most(state, [self._entries[rid].request for rid in head])
+    def _admit_at_most(self, state: SchedulerState, first: list[QueuedRequest]) -> int | None:
+        return self._memory.admit_at_most(state, first) if self._config.forecast else None
 
 
 def _due_s(request: QueuedRequest) -> float:

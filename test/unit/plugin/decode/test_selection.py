@@ -7,6 +7,7 @@ only that nothing breaks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tiered_kv.plugin.passes.step_times import DECODES_PER_OBSERVATION
 from tiered_kv.plugin.queue.clock_tick import SharedClock
 from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.iteration_policy import IterationPlan, IterationState, RunningTotals
+from tiered_kv.scheduler.plan import PrefillRoom
 from tiered_kv.scheduler.prefill_turns import TURN_SHARE
 
 MakeLoop = Callable[..., DecodeLoop]
@@ -362,6 +364,8 @@ def test_decodes_are_learned_from_without_transfers(make_loop: MakeLoop, overlap
 def test_prefill_gets_the_room_that_the_chosen_leave(
     make_loop: MakeLoop, overlap: bool, answers: Callable[[Kind], list[int]]
 ) -> None:
+    decoded_last: list[bool] = []
+
     class Rooms(Told):
         """No room for prefill after a prefill, and a page of it after a decode."""
 
@@ -369,7 +373,8 @@ def test_prefill_gets_the_room_that_the_chosen_leave(
             plan = super().plan(state)
             if state.prefill is None:
                 return plan
-            return IterationPlan(plan.decode, 4 if state.decoded_last else 0)
+            decoded_last.append(state.prefill.turns.decoded_last)
+            return IterationPlan(plan.decode, PrefillRoom(4 if decoded_last[-1] else 0))
 
     loop, told = make_loop(overlap=overlap, chunk_tokens=64), Rooms()
     loop.govern("fcfs", "slack", light_costs())
@@ -386,12 +391,42 @@ def test_prefill_gets_the_room_that_the_chosen_leave(
     loop.arrive(req)
     loop.run(lambda: not loop.is_at_rest)
     asked = [state for state in told.states if state.prefill is not None]
-    assert [state.decoded_last for state in asked[:3]] == [True, False, True]
+    assert decoded_last[:3] == [True, False, True]
     assert all(state.prefill.least_ttft_s == 0.5 for state in asked)
     assert all(state.prefill_load >= TURN_SHARE for state in asked)
     assert len(loop.tp_worker.batch_sizes) > before + 3
     for name, one in kinds.items():
         assert list(loop.finished[name].output_ids) == answers(one)
+
+
+def test_who_waits_while_the_batch_is_full_is_still_in_a_hurry(
+    make_loop: MakeLoop, overlap: bool
+) -> None:
+    """No plan with prompts is made then; the last one counts until nobody waits."""
+
+    class Hurried(Told):
+        def plan(self, state: IterationState) -> IterationPlan:
+            return replace(super().plan(state), is_hurried=state.prefill is not None)
+
+    loop, told = make_loop(overlap=overlap, max_running=2), Hurried()
+    loop.govern("fcfs", "slack", light_costs())
+    loop.tree_cache.decode_selection._policy = told
+    told.decode = lambda ids: ids[:1]
+    first, second, third = (kind(i, n).request(f"r{i}") for i, n in enumerate((30, 30, 4)))
+    loop.arrive(first)
+    loop.run(turns(4))
+    loop.arrive(second)
+    loop.arrive(third)
+    loop.run(turns(6))
+    assert loop.waiting_queue == [third]
+    assert any(state.prefill is not None for state in told.states)
+    before = len(told.states)
+    loop.run(turns(4))
+    full = told.states[before:]
+    assert full
+    assert all(state.prefill is None and state.is_hurried for state in full)
+    loop.run(lambda: not loop.is_at_rest)
+    assert not told.states[-1].is_hurried
 
 
 def test_our_own_policies_have_loose_requests_make_way(

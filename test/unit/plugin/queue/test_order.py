@@ -26,6 +26,7 @@ from tiered_kv.plugin.hooks import scheduler as scheduler_hooks
 from tiered_kv.plugin.queue.order import PLAN_LIMIT, RequestOrder
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.iteration_policy import IterationPlan
+from tiered_kv.scheduler.plan import PrefillRoom
 from tiered_kv.scheduler.request_policy import SchedulerState
 
 # -- the queue ---------------------------------------------------------------------------------
@@ -228,47 +229,70 @@ def test_where_prompts_are_split_at_fixed_places_chunks_are_whole_pieces(
 
 
 @pytest.mark.parametrize(
-    ("asked", "left", "some_decode", "chunk"),
+    ("everyone", "left", "asked", "chunk"),
     [
-        (12, None, False, 12),
-        (12, 8, False, 8),
-        (8, 12, False, 8),
-        (None, 8, False, 8),
-        (8, 12, True, 12),
-        (8, None, True, CHUNK),
-        (0, 8, True, 8),
+        (12, None, None, 12),
+        (12, 8, None, 8),
+        (8, 12, None, 12),
+        (0, 8, None, 8),
+        (None, 8, None, 8),
+        (8, 12, 8, 8),
+        (12, None, 8, 8),
     ],
 )
-def test_decodes_leave_room_for_so_much_prefill(
+def test_who_decodes_leaves_room_for_so_much_prefill(
     scheduler: MiniScheduler,
     spy: Spy,
-    asked: int | None,
+    everyone: int | None,
     left: int | None,
-    some_decode: bool,
+    asked: int | None,
     chunk: int,
 ) -> None:
+    """What everyone would leave counts only where nobody says what those who decode do."""
     asks: list[tuple[Any, ...]] = []
 
     def plan_prefill(*args: Any) -> IterationPlan:
         asks.append(args)
-        return IterationPlan((1,) if some_decode else None, left)
+        return IterationPlan((1,), None if left is None else PrefillRoom(left))
 
     scheduler.tiered_kv_order.room = room(plan_prefill)
     three(scheduler)
-    spy.plan_fields = {"prefill_tokens": asked} if asked else {}
     scheduler.step()
     assert asks == [], "nobody decodes"
-    spy.plan_fields = {"prefill_tokens": asked}
+    spy.plan_fields = {"prefill_tokens": asked, "room": PrefillRoom(everyone)}
     scheduler.step()
     assert scheduler.chunk_seen == chunk
     assert [(args[0], args[1]) for args in asks] == [(scheduler.running_batch, spy.states[-1])]
 
 
+def test_the_policy_is_told_whose_turn_it_is(scheduler: MiniScheduler, spy: Spy) -> None:
+    """Prefills, and what ran instead of one; nobody chooses who decodes."""
+    three(scheduler)
+    scheduler.tick(101.0)
+    assert scheduler.step() == ["a"]
+    scheduler.tick(102.0)
+    turns = spy.turns
+    assert scheduler.step() == ["b"]
+    assert turns[-1] == (False, 0, 0.0)
+    scheduler.tick(103.0)
+    scheduler.admit = 0
+    assert scheduler.step() == []
+    scheduler.tick(104.0)
+    scheduler.step()
+    scheduler.tick(105.0)
+    scheduler.step()
+    assert turns[-2:] == [(True, 1, 104.0), (True, 2, 105.0)]
+
+
 def test_decodes_leave_room_for_so_many_requests(scheduler: MiniScheduler, spy: Spy) -> None:
-    """With the pages of each, however few tokens it adds."""
     scheduler.running_batch.reqs.append(running(scheduler, "r"))
     three(scheduler)
-    plans = iter([IterationPlan((1,), 2, admit_at_most=2), IterationPlan((1,), 100)])
+    plans = iter(
+        [
+            IterationPlan((1,), PrefillRoom(2 * PAGE_SIZE, 2)),
+            IterationPlan((1,), PrefillRoom(100)),
+        ]
+    )
     selection: Any = room(lambda *_: next(plans))
     scheduler.tiered_kv_order.room = selection
     scheduler.admit = 3
@@ -282,7 +306,7 @@ def test_decodes_leave_room_for_so_many_requests(scheduler: MiniScheduler, spy: 
 def test_decodes_that_leave_no_room_go_first(scheduler: MiniScheduler) -> None:
     scheduler.running_batch.reqs.append(running(scheduler, "r"))
     three(scheduler)
-    plans = iter([IterationPlan((1,), 0), IterationPlan((1,), 8)])
+    plans = iter([IterationPlan((1,), PrefillRoom(0)), IterationPlan((1,), PrefillRoom(8))])
     selection: Any = room(lambda *_: next(plans))
     scheduler.tiered_kv_order.room = selection
     assert scheduler.step() == []
