@@ -29,7 +29,7 @@ from disk_builders import (
 
 from tiered_kv import disk
 from tiered_kv.core.errors import DiskTierError
-from tiered_kv.tiers.disk import encryption
+from tiered_kv.tiers.disk import encryption, reclaimer
 from tiered_kv.tiers.disk.encryption import PageCipher, cipher_of, new_header, read_key_file
 from tiered_kv.tiers.disk.encryption_header import AES, CHACHA20
 from tiered_kv.tiers.disk.io_path import IoMode
@@ -96,8 +96,10 @@ def test_buffers_at_odd_addresses(open_store: OpenStore) -> None:
 
 
 def test_pages_survive_restart_reclaim_and_a_lost_index(
-    open_store: OpenStore, directory: Path, cipher_name: str
+    open_store: OpenStore, directory: Path, cipher_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # On a busy machine writers would not wait until hot pages were carried over.
+    monkeypatch.setattr(reclaimer, "PATIENCE_S", 60.0)
     store = open_store(key=KEY, capacity_bytes=6 * MIB)
     ns = store.namespace(NAMESPACE, 12 << 10)
     hot = list(range(10))
