@@ -74,7 +74,8 @@ class Calls:
 
     def _batch(self, extra: dict[str, Any]) -> Any:
         """Two prompts as token ids, two choices of each: in the order of the prompts."""
-        answer = self._complete(extra, prompt=self._ids, n=2, max_tokens=3, temperature=0.7)
+        full = {**extra, "ignore_eos": True}  # drawn, so they might end anywhere
+        answer = self._complete(full, prompt=self._ids, n=2, max_tokens=3, temperature=0.7)
         assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
         assert answer.usage.prompt_tokens == sum(map(len, self._ids))
         return answer.usage.completion_tokens
