@@ -24,6 +24,7 @@ from disk_builders import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiered_kv.tiers.disk import reclaimer
 from tiered_kv.tiers.disk.ages import Ages
 from tiered_kv.tiers.disk.budget import Budget
 from tiered_kv.tiers.disk.catalog import Catalog
@@ -126,8 +127,10 @@ def test_a_batch_larger_than_the_budget(open_store: OpenStore, directory: Path) 
     assert len(readable(ns, range(300))) == len(ns) > 50
 
 
-def test_pages_that_are_read_stay(open_store: OpenStore) -> None:
+def test_pages_that_are_read_stay(open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hot pages lie scattered among pages that nobody wants: they are carried over."""
+    # On a busy machine writers would not wait until they were.
+    monkeypatch.setattr(reclaimer, "PATIENCE_S", 60.0)
     store = open_store(capacity_bytes=6 * MIB)
     ns = store.namespace(NAMESPACE, SMALL_PAGE_BYTES)
     hot = list(range(10))
