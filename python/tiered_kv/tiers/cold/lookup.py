@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import page_hash, page_hashes
@@ -76,7 +76,12 @@ class Lookups:
             return Stored(first, (), [])
         is_long = len(tokens) // size - first > INLINE_LOOKUP_PAGES
         if is_long or not all(cold.traits.knows_locally for cold in colds):
-            self._submit(rid, colds, root.last_page_hash, tokens, first, first, (), [])
+            store, others = colds[0].last_store, colds[1:]
+            self.queue.submit(
+                ColdLookup(
+                    rid, store, others, root.last_page_hash, tokens, size, first, first, (), []
+                )
+            )
             return None
         hashes = page_hashes(anchor.last_page_hash, tokens[anchor.end :], size)
         ends: list[tuple[Tier, int]] = []
@@ -97,31 +102,13 @@ class Lookups:
         if completion.n_done:
             ends = (*ends, (job.store.traits.tier, at))
         if at < len(job.tokens) // job.page_size and job.others:
-            self._submit(
-                job.rid, job.others, job.root_hash, job.tokens, job.first_page, at, ends, job.hashes
-            )
+            store, others = job.others[0].last_store, job.others[1:]
+            self.queue.submit(replace(job, store=store, others=others, at_page=at, ends=ends))
             return None
         return Stored(job.first_page, ends, job.hashes)
 
     def _open(self) -> tuple[ColdTier, ...]:
         return tuple(cold for cold in self._colds if not cold.is_away)
-
-    def _submit(
-        self,
-        rid: str,
-        colds: tuple[ColdTier, ...],
-        root_hash: bytes,
-        tokens: array[int],
-        first: int,
-        at: int,
-        ends: tuple[tuple[Tier, int], ...],
-        hashes: list[bytes],
-    ) -> None:
-        store, others = colds[0].last_store, colds[1:]
-        size = self._context.page_size
-        self.queue.submit(
-            ColdLookup(rid, store, others, root_hash, tokens, size, first, at, ends, hashes)
-        )
 
 
 def _look_up(job: ColdLookup) -> int:
