@@ -368,6 +368,16 @@ class Rig(RigChecks):
         """Leading pages of `tokens` on disk."""
         return int(self.disk.count_prefix(self.hashes(self.hierarchy.root(key), tokens)))
 
+    def stop_clock(self) -> None:
+        """No time passes from now on but by `later`."""
+        progress, stopped_s = self.hierarchy.progress, time.monotonic()
+        progress._clock = lambda: stopped_s
+
+    def later(self, seconds: float) -> None:
+        """So much time passes until the next pass of the scheduler's loop."""
+        self.hierarchy.progress._started_at -= seconds
+        self.hierarchy.poll()
+
     def drop_from_device(self) -> None:
         self.hierarchy.evict_device(self.allocator.n_pages * self.page_size)
 

@@ -193,7 +193,8 @@ class KVHierarchy:
         Under tensor parallelism every rank must call it at the same points of its loop.
         """
         is_looking = any(cold.dropped.is_looking for cold in self.colds)
-        if self.progress.is_busy or is_looking or self.prefetch.wants_time:
+        wants_time = self.prefetch.wants_time or self.load_back.wants_time
+        if self.progress.is_busy or is_looking or wants_time:
             self._advance()
         if self.load_back.has_failed:
             self._give_up_failed_loads()

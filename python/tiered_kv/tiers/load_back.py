@@ -13,6 +13,7 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.memory.actions import Load
+from tiered_kv.memory.back_off import BackOff
 from tiered_kv.memory.probes import PROBE_PAGES, Probes
 from tiered_kv.tiers.context import TierContext, host_pages_of, match_of
 from tiered_kv.tiers.device import After, DeviceSlots, wait_for
@@ -20,9 +21,6 @@ from tiered_kv.tiers.layer_gate import LayerEvent, LayerGate, LoadBatch
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.timeline import draw_layers, draw_waits, layer_ends
 from tiered_kv.tiers.transfer import Completion, TransferQueue
-
-#: Most loads that are left out after one that failed.
-LEFT_OUT_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ class LoadBack:
     """Reserves device pages at admission, copies when the batch is formed, acknowledges on poll.
 
     A load that fails costs the batch that waits for it, which is computed again (`passed`), and
-    further attempts: as many are left out as failed, and twice as many each time, until one works.
+    those that would follow within a while (`BackOff`).
     """
 
     def __init__(self, context: TierContext) -> None:
@@ -65,11 +63,15 @@ class LoadBack:
         self._failed: list[DeviceLoad] = []
         # Of acknowledged loads that failed: a pass that is being formed still counts on them.
         self._to_close: list[LoadBatch] = []
-        self._n_left_out = 0
-        self._n_to_leave_out = 0
+        self._back_off = BackOff()
         self._probes = Probes()
         if context.timeline is not None:
             self.gate.observe = draw_waits(context.timeline)
+
+    @property
+    def wants_time(self) -> bool:
+        """Whether the next poll must agree on the time: the same on every rank."""
+        return not self._back_off.is_over(self._context.now_s)
 
     @property
     def n_open(self) -> int:
@@ -87,7 +89,7 @@ class LoadBack:
         """
         context = self._context
         match = match_of(last)
-        if match is None or self._is_left_out():
+        if match is None or not self._back_off.is_over(context.now_s):
             return None
         is_doubted = self._probes.is_due(context.now_s)
         action = context.manager.on_match(
@@ -98,15 +100,9 @@ class LoadBack:
         )
         return None if action is None else self.carry_out(action)
 
-    def _is_left_out(self) -> bool:
-        if self._n_to_leave_out == 0:
-            return False
-        self._n_to_leave_out -= 1
-        return True
-
     def load_ahead(self, action: Load) -> bool:
         """Like `load`, for nobody yet; False without room, or while loads fail."""
-        return self._n_left_out == 0 and self.carry_out(action) is not None
+        return self._back_off.is_well and self.carry_out(action) is not None
 
     def carry_out(self, action: Load) -> tuple[torch.Tensor, Node] | None:
         """Reserves what `action` names; see `load`."""
@@ -203,7 +199,7 @@ class LoadBack:
             self._to_close.append(job.batch)
             return
         self.gate.close(job.batch)
-        self._n_left_out = 0
+        self._back_off.worked()
         for load in job.loads:
             nodes = context.forest.finish_transfer(load.op, Tier.DEVICE)
             context.forest.unpin(load.last, Tier.DEVICE)
@@ -232,5 +228,4 @@ class LoadBack:
             context.forest.unpin(load.last, Tier.HOST)
             for _, slots in context.forest.abort_transfer(load.op, Tier.DEVICE):
                 context.allocator.free(cast(DeviceSlots, slots).tensor)
-        self._n_left_out = min(max(len(loads), 2 * self._n_left_out), LEFT_OUT_MAX)
-        self._n_to_leave_out = self._n_left_out
+        self._back_off.failed(context.now_s)

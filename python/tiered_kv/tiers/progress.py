@@ -31,7 +31,8 @@ class Progress:
     def __init__(self, context: TierContext, finish: Mapping[TransferQueue[Any], Finish]) -> None:
         self._context = context
         self._finish = finish
-        self._started_at = time.monotonic()
+        self._clock = time.monotonic
+        self._started_at = self._clock()
         self._steps: list[StepObservation] = []
 
     def queues(self) -> list[TransferQueue[Any]]:
@@ -84,7 +85,7 @@ class Progress:
         """
         context = self._context
         steps, self._steps = self._steps, []
-        now_us = int((time.monotonic() - self._started_at) * 1e6)
+        now_us = int((self._clock() - self._started_at) * 1e6)
         step_us = [-int(step.seconds * 1e6) for step in steps]
         agreed = context.collective.minimum([*values, now_us, *step_us])
         context.now_s = agreed[len(values)] / 1e6

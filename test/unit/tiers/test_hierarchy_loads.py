@@ -13,6 +13,7 @@ import pytest
 from support_tiers.tier_rig import N_LAYERS, Rig, new_disk, on_disk, on_host, tokens_of
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
+from tiered_kv.memory.back_off import FIRST_S, LONGEST_S
 from tiered_kv.memory.demand import DemandForecast, Expectation
 
 pytestmark = pytest.mark.timeout(60)
@@ -265,6 +266,7 @@ def test_host_pages_being_loaded_stay_until_they_are_on_the_device(make_rig: Mak
 @pytest.mark.parametrize("layer", range(N_LAYERS))
 def test_a_load_that_fails_costs_the_pass_that_waits_for_it(make_rig: MakeRig, layer: int) -> None:
     rig = make_rig()
+    rig.stop_clock()
     on_host(rig, PROMPT)
     rig.copier.fail_at_layer = layer
     request = rig.admit(PROMPT, run=False)
@@ -279,6 +281,7 @@ def test_a_load_that_fails_costs_the_pass_that_waits_for_it(make_rig: MakeRig, l
     rig.finish(again)
     rig.drain()
     rig.drop_from_device()
+    rig.later(FIRST_S)
     loaded = rig.admit(PROMPT)
     assert loaded is not None
     assert loaded.n_host == 16
@@ -287,38 +290,48 @@ def test_a_load_that_fails_costs_the_pass_that_waits_for_it(make_rig: MakeRig, l
     rig.check_idle()
 
 
-def test_loads_that_go_on_failing_are_left_out_ever_longer(make_rig: MakeRig) -> None:
+def test_loads_that_go_on_failing_are_tried_ever_more_seldom(make_rig: MakeRig) -> None:
     rig = make_rig()
+    rig.stop_clock()
     on_host(rig, PROMPT)
     rig.copier.up.error = OSError("no such luck")
-    tried = []
-    for _ in range(1 + 1 + 1 + 2 + 1 + 4 + 1):
-        request = rig.admit(PROMPT)
-        tried.append(request is None)
-        if request is not None:
+    for n in range(8):
+        assert rig.admit(PROMPT) is None, "it is tried, and fails"
+        rest_s = min(FIRST_S * 2**n, LONGEST_S)
+        for _ in range(3):
+            request = rig.admit(PROMPT)
+            assert request is not None
+            assert request.n_host == 0
             rig.abort(request)
-    no = [False]
-    assert tried == [True, *no, True, *no * 2, True, *no * 4, True]
+        rig.later(rest_s + 1e-3)  # it is counted in whole microseconds
     rig.copier.up.error = None
-    for _ in range(8):
-        request = rig.admit(PROMPT)
-        assert request is not None
-        rig.abort(request)
+    assert_loaded(rig)
+    rig.copier.up.errors_to_come.append(OSError("once more"))
+    assert rig.admit(PROMPT) is None
+    rig.later(FIRST_S)
+    assert_loaded(rig)
+    rig.check_idle()
+
+
+def assert_loaded(rig: Rig) -> None:
     loaded = rig.admit(PROMPT)
     assert loaded is not None
     assert loaded.n_host == 16
     rig.finish(loaded)
     rig.drain()
     rig.drop_from_device()
-    rig.copier.up.errors_to_come.append(OSError("once more"))
-    assert rig.admit(PROMPT) is None
-    for is_loaded in (False, True):
-        request = rig.admit(PROMPT)
-        assert request is not None
-        assert bool(request.n_host) is is_loaded
-        rig.abort(request)
-        rig.drain()
-        rig.drop_from_device()
+
+
+def test_however_often_loads_failed_a_quiet_server_uses_them_again(make_rig: MakeRig) -> None:
+    """Nothing is in flight, and one request comes after a while."""
+    rig = make_rig()
+    on_host(rig, PROMPT)
+    rig.copier.up.error = OSError("no such luck")
+    for _ in range(12):
+        assert rig.admit(PROMPT) is None
+        rig.later(LONGEST_S)
+    rig.copier.up.error = None
+    assert_loaded(rig)
     rig.check_idle()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from support_plugin.decode_loop import DecodeLoop
 from support_plugin.decode_requests import Kind, Oracle, light_costs, publish_arguments
+from tiered_kv.memory.back_off import FIRST_S
 
 MakeLoop = Callable[..., DecodeLoop]
 GREEDY = {"ignore_eos": True}
@@ -103,6 +105,7 @@ def test_the_requests_of_a_failed_load_are_computed_again(
     # It was not for ever.
     assert loop.tree_cache.hierarchy.drain()
     loop.tree_cache.hierarchy.evict_device(10_000)
+    time.sleep(FIRST_S)
     again = PROMPT.request("c")
     loop.serve(again)
     assert tried == [7, 7]
