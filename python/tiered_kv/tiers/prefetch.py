@@ -128,6 +128,7 @@ class Prefetch:
             for cold in self._colds.values()
         )
         ticket.patience_s = context.manager.patience_s(n_pages, anchor.end, read_s)
+        ticket.asked_s, ticket.ready_s = context.now_s, context.now_s + read_s
         self._new.append(ticket)
         self._look_up(ticket, anchor)
 
@@ -138,6 +139,7 @@ class Prefetch:
             self._stand_in_line(ticket, stored)
             return
         ticket.is_looked_up = False
+        ticket.unknown_tokens = len(ticket.tokens) - anchor.end
         self._news[ticket.name] = None
 
     def looked_up(self, completion: Completion[ColdLookup]) -> None:
@@ -179,9 +181,13 @@ class Prefetch:
         return ticket.is_looked_up and not (ticket.waiting_for or self._order.is_in_line(rid))
 
     def arriving(self, rid: str) -> tuple[float, int]:
-        """Of a request that waits: seconds until its pages should be there, and how many tokens."""
+        """Of a request that waits: seconds until its pages should be there, and how many tokens.
+
+        While it is looked up there may be as many as its prompt has.
+        """
         ticket = self._tickets[rid]
-        return ticket.ready_s - self._context.now_s, ticket.n_loaded_tokens
+        n_tokens = ticket.n_loaded_tokens if ticket.is_looked_up else ticket.unknown_tokens
+        return ticket.ready_s - self._context.now_s, n_tokens
 
     def take_news(self) -> list[str]:
         """Requests of which `done` may say something else than before the last call."""
@@ -223,6 +229,7 @@ class Prefetch:
         now_s = self._context.now_s
         for ticket in self._new:
             if self._tickets.get(ticket.name) is ticket:
+                ticket.ready_s += now_s - ticket.asked_s
                 ticket.asked_s = now_s
                 self._order.wait_until(ticket.name, now_s + ticket.patience_s)
                 if self._order.is_in_line(ticket.name):

@@ -30,6 +30,8 @@ class Ticket:
     is_ahead: bool
     """Whether the request is only expected."""
     is_looked_up: bool = False
+    unknown_tokens: int = 0
+    """While it is looked up: those that a store may have."""
     stored: Stored | None = None
     waiting_for: dict[int, None] = field(default_factory=dict)
     """Reads under way, by op."""
@@ -37,7 +39,7 @@ class Ticket:
     asked_s: float = 0.0
     patience_s: float = 0.0
     ready_s: float = float("inf")
-    """When its pages should be there."""
+    """When its pages should be there; while it is looked up, all of them."""
     is_displaced: bool = False
     """Whether it held room once that a more urgent one took."""
     pinned: Node | None = None

@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from support_tiers.tier_rig import Rig, new_disk, on_disk, tokens_of
+from support_tiers.costs import give_costs
+from support_tiers.doubles import Faults
+from support_tiers.tier_rig import PAGE_SIZE, Rig, new_disk, on_disk, tokens_of
+from tiered_kv.tiers.cold.local_pages import LocalStore
 from tiered_kv.tiers.cold.lookup import INLINE_LOOKUP_PAGES
 from tiered_kv.tiers.cold.read_queue import READ_STRETCH_PAGES
 
@@ -62,6 +65,45 @@ def test_a_long_prompt_is_looked_up_on_another_thread(make_rig: MakeRig) -> None
     rig.poll_until(lambda: prefetch.done("r"))
     assert rig.usable(prompt) == (0, INLINE_LOOKUP_PAGES + 19)
     prefetch.release("r")
+    rig.check_idle()
+
+
+def test_until_a_lookup_has_said_otherwise_all_pages_are_expected(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has a deadline waits for the answer, as there is time to read what it may find."""
+    rig = make_rig(n_device_pages=100, n_host_pages=200, disk=new_disk())
+    give_costs(rig, read_page_s=0.001)
+    n_pages = INLINE_LOOKUP_PAGES + 20
+    prompt = tokens_of(*range(1, n_pages + 1))
+    on_disk(rig, prompt)
+    rig.stop_clock()
+    rig.later(0.0)
+    rig.later(60.0)  # nothing is under way, so nobody looks at the clock
+    root = rig.hierarchy.root()
+    prefix = rig.hierarchy.match(root, prompt, len(prompt) - 1)
+    assert prefix.last is root
+    lookups, look_up = Faults(), LocalStore.lookup
+
+    def slow(store: LocalStore, hashes: list[bytes]) -> int:
+        lookups.pass_through()
+        return look_up(store, hashes)
+
+    monkeypatch.setattr(LocalStore, "lookup", slow)
+    lookups.hold()
+    prefetch = rig.hierarchy.prefetch
+    prefetch.request("r", root, prompt)
+    seconds = pytest.approx(n_pages * 0.001)
+    assert prefetch.arriving("r") == (seconds, n_pages * PAGE_SIZE), "before the clock is read"
+    rig.hierarchy.poll()
+    assert not prefetch.done("r")
+    assert prefetch.arriving("r") == (seconds, n_pages * PAGE_SIZE)
+    rig.later(10.0)
+    assert prefetch.arriving("r")[0] < -9.0, "it takes too long"
+    lookups.release()
+    rig.poll_until(lambda: prefetch.done("r"))
+    prefetch.release("r")
+    rig.drain()
     rig.check_idle()
 
 
