@@ -240,6 +240,19 @@ def test_the_tier_of_each_cached_run(server: Server, prompts: PromptMaker) -> No
     assert cached_tokens() == {"device": 0, "host": 0, "disk": 192}
 
 
+def test_a_long_prompt_in_no_danger_is_not_computed_before_the_disk_was_asked(
+    server: Server, prompts: PromptMaker
+) -> None:
+    """It is looked up on a thread; meanwhile it could be computed, well in time."""
+    prompt = prompts.tokens("long", 1000)
+    generate(server, prompt)
+    for _ in range(3):
+        wait_for_disk(server)
+        server.flush_cache()
+        answer = generate(server, prompt, slo=REPORT)
+        assert answer.meta_info["tiered_kv"]["cached_tokens"]["disk"] == 992
+
+
 def test_no_client_says_when_its_request_arrived(server: Server, prompts: PromptMaker) -> None:
     """Whoever claimed to have waited would be served before everybody, and found overdue."""
     body = request_body(prompts.tokens("backdated", 64), 4, received_time=1.0, slo=REPORT)
