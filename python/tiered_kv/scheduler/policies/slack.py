@@ -7,8 +7,8 @@
    are relegated, not dropped (Niyama, arXiv 2503.22562).
 
 Behind a request come those of its gang that its prefix, on the device now, makes cheap; and who
-would compute what another member is computing is kept back until that is done (`gang.py`). The
-iteration is filled as far as the running requests' token deadlines and the first one's deadline
+would compute what another member is computing is kept back until that is done (`slack_order.py`).
+The iteration is filled as far as the running requests' token deadlines and the first one's deadline
 leave time (`prefill_room.py`).
 
 Whose pages are on their way from disk waits for them, unless they are expected too late for its
@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 
 from tiered_kv.memory.demand import DemandForecast, Expectation
@@ -31,13 +31,12 @@ from tiered_kv.scheduler.memory_forecast import MemoryForecast
 from tiered_kv.scheduler.ordered import OrderedIds
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
-from tiered_kv.scheduler.prompt_trie import TrieNode
+from tiered_kv.scheduler.policies.slack_order import Entry, GangOrder, Queue
 from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import SchedulerState
 from tiered_kv.scheduler.slack import (
     Job,
-    Price,
     Selection,
     price,
     queued_load_s,
@@ -48,19 +47,8 @@ from tiered_kv.scheduler.tenants import TenantShares
 
 #: Deadlines looked at to decide who can be in time; later ones follow by deadline.
 HORIZON = 64
-#: Members of a gang looked at behind one request.
-GANG_LOOK = 16
 #: Requests whose prefixes are forecast.
 FORECAST_LENGTH = 32
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """One who waits."""
-
-    request: QueuedRequest
-    price: Price
-    deadline_s: float
 
 
 class SlackPolicy:
@@ -68,7 +56,7 @@ class SlackPolicy:
 
     def __init__(self, config: SlackConfig | None = None) -> None:
         self._config = config = config or SlackConfig()
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, Entry] = {}
         self._changed: dict[int, QueuedRequest] = {}
         self._by_deadline = OrderedIds()
         """Those who could be in time if they ran at once."""
@@ -222,7 +210,7 @@ class SlackPolicy:
         """Price what changed, and relegate those whose latest start has passed."""
         now_s = state.now_s
         for request_id, request in self._changed.items():
-            entry = _Entry(request, price(request, state.costs), _due_s(request))
+            entry = Entry(request, price(request, state.costs), _due_s(request))
             self._entries[request_id] = entry
             self._put(request_id, entry, now_s)
         self._changed.clear()
@@ -230,7 +218,7 @@ class SlackPolicy:
             for request_id in self._by_start.below(now_s):
                 self._put(request_id, self._entries[request_id], now_s)
 
-    def _put(self, request_id: int, entry: _Entry, now_s: float) -> None:
+    def _put(self, request_id: int, entry: Entry, now_s: float) -> None:
         latest_start_s = entry.deadline_s - entry.price.work_s
         if self._config.slack and math.isfinite(latest_start_s) and latest_start_s >= now_s:
             self._others.discard(request_id)
@@ -241,7 +229,7 @@ class SlackPolicy:
         self._by_start.discard(request_id)
         self._others.put(entry.request.tenant, request_id, self._aged_key(entry))
 
-    def _aged_key(self, entry: _Entry) -> float:
+    def _aged_key(self, entry: Entry) -> float:
         if not self._config.slack:
             return entry.request.arrival_s
         work_s = entry.price.work_s
@@ -318,44 +306,21 @@ class SlackPolicy:
         self, state: SchedulerState, jobs: list[Job], selection: Selection, late: set[int]
     ) -> Iterator[int]:
         """Ids, the first to be admitted first, gangs together. Adds to `late` who is relegated."""
-        seen: set[int] = set()
-        chosen: set[TrieNode] = set()
-        looked_at: set[TrieNode] = set()
-        spare_s = self._spare_s(selection, state.now_s)
-
-        def emit(ids: Iterable[int], *, gangs: bool = True) -> Iterator[int]:
-            nonlocal spare_s
-            for request_id in ids:
-                if request_id in seen or request_id not in self._entries:
-                    continue
-                # Whoever is overdue is kept back by nothing and nobody.
-                if gangs and self._is_to_wait(state, request_id):
-                    continue
-                seen.add(request_id)
-                if not self._may_start(state, request_id, chosen) and gangs:
-                    continue
-                yield request_id
-                if not gangs:
-                    continue
-                for member_id in self._followers(state, request_id, seen, looked_at):
-                    work_s = self._entries[member_id].price.work_s * self._slowdown
-                    if work_s <= spare_s and self._may_start(state, member_id, chosen):
-                        spare_s -= work_s
-                        seen.add(member_id)
-                        yield member_id
-
+        waits = partial(self._is_to_wait, state)
+        queue = Queue(self._entries, self._gangs, self._memory.lengths, self._slowdown, waits)
+        order = GangOrder(queue, state, self._config, self._spare_s(selection, state.now_s))
         overdue = list(self._in_turn)
         if self._is_their_turn:
-            yield from emit(overdue, gangs=False)
-        yield from emit(job.request_id for job in selection.in_time)
-        yield from emit(overdue, gangs=False)
-        spare_s = math.inf
+            yield from order.alone(overdue)
+        yield from order.with_gangs(job.request_id for job in selection.in_time)
+        yield from order.alone(overdue)
+        order.spare_s = math.inf
         left_out = {job.request_id for job in selection.left_out}
         decided = left_out | {job.request_id for job in jobs}
-        yield from emit(rid for rid in self._by_deadline if rid not in decided)
+        yield from order.with_gangs(rid for rid in self._by_deadline if rid not in decided)
         behind = {rid: self._aged_key(self._entries[rid]) for rid in left_out}
         tenants = {rid: self._entries[rid].request.tenant for rid in left_out}
-        for request_id in emit(self._others.merged(behind, tenants)):
+        for request_id in order.with_gangs(self._others.merged(behind, tenants)):
             late.add(request_id)
             yield request_id
 
@@ -366,45 +331,6 @@ class SlackPolicy:
             end_s += job.work_s * self._slowdown
             spare_s = min(spare_s, job.deadline_s - end_s)
         return max(0.0, spare_s)
-
-    def _may_start(self, state: SchedulerState, request_id: int, chosen: set[TrieNode]) -> bool:
-        """False if somebody else computes enough of its prompt; else its path joins `chosen`."""
-        if not self._config.gangs:
-            return True
-        request = self._entries[request_id].request
-        unit = state.waiting.tokens_per_unit
-        shared = self._gangs.computed_by_others(request_id, chosen) * unit
-        if shared - request.cached_tokens >= self._config.share_min_tokens:
-            return False
-        chosen.update(self._gangs.path(request_id))
-        return True
-
-    def _followers(
-        self, state: SchedulerState, request_id: int, seen: set[int], looked_at: set[TrieNode]
-    ) -> list[int]:
-        """Members of its gang that are cheap while its prefix is on the device, cheapest first."""
-        node = self._gangs.node_of(request_id) if self._config.gangs else None
-        if node is None or node in looked_at:
-            return []
-        looked_at.add(node)
-        prefix = node.end * state.waiting.tokens_per_unit
-        if self._entries[request_id].request.device_tokens < prefix:
-            # It is the same prefix for all of them: it would have to be computed or loaded first.
-            return []
-        saved_s = state.costs.marginal_prefill_s(prefix)
-        found = []
-        for member in islice(self._gangs.members(node), GANG_LOOK):
-            member_id = member.request_id
-            entry = self._entries.get(member_id)
-            if entry is None or entry.price.work_s > saved_s:
-                continue
-            if member_id in seen or self._is_to_wait(state, member_id):
-                continue
-            # The longer an answer against its prompt, the better decoding hides behind prefill.
-            decode = self._memory.lengths.total(member, 0.5)
-            found.append((entry.price.work_s / decode, member_id))
-        found.sort()
-        return [member_id for _, member_id in found]
 
     # -- how much of it -----------------------------------------------------------------------
 
