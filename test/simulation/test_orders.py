@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from benchmark.simulation.orders import (
-    OBJECTIVES,
+from benchmark.simulation.orders import simulated
+from benchmark.simulation.orders_load import OBJECTIVES, whole_prefill_s, workload
+from benchmark.simulation.orders_report import (
     Outcome,
     Pair,
     Wave,
     disagreements,
     outcome_of,
     report,
-    simulated,
-    whole_prefill_s,
-    workload,
 )
 from benchmark.simulation.pace import Pace
 
