@@ -1,4 +1,4 @@
-"""The entry point that SGLang loads in its processes (group `sglang.srt.plugins`).
+"""What SGLang runs in its processes, through `tiered_kv_entry_points`.
 
 SGLang logs and swallows whatever a plugin raises, and then serves without it. So `register` never
 raises: if the plugin cannot work, it leaves `--tiered-kv` behind as a flag that says why.

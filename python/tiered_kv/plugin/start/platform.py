@@ -2,7 +2,7 @@
 
 Upstream's own CPU engine needs a CPU build of its kernels. This platform needs none: layers run
 their native torch forward, attention is `torch_native`. It steps aside wherever something faster
-is there. Upstream asks `activate()` (entry-point group `sglang.srt.platforms`) in every process,
+is there. Upstream asks `activate()` (through `tiered_kv_entry_points`) in every process,
 whether or not `--tiered-kv` is given; what it asks of the class is in
 `sglang/srt/platforms/interface.py` (0.5.17).
 """

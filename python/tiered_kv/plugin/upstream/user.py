@@ -3,7 +3,7 @@
 Container platforms run a server as a number that no password file knows, without a home or with
 `/`, which it may not write. torch asks for the name when it is imported, FlashInfer writes to the
 home when it is, and either ends the process with a traceback, long before SGLang loads plugins.
-torch loads packages that extend it (entry-point group `torch.backends`) as its own import ends: the
+torch loads packages that extend it as its own import ends (through `tiered_kv_entry_points`): the
 first moment at which a plugin can run.
 """
 
@@ -22,7 +22,7 @@ TEMPORARY_HOME = "TIERED_KV_TEMPORARY_HOME"
 def prepare() -> None:
     """Set USER and HOME where they are missing and the command line has `--tiered-kv`.
 
-    Child processes inherit both. Never raises: torch could not be imported then.
+    Child processes inherit both.
     """
     if "--tiered-kv" not in sys.argv:
         return

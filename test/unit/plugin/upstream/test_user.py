@@ -7,7 +7,6 @@ import pwd
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -111,11 +110,6 @@ def test_the_disk_tier_wants_to_be_told_where(
     assert values.disk_directory("--dir", tmp_path) == tmp_path
     nobody.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert values.disk_directory("--dir", None) == tmp_path / "tiered_kv" / "disk"
-
-
-def test_torch_runs_it_when_it_is_imported() -> None:
-    (entry,) = entry_points(group="torch.backends", name="tiered_kv_user")
-    assert entry.load() is user.prepare
 
 
 def test_it_imports_nothing_that_could_fail_or_take_long() -> None:
