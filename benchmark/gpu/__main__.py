@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
+
 from benchmark.gpu.report import report
 from benchmark.gpu.setting import NotHereError, Setting
-from tqdm import tqdm
 
 SCHEMA = 1
 DEFAULT_PARTS = ("environment", "kernels", "transfers", "cascade", "serving")

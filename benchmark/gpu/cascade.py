@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
+from benchmark.command_line import ROOT
 from benchmark.gpu.setting import NotHereError, Setting
 
-SCRIPT = Path(__file__).parents[1] / "micro" / "cascade_attention.py"
+MODULE = "benchmark.micro.cascade_attention"
 #: Llama-3.1-8B's attention; batches and shared tokens around the expected break-even.
 LARGE = ("--rows", "8", "32", "128", "--shared", "256", "1024", "4096", "16384", "--own", "256")
 SMALL = ("--rows", "4", "--shared", "64", "--own", "16", "--turns", "2", "--threads", "1")
@@ -32,10 +33,12 @@ def measure(setting: Setting) -> dict[str, Any]:
     return {"arguments": arguments, "rows": found}
 
 
-def output(arguments: list[str], script: Path = SCRIPT, timeout_s: float = TIMEOUT_S) -> str:
+def output(arguments: list[str], module: str = MODULE, timeout_s: float = TIMEOUT_S) -> str:
     """What a benchmark prints. Raises NotHereError with its last line if it fails."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
-        [sys.executable, str(script), *arguments],
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -43,5 +46,5 @@ def output(arguments: list[str], script: Path = SCRIPT, timeout_s: float = TIMEO
     )
     if result.returncode != 0:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise NotHereError(f"{script.name} failed: {last}")
+        raise NotHereError(f"{module} failed: {last}")
     return result.stdout

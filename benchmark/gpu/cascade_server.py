@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from benchmark.gpu.cascade import output
 from benchmark.gpu.serving import write_model
 from benchmark.gpu.setting import Setting
 
-SCRIPT = Path(__file__).parents[1] / "serving" / "cascade.py"
+MODULE = "benchmark.serving.cascade"
 #: Batches and shared tokens that the anchors speak of.
 LARGE = ("--rows", "8", "32", "128", "--shared", "512", "2048", "8192", "32768", "--own", "256")
 SMALL = ("--rows", "4", "--shared", "300", "--own", "8", "--turns", "1")
@@ -25,5 +24,5 @@ def measure(setting: Setting) -> dict[str, Any]:
     arguments += SMALL if setting.is_small else LARGE
     if setting.on_gpu:
         arguments += ["--device", "cuda", "--dtype", "bfloat16"]
-    output(arguments, SCRIPT, TIMEOUT_S)
+    output(arguments, MODULE, TIMEOUT_S)
     return {"arguments": arguments, "rows": json.loads(name.with_suffix(".json").read_text())}

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+
 from benchmark.gpu.setting import Setting
 from benchmark.gpu.timing import median_s
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+
 from benchmark.gpu.setting import NotHereError, Setting
 
 #: Quantised elements may fall to the next step where the reference rounds the other way.
@@ -22,7 +23,6 @@ def measure(setting: Setting) -> dict[str, Any]:
     """Raises NotHereError where the kernels are not installed."""
     try:
         from benchmark.micro import kernels
-
         from sgl_kernel_ext.formats import Format
     except ImportError as error:
         raise NotHereError(f"sgl_kernel_ext is not installed ({error})") from None

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+
 from benchmark.gpu.setting import NotHereError, Setting
 
 

@@ -13,7 +13,6 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -21,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import requests
+
 from benchmark.gpu.setting import Setting
 from benchmark.simulation.probe import Answer, Probe
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "test"))
-
-from support.metrics import wait_for_disk
-from support.server import Server
+from harness.metrics import wait_for_disk
+from harness.server import Server
 
 FRESH, DEVICE, HOST, DISK = "new", "again", "after others", "after a flush"
 FLUSH_TIMEOUT_S = 180.0
@@ -303,14 +300,7 @@ def flush(server: Server) -> None:
     """Empties device and host, once everything is on disk: a busy server refuses."""
     if "--tiered-kv" in server.args:
         wait_for_disk(server, timeout_s=FLUSH_TIMEOUT_S)
-    deadline = time.monotonic() + FLUSH_TIMEOUT_S
-    while True:
-        response = server.post("/flush_cache")
-        if response.status_code == 200:
-            return
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"the server was busy for {FLUSH_TIMEOUT_S:.0f} s before a flush")
-        time.sleep(0.5)
+    server.flush_cache(FLUSH_TIMEOUT_S)
 
 
 def output_tokens(server: Server, sizes: Sizes) -> dict[str, float]:

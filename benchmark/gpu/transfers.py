@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+
 from benchmark.gpu.pools import (
     UPSTREAM,
     MemcpyMover,

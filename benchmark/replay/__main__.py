@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
+from tqdm import tqdm
+
 from benchmark.replay.client import Client, Options, Prompt, ServerError
 from benchmark.replay.driver import replay
 from benchmark.replay.prompts import PromptError, PromptMaker, load_tokenizer
 from benchmark.replay.records import SCHEMA, Record, summarise, table
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
-from tqdm import tqdm
-
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.errors import TieredKVError
 from tiered_kv.core.model_spec import find_model

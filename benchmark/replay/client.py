@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from benchmark.replay.prompts import PromptMaker
-from benchmark.replay.records import Record
 from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
 
+from benchmark.replay.prompts import PromptMaker
+from benchmark.replay.records import Record
 from tiered_kv.core.errors import TieredKVError
 from tiered_kv.simulation.workload.readers.chat_messages import message_text
 from tiered_kv.simulation.workload.request import Request

@@ -10,7 +10,6 @@ from typing import Protocol
 
 from benchmark.replay.client import Prompt
 from benchmark.replay.records import Record
-
 from tiered_kv.simulation.workload.request import Request, Workload
 
 

@@ -10,15 +10,14 @@ over the turns, ratios within them. Writes NAME.json and NAME.md.
 On a GPU all three have CUDA graphs and FlashInfer's attention, and all three have to fit into its
 memory. With --dummy the model's folder needs a config.json only, and its weights are random.
 
-Example: python benchmark/serving/cascade.py --model ~/.cache/tiered_kv/models/SmolLM2-135M-Instruct
-         python benchmark/serving/cascade.py --device cuda --dtype bfloat16 --model LLAMA_8B \\
+Example: python -m benchmark.serving.cascade --model ~/.cache/tiered_kv/models/SmolLM2-135M-Instruct
+         python -m benchmark.serving.cascade --device cuda --dtype bfloat16 --model LLAMA_8B \\
              --rows 8 32 128 --shared 512 2048 8192 32768 --out benchmark/results/cascade_gpu
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -26,20 +25,18 @@ import os
 import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "test"))
-
-from support.metrics import scrape
-from support.server import BASE_ARGS, Server
+from benchmark.command_line import RESULTS, parser_of
+from harness.metrics import scrape
+from harness.server import BASE_ARGS, Server
+from harness.servers import servers_up
 from tiered_kv.metrics import names
 
 TIERED = ("--tiered-kv", "--tiered-kv-disk-dir", "none", "--tiered-kv-host-size", "256MB")
@@ -61,9 +58,8 @@ ITERATIONS_MIN = 8
 GPU_ITERATIONS = 64
 
 
-@contextlib.contextmanager
-def servers(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Server]]:
-    """All three, started one after the other."""
+def servers(options: argparse.Namespace, folder: Path) -> dict[str, Server]:
+    """All three, not started yet."""
     most = max(options.shared) + max(options.rows) * (options.own + 40)
     common = [*(BASE_ARGS if options.device == "cpu" else GPU_ARGS), "--dtype", options.dtype]
     common += ["--page-size", "1", "--enable-metrics", "--max-total-tokens", str(2 * most)]
@@ -72,15 +68,14 @@ def servers(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Ser
         common += ["--cuda-graph-max-bs", str(max(options.rows))]
     if options.dummy:
         common += ["--load-format", "dummy", "--skip-tokenizer-init"]
-    with contextlib.ExitStack() as stack:
-        up = {}
-        for name, flags in tqdm(SYSTEMS.items(), desc="starting", leave=False):
-            # Only the CPU platform: without it SGLang does not serve on a plain CPU.
-            env = {"SGLANG_PLUGINS": "tiered_kv_cpu"} if name == "plain" else {}
-            log = folder / f"{name}.log"
-            server = Server([*common, *flags], log, options.model, env=env)
-            up[name] = stack.enter_context(server)
-        yield up
+    # Only the CPU platform: without it SGLang does not serve on a plain CPU.
+    env = {"plain": {"SGLANG_PLUGINS": "tiered_kv_cpu"}}
+    return {
+        name: Server(
+            [*common, *flags], folder / f"{name}.log", options.model, env=env.get(name, {})
+        )
+        for name, flags in SYSTEMS.items()
+    }
 
 
 def generate(server: Server, prompts: list[list[int]], n_new: int) -> tuple[float, list[Any]]:
@@ -169,16 +164,14 @@ a turn. read: tokens read per token attended to. equal: answers with the same id
 
 {table(sorted(results, key=lambda row: (row["shared"], row["rows"])))}
 
-    python benchmark/serving/cascade.py --device {options.device} \\
+    python -m benchmark.serving.cascade --device {options.device} \\
         --rows {" ".join(map(str, options.rows))} \\
         --shared {" ".join(map(str, options.shared))} --own {options.own} --turns {options.turns}
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("benchmark.serving.cascade", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 16, 32], help="batch sizes")
     parser.add_argument(
@@ -190,9 +183,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--turns", type=int, default=3, help="measurements of each")
     parser.add_argument("--note", default="", help="a sentence on the machine, for the report")
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmark/results/cascade_cpu"), metavar="NAME"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "cascade_cpu", metavar="NAME")
     options = parser.parse_args()
     if options.device == "cuda" and options.dtype == "float32":
         parser.error("FlashInfer has no kernels for float32; give --dtype bfloat16.")
@@ -207,7 +198,7 @@ def main() -> None:
     cases = sorted(itertools.product(options.rows, options.shared), key=math.prod)
     with (
         tempfile.TemporaryDirectory(prefix="cascade_") as folder,
-        servers(options, Path(folder)) as up,
+        servers_up(servers(options, Path(folder))) as up,
     ):
         for n_rows, n_shared in tqdm(cases, desc="cases"):
             results.append(measure(up, options, n_rows, n_shared))

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import requests
-from streams import pieces
+
+from benchmark.serving.streams import pieces
 
 #: Ordinary tokens of every vocabulary we use; the first thousand holds the special ones.
 FIRST_TOKEN, LAST_TOKEN = 1000, 40000

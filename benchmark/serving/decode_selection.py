@@ -1,7 +1,7 @@
 """Who decodes: all running requests in every iteration, or those whose tokens are due.
 
-    python benchmark/serving/decode_selection.py --model-path MODEL
-    python benchmark/serving/decode_selection.py ... --prefix-tokens 512 --new-tokens 16   to try it
+    python -m benchmark.serving.decode_selection --model-path MODEL
+    python -m benchmark.serving.decode_selection ... --prefix-tokens 512 --new-tokens 16   to try it
 
 Gangs of requests share a prefix that is cached before; then all of them arrive at once. A few,
 spread over the gangs, are interactive and were promised a token every so often; the others are
@@ -37,22 +37,23 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import requests
-from multiturn_report import machine
-from streams import pieces
-from systems import model_of
 from tqdm import tqdm
 
-from support.prompts import PromptMaker
-from support.server import BASE_ARGS, Server
+from benchmark.command_line import RESULTS, parser_of
+from benchmark.serving.multiturn_report import machine
+from benchmark.serving.streams import pieces
+from benchmark.serving.systems import model_of
+from harness.prompts import PromptMaker
+from harness.server import BASE_ARGS, Server
+from harness.servers import servers_up
 
-RESULTS = Path(__file__).parents[1] / "results" / "decode_selection"
 TIERED = ("--tiered-kv", "--tiered-kv-disk-dir", "none", "--tiered-kv-iteration-policy")
 SYSTEMS = {"plain": (), "all": (*TIERED, "all"), "slack": (*TIERED, "slack")}
 
@@ -122,12 +123,7 @@ class Run:
 
 
 def arguments() -> argparse.Namespace:
-    about = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=about[0],
-        epilog="\n\n".join(about[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmark.serving.decode_selection", __doc__)
     add = parser.add_argument
     add("--model-path", type=Path, required=True)
     add("--gangs", type=int, default=4)
@@ -144,7 +140,12 @@ def arguments() -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--page-size", type=int, default=64)
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    add("--output", type=Path, default=RESULTS, help="path of the results without suffix")
+    add(
+        "--output",
+        type=Path,
+        default=RESULTS / "decode_selection",
+        help="path of the results without suffix",
+    )
     return parser.parse_args()
 
 
@@ -221,7 +222,7 @@ def serve(
     return done, server.decode_sizes()[before:]
 
 
-def start(system: str, options: argparse.Namespace, folder: Path) -> Server:
+def server_of(system: str, options: argparse.Namespace, folder: Path) -> Server:
     n_tokens = options.gangs * (
         options.prefix_tokens + options.gang_size * (options.new_tokens + 4 * options.page_size)
     )
@@ -235,18 +236,9 @@ def start(system: str, options: argparse.Namespace, folder: Path) -> Server:
     return Server([str(flag) for flag in flags], folder / f"{system}.log", options.model_path)
 
 
-@contextmanager
-def servers_up(
-    systems: Sequence[str], prefixes: Sequence[tuple[int, ...]], options: argparse.Namespace
-) -> Iterator[dict[str, Server]]:
-    """All of them, with the gangs' prefixes in their caches."""
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        up = {}
-        for system in tqdm(systems, desc="starting", unit="server"):
-            up[system] = stack.enter_context(start(system, options, Path(scratch)))
-            for prefix in prefixes:
-                stream(up[system], Asked(prefix, False, None), 1, time.perf_counter())
-        yield up
+def cache(prefixes: Sequence[tuple[int, ...]], server: Server) -> None:
+    for prefix in prefixes:
+        stream(server, Asked(prefix, False, None), 1, time.perf_counter())
 
 
 def bytes_price(run: Run, plain: Run, options: argparse.Namespace) -> float:
@@ -318,7 +310,14 @@ def main() -> int:
     systems = ["plain", *(name for name in options.systems if name != "plain")]
     runs: list[Run] = []
     total = len(systems) * options.repeats * len(LOADS)
-    with servers_up(systems, prefixes, options) as up, tqdm(total=total, unit="load") as bar:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        servers_up(
+            {name: server_of(name, options, Path(scratch)) for name in systems},
+            partial(cache, prefixes),
+        ) as up,
+        tqdm(total=total, unit="load") as bar,
+    ):
         for name in systems[1:]:
             bar.set_description(f"{name} learns")
             serve(up[name], load_of("one class", prompts, None, options), LEARNED_TOKENS)

@@ -7,7 +7,7 @@ copy that is hidden is what the pass did not wait for. Writes OUT.json, and keep
 it if --keep-trace is given: open it in ui.perfetto.dev.
 
 Example:
-  python benchmark/serving/load_timeline.py \\
+  python -m benchmark.serving.load_timeline \\
       --model-path ~/.cache/tiered_kv/models/SmolLM2-135M-Instruct
 """
 
@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -27,12 +26,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "test"))
-
-from support.client import generate
-from support.metrics import wait_for_disk
-from support.prompts import PromptMaker
-from support.server import BASE_ARGS, Server
+from benchmark.command_line import RESULTS, parser_of
+from harness.client import generate
+from harness.metrics import wait_for_disk
+from harness.prompts import PromptMaker
+from harness.server import BASE_ARGS, Server
 from tiered_kv.core.ids import Tier
 from tiered_kv.metrics.timeline import Event
 from tiered_kv.tiers.timeline import (
@@ -46,7 +44,6 @@ from tiered_kv.tiers.timeline import (
     store_reads,
 )
 
-RESULTS = Path(__file__).parents[1] / "results"
 PAGE_SIZE = 64
 #: The file is written once a second.
 FLUSHED_S = 2.5
@@ -210,9 +207,7 @@ def show(found: list[dict[str, Any]]) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("benchmark.serving.load_timeline", __doc__)
     parser.add_argument("--model-path", type=Path, required=True, help="a model's folder")
     parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
     parser.add_argument(

@@ -1,10 +1,10 @@
 """Conversations in rounds on plain SGLang, on HiCache, on three tiers, and on a device that never
 fills: the limit. Prints a table; writes it, the samples as JSON and a plot.
 
-    python benchmark/serving/multiturn.py --model-path MODEL      chat: 256 new tokens a turn
-    python benchmark/serving/multiturn.py ... --load agent        95% of a prompt is the turn before
-    python benchmark/serving/multiturn.py ... --load unique       no prompt shares anything
-    python benchmark/serving/multiturn.py ... --concurrency 8 --conversations 48
+    python -m benchmark.serving.multiturn --model-path MODEL      chat: 256 new tokens a turn
+    python -m benchmark.serving.multiturn ... --load agent        95% of a prompt is the turn before
+    python -m benchmark.serving.multiturn ... --load unique       no prompt shares anything
+    python -m benchmark.serving.multiturn ... --concurrency 8 --conversations 48
 
 The device's pool is an eighth of the working set (what all conversations have at their end), the
 host's is twice the device's, the disk takes everything. All servers are up at once and one of them
@@ -22,18 +22,20 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from conversations import Client, Load, Sample, Shape, stream
-from multiturn_report import Run, machine, plot, row, table
-from systems import SYSTEMS, Sizes, attention_per_linear, model_of
 from tqdm import tqdm
 
-from support.server import Server
+from benchmark.command_line import RESULTS, parser_of
+from benchmark.serving.conversations import Client, Load, Sample, Shape, stream
+from benchmark.serving.multiturn_report import Run, machine, plot, row, table
+from benchmark.serving.systems import SYSTEMS, Sizes, attention_per_linear, model_of
+from harness.server import BASE_ARGS, Server
+from harness.servers import servers_up
 
 SHAPES = {
     # 256 new tokens a turn, as in a chat with retrieved passages.
@@ -43,18 +45,12 @@ SHAPES = {
     "unique": {"turns": 5, "first_tokens": 256, "turn_tokens": 252, "remembers": False},
 }
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-RESULTS = Path(__file__).parents[1] / "results"
 #: For each system's own writes to end before the next system's turn.
 SETTLE_S = 0.25
 
 
 def arguments() -> argparse.Namespace:
-    about = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=about[0],
-        epilog="\n\n".join(about[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmark.serving.multiturn", __doc__)
     add = parser.add_argument
     add("--model-path", type=Path, required=True)
     add("--load", choices=SHAPES, default="chat")
@@ -97,28 +93,23 @@ def pool_sizes(options: argparse.Namespace, shape: Shape) -> Sizes:
 
 
 def common_flags(options: argparse.Namespace) -> list[object]:
-    flags: list[object] = ["--device", "cpu", "--attention-backend", "torch_native"]
-    flags += ["--dtype", options.dtype, "--page-size", options.page_size]
-    flags += ["--chunked-prefill-size", 2048, "--max-running-requests", 16]
-    return [*flags, "--skip-server-warmup", "--sleep-on-idle"]
+    flags = [*BASE_ARGS, "--dtype", options.dtype, "--page-size", options.page_size]
+    return [*flags, "--chunked-prefill-size", 2048]
 
 
-@contextmanager
-def servers_up(
-    options: argparse.Namespace, sizes: Sizes, load: Load, logs: Path
-) -> Iterator[dict[str, Server]]:
-    """One server per system, each warmed up; started one after the other."""
-    with ExitStack() as stack:
-        up = {}
-        for name in tqdm(options.systems, desc="starting", unit="server"):
-            folder = tempfile.TemporaryDirectory(prefix="tiered_kv_bench_", dir=options.scratch)
-            scratch, log = Path(stack.enter_context(folder)), logs / f"{name}.log"
-            server = SYSTEMS[name].server(
-                options.model_path, common_flags(options), sizes, scratch, log
-            )
-            up[name] = stack.enter_context(server)
-            warm_up(server.url, load)
-        yield up
+def servers(
+    options: argparse.Namespace, sizes: Sizes, scratch: Path, logs: Path
+) -> dict[str, Server]:
+    """One per system, not started yet."""
+    found = {}
+    for name in options.systems:
+        own = scratch / name
+        own.mkdir()
+        log = logs / f"{name}.log"
+        found[name] = SYSTEMS[name].server(
+            options.model_path, common_flags(options), sizes, own, log
+        )
+    return found
 
 
 def measure(up: dict[str, Server], load: Load, repeat: int) -> list[Run]:
@@ -236,7 +227,12 @@ def main() -> int:
     logs = Path(tempfile.mkdtemp(prefix="tiered_kv_bench_logs_"))
     print(f"logs: {logs}", file=sys.stderr)
     runs: list[Run] = []
-    with servers_up(options, sizes, load, logs) as up:
+    with (
+        tempfile.TemporaryDirectory(prefix="tiered_kv_bench_", dir=options.scratch) as scratch,
+        servers_up(
+            servers(options, sizes, Path(scratch), logs), lambda server: warm_up(server.url, load)
+        ) as up,
+    ):
         for repeat in range(options.repeats):
             # Other conversations each time: nothing of an earlier repeat is found on a disk.
             runs += measure(up, replace(load, seed=options.seed + repeat), repeat)

@@ -19,11 +19,9 @@ from typing import Any
 
 from openai import OpenAI
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "test"))
-
-from support.demo_model import host_size
-from support.prompts import story
-from support.server import Server
+from harness.demo_model import host_size
+from harness.prompts import story
+from harness.server import Server
 
 DEVICE_TOKENS = 2048
 HOST_TOKENS = 4096

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conversations import Sample
+
+from benchmark.serving.conversations import Sample
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Serve with three small tiers for a long time: nothing may grow and nothing stay behind.
 
-    python benchmark/serving/soak.py --model-path MODEL               10 minutes
-    python benchmark/serving/soak.py --model-path MODEL --minutes 30
+    python -m benchmark.serving.soak --model-path MODEL               10 minutes
+    python -m benchmark.serving.soak --model-path MODEL --minutes 30
 
 Clients talk in conversations that share their beginnings; one in ten goes away in the middle of an
 answer. Phases: warm-up (a fifth of the time), before, a burst of four times as many clients with
@@ -14,7 +14,6 @@ if a bound is broken. Half an hour tells a leak from noise; three minutes only t
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -31,18 +30,16 @@ from typing import Any
 
 import psutil
 import requests
-from conversations import stream
-from multiturn_report import machine
-from systems import HERE, SYSTEMS, Sizes, model_of
 from tqdm import tqdm
 
-sys.path.insert(0, str(HERE.parents[1] / "test"))
-
-from support.metrics import scrape, wait_for_disk
-from support.server import Server, ServerError
+from benchmark.command_line import RESULTS, parser_of
+from benchmark.serving.conversations import stream
+from benchmark.serving.multiturn_report import machine
+from benchmark.serving.systems import SYSTEMS, Sizes, model_of
+from harness.metrics import scrape, wait_for_disk
+from harness.server import BASE_ARGS, FLOAT32, Server, ServerError
 from tiered_kv.metrics import names
 
-RESULTS = HERE.parent / "results"
 #: float32: the fastest on CPUs without bfloat16 instructions.
 ELEMENT_BYTES = 4
 PAGE = 64
@@ -279,12 +276,7 @@ def plot(records: Sequence[dict[str, Any]], clients: Clients, path: Path) -> Non
 
 
 def main() -> int:
-    about = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=about[0],
-        epilog="\n\n".join(about[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmark.serving.soak", __doc__)
     parser.add_argument("--model-path", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--output", type=Path, default=RESULTS / "soak")
@@ -292,9 +284,8 @@ def main() -> int:
 
     token_bytes = int(model_of(options.model_path, ELEMENT_BYTES).kv_bytes_per_token)
     sizes = Sizes(PAGE, DEVICE_TOKENS, HOST_TOKENS, 0, token_bytes)
-    common = ["--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"]
-    common += ["--page-size", str(PAGE), "--chunked-prefill-size", "1024", "--enable-metrics"]
-    common += ["--skip-server-warmup", "--sleep-on-idle", "--max-running-requests", "16"]
+    common = [*BASE_ARGS, *FLOAT32, "--page-size", str(PAGE), "--chunked-prefill-size", "1024"]
+    common += ["--enable-metrics"]
     with tempfile.TemporaryDirectory(prefix="tiered_kv_soak_") as folder:
         scratch = Path(folder)
         log = scratch / "server.log"

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from harness.server import Server
+from tiered_kv.core.model_spec import ModelSpec
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1] / "test"))
-
-from support.server import Server  # noqa: E402
-from tiered_kv.core.model_spec import ModelSpec  # noqa: E402
-
 PREFETCH_POLICIES = ("best_effort", "timeout", "wait_complete")
 
 

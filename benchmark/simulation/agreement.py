@@ -23,7 +23,6 @@ the policy made of the device's pool.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import statistics
@@ -35,6 +34,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from openai import AsyncOpenAI
+from tqdm import tqdm
+
+from benchmark.command_line import RESULTS, parser_of
 from benchmark.replay.client import Client, Options
 from benchmark.replay.driver import replay
 from benchmark.replay.prompts import PromptMaker, load_tokenizer
@@ -55,10 +58,7 @@ from benchmark.simulation.calibrate import (
     n_probes,
 )
 from benchmark.simulation.own_passes import own_pace, read_passes
-from benchmark.simulation.pace import ROOT, Pace, PaceMaker, at_pace, between, servers_up
-from openai import AsyncOpenAI
-from tqdm import tqdm
-
+from benchmark.simulation.pace import Pace, PaceMaker, at_pace, between, warm_servers
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.simulation.engine import Simulation
 from tiered_kv.simulation.live import RequestRecord
@@ -275,7 +275,7 @@ def run(
 ) -> tuple[Measurements, MeasuredServer, list[Comparison]]:
     """Calibrate, replay, simulate; logs of the servers go to `folder`."""
     reference = {"reference": [*SERVER_ARGS, *CALIBRATION_ARGS]}
-    with servers_up(model_path, reference, folder) as up:
+    with warm_servers(model_path, reference, folder) as up:
         url = up["reference"].url
         with tqdm(total=n_probes(repeats), unit=" probes", desc="calibrating") as bar:
             samples = measure(url, repeats=repeats, progress=bar.update)
@@ -285,7 +285,7 @@ def run(
             policy: [*policy_args(policy), "--tiered-kv-trace-file", str(traces[policy])]
             for policy in POLICIES
         }
-        with servers_up(model_path, args_of, folder) as replayed:
+        with warm_servers(model_path, args_of, folder) as replayed:
             urls = {policy: replayed[policy].url for policy in POLICIES}
             turns = replay_in_turn(model_path, urls, PaceMaker(url, server))
     comparisons = []
@@ -334,20 +334,14 @@ def replay_in_turn(
 
 def main() -> int:
     """Run, print and write."""
-    about = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.simulation.agreement",
-        description=about[0],
-        epilog="\n\n".join(about[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmark.simulation.agreement", __doc__)
     parser.add_argument(
         "--model-path", type=Path, required=True,
         help="folder of the demo model (`./scripts/get_demo_model --where`)",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="of calibration probes (default 3)")
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmark" / "results" / "simulator_agreement",
+        "--output", type=Path, default=RESULTS / "simulator_agreement",
         help="path of the results without suffix",
     )  # fmt: skip
     options = parser.parse_args()

@@ -8,7 +8,6 @@ from typing import Any
 
 from benchmark.simulation.calibrate import Measurements, residuals, table
 from benchmark.simulation.pace import Pace
-
 from tiered_kv.simulation.measured_server import MeasuredServer
 
 TOLERANCE = 0.15

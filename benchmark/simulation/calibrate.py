@@ -11,7 +11,6 @@ repository.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -24,18 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark.simulation import links
-from benchmark.simulation.probe import DecodeSample, PrefillSample, Probe
 from scipy.optimize import nnls
 from tqdm import tqdm
 
+from benchmark.command_line import parser_of
+from benchmark.simulation import links
+from benchmark.simulation.probe import DecodeSample, PrefillSample, Probe
+from harness.server import Server
 from tiered_kv.scheduler.measured_costs import PassTimes
 from tiered_kv.simulation.measured_server import MeasuredServer
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "test"))
-
-from support.server import Server  # noqa: E402
 
 #: (requests in the pass, new tokens of each, cached tokens of each)
 PREFILLS = (
@@ -215,13 +211,7 @@ def _measure_all(
 
 def main() -> int:
     """Measure and write."""
-    about = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.simulation.calibrate",
-        description=about[0],
-        epilog="\n\n".join(about[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmark.simulation.calibrate", __doc__)
     parser.add_argument(
         "--model-path", type=Path, required=True,
         help=f"folder of {MODEL_NAME} (`./scripts/get_demo_model --where`)",

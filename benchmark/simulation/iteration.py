@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark.simulation.iteration_report import report
 from tqdm import tqdm
 
+from benchmark.simulation.iteration_report import report
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.iteration_config import IterationConfig

@@ -7,7 +7,6 @@ in the server's metrics; one prompt is under way at a time, so no copy waits for
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,18 +14,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from benchmark.simulation.probe import Probe
 from scipy.optimize import nnls
 
+from benchmark.simulation.probe import Probe
+from harness.metrics import scrape, wait_for_disk
+from harness.server import Server
 from tiered_kv.metrics import names
 from tiered_kv.scheduler.cost_model import EdgeCost
 from tiered_kv.simulation.settings import DiskSpec
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "test"))
-
-from support.metrics import scrape, wait_for_disk  # noqa: E402
-from support.server import Server  # noqa: E402
 
 Edge = tuple[str, str]
 EDGES: tuple[Edge, ...] = (

@@ -23,7 +23,6 @@ alike for all policies. The simulator's passes are scaled by what the wave's own
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
@@ -35,6 +34,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from benchmark.command_line import RESULTS, parser_of
 from benchmark.replay.records import Record
 from benchmark.simulation.agreement import policy_args, replay_on
 from benchmark.simulation.orders_load import (
@@ -46,9 +48,7 @@ from benchmark.simulation.orders_load import (
 )
 from benchmark.simulation.orders_report import Pair, Wave, outcome_of, report
 from benchmark.simulation.own_passes import own_pace, read_passes
-from benchmark.simulation.pace import ROOT, PaceMaker, at_pace, median, servers_up
-from tqdm import tqdm
-
+from benchmark.simulation.pace import PaceMaker, at_pace, median, warm_servers
 from tiered_kv.simulation.live import RequestRecord
 from tiered_kv.simulation.measured_server import MeasuredServer, read_measured_server
 from tiered_kv.simulation.statistics import meets_slo
@@ -126,7 +126,7 @@ def replay_all(
     found: dict[float, dict[str, list[Turn]]] = {load: {p: [] for p in traces} for load in loads}
     per_wave = -(-n_requests // N_WAVES)
     total = len(loads) * len(traces) * n_requests
-    with servers_up(model_path, args_of, logs) as up, tqdm(total=total, unit=" requests") as bar:
+    with warm_servers(model_path, args_of, logs) as up, tqdm(total=total, unit=" requests") as bar:
         pace_makers = {policy: PaceMaker(real.url, server) for policy, real in up.items()}
         for start in range(0, n_requests, per_wave):
             for load in loads:
@@ -174,22 +174,15 @@ def _advance(bar: tqdm[None], _record: Record) -> None:
 
 def main() -> int:
     """Run, print and write."""
-    about = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.simulation.orders",
-        description=about[0],
-        epilog="\n\n".join(about[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    results = ROOT / "benchmark" / "results"
+    parser = parser_of("benchmark.simulation.orders", __doc__)
     add = parser.add_argument
     add("--model-path", type=Path, required=True, help="folder of the demo model")
-    add("--measured", type=Path, default=results / "simulator_agreement_server.json",
+    add("--measured", type=Path, default=RESULTS / "simulator_agreement_server.json",
         help="what was measured of the server (default: %(default)s)")  # fmt: skip
     add("--policies", nargs="+", default=list(POLICIES), metavar="NAME")
     add("--loads", nargs="+", type=float, default=list(LOADS), metavar="X")
     add("--requests", type=int, default=60, help="per load (default: 60)")
-    add("--output", type=Path, default=results / "request_orders",
+    add("--output", type=Path, default=RESULTS / "request_orders",
         help="path of the results without suffix (default: %(default)s)")  # fmt: skip
     options = parser.parse_args()
     server = read_measured_server(options.measured)

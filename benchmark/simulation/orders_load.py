@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from benchmark.simulation.agreement import settings_for
 
+from benchmark.simulation.agreement import settings_for
 from tiered_kv.api.slo import SloClass
 from tiered_kv.simulation.engine import Simulation, SimulationResult
 from tiered_kv.simulation.measured_server import MeasuredServer

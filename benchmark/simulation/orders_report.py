@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+
 from benchmark.simulation.orders_load import N_WAVES, OBJECTIVES, POOL_TOKENS
 from benchmark.simulation.pace import Pace
 

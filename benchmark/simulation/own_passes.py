@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark.simulation.pace import Pace
-
 from tiered_kv.metrics.timeline import Event
 from tiered_kv.scheduler.measured_costs import PassTimes
 from tiered_kv.tiers.timeline import CLOCK, PASSES, read_events, rows_of

@@ -8,21 +8,16 @@ around each round a few passes on one more server tell how fast the machine was.
 from __future__ import annotations
 
 import statistics
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmark.simulation.probe import Probe
-
+from harness.server import Server
+from harness.servers import servers_up
 from tiered_kv.scheduler.measured_costs import PassTimes
 from tiered_kv.simulation.measured_server import MeasuredServer
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "test"))
-
-from support.server import Server  # noqa: E402
 
 #: The passes that are timed again and again.
 PREFILL_TOKENS = 256
@@ -94,21 +89,18 @@ class PaceMaker:
         return Pace(statistics.fmean(prefills), statistics.fmean(decodes))
 
 
-@contextmanager
-def servers_up(
+def warm_servers(
     model_path: Path, args_of: Mapping[str, Sequence[str]], logs: Path
-) -> Iterator[dict[str, Server]]:
-    """Servers by name, started one after the other and warmed up; all stop at the end.
+) -> AbstractContextManager[dict[str, Server]]:
+    """Servers by name, warmed up; each takes about 2 GB of memory with the demo model."""
+    servers = {
+        name: Server(args, logs / f"{name}.log", model_path) for name, args in args_of.items()
+    }
+    return servers_up(servers, _warm_up)
 
-    Each takes about 2 GB of memory with the demo model; `--sleep-on-idle` belongs in their flags.
-    """
-    with ExitStack() as stack:
-        found = {}
-        for name, args in args_of.items():
-            server = stack.enter_context(Server(args, logs / f"{name}.log", model_path))
-            # Threads and lazily imported code are not measured; prompts are not the workload's.
-            probe = Probe(server.url, seed=4)
-            probe.ask(probe.tokens(512), 4)
-            server.flush_cache()
-            found[name] = server
-        yield found
+
+def _warm_up(server: Server) -> None:
+    """Threads and lazily imported code are not measured; prompts are not the workload's."""
+    probe = Probe(server.url, seed=4)
+    probe.ask(probe.tokens(512), 4)
+    server.flush_cache()

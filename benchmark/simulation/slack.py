@@ -20,10 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmark.simulation.baselines import LOADS, MODELS, base_job, workloads
-from benchmark.simulation.slack_report import report
 from tqdm import tqdm
 
+from benchmark.simulation.baselines import LOADS, MODELS, base_job, workloads
+from benchmark.simulation.slack_report import report
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.simulation import schema

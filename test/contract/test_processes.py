@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("sglang")
 psutil = pytest.importorskip("psutil")
 
-from support.server import Server  # noqa: E402
+from harness.server import Server  # noqa: E402
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.long]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from support.demo_model import host_size
+from harness.demo_model import host_size
+from harness.prompts import PromptMaker
+from harness.server import ALWAYS_LOAD, BASE_ARGS, FLOAT32, Server
 from support.kv_events import KvEventListener
 from support.oracle import Oracle
-from support.prompts import PromptMaker
 from support.selection import selection_args
-from support.server import ALWAYS_LOAD, BASE_ARGS, FLOAT32, Server
 
 PAGE_SIZE = 16
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from support.client import Answer, in_parallel, post_generate, request_body
-from support.metrics import scrape
-from support.prompts import PromptMaker
+from harness.client import Answer, in_parallel, post_generate, request_body
+from harness.metrics import scrape
+from harness.prompts import PromptMaker
+from harness.server import Server
 from support.selection import selection_args
-from support.server import Server
 from tiered_kv.metrics import names
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(900)]

@@ -24,13 +24,13 @@ from typing import Any
 import pytest
 import torch
 
+from harness.client import Answer, generate
+from harness.metrics import scrape, wait_for_disk
+from harness.prompts import PromptMaker
+from harness.server import ALWAYS_LOAD, FLOAT32, Server
 from support import trainer
-from support.client import Answer, generate
 from support.injection import injected
-from support.metrics import scrape, wait_for_disk
 from support.models import tiny_model_for_two_ranks
-from support.prompts import PromptMaker
-from support.server import ALWAYS_LOAD, FLOAT32, Server
 from tiered_kv.metrics import names
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(1800)]

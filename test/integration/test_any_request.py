@@ -20,8 +20,8 @@ import requests
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from harness.server import FLOAT32, Server, ServerError
 from support import bodies
-from support.server import FLOAT32, Server, ServerError
 
 pytestmark = pytest.mark.server
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from support.client import generate_all
-from support.demo_model import host_size
-from support.metrics import scrape
+from harness.client import generate_all
+from harness.demo_model import host_size
+from harness.metrics import scrape
+from harness.prompts import PromptMaker
+from harness.server import FLOAT32, Server
 from support.models import tiny_model_for_two_ranks
 from support.oracle import Oracle, Prompt
-from support.prompts import PromptMaker
-from support.server import FLOAT32, Server
 from support.workload import Request, differences, serve
 from tiered_kv.metrics import names
 

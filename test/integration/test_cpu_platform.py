@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from support.client import Answer, generate, generate_all
-from support.prompts import PromptMaker
-from support.server import FLOAT32, Server
+from harness.client import Answer, generate, generate_all
+from harness.prompts import PromptMaker
+from harness.server import FLOAT32, Server
 from tiered_kv.plugin.start.platform import has_accelerator
 
 pytestmark = [

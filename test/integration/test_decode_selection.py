@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from support.client import Answer, generate, in_parallel
+from harness.client import Answer, generate, in_parallel
+from harness.prompts import PromptMaker
+from harness.server import Server
 from support.oracle import Oracle
-from support.prompts import PromptMaker
 from support.selection import TIGHT_TBT_MS, selection_args
-from support.server import Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 

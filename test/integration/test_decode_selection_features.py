@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import requests
 
+from harness.client import generate, in_parallel, post_generate, request_body
+from harness.prompts import PromptMaker
+from harness.server import FLOAT32, Server
 from support.adapters import write_adapter
-from support.client import generate, in_parallel, post_generate, request_body
 from support.injection import injected
 from support.oracle import Oracle
-from support.prompts import PromptMaker
 from support.selection import TIGHT_TBT_MS, selection_args
-from support.server import FLOAT32, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from support.client import Answer, generate_all
-from support.demo_model import host_size
+from harness.client import Answer, generate_all
+from harness.demo_model import host_size
+from harness.metrics import scrape, wait_for_disk
+from harness.prompts import PromptMaker
+from harness.server import ALWAYS_LOAD, FLOAT32, Server, ServerError
 from support.injection import injected
-from support.metrics import scrape, wait_for_disk
 from support.oracle import Oracle
-from support.prompts import PromptMaker
-from support.server import ALWAYS_LOAD, FLOAT32, Server, ServerError
 from tiered_kv.metrics import names
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from support.client import Answer, generate_all
-from support.demo_model import host_size
-from support.metrics import wait_for_disk
-from support.prompts import PromptMaker
-from support.server import ALWAYS_LOAD, FLOAT32, Server
+from harness.client import Answer, generate_all
+from harness.demo_model import host_size
+from harness.metrics import wait_for_disk
+from harness.prompts import PromptMaker
+from harness.server import ALWAYS_LOAD, FLOAT32, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from support.client import Answer, generate, generate_all, post_generate, request_body
-from support.metrics import wait_for_disk
+from harness.client import Answer, generate, generate_all, post_generate, request_body
+from harness.metrics import wait_for_disk
+from harness.prompts import PromptMaker, story
+from harness.server import Server
 from support.oracle import Oracle
-from support.prompts import PromptMaker, story
-from support.server import Server
 from support.workload import Request, serve
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from support.client import Answer, generate, generate_all
-from support.demo_model import host_size
-from support.metrics import wait_for_disk
+from harness.client import Answer, generate, generate_all
+from harness.demo_model import host_size
+from harness.metrics import wait_for_disk
+from harness.prompts import PromptMaker
+from harness.server import ALWAYS_LOAD, FLOAT32, SGLANG_SERVE, Server
 from support.oracle import Oracle
-from support.prompts import PromptMaker
-from support.server import ALWAYS_LOAD, FLOAT32, SGLANG_SERVE, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
+from harness.client import Answer, generate, request_body
+from harness.demo_model import host_size
+from harness.metrics import scrape, wait_for_disk
+from harness.prompts import PromptMaker, story
+from harness.server import ALWAYS_LOAD, FLOAT32, Server
 from support.adapters import write_adapter
-from support.client import Answer, generate, request_body
-from support.demo_model import host_size
 from support.injection import injected
 from support.kv_events import KvEventListener
-from support.metrics import scrape, wait_for_disk
-from support.prompts import PromptMaker, story
-from support.server import ALWAYS_LOAD, FLOAT32, Server
 from tiered_kv.metrics import names
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from support.metrics import wait_for_disk
-from support.prompts import PromptMaker, story
-from support.server import Server
+from harness.metrics import wait_for_disk
+from harness.prompts import PromptMaker, story
+from harness.server import Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 

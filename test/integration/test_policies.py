@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import requests
 
-from support.client import Answer, generate, post_generate, request_body
-from support.demo_model import host_size
+from harness.client import Answer, generate, post_generate, request_body
+from harness.demo_model import host_size
+from harness.metrics import scrape, wait_for_disk
+from harness.prompts import PromptMaker
+from harness.server import ALWAYS_LOAD, FLOAT32, Server
 from support.injection import injected
-from support.metrics import scrape, wait_for_disk
 from support.oracle import Oracle
-from support.prompts import PromptMaker
-from support.server import ALWAYS_LOAD, FLOAT32, Server
 from support.workload import differences, mixed_requests, serve
 from tiered_kv.metrics import names
 from tiered_kv.scheduler.request_policy import request_policies

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from support.demo_model import host_size
-from support.server import FLOAT32, Server
+from harness.demo_model import host_size
+from harness.server import FLOAT32, Server
 
 pytestmark = [
     pytest.mark.server,

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import requests
 
-from support.client import Answer, generate, generate_all
+from harness.client import Answer, generate, generate_all
+from harness.demo_model import host_size
+from harness.metrics import wait_for_disk
+from harness.prompts import PromptMaker
+from harness.server import ALWAYS_LOAD, FLOAT32, Server
 from support.damage import damage_index, damage_segments
-from support.demo_model import host_size
-from support.metrics import wait_for_disk
 from support.models import copy_with_other_weights
 from support.oracle import Oracle
-from support.prompts import PromptMaker
-from support.server import ALWAYS_LOAD, FLOAT32, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 

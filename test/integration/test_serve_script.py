@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from support.server import START_TIMEOUT_S, free_port
+from harness.server import START_TIMEOUT_S, free_port, group_alive
 
 SERVE = Path(__file__).parents[2] / "scripts" / "serve"
 
@@ -45,13 +45,6 @@ class Running:
         os.killpg(self.process.pid, signal.SIGINT)
         self.process.wait(60)
 
-    def group_alive(self) -> bool:
-        try:
-            os.killpg(self.process.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
-
 
 @pytest.fixture
 def running(tmp_path: Path, demo_model: Path) -> Iterator[Running]:
@@ -68,7 +61,7 @@ def running(tmp_path: Path, demo_model: Path) -> Iterator[Running]:
         )
     server = Running(process, log)
     yield server
-    if server.group_alive():
+    if group_alive(process.pid):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -84,7 +77,7 @@ def test_from_start_to_ctrl_c(running: Running) -> None:
 
     running.interrupt()
     deadline = time.monotonic() + 30
-    while running.group_alive() and time.monotonic() < deadline:
+    while group_alive(running.process.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not running.group_alive(), "processes outlived the server"
+    assert not group_alive(running.process.pid), "processes outlived the server"
     assert "Traceback" not in running.log.read_text(errors="replace")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from benchmark.simulation.agreement import POLICIES, load_in_words, run
 from benchmark.simulation.agreement_report import (
     TOLERANCE,

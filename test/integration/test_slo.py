@@ -15,11 +15,11 @@ import pytest
 import requests
 from openai import OpenAI
 
-from support.client import generate, post_generate, request_body
-from support.demo_model import host_size
-from support.metrics import wait_for_disk
-from support.prompts import PromptMaker, story
-from support.server import ALWAYS_LOAD, FLOAT32, Server
+from harness.client import generate, post_generate, request_body
+from harness.demo_model import host_size
+from harness.metrics import wait_for_disk
+from harness.prompts import PromptMaker, story
+from harness.server import ALWAYS_LOAD, FLOAT32, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 
-from support.client import Answer, generate, generate_all, post_generate, request_body
+from harness.client import Answer, generate, generate_all, post_generate, request_body
+from harness.metrics import scrape, wait_for_disk
+from harness.prompts import PromptMaker
+from harness.server import Server
 from support.kv_events import KvEventListener
-from support.metrics import scrape, wait_for_disk
 from support.oracle import Oracle
-from support.prompts import PromptMaker
-from support.server import Server
 from tiered_kv.metrics import names
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from benchmark.serving.load_timeline import end_of, load_report, loads_within
 
-from support.client import generate
-from support.demo_model import LAYERS, host_size
-from support.metrics import scrape, wait_for_disk
-from support.prompts import PromptMaker
-from support.server import ALWAYS_LOAD, FLOAT32, Server
+from benchmark.serving.load_timeline import end_of, load_report, loads_within
+from harness.client import generate
+from harness.demo_model import LAYERS, host_size
+from harness.metrics import scrape, wait_for_disk
+from harness.prompts import PromptMaker
+from harness.server import ALWAYS_LOAD, FLOAT32, Server
 from tiered_kv.core.ids import Tier
 from tiered_kv.metrics import names
 from tiered_kv.tiers.timeline import (

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from support.client import generate
-from support.demo_model import host_size
+from harness.client import generate
+from harness.demo_model import host_size
+from harness.metrics import scrape, wait_for_disk
+from harness.prompts import PromptMaker
+from harness.server import FLOAT32, Server
 from support.injection import injected
-from support.metrics import scrape, wait_for_disk
 from support.oracle import Oracle
-from support.prompts import PromptMaker
-from support.server import FLOAT32, Server
 from support.workload import differences, mixed_requests, serve
 from tiered_kv.metrics import names
 

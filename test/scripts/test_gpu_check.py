@@ -13,14 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmark.gpu import __main__ as check
+from benchmark.gpu import environment, report, serving
+from benchmark.gpu.setting import Setting
+from benchmark.simulation.probe import Answer
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmark.gpu import __main__ as check  # noqa: E402
-from benchmark.gpu import environment, report, serving  # noqa: E402
-from benchmark.gpu.setting import Setting  # noqa: E402
-from benchmark.simulation.probe import Answer  # noqa: E402
-
 CHEAP = ("environment", "kernels", "transfers", "cascade")
 
 

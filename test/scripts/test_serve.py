@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.server import free_port
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 DEMO = "/models/SmolLM2-135M-Instruct"
 FAKE_PYTHON = f"""#!/bin/bash
@@ -27,12 +29,6 @@ case "$*" in
     *get_demo_model*) echo {DEMO} ;;
 esac
 """
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture

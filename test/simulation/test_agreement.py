@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from benchmark.simulation.agreement import (
     simulate,
     simulated,
@@ -35,7 +36,6 @@ from benchmark.simulation.links import LinkSample, fit_link
 from benchmark.simulation.own_passes import own_pace, read_passes
 from benchmark.simulation.pace import Pace, at_pace, between
 from benchmark.simulation.probe import DecodeSample, PrefillSample
-
 from support_simulation.builders import CPU_TIMES as TIMES
 from tiered_kv.plugin.passes.pass_log import Pass, draw_passes
 from tiered_kv.tiers.timeline import TimelineFile

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from benchmark.simulation.orders import simulated
 from benchmark.simulation.orders_load import OBJECTIVES, whole_prefill_s, workload
 from benchmark.simulation.orders_report import (
@@ -16,7 +17,6 @@ from benchmark.simulation.orders_report import (
     report,
 )
 from benchmark.simulation.pace import Pace
-
 from support_simulation.builders import CPU_TIMES
 from tiered_kv.simulation.measured_server import MeasuredServer
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import uvicorn
-from benchmark.replay.__main__ import is_local, main
-from benchmark.replay.prompts import PromptError, PromptMaker, load_tokenizer
-from benchmark.replay.records import Record, request_cost, summarise
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from benchmark.replay.__main__ import is_local, main
+from benchmark.replay.prompts import PromptError, PromptMaker, load_tokenizer
+from benchmark.replay.records import Record, request_cost, summarise
 from tiered_kv.core.device_spec import DEVICES
 from tiered_kv.core.model_spec import MODELS
 from tiered_kv.scheduler.cost_model import CostModel

@@ -1,1 +1,1 @@
-"""What the tests on a real server share: the server's process, clients, workloads, the oracle."""
+"""What the tests on a real server share beside `harness`: workloads, the oracle, listeners."""

@@ -51,7 +51,7 @@ def random_lora_adapter(to: Path, seed: int) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from support.demo_model import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, Q_HEADS
+    from harness.demo_model import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, Q_HEADS
 
     generator = torch.Generator().manual_seed(seed)
     outputs = {"q_proj": Q_HEADS * HEAD_DIM, "v_proj": KV_HEADS * HEAD_DIM}

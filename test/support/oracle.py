@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from support.client import generate, in_parallel
-from support.server import Server
+from harness.client import generate, in_parallel
+from harness.server import Server
 
 Prompt = tuple[int, ...]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from support.demo_model import host_size
-from support.server import ALWAYS_LOAD, FLOAT32
+from harness.demo_model import host_size
+from harness.server import ALWAYS_LOAD, FLOAT32
 
 #: No decode on a CPU is as short: at most a few requests decode at a time.
 TIGHT_TBT_MS = 20

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.server import Server, free_port
+from harness.server import Server, free_port
 
 #: What is changed of a Llama; its first layer, so that everything behind depends on it.
 NAME = "model.layers.0.self_attn.q_proj.weight"

@@ -13,9 +13,9 @@ from typing import Any
 
 import requests
 
-from support.client import Answer, generate, in_parallel, request_body
-from support.prompts import PromptMaker
-from support.server import Server
+from harness.client import Answer, generate, in_parallel, request_body
+from harness.prompts import PromptMaker
+from harness.server import Server
 
 
 @dataclass(frozen=True)

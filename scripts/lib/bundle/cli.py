@@ -30,6 +30,7 @@ SOURCES = (
     "README.md",
     "scripts",
     "benchmark",
+    "harness",
     "test",
     "python",
     "sgl-kernel-ext",

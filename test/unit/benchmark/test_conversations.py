@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "serving"))
-
-from conversations import Load, Sample, Shape
-from multiturn_report import Run, ratios, row, table
+from benchmark.serving.conversations import Load, Sample, Shape
+from benchmark.serving.multiturn_report import Run, ratios, row, table
 
 SHAPE = Shape(conversations=5, turns=3, first_tokens=64, turn_tokens=28, answer_tokens=4)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark.quality.formats_model import FormatModel, Text, ThroughFormat, kv_through
-from benchmark.quality.formats_report import FormatResult, Report, table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmark.quality.formats_model import FormatModel, Text, ThroughFormat, kv_through
+from benchmark.quality.formats_report import FormatResult, Report, table
 from sgl_kernel_ext.formats import Format
 
 pytestmark = pytest.mark.timeout(60)

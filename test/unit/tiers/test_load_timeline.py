@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from benchmark.serving.load_timeline import Question, load_report, loads_within, report
 
+from benchmark.serving.load_timeline import Question, load_report, loads_within, report
 from tiered_kv.core.ids import Tier
 from tiered_kv.tiers.timeline import (
     LAYER_COPIES,

@@ -9,7 +9,7 @@ from typing import Any
 
 import requests
 
-from support.server import Server
+from harness.server import Server
 
 REQUEST_TIMEOUT_S = 240.0
 

@@ -52,6 +52,15 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def group_alive(group: int) -> bool:
+    """Whether any process of that group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def bypass_proxies() -> None:
     """Servers are on this machine, where no proxy would find them.
 
@@ -168,9 +177,9 @@ class Server:
             raise ServerError(
                 f"the server ignored SIGTERM for {timeout_s:.0f} s{self.tail()}"
             ) from None
-        while self._group_alive() and time.monotonic() < deadline:
+        while group_alive(self.process.pid) and time.monotonic() < deadline:
             time.sleep(0.1)
-        alive = self._group_alive()
+        alive = group_alive(self.process.pid)
         self.kill_9()
         if alive:
             raise ServerError(f"processes of the server outlived it{self.tail()}")
@@ -183,7 +192,7 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         deadline = time.monotonic() + 10
-        while self._group_alive() and time.monotonic() < deadline:
+        while group_alive(self.process.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
         self.process = None
 
@@ -191,14 +200,6 @@ class Server:
         """Stop by SIGTERM and start with the same flags, on the same port, into the same log."""
         self.stop()
         return self.start()
-
-    def _group_alive(self) -> bool:
-        assert self.process is not None
-        try:
-            os.killpg(self.process.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
 
     # -- HTTP ---------------------------------------------------------------------------------
 
@@ -212,9 +213,9 @@ class Server:
     def get(self, path: str, timeout_s: float = 30) -> requests.Response:
         return requests.get(f"{self.url}{path}", timeout=timeout_s)
 
-    def flush_cache(self) -> None:
+    def flush_cache(self, timeout_s: float = 30) -> None:
         """Empties device and host. Refused by the server while a request runs, so asked again."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + timeout_s
         while (response := self.post("/flush_cache")).status_code != 200:
             if time.monotonic() > deadline:
                 raise ServerError(

@@ -9,12 +9,12 @@ import sys
 import threading
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 PROGRAM = """
 import sys
 import httpx, requests
-from support.server import Server
+from harness.server import Server
 url = sys.argv[1]
 print(requests.get(url, timeout=5).status_code, httpx.get(url, timeout=5).status_code)
 """
@@ -36,7 +36,7 @@ def test_no_proxy_is_asked_for_a_server_of_the_tests() -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         result = subprocess.run(
             [sys.executable, "-c", PROGRAM, f"http://127.0.0.1:{server.server_port}"],
-            env={**environment, **proxies, "PYTHONPATH": str(ROOT / "test")},
+            env={**environment, **proxies, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=60,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from support.server import Server, ServerError
+from harness.server import Server, ServerError
 from tiered_kv.metrics import names
 from tiered_kv.metrics.names import Metric
 

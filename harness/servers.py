@@ -1,0 +1,28 @@
+"""Several servers of one machine, of which one works at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from tqdm import tqdm
+
+from harness.server import Server
+
+
+@contextmanager
+def servers_up(
+    servers: Mapping[str, Server], ready: Callable[[Server], object] | None = None
+) -> Iterator[dict[str, Server]]:
+    """`servers`, which have names, started one after the other; all stop at the end.
+
+    ready: is called with each when it answers, before the next one starts. Each takes its memory
+    meanwhile; `--sleep-on-idle` belongs in their flags.
+    """
+    with ExitStack() as stack:
+        up = {}
+        for name, server in tqdm(servers.items(), desc="starting", unit="server", leave=False):
+            up[name] = stack.enter_context(server)
+            if ready is not None:
+                ready(server)
+        yield up
