@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 from tiered_kv.forest.node import Node
 
+#: More than these are not kept for later.
+MAX_DEFERRED = 16384
+
 
 class DeferredNodes:
     """At most `capacity()` nodes by value; of equals, the one that has waited longest.

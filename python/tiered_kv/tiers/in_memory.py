@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from tiered_kv.core.errors import DiskTierError
 from tiered_kv.core.ids import PAGE_HASH_BYTES
-from tiered_kv.tiers.page_format import ALIGNMENT_BYTES, round_up
+from tiered_kv.tiers.alignment import round_up
 
 
 class InMemoryNamespace:
@@ -22,7 +22,7 @@ class InMemoryNamespace:
     def __init__(self, namespace_id: bytes, page_bytes: int, store: InMemoryStore) -> None:
         self.namespace_id = namespace_id
         self.page_bytes = page_bytes
-        self.slot_bytes = round_up(page_bytes, ALIGNMENT_BYTES)
+        self.slot_bytes = round_up(page_bytes)
         self._store = store
         self._dropped: list[bytes] | None = []
 
@@ -176,9 +176,9 @@ class InMemoryStore:
             if self._is_closed or key in self._pages:
                 return False
             self._pages[key] = page
-            self._bytes_used += round_up(len(page), ALIGNMENT_BYTES)
+            self._bytes_used += round_up(len(page))
             while self.capacity_bytes is not None and self._bytes_used > self.capacity_bytes:
                 (owner, name), oldest = self._pages.popitem(last=False)
-                self._bytes_used -= round_up(len(oldest), ALIGNMENT_BYTES)
+                self._bytes_used -= round_up(len(oldest))
                 self._namespaces[owner].note_dropped(name)
             return True

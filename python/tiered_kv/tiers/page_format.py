@@ -14,17 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sgl_kernel_ext.formats import PageLayout
+from tiered_kv.tiers.alignment import round_up
 
 #: Raise when the byte order inside a page changes: it is part of the namespace, so old records
 #: become misses instead of garbage.
 LAYOUT_VERSION = 1
-
-#: Host slots and disk payloads start on this boundary, as O_DIRECT wants it.
-ALIGNMENT_BYTES = 4096
-
-
-def round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +81,7 @@ class PageFormat:
     @property
     def slot_bytes(self) -> int:
         """The page's stride in the host pool and on disk: page_bytes, rounded up for O_DIRECT."""
-        return round_up(self.page_bytes, ALIGNMENT_BYTES)
+        return round_up(self.page_bytes)
 
     def layer_bytes(self, layer: int) -> tuple[int, int]:
         """(start, end) of the bytes of one layer."""

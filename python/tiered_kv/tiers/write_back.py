@@ -19,7 +19,7 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.context import TierContext, device_slots_of
-from tiered_kv.tiers.deferred import DeferredNodes
+from tiered_kv.tiers.deferred import MAX_DEFERRED, DeferredNodes
 from tiered_kv.tiers.device import After, wait_for
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Completion, TransferQueue
@@ -28,7 +28,6 @@ from tiered_kv.tiers.transfer import Completion, TransferQueue
 HOST_WRITE_SHARE = 0.25
 #: Of a prompt larger than the host pool, this share of the pool keeps the head.
 STREAM_HEAD_SHARE = 0.5
-MAX_DEFERRED = 16384
 #: Copies under way hold their pages where they come from. If they hold more than this share of what
 #: could be freed there, nothing holds them back.
 PRESSED_SHARE = 0.2

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.tiers.alignment import ALIGNMENT_BYTES
 from tiered_kv.tiers.host import MIN_HOST_PAGES, HostPool
-from tiered_kv.tiers.page_format import ALIGNMENT_BYTES, PageFormat
+from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.slots import SlotAllocator
 
 pytestmark = pytest.mark.timeout(60)

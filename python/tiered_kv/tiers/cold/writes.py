@@ -16,12 +16,11 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.context import Epoch, TierContext, host_pages_of
-from tiered_kv.tiers.deferred import DeferredNodes
+from tiered_kv.tiers.deferred import MAX_DEFERRED, DeferredNodes
 from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Completion, TransferQueue, Wanted
 
-MAX_DEFERRED = 16384
 #: What a flush found on the host may be written for so long.
 BEHIND_FLUSH_S = 30.0
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiered_kv.core.errors import DiskStateError, DiskTierError
+from tiered_kv.tiers.alignment import round_up
 from tiered_kv.tiers.disk.directory import (
     OtherFormatError,
     OwnerLock,
@@ -26,7 +27,6 @@ from tiered_kv.tiers.disk.generation import read_generation
 from tiered_kv.tiers.disk.index import INDEX_NAME, stored_meta
 from tiered_kv.tiers.disk.index_upkeep import CAPACITY_META
 from tiered_kv.tiers.disk.namespace import DiskNamespace
-from tiered_kv.tiers.disk.record import round_up
 from tiered_kv.tiers.disk.segment_files import segment_paths
 from tiered_kv.tiers.disk.shards import bytes_below
 from tiered_kv.tiers.disk.store import Access, DiskStore

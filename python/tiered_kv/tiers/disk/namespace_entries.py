@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from tiered_kv.tiers.alignment import round_up
 from tiered_kv.tiers.disk.index import NamespaceRow
 from tiered_kv.tiers.disk.page_table import PageTable
-from tiered_kv.tiers.disk.record import BLOCK_BYTES, checksum, round_up
+from tiered_kv.tiers.disk.record import BLOCK_BYTES, checksum
 
 MAX_DROPPED = 65_536
 """Names of dropped pages that a namespace remembers until they are asked for."""

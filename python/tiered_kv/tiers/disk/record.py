@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 import xxhash
 
-BLOCK_BYTES = 4096
+from tiered_kv.tiers.alignment import ALIGNMENT_BYTES
+
+BLOCK_BYTES = ALIGNMENT_BYTES
 """Alignment of everything: a multiple of what O_DIRECT asks of any common disk."""
 
 FORMAT_VERSION = 1
@@ -41,11 +43,6 @@ _RECORD = struct.Struct("<8sIIQQ32s32s16s")
 _SEGMENT = struct.Struct("<8sIIQQQ")
 # Behind the record header's own checksum.
 _SALT_OFFSET = _RECORD.size + DIGEST_BYTES
-
-
-def round_up(n_bytes: int) -> int:
-    """The next multiple of BLOCK_BYTES."""
-    return (n_bytes + BLOCK_BYTES - 1) & -BLOCK_BYTES
 
 
 def checksum(data: memoryview | bytes) -> bytes:

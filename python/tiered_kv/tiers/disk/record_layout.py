@@ -6,8 +6,9 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 
+from tiered_kv.tiers.alignment import round_up
 from tiered_kv.tiers.disk.buffers import Scratch, is_aligned
-from tiered_kv.tiers.disk.record import BLOCK_BYTES, DIGEST_BYTES, round_up
+from tiered_kv.tiers.disk.record import BLOCK_BYTES, DIGEST_BYTES
 
 
 class RecordLayout:

@@ -14,13 +14,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiered_kv.tiers.alignment import round_up
 from tiered_kv.tiers.disk.faults import Blame, blame_of
 from tiered_kv.tiers.disk.io_pool import DaemonThreads
 from tiered_kv.tiers.disk.record import (
     BLOCK_BYTES,
     RecordHeader,
     SegmentHeader,
-    round_up,
     unpack_record,
     unpack_segment,
 )

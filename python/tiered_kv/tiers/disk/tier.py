@@ -17,9 +17,10 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from tiered_kv.core.errors import DiskStateError, DiskTierError
+from tiered_kv.tiers.alignment import round_up
 from tiered_kv.tiers.disk.budget import Budget
 from tiered_kv.tiers.disk.namespace import DiskNamespace
-from tiered_kv.tiers.disk.record import BLOCK_BYTES, round_up
+from tiered_kv.tiers.disk.record import BLOCK_BYTES
 from tiered_kv.tiers.disk.stats import Counters, DiskStats
 from tiered_kv.tiers.disk.store import CLOSE_TIMEOUT_S, DiskStore
 from tiered_kv.tiers.gate import FIRST_PAUSE_S, LONGEST_PAUSE_S

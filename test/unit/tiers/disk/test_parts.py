@@ -26,7 +26,6 @@ from tiered_kv.tiers.disk.record import (
     SegmentHeader,
     pack_record,
     pack_segment,
-    round_up,
     unpack_record,
     unpack_segment,
 )
@@ -62,10 +61,6 @@ def test_any_flipped_bit_of_a_header_is_noticed() -> None:
 def test_blocks_that_are_no_headers(block: bytes) -> None:
     assert unpack_record(block) is None
     assert unpack_segment(block) is None
-
-
-def test_round_up() -> None:
-    assert [round_up(n) for n in (1, 4095, 4096, 4097)] == [4096, 4096, 4096, 8192]
 
 
 def transfers_in(slots: Sequence[tuple[int, int]], record_bytes: int) -> list[PageTransfer]:
