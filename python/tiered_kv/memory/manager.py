@@ -54,7 +54,7 @@ class MemoryManager:
         """`adopted` became RESIDENT on the device: those the host lacks are written through."""
         return self._write_through(adopted, Tier.DEVICE, Tier.HOST)
 
-    def on_host_resident(self, nodes: Iterable[Node], target: Tier = Tier.DISK) -> list[WriteBack]:
+    def on_host_resident(self, nodes: Iterable[Node], target: Tier) -> list[WriteBack]:
         """`nodes` became RESIDENT on the host: those `target` lacks are written through to it."""
         return self._write_through(nodes, Tier.HOST, target)
 

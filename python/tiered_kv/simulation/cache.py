@@ -385,7 +385,7 @@ class TieredCache:
             forest.unpin(node, Tier.DEVICE)
             written = forest.finish_transfer(op, Tier.HOST)
             self._changed.extend(written)
-            self._write_back(self.manager.on_host_resident(written))
+            self._write_back(self.manager.on_host_resident(written, Tier.DISK))
 
         self.to_host.submit(node.n_pages * self.block_bytes, done)
         return True

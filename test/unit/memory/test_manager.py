@@ -62,7 +62,7 @@ def test_new_host_nodes_are_written_to_disk(forest: Forest, path: list[Node]) ->
     forest.set_resident(path[0], DISK)
     forest.set_resident(path[1], HOST, [1])
     # path[2] isn't on the host: there is nothing to write from
-    assert manager.on_host_resident(path) == [WriteBack(path[1].node_id, HOST, DISK)]
+    assert manager.on_host_resident(path, DISK) == [WriteBack(path[1].node_id, HOST, DISK)]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_nothing_is_sent_to_a_tier_that_is_off(
     manager = MemoryManager(forest, config)
     assert bool(manager.on_insert(path)) is to_host
     forest.set_resident(path[0], HOST, [0])
-    assert bool(manager.on_host_resident(path)) is to_disk
+    assert bool(manager.on_host_resident(path, DISK)) is to_disk
 
 
 # -- loads ------------------------------------------------------------------------------------
