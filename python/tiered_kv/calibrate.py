@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tiered_kv.core import device_spec
-from tiered_kv.core.device_spec import DeviceSpec, find_device
+from tiered_kv.core.device_spec import DeviceSpec, find_device, preset_for
 from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.core.model_spec import ModelSpec, find_model
 from tiered_kv.scheduler.cost_model import CostModel
@@ -31,9 +31,6 @@ from tiered_kv.scheduler.cost_model import CostModel
 SCHEMA = 1
 MODEL = "Llama-3.1-8B"
 """What gpu_check's server is given, with two bytes per parameter and element of KV."""
-
-#: Parts of the names that torch gives to devices, and their presets.
-PRESET_OF = (("H200", "H200-141"), ("H100", "H100-80"), ("L40S", "L40S"), ("A10", "A10"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,14 +195,14 @@ def read_parts(folder: Path) -> tuple[str, dict[str, Mapping[str, Any]]]:
     return devices.pop(), parts
 
 
-def preset_for(device_name: str) -> DeviceSpec:
+def base_for(device_name: str) -> DeviceSpec:
     """The preset of the device that torch calls this. Raises ConfigError if there is none."""
-    for part, preset in PRESET_OF:
-        if part in device_name:
-            return find_device(preset)
-    raise ConfigError(
-        f"There is no preset for {device_name}; name the one whose peaks it has with --base."
-    )
+    preset = preset_for(device_name)
+    if preset is None:
+        raise ConfigError(
+            f"There is no preset for {device_name}; name the one whose peaks it has with --base."
+        )
+    return preset
 
 
 def source_of(spec: DeviceSpec) -> str:
@@ -271,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         device_name, parts = read_parts(chosen.folder)
-        base = find_device(chosen.base) if chosen.base else preset_for(device_name)
+        base = find_device(chosen.base) if chosen.base else base_for(device_name)
         found = calibrated(parts, base)
         if chosen.write:
             path = Path(device_spec.__file__)

@@ -204,6 +204,11 @@ DEVICES: dict[str, DeviceSpec] = {preset.name: preset for preset in _PRESETS}
 """The presets by name. CPU-2's figures are for float32, its usual serving type."""
 
 _GROUP = re.compile(r"(\d+)x(.+)")
+#: Words of the names that torch gives to devices, and the presets that are nearest.
+_NEAREST = (
+    *(("H200", "H200-141"), ("GH200", "H200-141"), ("H100", "H100-80")),
+    *(("L40S", "L40S"), ("L40", "L40S"), ("A10", "A10"), ("A10G", "A10")),
+)
 
 
 def find_device(name: str) -> DeviceSpec:
@@ -220,3 +225,9 @@ def find_device(name: str) -> DeviceSpec:
         f"There is no device preset {name!r}; the known ones are {', '.join(sorted(DEVICES))}, "
         "and for example 4xH100-80 for a tensor-parallel group of four."
     )
+
+
+def preset_for(device_name: str) -> DeviceSpec | None:
+    """The preset nearest to what torch calls `device_name`; None if none is near."""
+    words = re.findall(r"\w+", device_name)
+    return next((DEVICES[preset] for word, preset in _NEAREST if word in words), None)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tiered_kv.core.device_spec import DEVICES, TENSOR_PARALLEL_EFFICIENCY, find_device
+from tiered_kv.core.device_spec import DEVICES, TENSOR_PARALLEL_EFFICIENCY, find_device, preset_for
 from tiered_kv.core.errors import ConfigError
 
 
@@ -51,3 +51,21 @@ def test_impossible_values_are_refused(change: dict[str, float]) -> None:
 def test_a_group_of_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         DEVICES["A10"].scaled(0)
+
+
+@pytest.mark.parametrize(
+    ("torch_says", "preset"),
+    [
+        ("NVIDIA H200", "H200-141"),
+        ("NVIDIA GH200 144G HBM3e", "H200-141"),
+        ("NVIDIA H100 80GB HBM3", "H100-80"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L40", "L40S"),
+        ("NVIDIA A10G", "A10"),
+        # As fast as three A10s: half a name is no likeness.
+        ("NVIDIA A100-SXM4-80GB", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_the_nearest_preset_goes_by_whole_words(torch_says: str, preset: str | None) -> None:
+    assert preset_for(torch_says) is (DEVICES[preset] if preset else None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tiered_kv.core.device_spec import DeviceSpec, find_device
+from tiered_kv.core.device_spec import DeviceSpec, find_device, preset_for
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import ModelSpec
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 DISK_READ = EdgeCost(bandwidth=2e9, latency_s=2e-4)
 DISK_WRITE = EdgeCost(bandwidth=1e9, latency_s=2e-4)
 
-#: Parts of the names that torch gives to devices, and the preset that is nearest.
-_PRESETS = (("H200", "H200-141"), ("H100", "H100-80"), ("L40", "L40S"), ("A10", "A10"))
 _OTHER_GPU = "H100-80"
 
 
@@ -81,8 +79,4 @@ def nearest_device() -> DeviceSpec:
     """The preset most like the device in use."""
     if not torch.cuda.is_available():
         return find_device("CPU-2")
-    name = torch.cuda.get_device_name()
-    for part, preset in _PRESETS:
-        if part in name:
-            return find_device(preset)
-    return find_device(_OTHER_GPU)
+    return preset_for(torch.cuda.get_device_name()) or find_device(_OTHER_GPU)
