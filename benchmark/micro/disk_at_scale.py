@@ -37,6 +37,7 @@ import numpy as np
 from delays import BEAT_S, Control, Distribution, Pulse, Times, slowest_call
 from disk_index import current_rss, settle_index
 
+from tiered_kv.core.units import MIB
 from tiered_kv.tiers.disk.budget import Budget
 from tiered_kv.tiers.disk.index import NamespaceRow, PageIndex, SegmentRow
 from tiered_kv.tiers.disk.io_ops import IoOps
@@ -45,7 +46,6 @@ from tiered_kv.tiers.disk.record import BLOCK_BYTES, ID_BYTES, RecordHeader, che
 from tiered_kv.tiers.disk.segment import PageRun, location
 from tiered_kv.tiers.disk.store import DiskStore
 
-MIB = 1 << 20
 NAMESPACE = hashlib.sha256(b"benchmark").digest()
 FREE_SEGMENTS = 4
 READ_SHARE = 0.2

@@ -11,13 +11,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiered_kv.core.units import MIB
 from tiered_kv.tiers.disk.budget import Budget
 from tiered_kv.tiers.disk.index import NamespaceRow, PageIndex, SegmentRow
 from tiered_kv.tiers.disk.record import BLOCK_BYTES
 from tiered_kv.tiers.disk.segment import location, runs_of
 from tiered_kv.tiers.disk.store import DiskStore
 
-MIB = 1 << 20
 NAMESPACE = hashlib.sha256(b"benchmark").digest()
 INDEX_TARGET_OPEN_S = 5.0
 INDEX_TARGET_LOOKUP_S = 0.020

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiered_kv.core.units import MIB
 from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.store import DiskStore
 
-MIB = 1 << 20
 NAMESPACE = hashlib.sha256(b"benchmark").digest()
 STORE_BYTES = 8 << 30  # segments of half a GiB, as a real store has; only those in use exist
 REUSE_BYTES = 2 << 30  # a full store; large enough for segments that take a whole slice

@@ -43,6 +43,7 @@ from tiered_kv.core.model_spec import find_model
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
+from tiered_kv.scheduler.plan import PLAN_LIMIT
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import (
     ForecastingPolicy,
@@ -56,7 +57,6 @@ PROMPT_TOKENS = 2000
 N_RUNNING = 128
 N_DOCUMENTS = 40
 SPAN_S = 30.0
-PLAN_LIMIT = 16
 QUEUES = (100, 1_000, 10_000)
 BUDGETS_US = {1_000: 1_000.0, 10_000: 5_000.0}
 CHECKED = "slack"

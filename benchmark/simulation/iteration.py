@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmark.simulation.iteration_report import report
+from benchmark.simulation.iteration_report import MODELS, report
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.iteration_config import IterationConfig
@@ -42,7 +42,6 @@ TARGETS = {
     "default": {"interactive": 0.05, "standard": 0.1, "batch": None},
 }
 """Token objectives in seconds. fast: 40 tokens/s; default: those a server has by itself."""
-MODELS = {"8B": ("Llama-3.1-8B", "H200-141"), "70B": ("Llama-3.1-70B", "4xH200-141")}
 ORDER: dict[str, Any] = {"policy": "slack", "slack": SlackConfig(mix_decodes=False)}
 POLICIES: dict[str, dict[str, Any]] = {
     "sglang": {"policy": "fcfs"},

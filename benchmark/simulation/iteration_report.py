@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.iteration_pace import throughput_share
+from tiered_kv.scheduler.prefill_room import CAUTION
 from tiered_kv.simulation.settings import InstanceSettings
 
 Run = dict[str, Any]
@@ -19,8 +20,7 @@ POLICIES = ("sglang", "all", "chunks", "round-robin", "slack", "relegate")
 COMPARED = ("sglang", "chunks", "round-robin", "slack", "relegate")
 #: Goodput that differs by less is called equal.
 NEUTRAL = 0.02
-CAUTION = 0.94
-DEVICES = {"8B": ("Llama-3.1-8B", "H200-141"), "70B": ("Llama-3.1-70B", "4xH200-141")}
+MODELS = {"8B": ("Llama-3.1-8B", "H200-141"), "70B": ("Llama-3.1-70B", "4xH200-141")}
 
 
 def report(path: Path) -> Path:
@@ -79,7 +79,7 @@ def _prices(groups: dict[str, dict[str, Run]]) -> list[str]:
     ]
     for name, runs in groups.items():
         any_run = runs["all"]
-        model, device = DEVICES[any_run["scenario"]["model"]]
+        model, device = MODELS[any_run["scenario"]["model"]]
         costs = InstanceSettings(model=find_model(model), device=find_device(device)).costs()
         tightest_s = CAUTION * (0.05 if any_run["scenario"]["targets"] == "default" else 0.025)
         full_s = any_run["full_batch_s"]

@@ -26,7 +26,7 @@ from tiered_kv.api.slo import Slo
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
-from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.plan import PLAN_LIMIT, AdmissionPlan
 from tiered_kv.scheduler.policies.slack import SlackPolicy
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.request import QueuedRequest
@@ -36,7 +36,6 @@ from tiered_kv.scheduler.waiting import WaitingQueue
 
 #: The adversary sends nothing more while so many wait: a finite queue.
 WAITING_MAX = 200
-PLAN_LIMIT = 16
 #: Blocks of the longest prompt.
 BLOCKS_MAX = 400
 #: What the device has room for: the longest prompt fits if hardly anybody else runs.

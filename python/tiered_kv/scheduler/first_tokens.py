@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from itertools import islice
 
-from tiered_kv.scheduler.prompts_ahead import PROMPTS_LOOK
 from tiered_kv.scheduler.request_policy import SchedulerState
+from tiered_kv.scheduler.waiting import QUEUE_LOOK
 
 #: Those who wait are in no hurry while their turns take this share of the time until they are due.
 HURRY_SHARE = 0.25
@@ -27,12 +27,12 @@ def is_queue_late(
     the queue would grow, and all first tokens be late in the end. A single one is not worth
     everybody's pace. chunks: (new, cached) tokens. needed_s: of the decode between two of these.
     share: of the time until they are due, what those who wait now may take: others will come.
-    O(n log n) in the first `PROMPTS_LOOK` who wait.
+    O(n log n) in the first `QUEUE_LOOK` who wait.
     """
     costs, unfinished = state.costs, state.unfinished
     jobs = [
         (request.deadline_s, request.uncached_tokens, request.cached_tokens)
-        for request in islice(state.waiting, PROMPTS_LOOK)
+        for request in islice(state.waiting, QUEUE_LOOK)
         if not math.isinf(request.deadline_s)
     ]
     if unfinished is not None:

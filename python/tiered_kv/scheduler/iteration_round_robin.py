@@ -16,9 +16,7 @@ from tiered_kv.scheduler.iteration_policy import (
     IterationState,
     RunningTotals,
 )
-
-#: Share of the objective that is planned with, as the policy slack does.
-CAUTION = 0.94
+from tiered_kv.scheduler.prefill_room import CAUTION
 
 
 class RoundRobin:

@@ -21,6 +21,8 @@ class PrefillRoom:
 
 
 NO_LIMIT = PrefillRoom()
+#: Requests asked of a policy at first; more if they could all be admitted at once.
+PLAN_LIMIT = 16
 
 
 @dataclass(frozen=True, slots=True)

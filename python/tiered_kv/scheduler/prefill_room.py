@@ -29,7 +29,7 @@ from tiered_kv.scheduler.first_tokens import HURRY_SHARE, is_queue_late
 from tiered_kv.scheduler.iteration_batch import Packing
 from tiered_kv.scheduler.plan import NO_LIMIT, PrefillRoom
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
-from tiered_kv.scheduler.prompts_ahead import Piece, PromptsAhead
+from tiered_kv.scheduler.prompts_ahead import STEP_TOKENS, Piece, PromptsAhead
 from tiered_kv.scheduler.request_policy import SchedulerState
 from tiered_kv.scheduler.slack import least_token_slack_s
 
@@ -45,8 +45,6 @@ PATIENT_SHARE = 1.0
 DECODES_AHEAD = 4
 #: Of the time until the next token is due, this share is used: predictions are not exact.
 CAUTION = 0.94
-#: Chunks beside decodes are found to this precision.
-STEP_TOKENS = 64
 
 
 class RoomRules(Protocol):

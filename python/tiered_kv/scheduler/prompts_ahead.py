@@ -16,10 +16,9 @@ from typing import Protocol
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.cost_search import most_within
 from tiered_kv.scheduler.request import QueuedRequest
+from tiered_kv.scheduler.waiting import QUEUE_LOOK
 
-#: So many of those who wait are looked at.
-PROMPTS_LOOK = 64
-#: Prompts are cut to this precision.
+#: Prompts are cut, and chunks found, to this precision.
 STEP_TOKENS = 64
 
 
@@ -88,7 +87,7 @@ class PromptsAhead:
             self._chunks.append((new, unfinished.prefilled_tokens))
             left -= new
         for request in _in_order(first, state):
-            if left <= 0 or len(self._chunks) >= PROMPTS_LOOK:
+            if left <= 0 or len(self._chunks) >= QUEUE_LOOK:
                 break
             new = min(left, request.uncached_tokens)
             self._chunks.append((new, request.cached_tokens))

@@ -20,6 +20,8 @@ from tiered_kv.forest.residency import Residency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.tightest import TightestObjective
 
+#: So many of those who wait are looked at where looking at everyone would take too long.
+QUEUE_LOOK = 64
 _ABSENT = Residency.ABSENT
 _RESIDENT = Residency.RESIDENT
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bundle.errors import BundleError
+from bundle.install import CHECKSUMS_NAME
 
 PART_NAME = "payload.tar.{:03d}"
-CHECKSUMS_NAME = "SHA256SUMS"
 PART_BYTES_MIN = 64 << 10
 
 

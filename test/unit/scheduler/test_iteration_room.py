@@ -20,7 +20,7 @@ from tiered_kv.scheduler.policies.fcfs import FirstComeFirstServed
 from tiered_kv.scheduler.policies.slack import SlackPolicy
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.prefill_room import DECODES_AHEAD
-from tiered_kv.scheduler.prompts_ahead import PROMPTS_LOOK
+from tiered_kv.scheduler.prompts_ahead import QUEUE_LOOK
 
 N_BLOCKS = 200
 ALONE_S = COSTS.marginal_prefill_s(N_BLOCKS * BLOCK_TOKENS + 1)
@@ -84,7 +84,7 @@ def test_it_can_be_switched_off() -> None:
 
 
 def test_only_the_first_of_a_long_queue_are_looked_at() -> None:
-    beyond: list[float | None] = [None] * (PROMPTS_LOOK - 1) + LATE
+    beyond: list[float | None] = [None] * (QUEUE_LOOK - 1) + LATE
     assert tokens_of(plan(running(*REQUESTS), beyond))
     assert plan(running(*REQUESTS), beyond[1:]) == IterationPlan(is_hurried=True)
 

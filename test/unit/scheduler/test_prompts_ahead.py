@@ -11,7 +11,7 @@ from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.policies.fcfs import FirstComeFirstServed
-from tiered_kv.scheduler.prompts_ahead import PROMPTS_LOOK, STEP_TOKENS, PromptsAhead
+from tiered_kv.scheduler.prompts_ahead import QUEUE_LOOK, STEP_TOKENS, PromptsAhead
 from tiered_kv.scheduler.request_policy import Arriving, SchedulerState
 
 CPU = CostModel(find_model("SmolLM2-135M"), find_device("CPU-2"), {})
@@ -84,5 +84,5 @@ def test_a_piece_is_worth_a_pass_if_all_of_it_takes_little_longer_in_such_pieces
 
 
 def test_only_the_first_of_a_long_queue_are_looked_at() -> None:
-    ahead = PromptsAhead(state_of(*[1] * (PROMPTS_LOOK + 10)))
-    assert ahead.whole.n_admitted == PROMPTS_LOOK
+    ahead = PromptsAhead(state_of(*[1] * (QUEUE_LOOK + 10)))
+    assert ahead.whole.n_admitted == QUEUE_LOOK

@@ -26,6 +26,7 @@ from tiered_kv.scheduler.iteration_policy import (
     iteration_policies,
 )
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
+from tiered_kv.scheduler.waiting import QUEUE_LOOK
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Waiting requests that are looked at for one that others could make way for.
-LOOK_AHEAD = 64
 #: A prefill that seems to have taken so many times what it should was followed by idleness.
 PREFILL_LATE = 3.0
 #: In one of so many iterations the observed passes are learned from, if no transfer has led to it.
@@ -286,7 +285,7 @@ class DecodeSelection:
         self._sees_no_room = not offered
         self._first_in_queue = offered[0] if offered else None
         if not offered:
-            hurried = [r for r in islice(able, LOOK_AHEAD) if terms_of(r).slo.tbt_s is not None]
+            hurried = [r for r in islice(able, QUEUE_LOOK) if terms_of(r).slo.tbt_s is not None]
             self._first_in_queue = min(
                 hurried,
                 key=lambda req: (terms_of(req).slo.tbt_s, queued_of(req).request_id),

@@ -20,7 +20,7 @@ from tiered_kv.plugin.queue.whole_queue import show_whole_queue
 from tiered_kv.plugin.requests.view import QUEUED, is_aborted, queued_of
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.decode_room import DecodeRoom
-from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.plan import PLAN_LIMIT, AdmissionPlan
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
 from tiered_kv.scheduler.request import QueuedRequest
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from tiered_kv.tiers.hierarchy import KVHierarchy
 
 logger = logging.getLogger(__name__)
-
-#: Requests asked of the policy at first; more if they could all be admitted at once.
-PLAN_LIMIT = 16
 
 
 class PrefillSkipped(Exception):  # noqa: N818 - no error: a way out of SGLang's function

@@ -23,10 +23,10 @@ from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.hooks import scheduler as scheduler_hooks
-from tiered_kv.plugin.queue.order import PLAN_LIMIT, RequestOrder
+from tiered_kv.plugin.queue.order import RequestOrder
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.iteration_policy import IterationPlan
-from tiered_kv.scheduler.plan import PrefillRoom
+from tiered_kv.scheduler.plan import PLAN_LIMIT, PrefillRoom
 from tiered_kv.scheduler.request_policy import SchedulerState
 
 # -- the queue ---------------------------------------------------------------------------------
