@@ -34,7 +34,7 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -57,12 +57,6 @@ Operation = Callable[[], Prepared]
 class Measured:
     best_ms: float
     median_ms: float
-
-
-class Subject(Protocol):
-    """A radix tree under test; every method returns an operation that can be repeated."""
-
-    def operations(self, shape: str, page_size: int, n_tokens: int) -> dict[str, Operation]: ...
 
 
 def prompt_of(n_tokens: int) -> array[int]:

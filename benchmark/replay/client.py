@@ -6,7 +6,7 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
 
@@ -25,14 +25,6 @@ class ServerError(TieredKVError):
 
 Prompt = str | Sequence[dict[str, Any]]
 """A text, or the messages of a chat."""
-
-
-class Prompts(Protocol):
-    """Where prompts come from."""
-
-    def __call__(self, request: Request) -> Prompt:
-        """The prompt to send for `request`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

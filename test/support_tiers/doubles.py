@@ -192,7 +192,6 @@ class BarrierMinimum:
     """The minimum over rank threads; every rank must make the same calls in the same order."""
 
     def __init__(self, n_ranks: int) -> None:
-        self._n_ranks = n_ranks
         self._values: list[list[int]] = [[] for _ in range(n_ranks)]
         self._barrier = threading.Barrier(n_ranks, timeout=PATIENCE_S)
 

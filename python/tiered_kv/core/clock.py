@@ -1,16 +1,6 @@
-"""Clocks are passed in, so that policies run the same under real, virtual and logical time."""
+"""Logical time: what policies order by, the same on every rank."""
 
 from __future__ import annotations
-
-from typing import Protocol
-
-
-class Clock(Protocol):
-    """A source of monotonic time."""
-
-    def now(self) -> float:
-        """Seconds since an arbitrary origin; never decreases."""
-        ...
 
 
 class LogicalClock:

@@ -56,7 +56,6 @@ class SimulationResult:
     n_swaps: int
     processed_prefill_tokens: int
     links: dict[str, LinkUse]
-    n_events: int
 
 
 def first_instance(request: Request, instances: Sequence[Instance]) -> int:  # noqa: ARG001
@@ -153,7 +152,6 @@ class Simulation:
                 instance.processed_prefill_tokens for instance in self.instances
             ),
             links=links,
-            n_events=self._events.n_fired,
         )
 
 

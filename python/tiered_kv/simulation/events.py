@@ -19,7 +19,6 @@ class EventQueue:
         self._sequence = itertools.count()
         self._cancelled: set[int] = set()
         self._now_s = 0.0
-        self.n_fired = 0
 
     def now(self) -> float:
         """Seconds since the start of the simulation; never decreases."""
@@ -46,7 +45,6 @@ class EventQueue:
                 self._cancelled.discard(sequence)
                 continue
             self._now_s = at_s
-            self.n_fired += 1
             handler(at_s)
             return True
         return False

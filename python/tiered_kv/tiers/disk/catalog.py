@@ -69,9 +69,6 @@ class Catalog:
 
     # -- namespaces (the caller holds the lock)
 
-    def find_namespace(self, namespace_id: bytes) -> NamespaceEntries | None:
-        return self._by_id.get(namespace_id)
-
     def open_namespace(
         self, namespace_id: bytes, page_bytes: int, description: str = ""
     ) -> NamespaceEntries:
