@@ -15,7 +15,7 @@ the end.
   cascade_server  the same on real servers in turn, CUDA graphs on; only if it is asked for
   serving         time to first token by tier on the real server: plain, HiCache, ours in turn
 
-`python -m tiered_kv.calibrate OUT` makes a preset of the cost model out of the files.
+`python -m tiered_kv.preset OUT` makes a preset of the cost model out of the files.
 """
 
 from __future__ import annotations

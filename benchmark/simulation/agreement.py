@@ -2,7 +2,7 @@
 
     python -m benchmark.simulation.agreement --model-path MODEL
 
-First measures the server's forward passes (`calibrate.py`), then replays a workload on it under
+First measures the server's forward passes (`measure.py`), then replays a workload on it under
 each policy, and simulates the same with what was measured. Prints both side by side and writes
 `benchmark/results/simulator_agreement.{md,json}`, and `simulator_agreement_server.json` for the
 simulator's `--measured`. Exit code 1 if TTFT (mean, p90) or hit tokens of any policy are further
@@ -49,7 +49,7 @@ from benchmark.simulation.agreement_report import (
     broken,
     report,
 )
-from benchmark.simulation.calibrate import (
+from benchmark.simulation.measure import (
     PAGE_TOKENS,
     SERVER_ARGS,
     Measurements,
@@ -85,8 +85,8 @@ TIER_ARGS = (
     *("--tiered-kv", "--tiered-kv-host-ratio", "1", "--tiered-kv-disk-dir", "none"),
     *("--tiered-kv-load-policy", "never", "--enable-cache-report"),
 )
-#: Calibration has prefixes of its own, all of which must fit, and wants no policy in its way.
-CALIBRATION_ARGS = (
+#: Measuring has prefixes of its own, all of which must fit, and wants no policy in its way.
+MEASURING_ARGS = (
     *(*TIER_ARGS, "--tiered-kv-policy", "fcfs"),
     *("--max-total-tokens", "8192", "--chunked-prefill-size", "2048"),
 )
@@ -273,11 +273,11 @@ def policy_args(policy: str, pool_tokens: int = POOL_TOKENS) -> list[str]:
 def run(
     model_path: Path, folder: Path, *, repeats: int = 3
 ) -> tuple[Measurements, MeasuredServer, list[Comparison]]:
-    """Calibrate, replay, simulate; logs of the servers go to `folder`."""
-    reference = {"reference": [*SERVER_ARGS, *CALIBRATION_ARGS]}
+    """Measure, replay, simulate; logs of the servers go to `folder`."""
+    reference = {"reference": [*SERVER_ARGS, *MEASURING_ARGS]}
     with warm_servers(model_path, reference, folder) as up:
         url = up["reference"].url
-        with tqdm(total=n_probes(repeats), unit=" probes", desc="calibrating") as bar:
+        with tqdm(total=n_probes(repeats), unit=" probes", desc="measuring") as bar:
             samples = measure(url, repeats=repeats, progress=bar.update)
         server = measured_server(samples)
         traces = {policy: folder / f"{policy}_trace.json" for policy in POLICIES}
@@ -339,7 +339,9 @@ def main() -> int:
         "--model-path", type=Path, required=True,
         help="folder of the demo model (`./scripts/get_demo_model --where`)",
     )  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=3, help="of calibration probes (default 3)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of the probes that measure the server (default 3)"
+    )
     parser.add_argument(
         "--output", type=Path, default=RESULTS / "simulator_agreement",
         help="path of the results without suffix",

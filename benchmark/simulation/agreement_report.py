@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmark.simulation.calibrate import Measurements, residuals, table
+from benchmark.simulation.measure import Measurements, residuals, table
 from benchmark.simulation.pace import Pace
 from tiered_kv.simulation.measured_server import MeasuredServer
 

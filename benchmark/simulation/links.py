@@ -44,7 +44,7 @@ class LinkSample:
 
 
 def server_args(folder: Path, token_bytes: int) -> list[str]:
-    """Flags of a server to be measured, beside those that every calibration uses."""
+    """Flags of a server to be measured, beside those of every server that is measured."""
     return [
         *("--tiered-kv", "--tiered-kv-load-policy", "always", "--enable-metrics"),
         *("--tiered-kv-policy", "fcfs"),

@@ -126,9 +126,9 @@ def report(found: dict[float, dict[str, Pair]], unit_s: float, n_requests: int) 
     about = (
         "Made by `python -m benchmark.simulation.orders`: the real server on two cores without a "
         "GPU, and in brackets the simulator. The unit of time is the prefill of a whole prompt at "
-        f"the machine's pace then ({unit_s:.2f} s when it was calibrated). {n_requests} requests "
+        f"the machine's pace then ({unit_s:.2f} s when it was measured). {n_requests} requests "
         f"per load in {N_WAVES} waves, which the policies take in turn; a pool of {POOL_TOKENS:,} "
-        f"tokens; {objectives}. Pace: a wave's own prefills / decodes against the calibration."
+        f"tokens; {objectives}. Pace: a wave's own prefills / decodes against those before."
     )
     parts = ["# Orders of the waiting queue on the real server", about]
     for load, pairs in found.items():

@@ -290,7 +290,7 @@ def test_outputs_are_exact_whatever_the_order(
 
 @pytest.mark.long
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no overlap"])
-def test_outputs_are_exact_though_prompts_make_way(
+def test_outputs_are_exact_though_prompts_are_put_back(
     make_server: MakeServer, oracle: Oracle, prompts: PromptMaker, tmp_path: Any, overlap: bool
 ) -> None:
     args = ["--tiered-kv-disk-dir", tmp_path, "--tiered-kv-disk-size", "500MB"]
@@ -300,4 +300,4 @@ def test_outputs_are_exact_though_prompts_make_way(
         check_outputs(server, oracle, prompts, n_requests=80, seed=23)
         server.flush_cache()
         time.sleep(1.2)
-        assert "put_back_prompts: 10 prompts made way" in server.log_text()
+        assert "put_back_prompts: 10 prompts" in server.log_text()

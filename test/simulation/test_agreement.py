@@ -24,7 +24,8 @@ from benchmark.simulation.agreement_report import (
     ranking,
     report,
 )
-from benchmark.simulation.calibrate import (
+from benchmark.simulation.links import LinkSample, fit_link
+from benchmark.simulation.measure import (
     DECODES,
     PREFILLS,
     Measurements,
@@ -32,7 +33,6 @@ from benchmark.simulation.calibrate import (
     measured_server,
     residuals,
 )
-from benchmark.simulation.links import LinkSample, fit_link
 from benchmark.simulation.own_passes import own_pace, read_passes
 from benchmark.simulation.pace import Pace, at_pace, between
 from benchmark.simulation.probe import DecodeSample, PrefillSample

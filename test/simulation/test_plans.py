@@ -36,7 +36,7 @@ def test_a_prefix_that_many_need_is_computed_once() -> None:
     assert last[True] < last[False]
 
 
-def test_a_long_prompt_makes_way_and_loses_no_whole_block() -> None:
+def test_a_long_prompt_is_put_back_and_loses_no_whole_block() -> None:
     requests = [
         call(0, 0.0, range(1, 801), slo_class="batch", ttft_slo_s=30.0),
         call(1, 0.4, range(5001, 5021), **TIGHT),

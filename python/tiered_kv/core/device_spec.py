@@ -16,7 +16,7 @@ from tiered_kv.core.errors import ConfigError
 TENSOR_PARALLEL_EFFICIENCY = 0.9
 """Part of its speed that a device keeps in a tensor-parallel group, the rest being all-reduces.
 
-An assumption in the middle of what NVLink systems show; calibrate it away where it matters.
+An assumption in the middle of what NVLink systems show; measure it where it matters.
 """
 
 

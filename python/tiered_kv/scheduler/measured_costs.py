@@ -1,7 +1,7 @@
 """A cost model of times that were measured, where a roofline says too little about a machine.
 
 The seconds of a forward pass are linear in what the pass does: requests, tokens, pairs of tokens
-that attend to each other, cached tokens that are read. `benchmark/simulation/calibrate.py` fits
+that attend to each other, cached tokens that are read. `benchmark/simulation/measure.py` fits
 the coefficients to a running server.
 """
 

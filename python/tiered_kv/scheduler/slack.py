@@ -108,7 +108,7 @@ def select_in_time(jobs: Sequence[Job], now_s: float, slowdown: float = 1.0) -> 
 def select_beside(
     jobs: Sequence[Job], begun: Job, now_s: float, slowdown: float, *, may_put_back: bool
 ) -> tuple[Selection, bool]:
-    """As `select_in_time` while `begun` is under way, and whether it should make way.
+    """As `select_in_time` while `begun` is under way, and whether to put it back.
 
     It should if that keeps more deadlines, by weight, than going on does, its own included, and if
     it would not be the first in any case. Returned are those in time besides it.

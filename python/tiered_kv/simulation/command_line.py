@@ -50,7 +50,7 @@ def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
         "--measured",
         type=Path,
         metavar="FILE",
-        help="times of a real server, as benchmark/simulation/calibrate.py wrote them, instead of "
+        help="times of a real server, as benchmark/simulation/measure.py wrote them, instead of "
         "the roofline of --model and --device; give --device-kv as well",
     )
     server.add_argument(

@@ -12,7 +12,7 @@ from tiered_kv.simulation.settings import InstanceSettings
 
 
 class Departures:
-    """Back to the queue: prompts that make way, and running requests for which memory is short."""
+    """Back to the queue: prompts put back, and running requests for which memory is short."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Departures:
         self._answers = answers
 
     def put_back(self, live: LiveRequest, now_s: float) -> None:
-        """A prompt that was begun makes way; its whole blocks stay as cache."""
+        """A prompt that was begun goes back for others; its whole blocks stay as cache."""
         self.n_put_back += 1
         self._back(live, now_s)
 

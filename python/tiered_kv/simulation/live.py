@@ -82,7 +82,7 @@ class LiveRequest:
     prefetch: Prefetch | None = None
     prefetched_tokens: int = 0
     waits_for: set[int] = field(default_factory=set)
-    """Transfers from disk to host that hold it back,"""
+    """Transfers from disk to host that it is held for,"""
     give_up_s: float = math.inf
     """until this time at most."""
     arriving_tokens: int = 0

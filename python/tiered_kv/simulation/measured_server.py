@@ -1,4 +1,4 @@
-"""A server that was measured: what `benchmark/simulation/calibrate.py` wrote, for simulations."""
+"""A server that was measured: what `benchmark/simulation/measure.py` wrote, for simulations."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class MeasuredServer:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"These are no measurements of a server ({error}); make them with "
-                "benchmark/simulation/calibrate.py."
+                "benchmark/simulation/measure.py."
             ) from None
 
 

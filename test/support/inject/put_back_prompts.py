@@ -30,7 +30,7 @@ def inject(module: Any) -> None:
         if was_leaving and self._leaving is None:
             count["put_back"] += 1
             if count["put_back"] % REPORT_EVERY == 0:
-                print(f"put_back_prompts: {count['put_back']} prompts made way", flush=True)
+                print(f"put_back_prompts: {count['put_back']} prompts", flush=True)
 
     module.RequestOrder._plan = planned
     module.PutBack.after_result = counted

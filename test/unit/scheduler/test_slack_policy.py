@@ -224,7 +224,7 @@ class TestGangs:
             q.policy.on_arrival(leader, q.now_s)
         assert q.order()[:1] == ([0] if how == "retracted" else [1])
 
-    def test_little_in_common_holds_nobody_back(self) -> None:
+    def test_little_in_common_keeps_nobody_back(self) -> None:
         q = queue()
         for request_id in range(2):
             q.arrive(request_id, [1, 2, 100 + request_id], slo=LOOSE)
@@ -358,7 +358,7 @@ class TestTheIteration:
         assert plan.order[0] == 0
         assert first.prompt_tokens <= plan.prefill_tokens <= 1.1 * first.prompt_tokens
 
-    def test_a_long_prompt_makes_way_if_that_saves_somebody_s_deadline(self) -> None:
+    def test_a_long_prompt_is_put_back_if_that_saves_somebody_s_deadline(self) -> None:
         q = queue()
         long = q.arrive(0, blocks(0, 1500))
         q.admit(0)
@@ -373,7 +373,7 @@ class TestTheIteration:
         assert not q.policy.plan(state, 16).put_back_unfinished
 
     @pytest.mark.parametrize("is_in_turn", [True, False])
-    def test_an_overdue_prompt_admitted_in_its_turn_never_makes_way(
+    def test_an_overdue_prompt_admitted_in_its_turn_is_never_put_back(
         self,
         is_in_turn: bool,
     ) -> None:

@@ -117,7 +117,7 @@ HOOKS: tuple[Hook, ...] = (
         kind="after",
         function="tiered_kv.plugin.hooks.scheduler:after_batch_result",
         process=Process.SCHEDULER,
-        why="a prompt that makes way for others would never wait again",
+        why="a prompt that is put back would never wait again",
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",

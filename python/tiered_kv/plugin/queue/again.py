@@ -2,7 +2,7 @@
 
 | why | cached tokens | waited | retracted |
 |---|---|---|---|
-| `PUT_BACK`: a prompt that was begun makes way for others | as when it was first admitted: what \
+| `PUT_BACK`: a prompt that was begun, for others | as when it was first admitted: what \
 the server has computed for it since is none | since it came back | no |
 | `SWAPPED`: a request that decodes makes way for others | the same | the same | no; counted as \
 made way |

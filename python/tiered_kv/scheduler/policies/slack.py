@@ -68,7 +68,7 @@ class SlackPolicy:
         """The overdue that could start at the last plan, by arrival."""
         self._is_their_turn = True
         self._protected: set[int] = set()
-        """Those admitted in their turn: their prompts make way for nobody."""
+        """Those admitted in their turn: their prompts are put back for nobody."""
         self._gangs = Gangs()
         self._memory = MemoryForecast(config.length_quantile, config.memory_margin)
         self._slowdown = 1.0
@@ -273,7 +273,7 @@ class SlackPolicy:
     def _select(
         self, state: SchedulerState, jobs: list[Job], unfinished: QueuedRequest | None
     ) -> tuple[Selection, bool]:
-        """Who can be in time, and whether the prompt that was begun makes way for them."""
+        """Who can be in time, and whether the prompt that was begun is put back for them."""
         now_s, slowdown = state.now_s, self._slowdown
         if unfinished is None:
             return select_in_time(jobs, now_s, slowdown), False

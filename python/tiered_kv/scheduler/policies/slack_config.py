@@ -39,7 +39,7 @@ class SlackConfig:
     """Whether running requests decode in the iterations that prefill."""
 
     put_back: bool = True
-    """Whether a prompt that was begun may make way for others."""
+    """Whether a prompt that was begun may be put back for others."""
 
     share_min_tokens: int = 256
     """Least tokens that somebody else must be computing for a request to be kept back."""

@@ -55,7 +55,7 @@ def no_admissions(loop: DecodeLoop, when: Callable[[], bool]) -> Iterator[None]:
 
 
 def put_back(loop: DecodeLoop, req: Req) -> None:
-    """`req`, a long prompt, is begun and makes way for another."""
+    """`req`, a long prompt, is begun and put back for another."""
     order, plan = loop.tiered_kv_order, loop.tiered_kv_order._plan
     loop.arrive(req)
     loop.run(lambda: loop.chunked_req is not req)

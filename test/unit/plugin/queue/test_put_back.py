@@ -1,4 +1,4 @@
-"""A prompt that was begun makes way, and waits again once its last result is there."""
+"""A prompt that was begun is put back, and waits again once its last result is there."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def begun(scheduler: MiniScheduler, rig: Rig, monkeypatch: pytest.MonkeyPatch) -
     return req
 
 
-def test_it_makes_way_and_waits_again_when_its_result_is_there(
+def test_it_is_put_back_and_waits_again_when_its_result_is_there(
     scheduler: MiniScheduler, spy: Spy, begun: Req
 ) -> None:
     scheduler.arrive(request("urgent"))
@@ -89,7 +89,9 @@ def test_where_nobody_fits_without_it_it_goes_on_in_the_same_pass(
 
 
 @pytest.mark.parametrize("field", ["return_logprob", "to_finish", "input_embeds"])
-def test_some_cannot_make_way(scheduler: MiniScheduler, spy: Spy, begun: Req, field: str) -> None:
+def test_some_cannot_be_put_back(
+    scheduler: MiniScheduler, spy: Spy, begun: Req, field: str
+) -> None:
     setattr(begun, field, FINISH_ABORT() if field == "to_finish" else True)
     scheduler.arrive(request("urgent"))
     spy.plan_fields = {"put_back_unfinished": True}

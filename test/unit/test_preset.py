@@ -1,4 +1,4 @@
-"""tiered_kv.calibrate finds the device back from times that its own cost model predicts."""
+"""tiered_kv.preset finds the device back from times that its own cost model predicts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tiered_kv import calibrate
+from tiered_kv import preset
 from tiered_kv.core import device_spec
 from tiered_kv.core.device_spec import DeviceSpec, find_device
 from tiered_kv.core.errors import ConfigError
@@ -45,7 +45,7 @@ def transfers_of(device: DeviceSpec) -> dict[str, Any]:
 
 def serving_of(device: DeviceSpec) -> dict[str, Any]:
     """First tokens carry what HTTP adds; passes have no floor but the one that stays assumed."""
-    model = find_model(calibrate.MODEL)
+    model = find_model(preset.MODEL)
     cost = CostModel(model, device, {})
     samples = [
         {
@@ -66,7 +66,7 @@ def serving_of(device: DeviceSpec) -> dict[str, Any]:
 
 def test_the_device_is_found_back() -> None:
     parts = {"transfers": transfers_of(TRUE), "serving": serving_of(TRUE)}
-    found = calibrate.calibrated(parts, H200)
+    found = preset.measured_preset(parts, H200)
     assert found.compute_efficiency == pytest.approx(0.42, rel=0.01)
     assert found.bandwidth_efficiency == pytest.approx(0.71, rel=0.01)
     assert found.host_link_bandwidth == pytest.approx(48e9, rel=0.01)
@@ -81,34 +81,34 @@ CHANGED = (
 
 
 def test_what_was_not_measured_stays_and_is_said_to_be_assumed() -> None:
-    found = calibrate.calibrated({"transfers": transfers_of(TRUE)}, H200)
+    found = preset.measured_preset({"transfers": transfers_of(TRUE)}, H200)
     assert found.compute_efficiency == H200.compute_efficiency
     assert "compute efficiency" in found.source
     assert "host link" not in found.source
     with pytest.raises(ConfigError, match="Neither transfers nor serving"):
-        calibrate.calibrated({"environment": {}}, H200)
+        preset.measured_preset({"environment": {}}, H200)
 
 
 def test_figures_that_no_such_device_can_reach_are_refused() -> None:
     with pytest.raises(ConfigError, match="of the peak of A10"):
-        calibrate.calibrated({"serving": serving_of(TRUE)}, find_device("A10"))
+        preset.measured_preset({"serving": serving_of(TRUE)}, find_device("A10"))
 
 
 def test_a_line_over_relative_errors() -> None:
-    line = calibrate.fit_line([(1.0, 3.0), (10.0, 21.0), (100.0, 201.0)])
+    line = preset.fit_line([(1.0, 3.0), (10.0, 21.0), (100.0, 201.0)])
     assert (line.fixed_s, line.slope) == pytest.approx((1.0, 2.0))
-    assert calibrate.fit_line([(1.0, 1.0), (2.0, 3.0)]).fixed_s == 0.0
+    assert preset.fit_line([(1.0, 1.0), (2.0, 3.0)]).fixed_s == 0.0
     with pytest.raises(ConfigError, match="take no longer"):
-        calibrate.fit_line([(1.0, 2.0), (2.0, 1.0)])
+        preset.fit_line([(1.0, 2.0), (2.0, 1.0)])
     with pytest.raises(ConfigError, match="two sizes"):
-        calibrate.fit_line([(1.0, 2.0), (1.0, 2.1)])
+        preset.fit_line([(1.0, 2.0), (1.0, 2.1)])
 
 
 def test_the_preset_takes_the_place_of_the_assumed_one() -> None:
     parts = {"transfers": transfers_of(TRUE), "serving": serving_of(TRUE)}
-    found = calibrate.calibrated(parts, H200)
+    found = preset.measured_preset(parts, H200)
     before = Path(device_spec.__file__).read_text()
-    after = calibrate.with_preset(before, found)
+    after = preset.with_preset(before, found)
     module: dict[str, Any] = {"__name__": "tiered_kv.core.device_spec"}
     exec(compile(after, "device_spec.py", "exec", dont_inherit=True), module)
     presets = module["DEVICES"]
@@ -117,10 +117,10 @@ def test_the_preset_takes_the_place_of_the_assumed_one() -> None:
     assert list(presets) == list(device_spec.DEVICES)
     assert all(len(line) <= 100 for line in after.splitlines())
     # Everything else is as it was, and writing twice changes nothing.
-    assert calibrate.with_preset(after, found) == after
-    assert calibrate.with_preset(after, H200).count("\n") == before.count("\n")
+    assert preset.with_preset(after, found) == after
+    assert preset.with_preset(after, H200).count("\n") == before.count("\n")
     with pytest.raises(ConfigError, match="no preset B200"):
-        calibrate.with_preset(before, replace(found, name="B200"))
+        preset.with_preset(before, replace(found, name="B200"))
 
 
 def write(folder: Path, part: str, result: dict[str, Any], **changes: Any) -> None:
@@ -134,7 +134,7 @@ def test_the_command_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     write(tmp_path, "serving", serving_of(TRUE))
     out = tmp_path / "out" / "preset.json"
     out.parent.mkdir()
-    assert calibrate.main([str(tmp_path), "--json", str(out)]) == 0
+    assert preset.main([str(tmp_path), "--json", str(out)]) == 0
     assert json.loads(out.read_text())["host_link_bandwidth"] == pytest.approx(48e9, rel=0.01)
     printed = capsys.readouterr().out
     assert "compute_efficiency" in printed
@@ -153,7 +153,7 @@ def test_other_files_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], text: str
 ) -> None:
     write(tmp_path, "transfers", transfers_of(TRUE), **changes)
-    assert calibrate.main([str(tmp_path)]) == 2
+    assert preset.main([str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert text in line
 
@@ -162,6 +162,6 @@ def test_figures_of_two_devices_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "transfers", transfers_of(TRUE))
     write(tmp_path, "serving", serving_of(TRUE), device="NVIDIA A10")
     with pytest.raises(ConfigError, match="keep one device's"):
-        calibrate.read_parts(tmp_path)
+        preset.read_parts(tmp_path)
     with pytest.raises(ConfigError, match="holds no files"):
-        calibrate.read_parts(tmp_path / "nowhere")
+        preset.read_parts(tmp_path / "nowhere")

@@ -1,8 +1,8 @@
 """Makes a preset of the cost model out of what scripts/gpu_check measured on a device.
 
     scripts/gpu_check --out gpu_check                      on the machine with the device
-    python -m tiered_kv.calibrate gpu_check                shows the preset beside what was assumed
-    python -m tiered_kv.calibrate gpu_check --write        puts it into core/device_spec.py
+    python -m tiered_kv.preset gpu_check                   shows the preset beside what was assumed
+    python -m tiered_kv.preset gpu_check --write           puts it into core/device_spec.py
 
 Fitted are: the host link's bandwidth and latency, to our own copies to the device; the share of the
 peak that prefills reach, to first tokens of prompts that plain SGLang had never seen; the share of
@@ -124,7 +124,7 @@ def checked_share(what: str, share: float, device: DeviceSpec) -> float:
     return share
 
 
-def calibrated(parts: Mapping[str, Mapping[str, Any]], base: DeviceSpec) -> DeviceSpec:
+def measured_preset(parts: Mapping[str, Mapping[str, Any]], base: DeviceSpec) -> DeviceSpec:
     """`base` with what the parts' results say; parts that are missing change nothing.
 
     Raises ConfigError for results that cannot be of this device.
@@ -255,7 +255,7 @@ def comparison(base: DeviceSpec, found: DeviceSpec) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m tiered_kv.calibrate",
+        prog="python -m tiered_kv.preset",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device_name, parts = read_parts(chosen.folder)
         base = find_device(chosen.base) if chosen.base else base_for(device_name)
-        found = calibrated(parts, base)
+        found = measured_preset(parts, base)
         if chosen.write:
             path = Path(device_spec.__file__)
             path.write_text(with_preset(path.read_text(), found))

@@ -1,6 +1,6 @@
 """Measures a real server's forward passes and links, for the simulator to take its times from.
 
-    python -m benchmark.simulation.calibrate --model-path MODEL --out measured.json
+    python -m benchmark.simulation.measure --model-path MODEL --out measured.json
     python -m tiered_kv.simulation run --measured measured.json --device-kv 200MB ...
 
 Starts the server itself (nothing else should run on the machine), times prefills over new and
@@ -211,7 +211,7 @@ def _measure_all(
 
 def main() -> int:
     """Measure and write."""
-    parser = parser_of("benchmark.simulation.calibrate", __doc__)
+    parser = parser_of("benchmark.simulation.measure", __doc__)
     parser.add_argument(
         "--model-path", type=Path, required=True,
         help=f"folder of {MODEL_NAME} (`./scripts/get_demo_model --where`)",
@@ -219,7 +219,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="of each setting (default 3)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="tiered_kv_calibrate_") as folder:
+    with tempfile.TemporaryDirectory(prefix="tiered_kv_measure_") as folder:
         found, moved = _measure_all(options.model_path, Path(folder), options.repeats)
     host_link, disk = links.host_link(moved), links.disk(moved)
     server_times = measured_server(found, host_link=host_link, disk=disk)
