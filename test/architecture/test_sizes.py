@@ -1,7 +1,7 @@
 """Files and functions stay short enough to read in one sitting.
 
-The aim is 400 lines a file and 70 lines a function. A file may exceed the aim by a little while it
-is being split, and says so in a warning; the hard limit is an error.
+A file has up to 400 lines, a function up to 70. A file of tests may exceed that by a little while
+it is being split, and says so in a warning.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FILE_AIM = 400
-FILE_LIMIT = 450
+FILE_LIMIT = 400
+TEST_FILE_LIMIT = 450
 FUNCTION_LIMIT = 70
+#: Too long still: they are being rewritten.
+EXEMPT = {"python/tiered_kv/simulation/cache.py", "python/tiered_kv/simulation/instance.py"}
 
 
 def python_files() -> list[Path]:
     files = [
         path
-        for folder in ("python", "test", "benchmark", "sgl-kernel-ext")
+        for folder in ("python", "test", "benchmark", "harness", "scripts", "sgl-kernel-ext")
         for path in (ROOT / folder).rglob("*.py")
     ]
     files += [path for path in (ROOT / "scripts").iterdir() if is_python_script(path)]
@@ -57,10 +59,11 @@ def test_file_length() -> None:
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in python_files()
     }
-    for name, length in lengths.items():
-        if FILE_AIM < length <= FILE_LIMIT:
-            warnings.warn(f"{name} has {length} lines; the aim is {FILE_AIM}", stacklevel=1)
-    assert {name: length for name, length in lengths.items() if length > FILE_LIMIT} == {}
+    long = {name: n for name, n in lengths.items() if n > FILE_LIMIT}
+    for name in [name for name in long if name.startswith("test/")]:
+        if long[name] <= TEST_FILE_LIMIT:
+            warnings.warn(f"{name} has {long.pop(name)} lines, not {FILE_LIMIT}", stacklevel=1)
+    assert {name: n for name, n in long.items() if name not in EXEMPT} == {}
 
 
 def test_function_length() -> None:
