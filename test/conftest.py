@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,3 +21,15 @@ def demo_model() -> Path:
     if found.returncode != 0:
         pytest.skip("the demo model is not there: run scripts/get_demo_model")
     return Path(found.stdout.strip())
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """SGLang's arguments for its own scheduler loop, published; nothing is compiled meanwhile."""
+    import torch
+
+    from support_plugin.decode_requests import publish_arguments
+
+    torch.compiler.set_stance("force_eager")
+    yield publish_arguments(tmp_path_factory.mktemp("model"))
+    torch.compiler.set_stance("default")

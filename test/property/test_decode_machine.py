@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 pytest.importorskip("sglang")
 
-import torch
 from sglang.srt.managers import scheduler
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from support_plugin.decode_loop import DecodeLoop
-from support_plugin.decode_requests import Kind, Oracle, kinds, light_costs, publish_arguments
+from support_plugin.decode_requests import Kind, Oracle, kinds, light_costs
 from tiered_kv.scheduler.iteration_policy import IterationPlan, IterationState, RunningTotals
 
 TURNS_MAX = 3000
@@ -127,13 +125,6 @@ def run(loop: DecodeLoop, oracle: Oracle, number: int) -> Counter[str]:
             "parked": history.selection.n_parts,
         }
     )
-
-
-@pytest.fixture(scope="module")
-def args(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    torch.compiler.set_stance("force_eager")
-    yield publish_arguments(tmp_path_factory.mktemp("model"))
-    torch.compiler.set_stance("default")
 
 
 def run_all(args: Any, n_histories: int) -> None:

@@ -11,7 +11,7 @@ import os
 import pytest
 
 from support_tiers.doubles import random_delays
-from support_tiers.random_history import History
+from support_tiers.random_history import run_history
 from support_tiers.tier_rig import Rig, new_disk
 
 pytestmark = pytest.mark.timeout(120)
@@ -33,15 +33,6 @@ def test_random_history(seed: int, host: str, disk: str) -> None:
     delays = random_delays(seed, LONGEST_DELAY_S)
     rig.copier.up.delay = rig.copier.down.delay = delays
     tier.reads.delay = tier.writes.delay = delays
-    history = History(rig, seed, world=seed)
-    try:
-        for _ in range(N_STEPS):
-            history.step()
-        history.finish()
-    except BaseException:
-        print("\n".join(history.log))
-        raise
-    finally:
-        rig.close()
+    run_history(rig, seed, N_STEPS)
     ways = {(source.name, target.name) for source, target, n in rig.events.moved if n}
     assert {("DEVICE", "HOST"), ("HOST", "DISK")} <= ways

@@ -19,7 +19,7 @@ import pytest
 
 from support_tiers.costs import give_costs, page_s
 from support_tiers.doubles import PATIENCE_S, BarrierMinimum, random_delays
-from support_tiers.random_history import History
+from support_tiers.random_history import History, run_history
 from support_tiers.shared_blobs import SharedBlobs
 from support_tiers.tier_rig import Rig, new_disk
 from tiered_kv.core.ids import Tier
@@ -81,16 +81,7 @@ def make_rig(seed: int, *, rank: int = 0, **options: Any) -> Rig:
 @pytest.mark.parametrize("seed", range(N_HISTORIES))
 def test_random_history(seed: int) -> None:
     rig = make_rig(seed)
-    history = History(rig, seed, world=seed)
-    try:
-        for _ in range(N_STEPS):
-            history.step()
-        history.finish()
-    except BaseException:
-        print("\n".join(history.log))
-        raise
-    finally:
-        rig.close()
+    run_history(rig, seed, N_STEPS)
 
 
 class Lockstep:

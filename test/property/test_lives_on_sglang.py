@@ -14,14 +14,12 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 pytest.importorskip("sglang")
 
-import torch
 from sglang.srt.environ import envs
 from sglang.srt.managers import scheduler
 from sglang.srt.managers.io_struct import (
@@ -32,7 +30,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from support_plugin.decode_loop import DecodeLoop, PretendDisk
-from support_plugin.decode_requests import Kind, Oracle, kinds, light_costs, publish_arguments
+from support_plugin.decode_requests import Kind, Oracle, kinds, light_costs
 from tiered_kv.plugin.requests.view import queued_of
 from tiered_kv.scheduler.iteration_policy import iteration_policies
 from tiered_kv.scheduler.lifecycle import Phase
@@ -189,13 +187,6 @@ def run(loop: DecodeLoop, oracle: Oracle, number: int) -> Counter[str]:
         assert said == expected, f"history {number}, request {rid}: {kind}"
         history.counts["retracted"] += req.retraction_count
     return history.counts
-
-
-@pytest.fixture(scope="module")
-def args(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    torch.compiler.set_stance("force_eager")
-    yield publish_arguments(tmp_path_factory.mktemp("model"))
-    torch.compiler.set_stance("default")
 
 
 def run_all(args: Any, n_histories: int) -> None:

@@ -13,14 +13,37 @@ from sglang.srt.managers.io_struct import (
     ResumeMemoryOccupationReqInput,
     UpdateWeightFromDiskReqInput,
 )
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.managers.tp_worker import BaseTpWorker
 from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from support_plugin.decode_loop import DecodeLoop, PretendDisk
+from support_plugin.decode_requests import Kind
 from support_plugin.kv_model import KvModel
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.plugin.cache import weight_updates
+
+PROMPT = Kind(family=2, seed=0, n_own=20, max_new_tokens=8, sampling={"ignore_eos": True})
+OTHER = Kind(family=1, seed=1, n_own=14, max_new_tokens=8, sampling={"ignore_eos": True})
+#: Of the 31 tokens of PROMPT: whole pages, and one token to be computed.
+N_REUSABLE = 28
+
+
+def ask(loop: DecodeLoop, kind: Kind, rid: str) -> Req:
+    req = kind.request(rid)
+    loop.serve(req)
+    return req
+
+
+def settle(loop: DecodeLoop) -> None:
+    """Until nothing is on its way, the disk included."""
+    loop.run(lambda: loop.tree_cache.hierarchy.progress.is_busy)
+    loop.check_nothing_is_held()
+
+
+def drop_from_device(loop: DecodeLoop) -> None:
+    loop.tree_cache.hierarchy.evict_device(10_000)
 
 
 class Worker(BaseTpWorker):

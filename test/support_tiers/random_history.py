@@ -298,3 +298,17 @@ class History:
         self.rig.hierarchy.forget_stored(Tier.DISK)
         self.rig.disk.clear_all()
         return "forget the disk"
+
+
+def run_history(rig: Rig, seed: int, n_steps: int) -> None:
+    """A history of so many steps, to its end; printed if it fails. Closes `rig`."""
+    history = History(rig, seed, world=seed)
+    try:
+        for _ in range(n_steps):
+            history.step()
+        history.finish()
+    except BaseException:
+        print("\n".join(history.log))
+        raise
+    finally:
+        rig.close()

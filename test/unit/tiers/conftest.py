@@ -23,3 +23,15 @@ def make_rig() -> Iterator[Callable[..., Rig]]:
     yield make
     for rig in made:
         rig.close()
+
+
+@pytest.fixture
+def ranks() -> Iterator[Any]:
+    """Two ranks that agree on what has happened."""
+    from support_tiers.ranks import Ranks
+
+    made = Ranks()
+    yield made
+    made.barrier.abort()
+    for rig in made:
+        rig.close()

@@ -6,8 +6,6 @@ that makes one collective call too few or too many fails the test at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from support_tiers.ranks import Ranks
@@ -18,15 +16,6 @@ from tiered_kv.memory.back_off import FIRST_S
 pytestmark = pytest.mark.timeout(60)
 
 PROMPT = tokens_of(1, 2, 3, 4, tail=1)
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    made = Ranks()
-    yield made
-    made.barrier.abort()
-    for rig in made:
-        rig.close()
 
 
 def test_a_transfer_counts_when_it_is_done_on_both(ranks: Ranks) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from support_tiers.costs import give_costs, page_s
@@ -15,15 +13,6 @@ from tiered_kv.scheduler.calibration import Calibrator, StepObservation
 pytestmark = pytest.mark.timeout(60)
 
 PROMPT = tokens_of(1, 2, 3, 4, tail=1)
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    made = Ranks()
-    yield made
-    made.barrier.abort()
-    for rig in made:
-        rig.close()
 
 
 def test_ranks_learn_the_times_of_the_slower_one(ranks: Ranks) -> None:

@@ -15,25 +15,17 @@ import pytest
 
 pytest.importorskip("sglang")
 
-import torch
 from sglang.srt.environ import envs
 from sglang.srt.managers.schedule_batch import Req
 
 from support_plugin.decode_loop import DecodeLoop, PretendDisk
-from support_plugin.decode_requests import Kind, light_costs, publish_arguments
+from support_plugin.decode_requests import Kind, light_costs
 from tiered_kv.plugin.requests.view import queued_of
 from tiered_kv.scheduler.lifecycle import Phase
 
 LONG = Kind(family=3, seed=1, n_own=30, max_new_tokens=12, sampling={"ignore_eos": True})
 #: It begins like LONG.
 SHORT = Kind(family=3, seed=2, n_own=5, max_new_tokens=6, sampling={"ignore_eos": True})
-
-
-@pytest.fixture(scope="module")
-def args(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    torch.compiler.set_stance("force_eager")
-    yield publish_arguments(tmp_path_factory.mktemp("model"))
-    torch.compiler.set_stance("default")
 
 
 @pytest.fixture(params=[True, False], ids=["overlap", "no-overlap"])

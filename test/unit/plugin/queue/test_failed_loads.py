@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 pytest.importorskip("sglang")
 
-import torch
 
 from support_plugin.decode_loop import DecodeLoop
-from support_plugin.decode_requests import Kind, Oracle, light_costs, publish_arguments
+from support_plugin.decode_requests import Kind, light_costs
 from tiered_kv.memory.back_off import FIRST_S
 
 MakeLoop = Callable[..., DecodeLoop]
@@ -23,38 +22,6 @@ LONGER = Kind(family=2, seed=0, n_own=44, max_new_tokens=8, sampling=GREEDY)
 OTHER = Kind(family=1, seed=1, n_own=6, max_new_tokens=30, sampling=GREEDY)
 #: Of the 31 tokens of PROMPT: whole pages, and one token to be computed.
 N_REUSABLE = 28
-
-
-@pytest.fixture(scope="module")
-def args(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    torch.compiler.set_stance("force_eager")
-    yield publish_arguments(tmp_path_factory.mktemp("model"))
-    torch.compiler.set_stance("default")
-
-
-@pytest.fixture(params=[True, False], ids=["overlap", "no-overlap"])
-def overlap(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
-@pytest.fixture
-def make_loop(args: Any, overlap: bool) -> Iterator[MakeLoop]:
-    made: list[DecodeLoop] = []
-
-    def make(**options: Any) -> DecodeLoop:
-        made.append(DecodeLoop(args, overlap=overlap, **options))
-        return made[-1]
-
-    yield make
-    for loop in made:
-        loop.close()
-
-
-@pytest.fixture
-def answers(args: Any, overlap: bool) -> Iterator[Callable[[Kind], list[int]]]:
-    oracle = Oracle(args, overlap=overlap)
-    yield oracle.answer
-    oracle.close()
 
 
 def on_host(loop: DecodeLoop, *kinds: Kind) -> None:

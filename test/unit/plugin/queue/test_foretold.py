@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 pytest.importorskip("sglang")
 
-import torch
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
 from support_plugin.decode_loop import DecodeLoop
-from support_plugin.decode_requests import Kind, light_costs, publish_arguments
+from support_plugin.decode_requests import Kind, light_costs
 from support_plugin.mini_scheduler import MiniScheduler, request
 from support_tiers.tier_rig import PAGE_SIZE, Rig, on_host, tokens_of
 from tiered_kv.api.hints import Hints
@@ -172,13 +170,6 @@ def test_what_the_queue_wants_is_not_forgotten_over_what_was_announced(
     n = len(told)
     scheduler.tick(130.0)
     assert len(told) == n
-
-
-@pytest.fixture(scope="module")
-def args(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    torch.compiler.set_stance("force_eager")
-    yield publish_arguments(tmp_path_factory.mktemp("model"))
-    torch.compiler.set_stance("default")
 
 
 def test_on_the_scheduler_s_loop_an_answer_announces_where_it_ended(args: Any) -> None:
