@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmark.command_line import RESULTS
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.request_policy import request_policies
@@ -274,17 +275,22 @@ data sheet with assumed efficiencies, not a measurement.
 """
 
 
+def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which traces, how much of them, and where results go."""
+    parser.add_argument("--mooncake", type=Path, help="path of mooncake_conversation.jsonl")
+    parser.add_argument("--agents", type=Path, help="path of agent_sessions.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--only", help="one of mooncake_8b, mooncake_70b, agents_8b, agents_70b")
+    parser.add_argument("--mooncake-requests", type=int, default=1500)
+    parser.add_argument("--agent-sessions", type=int, default=60)
+
+
 def main() -> None:
     """Simulate what was asked for and write the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mooncake", type=Path, help="path of mooncake_conversation.jsonl")
-    parser.add_argument("--agents", type=Path, help="path of agent_sessions.jsonl")
-    parser.add_argument("--out", type=Path, default=Path("benchmark/results"))
-    parser.add_argument("--only", help="one of mooncake_8b, mooncake_70b, agents_8b, agents_70b")
-    parser.add_argument("--mooncake-requests", type=int, default=1500)
-    parser.add_argument("--agent-sessions", type=int, default=60)
+    add_trace_arguments(parser)
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     options = parser.parse_args()
     for trace, workload in workloads(options).items():

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from benchmark.command_line import RESULTS
 from benchmark.simulation.iteration_report import MODELS, report
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
@@ -219,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("benchmark/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--only", help="only scenarios whose model and name contain this text")
     parser.add_argument("--seeds", type=int, default=1, help="workloads per scenario (default 1)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmark.simulation.baselines import LOADS, MODELS, base_job, workloads
+from benchmark.simulation.baselines import LOADS, MODELS, add_trace_arguments, base_job, workloads
 from benchmark.simulation.slack_report import report
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
@@ -117,13 +117,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mooncake", type=Path, help="path of mooncake_conversation.jsonl")
-    parser.add_argument("--agents", type=Path, help="path of agent_sessions.jsonl")
-    parser.add_argument("--out", type=Path, default=Path("benchmark/results"))
-    parser.add_argument("--only", help="one of mooncake_8b, mooncake_70b, agents_8b, agents_70b")
+    add_trace_arguments(parser)
     parser.add_argument("--report", action="store_true", help="only write the report again")
-    parser.add_argument("--mooncake-requests", type=int, default=1500)
-    parser.add_argument("--agent-sessions", type=int, default=60)
     parser.add_argument(
         "--parts", default="orders,alone,off,caches", help="default: all, %(default)s"
     )
