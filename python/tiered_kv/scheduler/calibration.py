@@ -32,6 +32,10 @@ FIXED_INERTIA = 10.0
 STEP_MAX = 1.5
 FIRST_STEP_MAX = 4.0
 N_FIRST = 16
+#: No machine is faster than it was believed to be by more than this. Where passes are so short that
+#: their sizes explain nothing, all of their time would be taken for fixed in the end, and work for
+#: free: what a second of it takes would have no meaning.
+SCALE_LEAST = 0.01
 #: Observations further off than this many times the median recent deviation are pulled in ...
 PLAUSIBLE_DEVIATIONS = 4.0
 #: ... but never those within this (natural) logarithm of the prediction.
@@ -51,6 +55,7 @@ class AffineFit:
     def __init__(self, fixed_s: float, scale: float = 1.0) -> None:
         self.fixed_s = fixed_s
         self.scale = scale
+        self._least_scale = SCALE_LEAST * scale
         self.n_observations = 0
         # Weighted sums of 1, x, y, x*x, x*y, each over y*y: errors count relative to y.
         self._sums = [0.0] * 5
@@ -77,7 +82,8 @@ class AffineFit:
         # Part of what was observed, so that it can leave zero.
         limit = max(self.fixed_s * (factor - 1.0), y / 4)
         self.fixed_s = min(max(fixed_s, self.fixed_s - limit, 0.0), self.fixed_s + limit)
-        self.scale = min(max(scale, self.scale / factor), self.scale * factor)
+        scale = min(max(scale, self.scale / factor), self.scale * factor)
+        self.scale = max(scale, self._least_scale)
         self.n_observations += 1
 
     def _plausible(self, x: float, y: float) -> float:

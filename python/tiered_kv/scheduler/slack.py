@@ -33,9 +33,14 @@ class Price:
     work_s: float
     """Seconds of the device: the longer, as pages arrive layer by layer while it computes."""
 
-    def work_behind_s(self, queued_s: float) -> float:
-        """The same if its pages come behind others that take `queued_s`."""
-        return max(self.compute_s, self.load_s + queued_s) if self.load_s else self.compute_s
+    def takes_s(self, slowdown: float, queued_s: float = 0.0) -> float:
+        """Seconds until that token, where a second of prefill work takes `slowdown` seconds.
+
+        queued_s: seconds of loads before its own. Loads are no slower in passes with more in them,
+        or with little but their fixed part.
+        """
+        load_s = self.load_s + queued_s if self.load_s else 0.0
+        return max(self.compute_s * slowdown, load_s)
 
 
 def price(request: QueuedRequest, costs: CostModel, more_on_host: int = 0) -> Price:
@@ -63,6 +68,7 @@ class Job:
 
     request_id: int
     work_s: float
+    """Seconds until its first token, if it is served at once and alone."""
     deadline_s: float
     weight: float = 1.0
     """Of two that cannot both be in time, the one with less work per weight is."""
@@ -83,22 +89,21 @@ class Selection:
         return sum(job.weight for job in self.in_time)
 
 
-def select_in_time(jobs: Sequence[Job], now_s: float, slowdown: float = 1.0) -> Selection:
+def select_in_time(jobs: Sequence[Job], now_s: float) -> Selection:
     """As many of `jobs` as can be in time one after the other, from `now_s` on. O(n log n).
 
-    jobs: by deadline. slowdown: seconds that a second of work takes, decoding beside it. With
-    equal weights the number of late jobs is the least possible.
+    jobs: by deadline. With equal weights the number of late jobs is the least possible.
     """
     kept: list[tuple[float, int]] = []  # (-work per weight, index)
     out: set[int] = set()
     end_s = now_s
     for index, job in enumerate(jobs):
-        end_s += job.work_s * slowdown
+        end_s += job.work_s
         heapq.heappush(kept, (-job.work_s / job.weight, index))
         while end_s > job.deadline_s and kept:
             _, longest = heapq.heappop(kept)
             out.add(longest)
-            end_s -= jobs[longest].work_s * slowdown
+            end_s -= jobs[longest].work_s
     return Selection(
         tuple(job for index, job in enumerate(jobs) if index not in out),
         tuple(job for index, job in enumerate(jobs) if index in out),
@@ -106,21 +111,21 @@ def select_in_time(jobs: Sequence[Job], now_s: float, slowdown: float = 1.0) -> 
 
 
 def select_beside(
-    jobs: Sequence[Job], begun: Job, now_s: float, slowdown: float, *, may_put_back: bool
+    jobs: Sequence[Job], begun: Job, now_s: float, *, may_put_back: bool
 ) -> tuple[Selection, bool]:
     """As `select_in_time` while `begun` is under way, and whether to put it back.
 
     It should if that keeps more deadlines, by weight, than going on does, its own included, and if
     it would not be the first in any case. Returned are those in time besides it.
     """
-    going_on = select_in_time(jobs, now_s + begun.work_s * slowdown, slowdown)
+    going_on = select_in_time(jobs, now_s + begun.work_s)
     if not may_put_back or not going_on.left_out:
         return going_on, False
     everyone, kept = jobs, going_on.weight
-    if now_s + begun.work_s * slowdown <= begun.deadline_s < math.inf:
+    if now_s + begun.work_s <= begun.deadline_s < math.inf:
         everyone = sorted([*jobs, begun], key=lambda job: job.deadline_s)
         kept += begun.weight
-    anew = select_in_time(everyone, now_s, slowdown)
+    anew = select_in_time(everyone, now_s)
     if anew.weight <= kept or anew.in_time[0] is begun:
         return going_on, False
     in_time = tuple(job for job in anew.in_time if job is not begun)

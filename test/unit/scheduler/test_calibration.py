@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import find_model
-from tiered_kv.scheduler.calibration import FIRST_STEP_MAX, N_FIRST, STEP_MAX, AffineFit, Calibrator
+from tiered_kv.scheduler.calibration import (
+    FIRST_STEP_MAX,
+    N_FIRST,
+    SCALE_LEAST,
+    STEP_MAX,
+    AffineFit,
+    Calibrator,
+)
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
 
 
@@ -146,3 +153,13 @@ def test_steps_that_are_all_alike_change_the_scale_not_the_fixed_part() -> None:
         fit.observe(*((0.2, 1.2), (0.1, 1.0))[at % 2])
     assert fit.predict(0.1) == pytest.approx(1.0, rel=0.05)
     assert fit.predict(0.2) == pytest.approx(1.2, rel=0.05)
+
+
+def test_passes_whose_size_explains_nothing_do_not_make_work_free() -> None:
+    fit = AffineFit(0.0)
+    rng = random.Random(7)
+    for _ in range(2000):
+        # A thousandth of the time is work, and the rest scatters more than that.
+        fit.observe(rng.uniform(1e-5, 1e-4), noisy(rng, 0.02))
+    assert fit.scale >= SCALE_LEAST
+    assert fit.predict(5e-5) == pytest.approx(0.02, rel=0.15)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from support_simulation import builders
 from support_simulation.builders import BLOCK_TOKENS, Queue
 from tiered_kv.api.slo import Slo
 from tiered_kv.core.ids import Tier
+from tiered_kv.scheduler.cost_model import Correction
 from tiered_kv.scheduler.policies.slack import SlackPolicy
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.request_policy import Arriving
@@ -49,6 +51,17 @@ def test_what_is_left_to_compute_after_its_pages_counts() -> None:
     for ready_s, order in ((1.0 - 1.1 * left_s, []), (1.0 - 0.9 * left_s, [0])):
         q.hold(0, ready_s=ready_s, tokens=half)
         assert q.order() == order
+
+
+def test_pages_come_no_later_where_passes_take_the_same_whatever_is_in_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A small model on a large machine: prefill in passes takes ten thousand times its work."""
+    costs = builders.cost_model()
+    costs.correct(prefill=Correction(0.05, 1e-6))
+    monkeypatch.setattr(builders, "cost_model", lambda: costs)
+    assert held(queue(), 20.0, 0.01) == []
+    assert held(queue(), 20.0, 25.0) == [0]
 
 
 def test_who_would_be_late_either_way_waits() -> None:

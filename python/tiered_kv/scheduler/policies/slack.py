@@ -99,6 +99,7 @@ class SlackPolicy:
             return
         entry = self._entries.get(request_id)
         work_s = entry.price.work_s if entry is not None else 0.0
+        takes_s = entry.price.takes_s(self._slowdown) if entry is not None else 0.0
         in_turn = False
         if self._in_turn and self._in_turn[0] == request_id:
             self._in_turn.popleft()
@@ -110,7 +111,7 @@ class SlackPolicy:
             self._overdue.admitted(work_s, in_turn=in_turn, now_s=now_s)
         self._others.charge(request.tenant, work_s)
         if self._config.gangs:
-            self._gangs.lead(request, now_s + work_s * self._slowdown)
+            self._gangs.lead(request, now_s + takes_s)
 
     def on_finish(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
         """One more length of an answer is known."""
@@ -149,7 +150,7 @@ class SlackPolicy:
         jobs = self._jobs(state)
         selection, is_put_back = self._select(state, jobs, unfinished)
         if unfinished is not None and self._gangs.is_leading(unfinished.request_id):
-            until_s = state.now_s + self._work_left_s(state, unfinished) * self._slowdown
+            until_s = state.now_s + self._seconds_left(state, unfinished)
             self._gangs.extend(unfinished.request_id, until_s)
         self._gangs.expire(state.now_s)
         self._in_turn = deque(islice(self._overdue.by_arrival(state.now_s), limit))
@@ -193,7 +194,7 @@ class SlackPolicy:
                 else:
                     n = known.requests + 1
                     expected[node_id] = Expectation(known.starts_in_s, requests=n)
-            starts_in_s += entry.price.work_s * self._slowdown
+            starts_in_s += entry.price.takes_s(self._slowdown)
         return DemandForecast(expected)
 
     def urgency(self, request: QueuedRequest) -> Urgency:
@@ -247,7 +248,7 @@ class SlackPolicy:
         return [
             Job(
                 rid,
-                entry.price.work_behind_s(queued_s),
+                entry.price.takes_s(self._slowdown, queued_s),
                 entry.deadline_s,
                 shares.weight(entry.request.tenant),
             )
@@ -264,28 +265,30 @@ class SlackPolicy:
             return True  # computing it would be too late as well
         waits_on = self._waits_on.get(request_id)
         if waits_on is None:
-            entry, latest_start_s = self._entries[request_id], self._by_start.key(request_id)
-            slow_s = price(entry.request, state.costs, arriving.tokens).work_s * self._slowdown
-            waits_on = arriving.is_in_time(state.now_s, entry.deadline_s - slow_s, latest_start_s)
-            self._waits_on[request_id] = waits_on
+            entry, now_s, slowdown = self._entries[request_id], state.now_s, self._slowdown
+            latest_start_s = entry.deadline_s - entry.price.takes_s(slowdown)
+            with_pages = price(entry.request, state.costs, arriving.tokens)
+            needed_s = entry.deadline_s - with_pages.takes_s(slowdown)
+            is_in_time = arriving.is_in_time(now_s, needed_s, latest_start_s)
+            waits_on = self._waits_on[request_id] = latest_start_s < now_s or is_in_time
         return waits_on
 
     def _select(
         self, state: SchedulerState, jobs: list[Job], unfinished: QueuedRequest | None
     ) -> tuple[Selection, bool]:
         """Who can be in time, and whether the prompt that was begun is put back for them."""
-        now_s, slowdown = state.now_s, self._slowdown
+        now_s = state.now_s
         if unfinished is None:
-            return select_in_time(jobs, now_s, slowdown), False
+            return select_in_time(jobs, now_s), False
         request_id = unfinished.request_id
         weight = self._others.weight(unfinished.tenant)
-        own = Job(request_id, self._work_left_s(state, unfinished), _due_s(unfinished), weight)
+        own = Job(request_id, self._seconds_left(state, unfinished), _due_s(unfinished), weight)
         may_put_back = state.can_put_back and self._config.put_back
         may_put_back = may_put_back and request_id not in self._protected
-        beside, is_put_back = select_beside(jobs, own, now_s, slowdown, may_put_back=may_put_back)
+        beside, is_put_back = select_beside(jobs, own, now_s, may_put_back=may_put_back)
         if is_put_back and not self._fits(state, beside.in_time[0].request_id):
             # Its own memory comes back only when it is in the queue: both would stand still.
-            return select_beside(jobs, own, now_s, slowdown, may_put_back=False)
+            return select_beside(jobs, own, now_s, may_put_back=False)
         return beside, is_put_back
 
     def _fits(self, state: SchedulerState, request_id: int) -> bool:
@@ -293,8 +296,10 @@ class SlackPolicy:
         available = state.available_tokens
         return available is None or self._entries[request_id].request.uncached_tokens < available
 
-    def _work_left_s(self, state: SchedulerState, request: QueuedRequest) -> float:
-        return state.costs.marginal_prefill_s(request.unprefilled_tokens, request.prefilled_tokens)
+    def _seconds_left(self, state: SchedulerState, request: QueuedRequest) -> float:
+        """Until the first token of one whose prompt was begun, if it goes on."""
+        tokens, cached = request.unprefilled_tokens, request.prefilled_tokens
+        return state.costs.marginal_prefill_s(tokens, cached) * self._slowdown
 
     def _max_wait_s(self, request: QueuedRequest) -> float:
         max_wait_s = request.slo.max_wait_s
@@ -328,7 +333,7 @@ class SlackPolicy:
         """How much can be put in front of those in time without making one of them late."""
         spare_s, end_s = math.inf, now_s
         for job in selection.in_time:
-            end_s += job.work_s * self._slowdown
+            end_s += job.work_s
             spare_s = min(spare_s, job.deadline_s - end_s)
         return max(0.0, spare_s)
 

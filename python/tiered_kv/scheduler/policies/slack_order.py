@@ -77,7 +77,7 @@ class GangOrder:
                 continue
             yield request_id
             for member_id in self._followers(request_id):
-                work_s = entries[member_id].price.work_s * slowdown
+                work_s = entries[member_id].price.takes_s(slowdown)
                 if work_s <= self.spare_s and self._may_start(member_id):
                     self.spare_s -= work_s
                     self._seen.add(member_id)
