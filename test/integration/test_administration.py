@@ -181,14 +181,12 @@ class Site:
         self.loads_fail(False)
         assert self.do_flush()
         prompt = self.prompt(uuid.uuid4())
-        # In no hurry: whoever is may be computed although its pages are there.
-        in_time = {"slo": {"class": "batch"}}
-        first = generate(self.server, prompt, N_NEW, **in_time)
+        first = generate(self.server, prompt, N_NEW)
         deadline = time.monotonic() + 90  # a disk that was full is tried again now and then
         while True:
             wait_for_disk(self.server)
             assert self.do_flush()
-            again = generate(self.server, prompt, N_NEW, **in_time)
+            again = generate(self.server, prompt, N_NEW)
             if again.disk:
                 break
             assert time.monotonic() < deadline, f"the disk did not come back: {self.disk_says()}"
