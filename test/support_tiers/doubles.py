@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from tiered_kv.tiers.device import After, CpuPageCopier, LayerDone
+from tiered_kv.tiers.device import CpuPageCopier, LayerDone
 from tiered_kv.tiers.encoded_copier import EncodedCpuPageCopier
 from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.streams import After
 from tiered_kv.tiers.transfer import Collective
 
 #: No wait of a test should take longer; with it a hang becomes a failure with a stack.
@@ -99,11 +100,7 @@ class _FaultyCopies:
         super().to_host(device_slots, host_pages, after)  # type: ignore[misc]
 
     def to_device(
-        self,
-        host_pages: PageIds,
-        device_slots: torch.Tensor,
-        after: After,
-        layer_done: LayerDone,
+        self, host_pages: PageIds, device_slots: torch.Tensor, layer_done: LayerDone
     ) -> None:
         self.up.pass_through()
 
@@ -115,9 +112,7 @@ class _FaultyCopies:
             if delay_s:
                 time.sleep(delay_s / 4)
 
-        super().to_device(  # type: ignore[misc]
-            host_pages, device_slots, after, slow_layer_done
-        )
+        super().to_device(host_pages, device_slots, slow_layer_done)  # type: ignore[misc]
 
 
 class FaultyCopier(_FaultyCopies, CpuPageCopier):

@@ -98,12 +98,7 @@ class Rig(RigChecks):
             self.host_codec = codec(host_format, page_size, N_LAYERS)
             host_page = PageFormat.of_layout(self.host_codec.layout)
         self.host = HostPool(host_page, n_host_pages * host_page.slot_bytes)
-        self.copier: FaultyCopier | FaultyEncodedCopier
-        if self.host_codec is None:
-            self.copier = FaultyCopier(page_size, layers, self.buffers, self.host.pages)
-        else:
-            layout = self.host_codec.layout
-            self.copier = FaultyEncodedCopier(self.buffers, layout, self.host.pages)
+        self.copier = self._make_copier(layers)
         self.allocator = PagedAllocator(n_device_pages, page_size)
         self.remote = remote
         self.namespace = namespace
@@ -127,6 +122,11 @@ class Rig(RigChecks):
         self.requests: list[Request] = []
         #: Every page hash this rig has met, for looking at the disk.
         self.known_hashes: set[bytes] = set()
+
+    def _make_copier(self, layers: list[int]) -> Any:
+        if self.host_codec is None:
+            return FaultyCopier(self.page_size, layers, self.buffers, self.host.pages)
+        return FaultyEncodedCopier(self.buffers, self.host_codec.layout, self.host.pages)
 
     # -- its cold stores ----------------------------------------------------------------------
 

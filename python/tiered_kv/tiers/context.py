@@ -15,12 +15,13 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.results import Match
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.scheduler.calibration import Calibrator
-from tiered_kv.tiers.device import After, DeviceSlots, PageCopier
+from tiered_kv.tiers.device import DeviceSlots, PageCopier
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.pacing import WriteBackPacer
 from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.streams import After, Point
 from tiered_kv.tiers.timeline import TimelineFile
 from tiered_kv.tiers.transfer import Collective, Completion, J, SingleRank
 
@@ -113,6 +114,7 @@ class TierContext:
 
     stores: the cold stores as they are at the start, nearest first.
     order_after: the points in the device's streams that a copy started now must wait for.
+    hold_passes: makes forward passes that are launched from now on wait for a point.
     calibrator: learns from transfers; None where nothing asks for costs.
     epoch: changes whenever the tree is emptied or a store cleared.
     now_s: time as all ranks agree on it, of the last poll with a transfer under way.
@@ -131,6 +133,7 @@ class TierContext:
     listener: TierListener = field(default_factory=_Silent)
     observer: TransferObserver = field(default_factory=_Silent)
     order_after: Callable[[], After] = tuple
+    hold_passes: Callable[[Point], None] | None = None
     calibrator: Calibrator | None = None
     now_s: float = 0.0
     epoch: Epoch = field(default_factory=Epoch)

@@ -152,12 +152,8 @@ class KVHierarchy:
         left unwritten (the tier had failed, or was full), for as long as it is in use. The caller
         frees those of `slots[:resident_tokens]` that are not the tree's own.
         """
-        # The tree's slots replace the caller's: they must hold the KV by then.
-        if self.load_back.n_open and not self.settle_loads():
-            raise TransferTimeoutError(
-                f"Copies to the device did not end within {SETTLE_TIMEOUT_S:.0f} s: the device "
-                "hangs; look at the kernel's log and restart the server."
-            )
+        if self.load_back.n_open:
+            self._let_loads_come_first(root, tokens)
         result = self.context.forest.insert(root, tokens, DeviceSlots(slots))
         self.context.stored(result.adopted, Tier.DEVICE)
         self.write_back.inserted(result.adopted or (result.last,))
@@ -165,6 +161,22 @@ class KVHierarchy:
         for cold in self.colds:
             cold.used.note(result.last)
         return result
+
+    def _let_loads_come_first(self, root: Node, tokens: array[int]) -> None:
+        """The tree's slots replace the caller's: who reads them next must find the KV there."""
+        known = self.context.forest.peek(root, tokens)
+        path = known.path if known.partial is None else [*known.path, known.partial]
+        loading = [node for node in path if node.state(Tier.DEVICE) is Residency.LOADING]
+        if not loading:
+            return
+        is_ordered = self.load_back.hold_passes(loading)
+        if self.context.collective.minimum([int(is_ordered)])[0]:
+            return
+        if not self.settle_loads():
+            raise TransferTimeoutError(
+                f"Copies to the device did not end within {SETTLE_TIMEOUT_S:.0f} s: the device "
+                "hangs; look at the kernel's log and restart the server."
+            )
 
     def evict_device(self, n_tokens: int) -> int:
         """Frees at least `n_tokens` device slots if unpinned pages allow it; returns how many."""

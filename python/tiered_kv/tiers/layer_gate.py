@@ -3,6 +3,10 @@
 The engine calls `set_consumer(index)` before a batch runs and `wait_until(layer)` when a layer
 reads its KV (mem_cache/memory_pool.py: get_key_buffer); index -1 means nothing to wait for.
 
+On an accelerator a load has been asked for as a whole before its batch runs, and a layer waits in
+the device's stream for a point of the load's: the thread that launches goes on. Where copies are
+made by a thread, the pass waits for that.
+
 A load that fails opens the gate: a forward pass cannot be left in its middle. Whoever ran it asks
 `has_failed` afterwards, and throws away what was computed.
 """
@@ -11,34 +15,28 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
-
-class LayerEvent(Protocol):
-    """A point in a device stream (torch.cuda.Event)."""
-
-    def wait(self) -> None: ...
-
+from tiered_kv.tiers.streams import Point, Wait
 
 #: Is told of each wait for a layer of a load: the load's index, the layer, from when to when.
 WaitObserver = Callable[[int, int, float, float], None]
 
 
 class LoadBatch:
-    """The progress of one load: layers [0, layers_done) have arrived, or are ordered by events."""
+    """The progress of one load: layers [0, layers_done) have arrived, or are ordered by points."""
 
     def __init__(self, index: int, n_layers: int) -> None:
         self.index = index
         self.n_layers = n_layers
         self._layers_done = 0
-        self._events: list[LayerEvent | None] = [None] * n_layers
+        self._points: list[Point | None] = [None] * n_layers
         self.has_failed = False
         self._changed = threading.Condition()
 
-    def layer_done(self, layer: int, event: LayerEvent | None = None) -> None:
+    def layer_done(self, layer: int, point: Point | None = None) -> None:
         with self._changed:
-            self._events[layer] = event
+            self._points[layer] = point
             self._layers_done = layer + 1
             self._changed.notify_all()
 
@@ -52,15 +50,20 @@ class LoadBatch:
     def finished(self) -> bool:
         return self._layers_done == self.n_layers
 
+    @property
+    def whole(self) -> Point | None:
+        """Where all layers are there; None if that is not known, or no device's business."""
+        return None if self.has_failed else self._points[-1]
+
     def wait(self, layer: int) -> None:
         if self._layers_done <= layer:
             with self._changed:
                 self._changed.wait_for(lambda: self._layers_done > layer or self.has_failed)
         if self.has_failed:
             return
-        event = self._events[layer]
-        if event is not None:
-            event.wait()
+        point = self._points[layer]
+        if point is not None:
+            point.hold(Wait.LAYER_FOR_LOAD)
 
 
 class LayerGate:
@@ -90,12 +93,10 @@ class LayerGate:
         """
         return any(b.has_failed for b in self._open.values() if b.index <= index)
 
-    def newest_open(self) -> int:
-        """The index of the newest load still open, or -1.
-
-        Loads run one after the other, so whoever waits for the newest waits for all of them.
-        """
-        return next(reversed(self._open), -1)
+    def newest_first(self) -> Iterator[LoadBatch]:
+        """The loads still open. They run one after the other: who waits for one waits for all that
+        are older."""
+        return reversed(self._open.values())
 
     def set_consumer(self, index: int) -> None:
         self._consumed = self._open.get(index) if index >= 0 else None

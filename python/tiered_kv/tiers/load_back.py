@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,9 +17,10 @@ from tiered_kv.memory.actions import Load
 from tiered_kv.memory.back_off import BackOff
 from tiered_kv.memory.probes import PROBE_PAGES, Probes
 from tiered_kv.tiers.context import TierContext, host_pages_of, match_of
-from tiered_kv.tiers.device import After, DeviceSlots, wait_for
-from tiered_kv.tiers.layer_gate import LayerEvent, LayerGate, LoadBatch
+from tiered_kv.tiers.device import Copying, DeviceSlots
+from tiered_kv.tiers.layer_gate import LayerGate, LoadBatch
 from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.streams import Point
 from tiered_kv.tiers.timeline import draw_layers, draw_waits, layer_ends
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 
@@ -40,8 +42,11 @@ class DeviceLoad:
     loads: tuple[Loading, ...]
     host_pages: PageIds
     device_slots: torch.Tensor
+    """Kept until the load is acknowledged: a stream may still read it."""
     batch: LoadBatch
-    after: After
+    copying: Copying
+    told: list[tuple[float, Point | None]]
+    """When each layer was told of, and with which point."""
 
     @property
     def n_pages(self) -> int:
@@ -58,7 +63,9 @@ class LoadBack:
     def __init__(self, context: TierContext) -> None:
         self._context = context
         self.gate = LayerGate(context.copier.page_format.n_layers)
-        self.queue: TransferQueue[DeviceLoad] = TransferQueue("host-to-device", self._copy)
+        self.queue: TransferQueue[DeviceLoad] = TransferQueue(
+            "host-to-device", self._finish, context.copier.use_device
+        )
         self._pending: list[Loading] = []
         self._failed: list[DeviceLoad] = []
         # Of acknowledged loads that failed: a pass that is being formed still counts on them.
@@ -146,18 +153,69 @@ class LoadBack:
     def start(self) -> int:
         """Starts what has been reserved; returns the gate index that a batch must wait for.
 
-        That is the newest load still open, even if none is new: pages of an earlier load may be in
-        this batch too, and loads finish in order. -1 when there is nothing to wait for.
+        That is the newest load still open that somebody runs on, even if it is not new: pages of
+        an earlier load may be in this batch too, and loads finish in order. -1 when there is
+        nothing to wait for. What nobody asked for yet is not waited for, unless it came first.
         """
         if self._pending:
-            batch = self.gate.open()
             loads, self._pending = tuple(self._pending), []
-            host_pages = np.concatenate([load.host_pages for load in loads])
-            # Before `order_after`: on a GPU the copy's stream must wait for this, too.
-            device_slots = torch.cat([load.device_slots for load in loads])
-            after = self._context.order_after()
-            self.queue.submit(DeviceLoad(loads, host_pages, device_slots, batch, after))
-        return self.gate.newest_open()
+            self.queue.submit(self._begin(loads))
+        wanted = {job.batch.index: self._is_wanted(job) for job in self.queue.open_jobs}
+        # One that is open and not under way has failed: whoever counts on it must be told.
+        newest = (b.index for b in self.gate.newest_first() if wanted.get(b.index, True))
+        return next(newest, -1)
+
+    def _begin(self, loads: tuple[Loading, ...]) -> DeviceLoad:
+        batch = self.gate.open()
+        told: list[tuple[float, Point | None]] = []
+
+        def layer_done(layer: int, point: Point | None) -> None:
+            batch.layer_done(layer, point)
+            told.append((time.perf_counter(), point))
+
+        host_pages = np.concatenate([load.host_pages for load in loads])
+        # Before `order_after`: on a GPU the copy's stream must wait for this, too.
+        device_slots = torch.cat([load.device_slots for load in loads])
+        after = self._context.order_after()
+        copying = self._context.copier.begin_to_device(host_pages, device_slots, after, layer_done)
+        if copying.error is not None:
+            # Before the pass that counts on it runs: it is asked right after that.
+            batch.fail()
+        return DeviceLoad(loads, host_pages, device_slots, batch, copying, told)
+
+    def _is_wanted(self, job: DeviceLoad) -> bool:
+        """Whether somebody beside the loads themselves has pinned pages of this one."""
+        return any(self._top_of(load).pins(Tier.DEVICE) > 1 for load in job.loads)
+
+    @staticmethod
+    def _top_of(load: Loading) -> Node:
+        node = load.last
+        while node.parent is not None and node.parent.op(Tier.DEVICE) == load.op:
+            node = node.parent
+        return node
+
+    def hold_passes(self, nodes: Iterable[Node]) -> bool:
+        """Passes that are launched from now on find the pages of `nodes` there.
+
+        They wait on the device, and nobody here. False if that cannot be: copies are made by a
+        thread, or have failed.
+        """
+        self.start()
+        hold = self._context.hold_passes
+        if hold is None or self._failed:
+            return False
+        ops = {node.op(Tier.DEVICE) for node in nodes}
+        newest: Point | None = None
+        for job in self.queue.open_jobs:
+            at = job.batch.whole
+            if at is None:
+                # It takes those along that come after it.
+                return False
+            if any(load.op in ops for load in job.loads):
+                newest = at
+        if newest is not None:
+            hold(newest)
+        return True
 
     def advance(self) -> None:
         """Starts what was reserved for a batch that was not formed after all.
@@ -167,27 +225,20 @@ class LoadBack:
         if self._pending:
             self.start()
 
-    def _copy(self, job: DeviceLoad) -> int:
-        timeline = self._context.timeline
-        ends_s: list[float] = []
-        events: list[LayerEvent | None] = []
-
-        def layer_done(layer: int, event: LayerEvent | None) -> None:
-            job.batch.layer_done(layer, event)
-            if timeline is not None:
-                ends_s.append(time.perf_counter())
-                events.append(event)
-
+    def _finish(self, job: DeviceLoad) -> int:
+        began_s = time.perf_counter()
         try:
-            wait_for(job.after)
-            self.queue.restart_clock()
-            began_s = time.perf_counter()
-            self._context.copier.to_device(job.host_pages, job.device_slots, job.after, layer_done)
+            device_s = job.copying.finish()
         except Exception:
             job.batch.fail()
             raise
-        if timeline is not None and ends_s:
-            draw_layers(timeline, job.batch.index, began_s, layer_ends(ends_s, events))
+        ended_s = time.perf_counter()
+        if device_s is not None:
+            began_s = ended_s - device_s
+            self.queue.took(device_s)
+        timeline = self._context.timeline
+        if timeline is not None and job.told:
+            draw_layers(timeline, job.batch.index, began_s, layer_ends(job.told, ended_s))
         return job.n_pages
 
     def loaded(self, completion: Completion[DeviceLoad]) -> None:

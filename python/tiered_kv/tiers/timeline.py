@@ -13,14 +13,15 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias
 
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.metrics.timeline import Event, Tracks, counters, span, track_name
-from tiered_kv.tiers.layer_gate import LayerEvent, WaitObserver
+from tiered_kv.tiers.layer_gate import WaitObserver
+from tiered_kv.tiers.streams import Point
 from tiered_kv.tiers.transfer import Job, JobObserver
 
 logger = logging.getLogger(__name__)
@@ -197,17 +198,18 @@ def draw_layers(
         start_s = end_s
 
 
-def layer_ends(ends_s: list[float], events: list[LayerEvent | None]) -> list[float]:
-    """When each layer of a load that is over was there, in order.
+def layer_ends(told: Sequence[tuple[float, Point | None]], ended_s: float) -> list[float]:
+    """When each layer of a load that ended at `ended_s` was there, in order.
 
-    ends_s: when the copying thread was done with each. With events that is only when it had asked
-    for the copy; then the last copy ended as the thread returned, `ends_s[-1]`, and the others as
-    long before as the events say. `events` must have been recorded with timing.
+    told: when each was told of, and with which point. With a point it had only been asked for by
+    then: the last one was there at the end, and the others as long before as the points say, which
+    were recorded `timed`.
     """
-    last = events[-1]
-    if last is None:
-        return ends_s
-    return [ends_s[-1] - cast(Any, event).elapsed_time(last) / 1e3 for event in events]
+    _, last = told[-1]
+    return [
+        at_s if point is None or last is None else ended_s - point.seconds_until(last)
+        for at_s, point in told
+    ]
 
 
 def read_events(path: Path) -> list[Event]:

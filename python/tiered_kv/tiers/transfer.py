@@ -56,7 +56,7 @@ class Completion(Generic[J]):
     seconds: float
     """From submit to end, time in the queue included."""
     service_s: float
-    """Time that the job itself took, without what it had to wait for (see `restart_clock`)."""
+    """Time that the job itself took, without what it had to wait for (see `took`)."""
     is_as_asked: bool = True
     """Whether all of it came that was asked for until nobody wanted the rest."""
 
@@ -77,11 +77,15 @@ class TransferQueue(Generic[J]):
 
     run: does one job and returns how many leading pages arrived. An exception counts as 0 pages,
     is logged, and never ends the thread.
+    begin: called first on that thread.
     """
 
-    def __init__(self, name: str, run: Callable[[J], int]) -> None:
+    def __init__(
+        self, name: str, run: Callable[[J], int], begin: Callable[[], None] | None = None
+    ) -> None:
         self.name = name
         self._run = run
+        self._begin = begin
         self._jobs: queue.SimpleQueue[tuple[J, float] | None] = queue.SimpleQueue()
         self._open: deque[J] = deque()
         self._finished: deque[Completion[J]] = deque()
@@ -93,7 +97,12 @@ class TransferQueue(Generic[J]):
         self.observe: JobObserver | None = None
         self._begun_at = 0.0
         self._progress = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name=f"tiered-kv-{name}", daemon=True)
+        self._start()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(
+            target=self._work, name=f"tiered-kv-{self.name}", daemon=True
+        )
         self._thread.start()
 
     # -- the owner's side ---------------------------------------------------------------------
@@ -166,15 +175,17 @@ class TransferQueue(Generic[J]):
 
     # -- the worker's side --------------------------------------------------------------------
 
-    def restart_clock(self) -> None:
-        """Called by `run` when its job begins in earnest: what it waited for was no service."""
-        self._begun_at = time.perf_counter()
+    def took(self, seconds: float) -> None:
+        """Called by `run` as its job ends: so long it took, by a better clock than this one's."""
+        self._begun_at = time.perf_counter() - seconds
 
     def exclude(self, seconds: float) -> None:
         """Called by `run`: for so long its job was held up on purpose, which was no service."""
         self._begun_at += seconds
 
     def _work(self) -> None:
+        if self._begin is not None:
+            self._begin()
         while self._finish_one():
             pass
 

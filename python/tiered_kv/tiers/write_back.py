@@ -20,8 +20,8 @@ from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.context import TierContext, device_slots_of
 from tiered_kv.tiers.deferred import MAX_DEFERRED, DeferredNodes
-from tiered_kv.tiers.device import After, wait_for
 from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.streams import After
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 
 #: A node larger than this share of the host pool is written in parts: what fits is worth having.
@@ -52,7 +52,9 @@ class WriteBack:
     def __init__(self, context: TierContext, colds: Sequence[ColdTier]) -> None:
         self._context = context
         self._colds = colds
-        self.to_host: TransferQueue[HostWrite] = TransferQueue("device-to-host", self._copy)
+        self.to_host: TransferQueue[HostWrite] = TransferQueue(
+            "device-to-host", self._copy, context.copier.use_device
+        )
         self._deferred = DeferredNodes(context.manager.write_value, lambda: MAX_DEFERRED)
         context.evicted = self._evicted
 
@@ -204,14 +206,17 @@ class WriteBack:
 
     def _copy(self, job: HostWrite) -> int:
         context, size = self._context, self._context.page_size
-        wait_for(job.after)
-        self.to_host.restart_clock()
         page_bytes = context.copier.page_format.page_bytes
+        device_s: list[float] = []
         for part in context.pacer.portions(job.n_pages, page_bytes):
             slots = job.device_slots[part.start * size : part.stop * size]
             with context.pacer.turn((part.stop - part.start) * page_bytes) as held_up_s:
                 self.to_host.exclude(held_up_s)
-                context.copier.to_host(slots, job.host_pages[part], job.after)
+                seconds = context.copier.to_host(slots, job.host_pages[part], job.after)
+            if seconds is not None:
+                device_s.append(seconds)
+        if device_s:
+            self.to_host.took(sum(device_s))
         return job.n_pages
 
     def host_written(self, completion: Completion[HostWrite]) -> None:

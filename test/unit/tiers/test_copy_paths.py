@@ -1,12 +1,12 @@
 """Both copy paths move the same bytes, and the one that was measured to be faster is taken.
 
-`TorchPageCopier` and `EncodedTorchPageCopier`, whose bytes other tests check one by one, say what
-the kernel's path must do. It runs here on torch's backend and, in a process of its own, in Triton's
-interpreter.
+The copier of a device in main memory, whose bytes other tests check one by one, says what both must
+do. They run here on torch's backend and, in a process of its own, in Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,22 +19,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgl_kernel_ext.formats import Format, PageLayout, Role
-from sgl_kernel_ext.ops import layout_of
+from sgl_kernel_ext.formats import BufferSpec, Format, PageLayout, Role
+from sgl_kernel_ext.ops import PagePool, layout_of
+from support_tiers.stream_copiers import encoding_copier
+from tiered_kv.tiers.bus_paths import CALLS_MAX, DmaPath, layer_runs
 from tiered_kv.tiers.copy_paths import (
     DMA,
     KERNEL,
     CopyChoice,
     CopySeconds,
-    KernelPageCopier,
-    TwoWayCopier,
     choose,
-    combine,
     measure,
     measured_pages,
 )
-from tiered_kv.tiers.device import PageCopier, TorchPageCopier
-from tiered_kv.tiers.encoded_copier import EncodedTorchPageCopier
+from tiered_kv.tiers.device import Copying, PageCopier
+from tiered_kv.tiers.encoded_copier import EncodedCpuPageCopier
 from tiered_kv.tiers.page_format import PageFormat
 
 pytestmark = pytest.mark.timeout(120)
@@ -43,6 +42,7 @@ N_DEVICE_PAGES = 9
 N_HOST_PAGES = 12
 N_LAYERS = 2
 PAGE_SIZE = 4
+CPU = "cpu"
 
 
 class Bench:
@@ -59,22 +59,22 @@ class Bench:
         layout: PageLayout = layout_of(format_, PAGE_SIZE, self.buffers, layers, roles)
         page_format = PageFormat.of_layout(layout)
         self.host = np.zeros((N_HOST_PAGES, page_format.slot_bytes), dtype=np.uint8)
+        self.layout = layout
         self.copier: PageCopier
-        if path == KERNEL:
-            self.copier = KernelPageCopier(self.buffers, layout, self.host, backend=backend)
-        elif format_.is_lossy:
-            self.copier = EncodedTorchPageCopier(self.buffers, layout, self.host)
+        if path == CPU:
+            self.copier = EncodedCpuPageCopier(self.buffers, layout, self.host)
         else:
-            self.copier = TorchPageCopier(PAGE_SIZE, layers, self.buffers, self.host)
+            self.copier = encoding_copier(path, self.buffers, layout, self.host, backend=backend)
 
-    def down_and_up(
-        self, down: list[int], host_pages: list[int], up: list[int]
-    ) -> list[tuple[int, bool]]:
+    def down_and_up(self, down: list[int], host_pages: list[int], up: list[int]) -> list[int]:
         """Copies pages to the host, and into others; returns the layers as they were announced."""
-        announced: list[tuple[int, bool]] = []
+        announced: list[int] = []
         index = np.array(host_pages, dtype=np.int64)
         self.copier.to_host(slots(down), index, ())
-        self.copier.to_device(index, slots(up), (), lambda i, e: announced.append((i, e is None)))
+        copying = self.copier.begin_to_device(
+            index, slots(up), (), lambda layer, _: announced.append(layer)
+        )
+        copying.finish()
         return announced
 
 
@@ -86,15 +86,16 @@ def slots(pages: list[int]) -> torch.Tensor:
 def check_paths_agree(
     format_: Format, down: list[int], host_pages: list[int], up: list[int], backend: str
 ) -> None:
-    dma, kernel = Bench(DMA, format_), Bench(KERNEL, format_, backend)
-    assert kernel.copier.page_format == dma.copier.page_format
-    layers = dma.down_and_up(down, host_pages, up)
-    assert kernel.down_and_up(down, host_pages, up) == layers
-    assert [layer for layer, _ in layers] == list(range(N_LAYERS))
-    n_bytes = dma.copier.page_format.page_bytes
-    assert np.array_equal(kernel.host[:, :n_bytes], dma.host[:, :n_bytes])
-    for ours, theirs in zip(kernel.buffers, dma.buffers, strict=True):
-        assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
+    cpu = Bench(CPU, format_)
+    assert cpu.down_and_up(down, host_pages, up) == list(range(N_LAYERS))
+    n_bytes = cpu.copier.page_format.page_bytes
+    for path in (DMA, KERNEL):
+        bench = Bench(path, format_, backend)
+        assert bench.copier.page_format == cpu.copier.page_format
+        assert bench.down_and_up(down, host_pages, up) == list(range(N_LAYERS))
+        assert np.array_equal(bench.host[:, :n_bytes], cpu.host[:, :n_bytes])
+        for ours, theirs in zip(bench.buffers, cpu.buffers, strict=True):
+            assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
 
 
 @settings(max_examples=40, deadline=None)
@@ -166,7 +167,13 @@ class TimedCopier:
     def to_host(self, device_slots: Any, host_pages: Any, after: Any) -> None:
         self.clock[0] += self.down_s[min(self.n_calls, len(self.down_s) - 1)]
 
-    def to_device(self, host_pages: Any, device_slots: Any, after: Any, layer_done: Any) -> None:
+    def use_device(self) -> None:
+        pass
+
+    def begin_to_device(self, *_: Any) -> Copying:
+        return Copying(self.finish)
+
+    def finish(self) -> None:
         self.clock[0] += self.up_s[min(self.n_calls, len(self.up_s) - 1)]
         self.n_calls += 1
 
@@ -192,14 +199,13 @@ def test_measuring_ends_within_a_second_if_a_round_does() -> None:
 
 
 def test_measuring_leaves_the_device_as_it_was() -> None:
-    bench, other = Bench(DMA, Format.RAW), Bench(KERNEL, Format.RAW)
+    bench = Bench(DMA, Format.RAW)
     before = [b.clone() for b in bench.buffers]
     pages, host_pages = measured_pages(bench.copier.page_format, N_DEVICE_PAGES, N_HOST_PAGES)
     measured = measure({DMA: bench.copier}, slots(pages.tolist()), host_pages)
     assert 0 < measured[DMA].to_host < 60
     assert 0 < measured[DMA].to_device < 60
     assert all(torch.equal(a, b) for a, b in zip(before, bench.buffers, strict=True))
-    assert combine(CopyChoice(DMA, DMA), {DMA: bench.copier, KERNEL: other.copier}) is bench.copier
 
 
 @given(n_device=st.integers(2, 5000), n_host=st.integers(1, 5000))
@@ -214,20 +220,24 @@ def test_what_is_measured_fits_both_pools(n_device: int, n_host: int) -> None:
     assert len(pages) * page_format.page_bytes <= 64 << 20
 
 
-def test_two_ways_are_one_copier() -> None:
-    down, up = Bench(DMA, Format.RAW), Bench(KERNEL, Format.RAW)
-    up.host[:] = 0
-    both = combine(CopyChoice(DMA, KERNEL), {DMA: down.copier, KERNEL: up.copier})
-    assert isinstance(both, TwoWayCopier)
-    assert both.page_format == down.copier.page_format
-    index = np.array([3, 4], dtype=np.int64)
-    both.to_host(slots([5, 2]), index, ())
-    up.host[:] = down.host
-    layers: list[int] = []
-    both.to_device(index, slots([7, 8]), (), lambda layer, event: layers.append(layer))
-    assert layers == list(range(N_LAYERS))
-    for there, back in zip(down.buffers, up.buffers, strict=True):
-        assert torch.equal(back[slots([7, 8])], there[slots([5, 2])])
-    both.timed = True
-    assert up.copier.timed
-    assert not down.copier.timed
+# -- what a load asks for --------------------------------------------------------------------------
+
+
+@given(n_layers=st.integers(1, 90), n_runs=st.integers(0, 5000))
+def test_layers_come_one_by_one_unless_that_takes_too_many_calls(
+    n_layers: int, n_runs: int
+) -> None:
+    spec = BufferSpec(0, Role.KEY, 1, 16, "float16")
+    specs = [dataclasses.replace(spec, layer=layer) for layer in range(n_layers)]
+    runs = layer_runs(PageLayout.of(Format.RAW, 1, specs), n_runs)
+    assert [layer for layers in runs for layer in layers] == list(range(n_layers))
+    assert len(runs) * n_runs <= max(CALLS_MAX, n_runs)
+    if n_layers * n_runs <= CALLS_MAX:
+        assert len(runs) == n_layers
+
+
+def test_a_block_holds_a_page_at_least_and_takes_no_more_for_more_pages() -> None:
+    bench = Bench(DMA, Format.RAW)
+    pool = PagePool(bench.buffers, bench.layout)
+    assert DmaPath(pool, bench.host, block_bytes=1).block_bytes == bench.layout.page_bytes
+    assert DmaPath(pool, bench.host, block_bytes=10_000).block_bytes == 10_000

@@ -1,7 +1,7 @@
 """Both copiers move exactly the bytes of the pages asked for, and nothing else, in both directions.
 
 The expected bytes are computed by indexing, page by page, without any of the module's helpers. The
-accelerator's copier runs here without a stream, which is the same code on the CPU.
+accelerator's copier runs on a double of its streams, which does everything at once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +18,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support_tiers.stream_copiers import stream_copier
+from tiered_kv.tiers.copy_paths import DMA, KERNEL
 from tiered_kv.tiers.device import (
     CpuPageCopier,
     DeviceSlots,
+    LayerDone,
     PageCopier,
-    TorchPageCopier,
     buffer_format,
     byte_pages,
     contiguous_runs,
     page_ids,
 )
-from tiered_kv.tiers.layer_gate import LayerEvent
+from tiered_kv.tiers.streams import Point
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -54,16 +57,13 @@ SHAPES = {
     "mla-bf16": Shape(((1, 36),), torch.bfloat16, 4),
     "mla-float32": Shape(((1, 9),), torch.float32, 2),
 }
-COPIERS: dict[str, Callable[..., PageCopier]] = {"cpu": CpuPageCopier, "torch": TorchPageCopier}
-
-
-class SmallStaging(TorchPageCopier):
-    """Needs several staging blocks for a few pages."""
-
-    STAGING_BYTES = 700
-
-
-COPIERS["torch, small staging"] = SmallStaging
+COPIERS: dict[str, Callable[..., PageCopier]] = {
+    "cpu": CpuPageCopier,
+    "dma": partial(stream_copier, DMA),
+    # Several blocks for a few pages.
+    "dma, small blocks": partial(stream_copier, DMA, block_bytes=700),
+    "kernel": partial(stream_copier, KERNEL),
+}
 
 
 class Bench:
@@ -84,6 +84,10 @@ class Bench:
         page_format = buffer_format(self.page_size, self.layers, self.buffers)
         self.host = rng.integers(0, 256, (N_HOST_PAGES, page_format.slot_bytes), dtype=np.uint8)
         self.copier = make(self.page_size, self.layers, self.buffers, self.host)
+
+    def load(self, host: list[int], device: list[int], layer_done: LayerDone) -> None:
+        slots = self.token_slots(device)
+        self.copier.begin_to_device(ids(host), slots, (), layer_done).finish()
 
     def token_slots(self, pages: list[int]) -> torch.Tensor:
         return torch.tensor(
@@ -154,9 +158,9 @@ def test_to_device_copies_exactly_these_pages_layer_by_layer(
     arrived = dict(zip(device, (untouched[h][:page_bytes] for h in host), strict=True))
     done: list[int] = []
 
-    def layer_done(layer: int, event: LayerEvent | None) -> None:
+    def layer_done(layer: int, point: Point | None) -> None:
         """This layer's bytes and all earlier ones are there now."""
-        assert event is None
+        assert (point is None) == isinstance(bench.copier, CpuPageCopier)
         done.append(layer)
         for segment in bench.copier.page_format.parts:
             if segment.layer <= layer:
@@ -165,7 +169,7 @@ def test_to_device_copies_exactly_these_pages_layer_by_layer(
                     found = bench.device_page(page)
                     assert found[segment.offset : end] == expected[segment.offset : end]
 
-    bench.copier.to_device(ids(host), bench.token_slots(device), (), layer_done)
+    bench.load(host, device, layer_done)
     assert done == list(range(shape.n_layers))
     assert bench.host_pages() == untouched
     assert bench.device_pages() == [arrived.get(p, before[p]) for p in range(N_DEVICE_PAGES)]
@@ -187,11 +191,11 @@ def test_both_copiers_write_the_same_host_bytes(shape: Shape) -> None:
 def test_an_error_in_layer_done_ends_the_copy(make: Callable[..., PageCopier]) -> None:
     bench = Bench(SHAPES["mha-bf16"], make)
 
-    def layer_done(layer: int, event: LayerEvent | None) -> None:
+    def layer_done(layer: int, point: Point | None) -> None:
         raise OSError(f"layer {layer}")
 
     with pytest.raises(OSError, match="layer 0"):
-        bench.copier.to_device(ids([1]), bench.token_slots([1]), (), layer_done)
+        bench.load([1], [1], layer_done)
 
 
 def test_the_last_layer_is_written_after_the_first_was_announced() -> None:
@@ -199,9 +203,7 @@ def test_the_last_layer_is_written_after_the_first_was_announced() -> None:
     bench = Bench(SHAPES["mha-bf16"], CpuPageCopier)
     before, arriving = bench.device_page(3), bench.host_pages()[5]
     seen: list[bytes] = []
-    bench.copier.to_device(
-        ids([5]), bench.token_slots([3]), (), lambda layer, _: seen.append(bench.device_page(3))
-    )
+    bench.load([5], [3], lambda layer, _: seen.append(bench.device_page(3)))
     page = bench.copier.page_format
     cut = next(segment.offset for segment in page.parts if segment.layer == 1)
     assert seen[0] == arriving[:cut] + before[cut:]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tiered_kv.tiers.layer_gate import LayerGate
+from tiered_kv.tiers.streams import Point, Wait
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -43,12 +44,18 @@ class Waiter:
         assert not self._thread.is_alive(), "nobody woke the waiter"
 
 
-class Event:
+class LayerPoint:
     def __init__(self) -> None:
-        self.n_waits = 0
+        self.held_for: list[Wait] = []
 
-    def wait(self) -> None:
-        self.n_waits += 1
+    def hold(self, why: Wait) -> None:
+        self.held_for.append(why)
+
+    def reached(self, why: Wait) -> None:
+        raise AssertionError("a forward pass must not wait on the host")
+
+    def seconds_until(self, later: Point) -> float:
+        raise NotImplementedError
 
 
 def test_wait_blocks_until_the_layer_is_done() -> None:
@@ -91,19 +98,14 @@ def test_consumer_minus_one_does_not_wait() -> None:
     assert time.monotonic() - started < 1.0
 
 
-def test_newest_open_is_the_last_opened_of_those_not_closed() -> None:
+def test_the_loads_still_open_newest_first() -> None:
     gate = LayerGate(N_LAYERS)
-    assert gate.newest_open() == -1
     first, second, third = gate.open(), gate.open(), gate.open()
     assert len({first.index, second.index, third.index}) == 3
-    assert gate.newest_open() == third.index
-    gate.close(third)
-    assert gate.newest_open() == second.index
-    gate.close(first)
-    assert gate.newest_open() == second.index
+    assert list(gate.newest_first()) == [third, second, first]
     gate.close(second)
     gate.close(second)
-    assert gate.newest_open() == -1
+    assert list(gate.newest_first()) == [third, first]
     assert gate.open().index > third.index
 
 
@@ -132,9 +134,9 @@ def test_a_consumer_that_already_waits_is_not_let_through_by_close() -> None:
 def test_a_load_that_fails_lets_its_waiter_go() -> None:
     gate = LayerGate(N_LAYERS)
     batch = gate.open()
-    event = Event()
+    point = LayerPoint()
     gate.set_consumer(batch.index)
-    batch.layer_done(0, event)
+    batch.layer_done(0, point)
     waiter = Waiter(lambda: gate.wait_until(1))
     assert waiter.is_blocked
     batch.fail()
@@ -142,7 +144,7 @@ def test_a_load_that_fails_lets_its_waiter_go() -> None:
     assert waiter.error is None
     for layer in range(N_LAYERS):
         gate.wait_until(layer)
-    assert event.n_waits == 0
+    assert not point.held_for
     assert gate.has_failed(batch.index)
 
 
@@ -157,16 +159,21 @@ def test_who_waited_for_a_load_counts_on_those_before_it() -> None:
     assert gate.has_failed(third.index)
     gate.close(second)
     assert not gate.has_failed(third.index)
-    assert gate.newest_open() == first.index
+    assert list(gate.newest_first()) == [first]
 
 
-def test_a_layers_event_is_waited_for_in_the_consumers_stream() -> None:
+def test_a_layer_waits_for_its_point_in_the_stream_that_runs_it() -> None:
     gate = LayerGate(N_LAYERS)
     batch = gate.open()
-    events = [Event() for _ in range(N_LAYERS)]
-    for layer, event in enumerate(events):
-        batch.layer_done(layer, event)
+    assert batch.whole is None
+    points = [LayerPoint() for _ in range(N_LAYERS)]
+    for layer, point in enumerate(points):
+        batch.layer_done(layer, point)
+    assert batch.whole is points[-1]
     gate.set_consumer(batch.index)
     gate.wait_until(1)
     gate.wait_until(3)
-    assert [event.n_waits for event in events] == [0, 1, 0, 1]
+    held = [point.held_for for point in points]
+    assert held == [[], [Wait.LAYER_FOR_LOAD], [], [Wait.LAYER_FOR_LOAD]]
+    batch.fail()
+    assert batch.whole is None

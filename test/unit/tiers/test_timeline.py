@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from support_tiers.stream_double import Device, DoublePoint, Eager
 from support_tiers.tier_rig import N_LAYERS, NAMESPACE, Rig, tokens_of
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
@@ -235,21 +236,10 @@ def test_a_failed_load_draws_no_layers(drawn: tuple[Rig, TimelineFile]) -> None:
     assert job["name"] == "0 pages"
 
 
-class DeviceEvent:
-    """A point of a device's stream, `at_ms` on its own clock."""
-
-    def __init__(self, at_ms: float) -> None:
-        self.at_ms = at_ms
-
-    def wait(self) -> None:
-        pass
-
-    def elapsed_time(self, end: DeviceEvent) -> float:
-        return end.at_ms - self.at_ms
-
-
-def test_on_a_device_its_events_say_when_a_layer_was_there() -> None:
-    asked_s = [1.0, 1.1, 9.0]
-    assert layer_ends(asked_s, [None, None, None]) == asked_s
-    events = [DeviceEvent(100.0), DeviceEvent(150.0), DeviceEvent(400.0)]
-    assert layer_ends(asked_s, list(events)) == pytest.approx([8.7, 8.75, 9.0])
+def test_on_a_device_its_points_say_when_a_layer_was_there() -> None:
+    told_s = [1.0, 1.1, 9.0]
+    assert layer_ends([(at_s, None) for at_s in told_s], 9.5) == told_s
+    stream = Device(Eager()).streams["to-device"]
+    points = [DoublePoint(stream, at=at_us) for at_us in (100_000, 150_000, 400_000)]
+    told = list(zip([1.0, 1.0, 1.1], points, strict=True))
+    assert layer_ends(told, 9.0) == pytest.approx([8.7, 8.75, 9.0])

@@ -181,18 +181,21 @@ def test_service_is_what_is_left_of_a_job_without_queueing_and_waiting(
 ) -> None:
     def run(job: Copy) -> int:
         time.sleep(0.05)
-        if job.name == "waits first":
-            queue.restart_clock()
+        if job.name == "held up":
             time.sleep(0.02)
+            queue.exclude(0.05)
+        if job.name == "told by a device":
+            queue.took(0.02)
         return job.n_pages
 
     queue = make_queue(run)
-    for name in ("plain", "waits first", "plain"):
+    for name in ("plain", "held up", "told by a device", "plain"):
         queue.submit(Copy(1, name))
     assert queue.wait(PATIENCE_S)
-    plain, waited, last = queue.acknowledge(3)
+    plain, held_up, told, last = queue.acknowledge(4)
     assert plain.service_s >= 0.05
-    assert 0.02 <= waited.service_s <= waited.seconds - 0.05
+    assert 0.02 <= held_up.service_s <= held_up.seconds - 0.05
+    assert 0.02 <= told.service_s <= told.seconds - 0.05
     assert last.seconds >= 0.17
     assert 0.05 <= last.service_s <= last.seconds - 0.12
 

@@ -25,6 +25,7 @@ from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.formats import TierFormats, tier_formats
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder, PrometheusRecorder
 from tiered_kv.plugin.cache.parts import CacheParts, HostReport, RankMinimum
+from tiered_kv.plugin.cache.pass_streams import launched_so_far, pass_holder
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.options.overlap import budget_share, rank_trace_file
 from tiered_kv.plugin.passes.pass_log import Pass, PassLog, draw_passes, pace_by_decodes
@@ -33,7 +34,7 @@ from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.cost_model import CostModel, PlacementCosts
 from tiered_kv.tiers.cold.local_pages import LocalStore
 from tiered_kv.tiers.context import TierContext
-from tiered_kv.tiers.device import After, PageCopier
+from tiered_kv.tiers.device import PageCopier
 from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
@@ -121,6 +122,9 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         observer=metrics,
         calibrator=None if cost_model is None else Calibrator(cost_model),
         order_after=tuple if on_cpu else lambda: launched_so_far(runner.forward_stream),
+        hold_passes=None
+        if on_cpu
+        else pass_holder(runner.forward_stream, overlaps=not args.disable_overlap_schedule),
         timeline=timeline,
         pacer=make_pacer(budget_share(args, on_cpu=on_cpu)),
     )
@@ -190,16 +194,6 @@ def make_pass_log(
     if context.pacer.is_wanted:
         observers.append(pace_by_decodes(context.pacer, cost_model))
     return PassLog(observers, synchronous=synchronous) if observers else None
-
-
-def launched_so_far(forward_stream: torch.cuda.Stream) -> After:
-    """A copy that waits for these sees all that forward passes launched until now have written."""
-    events = []
-    for stream in (torch.cuda.current_stream(), forward_stream):
-        event = torch.cuda.Event()
-        event.record(stream)
-        events.append(event)
-    return tuple(events)
 
 
 def name_namespace(

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from support_tiers.stream_double import Device, Eager
 from tiered_kv.core.config import HostConfig, TieredKVConfig
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.cache import build, device_copier
 from tiered_kv.plugin.cache.device_pool import DeviceBuffers
 from tiered_kv.plugin.cache.formats import TierFormats, tier_formats
 from tiered_kv.tiers import copy_paths
-from tiered_kv.tiers.copy_paths import CopySeconds, KernelPageCopier, TwoWayCopier
-from tiered_kv.tiers.device import CpuPageCopier, TorchPageCopier
-from tiered_kv.tiers.encoded_copier import EncodedTorchPageCopier
+from tiered_kv.tiers.bus_paths import DmaPath, KernelPath
+from tiered_kv.tiers.copy_paths import CopySeconds
+from tiered_kv.tiers.device import CpuPageCopier
 from tiered_kv.tiers.host import HostPool
+from tiered_kv.tiers.stream_copier import StreamPageCopier
 from tiered_kv.tiers.timeline import read_events
 
 PAGE_SIZE = 4
@@ -33,29 +35,30 @@ def pools(host_format: str = "raw") -> tuple[TierFormats, DeviceBuffers, HostPoo
     return formats, device, HostPool(formats.host, 16 * formats.host.slot_bytes)
 
 
-def dma_of(formats: TierFormats, device: DeviceBuffers, host: HostPool) -> TorchPageCopier:
-    if formats.host_layout is None:
-        return TorchPageCopier(PAGE_SIZE, device.layers, device.buffers, host.pages)
-    return EncodedTorchPageCopier(device.buffers, formats.host_layout, host.pages)
+def copier_of(host_format: str = "raw", copy_path: str = "auto") -> StreamPageCopier:
+    """As for an accelerator."""
+    streams = Device(Eager()).copy_streams
+    return device_copier.make_stream_copier(*pools(host_format), streams, copy_path)
 
 
 @pytest.mark.parametrize("host_format", ["raw", "fp8"])
 @pytest.mark.parametrize(
-    ("kernel", "kind"),
+    ("kernel", "down", "up"),
     [
-        (CopySeconds(0.1, 0.1), KernelPageCopier),
-        (CopySeconds(0.1, 9.0), TwoWayCopier),
-        (CopySeconds(9.0, 9.0), TorchPageCopier),
+        (CopySeconds(0.1, 0.1), KernelPath, KernelPath),
+        (CopySeconds(0.1, 9.0), KernelPath, DmaPath),
+        (CopySeconds(9.0, 0.1), DmaPath, KernelPath),
+        (CopySeconds(9.0, 9.0), DmaPath, DmaPath),
     ],
 )
-def test_the_copier_that_was_measured_to_be_faster(
+def test_each_direction_takes_the_path_that_was_measured_to_be_faster(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     host_format: str,
     kernel: CopySeconds,
-    kind: type,
+    down: type,
+    up: type,
 ) -> None:
-    formats, device, host = pools(host_format)
     real = copy_paths.measure
 
     def measure(*args: Any) -> dict[str, CopySeconds]:
@@ -65,27 +68,39 @@ def test_the_copier_that_was_measured_to_be_faster(
 
     monkeypatch.setattr(copy_paths, "measure", measure)
     caplog.set_level(logging.INFO)
-    dma = dma_of(formats, device, host)
-    copier = device_copier.choose_copier(dma, formats, device, host, None)
-    assert isinstance(copier, kind)
+    formats, device, host = pools(host_format)
+    streams = Device(Eager()).copy_streams
+    copier = device_copier.make_stream_copier(formats, device, host, streams)
+    assert (type(copier.down), type(copier.up)) == (down, up)
     assert copier.page_format == formats.host
     assert all(not buffer.any() for buffer in device.buffers)
     (line,) = [r.getMessage() for r in caplog.records if "GB/s" in r.getMessage()]
     assert "to the host by" in line
 
 
+@pytest.mark.parametrize(("name", "path"), [("dma", DmaPath), ("kernel", KernelPath)])
+def test_the_path_that_was_named_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, name: str, path: type
+) -> None:
+    monkeypatch.setattr(copy_paths, "measure", None)
+    copier = copier_of(copy_path=name)
+    assert (type(copier.down), type(copier.up)) == (path, path)
+    if path is DmaPath:
+        assert copier.down is not copier.up, "each direction has a block of its own"
+
+
 def test_where_kernels_do_not_run_it_is_dma(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    formats, device, host = pools()
-
     def broken(*args: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(KernelPageCopier, "to_host", broken)
-    dma = dma_of(formats, device, host)
-    assert device_copier.choose_copier(dma, formats, device, host, None) is dma
+    monkeypatch.setattr(device_copier, "warm_up", broken)
+    copier = copier_of()
+    assert (type(copier.down), type(copier.up)) == (DmaPath, DmaPath)
     assert "copied by DMA; kernels cannot (no compiler)" in caplog.text
+    with pytest.raises(ConfigError, match="kernels do not run here"):
+        copier_of(copy_path="kernel")
 
 
 def test_a_cpu_has_one_path() -> None:
@@ -104,8 +119,7 @@ def test_nobody_asks_for_passes_by_default() -> None:
 
 
 def test_a_timeline_wants_timed_copies(tmp_path: Path) -> None:
-    formats, device, host = pools()
-    copier = dma_of(formats, device, host)
+    copier = copier_of(copy_path="dma")
     args = SimpleNamespace(tiered_kv_trace_file=None)
     assert build.open_timeline(args, 0, copier) is None
     assert not copier.timed
