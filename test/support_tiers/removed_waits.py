@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator
 
 from support_tiers.stream_double import Eager, Random, Removed, Schedule, Stalled
-from support_tiers.stream_rig import PATHS, run_history
+from support_tiers.stream_rig import N_KINDS, PATHS, run_history
 from tiered_kv.tiers.streams import Wait
 
 ACTORS = ("schedule", "forward", "to-host", "to-device", "device-to-host", "host-to-device")
@@ -54,10 +54,15 @@ def adversaries() -> Iterator[Schedule]:
 
 
 def schedules(n: int) -> Iterator[tuple[int, Schedule]]:
-    """`n` seeds of histories with a schedule for each: adversaries first."""
+    """`n` seeds of histories with a schedule for each: every kind of history with each adversary,
+    in turn with random ones."""
     adverse = list(adversaries())
     for seed in range(n):
-        yield seed, adverse[seed] if seed < len(adverse) else Random(seed)
+        number, is_random = divmod(seed // N_KINDS, 2)
+        if is_random or number >= len(adverse):
+            yield seed, Random(seed)
+        else:
+            yield seed, adverse[number]
 
 
 def first_caught(removed: Removed, n: int, path: str) -> tuple[int, str] | None:

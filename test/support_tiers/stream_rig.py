@@ -139,6 +139,7 @@ class StreamRig(Rig):
             super().__init__(**sizes)
         finally:
             load_back.TransferQueue, write_back.TransferQueue = before  # type: ignore[misc]
+        self.stop_clock()
         self.allocator = self.context.allocator = HotPages(self.allocator.n_pages, self.page_size)
         self.host._slots = HotSlots(self.host.n_pages)
         self.events = HostReader()
@@ -291,6 +292,8 @@ PROMPTS = [
     for pages in ((1, 2, 3, 4), (1, 2, 5), (1, 6, 7, 8, 9), (10, 11), (10, 12, 13), (14, 15, 16))
 ]
 MAX_RUNNING = 4
+#: Of histories: some of them do much of something.
+N_KINDS = 4
 
 
 class Overlap:
@@ -314,14 +317,13 @@ class Overlap:
             self.fail: 0.7,
             self.read_from_disk: 1.0,
         }
-        # Each kind of history does much of something.
         often = (
             (),
             (self.fail, self.finish, self.read_from_disk),
             (self.fail, self.make_room),
             (self.compute_what_is_loaded, self.make_room),
         )
-        for step in often[seed % len(often)]:
+        for step in often[seed % N_KINDS]:
             self.steps[step] = 6.0
 
     def run(self, n_steps: int) -> None:
@@ -371,6 +373,8 @@ class Overlap:
     def compute_what_is_loaded(self) -> None:
         """Two of one prompt: one has computed all of it when the other loads it."""
         rig, prompt = self.rig, self.rng.choice(PROMPTS)
+        if self.rng.random() < 0.5:
+            rig.drop_from_device()
         own = rig.allocator.alloc(len(prompt) // rig.page_size * rig.page_size + rig.page_size)
         if own is None or len(rig.requests) >= MAX_RUNNING:
             if own is not None:
@@ -380,7 +384,7 @@ class Overlap:
         alone = Request(prompt, root, root, own, 0, 0, 0)
         rig.requests.append(alone)
         rig.forward(alone)
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.3:
             rig.admit(prompt)
         else:
             # For a batch that is never formed.
@@ -407,7 +411,7 @@ class Overlap:
         self.rig.read_from_disk(self.rng.choice(PROMPTS))
 
     def poll(self) -> None:
-        self.rig.hierarchy.poll()
+        self.rig.later(self.rng.choice((0.0, 0.0, 10.0)))
 
     def fail(self) -> None:
         """Some call of a copy, soon: anywhere between its first and its last."""

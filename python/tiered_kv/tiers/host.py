@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.tiers.host_memory import map_private
 from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.slots import PageIds, SlotAllocator
 
@@ -17,7 +17,7 @@ MIN_HOST_PAGES = 4
 
 
 class HostPool:
-    """`n_pages` slots of `slot_bytes` in one anonymous mapping (4 KiB aligned, for O_DIRECT).
+    """`n_pages` slots of `slot_bytes` in one anonymous mapping (aligned for O_DIRECT).
 
     pages: uint8 array of shape (n_pages, slot_bytes); a page's bytes are the first page_bytes.
     `register(address, n_bytes)` pins the mapping for DMA on a GPU; None leaves it pageable.
@@ -39,10 +39,8 @@ class HostPool:
                 f"{MIN_HOST_PAGES} pages are needed; raise --tiered-kv-host-size to "
                 f"{MIN_HOST_PAGES * self.slot_bytes} bytes or more"
             )
-        self._mapping = mmap.mmap(-1, n_pages * self.slot_bytes)
-        self.pages: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, dtype=np.uint8).reshape(
-            n_pages, self.slot_bytes
-        )
+        memory = map_private(n_pages * self.slot_bytes)
+        self.pages: npt.NDArray[np.uint8] = memory.reshape(n_pages, self.slot_bytes)
         self._slots = SlotAllocator(n_pages)
         # How many keep a slot beside the one who counts.
         self._others = np.zeros(n_pages, dtype=np.int16)

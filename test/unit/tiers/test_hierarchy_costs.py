@@ -159,7 +159,7 @@ def test_a_copy_that_hangs_is_an_answer_and_not_a_hang(
         hierarchy.flush()
     if direction == "up":
         with pytest.raises(TransferTimeoutError, match="to the device did not end"):
-            hierarchy.insert(hierarchy.root(), tokens_of(9), torch.arange(4))
+            hierarchy.insert(hierarchy.root(), PROMPT, torch.arange(16))
     rig.check()
     rig.copier.down.release()
     rig.copier.up.release()

@@ -146,6 +146,7 @@ def test_a_load_that_cannot_be_asked_for_costs_its_request_another_try(
     assert again.n_host == 0, "the next attempt is left out"
     end(rig, held)
     rig.drop_from_device()
+    rig.later(10.0)
     loaded = rig.admit(PROMPT)
     assert loaded is not None
     assert loaded.n_host == 16

@@ -32,15 +32,18 @@ from tiered_kv.plugin.passes.pass_log import Pass, PassLog, draw_passes, pace_by
 from tiered_kv.plugin.passes.step_times import StepTimes
 from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.cost_model import CostModel, PlacementCosts
+from tiered_kv.tiers import host_memory
 from tiered_kv.tiers.cold.local_pages import LocalStore
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import PageCopier
 from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.hierarchy import KVHierarchy
-from tiered_kv.tiers.host import HostPool
+from tiered_kv.tiers.host import MIN_HOST_PAGES, HostPool
+from tiered_kv.tiers.host_size import host_size
 from tiered_kv.tiers.interference import InterferenceBudget
 from tiered_kv.tiers.memory_limits import available_bytes
 from tiered_kv.tiers.pacing import WriteBackPacer
+from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.timeline import TimelineFile
 from tiered_kv.tiers.transfer import Collective, SingleRank
@@ -51,9 +54,6 @@ if TYPE_CHECKING:
     from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
 
 logger = logging.getLogger(__name__)
-
-#: Host memory that the pool must leave to everything else.
-HOST_RESERVE_BYTES = 1 << 30
 
 
 def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
@@ -82,7 +82,14 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
 
     host = HostPool(
         formats.host,
-        host_bytes(config, device.n_bytes, n_ranks=ctx.tp_size),
+        host_bytes(
+            config,
+            device.n_bytes,
+            formats.host,
+            # The ranks of one machine: they are spread evenly.
+            max(1, ctx.tp_size // ctx.server_args.nnodes),
+            make_collective(ctx),
+        ),
         register=None if on_cpu else register_for_dma,
     )
     args = ctx.server_args
@@ -145,24 +152,56 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     )
 
 
-def host_bytes(config: TieredKVConfig, device_bytes: int, n_ranks: int) -> int:
-    """The size of this rank's host pool. Raises ConfigError if the machine does not have it."""
-    size = config.host.size_bytes
-    if size is None:
-        size = int(config.host.ratio * device_bytes)
+def host_bytes(
+    config: TieredKVConfig,
+    device_bytes: int,
+    page_format: PageFormat,
+    n_ranks: int,
+    collective: Collective,
+) -> int:
+    """The size of this rank's host pool; n_ranks: on this machine.
+
+    Every rank must call it, and gets the same. Raises ConfigError if the machine does not have what
+    was asked for by its size.
+    """
     free = available_bytes()
-    if free is None:
-        return size
-    available = max(0, free - HOST_RESERVE_BYTES) // n_ranks
-    if size > available:
-        raise ConfigError(
-            f"the host tier wants {size / 1e9:.2f} GB per rank but only {available / 1e9:.2f} GB "
-            "of memory are free; lower --tiered-kv-host-size or --tiered-kv-host-ratio."
+    # Before any rank takes something: else the last to look would see what the others left.
+    (agreed,) = collective.minimum([-1 if free is None else free])
+    wished = int(config.host.ratio * device_bytes)
+    size = host_size(
+        named_bytes=config.host.size_bytes,
+        wished_bytes=wished,
+        least_bytes=MIN_HOST_PAGES * page_format.slot_bytes,
+        free_bytes=None if agreed < 0 else agreed,
+        n_ranks=n_ranks,
+    )
+    if config.host.size_bytes is None and size < wished:
+        logger.warning(
+            "Tiered KV: the host tier takes %.2f GB per rank instead of %.2f GB, %g times the "
+            "device's pool: %.2f GB of memory are free for %d of them.",
+            size / 1e9,
+            wished / 1e9,
+            config.host.ratio,
+            agreed / 1e9,
+            n_ranks,
         )
     return size
 
 
 def register_for_dma(address: int, n_bytes: int) -> None:
+    """Pins memory near the current device. Raises ConfigError.
+
+    In one piece: a copy must not cross from one registered piece to the next.
+    """
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    pci = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    try:
+        host_memory.prepare(address, n_bytes, host_memory.numa_node_of(pci))
+    except OSError as error:
+        raise ConfigError(
+            f"the host tier's {n_bytes / 1e9:.2f} GB are not there ({error}); lower "
+            "--tiered-kv-host-size."
+        ) from None
     status = torch.cuda.cudart().cudaHostRegister(address, n_bytes, 0)
     if int(status) != 0:
         raise ConfigError(

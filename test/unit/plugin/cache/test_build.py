@@ -14,37 +14,94 @@ from tiered_kv.core.config import HostConfig, TieredKVConfig
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.cache import build
 from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
+from tiered_kv.tiers import host_memory
+from tiered_kv.tiers.host_size import RESERVE_BYTES
+from tiered_kv.tiers.page_format import PageFormat
+from tiered_kv.tiers.transfer import SingleRank
 
 GB = 10**9
 
 
+FORMAT = PageFormat.of_buffers(16, [0, 0], [1024, 1024])
+
+
 @pytest.fixture(autouse=True)
 def twelve_gb_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "available_bytes", lambda: 12 * GB + build.HOST_RESERVE_BYTES)
+    monkeypatch.setattr(build, "available_bytes", lambda: 12 * GB + RESERVE_BYTES)
 
 
-def config(**host: object) -> TieredKVConfig:
-    return TieredKVConfig(host=HostConfig(**host))  # type: ignore[arg-type]
+def host_bytes(device_bytes: int, n_ranks: int = 1, **host: object) -> int:
+    config = TieredKVConfig(host=HostConfig(**host))  # type: ignore[arg-type]
+    return build.host_bytes(config, device_bytes, FORMAT, n_ranks, SingleRank())
 
 
 def test_the_size_is_the_one_given_or_a_multiple_of_the_device_pool() -> None:
-    assert build.host_bytes(config(size_bytes=3 * GB), 5 * GB, n_ranks=1) == 3 * GB
-    assert build.host_bytes(config(ratio=1.5), 4 * GB, n_ranks=1) == 6 * GB
+    assert host_bytes(5 * GB, size_bytes=3 * GB) == 3 * GB
+    assert host_bytes(4 * GB, ratio=1.5) == 6 * GB
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
-def test_more_than_the_machine_has_is_refused_in_a_sentence(n_ranks: int) -> None:
+def test_a_size_that_the_machine_does_not_have_is_refused_in_a_sentence(n_ranks: int) -> None:
     per_rank = 12 * GB // n_ranks
-    assert build.host_bytes(config(size_bytes=per_rank), 1, n_ranks) == per_rank
+    assert host_bytes(1, n_ranks, size_bytes=per_rank) == per_rank
     with pytest.raises(ConfigError, match=r"lower --tiered-kv-host-size"):
-        build.host_bytes(config(size_bytes=per_rank + 1), 1, n_ranks)
+        host_bytes(1, n_ranks, size_bytes=per_rank + 1)
+
+
+def test_a_multiple_that_the_machine_does_not_have_is_cut_and_it_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    free = 12 * GB + RESERVE_BYTES
+    assert host_bytes(100 * GB, n_ranks=2) == int(0.8 * free) // 2
+    assert "takes 5.23 GB per rank instead of 200.00 GB, 2 times" in caplog.text
+    assert "13.07 GB of memory are free for 2 of them" in caplog.text
+
+
+def test_all_ranks_go_by_what_the_one_sees_that_has_least() -> None:
+    class OthersSeeLess:
+        def minimum(self, values: list[int]) -> list[int]:
+            return [min(value, 5 * GB) for value in values]
+
+    config = TieredKVConfig(host=HostConfig())
+    taken = build.host_bytes(config, 100 * GB, FORMAT, 1, OthersSeeLess())
+    assert taken == 5 * GB - RESERVE_BYTES
 
 
 def test_a_machine_that_does_not_say_what_it_has_is_trusted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(build, "available_bytes", lambda: None)
-    assert build.host_bytes(config(size_bytes=99 * GB), 1, n_ranks=1) == 99 * GB
+    assert host_bytes(1, size_bytes=99 * GB) == 99 * GB
+
+
+def test_memory_is_there_before_it_is_pinned_and_near_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[object, ...]] = []
+    gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1B, pci_device_id=0)
+    status = [0]
+
+    def register(address: int, n_bytes: int, flags: int) -> int:
+        calls.append(("register", address, n_bytes, flags))
+        return status[0]
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {3: gpu}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(host_memory, "numa_node_of", {"0000:1b:00.0": 1}.__getitem__)
+    monkeypatch.setattr(host_memory, "prepare", lambda *args: calls.append(("prepare", *args)))
+    build.register_for_dma(4096, 8192)
+    assert calls == [("prepare", 4096, 8192, 1), ("register", 4096, 8192, 0)]
+    status[0] = 2
+    with pytest.raises(ConfigError, match=r"cannot be pinned \(CUDA error 2\)"):
+        build.register_for_dma(4096, 8192)
+
+    def no_memory(*args: object) -> None:
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(host_memory, "prepare", no_memory)
+    with pytest.raises(ConfigError, match="are not there"):
+        build.register_for_dma(4096, 8192)
 
 
 def make_mha() -> MHATokenToKVPool:
