@@ -106,16 +106,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     metrics = make_metrics(ctx)
     forest = Forest(params.page_size)
     cost_model = build_cost_model(ctx, pool, formats.host)
-    costs = None
-    if cost_model is not None:
-        costs = PlacementCosts(
-            cost_model,
-            bytes_per_token=formats.device.token_bytes,
-            tier_bytes_per_token={
-                Tier.HOST: formats.host.token_bytes,
-                Tier.DISK: formats.disk.token_bytes,
-            },
-        )
+    costs = None if cost_model is None else placement_costs(cost_model, formats)
     runner = ctx.tp_worker.model_runner
     context = TierContext(
         forest=forest,
@@ -149,6 +140,17 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         pass_log=make_pass_log(context, cost_model, synchronous=on_cpu),
         residency=residency,
         cost_model=cost_model,
+    )
+
+
+def placement_costs(cost_model: CostModel, formats: TierFormats) -> PlacementCosts:
+    return PlacementCosts(
+        cost_model,
+        bytes_per_token=formats.device.token_bytes,
+        tier_bytes_per_token={
+            Tier.HOST: formats.host.token_bytes,
+            Tier.DISK: formats.disk.token_bytes,
+        },
     )
 
 

@@ -37,6 +37,10 @@ class Rule:
         return f"--tiered-kv does not support {self.subject}; {self.remedy}."
 
 
+def _prefill_graphs(server_args: Any) -> str:
+    return str(server_args.cuda_graph_config.prefill.backend)
+
+
 def _option(flag: str, applies: Callable[[Any], bool]) -> Rule:
     return Rule(applies, flag, f"drop {flag} or --tiered-kv")
 
@@ -96,6 +100,9 @@ SERVER_ARGS_RULES: tuple[Rule, ...] = (
     ),
 )
 
+#: Backends of prefill's graphs that leave attention outside.
+PREFILL_GRAPHS = ("breakable", "tc_piecewise", "disabled")
+
 HICACHE_OPTIONS = (
     "hicache_size",
     "hicache_ratio",
@@ -116,6 +123,13 @@ RESOLVED_RULES: tuple[Rule, ...] = (
         lambda a: a.chunked_prefill_size > 0 and a.chunked_prefill_size % a.page_size != 0,
         "a --chunked-prefill-size that is no multiple of the page size",
         "choose a multiple of --page-size, which is 64 unless you gave another",
+    ),
+    Rule(
+        # Attention must be launched by Python, which waits for the layer of a load. ("full" replays
+        # whole passes: they would read KV that has not arrived.)
+        lambda a: a.device == "cuda" and _prefill_graphs(a) not in PREFILL_GRAPHS,
+        "--cuda-graph-backend-prefill full",
+        "use --cuda-graph-backend-prefill breakable",
     ),
     Rule(
         lambda a: not a.enable_hierarchical_cache,

@@ -16,6 +16,11 @@ from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.options import refusals
 
 
+def prefill_graphs(backend: str) -> SimpleNamespace:
+    """SGLang's resolved configuration of CUDA graphs."""
+    return SimpleNamespace(prefill=SimpleNamespace(backend=backend))
+
+
 @dataclasses.dataclass
 class Arguments:
     """What the rules read, with SGLang's defaults."""
@@ -59,6 +64,7 @@ class Arguments:
     enable_return_routed_experts: bool = False
     enable_return_indexer_topk: bool = False
     enable_mixed_chunk: bool = False
+    cuda_graph_config: Any = dataclasses.field(default_factory=lambda: prefill_graphs("breakable"))
     hicache_size: int = 0
     hicache_ratio: float = 2.0
     hicache_write_policy: str = "write_through"
@@ -120,6 +126,9 @@ def one_sentence(error: pytest.ExceptionInfo[ConfigError]) -> str:
 def test_defaults_are_accepted() -> None:
     refusals.check_server_args(Arguments())
     refusals.check_resolved(Arguments(radix_cache_backend="tiered_kv"))
+    for graphs in ("tc_piecewise", "disabled"):
+        refusals.check_resolved(Arguments(cuda_graph_config=prefill_graphs(graphs)))
+    refusals.check_resolved(Arguments(device="cpu", cuda_graph_config=None))
 
 
 @pytest.mark.parametrize(
@@ -157,6 +166,8 @@ def test_every_rule_has_a_case() -> None:
     ("resolved", "words"),
     [
         ({"device": "npu"}, "this device"),
+        ({"cuda_graph_config": prefill_graphs("full")}, "--cuda-graph-backend-prefill full"),
+        ({"cuda_graph_config": prefill_graphs("novel")}, "--cuda-graph-backend-prefill full"),
         ({"chunked_prefill_size": 100}, "multiple of the page size"),
         ({"enable_hierarchical_cache": False}, "forbids a hierarchical cache"),
         ({"speculative_algorithm": "NEXTN"}, "--speculative-algorithm"),

@@ -58,7 +58,8 @@ ARGUMENTS = (
         "enable_return_routed_experts enable_return_indexer_topk "
         "schedule_policy kv_canary hicache_size hicache_ratio hicache_write_policy "
         "hicache_storage_backend hicache_storage_backend_extra_config "
-        "hicache_storage_prefetch_policy device chunked_prefill_size model_path served_model_name",
+        "hicache_storage_prefetch_policy device chunked_prefill_size model_path served_model_name "
+        "cuda_graph_config disable_overlap_schedule",
         "start.server_args options.policies options.refusals start.unavailable cache.build",
     ),
     function(
