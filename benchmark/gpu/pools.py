@@ -102,7 +102,8 @@ class OurMover:
 
     def to_device(self, n_tokens: int) -> None:
         pages = np.arange(n_tokens // self._page, dtype=np.int64)
-        self._copier.to_device(pages, self.slots[:n_tokens], (), lambda _layer, _event: None)
+        slots = self.slots[:n_tokens]
+        self._copier.begin_to_device(pages, slots, (), lambda _layer, _point: None).finish()
 
     def close(self) -> None:
         if self._is_pinned:

@@ -1,11 +1,11 @@
 """The order of copies and forward passes on a device, under schedules that nobody would wish for.
 
-A history (`support_tiers.stream_rig`) is what a scheduler does while passes and copies run late:
-KV is written to the host that is still being computed, pages are freed and given to others while
-they are copied, requests are retracted, parked, and come back, loads follow each other, are made
-for nobody, or fail in their middle. Passes look at every byte that they read, the host at every
-page that it has. The device (`stream_double`) does the work in any order that the waits allow; a
-wait that is left out must show.
+A history (`support_tiers.overlap_history`) is what a scheduler does while passes and copies run
+late: KV is written to the host that is still being computed, pages are freed and given to others
+while they are copied, requests are retracted, parked, and come back, loads follow each other, are
+made for nobody, or fail in their middle. Passes look at every byte that they read, the host at
+every page that it has. The device (`stream_double`) does the work in any order that the waits
+allow; a wait that is left out must show.
 
 TIERED_KV_PROPERTY_EXAMPLES raises the number of histories.
 """
@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from support_tiers.overlap_history import run_history
 from support_tiers.removed_waits import NEEDED, first_caught, name_of, schedules
 from support_tiers.stream_double import Removed
-from support_tiers.stream_rig import PATHS, run_history
+from support_tiers.stream_rig import PATHS
 from tiered_kv.tiers.streams import Wait
 
 pytestmark = pytest.mark.timeout(600)

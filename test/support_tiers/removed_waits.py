@@ -11,8 +11,9 @@ import itertools
 import logging
 from collections.abc import Iterator
 
+from support_tiers.overlap_history import N_KINDS, run_history
 from support_tiers.stream_double import Eager, Random, Removed, Schedule, Stalled
-from support_tiers.stream_rig import N_KINDS, PATHS, run_history
+from support_tiers.stream_rig import PATHS
 from tiered_kv.tiers.streams import Wait
 
 ACTORS = ("schedule", "forward", "to-host", "to-device", "device-to-host", "host-to-device")

@@ -44,7 +44,9 @@ class DmaPath:
         self._pool = pool
         self._host = torch.from_numpy(host)
         n_bytes = max(block_bytes, self.layout.page_bytes)
-        self._block = torch.empty(n_bytes, dtype=torch.uint8, device=pool.device)
+        # Threads write to it that are not in inference mode.
+        with torch.inference_mode(False):
+            self._block = torch.empty(n_bytes, dtype=torch.uint8, device=pool.device)
 
     @property
     def block_bytes(self) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from support_tiers.stream_rig import PROMPTS, StreamRig
+from support_tiers.overlap_history import PROMPTS
+from support_tiers.stream_rig import StreamRig
 from support_tiers.tier_rig import Request, on_host
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency

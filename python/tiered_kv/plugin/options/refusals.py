@@ -201,7 +201,7 @@ def check_server_args(server_args: Any) -> None:
             "caches; drop one of them."
         )
     _refuse_hicache_options(server_args)
-    _refuse_other_trees()
+    _refuse_by_environment(server_args)
 
 
 def check_one_orders_the_queue(server_args: Any) -> None:
@@ -273,9 +273,15 @@ def _refuse_hicache_options(server_args: Any) -> None:
             )
 
 
-def _refuse_other_trees() -> None:
+def _refuse_by_environment(server_args: Any) -> None:
     from sglang.srt.environ import envs
 
     for name in ("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "SGLANG_ENABLE_UNIFIED_RADIX_TREE"):
         if getattr(envs, name).get():
             raise ConfigError(f"{name} and --tiered-kv are two caches; unset {name}.")
+    if server_args.device != "cpu" and envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get():
+        # Whoever copies goes by the size of the buffers.
+        raise ConfigError(
+            "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING makes KV buffers larger than the memory behind "
+            "them, which --tiered-kv does not know of; unset it."
+        )

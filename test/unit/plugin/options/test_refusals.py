@@ -200,6 +200,13 @@ def test_other_trees_chosen_by_environment(monkeypatch: pytest.MonkeyPatch, name
         refusals.check_server_args(Arguments())
 
 
+def test_buffers_with_less_memory_than_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "1")
+    with pytest.raises(ConfigError, match="larger than the memory behind them"):
+        refusals.check_server_args(Arguments())
+    refusals.check_server_args(Arguments(device="cpu"))
+
+
 def build_context(**facts: Any) -> SimpleNamespace:
     """A TreeCacheBuildContext's facts about a plain causal model, changed by `facts`."""
     model = {"is_multimodal": False, "is_encoder_decoder": False, "is_generation": True}

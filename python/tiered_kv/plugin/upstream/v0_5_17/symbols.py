@@ -87,7 +87,8 @@ ARGUMENTS = (
     object_(f"{SRT}.entrypoints.engine.Engine", "server_args_class", "start.entry"),
     object_(
         f"{SRT}.environ.envs",
-        "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE SGLANG_ENABLE_UNIFIED_RADIX_TREE",
+        "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE SGLANG_ENABLE_UNIFIED_RADIX_TREE "
+        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
         "options.refusals",
     ),
 )
