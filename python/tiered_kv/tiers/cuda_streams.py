@@ -87,6 +87,8 @@ class CudaStream:
 
 
 def open_streams(device: torch.device) -> CopyStreams:
+    """Raises OSError if CUDA's runtime library is not where torch has it."""
+    _memcpy_2d()
     return CopyStreams(
         to_host=CudaStream(torch.cuda.Stream(device)),
         to_device=CudaStream(torch.cuda.Stream(device, priority=LOAD_PRIORITY)),

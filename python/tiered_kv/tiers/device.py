@@ -6,7 +6,7 @@ The pool belongs to the engine; this module only reads and writes pages of it. A
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -133,7 +133,7 @@ def byte_pages(buffer: torch.Tensor, page_size: int) -> torch.Tensor:
 Piece = TypeVar("Piece")
 
 
-class HostCopier(Generic[Piece]):
+class HostCopier(ABC, Generic[Piece]):
     """For a device pool that lies in main memory: copies on the transfer thread.
 
     The loops of both kinds of them, which differ in what they move at a time.

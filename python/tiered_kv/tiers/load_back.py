@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -41,7 +42,7 @@ class DeviceLoad:
 
     loads: tuple[Loading, ...]
     host_pages: PageIds
-    device_slots: torch.Tensor
+    device_slots: torch.Tensor | None
     """Kept until the load is acknowledged: a stream may still read it."""
     batch: LoadBatch
     copying: Copying
@@ -174,10 +175,17 @@ class LoadBack:
             told.append((time.perf_counter(), point))
 
         host_pages = np.concatenate([load.host_pages for load in loads])
-        # Before `order_after`: on a GPU the copy's stream must wait for this, too.
-        device_slots = torch.cat([load.device_slots for load in loads])
-        after = self._context.order_after()
-        copying = self._context.copier.begin_to_device(host_pages, device_slots, after, layer_done)
+        device_slots: torch.Tensor | None = None
+        try:
+            # Before `order_after`: on a GPU the copy's stream must wait for this, too.
+            device_slots = torch.cat([load.device_slots for load in loads])
+            after = self._context.order_after()
+            copying = self._context.copier.begin_to_device(
+                host_pages, device_slots, after, layer_done
+            )
+        except Exception as error:
+            # No memory, for one thing. It costs who counts on the load, and nobody else.
+            copying = Copying(partial(_fail, error), error)
         if copying.error is not None:
             # Before the pass that counts on it runs: it is asked right after that.
             batch.fail()
@@ -280,3 +288,7 @@ class LoadBack:
             for _, slots in context.forest.abort_transfer(load.op, Tier.DEVICE):
                 context.allocator.free(cast(DeviceSlots, slots).tensor)
         self._back_off.failed(context.now_s)
+
+
+def _fail(error: Exception) -> None:
+    raise error

@@ -154,6 +154,28 @@ def test_a_load_that_cannot_be_asked_for_costs_its_request_another_try(
     end(rig, held)
 
 
+def test_without_memory_for_the_indices_either(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, held = make_rig()
+    on_host(rig, PROMPT)
+
+    def no_memory() -> None:
+        raise MemoryError("the device has no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.context, "order_after", no_memory)
+        assert rig.hierarchy.load_back.load(rig.hierarchy.match(rig.hierarchy.root(), PROMPT).last)
+        assert rig.hierarchy.load_back.start() == -1
+    rig.hierarchy.poll()
+    assert rig.usable(PROMPT) == (0, 4)
+    rig.later(10.0)
+    loaded = rig.admit(PROMPT)
+    assert loaded is not None
+    assert loaded.n_host == 16
+    end(rig, held)
+
+
 @pytest.mark.parametrize("n_calls", range(2))
 def test_a_write_that_cannot_be_asked_for_costs_the_copy(make_rig: MakeRig, n_calls: int) -> None:
     rig, held = make_rig()
