@@ -308,7 +308,7 @@ def test_loads_that_go_on_failing_are_tried_ever_more_seldom(make_rig: MakeRig) 
     assert_loaded(rig)
     rig.copier.up.errors_to_come.append(OSError("once more"))
     assert rig.admit(PROMPT) is None
-    rig.later(FIRST_S)
+    rig.later(FIRST_S + 1e-3)
     assert_loaded(rig)
     rig.check_idle()
 
