@@ -7,10 +7,10 @@ memory.
 
 Measured: opening a full store of ten million pages, and how long another thread of the process had
 to wait meanwhile; then for `--seconds` writes as fast as the device takes them, which must reclaim
-as much as they bring, beside reads and a thread that looks pages up as a scheduler does: the
-longest time in which nothing was written, the longest lookup; closing after pages all over the
-store were read; clearing. Beside what took long it says what the machine had to do with it (see
-`delays.py`).
+as much as they bring, beside reads, a thread that looks pages up as a scheduler does and a full
+pass of the garbage collector: the longest time in which nothing was written, the longest lookup;
+closing after pages all over the store were read; clearing. Beside what took long it says what the
+machine had to do with it (see `delays.py`).
 
 Example: python benchmark/micro/disk_at_scale.py --json benchmark/results/disk_at_scale.json
 """
@@ -18,6 +18,7 @@ Example: python benchmark/micro/disk_at_scale.py --json benchmark/results/disk_a
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import mmap
@@ -34,7 +35,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from delays import BEAT_S, Control, Distribution, Pulse, Times, slowest_call
+from delays import (
+    BEAT_S,
+    Control,
+    Distribution,
+    Pulse,
+    Times,
+    slowest_call,
+    slowest_collection,
+)
 from disk_index import current_rss, settle_index
 
 from tiered_kv.core.units import MIB
@@ -147,6 +156,8 @@ class Result:
     control: Distribution | None = None
     """By how much a process that slept for a millisecond slept too long, beside the writes."""
     longest_choice_of_victim_ms: float = 0.0
+    longest_collection_ms: float = 0.0
+    """Of the garbage collector, beside the writes, in CPU time."""
     pages_read: int = 0
     save_order_of_use_and_close_s: float = 0.0
     clear_ms: float = 0.0
@@ -279,6 +290,7 @@ class Scale:
         before = store.stats()
         choosing = slowest_call(store._keeper._reclaimer, "_choose_victim")
         allocating = slowest_call(store._space, "allocate")
+        collecting = slowest_collection()
 
         def look_up() -> None:
             first = choose.randrange(self._pages)
@@ -296,6 +308,7 @@ class Scale:
         control = Control()
         with Pulse(look_up) as pulse:
             reader.start()
+            threading.Timer(self._options.seconds / 2, gc.collect).start()
             while time.perf_counter() < deadline:
                 writes.write()
             reader.join()
@@ -312,6 +325,7 @@ class Scale:
         result.moved_pages = after.moved_pages - before.moved_pages
         result.lookups = pulse.distribution()
         result.longest_choice_of_victim_ms = choosing[0] * 1e3
+        result.longest_collection_ms = collecting[0] * 1e3
         result.pages_read = after.reads - before.reads
 
     def _close(self, store: DiskStore, ns: DiskNamespace, result: Result) -> None:

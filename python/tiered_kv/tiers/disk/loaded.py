@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
@@ -62,15 +61,14 @@ class Loaded:
         entries.is_recorded = True
         return entries, is_new
 
-    def add_segment(self, row: SegmentRow, path: Path) -> None:
+    def add_segment(self, row: SegmentRow) -> None:
         """A segment whose file is whole."""
         self.next_segment = max(self.next_segment, row.number + 1)
         if row.generation != self.catalog.generation:
             self.condemned.append(Condemned(row.number, row.record_bytes, row.slots))
             return
-        self.segments[row.number] = Segment(
-            row.number, path, row.record_bytes, row.slots, self.catalog.ages
-        )
+        ages = self.catalog.ages
+        self.segments[row.number] = Segment(row.number, row.record_bytes, row.slots, ages)
 
     def add_lost(self, number: int) -> None:
         self.next_segment = max(self.next_segment, number + 1)
@@ -121,7 +119,7 @@ class Loaded:
         table, left_out = PageTable.build(keys, locations, self._is_newer)
         for loc in left_out:
             segment, slot = self.segments[segment_of(loc)], slot_of(loc)
-            self.n_pages[segment.owners[slot]] -= 1
+            self.n_pages[segment.owner(slot)] -= 1
             segment.drop(slot)
         return table
 
@@ -129,7 +127,7 @@ class Loaded:
         return self._access(first) < self._access(second)
 
     def _access(self, loc: int) -> int:
-        return self.segments[segment_of(loc)].access[slot_of(loc)]
+        return self.segments[segment_of(loc)].used(slot_of(loc))
 
     def _set_states(self) -> None:
         for segment in self.segments.values():
@@ -142,7 +140,7 @@ class Loaded:
         """What counts as old, and how old each segment's pages are."""
         times = [np.zeros(0, np.uint64)]
         for segment in self.segments.values():
-            access = segment.accesses()
+            access = segment.access
             times.append(access[access > 0] >> np.uint64(1))
         newest = [int(some.max()) if len(some) else 0 for some in times]
         self.catalog.clock = max(newest) + 1

@@ -130,7 +130,7 @@ def _load_segment(files: SegmentFiles, loaded: Loaded, row: SegmentRow) -> None:
     if not (is_possible and files.has_size(path, n_bytes)):
         loaded.add_lost(row.number)
     else:
-        loaded.add_segment(row, path)
+        loaded.add_segment(row)
 
 
 @contextlib.contextmanager
@@ -154,7 +154,7 @@ def _rebuild(index: PageIndex, files: SegmentFiles, generation: int | None) -> L
     for scanned in scan_segments(files.directory):
         if loaded is None:
             loaded = Loaded(generation, [scanned.header.generation])
-        _add_scanned(index, files, loaded, scanned)
+        _add_scanned(index, loaded, scanned)
     loaded = loaded or Loaded(generation, [])
     _delete_strays(files, loaded)
     index.set_meta(COMPLETE_META, 1)
@@ -167,12 +167,10 @@ def _rebuild(index: PageIndex, files: SegmentFiles, generation: int | None) -> L
     return loaded
 
 
-def _add_scanned(
-    index: PageIndex, files: SegmentFiles, loaded: Loaded, scanned: ScannedSegment
-) -> None:
+def _add_scanned(index: PageIndex, loaded: Loaded, scanned: ScannedSegment) -> None:
     header = scanned.header
     row = SegmentRow(header.number, header.record_bytes, header.slots, header.generation)
-    loaded.add_segment(row, files.path(header.number))
+    loaded.add_segment(row)
     index.put_segment(row)
     if header.number not in loaded.segments:
         return

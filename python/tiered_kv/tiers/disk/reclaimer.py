@@ -101,8 +101,7 @@ class Reclaimer:
         except BaseException:
             self._space.forget_file(record_bytes, slots)
             raise
-        path = self._files.path(number)
-        segment = Segment(number, path, record_bytes, slots, self._catalog.ages)
+        segment = Segment(number, record_bytes, slots, self._catalog.ages)
         self._space.add_new(segment, generation)
 
     def _reclaim(self, record_bytes: int) -> bool:
