@@ -57,6 +57,8 @@ from tiered_kv.tiers.disk.store import DiskStore
 
 NAMESPACE = hashlib.sha256(b"benchmark").digest()
 FREE_SEGMENTS = 4
+_HEADER_BYTES = 256
+"""More of a block no record's header takes."""
 READ_SHARE = 0.2
 """Of the pages that are there at the start, so many were read since they were written."""
 
@@ -74,7 +76,8 @@ class SimulatedDisk(IoOps):
         self._bytes_per_s = bytes_per_s
         self._digest = checksum(bytes(page_bytes))
         self._numbers: dict[int, int] = {}
-        self._headers: dict[tuple[int, int], bytes] = {}
+        # By segment, in one piece: many objects would cost the garbage collector time.
+        self._headers: dict[int, bytearray] = {}
         self._lock = threading.Lock()
         self._busy_until = 0.0
 
@@ -92,7 +95,10 @@ class SimulatedDisk(IoOps):
         at = offset
         for buffer in buffers:
             if len(buffer) == BLOCK_BYTES:
-                self._headers[self._numbers[fd], at] = bytes(buffer[:256])
+                number = self._numbers[fd]
+                if number not in self._headers:
+                    self._headers[number] = bytearray(_HEADER_BYTES * self._slots)
+                self._headers[number][self._place(at)] = buffer[:_HEADER_BYTES]
             at += len(buffer)
         self._take_time(at - offset)
         return at - offset
@@ -103,18 +109,24 @@ class SimulatedDisk(IoOps):
         at = offset
         for buffer in buffers:
             if len(buffer) == BLOCK_BYTES:
-                written = self._headers.get((self._numbers[fd], at))
-                if written is None:
-                    pack_record(buffer, self._first_header(self._numbers[fd], at))
+                written = self._headers.get(self._numbers[fd], b"")[self._place(at)]
+                if any(written):
+                    buffer[:_HEADER_BYTES] = written
                 else:
-                    buffer[:256] = written
+                    pack_record(buffer, self._first_header(self._numbers[fd], at))
             at += len(buffer)
         self._take_time(at - offset)
         return at - offset
 
+    def _place(self, offset: int) -> slice:
+        first = self._slot(offset) * _HEADER_BYTES
+        return slice(first, first + _HEADER_BYTES)
+
+    def _slot(self, offset: int) -> int:
+        return (offset - BLOCK_BYTES) // (BLOCK_BYTES + self._page_bytes)
+
     def _first_header(self, number: int, offset: int) -> RecordHeader:
-        slot = (offset - BLOCK_BYTES) // (BLOCK_BYTES + self._page_bytes)
-        name = page_name(number * self._slots + slot)
+        name = page_name(number * self._slots + self._slot(offset))
         return RecordHeader(NAMESPACE, name, self._page_bytes, 1, self._digest)
 
     def _take_time(self, n_bytes: int) -> None:
