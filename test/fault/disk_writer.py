@@ -9,9 +9,9 @@ Python. The child prints `ready` once the store is open, and then, as it happens
     w DONE BEGUN SEED ...   these pages were acknowledged in one call, which began after DONE clears
                             were over, and ended before more than BEGUN had begun
     b BEGUN                 the clear of this number is about to begin
-    k NAME ...              pages that are stored now (the first 8 bytes of their names)
+    k NAME ...              pages that can be read now (the first 8 bytes of their names)
     x PLACE                 it kills itself now, in this place; in the middle of a reclaim, which is
-                            what gives pages up, after it has said which are stored
+                            what gives pages up, after it has said which can be read
 
 Three threads write, pages of two sizes, in batches and after pauses of random length; one reads,
 one clears and one closes the store (if the order says so). A child either kills itself, with
@@ -104,10 +104,11 @@ class Fate:
         """Once it is open."""
 
     def strike(self, place: str) -> None:
+        self._place, self._left = "over", None
         with SAYING:
             if self.store is not None and place in ("reclaim", CARRY):
                 # The keeper is here, or waits for us: nothing is given up from now on.
-                names = (h for ns in self.store.namespaces() for h in ns.hashes())
+                names = readable_pages(self.store)
                 write_line(" ".join(("k", *(name[:NAME_BYTES].hex() for name in names))))
             write_line(f"x {place}")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -134,9 +135,19 @@ class Fate:
 
     def _is_due(self) -> bool:
         with self._lock:
-            assert self._left is not None
+            if self._left is None:
+                return False
             self._left -= 1
             return self._left <= 0
+
+
+def readable_pages(store: DiskStore) -> list[bytes]:
+    """An earlier rebuild may have found what a kill had cut off, and nobody has read it since."""
+    names = []
+    for ns in store.namespaces():
+        buffer = memoryview(mmap.mmap(-1, ns.slot_bytes))
+        names += [name for name in ns.hashes() if ns.check_pages([name], [buffer])[0]]
+    return names
 
 
 def callers() -> Iterator[CodeType]:

@@ -125,7 +125,7 @@ class Said:
         self.pages: dict[int, tuple[int, int]] = {}
         self.n_clears = 0
         self.stored: set[str] = set()
-        """The beginnings of the names of all pages that were stored at the end, if it said so."""
+        """The beginnings of the names of all pages that could be read at the end, if it said so."""
         self.is_ready = "ready" in lines
         self.place = "anywhere" if self.is_ready else "start"
         for line in lines:
