@@ -9,6 +9,7 @@ Run by itself it is such a process: `python delays.py` beats until its input end
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -115,6 +116,23 @@ def slowest_call(owner: object, name: str) -> list[float]:
             longest[0] = max(longest[0], time.perf_counter() - started)
 
     setattr(owner, name, timed)
+    return longest
+
+
+def slowest_collection() -> list[float]:
+    """The longest pass of the garbage collector from now on is in the list that is returned: CPU
+    time of the thread that makes it, while no other thread has the interpreter."""
+    longest = [0.0]
+    began = 0.0
+
+    def note(phase: str, _: object) -> None:
+        nonlocal began
+        if phase == "start":
+            began = time.thread_time()
+        else:
+            longest[0] = max(longest[0], time.thread_time() - began)
+
+    gc.callbacks.append(note)
     return longest
 
 

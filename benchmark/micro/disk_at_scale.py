@@ -7,10 +7,10 @@ memory.
 
 Measured: opening a full store of ten million pages, and how long another thread of the process had
 to wait meanwhile; then for `--seconds` writes as fast as the device takes them, which must reclaim
-as much as they bring, beside reads and a thread that looks pages up as a scheduler does: the
-longest time in which nothing was written, the longest lookup; closing after pages all over the
-store were read; clearing. Beside what took long it says what the machine had to do with it (see
-`delays.py`).
+as much as they bring, beside reads, a thread that looks pages up as a scheduler does and a full
+pass of the garbage collector: the longest time in which nothing was written, the longest lookup;
+closing after pages all over the store were read; clearing. Beside what took long it says what the
+machine had to do with it (see `delays.py`).
 
 Example: python benchmark/micro/disk_at_scale.py --json benchmark/results/disk_at_scale.json
 """
@@ -18,7 +18,7 @@ Example: python benchmark/micro/disk_at_scale.py --json benchmark/results/disk_a
 from __future__ import annotations
 
 import argparse
-import hashlib
+import gc
 import json
 import mmap
 import os
@@ -34,86 +34,29 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from delays import BEAT_S, Control, Distribution, Pulse, Times, slowest_call
+from delays import (
+    BEAT_S,
+    Control,
+    Distribution,
+    Pulse,
+    Times,
+    slowest_call,
+    slowest_collection,
+)
 from disk_index import current_rss, settle_index
+from simulated_disk import NAMESPACE, SimulatedDisk, page_name
 
 from tiered_kv.core.units import MIB
 from tiered_kv.tiers.disk.budget import Budget
 from tiered_kv.tiers.disk.index import NamespaceRow, PageIndex, SegmentRow
-from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.namespace import DiskNamespace
-from tiered_kv.tiers.disk.record import BLOCK_BYTES, ID_BYTES, RecordHeader, checksum, pack_record
+from tiered_kv.tiers.disk.record import BLOCK_BYTES
 from tiered_kv.tiers.disk.segment import PageRun, location
 from tiered_kv.tiers.disk.store import DiskStore
 
-NAMESPACE = hashlib.sha256(b"benchmark").digest()
 FREE_SEGMENTS = 4
 READ_SHARE = 0.2
 """Of the pages that are there at the start, so many were read since they were written."""
-
-
-def page_name(number: int) -> bytes:
-    return hashlib.blake2b(number.to_bytes(8, "little"), digest_size=ID_BYTES).digest()
-
-
-class SimulatedDisk(IoOps):
-    """Every page holds zeros, so that a record is told by its header alone."""
-
-    def __init__(self, page_bytes: int, slots: int, bytes_per_s: float) -> None:
-        self._page_bytes = page_bytes
-        self._slots = slots
-        self._bytes_per_s = bytes_per_s
-        self._digest = checksum(bytes(page_bytes))
-        self._numbers: dict[int, int] = {}
-        self._headers: dict[tuple[int, int], bytes] = {}
-        self._lock = threading.Lock()
-        self._busy_until = 0.0
-
-    def open(self, path: Path, flags: int) -> int:
-        fd = super().open(path, flags & ~os.O_DIRECT)
-        self._numbers[fd] = int(path.stem) if path.stem.isdecimal() else -1
-        return fd
-
-    def allocate(self, fd: int, n_bytes: int) -> None:
-        os.ftruncate(fd, n_bytes)
-
-    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        if self._numbers[fd] < 0 or offset == 0:
-            return super().pwritev(fd, buffers, offset)
-        at = offset
-        for buffer in buffers:
-            if len(buffer) == BLOCK_BYTES:
-                self._headers[self._numbers[fd], at] = bytes(buffer[:256])
-            at += len(buffer)
-        self._take_time(at - offset)
-        return at - offset
-
-    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        if self._numbers[fd] < 0:
-            return super().preadv(fd, buffers, offset)
-        at = offset
-        for buffer in buffers:
-            if len(buffer) == BLOCK_BYTES:
-                written = self._headers.get((self._numbers[fd], at))
-                if written is None:
-                    pack_record(buffer, self._first_header(self._numbers[fd], at))
-                else:
-                    buffer[:256] = written
-            at += len(buffer)
-        self._take_time(at - offset)
-        return at - offset
-
-    def _first_header(self, number: int, offset: int) -> RecordHeader:
-        slot = (offset - BLOCK_BYTES) // (BLOCK_BYTES + self._page_bytes)
-        name = page_name(number * self._slots + slot)
-        return RecordHeader(NAMESPACE, name, self._page_bytes, 1, self._digest)
-
-    def _take_time(self, n_bytes: int) -> None:
-        with self._lock:
-            now = time.monotonic()
-            self._busy_until = max(self._busy_until, now) + n_bytes / self._bytes_per_s
-            wait_s = self._busy_until - now
-        time.sleep(wait_s)
 
 
 @dataclass
@@ -147,6 +90,8 @@ class Result:
     control: Distribution | None = None
     """By how much a process that slept for a millisecond slept too long, beside the writes."""
     longest_choice_of_victim_ms: float = 0.0
+    longest_collection_ms: float = 0.0
+    """Of the garbage collector, beside the writes, in CPU time."""
     pages_read: int = 0
     save_order_of_use_and_close_s: float = 0.0
     clear_ms: float = 0.0
@@ -279,6 +224,7 @@ class Scale:
         before = store.stats()
         choosing = slowest_call(store._keeper._reclaimer, "_choose_victim")
         allocating = slowest_call(store._space, "allocate")
+        collecting = slowest_collection()
 
         def look_up() -> None:
             first = choose.randrange(self._pages)
@@ -296,6 +242,7 @@ class Scale:
         control = Control()
         with Pulse(look_up) as pulse:
             reader.start()
+            threading.Timer(self._options.seconds / 2, gc.collect).start()
             while time.perf_counter() < deadline:
                 writes.write()
             reader.join()
@@ -312,6 +259,7 @@ class Scale:
         result.moved_pages = after.moved_pages - before.moved_pages
         result.lookups = pulse.distribution()
         result.longest_choice_of_victim_ms = choosing[0] * 1e3
+        result.longest_collection_ms = collecting[0] * 1e3
         result.pages_read = after.reads - before.reads
 
     def _close(self, store: DiskStore, ns: DiskNamespace, result: Result) -> None:

@@ -9,7 +9,9 @@ Python. The child prints `ready` once the store is open, and then, as it happens
     w DONE BEGUN SEED ...   these pages were acknowledged in one call, which began after DONE clears
                             were over, and ended before more than BEGUN had begun
     b BEGUN                 the clear of this number is about to begin
-    x PLACE                 it kills itself now, in this place
+    k NAME ...              pages that can be read now (the first 8 bytes of their names)
+    x PLACE                 it kills itself now, in this place; in the middle of a reclaim, which is
+                            what gives pages up, after it has said which can be read
 
 Three threads write, pages of two sizes, in batches and after pauses of random length; one reads,
 one clears and one closes the store (if the order says so). A child either kills itself, with
@@ -33,9 +35,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
-from tiered_kv.tiers.disk import encryption, index_upkeep, keeper
+from tiered_kv.tiers.disk import encryption, index_upkeep, keeper, page_mover
 from tiered_kv.tiers.disk.index import PageIndex
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.io_path import IoMode, Reuse
@@ -51,13 +54,16 @@ SAVE_S = 0.02
 """Upkeep once a minute would hardly ever be met."""
 TEAR = "tear"
 """A place: within a write of pages, so that only some of its blocks are there."""
+CARRY = "carry over"
+"""A place: likewise, but of pages that reclaim carries over."""
+NAME_BYTES = 8
 
 UPKEEP = ("refill", "pack", "save_order_of_use", "forget_namespaces", "give_back", "compact")
 PLACES = {
     "rebuild": ("_rebuild",),
     "start": ("_start_keeper", "__init__"),
     "close": ("_finish",),
-    "clear": ("_save_generation",),
+    "clear": ("save_generation",),
     "new segment": ("_create",),
     "delete": ("delete_condemned",),
     "reclaim": ("_reclaim", "shrink"),
@@ -94,10 +100,18 @@ class Fate:
         self._left = n_steps
         self._place = place
         self._lock = threading.Lock()
+        self.store: DiskStore | None = None
+        """Once it is open."""
 
     def strike(self, place: str) -> None:
-        say(f"x {place}")
-        os.kill(os.getpid(), signal.SIGKILL)
+        self._place, self._left = "over", None
+        with SAYING:
+            if self.store is not None and place in ("reclaim", CARRY):
+                # The keeper is here, or waits for us: nothing is given up from now on.
+                names = readable_pages(self.store)
+                write_line(" ".join(("k", *(name[:NAME_BYTES].hex() for name in names))))
+            write_line(f"x {place}")
+            os.kill(os.getpid(), signal.SIGKILL)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -110,9 +124,10 @@ class Fate:
         yield
         self._count(place)
 
-    def tears(self) -> bool:
-        """Is this the write that a kill cuts off?"""
-        return self._place == TEAR and self._is_due()
+    def tears(self) -> str | None:
+        """Where we are, if this is the write that a kill cuts off."""
+        is_place = self._place == TEAR or (self._place == CARRY and is_carried_over())
+        return self._place if is_place and self._is_due() else None
 
     def _count(self, place: str) -> None:
         if self._place in (None, place) and self._is_due():
@@ -120,18 +135,37 @@ class Fate:
 
     def _is_due(self) -> bool:
         with self._lock:
-            assert self._left is not None
+            if self._left is None:
+                return False
             self._left -= 1
             return self._left <= 0
 
 
-def place_of_caller() -> str:
-    names = set()
-    frame = sys._getframe(1)
+def readable_pages(store: DiskStore) -> list[bytes]:
+    """An earlier rebuild may have found what a kill had cut off, and nobody has read it since."""
+    names = []
+    for ns in store.namespaces():
+        buffer = memoryview(mmap.mmap(-1, ns.slot_bytes))
+        names += [name for name in ns.hashes() if ns.check_pages([name], [buffer])[0]]
+    return names
+
+
+def callers() -> Iterator[CodeType]:
+    """The functions of the store that are under way in this thread."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if "tiers/disk" in frame.f_code.co_filename:
-            names.add(frame.f_code.co_name)
-        frame = frame.f_back  # type: ignore[assignment]
+            yield frame.f_code
+        frame = frame.f_back
+
+
+def is_carried_over() -> bool:
+    """Is what is written a page that reclaim moves? Also on a thread that does I/O for it."""
+    return any(code.co_filename == page_mover.__file__ for code in callers())
+
+
+def place_of_caller() -> str:
+    names = {code.co_name for code in callers()}
     return next((place for place, those in PLACES.items() if names & {*those}), "other")
 
 
@@ -163,9 +197,9 @@ class FatefulIo(IoOps):
 
     def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         with self._fate.step():
-            if self._fate.tears():
+            if place := self._fate.tears():
                 super().pwritev(fd, some_of(buffers), offset)
-                self._fate.strike(TEAR)
+                self._fate.strike(place)
             return super().pwritev(fd, buffers, offset)
 
     def allocate(self, fd: int, n_bytes: int) -> None:
@@ -202,8 +236,15 @@ def make_index_fateful(fate: Fate) -> None:
     keeper.write_generation = wrap(keeper.write_generation)
 
 
+SAYING = threading.Lock()
+
+
 def say(line: str) -> None:
-    """In one call, so that lines of several threads don't mix."""
+    with SAYING:
+        write_line(line)
+
+
+def write_line(line: str) -> None:
     os.write(1, (line + "\n").encode())
 
 
@@ -267,6 +308,7 @@ def live(order: dict[str, Any]) -> None:
         io_ops=FatefulIo(fate),
         key=bytes.fromhex(order["key"]) if order["key"] else None,
     )
+    fate.store = store
     first_seed, page_bytes = order["first_seed"], order["page_bytes"]
     namespaces = [
         store.namespace(namespace_of(seed), size_of(seed, page_bytes))

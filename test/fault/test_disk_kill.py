@@ -2,9 +2,10 @@
 
 Guaranteed: every page that was acknowledged is there and equal; no page that is returned differs
 from what was written; where the budget is small, an acknowledged page may have made room for
-another, but is never returned torn; what was cleared before something else was acknowledged is not
-there. Looked at after most kills, but not after all: the next process, too, may have to begin with
-what a kill has left, and be killed while it does; now and then without an index, which it rebuilds.
+another, but is never returned torn; what was stored when reclaim was cut off is there, even if the
+index is lost; what was cleared before something else was acknowledged is not there. Looked at after
+most kills, but not after all: the next process, too, may have to begin with what a kill has left,
+and be killed while it does; now and then without an index, which it rebuilds.
 
 Rounds take turns between the I/O paths; half of the runs are encrypted. A third of the kills come
 from outside at a random time, the others at a system call of the store or a step of its index,
@@ -41,6 +42,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from disk_writer import (
     BATCH_PAGES,
+    CARRY,
+    NAME_BYTES,
     SEEDS_PER_ROUND,
     TEAR,
     THREADS,
@@ -63,11 +66,14 @@ KEY = bytes(range(32))
 STARTS = ("start", "rebuild")
 PLACES = {
     "ample": ("start", "commit", "new segment", "upkeep", "close", TEAR),
-    "churn": ("start", "commit", "reclaim", "delete", "upkeep", "close", TEAR),
+    "churn": ("start", "commit", "reclaim", CARRY, CARRY, "delete", "upkeep", "close", TEAR),
     "clears": ("start", "commit", "clear", "delete", "upkeep", "close", TEAR),
 }
 """Where a process may be told to kill itself."""
-FEW_STEPS = {"start": 25, "close": 12}
+REBUILDS = {TEAR: 0.8, CARRY: 0.9, "reclaim": 0.5, "clear": 0.5, "delete": 0.5}
+"""How often the index is lost after a death in such a place; 0.05 elsewhere. What was cut off is in
+no index: only who rebuilds it meets it."""
+FEW_STEPS = {"start": 25, "close": 12, CARRY: 12}
 """Places that are soon left."""
 
 
@@ -118,6 +124,8 @@ class Said:
         # Of each page: clears that were over before it was written, and begun when it was stored.
         self.pages: dict[int, tuple[int, int]] = {}
         self.n_clears = 0
+        self.stored: set[str] = set()
+        """The beginnings of the names of all pages that could be read at the end, if it said so."""
         self.is_ready = "ready" in lines
         self.place = "anywhere" if self.is_ready else "start"
         for line in lines:
@@ -128,6 +136,8 @@ class Said:
                 done, begun, *seeds = map(int, numbers)
                 self.n_clears = max(self.n_clears, begun)
                 self.pages |= dict.fromkeys(seeds, (done, begun))
+            elif kind == "k":
+                self.stored = {*line.split()[1:]}
             elif kind == "x":
                 self.place = line.removeprefix("x ")
         # Something was acknowledged after so many clears: they are over for good.
@@ -145,9 +155,8 @@ class Said:
 class Death:
     """How a process is to die, and what it finds at its start."""
 
-    def __init__(self, choose: random.Random, kind: str, *, is_torn: bool) -> None:
-        # What was cut off is in no index: only who rebuilds it meets it.
-        self.rebuilds = choose.random() < (0.8 if is_torn else 0.05)
+    def __init__(self, choose: random.Random, kind: str, *, rebuilds: bool) -> None:
+        self.rebuilds = rebuilds
         self.is_looked_at = choose.random() < 0.6
         self.order: dict[str, object] = {"n_steps": None, "place": None, "closes_after_s": None}
         if choose.random() < 1 / 3:
@@ -180,8 +189,11 @@ class Run:
         self.n_acknowledged = self.n_checked = self.n_clears = self.n_looks = self.n_gone = 0
         self.n_damaged = 0
         self.places: Counter[str] = Counter()
-        self.is_torn = False
-        self.n_rebuilds = 0
+        self.place = ""
+        """Where the last process was killed."""
+        self.stored: set[int] = set()
+        """Acknowledged, and not given up when reclaim was cut off."""
+        self.n_rebuilds = self.n_stored = 0
         self._buffer = memoryview(mmap.mmap(-1, 2 * page_bytes))
 
     def absorb(self, first_seed: int, said: Said) -> None:
@@ -195,7 +207,14 @@ class Run:
         self.n_acknowledged += len(said.pages)
         self.n_clears += said.n_clears
         self.places[said.place] += 1
-        self.is_torn = said.place == TEAR
+        self.place = said.place
+        self.stored = {s for s in self.kept if said.stored and name_of(s) in said.stored}
+        self.n_stored += len(self.stored)
+
+    def lose_index(self) -> None:
+        self.n_rebuilds += 1
+        for file in index_files(self.directory):
+            file.unlink(missing_ok=True)
 
     def look(self, store: DiskStore, choose: random.Random, *, at_all: bool) -> None:
         """Nothing torn, nothing lost, nothing back that was cleared."""
@@ -204,6 +223,9 @@ class Run:
             for seed in range(THREADS)
         ]
         there = {s for seeds in self.unseen for s in seeds if self._is_there(namespaces, s)}
+        n_lost = sum(not self._is_there(namespaces, seed) for seed in self.stored)
+        assert not n_lost, f"{n_lost} of {len(self.stored)} pages that were stored are lost"
+        self.stored.clear()
         older = [s for s in self.kept if not any(s in seeds for seeds in self.unseen)]
         sample = older if at_all else choose.sample(sorted(older), min(len(older), SAMPLE))
         there |= {seed for seed in sample if self._is_there(namespaces, seed)}
@@ -217,7 +239,7 @@ class Run:
         stats = store.stats()
         assert stats.io_errors == 0
         # Any kill may cut off what another thread is writing. A rebuild finds that, and finds it
-        # again; where reclaim was carrying a page over, it takes it for the newer copy: a miss.
+        # again.
         assert not stats.checksum_failures or self.n_rebuilds
         assert stats.bytes_on_disk <= self.capacity_bytes
         self.n_checked += len(expected | there)
@@ -273,11 +295,9 @@ def test_kill_rounds(
     began = time.monotonic()
     n_rounds = math.ceil(n_rounds / RUNS)
     for number in range(n_rounds):
-        death = Death(choose, kind, is_torn=run.is_torn)
+        death = Death(choose, kind, rebuilds=choose.random() < REBUILDS.get(run.place, 0.05))
         if death.rebuilds:
-            run.n_rebuilds += 1
-            for file in index_files(run.directory):
-                file.unlink(missing_ok=True)
+            run.lose_index()
         first_seed = number * SEEDS_PER_ROUND
         lines = zygote.run(
             directory=str(run.directory),
@@ -291,8 +311,12 @@ def test_kill_rounds(
         )
         run.absorb(first_seed, Said(lines))
         is_last = number == n_rounds - 1
+        # The next process would give some of it up.
+        must_be_there = bool(run.stored)
+        if must_be_there and choose.random() < REBUILDS[run.place]:
+            run.lose_index()
         # Not at what was cut off before a process has begun with it.
-        if is_last or (death.is_looked_at and not run.is_torn):
+        if is_last or must_be_there or (death.is_looked_at and run.place != TEAR):
             with DiskStore.open(run.directory, capacity_bytes=run.capacity_bytes, key=key) as store:
                 run.look(store, choose, at_all=is_last)
     n_at_start = sum(run.places[place] for place in STARTS)
@@ -303,9 +327,14 @@ def test_kill_rounds(
         f"({', '.join(f'{n} {place}' for place, n in run.places.most_common())}); "
         f"{run.n_acknowledged} pages acknowledged, {run.n_checked} checked in {run.n_looks} looks, "
         f"{run.n_clears} clears, {run.n_gone} times a cleared page looked for, "
-        f"{run.n_rebuilds} indexes lost, {run.n_damaged} torn pages met and not returned; "
+        f"{run.n_rebuilds} indexes lost, {run.n_damaged} torn pages met and not returned, "
+        f"{run.n_stored} times a page looked for that was stored when reclaim was cut off; "
         f"{time.monotonic() - began:.0f} s"
     )
+
+
+def name_of(seed: int) -> str:
+    return page_hash(seed)[:NAME_BYTES].hex()
 
 
 def tell(line: str) -> None:

@@ -157,7 +157,7 @@ class Catalog:
         if loc is None:
             return None
         segment, slot = self.segments[segment_of(loc)], slot_of(loc)
-        is_it = segment.owners[slot] == entries.number and segment.page_hash(slot) == page_hash
+        is_it = segment.owner(slot) == entries.number and segment.page_hash(slot) == page_hash
         return (segment, slot) if is_it else None
 
     def put(
@@ -190,7 +190,7 @@ class Catalog:
     def _vacate(self, loc: int, successor: bytes) -> None:
         """The page at `loc` is gone, unless it is the one named `successor`, which moves."""
         segment, slot = self.segments[segment_of(loc)], slot_of(loc)
-        entries = self.namespaces[segment.owners[slot]]
+        entries = self.namespaces[segment.owner(slot)]
         page_hash = segment.page_hash(slot)
         segment.drop(slot)
         self.count_stored(entries, -1)
@@ -203,8 +203,8 @@ class Catalog:
             return 0
         dropped = 0
         for slot in slots:
-            if segment.access[slot]:
-                entries = self.namespaces[segment.owners[slot]]
+            if segment.used(slot):
+                entries = self.namespaces[segment.owner(slot)]
                 loc = location(segment.number, slot)
                 dropped += self.drop(entries, segment.page_hash(slot), loc)
         return dropped
@@ -240,7 +240,7 @@ class Catalog:
             segment.page_hash(slot)
             for segment in sorted(self.segments.values(), key=lambda s: s.number)
             for slot in segment.live_slots()
-            if segment.owners[slot] == number
+            if segment.owner(slot) == number
         ]
 
     def count_prefix(self, entries: NamespaceEntries, hashes: Sequence[bytes]) -> int:
@@ -261,15 +261,14 @@ class Catalog:
         names, owners, access = segment.hashes, segment.owners, segment.access
         first = slot_of(loc) + 1
         most = min(len(hashes) - position, segment.slots - first)
-        for n in range(most):
-            slot = first + n
-            if (
-                names[slot * ID_BYTES : (slot + 1) * ID_BYTES] != hashes[position + n]
-                or owners[slot] != owner
-                or not access[slot]
-            ):
-                return n
-        return max(most, 0)
+        n = 0
+        while (
+            n < most
+            and names[(first + n) * ID_BYTES : (first + n + 1) * ID_BYTES] == hashes[position + n]
+        ):
+            n += 1
+        is_ours = (owners[first : first + n] == owner) & (access[first : first + n] > 0)
+        return n if is_ours.all() else int(is_ours.argmin())
 
     # -- claims: of two writers of one page, one writes and the other waits for it
 

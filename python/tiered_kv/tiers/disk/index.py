@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tiered_kv.tiers.disk.fair_lock import FairLock
 from tiered_kv.tiers.disk.io_ops import FILE_MODE
 from tiered_kv.tiers.disk.record import ID_BYTES, checksum
 from tiered_kv.tiers.disk.segment import ACCESS_BYTES, PageRun, location
@@ -120,7 +120,7 @@ class PageIndex:
         self._watch = watch
         self._has_room = has_room
         self.directory = directory
-        self.lock = threading.RLock()
+        self.lock = FairLock()
         self._wal_blocks = wal_blocks
         self._sync_commits = sync_commits
         self.n_bytes = 0

@@ -69,7 +69,7 @@ class Keeper:
         self._mend_index = mend_index
         # The most urgent first.
         self._jobs = [
-            _Job(self._save_generation),
+            _Job(self.save_generation),
             _Job(self._make_spares),
             _Job(self._tidy),
             _Job(reclaimer.delete_condemned),
@@ -95,6 +95,16 @@ class Keeper:
             if self._space.needs or self._is_stopping:
                 break
             self._wake.wait(left)
+
+    def save_generation(self) -> bool:
+        """Note on disk how often everything was cleared; False if that is known there. The
+        thread's. Raises OSError."""
+        generation = self._catalog.generation
+        if generation == self._saved_generation:
+            return False
+        write_generation(self._directory, generation, sync=self._sync_writes)
+        self._saved_generation = generation
+        return True
 
     def tidy(self) -> None:
         """Delete what holds no page and compact the index; returns when that is done.
@@ -173,8 +183,6 @@ class Keeper:
             error: Exception | None = None
             has_room = True
             try:
-                # Nothing of a new generation before it is known that the old one is over.
-                self._save_generation()
                 while has_room and not self._space.has_free(record_bytes):
                     has_room = self._reclaimer.make_room(record_bytes, at_once=True)
             except Exception as raised:
@@ -182,14 +190,6 @@ class Keeper:
             self._space.end_need(record_bytes, has_room=has_room, error=error)
             return True
         return False
-
-    def _save_generation(self) -> bool:
-        generation = self._catalog.generation
-        if generation == self._saved_generation:
-            return False
-        write_generation(self._directory, generation, sync=self._sync_writes)
-        self._saved_generation = generation
-        return True
 
     def _make_spares(self) -> bool:
         sizes = self._space.sizes_short_of_spares()
@@ -218,7 +218,7 @@ class Keeper:
         """The last thing: what the next run should know."""
         deadline = self._now() + _CLOSE_S
         try:
-            self._save_generation()
+            self.save_generation()
             self._upkeep.save_all()
             self._upkeep.compact(lambda: self._now() < deadline)
         except (OSError, sqlite3.Error) as error:

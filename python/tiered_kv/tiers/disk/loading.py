@@ -18,9 +18,9 @@ from tiered_kv.tiers.disk.frozen_index import FrozenIndex
 from tiered_kv.tiers.disk.generation import read_generation
 from tiered_kv.tiers.disk.index import PageIndex, SegmentRow, set_index_aside
 from tiered_kv.tiers.disk.index_upkeep import COMPLETE_META
-from tiered_kv.tiers.disk.loaded import Loaded
+from tiered_kv.tiers.disk.loaded import IsWhole, Loaded
 from tiered_kv.tiers.disk.record import BLOCK_BYTES
-from tiered_kv.tiers.disk.scan import ScannedSegment, scan_segments
+from tiered_kv.tiers.disk.scan import ScannedSegment, found_generations, scan_segments
 from tiered_kv.tiers.disk.segment import MAX_SLOTS, Segment, location, runs_of
 from tiered_kv.tiers.disk.segment_files import SegmentFiles, segment_paths
 
@@ -35,10 +35,12 @@ def open_index(
     files: SegmentFiles,
     make_index: Callable[[], PageIndex],
     has_room: Callable[[int], bool],
+    is_whole: IsWhole,
 ) -> tuple[PageIndex, Loaded]:
     """Open the index and load it; if it is damaged, set it aside and rebuild it.
 
-    has_room: may a damaged index of this size be kept?
+    has_room: may a damaged index of this size be kept? is_whole: asked of pages that are found
+    twice, may raise OSError.
     Raises sqlite3.Error or OSError if a fresh index cannot be written either.
     """
     generation = read_generation(directory)
@@ -70,7 +72,7 @@ def open_index(
         )
     index = make_index()
     try:
-        return index, _rebuild(index, files, generation)
+        return index, _rebuild(index, files, generation, is_whole)
     except BaseException:
         index.close()
         raise
@@ -103,6 +105,8 @@ def _load(index: PageIndex, files: SegmentFiles, generation: int | None) -> Load
     if not index.meta(COMPLETE_META) and any(segment_paths(files.directory)):
         raise ValueError("it was never completed, or is new although there are segments")
     rows = index.segments()
+    if generation is not None and any(row.generation > generation for row in rows):
+        raise ValueError("it knows of a clear that its directory does not")
     loaded = Loaded(generation, (row.generation for row in rows))
     for namespace in index.namespaces():
         loaded.add_namespace(namespace)
@@ -114,6 +118,7 @@ def _load(index: PageIndex, files: SegmentFiles, generation: int | None) -> Load
     for row in rows:
         if row.number in loaded.segments:
             loaded.segments[row.number].restore_recency(row.newest, row.was_read)
+    loaded.settle()
     if loaded.lost:
         logger.warning(
             "Disk tier: %d segment files are missing or have the wrong size; their pages are "
@@ -130,7 +135,7 @@ def _load_segment(files: SegmentFiles, loaded: Loaded, row: SegmentRow) -> None:
     if not (is_possible and files.has_size(path, n_bytes)):
         loaded.add_lost(row.number)
     else:
-        loaded.add_segment(row, path)
+        loaded.add_segment(row)
 
 
 @contextlib.contextmanager
@@ -148,14 +153,15 @@ def _collector_off() -> Iterator[None]:
 # -- from the segments
 
 
-def _rebuild(index: PageIndex, files: SegmentFiles, generation: int | None) -> Loaded:
+def _rebuild(
+    index: PageIndex, files: SegmentFiles, generation: int | None, is_whole: IsWhole
+) -> Loaded:
     started = time.monotonic()
-    loaded: Loaded | None = None
+    loaded = Loaded(generation, found_generations(files.directory))
     for scanned in scan_segments(files.directory):
-        if loaded is None:
-            loaded = Loaded(generation, [scanned.header.generation])
-        _add_scanned(index, files, loaded, scanned)
-    loaded = loaded or Loaded(generation, [])
+        _add_scanned(index, loaded, scanned)
+    # Before the index counts as complete: the next start would take what is newer, but torn.
+    index.delete_pages(loaded.settle(is_whole))
     _delete_strays(files, loaded)
     index.set_meta(COMPLETE_META, 1)
     logger.warning(
@@ -167,12 +173,10 @@ def _rebuild(index: PageIndex, files: SegmentFiles, generation: int | None) -> L
     return loaded
 
 
-def _add_scanned(
-    index: PageIndex, files: SegmentFiles, loaded: Loaded, scanned: ScannedSegment
-) -> None:
+def _add_scanned(index: PageIndex, loaded: Loaded, scanned: ScannedSegment) -> None:
     header = scanned.header
     row = SegmentRow(header.number, header.record_bytes, header.slots, header.generation)
-    loaded.add_segment(row, files.path(header.number))
+    loaded.add_segment(row)
     index.put_segment(row)
     if header.number not in loaded.segments:
         return

@@ -11,8 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tiered_kv.tiers.alignment import round_up
 from tiered_kv.tiers.disk.attempt import Attempt
-from tiered_kv.tiers.disk.buffers import MAX_PAGES_PER_IO, Scratch, ScratchPool
+from tiered_kv.tiers.disk.buffers import (
+    MAX_PAGES_PER_IO,
+    AlignedBuffer,
+    Scratch,
+    ScratchPool,
+)
 from tiered_kv.tiers.disk.faults import Blame, blame_of
 from tiered_kv.tiers.disk.io_ops import IoOps
 from tiered_kv.tiers.disk.io_path import IoPaths, Reuse
@@ -167,6 +173,17 @@ class PageIo:
             # What the page cache holds may be damaged, or stale, while the device has it right.
             self._files.drop_cached(run[0].segment, run[0].slot, len(run))
             self._read(kind, run, in_flight, direct=True)
+
+    def is_whole(self, kind: PageKind, page_hash: bytes, segment: Segment, slot: int) -> bool:
+        """Can this page be read back from this slot? Raises OSError where that isn't its fault."""
+        buffer = AlignedBuffer(round_up(kind.page_bytes)).view
+        transfer = PageTransfer(0, page_hash, buffer, segment, slot)
+        try:
+            self.read_run(kind, [transfer])
+        except OSError as error:
+            if blame_of(error) is not Blame.MEDIUM:
+                raise
+        return transfer.outcome is Outcome.DONE
 
     def _by_a_path(self, reuse: Reuse, move: Callable[[bool], None]) -> bool:
         """Move data by the path that suits, or the one that is left; returns if it was direct."""

@@ -49,7 +49,7 @@ class PageMover:
         """Slots of a segment in parts to `move` one by one: each of one namespace, enough to keep
         the I/O threads busy, and little enough that who waits for the end doesn't wait long."""
         n_pages = max(_CHUNK_BYTES // source.record_bytes, 1)
-        for _, group in itertools.groupby(slots, key=source.owners.__getitem__):
+        for _, group in itertools.groupby(slots, key=source.owner):
             rest = list(group)
             while rest:
                 chunk, rest = rest[:n_pages], rest[n_pages:]
@@ -64,13 +64,13 @@ class PageMover:
         page's.
         """
         with self._catalog.lock:
-            entries = self._catalog.namespaces.get(source.owners[slots[0]])
+            entries = self._catalog.namespaces.get(source.owner(slots[0]))
             if entries is None or not self._catalog.is_current(source):
                 return 0
             pages = [
-                Moved(source.page_hash(slot), source, slot, source.access[slot])
+                Moved(source.page_hash(slot), source, slot, source.used(slot))
                 for slot in slots
-                if source.access[slot] and source.owners[slot] == entries.number
+                if source.used(slot) and source.owner(slot) == entries.number
             ]
         moved = self._copy(entries, pages, targets)
         return self._commit(entries, source, moved) if moved else 0

@@ -136,7 +136,7 @@ class PageReader:
                 if found is None:
                     break
                 segment, slot = found
-                access = segment.access[slot]
+                access = segment.used(slot)
                 n_reread += access & 1 and clock - (access >> 1) <= _REREAD_TICKS
                 segment.touch(slot, clock)
                 transfers.append(

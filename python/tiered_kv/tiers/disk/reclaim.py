@@ -42,7 +42,7 @@ def choose_survivors(victim: Segment, room: int) -> list[int]:
 
     `room`: free slots where they could go.
     """
-    access = victim.accesses()
+    access = victim.access
     slots = np.flatnonzero(access & np.uint64(1))
     limit = min(reserved_slots(victim.slots), room)
     if len(slots) > limit:

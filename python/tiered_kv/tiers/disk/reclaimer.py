@@ -34,8 +34,10 @@ class Reclaimer:
         counters: Counters,
         *,
         pause: Callable[[float], None],
+        save_generation: Callable[[], bool],
     ) -> None:
-        """`pause` waits, or returns at once if a writer waits."""
+        """`pause` waits, or returns at once if a writer waits. `save_generation` notes on disk how
+        often everything was cleared."""
         self._catalog = catalog
         self._index = index
         self._files = files
@@ -43,6 +45,7 @@ class Reclaimer:
         self._mover = mover
         self._counters = counters
         self._pause = pause
+        self._save_generation = save_generation
 
     def make_room(self, record_bytes: int, *, at_once: bool) -> bool:
         """One step towards a free segment of this record size; False if nothing can be done.
@@ -92,6 +95,8 @@ class Reclaimer:
             number, generation = self._catalog.next_segment, self._catalog.generation
             self._catalog.next_segment += 1
         try:
+            # Nothing of a new generation before it is known that the old one is over.
+            self._save_generation()
             self._files.create(SegmentHeader(number, record_bytes, slots, generation))
             try:
                 self._index.put_segment(SegmentRow(number, record_bytes, slots, generation))
@@ -101,8 +106,7 @@ class Reclaimer:
         except BaseException:
             self._space.forget_file(record_bytes, slots)
             raise
-        path = self._files.path(number)
-        segment = Segment(number, path, record_bytes, slots, self._catalog.ages)
+        segment = Segment(number, record_bytes, slots, self._catalog.ages)
         self._space.add_new(segment, generation)
 
     def _reclaim(self, record_bytes: int) -> bool:

@@ -45,6 +45,28 @@ class ScannedSegment:
     records: list[tuple[int, RecordHeader]]
 
 
+def found_generations(directory: Path) -> set[int]:
+    """Those in which the segment files were made, as far as their headers can be read.
+
+    Raises OSError where the fault isn't a file's.
+    """
+    found = set()
+    for path in segment_paths(directory):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if blame_of(error) in (Blame.PROCESS, Blame.STATE):
+                raise
+            continue
+        try:
+            header = unpack_segment(_read_block(fd, 0))
+        finally:
+            os.close(fd)
+        if header is not None:
+            found.add(header.generation)
+    return found
+
+
 def scan_segments(directory: Path) -> Iterator[ScannedSegment]:
     """Every usable segment file, by number; one that cannot be read or makes no sense is skipped.
 

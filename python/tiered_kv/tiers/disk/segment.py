@@ -5,11 +5,9 @@ from __future__ import annotations
 import enum
 from array import array
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from tiered_kv.tiers.disk.ages import N_COUNTS, Ages
 from tiered_kv.tiers.disk.record import BLOCK_BYTES, ID_BYTES
@@ -99,21 +97,25 @@ class SegmentState(enum.Enum):
 class Segment:
     """Slots of one file: 44 bytes each. Guarded by the catalog's lock, except `record_offset`.
 
+    Of what a segment holds nothing is an object of the garbage collector's (an `array`, a
+    memoryview or a Path would be): its full passes stop the process, and the longer the more of
+    them there are.
+
     `access[slot]` packs (logical time of last use) << 1 | (was read since written or moved): the
     low bit is the second chance of the clock algorithm. 0 means that the slot holds no page.
     """
 
     __slots__ = (
         "_ages",
+        "_counts",
+        "_counts_at",
         "access",
-        "counts",
         "filled_at",
         "hashes",
         "live",
         "next_slot",
         "number",
         "owners",
-        "path",
         "record_bytes",
         "reserved",
         "row",
@@ -123,10 +125,9 @@ class Segment:
         "writers",
     )
 
-    def __init__(self, number: int, path: Path, record_bytes: int, slots: int, ages: Ages) -> None:
+    def __init__(self, number: int, record_bytes: int, slots: int, ages: Ages) -> None:
         self._ages = ages
         self.number = number
-        self.path = path
         self.record_bytes = record_bytes
         self.slots = slots
         self.writers = 0
@@ -141,13 +142,12 @@ class Segment:
         slots = self.slots
         self.state = SegmentState.FILLING
         self.hashes = bytearray(ID_BYTES * slots)
-        self.owners = array("I", bytes(4 * slots))
-        self.access = array("Q", bytes(ACCESS_BYTES * slots))
+        self.owners = np.zeros(slots, np.uint32)
+        self.access = np.zeros(slots, np.uint64)
         self.next_slot = 0
         self.reserved = reserved_slots(slots)
         self.live = 0
-        self.counts: array[int] | memoryview = array("i", bytes(4 * N_COUNTS))
-        """Pages by the epoch in which they were used last, see `Ages`."""
+        self.keep_counts(array("i", bytes(4 * N_COUNTS)), 0)
         self.touched = False
         """Was a page read since the order of use was saved last?"""
 
@@ -175,12 +175,32 @@ class Segment:
         """The name of the page in a slot that holds one."""
         return bytes(self.hashes[slot * ID_BYTES : (slot + 1) * ID_BYTES])
 
+    def owner(self, slot: int) -> int:
+        """Number of the namespace of the page in a slot that holds one."""
+        return self.owners.item(slot)
+
+    def used(self, slot: int) -> int:
+        """`access` of one slot."""
+        return self.access.item(slot)
+
+    @property
+    def counts(self) -> list[int]:
+        """Pages by the epoch in which they were used last, see `Ages`."""
+        return self._counts[self._counts_at : self._counts_at + N_COUNTS].tolist()
+
+    def keep_counts(self, table: array[int] | memoryview, first: int) -> None:
+        """Count the pages in this table, from `first` on, where they are counted already."""
+        self._counts, self._counts_at = table, first
+
+    def _count(self, time: int, n_pages: int) -> None:
+        self._counts[self._counts_at + self._ages.place(time)] += n_pages
+
     def put(self, slot: int, owner: int, page_hash: bytes, access: int) -> None:
         """A page is in this slot, which held none, from now on."""
         self.hashes[slot * ID_BYTES : (slot + 1) * ID_BYTES] = page_hash
         self.owners[slot] = owner
         self.access[slot] = access
-        self.counts[self._ages.place(access >> 1)] += 1
+        self._count(access >> 1, 1)
         self.live += 1
         if slot >= self.next_slot:
             self.next_slot = slot + 1
@@ -199,53 +219,50 @@ class Segment:
             or end > self.slots
             or not accesses.all()
             or accesses.max() >= MAX_ACCESS
-            or any(self.access[first:end])
+            or self.access[first:end].any()
         ):
             return False
         self.hashes[first * ID_BYTES : end * ID_BYTES] = run.hashes
-        self.owners[first:end] = array("I", [run.namespace]) * n
-        self.access[first:end] = array("Q", accesses.astype(np.uint64).tobytes())
+        self.owners[first:end] = run.namespace
+        self.access[first:end] = accesses
         self.live += n
         self.next_slot = max(self.next_slot, end)
         return True
 
     def drop(self, slot: int) -> None:
         """The page in this slot is gone."""
-        self.counts[self._ages.place(self.access[slot] >> 1)] -= 1
+        self._count(self.used(slot) >> 1, -1)
         self.access[slot] = 0
         self.live -= 1
 
     def touch(self, slot: int, clock: int) -> None:
         """Note a read at logical time `clock`."""
-        self.counts[self._ages.place(self.access[slot] >> 1)] -= 1
-        self.counts[self._ages.place(clock)] += 1
+        self._count(self.used(slot) >> 1, -1)
+        self._count(clock, 1)
         self.access[slot] = clock << 1 | 1
         self.touched = True
 
     def recount(self) -> None:
         """Count the pages by age anew."""
-        access = self.accesses()
-        places = self._ages.places(access[access > 0] >> np.uint64(1))
+        places = self._ages.places(self.access[self.access > 0] >> np.uint64(1))
         counts = np.bincount(places, minlength=N_COUNTS)
-        memoryview(self.counts)[:] = counts.astype(np.int32).data
+        table = memoryview(self._counts)
+        table[self._counts_at : self._counts_at + N_COUNTS] = counts.astype(np.int32).data
 
     def pass_epoch(self, place: int) -> None:
         """What is counted at this place is not told apart any more, see `Ages.begin_epoch`."""
-        self.counts[-1] += self.counts[place]
-        self.counts[place] = 0
-
-    def accesses(self) -> npt.NDArray[np.uint64]:
-        """A copy of `access`."""
-        return np.array(self.access, np.uint64)
+        first = self._counts_at
+        self._counts[first + N_COUNTS - 1] += self._counts[first + place]
+        self._counts[first + place] = 0
 
     def live_slots(self) -> list[int]:
         """Slots that hold a page, in order."""
-        slots: list[int] = np.flatnonzero(self.accesses()).tolist()
+        slots: list[int] = np.flatnonzero(self.access).tolist()
         return slots
 
     def runs(self) -> list[PageRun]:
         """Every page, in as few runs as possible."""
-        access, owners = self.accesses(), np.array(self.owners, np.uint32)
+        access, owners = self.access, self.owners
         slots = np.flatnonzero(access)
         if not len(slots):
             return []
@@ -266,8 +283,8 @@ class Segment:
 
     def recency(self) -> tuple[int, bytes]:
         """When a page was last used here, and a bit per slot: was it read since it was written?"""
-        access = self.accesses()
-        return int(access.max()) >> 1, np.packbits((access & np.uint64(1)).astype(bool)).tobytes()
+        was_read = (self.access & np.uint64(1)).astype(bool)
+        return int(self.access.max()) >> 1, np.packbits(was_read).tobytes()
 
     def restore_recency(self, newest: int, was_read: bytes) -> None:
         """Pages that were read count as used at `newest`: the bits say which, not when.
@@ -276,6 +293,5 @@ class Segment:
         """
         if not 0 < newest < MAX_ACCESS >> 1:
             return
-        access = np.frombuffer(self.access, np.uint64)
         bits = np.unpackbits(np.frombuffer(was_read, np.uint8), count=self.slots).astype(bool)
-        access[bits & (access > 0)] = newest << 1 | 1
+        self.access[bits & (self.access > 0)] = newest << 1 | 1

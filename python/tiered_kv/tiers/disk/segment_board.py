@@ -23,6 +23,8 @@ class _Block:
 
     def __init__(self) -> None:
         self.counts = np.zeros((_ROWS, N_COUNTS), np.int32)
+        self.flat_counts = self.counts.reshape(-1).data
+        """The same, for single ones: a memoryview's items are read and written much faster."""
         self.share = np.full(_ROWS, np.inf)
         """See `Segment.page_share`; infinite where there is no segment."""
         self.filled_at = np.zeros(_ROWS, np.int64)
@@ -49,7 +51,7 @@ class SegmentBoard:
         segment.row = self._vacant.pop()
         block, at = self._place(segment.row)
         block.counts[at] = segment.counts
-        segment.counts = block.counts[at].data
+        segment.keep_counts(block.flat_counts, at * N_COUNTS)
         block.filled_at[at] = segment.filled_at
         block.segments[at] = segment
         block.share[at] = segment.page_share
@@ -61,7 +63,7 @@ class SegmentBoard:
         block, at = self._place(segment.row)
         block.share[at] = np.inf
         block.segments[at] = None
-        segment.counts = array("i", segment.counts)
+        segment.keep_counts(array("i", segment.counts), 0)
         block.counts[at] = 0
         self._vacant.append(segment.row)
         segment.row = None

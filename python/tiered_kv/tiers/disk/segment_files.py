@@ -108,7 +108,7 @@ class SegmentFiles:
 
     def is_whole(self, segment: Segment) -> bool:
         """See `has_size`."""
-        return self.has_size(segment.path, segment.file_bytes)
+        return self.has_size(self.path(segment.number), segment.file_bytes)
 
     @contextlib.contextmanager
     def opened(self, segment: Segment, *, direct: bool) -> Iterator[int]:
@@ -118,7 +118,8 @@ class SegmentFiles:
             found = self._use(key)
         if found is None:
             # Not under the lock: a disk that hangs must not keep others from what is open.
-            found = self._add(key, self._io.open(segment.path, self._open_flags(direct=direct)))
+            fd = self._io.open(self.path(segment.number), self._open_flags(direct=direct))
+            found = self._add(key, fd)
         try:
             yield found.fd
         finally:

@@ -95,9 +95,6 @@ class DiskStore:
         # What is tried again every minute must leave nothing open.
         with contextlib.ExitStack() as undo:
             undo.callback(self._files.close)
-            self._index, loaded = self._open_index(sync_writes=sync_writes)
-            undo.callback(self._index.close)
-            self._catalog = loaded.catalog
             page_io = PageIo(
                 self._files,
                 io_ops,
@@ -107,6 +104,9 @@ class DiskStore:
                 stalls=self._stalls,
                 cipher=cipher,
             )
+            self._index, loaded = self._open_index(page_io, sync_writes=sync_writes)
+            undo.callback(self._index.close)
+            self._catalog = loaded.catalog
             self._keeper = Keeper(
                 directory,
                 self._catalog,
@@ -134,7 +134,7 @@ class DiskStore:
                 self._start_keeper(page_io)
             undo.pop_all()
 
-    def _open_index(self, *, sync_writes: bool) -> tuple[PageIndex, Loaded]:
+    def _open_index(self, page_io: PageIo, *, sync_writes: bool) -> tuple[PageIndex, Loaded]:
         if self.read_only:
             return open_frozen_index(self.directory, self._files)
         index, loaded = open_index(
@@ -148,6 +148,7 @@ class DiskStore:
                 watch=self._stalls.watch,
             ),
             self._has_room_aside,
+            page_io.is_whole,
         )
         try:
             index.set_meta(CAPACITY_META, self._budget.capacity_bytes)
@@ -187,6 +188,7 @@ class DiskStore:
             PageMover(self._catalog, self._index, page_io, self._write_pool),
             self._counters,
             pause=self._keeper.pause,
+            save_generation=self._keeper.save_generation,
         )
         # Before anybody writes: the budget may be smaller than it was.
         while reclaimer.shrink():

@@ -26,8 +26,9 @@ from tiered_kv.tiers.disk import keeper as keeper_module
 from tiered_kv.tiers.disk import space as space_module
 from tiered_kv.tiers.disk.catalog import Cleared
 from tiered_kv.tiers.disk.generation import GENERATION_NAME, read_generation, write_generation
-from tiered_kv.tiers.disk.index import PageIndex
+from tiered_kv.tiers.disk.index import PageIndex, index_files
 from tiered_kv.tiers.disk.io_ops import IoOps
+from tiered_kv.tiers.disk.record import SegmentHeader
 from tiered_kv.tiers.disk.store import DiskStore
 
 OpenStore = Callable[..., DiskStore]
@@ -192,6 +193,59 @@ def test_damaged_generation_serves_nothing(
     store = open_store()
     ns = store.namespace(NAMESPACE, PAGE_BYTES)
     assert readable(ns, [*range(10), *range(200, 210)]) == [0, 1, 2]
+
+
+def test_lost_generation_and_index_serve_nothing(open_store: OpenStore, crashed: Path) -> None:
+    """Files of several generations are there, of which any but the last is over."""
+    (crashed / GENERATION_NAME).write_bytes(b"")
+    for file in index_files(crashed):
+        file.unlink(missing_ok=True)
+    store = open_store()
+    assert len(store.namespace(NAMESPACE, PAGE_BYTES)) == 0
+    assert store._catalog.generation == 2
+
+
+@pytest.mark.parametrize("index_is_lost", [False, True])
+def test_a_segment_tells_of_a_clear_that_the_directory_forgot(
+    open_store: OpenStore, crashed: Path, index_is_lost: bool
+) -> None:
+    """As after a power loss that came before the generation was on the device."""
+    write_generation(crashed, 0, sync=False)
+    if index_is_lost:
+        for file in index_files(crashed):
+            file.unlink(missing_ok=True)
+    store = open_store()
+    ns = store.namespace(NAMESPACE, PAGE_BYTES)
+    assert readable(ns, [*range(100), *range(200, 210)]) == [200, 201, 202]
+    store.close()
+    assert read_generation(crashed) == 1
+
+
+def test_no_file_of_a_generation_before_that_is_on_disk(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the next clear comes right behind the saving of the one before."""
+    store = open_store()
+    ns = store.namespace(NAMESPACE, PAGE_BYTES)
+    created: list[tuple[int, int | None]] = []
+    create = store._files.create
+
+    def note(header: SegmentHeader) -> None:
+        created.append((header.generation, read_generation(store.directory)))
+        create(header)
+
+    def save_and_clear(directory: Path, generation: int, *, sync: bool) -> None:
+        write_generation(directory, generation, sync=sync)
+        if generation < 10:
+            store.clear()
+
+    monkeypatch.setattr(store._files, "create", note)
+    monkeypatch.setattr(keeper_module, "write_generation", save_and_clear)
+    store.clear()
+    for seed in range(100):
+        write(ns, [seed])
+    assert created
+    assert all(saved is not None and made <= saved for made, saved in created)
 
 
 def test_a_clear_that_comes_with_the_end_holds(open_store: OpenStore) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from disk_builders import MIB, NAMESPACE, aligned, filled, page_hash, page_payload, read, write
 
 from tiered_kv.tiers.disk.io_ops import IoOps
@@ -117,7 +118,7 @@ def test_read_that_lost_its_slot_is_a_miss(open_store: OpenStore, io_mode: IoMod
     with store._catalog.lock:
         for segment in store._catalog.segments.values():
             for slot in range(5):
-                segment.access[slot] &= ~1
+                segment.access[slot] &= ~np.uint64(1)
     for first in range(100, 600, 10):
         write(ns, range(first, first + 10))
     assert not ns.contains(page_hash(0))

@@ -6,7 +6,6 @@ import errno
 import random
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from disk_builders import NAMESPACE, aligned, page_hash
@@ -64,7 +63,7 @@ def test_blocks_that_are_no_headers(block: bytes) -> None:
 
 
 def transfers_in(slots: Sequence[tuple[int, int]], record_bytes: int) -> list[PageTransfer]:
-    segments = {n: Segment(n, Path(f"{n}"), record_bytes, 5000, Ages()) for n, _ in slots}
+    segments = {n: Segment(n, record_bytes, 5000, Ages()) for n, _ in slots}
     buffer = memoryview(bytearray(1))
     return [
         PageTransfer(position, page_hash(position), buffer, segments[number], slot)

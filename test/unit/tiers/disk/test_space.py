@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import random
 import threading
@@ -243,7 +244,7 @@ def segments_of(*accesses: list[int], slots: int = 8) -> tuple[list[Segment], Ag
     ages.restart(np.array([a >> 1 for some in accesses for a in some], np.uint64))
     segments = []
     for number, some in enumerate(accesses, 1):
-        segment = Segment(number, Path(f"{number}.seg"), 8192, slots, ages)
+        segment = Segment(number, 8192, slots, ages)
         for slot, when in enumerate(some):
             segment.put(slot, 1, page_hash(number * 100 + slot), when)
         segments.append(segment)
@@ -298,8 +299,8 @@ def test_value_counts_bytes_not_pages() -> None:
     """A few large pages are worth as much as many small ones of the same age."""
     ages = Ages()
     ages.restart(np.array([250] * 8 + [300] * 8, np.uint64))
-    large = Segment(1, Path("1.seg"), 1 << 20, 2, ages)
-    small = Segment(2, Path("2.seg"), 8192, 256, ages)
+    large = Segment(1, 1 << 20, 2, ages)
+    small = Segment(2, 8192, 256, ages)
     for slot in range(2):
         large.put(slot, 1, page_hash(slot), 600)
     for slot in range(256):
@@ -325,7 +326,7 @@ def test_survivors_are_the_latest_read() -> None:
 def test_pages_are_counted_by_age(steps: list[tuple[str, int]]) -> None:
     """What is kept up to date as pages come and go is what counting anew finds."""
     catalog = Catalog()
-    segment = Segment(0, Path("0.seg"), 8192, 8, catalog.ages)
+    segment = Segment(0, 8192, 8, catalog.ages)
     catalog.add_segment(segment)
     entries = catalog.open_namespace(NAMESPACE, 4096)
     catalog.register(entries)
@@ -343,10 +344,20 @@ def test_pages_are_counted_by_age(steps: list[tuple[str, int]]) -> None:
             catalog.offer(segment)
         elif step == "withdraw":
             catalog.withdraw(segment)
-        kept = segment.counts.tolist()
+        kept = segment.counts
         segment.recount()
-        assert segment.counts.tolist() == kept
+        assert segment.counts == kept
         assert sum(kept) == segment.live == entries.n_pages == len(catalog.table)
+
+
+def test_segments_hold_nothing_for_the_collector() -> None:
+    """There are twenty thousand in ten terabytes, and its full passes stop every thread."""
+    (one, two), _ = segments_of([500] * 8, [500] * 8)
+    board = SegmentBoard(threading.Lock())
+    board.add(one)
+    board.add(two)
+    shared = [{id(o) for o in gc.get_referents(s) if gc.is_tracked(o)} for s in (one, two)]
+    assert shared[0] == shared[1]
 
 
 def test_many_segments_are_weighed_at_once() -> None:
