@@ -22,6 +22,7 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import InsertResult
 from tiered_kv.memory.demand import DemandForecast
+from tiered_kv.memory.write_through import STORE_WRITES_SHARE
 from tiered_kv.scheduler.calibration import StepObservation
 from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.context import TierContext
@@ -35,8 +36,6 @@ from tiered_kv.tiers.timeline import transfer_spans
 from tiered_kv.tiers.transfer import LONGEST_JOB_S, SingleRank, TransferQueue
 from tiered_kv.tiers.write_back import WriteBack
 
-#: What is on its way to the stores may hold this share of the host pool, in equal parts.
-WRITE_SHARE = 0.5
 #: How long `drain` goes on copying to the host what had to wait for room there.
 DRAIN_S = 2.0
 #: Longest rest of an idle loop, in seconds: what a request that comes then may wait longer.
@@ -82,7 +81,7 @@ class KVHierarchy:
 
     def __init__(self, context: TierContext, namespace: bytes) -> None:
         self.context = context
-        share = WRITE_SHARE / max(1, len(context.stores))
+        share = STORE_WRITES_SHARE / max(1, len(context.stores))
         self.colds = tuple(ColdTier(context, store, share) for store in context.stores)
         """The nearest first."""
         self.write_back = WriteBack(context, self.colds)

@@ -28,8 +28,7 @@ class ColdTier:
         """Whether pages have no name now under which to go there or come from there."""
         self.traits: StoreTraits = store.traits
         self.reads = ReadQueue(f"{self.name}-to-host", read_stretch(context))
-        limit_pages = max(1, int(context.host.n_pages * write_share))
-        self.writes = ColdWrites(context, self.tier, lambda: self.store, limit_pages)
+        self.writes = ColdWrites(context, self.tier, lambda: self.store, write_share)
         self.dropped = DroppedPages(context, self.tier, lambda: self.store)
         self.used = UsedPages(context, self.tier, lambda: self.store)
         self.probes = Probes()
