@@ -22,6 +22,7 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import InsertResult
 from tiered_kv.memory.demand import DemandForecast
+from tiered_kv.memory.ticket import path_up
 from tiered_kv.memory.write_through import STORE_WRITES_SHARE
 from tiered_kv.scheduler.calibration import StepObservation
 from tiered_kv.tiers.cold.tier import ColdTier
@@ -31,7 +32,6 @@ from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.prefetch import Prefetch
 from tiered_kv.tiers.progress import SETTLE_TIMEOUT_S, Finish, Progress
-from tiered_kv.tiers.ticket import path_up
 from tiered_kv.tiers.timeline import transfer_spans
 from tiered_kv.tiers.transfer import LONGEST_JOB_S, SingleRank, TransferQueue
 from tiered_kv.tiers.write_back import WriteBack

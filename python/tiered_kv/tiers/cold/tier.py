@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from tiered_kv.core.ids import PageHash, Tier
+from tiered_kv.memory.cold_source import Read
 from tiered_kv.memory.probes import Probes
-from tiered_kv.tiers.cold.read_queue import ReadQueue, read_stretch
+from tiered_kv.memory.read_order import Urgency
+from tiered_kv.tiers.cold.read_queue import ColdRead, ReadQueue, read_stretch
 from tiered_kv.tiers.cold.use import DroppedPages, UsedPages
 from tiered_kv.tiers.cold.writes import ColdWrites
 from tiered_kv.tiers.context import TierContext
@@ -22,6 +24,7 @@ class ColdTier:
     """
 
     def __init__(self, context: TierContext, store: PageStore, write_share: float) -> None:
+        self._context = context
         self.last_store = store
         """The one in use now, or before it was put away."""
         self.is_away = False
@@ -55,6 +58,30 @@ class ColdTier:
     @property
     def name(self) -> str:
         return self.tier.name.lower()
+
+    # -- a source of reads (`memory.cold_source`) ---------------------------------------------
+
+    @property
+    def page_bytes(self) -> int:
+        return self.traits.page_format.page_bytes
+
+    @property
+    def n_reads(self) -> int:
+        return self.reads.in_flight
+
+    def pages_before(self, urgency: Urgency) -> int:
+        return self.reads.pages_before(urgency)
+
+    def begin(self, read: Read, urgency: Urgency) -> None:
+        store, epoch = self.last_store, self._context.epoch
+        job = ColdRead(read.op, store, read.last, read.hashes, read.host_pages, epoch)
+        self.reads.submit_by(job, urgency)
+
+    def hurry(self, op: int, urgency: Urgency) -> None:
+        self.reads.hurry(op, urgency)
+
+    def forget(self, op: int, *, is_probe: bool) -> None:
+        self.reads.forget(op, is_probe=is_probe)
 
     def queues(self) -> list[TransferQueue[Any]]:
         """Each with a thread of its own."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers.context import host_pages_of
-from tiered_kv.tiers.slots import PageIds
-from tiered_kv.tiers.stored_pages import Stored
+from tiered_kv.memory.read_order import Pages
+from tiered_kv.memory.stored_pages import Stored
 
 
 @dataclass(slots=True, eq=False)
@@ -45,8 +44,6 @@ class Ticket:
     pinned: Node | None = None
     n_loaded_tokens: int = 0
     """Tokens down to `pinned` that came for it from a store, or are about to."""
-    began_s: float = field(default_factory=time.perf_counter)
-    is_drawn: bool = False
 
     @property
     def waits(self) -> bool:
@@ -75,9 +72,10 @@ def is_coming(node: Node) -> bool:
     return node.state(Tier.HOST) is Residency.LOADING
 
 
-def pages_on_host(nodes: Iterable[Node]) -> PageIds:
+def pages_on_host(nodes: Iterable[Node]) -> Pages:
     """The host pages that hold, or will hold, the nodes: in their order."""
-    slots = [host_pages_of(node) for node in nodes if node.slots(Tier.HOST) is not None]
+    found = (node.slots(Tier.HOST) for node in nodes)
+    slots = [cast(Pages, pages) for pages in found if pages is not None]
     return np.concatenate(slots) if slots else np.empty(0, dtype=np.int64)
 
 
