@@ -72,6 +72,10 @@ class HeldReads:
         pages = pages_on_host(path_up(last))
         self._order.hold(ticket.name, pages[: self._order.room_pages])
 
+    def alone(self, ticket: Ticket) -> list[int]:
+        """Those of the reads it waits for that nobody else does."""
+        return [op for op in ticket.waiting_for if len(self._under_way[op].waiters) == 1]
+
     def let_go(self, ticket: Ticket) -> None:
         """Its pages are ordinary cache; what it alone waits for is not read on."""
         for op in ticket.waiting_for:

@@ -106,6 +106,11 @@ class PrefetchPlanner:
         """Whether the next poll must agree on the time: the same on every rank."""
         return bool(self._new)
 
+    @property
+    def next_end_s(self) -> float:
+        """When somebody's patience is over next, at the earliest."""
+        return self._order.next_end_s
+
     # -- the request's life -------------------------------------------------------------------
 
     def request(
@@ -192,6 +197,11 @@ class PrefetchPlanner:
         """Tokens that were brought to the host for this request."""
         ticket = self._tickets.get(rid)
         return ticket.came_tokens if ticket is not None else 0
+
+    def reads_alone(self, rid: str) -> list[int]:
+        """The reads under way that nobody waits for but this request."""
+        ticket = self._tickets.get(rid)
+        return [] if ticket is None else self._reads.alone(ticket)
 
     def give_up(self, rid: str) -> None:
         """This request waits no longer. What is on its way still comes, until it is released."""

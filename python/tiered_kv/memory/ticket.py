@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -94,3 +94,18 @@ def end_of_hole(nodes: Iterable[Node], end: int) -> int:
         if node.state(Tier.HOST) is not Residency.ABSENT:
             return node.start
     return end
+
+
+def usable(path: Sequence[Node]) -> tuple[int, int]:
+    """How many leading nodes the device can provide, and how many it and then the host can."""
+    n_device = 0
+    for node in path:
+        if node.state(Tier.DEVICE) is Residency.ABSENT:
+            break
+        n_device += 1
+    n_usable = n_device
+    for node in path[n_device:]:
+        if node.state(Tier.HOST) is not Residency.RESIDENT:
+            break
+        n_usable += 1
+    return n_device, n_usable

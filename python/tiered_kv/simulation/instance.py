@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tiered_kv.memory.read_order import Urgency
 from tiered_kv.scheduler import request_policy
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
@@ -71,9 +72,11 @@ class Instance:
         self._forecaster = policy if isinstance(policy, ForecastingPolicy) else None
         observer = None if timeline is None else transfer_spans(timeline)
         self.cache = TieredCache(
-            settings, block_tokens, events, policies.make_manager, self._on_ready, observer
+            settings, block_tokens, events, policies.make_manager, self._hear, observer
         )
         self.waiting = WaitingQueue(self.cache.forest, tokens_per_unit=block_tokens)
+        if self.cache.reads is not None:
+            self.cache.reads.urgency_of = self._urgency_of
         self.n_iterations = 0
         self.busy_s = 0.0
         self.processed_prefill_tokens = 0
@@ -127,23 +130,26 @@ class Instance:
         self.policy.on_arrival(queued, now_s)
         if self._selection is not None and self._selection.may_preempt(live):
             self._is_full = False
-        self._hold(live, now_s)
+        self.cache.poll()
+        self._hear()
         self._wake(now_s)
 
-    def _hold(self, live: LiveRequest, now_s: float) -> None:
-        """Keep `live` out of plans while it waits for pages from disk, as long as it wants to."""
-        if live.waits_for and live.give_up_s > now_s:
-            self._held[live.queued.request_id] = self.cache.arriving(live)
-            if live.give_up_s < float("inf"):
-                self._events.schedule(live.give_up_s, lambda _: self._let_go(live))
+    def _hear(self) -> None:
+        """Keep those out of plans who wait for pages from disk, as long as they want to."""
+        now_s = self._events.now()
+        for request_id in self.cache.take_news():
+            live = self._live.get(request_id)
+            if live is None or request_id not in self.waiting.requests:
+                continue
+            arriving = self.cache.arriving(live)
+            if arriving is not None:
+                self._held[request_id] = arriving
+            elif self._held.pop(request_id, None) is not None:
+                self._wake(now_s)
 
-    def _on_ready(self, live: LiveRequest) -> None:
-        if not live.waits_for:
-            self._let_go(live)
-
-    def _let_go(self, live: LiveRequest) -> None:
-        if self._held.pop(live.queued.request_id, None):
-            self._wake(self._events.now())
+    def _urgency_of(self, rid: str) -> Urgency | None:
+        queued = self.waiting.requests.get(int(rid))
+        return None if queued is None else self.policy.urgency(queued)
 
     def _wake(self, now_s: float) -> None:
         """Something could be admitted: start, or cut a run of decode passes short."""
@@ -158,6 +164,8 @@ class Instance:
 
     def _step(self, now_s: float) -> None:
         """Start the next iteration, if there is anything to do."""
+        self.cache.poll()
+        self._hear()
         batch = self._next_prefill(now_s)
         if batch is not None:
             self._start_prefill(batch, now_s)
@@ -222,8 +230,8 @@ class Instance:
                     self._is_full = True
                     return
                 live = self._live[request_id]
-                if live.waits_for:
-                    self.cache.stop_prefetch(live)
+                self._held.pop(request_id, None)
+                self.cache.wait_no_longer(live)
                 added = adder.add(live)
                 if added is Added.NO_MEMORY:
                     self._is_refused = self.departures.make_way(

@@ -9,8 +9,9 @@ from tiered_kv.core.ids import PageHash, Tier
 from tiered_kv.memory.cold_source import Read
 from tiered_kv.memory.probes import Probes
 from tiered_kv.memory.read_order import Urgency
+from tiered_kv.memory.store_use import DroppedPages
 from tiered_kv.tiers.cold.read_queue import ColdRead, ReadQueue, read_stretch
-from tiered_kv.tiers.cold.use import DroppedPages, UsedPages
+from tiered_kv.tiers.cold.use import UsedPages
 from tiered_kv.tiers.cold.writes import ColdWrites
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.page_store import PageStore, StoreTraits
@@ -32,7 +33,12 @@ class ColdTier:
         self.traits: StoreTraits = store.traits
         self.reads = ReadQueue(f"{self.name}-to-host", read_stretch(context))
         self.writes = ColdWrites(context, self.tier, lambda: self.store, write_share)
-        self.dropped = DroppedPages(context, self.tier, lambda: self.store)
+        self.dropped = DroppedPages(
+            context.forest,
+            self.tier,
+            lambda: self.store,
+            lambda hashes: context.listener.dropped(hashes, self.tier),
+        )
         self.used = UsedPages(context, self.tier, lambda: self.store)
         self.probes = Probes()
 
