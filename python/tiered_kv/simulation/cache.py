@@ -59,11 +59,11 @@ class TieredCache:
         block_tokens: int,
         events: EventQueue,
         make_manager: ManagerFactory,
-        on_news: Callable[[], None],
         observer: Observer | None = None,
     ) -> None:
-        """`on_news` is called when `take_news` may have something to say."""
         cache = settings.cache
+        self.on_news: Callable[[], None] = _nobody
+        """Called when `take_news` may have something to say."""
         self.forest = Forest(page_size=1)
         self.manager = make_manager(self.forest)
         self.root = self.forest.root(namespace_hash("simulation"))
@@ -120,7 +120,7 @@ class TieredCache:
                 events,
                 pages_per_unit=pages_per_unit,
                 ends_in_mid_read=cache.stop_policy in ("best_effort", "timeout"),
-                on_news=on_news,
+                on_news=self._tell_news,
                 on_room=self.writes.advance,
             )
 
@@ -247,9 +247,9 @@ class TieredCache:
         anchor = path[n_usable - 1] if n_usable else self.root
         self.reads.request(str(live.queued.request_id), anchor, tokens[anchor.end :])
 
-    def arriving(self, live: LiveRequest) -> Arriving | None:
-        """What is on its way for `live`, if it is to wait for that."""
-        rid = str(live.queued.request_id)
+    def arriving(self, request_id: int) -> Arriving | None:
+        """What is on its way for a request, if it is to wait for that."""
+        rid = str(request_id)
         if self.reads is None or self.reads.done(rid):
             return None
         seconds, units = self.reads.arriving(rid)
@@ -259,10 +259,13 @@ class TieredCache:
         """Requests that may wait for pages from disk from now on, or do no longer."""
         return [] if self.reads is None else [int(rid) for rid in self.reads.take_news()]
 
-    def wait_no_longer(self, live: LiveRequest) -> None:
-        """`live` is to run without the pages that have not come."""
+    def _tell_news(self) -> None:
+        self.on_news()
+
+    def wait_no_longer(self, request_id: int) -> None:
+        """A request is to run without the pages that have not come."""
         if self.reads is not None:
-            self.reads.wait_no_longer(str(live.queued.request_id))
+            self.reads.wait_no_longer(str(request_id))
 
     def admitted(self, live: LiveRequest) -> None:
         """`live` runs: what was brought from disk for it is ordinary cache from now on."""
@@ -336,3 +339,7 @@ class TieredCache:
         if tier is Tier.DEVICE:
             self.evicted_tokens += freed * self.block_tokens
         return freed
+
+
+def _nobody() -> None:
+    """Nobody listens yet."""

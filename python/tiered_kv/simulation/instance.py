@@ -17,8 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiered_kv.memory.read_order import Urgency
-from tiered_kv.scheduler import request_policy
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
 from tiered_kv.scheduler.request_policy import ForecastingPolicy, RequestPolicy, SchedulerState
@@ -31,6 +29,7 @@ from tiered_kv.simulation.decode_selection import selection_for
 from tiered_kv.simulation.departures import Departures
 from tiered_kv.simulation.events import EventQueue
 from tiered_kv.simulation.execution import DecodeRun, Execution, FloatArray
+from tiered_kv.simulation.held import HeldRequests
 from tiered_kv.simulation.live import AnswerBlocks, LiveRequest, new_record, queued_request
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.timeline import Timeline, transfer_spans
@@ -71,12 +70,9 @@ class Instance:
         self.policy = policy = policies.request
         self._forecaster = policy if isinstance(policy, ForecastingPolicy) else None
         observer = None if timeline is None else transfer_spans(timeline)
-        self.cache = TieredCache(
-            settings, block_tokens, events, policies.make_manager, self._hear, observer
-        )
+        self.cache = TieredCache(settings, block_tokens, events, policies.make_manager, observer)
         self.waiting = WaitingQueue(self.cache.forest, tokens_per_unit=block_tokens)
-        if self.cache.reads is not None:
-            self.cache.reads.urgency_of = self._urgency_of
+        self._held = HeldRequests(self.cache, self.waiting, policy, self._let_go)
         self.n_iterations = 0
         self.busy_s = 0.0
         self.processed_prefill_tokens = 0
@@ -86,7 +82,6 @@ class Instance:
         self._foresight = policies.foresight
         self._timeline = timeline
         self._live: dict[int, LiveRequest] = {}
-        self._held: dict[int, request_policy.Arriving] = {}
         self._running = batch = DecodeBatch(self.cache, is_cascade=settings.cascade)
         self._turns = turns = PrefillTurns()
         costs = self._execution.costs
@@ -131,25 +126,11 @@ class Instance:
         if self._selection is not None and self._selection.may_preempt(live):
             self._is_full = False
         self.cache.poll()
-        self._hear()
+        self._held.hear()
         self._wake(now_s)
 
-    def _hear(self) -> None:
-        """Keep those out of plans who wait for pages from disk, as long as they want to."""
-        now_s = self._events.now()
-        for request_id in self.cache.take_news():
-            live = self._live.get(request_id)
-            if live is None or request_id not in self.waiting.requests:
-                continue
-            arriving = self.cache.arriving(live)
-            if arriving is not None:
-                self._held[request_id] = arriving
-            elif self._held.pop(request_id, None) is not None:
-                self._wake(now_s)
-
-    def _urgency_of(self, rid: str) -> Urgency | None:
-        queued = self.waiting.requests.get(int(rid))
-        return None if queued is None else self.policy.urgency(queued)
+    def _let_go(self) -> None:
+        self._wake(self._events.now())
 
     def _wake(self, now_s: float) -> None:
         """Something could be admitted: start, or cut a run of decode passes short."""
@@ -165,7 +146,7 @@ class Instance:
     def _step(self, now_s: float) -> None:
         """Start the next iteration, if there is anything to do."""
         self.cache.poll()
-        self._hear()
+        self._held.hear()
         batch = self._next_prefill(now_s)
         if batch is not None:
             self._start_prefill(batch, now_s)
@@ -230,8 +211,7 @@ class Instance:
                     self._is_full = True
                     return
                 live = self._live[request_id]
-                self._held.pop(request_id, None)
-                self.cache.wait_no_longer(live)
+                self._held.wait_no_longer(request_id)
                 added = adder.add(live)
                 if added is Added.NO_MEMORY:
                     self._is_refused = self.departures.make_way(
@@ -266,7 +246,7 @@ class Instance:
     def _leave_queue(self, live: LiveRequest, now_s: float) -> None:
         queued = live.queued
         self.waiting.remove(queued)
-        self._held.pop(queued.request_id, None)
+        self._held.left_queue(queued.request_id)
         self.policy.on_admission(queued, now_s)
         if live.record.admitted_s is None:
             live.record.admitted_s = now_s
@@ -277,7 +257,7 @@ class Instance:
         return SchedulerState(
             now_s=now_s,
             waiting=self.waiting,
-            held=self._held,
+            held=self._held.arriving,
             running=[live.queued for live in self._running.requests],
             decode_context_tokens=self._running.context_tokens + self._running.parked_tokens,
             processed_prefill_tokens=self.processed_prefill_tokens,
