@@ -163,6 +163,9 @@ class QuietPolicy:
 
 PolicyFactory: TypeAlias = Callable[[], RequestPolicy]
 
+REQUEST_POLICY_DEFAULT = "slack"
+"""Who orders the waiting queue of a server that is not told otherwise."""
+
 request_policies: Registry[PolicyFactory] = Registry("request policy")
 for _name, _target in {
     "fcfs": "fcfs:FirstComeFirstServed",
