@@ -17,6 +17,7 @@ from tiered_kv.forest.node import Node, Tokens
 from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import Match
 from tiered_kv.memory.demand import DemandForecast
+from tiered_kv.memory.loads import Loads
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.memory.read_order import Pages
 from tiered_kv.memory.ticket import usable
@@ -94,6 +95,7 @@ class TieredCache:
             pages_per_unit=pages_per_unit,
             observer=observer,
         )
+        self._loads = Loads(pages_per_unit)
         self.host = HostMemory(
             self.forest,
             read_rules(self.manager, cache, block_tokens),
@@ -186,8 +188,10 @@ class TieredCache:
     def load_back(self, live: LiveRequest, prefix: Prefix) -> Prefix:
         """Start loading what the host has after `prefix`, as the memory manager sees fit."""
         forest = self.forest
-        load = self.manager.on_match(
+        load = self._loads.wanted(
+            self.manager,
             prefix.match,
+            self._events.now(),
             prompt_tokens=-(-live.queued.prompt_tokens // self.block_tokens),
             queued_bytes=self.to_device.queued_bytes,
         )
@@ -294,6 +298,7 @@ class TieredCache:
         if not self.make_room(n_units * self.block_tokens):
             forest.unpin(last, Tier.HOST)
             return False
+        self._loads.begun(self._events.now())
         op = self.host.next_op()
         for node in nodes:
             slots = range(node.n_pages)
