@@ -221,7 +221,9 @@ class TieredCache:
             live.pinned = result.last
             live.committed_units = n_units
             self._changed.extend(result.adopted)
-            self.writes.inserted(result)
+            self.writes.used(result.last, result.adopted)
+        elif live.pinned is not None:
+            self.writes.used(live.pinned)
         self.take_private(
             live, kv_tokens - live.committed_units * self.block_tokens - live.private_tokens
         )

@@ -8,7 +8,6 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
-from tiered_kv.forest.results import InsertResult
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.memory.store_use import DroppedPages, UsedNodes
 from tiered_kv.memory.ticket import path_up
@@ -55,13 +54,16 @@ class Writes:
         self._dropped = DroppedPages(forest, Tier.DISK, lambda: disk)
         self._used = UsedNodes(forest, Tier.DISK)
 
-    def inserted(self, result: InsertResult) -> None:
-        """As the server's `KVHierarchy.insert`: what was left unwritten before is offered again."""
-        self._to_host.offer(result.adopted or (result.last,))
+    def used(self, last: Node, adopted: Sequence[Node] = ()) -> None:
+        """The path down to `last` is used; `adopted`, if any, are its nodes that are new.
+
+        As in the server's `KVHierarchy.insert`, what was left unwritten before is offered again.
+        """
+        self._to_host.offer(adopted or (last,))
         self._start_to_host()
         if self._disk is not None:
-            self._offer_to_disk(tuple(path_up(result.last)))
-            self._used.note(result.last)
+            self._offer_to_disk(tuple(path_up(last)))
+            self._used.note(last)
 
     def evicted(self, node: Node, parent: Node, tier: Tier) -> None:
         """`node` has left a tier."""
