@@ -76,25 +76,9 @@ class TieredCache:
         self.evicted_tokens = 0
         self._events = events
         self._changed: list[Node] = []
-        costs = settings.costs()
-
-        def link(name: str, source: Tier, target: Tier) -> Link:
-            return Link(name, costs.edge(source, target), events, observer)
-
-        self.to_device = link("host to device", Tier.HOST, Tier.DEVICE)
-        self.to_host = link("device to host", Tier.DEVICE, Tier.HOST)
-        self.to_disk = link("host to disk", Tier.HOST, Tier.DISK)
         self.disk = SimulatedDisk(cache.disk_bytes, self.block_bytes) if cache.disk_bytes else None
         pages_per_unit = block_tokens / settings.page_tokens
-        self.from_disk = DiskReads(
-            "disk to host",
-            costs.edge(Tier.DISK, Tier.HOST),
-            events,
-            self.disk,
-            unit_bytes=self.block_bytes,
-            pages_per_unit=pages_per_unit,
-            observer=observer,
-        )
+        self._connect(settings, pages_per_unit, observer)
         self._loads = Loads(pages_per_unit)
         self.host = HostMemory(
             self.forest,
@@ -125,6 +109,28 @@ class TieredCache:
                 on_news=self._tell_news,
                 on_room=self.writes.advance,
             )
+
+    def _connect(
+        self, settings: InstanceSettings, pages_per_unit: float, observer: Observer | None
+    ) -> None:
+        """The links between the tiers."""
+        costs, events = settings.costs(), self._events
+
+        def link(name: str, source: Tier, target: Tier) -> Link:
+            return Link(name, costs.edge(source, target), events, observer)
+
+        self.to_device = link("host to device", Tier.HOST, Tier.DEVICE)
+        self.to_host = link("device to host", Tier.DEVICE, Tier.HOST)
+        self.to_disk = link("host to disk", Tier.HOST, Tier.DISK)
+        self.from_disk = DiskReads(
+            "disk to host",
+            costs.edge(Tier.DISK, Tier.HOST),
+            events,
+            self.disk,
+            unit_bytes=self.block_bytes,
+            pages_per_unit=pages_per_unit,
+            observer=observer,
+        )
 
     def _has_changed(self, nodes: Sequence[Node]) -> None:
         self._changed.extend(nodes)
