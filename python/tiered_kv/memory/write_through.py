@@ -38,32 +38,28 @@ class WriteThrough:
         self.target = target
         self._forest = forest
         self._manager = manager
-        self._deferred = DeferredNodes(manager.write_value, lambda: MAX_DEFERRED)
-
-    def __len__(self) -> int:
-        """Nodes that wait."""
-        return len(self._deferred)
+        self.waiting = DeferredNodes(manager.write_value, lambda: MAX_DEFERRED)
 
     def offer(self, nodes: Iterable[Node]) -> None:
         """Those of `nodes` that are readable in `source` and absent in `target` wait from now."""
         for action in self._wanted(tuple(nodes)):
-            self._deferred.add(self._forest.node(action.node_id))
+            self.waiting.add(self._forest.node(action.node_id))
 
     def evicted(self, node: Node, parent: Node, tier: Tier) -> None:
         """`node` has left a tier. It cannot be written if it waited, but what is above it can.
 
         A node that waits may be split: only its lower half is still in the list, and goes first.
         """
-        if tier is not self.source or node not in self._deferred:
+        if tier is not self.source or node not in self.waiting:
             return
-        self._deferred.discard(node)
+        self.waiting.discard(node)
         if not parent.is_root and self._is_unwritten(parent):
-            self._deferred.add(parent)
+            self.waiting.add(parent)
 
     def clear(self) -> int:
         """The tree is about to be emptied: nothing waits any more; returns how many pages did."""
-        lost = {n for node in self._deferred.nodes() for n in self._unwritten_path(node)}
-        self._deferred.clear()
+        lost = {n for node in self.waiting.nodes() for n in self._unwritten_path(node)}
+        self.waiting.clear()
         return sum(node.n_pages for node in lost)
 
     def _wanted(self, nodes: Iterable[Node]) -> list[WriteBack]:
@@ -112,11 +108,11 @@ class HostWrites(WriteThrough):
 
         If there is no room for one, the rest waits, and `found_no_room` is to be told.
         """
-        while self._deferred:
-            self._first = node = self._deferred.first()
+        while self.waiting:
+            self._first = node = self.waiting.first()
             for part in self._parts(self._unwritten_path(node)):
                 yield HostWrite(part, self._needed_above(part))
-            self._deferred.discard(node)
+            self.waiting.discard(node)
 
     def found_no_room(self, n_free: int, *, is_written_on: bool) -> None:
         """There was no room for the last that was due, with `n_free` pages free.
@@ -126,16 +122,16 @@ class HostWrites(WriteThrough):
         evictable = self._forest.evictable_tokens(Tier.HOST) // self._forest.page_size
         if n_free + evictable == self._n_pages and not is_written_on and self._first is not None:
             # Nothing is in use that could make room later: its own path fills the pool.
-            self._deferred.discard(self._first)
+            self.waiting.discard(self._first)
 
     def failed(self, node: Node) -> None:
         """`node` could not be copied: without it, those below are of no use on the host."""
-        for below in self._deferred.nodes():
+        for below in self.waiting.nodes():
             at: Node | None = below
             while at is not None and at is not node:
                 at = at.parent
             if at is node:
-                self._deferred.discard(below)
+                self.waiting.discard(below)
 
     def _is_streamed(self, node: Node) -> bool:
         """Whether its path does not fit as a whole."""
@@ -201,11 +197,11 @@ class StoreWrites(WriteThrough):
         They may be none, if what waited has been written meanwhile. limit_pages: instead of its
         own.
         """
-        if not self._deferred:
+        if not self.waiting:
             return None
         limit = self._limit_pages if limit_pages is None else limit_pages
-        node = self._deferred.first()
+        node = self.waiting.first()
         if pages_in_flight and pages_in_flight + node.n_pages > limit:
             return None
-        self._deferred.discard(node)
+        self.waiting.discard(node)
         return self._unwritten_path(node)

@@ -74,9 +74,9 @@ class Writes:
         """Starts what had to wait, as far as there is room now."""
         if self._disk is not None:
             self._look_after(self._disk)
-        if self._to_disk:
+        if self._to_disk.waiting:
             self._start_to_disk()
-        if self._to_host:
+        if self._to_host.waiting:
             self._start_to_host()
 
     def _look_after(self, disk: SimulatedDisk) -> None:
@@ -89,7 +89,7 @@ class Writes:
     def _start_to_host(self) -> None:
         for write in self._to_host.due():
             if not self._write_to_host(write):
-                is_written_on = bool(self._to_disk)
+                is_written_on = bool(self._to_disk.waiting)
                 self._to_host.found_no_room(self._host.n_free, is_written_on=is_written_on)
                 return
 

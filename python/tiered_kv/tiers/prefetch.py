@@ -35,9 +35,9 @@ class Prefetch(PrefetchPlanner):
     def request(
         self, rid: str, anchor: Node, tokens: array[int], *, is_ahead: bool = False
     ) -> None:
-        is_known = rid in self.tickets
+        is_new = self._context.timeline is not None and rid not in self.tickets
         super().request(rid, anchor, tokens, is_ahead=is_ahead)
-        if self._context.timeline is not None and not is_known and rid in self.tickets:
+        if is_new and rid in self.tickets:
             self._began_s[rid] = time.perf_counter()
 
     def looked_up(self, completion: Completion[ColdLookup]) -> None:

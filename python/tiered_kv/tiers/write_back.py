@@ -54,7 +54,7 @@ class WriteBack:
 
     @property
     def n_deferred(self) -> int:
-        return len(self._next) + sum(cold.writes.n_deferred for cold in self._colds)
+        return len(self._next.waiting) + sum(cold.writes.n_deferred for cold in self._colds)
 
     def inserted(self, nodes: Iterable[Node]) -> None:
         """`nodes` are readable on the device: those that the host lacks are to be written."""
@@ -72,7 +72,7 @@ class WriteBack:
         self._context.pacer.press(self._is_pressed())
         for cold in self._colds:
             cold.writes.advance()
-        if self._next:
+        if self._next.waiting:
             self._start_host_writes()
 
     def _is_pressed(self) -> bool:

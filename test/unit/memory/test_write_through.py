@@ -55,9 +55,9 @@ def test_a_node_is_due_once_with_what_is_above_it_and_the_host_lacks() -> None:
     tree.computed(1, 2, 3, 4)
     tree.computed(1, 2, 8)  # splits it: the upper half does not wait by itself
     assert tree.write() == [(0, 2), (2, 4), (2, 3)]
-    assert len(tree.to_host) == 0
+    assert len(tree.to_host.waiting) == 0
     tree.computed(1, 2, 3, 4)
-    assert len(tree.to_host) == 0, "the host has it"
+    assert len(tree.to_host.waiting) == 0, "the host has it"
 
 
 def test_what_is_large_is_written_in_parts_and_what_finds_no_room_waits() -> None:
@@ -65,7 +65,7 @@ def test_what_is_large_is_written_in_parts_and_what_finds_no_room_waits() -> Non
     tree.computed(*range(1, 11))
     assert tree.write(2) == [(0, 4), (4, 8)]
     tree.to_host.found_no_room(0, is_written_on=True)
-    assert len(tree.to_host) == 1
+    assert len(tree.to_host.waiting) == 1
     assert tree.write() == [(8, 10)]
 
 
@@ -74,13 +74,13 @@ def test_what_would_fill_the_pool_alone_is_given_up_if_nothing_can_make_room() -
     tree.computed(*range(1, 11))
     assert next(tree.to_host.due()).node.end == 4
     tree.to_host.found_no_room(15, is_written_on=False)
-    assert len(tree.to_host) == 1, "a page is in use, and will be free"
+    assert len(tree.to_host.waiting) == 1, "a page is in use, and will be free"
     assert next(tree.to_host.due()).node.end == 4
     tree.to_host.found_no_room(16, is_written_on=True)
-    assert len(tree.to_host) == 1, "a store makes room"
+    assert len(tree.to_host.waiting) == 1, "a store makes room"
     assert next(tree.to_host.due()).node.end == 4
     tree.to_host.found_no_room(16, is_written_on=False)
-    assert len(tree.to_host) == 0
+    assert len(tree.to_host.waiting) == 0
 
 
 def test_of_a_prompt_larger_than_the_pool_the_head_is_kept_and_what_a_store_has_is_not() -> None:
@@ -129,9 +129,9 @@ def test_the_list_is_bounded_and_counts_what_is_lost(monkeypatch: pytest.MonkeyP
     tree = Tree()
     for n in range(10):
         tree.computed(10 * n, 10 * n + 1)
-    assert len(tree.to_host) == 3
+    assert len(tree.to_host.waiting) == 3
     assert tree.to_host.clear() == 6
-    assert not tree.to_host
+    assert not tree.to_host.waiting
 
 
 def test_writes_to_a_store_hold_their_share_of_the_host() -> None:
@@ -140,7 +140,7 @@ def test_writes_to_a_store_hold_their_share_of_the_host() -> None:
     for node in nodes:
         tree.forest.set_resident(node, HOST, range(5))
     tree.to_disk.offer(nodes)
-    assert len(tree.to_disk) == 3
+    assert len(tree.to_disk.waiting) == 3
     (first,) = tree.to_disk.take(0) or []
     assert tree.to_disk.take(5) is None, "8 pages may be on their way"
     assert tree.to_disk.take(5, limit_pages=16) == [nodes[1]]

@@ -63,7 +63,7 @@ class ColdWrites:
 
     @property
     def n_deferred(self) -> int:
-        return len(self._next)
+        return len(self._next.waiting)
 
     def offer(self, nodes: Sequence[Node]) -> None:
         """`nodes`, of one tree, are to be in the store as well if they are readable on the host."""
@@ -74,7 +74,7 @@ class ColdWrites:
 
     def advance(self) -> None:
         """Starts what had to wait, as far as there is room now."""
-        if self._next:
+        if self._next.waiting:
             self._start()
 
     def evicted(self, node: Node, parent: Node, tier: Tier) -> None:
