@@ -83,7 +83,7 @@ class PrefetchPlanner:
     ) -> None:
         self._forest = forest
         self._room = room
-        self._asked = lookups
+        self._lookups = lookups
         self._sources = {source.tier: source for source in sources}
         self._probe_pages = max(1, int(PROBE_PAGES / pages_per_unit))
         self.urgency_of: UrgencyOf = lambda _: None
@@ -124,7 +124,7 @@ class PrefetchPlanner:
         size = self._forest.page_size
         if rid in self._tickets or len(tokens) < size:
             return
-        if not self._asked.may_hit(anchor, tokens[:size]):
+        if not self._lookups.may_hit(anchor, tokens[:size]):
             return
         root, prompt = prompt_of(anchor, tokens)
         n_tokens = len(prompt)
@@ -143,7 +143,7 @@ class PrefetchPlanner:
 
     def _look_up(self, ticket: Ticket, anchor: Node) -> None:
         """Find out what the stores have of its prompt after `anchor`."""
-        stored = self._asked.ask(ticket.name, ticket.root, ticket.tokens, anchor)
+        stored = self._lookups.ask(ticket.name, ticket.root, ticket.tokens, anchor)
         if stored is not None:
             self._stand_in_line(ticket, stored)
             return

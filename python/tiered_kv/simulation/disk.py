@@ -72,6 +72,11 @@ class SimulatedDisk:
         with self._catalog.lock:
             self._catalog.touch(self._entries, hashes)
 
+    @property
+    def has_dropped(self) -> bool:
+        """Whether `drain_dropped` has something to say."""
+        return self._entries.has_dropped
+
     def drain_dropped(self) -> list[PageHash] | None:
         """Pages that are there no more, since the last call; None: too many to remember."""
         with self._catalog.lock:

@@ -81,7 +81,8 @@ class Writes:
 
     def _look_after(self, disk: SimulatedDisk) -> None:
         """What it gave up is not there any more, and it is told what is used above it."""
-        self._dropped.counted(self._dropped.votes())
+        if disk.has_dropped or self._dropped.is_looking:
+            self._dropped.counted(self._dropped.votes())
         now_s = self._host.now_s
         if self._used.is_due(now_s):
             disk.touch(name for names in self._used.take(now_s) for name in names)
