@@ -14,7 +14,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from tiered_kv.core.ids import Tier
@@ -27,6 +26,7 @@ from tiered_kv.memory.read_order import ReadOrder, Urgency
 from tiered_kv.memory.stored_pages import Stored, prompt_of
 from tiered_kv.memory.ticket import (
     Ticket,
+    Wish,
     count_held,
     end_of_hole,
     is_coming,
@@ -40,29 +40,6 @@ HELD_SHARE = 0.5
 LINE_LOOK = 8
 #: Reads that may be under way at once.
 READS_MAX = 256
-
-
-@dataclass(frozen=True, slots=True)
-class _Wish:
-    """What a ticket would hold and have read now."""
-
-    path: tuple[Node, ...]
-    """Nodes that device or host have, or are about to have."""
-    parts: list[tuple[ColdSource, list[bytes]]]
-    """Hashes of the pages to read after those, in their order, by store."""
-
-    @property
-    def n_pages(self) -> int:
-        return sum(len(hashes) for _, hashes in self.parts)
-
-    def within(self, n_pages: int) -> list[tuple[ColdSource, list[bytes]]]:
-        """Of `parts`, the leading so many pages."""
-        kept = []
-        for cold, hashes in self.parts:
-            if n_pages > 0:
-                kept.append((cold, hashes[:n_pages]))
-                n_pages -= len(hashes)
-        return kept
 
 
 class PrefetchPlanner:
@@ -275,7 +252,7 @@ class PrefetchPlanner:
         order.leave_line(ticket.name)
         return True
 
-    def _wish(self, ticket: Ticket) -> _Wish | None:
+    def _wish(self, ticket: Ticket) -> Wish | None:
         """None if its prompt must be looked up again: what it went on from has left the host."""
         size = self._forest.page_size
         found = self._forest.peek(ticket.root, ticket.tokens)
@@ -287,7 +264,7 @@ class PrefetchPlanner:
         last = path[-1] if path else ticket.root
         stored, first = ticket.stored, last.end // size
         if stored is None:
-            return _Wish(path, [])
+            return Wish(path, [])
         if first < stored.first:
             self._order.leave_line(ticket.name)
             self._look_up(ticket, last)
@@ -303,7 +280,7 @@ class PrefetchPlanner:
             if n_pages < len(hashes):
                 break
             start += n_pages * size
-        return _Wish(path, parts)
+        return Wish(path, parts)
 
     def _worth_reading(self, ticket: Ticket, cold: ColdSource, n_pages: int, start: int) -> int:
         """How many of `n_pages` pages in a store, from token `start` of its prompt on, to read."""

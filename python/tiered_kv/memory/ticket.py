@@ -12,6 +12,7 @@ import numpy as np
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
+from tiered_kv.memory.cold_source import ColdSource
 from tiered_kv.memory.read_order import Pages
 from tiered_kv.memory.stored_pages import Stored
 
@@ -57,6 +58,29 @@ class Ticket:
         if self.pinned is not None:
             coming = sum(node.n_tokens for node in path_up(self.pinned) if is_coming(node))
         return max(0, self.n_loaded_tokens - coming)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a ticket would hold and have read now."""
+
+    path: tuple[Node, ...]
+    """Nodes that device or host have, or are about to have."""
+    parts: list[tuple[ColdSource, list[bytes]]]
+    """Hashes of the pages to read after those, in their order, by store."""
+
+    @property
+    def n_pages(self) -> int:
+        return sum(len(hashes) for _, hashes in self.parts)
+
+    def within(self, n_pages: int) -> list[tuple[ColdSource, list[bytes]]]:
+        """Of `parts`, the leading so many pages."""
+        kept = []
+        for cold, hashes in self.parts:
+            if n_pages > 0:
+                kept.append((cold, hashes[:n_pages]))
+                n_pages -= len(hashes)
+        return kept
 
 
 def path_up(node: Node) -> Iterator[Node]:
