@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
@@ -85,7 +86,7 @@ class Writes:
             self._dropped.counted(self._dropped.votes())
         now_s = self._host.now_s
         if self._used.is_due(now_s):
-            disk.touch(name for names in self._used.take(now_s) for name in names)
+            disk.touch(chain.from_iterable(self._used.take(now_s)))
 
     def _start_to_host(self) -> None:
         for write in self._to_host.due():
@@ -131,9 +132,8 @@ class Writes:
         forest.pin(node, Tier.HOST)
         self._units_to_disk += n_units
         # Whoever adds to a prefix uses it.
-        for above in path_up(node):
-            if above is not node:
-                disk.touch(above.page_hashes)
+        above = (part.page_hashes for part in path_up(node) if part is not node)
+        disk.touch(chain.from_iterable(above))
 
         def done(_: float) -> None:
             forest.unpin(node, Tier.HOST)
