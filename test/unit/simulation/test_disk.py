@@ -10,8 +10,9 @@ from tiered_kv.core.errors import TieredKVError
 from tiered_kv.core.ids import PageHash
 from tiered_kv.forest.key import namespace_hash, page_hashes
 from tiered_kv.simulation.disk import SimulatedDisk
+from tiered_kv.tiers.alignment import round_up
 from tiered_kv.tiers.disk.budget import Budget
-from tiered_kv.tiers.disk.record import BLOCK_BYTES, round_up
+from tiered_kv.tiers.disk.record import BLOCK_BYTES
 
 PAGE_BYTES = 1 << 20
 RECORD_BYTES = BLOCK_BYTES + round_up(PAGE_BYTES)
