@@ -24,8 +24,8 @@ from support_tiers.shared_blobs import SharedBlobs
 from support_tiers.tier_rig import Rig, new_disk
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
+from tiered_kv.memory import read_turns
 from tiered_kv.scheduler.calibration import Calibrator
-from tiered_kv.tiers.cold import read_queue
 from tiered_kv.tiers.context import host_pages_of
 
 pytestmark = pytest.mark.timeout(120)
@@ -53,7 +53,7 @@ EVICTION_POLICIES = ("value", "s3fifo", "slru")
 @pytest.fixture(autouse=True)
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that reads of these short prompts are interrupted by more urgent ones."""
-    monkeypatch.setattr(read_queue, "READ_STRETCH_PAGES", 2)
+    monkeypatch.setattr(read_turns, "READ_STRETCH_PAGES", 2)
 
 
 def make_rig(seed: int, *, rank: int = 0, **options: Any) -> Rig:

@@ -14,6 +14,7 @@ from support_simulation.builders import (
     server,
     simulate,
 )
+from tiered_kv.memory.probes import PROBE_PAGES
 from tiered_kv.simulation.settings import DiskSpec
 
 
@@ -95,7 +96,7 @@ def disk_requests() -> list[object]:
 def disk_server(stop_policy: str, bandwidth: float = 1e9) -> object:
     return server(
         device_blocks=60,
-        host_blocks=60,
+        host_blocks=90,
         disk_blocks=500,
         stop_policy=stop_policy,
         disk=DiskSpec(read_bandwidth=bandwidth),
@@ -137,7 +138,7 @@ def test_what_is_sooner_computed_than_read_is_not_read() -> None:
     for bandwidth, is_read in ((100e9, True), (1e6, False)):
         settings = server(
             device_blocks=60,
-            host_blocks=60,
+            host_blocks=90,
             disk_blocks=500,
             disk=DiskSpec(read_bandwidth=bandwidth),
             load_policy="cost",
@@ -145,7 +146,9 @@ def test_what_is_sooner_computed_than_read_is_not_read() -> None:
         )
         result, simulation = simulate(requests, settings)
         assert (result.records[3].disk_hit_tokens > 0) == is_read
-        assert (simulation.instances[0].cache.from_disk.n_bytes > 0) == is_read
+        n_bytes = simulation.instances[0].cache.from_disk.n_bytes
+        # Some pages are read whatever they cost, now and then, to see how long it takes.
+        assert (n_bytes > PROBE_PAGES * BLOCK_BYTES) == is_read
         always, _ = simulate(requests, disk_server("wait_complete", bandwidth))
         assert result.records[3].ttft_s <= always.records[3].ttft_s * (1 + 1e-9)
 

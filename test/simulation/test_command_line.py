@@ -11,14 +11,18 @@ from pathlib import Path
 import pytest
 
 from support_simulation.builders import server
+from tiered_kv.core.config import TieredKVConfig
+from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.scheduler.measured_costs import PassTimes
+from tiered_kv.scheduler.request_policy import REQUEST_POLICY_DEFAULT
 from tiered_kv.simulation import schema
 from tiered_kv.simulation.__main__ import main
 from tiered_kv.simulation.capacity import best_capacity, saturated_capacity
 from tiered_kv.simulation.command_line import FORESIGHTED
 from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_job
 from tiered_kv.simulation.measured_server import MeasuredServer
+from tiered_kv.simulation.server_defaults import default_chunk_tokens
 
 CHAT = ["--workload", "chat", "--limit", "20"]
 RAG = ["--workload", "rag", "--limit", "120"]
@@ -187,3 +191,41 @@ def test_a_measured_server_takes_the_place_of_the_roofline(
     (run,) = json.loads(out.read_text())["runs"]
     assert run["settings"]["device"] == "a machine"
     assert run["ttft_s"]["p50"] == pytest.approx(7.0)
+
+
+def settings_of(tmp_path: Path, *arguments: str) -> dict[str, object]:
+    out = tmp_path / "out.json"
+    workload = ["--workload", "best_of_n,prompts=1,samples=1", "--device-kv", "4GB"]
+    assert main(["run", *workload, *arguments, "--out", str(out)]) == 0
+    (run,) = schema.read_results(out)["runs"]
+    return dict(run["settings"])
+
+
+def test_server_defaults_are_a_server_that_is_given_nothing(tmp_path: Path) -> None:
+    found = settings_of(tmp_path, "--server-defaults")
+    config = TieredKVConfig()
+    assert found["policy"] == REQUEST_POLICY_DEFAULT
+    assert found["eviction"] == config.eviction_policy
+    assert found["load_policy"] == config.load_policy
+    assert found["stop_policy"] == "patience"
+    assert found["iteration_policy"] == "all"
+    assert found["host_tokens"] == pytest.approx(2 * found["device_tokens"], abs=2)
+    assert found["disk_tokens"] == pytest.approx(8 * found["device_tokens"], rel=1e-3)
+    assert (found["chunk_tokens"], found["swap"]) == (8192, False)
+
+
+def test_what_is_given_beside_server_defaults_counts_wherever_it_stands(tmp_path: Path) -> None:
+    given = ["--policy", "fcfs", "--server-defaults", "--host", "1GB", "--disk", "2GB"]
+    found = settings_of(tmp_path, *given, "--chunk", "512")
+    assert (found["policy"], found["eviction"], found["chunk_tokens"]) == ("fcfs", "lru", 512)
+    assert found["disk_tokens"] == pytest.approx(2 * found["host_tokens"], abs=2)
+    assert found["stop_policy"] == "patience"
+    plain = settings_of(tmp_path)
+    assert (plain["policy"], plain["host_tokens"], plain["disk_tokens"]) == ("fcfs", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "chunk"), [("A10", 2048), ("L40S", 4096), ("4xH100-80", 8192), ("H200-141", 8192)]
+)
+def test_the_chunk_is_upstreams_for_the_device(device: str, chunk: int) -> None:
+    assert default_chunk_tokens(find_device(device)) == chunk

@@ -13,6 +13,7 @@ from support_tiers.tier_rig import PAGE_SIZE, Rig, tokens_of
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.forest.node import Tokens
+from tiered_kv.memory.read_order import Urgency
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.hooks import scheduler as scheduler_hooks
@@ -20,7 +21,6 @@ from tiered_kv.plugin.queue.clock_tick import Tick
 from tiered_kv.plugin.queue.order import RequestOrder
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.plan import AdmissionPlan
-from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import SchedulerState
 

@@ -18,8 +18,8 @@ from support_tiers.tier_rig import Request, Rig, tokens_of
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TreeKey, namespace_hash
 from tiered_kv.memory.demand import DemandForecast, Expectation
+from tiered_kv.memory.read_order import Urgency
 from tiered_kv.scheduler.calibration import StepObservation
-from tiered_kv.scheduler.read_order import Urgency
 
 #: A tenant, and an adapter that has no name by its contents.
 TENANT = TreeKey(salt=b"tenant")

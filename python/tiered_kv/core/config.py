@@ -13,6 +13,8 @@ from tiered_kv.core.errors import ConfigError
 
 DISK_IO_MODES = ("auto", "direct", "buffered")
 
+DISK_BYTES_DEFAULT = 32 * 10**9
+"""What the disk tier takes if no size is given and there is so much room."""
 
 LOAD_POLICIES = ("cost", "always", "never")
 

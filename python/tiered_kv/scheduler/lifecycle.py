@@ -21,7 +21,7 @@ import enum
 from collections.abc import Iterable, Mapping
 
 from tiered_kv.forest.node import Node
-from tiered_kv.scheduler.read_order import Urgency
+from tiered_kv.memory.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import Arriving, RequestPolicy
 from tiered_kv.scheduler.waiting import WaitingQueue

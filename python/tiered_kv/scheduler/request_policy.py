@@ -13,10 +13,10 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 from tiered_kv.core.registry import Registry
 from tiered_kv.memory.demand import DemandForecast
+from tiered_kv.memory.read_order import Urgency
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
-from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.waiting import WaitingQueue
 
@@ -162,6 +162,9 @@ class QuietPolicy:
 
 
 PolicyFactory: TypeAlias = Callable[[], RequestPolicy]
+
+REQUEST_POLICY_DEFAULT = "slack"
+"""Who orders the waiting queue of a server that is not told otherwise."""
 
 request_policies: Registry[PolicyFactory] = Registry("request policy")
 for _name, _target in {

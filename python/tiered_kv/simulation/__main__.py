@@ -24,6 +24,8 @@ EXAMPLES = """\
 examples:
   one run, with a timeline for chrome://tracing or ui.perfetto.dev
     python -m tiered_kv.simulation run --workload chat --policy lpm --rate 2 --timeline trace.json
+  the server as it starts
+    python -m tiered_kv.simulation run --server-defaults --workload chat --rate 2
   all of a trace's requests on four H200s, with a host tier
     python -m tiered_kv.simulation run --workload mooncake:mooncake_conversation.jsonl --spread 3 \\
       --model Llama-3.1-70B --device 4xH200-141 --host 1TB
@@ -42,6 +44,8 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run one command; errors of the user's are one sentence on stderr."""
     options = _parser().parse_args(arguments)
+    if getattr(options, "server_defaults", False):
+        options = _parser(as_server=True).parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
@@ -51,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, as_server: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tiered_kv.simulation",
         description="Simulates an inference server under a virtual clock: the real request "
@@ -61,13 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="simulate once and print the figures")
-    add_simulation_arguments(run)
+    add_simulation_arguments(run, as_server=as_server)
     run.add_argument("--out", type=Path, help="write the result, as JSON")
     run.add_argument("--timeline", type=Path, help="write tiers and queues as a Chrome trace")
     run.set_defaults(command=_run)
 
     sweep = commands.add_parser("sweep", help="simulate every combination of some choices")
-    add_simulation_arguments(sweep)
+    add_simulation_arguments(sweep, as_server=as_server)
     sweep.add_argument("--policies", metavar="A,B", help="request policies, instead of --policy")
     sweep.add_argument("--evictions", metavar="A,B", help="eviction policies")
     sweep.add_argument("--hosts", metavar="A,B", help="sizes of the host tier")

@@ -6,9 +6,9 @@ blocks in the forest, plus what running requests hold besides (`LiveRequest.priv
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
@@ -16,19 +16,23 @@ from tiered_kv.forest.key import namespace_hash
 from tiered_kv.forest.node import Node, Tokens
 from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import Match
-from tiered_kv.memory.actions import WriteBack
 from tiered_kv.memory.demand import DemandForecast
+from tiered_kv.memory.loads import Loads
 from tiered_kv.memory.manager import MemoryManager
+from tiered_kv.memory.read_order import Pages
+from tiered_kv.memory.ticket import usable
 from tiered_kv.scheduler.request_policy import Arriving
-from tiered_kv.simulation.disk_index import DiskIndex
+from tiered_kv.simulation.cache_policies.hicache import read_rules
+from tiered_kv.simulation.disk import SimulatedDisk
 from tiered_kv.simulation.events import EventQueue
-from tiered_kv.simulation.live import LiveRequest, Prefetch
+from tiered_kv.simulation.host import HostMemory
+from tiered_kv.simulation.live import LiveRequest
+from tiered_kv.simulation.reads import DiskReads, Reads
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.transfers import Link, Observer
+from tiered_kv.simulation.writes import Writes
 
 _ABSENT = Residency.ABSENT
-#: A node larger than this share of the host pool is written in parts, as the server's tiers do.
-HOST_WRITE_SHARE = 0.25
 #: Loads ahead of need leave this share of the device's pool free.
 FORECAST_LEAVES_SHARE = 0.1
 
@@ -56,11 +60,11 @@ class TieredCache:
         block_tokens: int,
         events: EventQueue,
         make_manager: ManagerFactory,
-        on_ready: Callable[[LiveRequest], None],
         observer: Observer | None = None,
     ) -> None:
-        """`on_ready` is told of a request when a transfer from disk that it waits for ended."""
         cache = settings.cache
+        self.on_news: Callable[[], None] = _nobody
+        """Called when `take_news` may have something to say."""
         self.forest = Forest(page_size=1)
         self.manager = make_manager(self.forest)
         self.root = self.forest.root(namespace_hash("simulation"))
@@ -68,24 +72,68 @@ class TieredCache:
         self.block_bytes = int(settings.model.kv_bytes_per_token * block_tokens)
         self.capacity_tokens = settings.device_tokens()
         self.host_units = cache.host_bytes // self.block_bytes
-        self.disk = DiskIndex(cache.disk_bytes // self.block_bytes) if cache.disk_bytes else None
         self.private_tokens = 0
         self.evicted_tokens = 0
-        self._settings = cache
         self._events = events
-        self._on_ready = on_ready
-        self._ops = itertools.count(1)
         self._changed: list[Node] = []
-        self._waiting_for: dict[int, list[LiveRequest]] = {}
-        costs = settings.costs()
+        self.disk = SimulatedDisk(cache.disk_bytes, self.block_bytes) if cache.disk_bytes else None
+        pages_per_unit = block_tokens / settings.page_tokens
+        self._connect(settings, pages_per_unit, observer)
+        self._loads = Loads(pages_per_unit)
+        self.host = HostMemory(
+            self.forest,
+            read_rules(self.manager, cache, block_tokens),
+            self.host_units,
+            events,
+            evict=lambda n_units: self._evict(Tier.HOST, n_units),
+            changed=self._has_changed,
+        )
+        self.writes = Writes(
+            self.forest,
+            self.manager,
+            self.host,
+            self.disk,
+            (self.to_host, self.to_disk),
+            self.block_bytes,
+            self._has_changed,
+        )
+        self.reads = None
+        if self.disk is not None:
+            self.reads = Reads(
+                self.forest,
+                self.host,
+                self.from_disk,
+                events,
+                pages_per_unit=pages_per_unit,
+                ends_in_mid_read=cache.stop_policy in ("best_effort", "timeout"),
+                on_news=self._tell_news,
+                on_room=self.writes.advance,
+            )
+
+    def _connect(
+        self, settings: InstanceSettings, pages_per_unit: float, observer: Observer | None
+    ) -> None:
+        """The links between the tiers."""
+        costs, events = settings.costs(), self._events
 
         def link(name: str, source: Tier, target: Tier) -> Link:
             return Link(name, costs.edge(source, target), events, observer)
 
         self.to_device = link("host to device", Tier.HOST, Tier.DEVICE)
         self.to_host = link("device to host", Tier.DEVICE, Tier.HOST)
-        self.from_disk = link("disk to host", Tier.DISK, Tier.HOST)
         self.to_disk = link("host to disk", Tier.HOST, Tier.DISK)
+        self.from_disk = DiskReads(
+            "disk to host",
+            costs.edge(Tier.DISK, Tier.HOST),
+            events,
+            self.disk,
+            unit_bytes=self.block_bytes,
+            pages_per_unit=pages_per_unit,
+            observer=observer,
+        )
+
+    def _has_changed(self, nodes: Sequence[Node]) -> None:
+        self._changed.extend(nodes)
 
     # -- room on the device -------------------------------------------------------------------
 
@@ -146,9 +194,11 @@ class TieredCache:
     def load_back(self, live: LiveRequest, prefix: Prefix) -> Prefix:
         """Start loading what the host has after `prefix`, as the memory manager sees fit."""
         forest = self.forest
-        load = self.manager.on_match(
+        load = self._loads.wanted(
+            self.manager,
             prefix.match,
-            prompt_tokens=self._prompt_units(live),
+            self._events.now(),
+            prompt_tokens=-(-live.queued.prompt_tokens // self.block_tokens),
             queued_bytes=self.to_device.queued_bytes,
         )
         if load is None:
@@ -177,7 +227,9 @@ class TieredCache:
             live.pinned = result.last
             live.committed_units = n_units
             self._changed.extend(result.adopted)
-            self._write_back(self.manager.on_insert(result.adopted))
+            self.writes.used(result.last, result.adopted)
+        elif live.pinned is not None:
+            self.writes.used(live.pinned)
         self.take_private(
             live, kv_tokens - live.committed_units * self.block_tokens - live.private_tokens
         )
@@ -198,121 +250,47 @@ class TieredCache:
     # -- disk to host -------------------------------------------------------------------------
 
     def prefetch(self, live: LiveRequest) -> None:
-        """Bring what disk has of `live`'s prompt to the host; `live.waits_for` says for what."""
-        if self.disk is None:
+        """Ask for what disk has of `live`'s prompt; it is read for at the next `poll`."""
+        if self.reads is None:
             return
-        forest, tokens = self.forest, live.queued.tokens
-        path = forest.match(self.root, tokens).path
-        parent, n_known = self.root, 0
-        for node in path:
-            host = node.state(Tier.HOST)
-            if host is Residency.LOADING:
-                op = node.op(Tier.HOST)
-                assert op is not None
-                self._wait(live, op)
-                live.arriving_tokens += node.n_pages * self.block_tokens
-            elif host is not Residency.RESIDENT and node.state(Tier.DEVICE) is _ABSENT:
-                break
-            parent, n_known = node, n_known + 1
-        end = len(tokens)
-        for node in path[n_known:]:
-            if node.state(Tier.HOST) is not _ABSENT:
-                end = node.start
-                break
-        pages = self.disk.prefix(parent.last_page_hash, tokens[parent.end : end])
-        n_units = self.manager.pages_from(
-            Tier.DISK,
-            len(pages),
-            parent.end,
-            self._prompt_units(live),
-            queued_bytes=self.from_disk.queued_bytes,
-        )
-        if n_units * self.block_tokens < self._settings.prefetch_threshold_tokens:
-            return
-        while n_units and not self._make_host_room(n_units, parent):
-            n_units //= 2
-        if n_units:
-            run = tokens[parent.end : parent.end + n_units]
-            self._start_prefetch(live, parent, run)
-            self.disk.store(pages[:n_units])
+        tokens = live.queued.tokens
+        path = self.forest.match(self.root, tokens).path
+        _, n_usable = usable(path)
+        anchor = path[n_usable - 1] if n_usable else self.root
+        self.reads.request(str(live.queued.request_id), anchor, tokens[anchor.end :])
 
-    def _prompt_units(self, live: LiveRequest) -> int:
-        return -(-live.queued.prompt_tokens // self.block_tokens)
+    def arriving(self, request_id: int) -> Arriving | None:
+        """What is on its way for a request, if it is to wait for that."""
+        rid = str(request_id)
+        if self.reads is None or self.reads.done(rid):
+            return None
+        seconds, units = self.reads.arriving(rid)
+        return Arriving(self._events.now() + seconds, units * self.block_tokens)
 
-    def _start_prefetch(self, live: LiveRequest, parent: Node, run: Tokens) -> None:
-        op = next(self._ops)
-        nodes = self.forest.extend(parent, run, Tier.HOST, Residency.LOADING, None, op)
-        self.forest.pin(nodes[-1], Tier.HOST)
-        n_bytes = len(run) * self.block_bytes
-        transfer = self.from_disk.submit(n_bytes, lambda _: self._prefetched(live))
-        live.prefetch = Prefetch(op, transfer, nodes[-1], len(run))
-        live.arriving_tokens += len(run) * self.block_tokens
-        self._wait(live, op)
+    def take_news(self) -> list[int]:
+        """Requests that may wait for pages from disk from now on, or do no longer."""
+        return [] if self.reads is None else [int(rid) for rid in self.reads.take_news()]
 
-    def _wait(self, live: LiveRequest, op: int) -> None:
-        """Until `op` ends or patience does, by HiCache's stop policies (hiradix_cache.py)."""
-        live.waits_for.add(op)
-        settings, now_s = self._settings, self._events.now()
-        if settings.stop_policy == "best_effort":
-            live.give_up_s = now_s
-            return
-        prefetch = live.prefetch
-        n_units = prefetch.n_units if prefetch is not None else 0
-        if settings.stop_policy == "patience" and prefetch is not None:
-            start = prefetch.last.end - n_units
-            queued_bytes = self.from_disk.queued_bytes - prefetch.transfer.n_bytes
-            read_s = self.manager.read_s(Tier.DISK, n_units, queued_bytes)
-            live.give_up_s = now_s + self.manager.patience_s(n_units, start, read_s)
-        elif settings.stop_policy == "timeout":
-            ki_tokens = n_units * self.block_tokens / 1024
-            timeout_s = settings.timeout_base_s + settings.timeout_per_1024_tokens_s * ki_tokens
-            live.give_up_s = now_s + min(settings.timeout_max_s, timeout_s)
-        self._waiting_for.setdefault(op, []).append(live)
+    def _tell_news(self) -> None:
+        self.on_news()
 
-    def arriving(self, live: LiveRequest) -> Arriving:
-        """What is on its way for `live`, with what is queued before it."""
-        return Arriving(self.from_disk.expected_end_s(), live.arriving_tokens)
-
-    def stop_prefetch(self, live: LiveRequest) -> None:
-        """`live` waits no longer: what has not arrived from disk yet for it will not come."""
-        prefetch = live.prefetch
-        live.waits_for.clear()
-        if prefetch is None:
-            return
-        share = self.from_disk.cancel(prefetch.transfer)
-        # The server's tiers can stop between pages only.
-        self._end_prefetch(live, int(share * prefetch.n_units))
-
-    def _prefetched(self, live: LiveRequest) -> None:
-        assert live.prefetch is not None
-        self._end_prefetch(live, live.prefetch.n_units)
-
-    def _end_prefetch(self, live: LiveRequest, n_units: int) -> None:
-        prefetch, forest = live.prefetch, self.forest
-        assert prefetch is not None
-        # The pin first: pages that did not come are forgotten, with all pins on them.
-        forest.unpin(prefetch.last, Tier.HOST)
-        live.prefetch = None
-        came, lost = forest.finish_leading(prefetch.op, Tier.HOST, n_units)
-        for node in came:
-            if node.state(Tier.DISK) is _ABSENT:
-                forest.set_resident(node, Tier.DISK)
-        if came:
-            # Until the request is admitted: it would be in vain if they left again before.
-            forest.pin(came[-1], Tier.HOST)
-            live.host_pinned = came[-1]
-        live.prefetched_tokens = n_units * self.block_tokens
-        self._changed.extend(came)
-        self._changed.extend(node for node, _ in lost)
-        for waiter in self._waiting_for.pop(prefetch.op, ()):
-            waiter.waits_for.discard(prefetch.op)
-            self._on_ready(waiter)
+    def wait_no_longer(self, request_id: int) -> None:
+        """A request is to run without the pages that have not come."""
+        if self.reads is not None:
+            self.reads.wait_no_longer(str(request_id))
 
     def admitted(self, live: LiveRequest) -> None:
         """`live` runs: what was brought from disk for it is ordinary cache from now on."""
-        if live.host_pinned is not None:
-            self.forest.unpin(live.host_pinned, Tier.HOST)
-            live.host_pinned = None
+        if self.reads is not None:
+            rid = str(live.queued.request_id)
+            live.prefetched_tokens = self.reads.loaded_tokens(rid) * self.block_tokens
+            self.reads.release(rid)
+
+    def poll(self) -> None:
+        """As the server's `KVHierarchy.poll`: what waited for room, or for its time, goes on."""
+        self.writes.advance()
+        if self.reads is not None:
+            self.reads.advance()
 
     def brought_ahead_tokens(self, live: LiveRequest) -> int:
         """Tokens of its prefix that a forecast had brought to the device for it, or its like."""
@@ -328,7 +306,8 @@ class TieredCache:
         if not self.make_room(n_units * self.block_tokens):
             forest.unpin(last, Tier.HOST)
             return False
-        op = next(self._ops)
+        self._loads.begun(self._events.now())
+        op = self.host.next_op()
         for node in nodes:
             slots = range(node.n_pages)
             forest.start_transfer(node, Tier.DEVICE, Residency.LOADING, slots, op)
@@ -357,75 +336,23 @@ class TieredCache:
                 for node in nodes:
                     self.forest.mark_ahead(node, Tier.DEVICE)
 
-    def _write_back(self, actions: Iterable[WriteBack]) -> None:
-        for action in actions:
-            node = self.forest.node(action.node_id)
-            if action.target is Tier.HOST:
-                limit = max(1, int(self.host_units * HOST_WRITE_SHARE))
-                while node.n_pages > limit:
-                    if not self._write_to_host(self.forest.split(node, limit)[0]):
-                        return
-                if not self._write_to_host(node):
-                    return
-            else:
-                self._write_to_disk(node)
-
-    def _write_to_host(self, node: Node) -> bool:
-        """False if there is no room: what is in use on the host fills it."""
-        forest, parent = self.forest, node.parent
-        assert parent is not None
-        if not self._make_host_room(node.n_pages, parent):
-            return False
-        op = next(self._ops)
-        slots = range(node.n_pages)
-        forest.start_transfer(node, Tier.HOST, Residency.WRITING_BACK, slots, op)
-        forest.pin(node, Tier.DEVICE)
-
-        def done(_: float) -> None:
-            forest.unpin(node, Tier.DEVICE)
-            written = forest.finish_transfer(op, Tier.HOST)
-            self._changed.extend(written)
-            self._write_back(self.manager.on_host_resident(written, Tier.DISK))
-
-        self.to_host.submit(node.n_pages * self.block_bytes, done)
-        return True
-
-    def _write_to_disk(self, node: Node) -> None:
-        forest, disk = self.forest, self.disk
-        if disk is None:
-            return
-        op = next(self._ops)
-        forest.start_transfer(node, Tier.DISK, Residency.WRITING_BACK, None, op)
-        forest.pin(node, Tier.HOST)
-
-        def done(_: float) -> None:
-            forest.unpin(node, Tier.HOST)
-            for written in forest.finish_transfer(op, Tier.DISK):
-                disk.store(written.page_hashes)
-
-        self.to_disk.submit(node.n_pages * self.block_bytes, done)
-
-    def _make_host_room(self, n_units: int, keep: Node) -> bool:
-        forest = self.forest
-        used = forest.evictable_tokens(Tier.HOST) + forest.protected_tokens(Tier.HOST)
-        shortage = n_units - (self.host_units - used)
-        if shortage <= 0:
-            return True
-        forest.pin(keep, Tier.HOST)
-        is_enough = forest.evictable_tokens(Tier.HOST) >= shortage
-        if is_enough:
-            is_enough = self._evict(Tier.HOST, shortage) >= shortage
-        forest.unpin(keep, Tier.HOST)
-        return is_enough
-
     def _evict(self, tier: Tier, n_units: int) -> int:
         """Drop by policy; returns the units freed."""
         forest, freed = self.forest, 0
         for drop in self.manager.on_pressure(tier, n_units):
             node = forest.node(drop.node_id)
+            parent = node.parent
+            assert parent is not None
             freed += node.n_pages
-            forest.evict(node, tier)
+            slots = forest.evict(node, tier)
+            if tier is Tier.HOST:
+                self.host.free_host(cast(Pages, slots))
             self._changed.append(node)
+            self.writes.evicted(node, parent, tier)
         if tier is Tier.DEVICE:
             self.evicted_tokens += freed * self.block_tokens
         return freed
+
+
+def _nobody() -> None:
+    """Nobody listens yet."""

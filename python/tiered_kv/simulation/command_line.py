@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from tiered_kv.scheduler.iteration_policy import iteration_policies
 from tiered_kv.scheduler.request_policy import request_policies
 from tiered_kv.simulation.jobs import Job, WorkloadChoice
 from tiered_kv.simulation.measured_server import read_measured_server
+from tiered_kv.simulation.server_defaults import (
+    default_cascade,
+    default_chunk_tokens,
+    default_host_bytes,
+    server_defaults,
+)
 from tiered_kv.simulation.settings import STOP_POLICIES, CacheSettings, InstanceSettings
 from tiered_kv.simulation.statistics import TBT_CRITERIA
 from tiered_kv.simulation.workload import catalog
@@ -23,8 +30,8 @@ from tiered_kv.simulation.workload import catalog
 FORESIGHTED = ("belady", "kvflow")
 
 
-def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `job_from` reads."""
+def add_simulation_arguments(parser: argparse.ArgumentParser, *, as_server: bool = False) -> None:
+    """Add what `job_from` reads. as_server: with the defaults that a server has."""
     catalog.add_arguments(parser)
     parser.add_argument(
         "--spread",
@@ -52,6 +59,13 @@ def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="times of a real server, as benchmark/simulation/measure.py wrote them, instead of "
         "the roofline of --model and --device; give --device-kv as well",
+    )
+    server.add_argument(
+        "--server-defaults",
+        action="store_true",
+        help="what is not given is as on a server that is given nothing but --tiered-kv: the "
+        "policy slack; three tiers, a host of twice the device's KV pool and a disk of 32 GB; "
+        "--load-policy cost --stop-policy patience; SGLang's chunk for the device",
     )
     server.add_argument(
         "--policy",
@@ -85,6 +99,8 @@ def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
         default="mean",
         help="which time between a request's tokens must meet its objective",
     )
+    if as_server:
+        parser.set_defaults(**server_defaults())
 
 
 def _add_iteration_arguments(server: argparse._ArgumentGroup) -> None:
@@ -150,23 +166,25 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
         eviction_policies.get(arguments.eviction)
     request_policies.get(arguments.policy)
     iteration_policies.get(arguments.iteration_policy)
+    device = find_device(arguments.device)
+    chunk, cascade = arguments.chunk, arguments.cascade
     settings = InstanceSettings(
         model=find_model(arguments.model),
-        device=find_device(arguments.device),
+        device=device,
         policy=arguments.policy,
         iteration_policy=arguments.iteration_policy,
         iteration=IterationConfig(relegate=arguments.relegate),
         swap=arguments.swap,
-        chunk_tokens=arguments.chunk,
+        chunk_tokens=default_chunk_tokens(device) if chunk is None else chunk,
         max_running=arguments.max_running,
         mixed_chunk=arguments.mixed_chunk,
-        cascade=arguments.cascade,
+        cascade=default_cascade(device) if cascade is None else cascade,
         max_new_tokens=None if limit == "exact" else int(limit),
         noise=arguments.noise,
         cache=CacheSettings(
             device_bytes=arguments.device_kv,
-            host_bytes=arguments.host,
-            disk_bytes=arguments.disk,
+            host_bytes=arguments.host or 0,
+            disk_bytes=0 if arguments.host is None else arguments.disk,
             eviction=arguments.eviction,
             whole_leaves=arguments.whole_leaves,
             stop_policy=arguments.stop_policy,
@@ -175,6 +193,11 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
     )
     if arguments.measured is not None:
         settings = read_measured_server(arguments.measured).applied_to(settings)
+    if arguments.host is None:
+        pool_bytes = settings.device_tokens() * settings.model.kv_bytes_per_token
+        host_bytes = default_host_bytes(pool_bytes)
+        cache = replace(settings.cache, host_bytes=host_bytes, disk_bytes=arguments.disk)
+        settings = replace(settings, cache=cache)
     return Job(
         workload=WorkloadChoice(
             spec=arguments.workload,

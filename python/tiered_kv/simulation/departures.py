@@ -92,5 +92,7 @@ class Departures:
     def _back(self, live: LiveRequest, now_s: float) -> None:
         self._cache.release(live)
         live.queued.prefilled_tokens = 0
+        # As at its arrival: what has left the host meanwhile may be on disk.
+        self._cache.prefetch(live)
         self._waiting.add(live.queued)
         self._policy.on_arrival(live.queued, now_s)

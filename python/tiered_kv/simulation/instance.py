@@ -10,14 +10,12 @@ and is cut short at a pass's end when an arrival or a finished transfer could st
 
 from __future__ import annotations
 
-import bisect
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from tiered_kv.scheduler import request_policy
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
 from tiered_kv.scheduler.request_policy import ForecastingPolicy, RequestPolicy, SchedulerState
@@ -26,17 +24,17 @@ from tiered_kv.simulation.admission import Added, NewTokenRatio, PrefillAdder, P
 from tiered_kv.simulation.cache import ManagerFactory, TieredCache
 from tiered_kv.simulation.cache_policies.farthest_use import Foresight
 from tiered_kv.simulation.decode_batch import DecodeBatch, record_gaps
+from tiered_kv.simulation.decode_runs import DecodeRuns
 from tiered_kv.simulation.decode_selection import selection_for
 from tiered_kv.simulation.departures import Departures
 from tiered_kv.simulation.events import EventQueue
 from tiered_kv.simulation.execution import DecodeRun, Execution, FloatArray
+from tiered_kv.simulation.held import HeldRequests
 from tiered_kv.simulation.live import AnswerBlocks, LiveRequest, new_record, queued_request
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.timeline import Timeline, transfer_spans
 from tiered_kv.simulation.workload.request import Request
 
-#: Room for this many decode passes is made at a time when memory is short.
-DECODE_STEPS_AHEAD = 32
 #: An idle server whose memory is held by transfers looks again after this many seconds.
 RETRY_S = 1e-3
 #: Requests asked of the policy at first; more if all of them are admitted.
@@ -70,10 +68,11 @@ class Instance:
         self.policy = policy = policies.request
         self._forecaster = policy if isinstance(policy, ForecastingPolicy) else None
         observer = None if timeline is None else transfer_spans(timeline)
-        self.cache = TieredCache(
-            settings, block_tokens, events, policies.make_manager, self._on_ready, observer
-        )
+        self.cache = TieredCache(settings, block_tokens, events, policies.make_manager, observer)
         self.waiting = WaitingQueue(self.cache.forest, tokens_per_unit=block_tokens)
+        self._held = HeldRequests(
+            self.cache, self.waiting, policy, lambda: self._wake(events.now())
+        )
         self.n_iterations = 0
         self.busy_s = 0.0
         self.processed_prefill_tokens = 0
@@ -83,7 +82,6 @@ class Instance:
         self._foresight = policies.foresight
         self._timeline = timeline
         self._live: dict[int, LiveRequest] = {}
-        self._held: dict[int, request_policy.Arriving] = {}
         self._running = batch = DecodeBatch(self.cache, is_cascade=settings.cascade)
         self._turns = turns = PrefillTurns()
         costs = self._execution.costs
@@ -93,16 +91,12 @@ class Instance:
         self._is_refused = False
         self._ratio = NewTokenRatio(settings)
         self._is_busy = False
-        self._run: DecodeRun | None = None
+        self._runs = DecodeRuns(
+            batch, self._selection, self.cache, self._execution, events, self._end_run
+        )
         self._answers = AnswerBlocks(block_tokens)
         self.departures = Departures(
-            settings,
-            self.cache,
-            self.waiting,
-            self._running,
-            policy,
-            self._answers,
-            self._selection,
+            settings, self.cache, self.waiting, batch, policy, self._answers, self._selection
         )
 
     @property
@@ -127,23 +121,9 @@ class Instance:
         self.policy.on_arrival(queued, now_s)
         if self._selection is not None and self._selection.may_preempt(live):
             self._is_full = False
-        self._hold(live, now_s)
+        self.cache.poll()
+        self._held.hear()
         self._wake(now_s)
-
-    def _hold(self, live: LiveRequest, now_s: float) -> None:
-        """Keep `live` out of plans while it waits for pages from disk, as long as it wants to."""
-        if live.waits_for and live.give_up_s > now_s:
-            self._held[live.queued.request_id] = self.cache.arriving(live)
-            if live.give_up_s < float("inf"):
-                self._events.schedule(live.give_up_s, lambda _: self._let_go(live))
-
-    def _on_ready(self, live: LiveRequest) -> None:
-        if not live.waits_for:
-            self._let_go(live)
-
-    def _let_go(self, live: LiveRequest) -> None:
-        if self._held.pop(live.queued.request_id, None):
-            self._wake(self._events.now())
 
     def _wake(self, now_s: float) -> None:
         """Something could be admitted: start, or cut a run of decode passes short."""
@@ -151,18 +131,21 @@ class Instance:
             # Not at once: whoever calls may be in the middle of an iteration's end.
             self._is_busy = True
             self._events.schedule(now_s, self._step)
-        elif self._run is not None and not self._is_full:
-            self._cut_run(now_s)
+        elif not self._is_full:
+            self._runs.cut(now_s)
 
     # -- the loop -----------------------------------------------------------------------------
 
     def _step(self, now_s: float) -> None:
         """Start the next iteration, if there is anything to do."""
+        self.cache.poll()
+        self._held.hear()
         batch = self._next_prefill(now_s)
         if batch is not None:
             self._start_prefill(batch, now_s)
         elif self._running and self._make_decode_room(now_s):
-            self._start_decodes(now_s)
+            # A policy that wanted decoding first is asked again after one pass.
+            self._runs.start(now_s, is_one_pass=self._is_refused)
         else:
             self._is_busy = False
             if len(self.waiting) > len(self._held):
@@ -222,8 +205,7 @@ class Instance:
                     self._is_full = True
                     return
                 live = self._live[request_id]
-                if live.waits_for:
-                    self.cache.stop_prefetch(live)
+                self._held.wait_no_longer(request_id)
                 added = adder.add(live)
                 if added is Added.NO_MEMORY:
                     self._is_refused = self.departures.make_way(
@@ -258,7 +240,7 @@ class Instance:
     def _leave_queue(self, live: LiveRequest, now_s: float) -> None:
         queued = live.queued
         self.waiting.remove(queued)
-        self._held.pop(queued.request_id, None)
+        self._held.left_queue(queued.request_id)
         self.policy.on_admission(queued, now_s)
         if live.record.admitted_s is None:
             live.record.admitted_s = now_s
@@ -269,7 +251,7 @@ class Instance:
         return SchedulerState(
             now_s=now_s,
             waiting=self.waiting,
-            held=self._held,
+            held=self._held.arriving,
             running=[live.queued for live in self._running.requests],
             decode_context_tokens=self._running.context_tokens + self._running.parked_tokens,
             processed_prefill_tokens=self.processed_prefill_tokens,
@@ -343,40 +325,7 @@ class Instance:
 
     # -- decode -------------------------------------------------------------------------------
 
-    def _start_decodes(self, now_s: float) -> None:
-        n_steps_max = 0 if self._selection is None else self._selection.choose(now_s)
-        n = self._running.n_decoding
-        # A policy that wanted decoding first is asked again after one pass.
-        n_steps = 1 if self._is_refused else self._running.passes_until_a_finish()
-        if n_steps_max:
-            n_steps = min(n_steps, n_steps_max)
-        elif self._selection is not None:
-            n_steps = self._selection.passes_that_fit(n_steps)
-        free = self.cache.free_tokens
-        if free < n * n_steps:
-            wanted = min(n_steps, DECODE_STEPS_AHEAD)
-            self.cache.make_room(n * wanted)
-            n_steps = max(1, min(n_steps, self.cache.free_tokens // n))
-        ends_s = self._execution.decode_ends_s(
-            now_s, self._running.context_tokens, n, n_steps, self._running.shared_tokens_saved
-        )
-        event = self._events.schedule(float(ends_s[-1]), self._end_run)
-        self._run = DecodeRun(ends_s, now_s, event)
-
-    def _cut_run(self, now_s: float) -> None:
-        """End the run after the pass that is under way."""
-        run = self._run
-        assert run is not None
-        n_steps = bisect.bisect_left(run.ends_s, now_s) + 1
-        if n_steps < len(run.ends_s):
-            run.ends_s = run.ends_s[:n_steps]
-            self._events.cancel(run.event)
-            run.event = self._events.schedule(float(run.ends_s[-1]), self._end_run)
-
-    def _end_run(self, now_s: float) -> None:
-        run = self._run
-        assert run is not None
-        self._run = None
+    def _end_run(self, run: DecodeRun, now_s: float) -> None:
         n_steps = len(run.ends_s)
         self._count(run.start_s, now_s, n_steps, "decode", decodes=self._running.n_decoding)
         self._turns.passed(now_s, now_s - run.start_s, decoded=True, n=n_steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,7 +10,6 @@ from tiered_kv.api.slo import Slo
 from tiered_kv.forest.node import Node, Tokens
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.simulation.settings import InstanceSettings
-from tiered_kv.simulation.transfers import Transfer
 from tiered_kv.simulation.workload.request import Request, whole_blocks
 
 
@@ -54,16 +52,6 @@ class RequestRecord:
         return None if self.first_token_s is None else self.first_token_s - self.arrival_s
 
 
-@dataclass(slots=True)
-class Prefetch:
-    """Pages on their way from disk for one request."""
-
-    op: int
-    transfer: Transfer
-    last: Node
-    n_units: int
-
-
 @dataclass(slots=True, eq=False)
 class LiveRequest:
     """One request in an instance."""
@@ -77,16 +65,8 @@ class LiveRequest:
     """Leading units that are in the forest on the device and pinned."""
     private_tokens: int = 0
     """Tokens of KV it holds besides."""
-    host_pinned: Node | None = None
-    """The last node brought from disk for it, pinned on the host until it is admitted."""
-    prefetch: Prefetch | None = None
     prefetched_tokens: int = 0
-    waits_for: set[int] = field(default_factory=set)
-    """Transfers from disk to host that it is held for,"""
-    give_up_s: float = math.inf
-    """until this time at most."""
-    arriving_tokens: int = 0
-    """Tokens that these bring for it."""
+    """Tokens that were brought from disk for it until it was admitted."""
     last_token_s: float = 0.0
     """When it got its last token."""
     n_swaps: int = 0

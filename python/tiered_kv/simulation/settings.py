@@ -67,7 +67,7 @@ class CacheSettings:
     according to the cost model; or never."""
 
     prefetch_threshold_tokens: int = 256
-    """Shorter hits on disk are not fetched, as in HiCache."""
+    """With HiCache's stop policies, shorter hits on disk are not fetched."""
 
     timeout_base_s: float = 2.0
     """For the stop policy timeout: a fixed part,"""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.node import Node
-from tiered_kv.tiers.stored_pages import prompt_of
+from tiered_kv.memory.stored_pages import prompt_of
 
 if TYPE_CHECKING:
     from tiered_kv.tiers.hierarchy import KVHierarchy

@@ -171,6 +171,9 @@ class TierContext:
                 self.forest.unpin(keep, Tier.HOST)
         return self.host.alloc(n_pages)
 
+    def free_host(self, pages: PageIds) -> None:
+        self.host.free(pages)
+
     def evict_host(self, n_pages: int) -> None:
         """Frees host slots, as far as they may go, in the order that the policy says."""
         for drop in self.manager.on_pressure(Tier.HOST, n_pages):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -22,6 +22,8 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.forest.results import InsertResult
 from tiered_kv.memory.demand import DemandForecast
+from tiered_kv.memory.ticket import path_up, usable
+from tiered_kv.memory.write_through import STORE_WRITES_SHARE
 from tiered_kv.scheduler.calibration import StepObservation
 from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.context import TierContext
@@ -30,13 +32,10 @@ from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.prefetch import Prefetch
 from tiered_kv.tiers.progress import SETTLE_TIMEOUT_S, Finish, Progress
-from tiered_kv.tiers.ticket import path_up
 from tiered_kv.tiers.timeline import transfer_spans
 from tiered_kv.tiers.transfer import LONGEST_JOB_S, SingleRank, TransferQueue
 from tiered_kv.tiers.write_back import WriteBack
 
-#: What is on its way to the stores may hold this share of the host pool, in equal parts.
-WRITE_SHARE = 0.5
 #: How long `drain` goes on copying to the host what had to wait for room there.
 DRAIN_S = 2.0
 #: Longest rest of an idle loop, in seconds: what a request that comes then may wait longer.
@@ -82,7 +81,7 @@ class KVHierarchy:
 
     def __init__(self, context: TierContext, namespace: bytes) -> None:
         self.context = context
-        share = WRITE_SHARE / max(1, len(context.stores))
+        share = STORE_WRITES_SHARE / max(1, len(context.stores))
         self.colds = tuple(ColdTier(context, store, share) for store in context.stores)
         """The nearest first."""
         self.write_back = WriteBack(context, self.colds)
@@ -136,13 +135,13 @@ class KVHierarchy:
     def match(self, root: Node, tokens: array[int], limit: int | None = None) -> UsablePrefix:
         """The longest prefix of `tokens[:limit]` that device, then host, can provide now."""
         path = self.context.forest.match(root, tokens, limit).path
-        n_device, n_usable = _usable(path)
+        n_device, n_usable = usable(path)
         return UsablePrefix(root, path[:n_device], path[n_device:n_usable])
 
     def peek(self, root: Node, tokens: array[int]) -> Node:
         """The last node that such a prefix goes through to its end; looking is no use of it."""
         path = self.context.forest.peek(root, tokens).path
-        _, n_usable = _usable(path)
+        _, n_usable = usable(path)
         return path[n_usable - 1] if n_usable else root
 
     def insert(self, root: Node, tokens: array[int], slots: torch.Tensor) -> InsertResult:
@@ -368,18 +367,3 @@ class KVHierarchy:
         deadline = time.monotonic() + end_s
         for open_queue in all_queues:
             open_queue.close(max(0.0, deadline - time.monotonic()))
-
-
-def _usable(path: Sequence[Node]) -> tuple[int, int]:
-    """How many leading nodes the device can provide, and how many it and then the host can."""
-    n_device = 0
-    for node in path:
-        if node.state(Tier.DEVICE) is Residency.ABSENT:
-            break
-        n_device += 1
-    n_usable = n_device
-    for node in path[n_device:]:
-        if node.state(Tier.HOST) is not Residency.RESIDENT:
-            break
-        n_usable += 1
-    return n_device, n_usable

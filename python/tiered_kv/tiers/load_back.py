@@ -15,8 +15,7 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.memory.actions import Load
-from tiered_kv.memory.back_off import BackOff
-from tiered_kv.memory.probes import PROBE_PAGES, Probes
+from tiered_kv.memory.loads import Loads
 from tiered_kv.tiers.context import TierContext, host_pages_of, match_of
 from tiered_kv.tiers.device import Copying, DeviceSlots
 from tiered_kv.tiers.layer_gate import LayerGate, LoadBatch
@@ -58,7 +57,7 @@ class LoadBack:
     """Reserves device pages at admission, copies when the batch is formed, acknowledges on poll.
 
     A load that fails costs the batch that waits for it, which is computed again (`passed`), and
-    those that would follow within a while (`BackOff`).
+    those that would follow within a while (`Loads`).
     """
 
     def __init__(self, context: TierContext) -> None:
@@ -71,15 +70,14 @@ class LoadBack:
         self._failed: list[DeviceLoad] = []
         # Of acknowledged loads that failed: a pass that is being formed still counts on them.
         self._to_close: list[LoadBatch] = []
-        self._back_off = BackOff()
-        self._probes = Probes()
+        self._decide = Loads()
         if context.timeline is not None:
             self.gate.observe = draw_waits(context.timeline)
 
     @property
     def wants_time(self) -> bool:
         """Whether the next poll must agree on the time: the same on every rank."""
-        return not self._back_off.is_over(self._context.now_s)
+        return self._decide.is_waiting(self._context.now_s)
 
     @property
     def n_open(self) -> int:
@@ -97,20 +95,20 @@ class LoadBack:
         """
         context = self._context
         match = match_of(last)
-        if match is None or not self._back_off.is_over(context.now_s):
+        if match is None:
             return None
-        is_doubted = self._probes.is_due(context.now_s)
-        action = context.manager.on_match(
+        action = self._decide.wanted(
+            context.manager,
             match,
+            context.now_s,
             prompt_tokens=prompt_tokens,
             queued_bytes=self._pages_ahead * context.copier.page_format.page_bytes,
-            least_pages=PROBE_PAGES if is_doubted else 0,
         )
         return None if action is None else self.carry_out(action)
 
     def load_ahead(self, action: Load) -> bool:
         """Like `load`, for nobody yet; False without room, or while loads fail."""
-        return self._back_off.is_well and self.carry_out(action) is not None
+        return self._decide.are_working and self.carry_out(action) is not None
 
     def carry_out(self, action: Load) -> tuple[torch.Tensor, Node] | None:
         """Reserves what `action` names; see `load`."""
@@ -124,7 +122,7 @@ class LoadBack:
         if slots is None:
             context.forest.unpin(last, Tier.HOST)
             return None
-        self._probes.begun(context.now_s)
+        self._decide.begun(context.now_s)
         op = context.next_op()
         at = 0
         for node in nodes:
@@ -258,7 +256,7 @@ class LoadBack:
             self._to_close.append(job.batch)
             return
         self.gate.close(job.batch)
-        self._back_off.worked()
+        self._decide.worked()
         for load in job.loads:
             nodes = context.forest.finish_transfer(load.op, Tier.DEVICE)
             context.forest.unpin(load.last, Tier.DEVICE)
@@ -287,7 +285,7 @@ class LoadBack:
             context.forest.unpin(load.last, Tier.HOST)
             for _, slots in context.forest.abort_transfer(load.op, Tier.DEVICE):
                 context.allocator.free(cast(DeviceSlots, slots).tensor)
-        self._back_off.failed(context.now_s)
+        self._decide.failed(context.now_s)
 
 
 def _fail(error: Exception) -> None:

@@ -1,9 +1,8 @@
-"""The small parts: statistics, disk index, spread arrivals, new-token ratio, result files."""
+"""The small parts: statistics, spread arrivals, new-token ratio, result files."""
 
 from __future__ import annotations
 
 import json
-from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -12,10 +11,8 @@ import pytest
 
 from support_simulation.builders import call, random_requests, recorded, server, simulate
 from tiered_kv.core.errors import ConfigError
-from tiered_kv.forest.key import page_hashes
 from tiered_kv.simulation import schema, tables
 from tiered_kv.simulation.admission import NewTokenRatio
-from tiered_kv.simulation.disk_index import DiskIndex
 from tiered_kv.simulation.engine import Simulation
 from tiered_kv.simulation.execution import Execution
 from tiered_kv.simulation.first_turns import FirstTurns
@@ -77,19 +74,6 @@ def test_a_distribution_is_its_quantiles() -> None:
     assert len(found["cdf"]) == len(CDF_SHARES)
     assert (found["cdf"][0], found["cdf"][-1]) == (1.0, 1000.0)
     assert distribution([None])["mean"] is None
-
-
-def test_the_disk_forgets_what_was_used_longest_ago() -> None:
-    disk, root = DiskIndex(3), bytes(32)
-    tokens = array("q", [1, 2, 3, 4])
-    pages = page_hashes(root, tokens, 1)
-    disk.store(pages[:3])
-    assert disk.prefix(root, tokens) == pages[:3]
-    disk.store(pages[:1])
-    disk.store(pages[3:])
-    assert [page in disk for page in pages] == [True, False, True, True]
-    assert disk.prefix(root, tokens) == pages[:1]
-    assert disk.prefix(pages[1], tokens[2:]) == pages[2:]
 
 
 def test_spread_arrivals_stay_within_the_clock_and_in_order() -> None:

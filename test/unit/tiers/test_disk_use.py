@@ -12,7 +12,7 @@ from support_tiers.ranks import Ranks
 from support_tiers.tier_rig import Rig, new_disk, tokens_of
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers.cold import use as disk_use
+from tiered_kv.memory import store_use as disk_use
 from tiered_kv.tiers.in_memory import InMemoryStore
 
 pytestmark = pytest.mark.timeout(60)

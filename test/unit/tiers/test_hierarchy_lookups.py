@@ -9,9 +9,9 @@ import pytest
 from support_tiers.costs import give_costs
 from support_tiers.doubles import Faults
 from support_tiers.tier_rig import PAGE_SIZE, Rig, new_disk, on_disk, tokens_of
+from tiered_kv.memory.read_turns import READ_STRETCH_PAGES
 from tiered_kv.tiers.cold.local_pages import LocalStore
 from tiered_kv.tiers.cold.lookup import INLINE_LOOKUP_PAGES
-from tiered_kv.tiers.cold.read_queue import READ_STRETCH_PAGES
 
 pytestmark = pytest.mark.timeout(60)
 

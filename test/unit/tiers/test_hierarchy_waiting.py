@@ -16,8 +16,8 @@ from support_tiers.costs import give_costs, page_s
 from support_tiers.doubles import FaultyDisk
 from support_tiers.tier_rig import PAGE_SIZE, Rig, new_disk, on_disk, on_host, tokens_of
 from tiered_kv.core.ids import Tier
-from tiered_kv.tiers.cold import read_queue
-from tiered_kv.tiers.prefetch import LINE_LOOK
+from tiered_kv.memory import read_turns
+from tiered_kv.memory.prefetch import LINE_LOOK
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -149,7 +149,7 @@ def test_nobody_takes_the_room_of_those_who_are_as_urgent(rig: Rig) -> None:
 def test_a_read_is_given_up_for_a_more_urgent_one(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read_queue, "READ_STRETCH_PAGES", 2)
+    monkeypatch.setattr(read_turns, "READ_STRETCH_PAGES", 2)
     prefetch = rig.hierarchy.prefetch
     by_name(rig, long=2, urgent=1)
     rig.disk.reads.hold()

@@ -14,7 +14,7 @@ import pytest
 from support_tiers.tier_rig import Rig, new_disk, tokens_of
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers import write_back
+from tiered_kv.memory import write_through
 from tiered_kv.tiers.in_memory import InMemoryStore
 
 pytestmark = pytest.mark.timeout(60)
@@ -290,7 +290,7 @@ def test_disk_writes_in_flight_hold_a_bounded_share_of_the_host(make_rig: MakeRi
 def test_the_list_of_what_waits_is_bounded(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write_back, "MAX_DEFERRED", 3)
+    monkeypatch.setattr(write_through, "MAX_DEFERRED", 3)
     rig = make_rig(64, 4, new_disk())
     rig.copier.down.hold()
     for n in range(12):

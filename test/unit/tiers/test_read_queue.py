@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tiered_kv.tiers.cold.read_queue import READ_STRETCH_PAGES, ColdRead, ReadQueue
+from tiered_kv.memory.read_turns import READ_STRETCH_PAGES
+from tiered_kv.tiers.cold.read_queue import ColdRead, ReadQueue
 from tiered_kv.tiers.context import Epoch
 
 pytestmark = pytest.mark.timeout(30)

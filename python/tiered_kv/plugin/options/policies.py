@@ -10,7 +10,7 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from tiered_kv.plugin.options import cascade, decode, refusals, values
 from tiered_kv.scheduler.iteration_policy import iteration_policies
-from tiered_kv.scheduler.request_policy import request_policies
+from tiered_kv.scheduler.request_policy import REQUEST_POLICY_DEFAULT, request_policies
 
 SCHEDULE_POLICY_DEFAULT: str = upstream_server_args.ServerArgs.schedule_policy
 
@@ -34,7 +34,7 @@ class PolicyArgs:
             type_parser=values.argument(values.request_policy),
             help="Who of the waiting requests is admitted next: "
             f"{', '.join(request_policies.names())}, or 'upstream' for what --schedule-policy "
-            f"says. Default: {values.POLICY_DEFAULT}, but upstream if --schedule-policy or "
+            f"says. Default: {REQUEST_POLICY_DEFAULT}, but upstream if --schedule-policy or "
             "--enable-priority-scheduling is given.",
         ),
         NS("memory"),
@@ -82,7 +82,7 @@ class PolicyArgs:
             is_named = (
                 self.schedule_policy != SCHEDULE_POLICY_DEFAULT or self.enable_priority_scheduling
             )
-            self.tiered_kv_policy = values.UPSTREAM_POLICY if is_named else values.POLICY_DEFAULT
+            self.tiered_kv_policy = values.UPSTREAM_POLICY if is_named else REQUEST_POLICY_DEFAULT
         values.request_policy("--tiered-kv-policy", self.tiered_kv_policy)
         refusals.check_one_orders_the_queue(self)
         decode.check(self.tiered_kv_iteration_policy, self.tiered_kv_policy)

@@ -12,7 +12,8 @@ from tiered_kv.core.config import LOAD_POLICIES, DiskConfig, HostConfig, TieredK
 from tiered_kv.memory.eviction import eviction_policies
 from tiered_kv.plugin.options import values
 
-PAGE_SIZE_DEFAULT = 64
+_DEFAULTS = TieredKVConfig()
+PAGE_SIZE_DEFAULT = _DEFAULTS.page_size
 
 
 def _size(option: str, text: str) -> str:
@@ -54,7 +55,7 @@ class TierArgs:
             help="Host memory for KV pages as a multiple of the device's KV pool. Default: 2.",
         ),
         NS("memory"),
-    ] = 2.0
+    ] = _DEFAULTS.host.ratio
     tiered_kv_host_format: A[
         str,
         Arg(
@@ -66,7 +67,7 @@ class TierArgs:
             "docs/formats.md says what each costs.",
         ),
         NS("memory"),
-    ] = "raw"
+    ] = _DEFAULTS.host.page_format
     tiered_kv_disk_dir: A[
         str | None,
         Arg(
@@ -136,7 +137,7 @@ class TierArgs:
             "(least cost to bring back times probability of reuse per byte), slru or s3fifo.",
         ),
         NS("memory"),
-    ] = "lru"
+    ] = _DEFAULTS.eviction_policy
     tiered_kv_load_policy: A[
         str,
         Arg(
@@ -146,7 +147,7 @@ class TierArgs:
             "is sooner loaded than computed, by measured times), always or never.",
         ),
         NS("memory"),
-    ] = "cost"
+    ] = _DEFAULTS.load_policy
 
     def to_config(self) -> TieredKVConfig:
         """Our options for one rank, as the layers below take them. Raises ConfigError."""

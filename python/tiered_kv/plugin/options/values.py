@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from tiered_kv.api.class_table import parse_classes, with_default
 from tiered_kv.api.fields import TermsError
 from tiered_kv.api.slo import DEFAULT_CLASSES, SloClasses
-from tiered_kv.core.config import DISK_IO_MODES, PAGE_FORMATS, SAME_FORMAT
+from tiered_kv.core.config import DISK_BYTES_DEFAULT, DISK_IO_MODES, PAGE_FORMATS, SAME_FORMAT
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.paths import expand_user
 from tiered_kv.core.registry import Registry
@@ -36,11 +36,8 @@ NO_DISK = "none"
 UPSTREAM_POLICY = "upstream"
 """The value of `--tiered-kv-policy` that leaves the waiting queue to SGLang's own policies."""
 
-POLICY_DEFAULT = "slack"
-
 T = TypeVar("T")
 
-DISK_BYTES_DEFAULT = 32 * 10**9
 DISK_BYTES_MIN = 256 * 10**6
 DISK_FREE_SHARE_MAX = 0.8
 _DISK_TIMEOUT_S = 5.0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from tiered_kv.api.terms import Terms
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TOKEN_TYPECODE
+from tiered_kv.memory.read_order import Urgency
 from tiered_kv.plugin.requests.view import (
     QUEUED,
     is_aborted,
@@ -26,7 +27,6 @@ from tiered_kv.plugin.requests.view import (
     terms_of,
 )
 from tiered_kv.scheduler.lifecycle import Event, RequestLives
-from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import Arriving, RequestPolicy
 from tiered_kv.scheduler.waiting import WaitingQueue

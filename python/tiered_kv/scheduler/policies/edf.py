@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from heapq import nsmallest
 
+from tiered_kv.memory.read_order import Urgency
 from tiered_kv.scheduler.plan import AdmissionPlan
-from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import QuietPolicy, SchedulerState
 

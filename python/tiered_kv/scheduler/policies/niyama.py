@@ -18,10 +18,10 @@ import math
 from dataclasses import dataclass
 from heapq import nsmallest
 
+from tiered_kv.memory.read_order import Urgency
 from tiered_kv.scheduler.iteration_batch import Packing
 from tiered_kv.scheduler.plan import AdmissionPlan, PrefillRoom
 from tiered_kv.scheduler.prefill_room import Decodes, begun_tokens, room_beside
-from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import QuietPolicy, SchedulerState
 

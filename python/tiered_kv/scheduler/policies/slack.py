@@ -24,6 +24,7 @@ from functools import partial
 from itertools import islice
 
 from tiered_kv.memory.demand import DemandForecast, Expectation
+from tiered_kv.memory.read_order import Urgency
 from tiered_kv.scheduler.aging import Overdue, aged_key
 from tiered_kv.scheduler.everyone_decodes import EveryoneDecodes
 from tiered_kv.scheduler.gang import Gangs
@@ -32,7 +33,6 @@ from tiered_kv.scheduler.ordered import OrderedIds
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.policies.slack_order import Entry, GangOrder, Queue
-from tiered_kv.scheduler.read_order import Urgency
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import SchedulerState
 from tiered_kv.scheduler.slack import (

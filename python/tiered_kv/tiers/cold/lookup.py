@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import page_hash, page_hashes
 from tiered_kv.forest.node import Node
+from tiered_kv.memory.stored_pages import Stored
 from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.page_store import PageStore
-from tiered_kv.tiers.stored_pages import Stored
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 
 #: Up to this many pages are hashed and looked up at once, on the scheduler's thread: a few

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from tiered_kv.core.ids import PageHash, Tier
+from tiered_kv.memory.cold_source import Read
 from tiered_kv.memory.probes import Probes
-from tiered_kv.tiers.cold.read_queue import ReadQueue, read_stretch
-from tiered_kv.tiers.cold.use import DroppedPages, UsedPages
+from tiered_kv.memory.read_order import Urgency
+from tiered_kv.memory.store_use import DroppedPages
+from tiered_kv.tiers.cold.read_queue import ColdRead, ReadQueue, read_stretch
+from tiered_kv.tiers.cold.use import UsedPages
 from tiered_kv.tiers.cold.writes import ColdWrites
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.page_store import PageStore, StoreTraits
@@ -22,15 +25,20 @@ class ColdTier:
     """
 
     def __init__(self, context: TierContext, store: PageStore, write_share: float) -> None:
+        self._context = context
         self.last_store = store
         """The one in use now, or before it was put away."""
         self.is_away = False
         """Whether pages have no name now under which to go there or come from there."""
         self.traits: StoreTraits = store.traits
         self.reads = ReadQueue(f"{self.name}-to-host", read_stretch(context))
-        limit_pages = max(1, int(context.host.n_pages * write_share))
-        self.writes = ColdWrites(context, self.tier, lambda: self.store, limit_pages)
-        self.dropped = DroppedPages(context, self.tier, lambda: self.store)
+        self.writes = ColdWrites(context, self.tier, lambda: self.store, write_share)
+        self.dropped = DroppedPages(
+            context.forest,
+            self.tier,
+            lambda: self.store,
+            lambda hashes: context.listener.dropped(hashes, self.tier),
+        )
         self.used = UsedPages(context, self.tier, lambda: self.store)
         self.probes = Probes()
 
@@ -56,6 +64,30 @@ class ColdTier:
     @property
     def name(self) -> str:
         return self.tier.name.lower()
+
+    # -- a source of reads (`memory.cold_source`) ---------------------------------------------
+
+    @property
+    def page_bytes(self) -> int:
+        return self.traits.page_format.page_bytes
+
+    @property
+    def n_reads(self) -> int:
+        return self.reads.in_flight
+
+    def pages_before(self, urgency: Urgency) -> int:
+        return self.reads.pages_before(urgency)
+
+    def begin(self, read: Read, urgency: Urgency) -> None:
+        store, epoch = self.last_store, self._context.epoch
+        job = ColdRead(read.op, store, read.last, read.hashes, read.host_pages, epoch)
+        self.reads.submit_by(job, urgency)
+
+    def hurry(self, op: int, urgency: Urgency) -> None:
+        self.reads.hurry(op, urgency)
+
+    def forget(self, op: int, *, is_probe: bool) -> None:
+        self.reads.forget(op, is_probe=is_probe)
 
     def queues(self) -> list[TransferQueue[Any]]:
         """Each with a thread of its own."""

@@ -1,8 +1,8 @@
 """Write-through from the host to one cold store, behind everything else.
 
-What finds no room in the queue waits in a bounded list, the most valuable first. A flush waits for
-no store: what is on the host and not in the store yet keeps its host pages, belongs to no node any
-more, and is written behind, for a limited time.
+What is written next is for `memory.write_through` to say. A flush waits for no store: what is on
+the host and not in the store yet keeps its host pages, belongs to no node any more, and is written
+behind, for a limited time.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from itertools import chain
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
+from tiered_kv.memory.write_through import StoreWrites
 from tiered_kv.tiers.context import Epoch, TierContext, host_pages_of
-from tiered_kv.tiers.deferred import MAX_DEFERRED, DeferredNodes
 from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.transfer import Completion, TransferQueue, Wanted
@@ -44,8 +44,7 @@ class ColdWrite:
 class ColdWrites:
     """store: where to write now; None while what is computed has no name, or the tier is away.
 
-    limit_pages: the most host pages that are on their way: they are held until they have arrived,
-    and a slow store must not keep the host tier from taking new ones.
+    share: see `StoreWrites`.
     """
 
     def __init__(
@@ -53,54 +52,41 @@ class ColdWrites:
         context: TierContext,
         tier: Tier,
         store: Callable[[], PageStore | None],
-        limit_pages: int,
+        share: float,
     ) -> None:
         self._context = context
         self.tier = tier
         self._store = store
-        self._limit_pages = limit_pages
         name = f"host-to-{tier.name.lower()}"
         self.queue: TransferQueue[ColdWrite] = TransferQueue(name, self._write)
-        self._deferred = DeferredNodes(context.manager.write_value, lambda: MAX_DEFERRED)
+        self._next = StoreWrites(context.forest, context.manager, tier, context.host.n_pages, share)
 
     @property
     def n_deferred(self) -> int:
-        return len(self._deferred)
+        return len(self._next.waiting)
 
     def offer(self, nodes: Sequence[Node]) -> None:
         """`nodes`, of one tree, are to be in the store as well if they are readable on the host."""
         if self._store() is None or not nodes or not nodes[0].root.tree_key.is_lasting:
             return
-        for action in self._context.manager.on_host_resident(nodes, self.tier):
-            self._deferred.add(self._context.forest.node(action.node_id))
+        self._next.offer(nodes)
         self._start()
 
     def advance(self) -> None:
         """Starts what had to wait, as far as there is room now."""
-        if self._deferred:
+        if self._next.waiting:
             self._start()
 
-    def evicted(self, node: Node, parent: Node) -> None:
-        """A node has left the host: what waited is gone, but what is above it can be written.
-
-        A node that waits may be split: only its lower half is still in the list, and goes first.
-        """
-        if node not in self._deferred:
-            return
-        self._deferred.discard(node)
-        if (
-            not parent.is_root
-            and parent.state(Tier.HOST) is Residency.RESIDENT
-            and parent.state(self.tier) is Residency.ABSENT
-        ):
-            self._deferred.add(parent)
+    def evicted(self, node: Node, parent: Node, tier: Tier) -> None:
+        """A node has left a tier."""
+        self._next.evicted(node, parent, tier)
 
     def hand_over(self) -> list[PageIds]:
         """The tree is about to be emptied: starts what had to wait.
 
         Returns the host pages of all on their way: they stay until that is acknowledged.
         """
-        self._start(limit=self._context.host.n_pages)
+        self._start(limit_pages=self._context.host.n_pages)
         until_s = time.monotonic() + BEHIND_FLUSH_S
         for job in self.queue.open_jobs:
             job.wanted.until_s = min(job.wanted.until_s, until_s)
@@ -111,29 +97,10 @@ class ColdWrites:
         for job in self.queue.open_jobs:
             job.wanted.by_anyone = False
 
-    def _start(self, limit: int | None = None) -> None:
-        limit = self._limit_pages if limit is None else limit
-        while self._deferred:
-            in_flight = self.queue.pages_in_flight
-            node = self._deferred.first()
-            if in_flight and in_flight + node.n_pages > limit:
-                return
-            self._deferred.discard(node)
-            for part in self._unwritten_path(node):
-                self._start_write(part)
-
-    def _unwritten_path(self, node: Node) -> list[Node]:
-        path = []
-        at: Node | None = node
-        while (
-            at is not None
-            and not at.is_root
-            and at.state(Tier.HOST) is Residency.RESIDENT
-            and at.state(self.tier) is Residency.ABSENT
-        ):
-            path.append(at)
-            at = at.parent
-        return path[::-1]
+    def _start(self, limit_pages: int | None = None) -> None:
+        while (path := self._next.take(self.queue.pages_in_flight, limit_pages)) is not None:
+            for node in path:
+                self._start_write(node)
 
     def _start_write(self, node: Node) -> None:
         context, store = self._context, self._store()

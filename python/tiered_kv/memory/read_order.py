@@ -141,6 +141,11 @@ class ReadOrder:
         self._until_s[name] = until_s
         heapq.heappush(self._ends, (until_s, name))
 
+    @property
+    def next_end_s(self) -> float:
+        """Nobody's patience is over before that; infinite if nobody waits."""
+        return self._ends[0][0] if self._ends else float("inf")
+
     def out_of_patience(self, now_s: float) -> list[str]:
         """Those whose patience is over by now, each once. O(log n) for each."""
         over: list[str] = []

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
-from tiered_kv.tiers.context import host_pages_of
-from tiered_kv.tiers.slots import PageIds
-from tiered_kv.tiers.stored_pages import Stored
+from tiered_kv.memory.cold_source import ColdSource
+from tiered_kv.memory.read_order import Pages
+from tiered_kv.memory.stored_pages import Stored
 
 
 @dataclass(slots=True, eq=False)
@@ -45,8 +45,6 @@ class Ticket:
     pinned: Node | None = None
     n_loaded_tokens: int = 0
     """Tokens down to `pinned` that came for it from a store, or are about to."""
-    began_s: float = field(default_factory=time.perf_counter)
-    is_drawn: bool = False
 
     @property
     def waits(self) -> bool:
@@ -62,6 +60,29 @@ class Ticket:
         return max(0, self.n_loaded_tokens - coming)
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a ticket would hold and have read now."""
+
+    path: tuple[Node, ...]
+    """Nodes that device or host have, or are about to have."""
+    parts: list[tuple[ColdSource, list[bytes]]]
+    """Hashes of the pages to read after those, in their order, by store."""
+
+    @property
+    def n_pages(self) -> int:
+        return sum(len(hashes) for _, hashes in self.parts)
+
+    def within(self, n_pages: int) -> list[tuple[ColdSource, list[bytes]]]:
+        """Of `parts`, the leading so many pages."""
+        kept = []
+        for cold, hashes in self.parts:
+            if n_pages > 0:
+                kept.append((cold, hashes[:n_pages]))
+                n_pages -= len(hashes)
+        return kept
+
+
 def path_up(node: Node) -> Iterator[Node]:
     """`node` and those above it, without the root."""
     at = node
@@ -75,9 +96,10 @@ def is_coming(node: Node) -> bool:
     return node.state(Tier.HOST) is Residency.LOADING
 
 
-def pages_on_host(nodes: Iterable[Node]) -> PageIds:
+def pages_on_host(nodes: Iterable[Node]) -> Pages:
     """The host pages that hold, or will hold, the nodes: in their order."""
-    slots = [host_pages_of(node) for node in nodes if node.slots(Tier.HOST) is not None]
+    found = (node.slots(Tier.HOST) for node in nodes)
+    slots = [cast(Pages, pages) for pages in found if pages is not None]
     return np.concatenate(slots) if slots else np.empty(0, dtype=np.int64)
 
 
@@ -96,3 +118,18 @@ def end_of_hole(nodes: Iterable[Node], end: int) -> int:
         if node.state(Tier.HOST) is not Residency.ABSENT:
             return node.start
     return end
+
+
+def usable(path: Sequence[Node]) -> tuple[int, int]:
+    """How many leading nodes the device can provide, and how many it and then the host can."""
+    n_device = 0
+    for node in path:
+        if node.state(Tier.DEVICE) is Residency.ABSENT:
+            break
+        n_device += 1
+    n_usable = n_device
+    for node in path[n_device:]:
+        if node.state(Tier.HOST) is not Residency.RESIDENT:
+            break
+        n_usable += 1
+    return n_device, n_usable

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.forest.node import Node
-from tiered_kv.tiers.deferred import DeferredNodes
+from tiered_kv.memory.deferred import DeferredNodes
 
 CAPACITY = 5
 

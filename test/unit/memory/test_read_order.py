@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given, settings
 
-from tiered_kv.scheduler.read_order import LEAST_URGENT, Pages, ReadOrder, Urgency
+from tiered_kv.memory.read_order import LEAST_URGENT, Pages, ReadOrder, Urgency
 
 ROOM = 10
 
