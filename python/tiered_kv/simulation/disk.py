@@ -8,7 +8,6 @@ as it is needed, and takes no time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from tiered_kv.core.ids import PageHash
 from tiered_kv.forest.key import namespace_hash
@@ -17,8 +16,6 @@ from tiered_kv.tiers.disk.catalog import Catalog
 from tiered_kv.tiers.disk.reclaim import choose_survivors, choose_victim
 from tiered_kv.tiers.disk.segment import Segment
 from tiered_kv.tiers.disk.space import SpaceManager
-
-_NO_FILE = Path("segment")
 
 
 class SimulatedDisk:
@@ -101,7 +98,7 @@ class SimulatedDisk:
         if slots := space.charge_new(self._record_bytes):
             number = catalog.next_segment
             catalog.next_segment += 1
-            segment = Segment(number, _NO_FILE, self._record_bytes, slots, catalog.ages)
+            segment = Segment(number, self._record_bytes, slots, catalog.ages)
             space.add_new(segment, catalog.generation)
             return True
         others = space.partly_filled(self._record_bytes)
