@@ -125,7 +125,12 @@ def test_the_kernel_itself_moves_the_same_bytes() -> None:
     )
     ended = subprocess.run(
         [sys.executable, "-c", loader + program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         check=False,
