@@ -32,9 +32,9 @@ FIXED_INERTIA = 10.0
 STEP_MAX = 1.5
 FIRST_STEP_MAX = 4.0
 N_FIRST = 16
-#: No machine is faster than it was believed to be by more than this. Where passes are so short that
-#: their sizes explain nothing, all of their time would be taken for fixed in the end, and work for
-#: free: what a second of it takes would have no meaning.
+#: No machine computes faster than it was believed to by more than this. Where passes are so short
+#: that their sizes explain nothing, all of their time would be taken for fixed in the end, and work
+#: for free: what a second of it takes would have no meaning.
 SCALE_LEAST = 0.01
 #: Observations further off than this many times the median recent deviation are pulled in ...
 PLAUSIBLE_DEVIATIONS = 4.0
@@ -49,13 +49,14 @@ PURE_SHARE = 0.9
 class AffineFit:
     """observed = fixed + scale * predicted, both non-negative; `scale` stays positive.
 
-    fixed, scale: what is believed before anything was observed.
+    fixed, scale: what is believed before anything was observed; the scale becomes no less than
+    `least_share` of it.
     """
 
-    def __init__(self, fixed_s: float, scale: float = 1.0) -> None:
+    def __init__(self, fixed_s: float, scale: float = 1.0, least_share: float = 0.0) -> None:
         self.fixed_s = fixed_s
         self.scale = scale
-        self._least_scale = SCALE_LEAST * scale
+        self._least_scale = least_share * scale
         self.n_observations = 0
         # Weighted sums of 1, x, y, x*x, x*y, each over y*y: errors count relative to y.
         self._sums = [0.0] * 5
@@ -134,8 +135,8 @@ class Calibrator:
 
     def __init__(self, model: CostModel) -> None:
         self._model = model
-        self._prefill = AffineFit(model.prefill_correction.fixed_s, model.prefill_correction.scale)
-        self._decode = AffineFit(model.decode_correction.fixed_s, model.decode_correction.scale)
+        self._prefill = AffineFit(*model.prefill_correction, SCALE_LEAST)
+        self._decode = AffineFit(*model.decode_correction, SCALE_LEAST)
         self._edges: dict[tuple[Tier, Tier], tuple[AffineFit, float]] = {}
 
     @property

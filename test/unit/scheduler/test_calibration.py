@@ -156,10 +156,20 @@ def test_steps_that_are_all_alike_change_the_scale_not_the_fixed_part() -> None:
 
 
 def test_passes_whose_size_explains_nothing_do_not_make_work_free() -> None:
-    fit = AffineFit(0.0)
-    rng = random.Random(7)
+    model, rng = make_model(), random.Random(7)
+    calibrator = Calibrator(model)
     for _ in range(2000):
-        # A thousandth of the time is work, and the rest scatters more than that.
-        fit.observe(rng.uniform(1e-5, 1e-4), noisy(rng, 0.02))
-    assert fit.scale >= SCALE_LEAST
-    assert fit.predict(5e-5) == pytest.approx(0.02, rel=0.15)
+        # A fraction of the time is work, and the rest scatters more than that.
+        calibrator.observe_step([(rng.randrange(1, 16), 0)], 0, 0, noisy(rng, 2.0))
+        calibrator.observe_step([], rng.randrange(1, 16), 1, noisy(rng, 2.0))
+    assert model.prefill_correction.scale >= SCALE_LEAST
+    assert model.decode_correction.scale >= SCALE_LEAST
+    assert model.iteration_s([(8, 0)], 0, 0) == pytest.approx(2.0, rel=0.15)
+    assert model.iteration_s((), 8, 1) == pytest.approx(2.0, rel=0.15)
+
+
+def test_a_link_may_be_faster_than_believed_by_any_factor() -> None:
+    fit = AffineFit(10.0)
+    for _ in range(200):
+        fit.observe(10.0, 1e-5)
+    assert fit.predict(10.0) == pytest.approx(1e-5, rel=0.1)
