@@ -160,12 +160,12 @@ def test_passes_whose_size_explains_nothing_do_not_make_work_free() -> None:
     calibrator = Calibrator(model)
     for _ in range(2000):
         # A fraction of the time is work, and the rest scatters more than that.
-        calibrator.observe_step([(rng.randrange(1, 16), 0)], 0, 0, noisy(rng, 2.0))
-        calibrator.observe_step([], rng.randrange(1, 16), 1, noisy(rng, 2.0))
+        calibrator.observe_step([(rng.randrange(1, 4096), 0)], 0, 0, noisy(rng, 50.0))
+        calibrator.observe_step([], rng.randrange(1, 10**6), 16, noisy(rng, 50.0))
     assert model.prefill_correction.scale >= SCALE_LEAST
     assert model.decode_correction.scale >= SCALE_LEAST
-    assert model.iteration_s([(8, 0)], 0, 0) == pytest.approx(2.0, rel=0.15)
-    assert model.iteration_s((), 8, 1) == pytest.approx(2.0, rel=0.15)
+    assert model.iteration_s([(2048, 0)], 0, 0) == pytest.approx(50.0, rel=0.15)
+    assert model.iteration_s((), 500_000, 16) == pytest.approx(50.0, rel=0.15)
 
 
 def test_a_link_may_be_faster_than_believed_by_any_factor() -> None:
