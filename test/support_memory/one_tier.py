@@ -10,7 +10,7 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.memory.costs import Costs, EqualCosts
-from tiered_kv.memory.eviction import EvictionPolicy, InformedPolicy, eviction_policies
+from tiered_kv.memory.eviction import Eviction, eviction_policies
 
 
 @dataclass(slots=True)
@@ -30,10 +30,8 @@ class OneTier:
 
     def __init__(self, policy: str, n_pages: int, costs: Costs | None = None) -> None:
         self.forest = Forest(1)
-        self.policy: EvictionPolicy = eviction_policies.get(policy)(self.forest)
+        self.policy = Eviction(self.forest, eviction_policies.get(policy), costs=costs)
         self.costs = costs if costs is not None else EqualCosts()
-        if costs is not None and isinstance(self.policy, InformedPolicy):
-            self.policy.inform(costs)
         self.n_pages = n_pages
         self.root = self.forest.root(namespace_hash("game"))
         self.outcome = Outcome()

@@ -12,27 +12,18 @@ from collections.abc import Iterable
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
-from tiered_kv.memory.leaf_walk import MayGo, NewLeaves, find_victims
+from tiered_kv.memory.leaf_walk import MayGo, NewLeaves
 from tiered_kv.memory.uses import UseCounter
 
 #: The small queue's share of the tier.
 SMALL_SHARE = 0.1
 
 
-class S3FifoEviction:
-    """Evicts from the small queue what was not used again, else from the main queue in turn."""
+class Queues:
+    """What was not used again while in the small queue, else the main queue in turn.
 
-    def __init__(self, forest: Forest) -> None:
-        self._forest = forest
-        self._queues = {tier: _Queues(forest, tier) for tier in forest.tiers}
-
-    def victims(self, tier: Tier, n_pages: int) -> list[Node]:
-        """See `EvictionPolicy.victims`."""
-        return find_victims(self._forest, tier, self._queues[tier], n_pages)
-
-
-class _Queues:
-    """Node ids in order of entry, with their pages."""
+    Node ids in order of entry, with their pages.
+    """
 
     _GHOSTS_MIN = 256
 

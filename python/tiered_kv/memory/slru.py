@@ -11,30 +11,19 @@ from collections.abc import Iterable
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
-from tiered_kv.memory.leaf_walk import MayGo, NewLeaves, find_victims
+from tiered_kv.memory.leaf_walk import MayGo, NewLeaves
 from tiered_kv.memory.uses import UseCounter
 
 #: The protected segment's largest share of the tier.
 PROTECTED_SHARE = 0.8
 
 
-class SlruEviction:
-    """Evicts the least recently used leaf on probation, then the least recently used protected one.
+class Segments:
+    """The least recently used leaf on probation, then the least recently used protected one.
 
-    A leaf is on probation until it is used again, or turns out to have been extended.
+    A leaf is on probation until it is used again, or turns out to have been extended. Two lazy
+    heaps by last access; an entry counts if `_protected` agrees with its segment.
     """
-
-    def __init__(self, forest: Forest) -> None:
-        self._forest = forest
-        self._segments = {tier: _Segments(forest, tier) for tier in forest.tiers}
-
-    def victims(self, tier: Tier, n_pages: int) -> list[Node]:
-        """See `EvictionPolicy.victims`."""
-        return find_victims(self._forest, tier, self._segments[tier], n_pages)
-
-
-class _Segments:
-    """Two lazy heaps by last access; an entry counts if `_protected` agrees with its segment."""
 
     def __init__(self, forest: Forest, tier: Tier) -> None:
         self._forest = forest

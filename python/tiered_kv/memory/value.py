@@ -15,8 +15,7 @@ import heapq
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from collections.abc import Iterable
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
@@ -24,11 +23,9 @@ from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.memory.costs import Costs, EqualCosts
 from tiered_kv.memory.demand import DemandForecast, Expectation
-from tiered_kv.memory.leaf_walk import MayGo, NewLeaves, find_victims
+from tiered_kv.memory.leaf_walk import MayGo, NewLeaves
 from tiered_kv.memory.reuse import ReuseClass, ReuseEstimator, class_of
 from tiered_kv.memory.uses import UseCounter
-
-CostPerByte: TypeAlias = Callable[[Node, Tier], float]
 
 #: A prefix that one request is sure to need now is worth this many sure uses some day.
 FORECAST_WEIGHT = 64.0
@@ -74,42 +71,6 @@ def _worth_of(expectation: Expectation) -> float:
     return FORECAST_WEIGHT * soon * expectation.probability * requests
 
 
-class ValueEviction:
-    """Evicts the leaf that is worth least per byte, later on a tie the older node."""
-
-    def __init__(self, forest: Forest) -> None:
-        self._forest = forest
-        self._costs: Costs = EqualCosts()
-        self._demand = Demand(forest)
-        self._orders = {
-            tier: _ByValue(forest, tier, self._demand, self.cost_per_byte) for tier in forest.tiers
-        }
-
-    def inform(self, costs: Costs) -> None:
-        """Use these costs from now on."""
-        self._costs = costs
-
-    def on_forecast(self, forecast: DemandForecast) -> None:
-        """Protect what is expected to be needed, as far as it pays."""
-        self._demand.update(forecast)
-
-    def victims(self, tier: Tier, n_pages: int) -> list[Node]:
-        """See `EvictionPolicy.victims`."""
-        return find_victims(self._forest, tier, self._orders[tier], n_pages)
-
-    def cost_per_byte(self, node: Node, tier: Tier) -> float:
-        """Seconds to bring back a byte of `node`, lost to `tier`, the cheapest way there is."""
-        costs = self._costs
-        n_bytes = max(1.0, node.n_tokens * costs.bytes_per_token(tier))
-        cheapest_s = costs.recompute_s(node.start, node.end)
-        for source in self._forest.tiers:
-            if source > tier and node.state(source) is Residency.RESIDENT:
-                moved = max(1, int(node.n_tokens * costs.bytes_per_token(source)))
-                cheapest_s = min(cheapest_s, costs.load_s(source, tier, moved))
-                break
-        return cheapest_s / n_bytes
-
-
 class _Levels:
     """The level over time: what a node last used at some tick has for a start."""
 
@@ -152,19 +113,20 @@ class _Entry:
         self.priority = 0.0
 
 
-class _ByValue:
-    """The leaves of one tier in a lazy heap of (priority, node id)."""
+class ByValue:
+    """The leaf that is worth least per byte, later on a tie the older node.
+
+    A lazy heap of (priority, node id).
+    """
 
     _SLACK = 256
     _GHOSTS_MIN = 1024
 
-    def __init__(
-        self, forest: Forest, tier: Tier, demand: Demand, cost_per_byte: CostPerByte
-    ) -> None:
+    def __init__(self, forest: Forest, tier: Tier) -> None:
         self._forest = forest
         self._tier = tier
-        self._demand = demand
-        self._cost_per_byte = cost_per_byte
+        self._demand = Demand(forest)
+        self._costs: Costs = EqualCosts()
         self._new = NewLeaves(forest, tier)
         self._uses = UseCounter(forest)
         self._reuse = ReuseEstimator()
@@ -221,7 +183,27 @@ class _ByValue:
         """Root of: probability of reuse, plus the forecast's worth, times the cost per byte."""
         kind = class_of(node, self._uses.uses(node))
         weight = max(self._reuse.probability(kind), PROBABILITY_MIN) + self._demand.worth(node)
-        return math.sqrt(weight * self._cost_per_byte(node, self._tier))
+        return math.sqrt(weight * self.cost_per_byte(node))
+
+    def cost_per_byte(self, node: Node) -> float:
+        """Seconds to bring back a byte of `node`, lost to the tier, the cheapest way there is."""
+        costs, tier = self._costs, self._tier
+        n_bytes = max(1.0, node.n_tokens * costs.bytes_per_token(tier))
+        cheapest_s = costs.recompute_s(node.start, node.end)
+        for source in self._forest.tiers:
+            if source > tier and node.state(source) is Residency.RESIDENT:
+                moved = max(1, int(node.n_tokens * costs.bytes_per_token(source)))
+                cheapest_s = min(cheapest_s, costs.load_s(source, tier, moved))
+                break
+        return cheapest_s / n_bytes
+
+    def inform(self, costs: Costs) -> None:
+        """Use these costs from now on."""
+        self._costs = costs
+
+    def on_forecast(self, forecast: DemandForecast) -> None:
+        """Protect what is expected to be needed, as far as it pays."""
+        self._demand.update(forecast)
 
     def _look(self, node: Node) -> None:
         """Notice a use, or a return, since the last look."""
