@@ -65,12 +65,12 @@ def played(data: Path | None) -> dict[str, Played]:
     found = {}
     if data is not None:
         mooncake = choice(
-            f"mooncake:{data}/mooncake_conversation.jsonl", limit=700, spread_s=3.0, rate=0.4
+            f"mooncake:{data}/mooncake_conversation.jsonl", limit=400, spread_s=3.0, rate=0.4
         )
         found["mooncake"] = Played(mooncake, (200_000, 800_000), "belady")
         agents = choice(
             f"agent_sessions:{data}/agent_sessions.jsonl,arrivals=poisson:0.05",
-            limit=25, turns=12, pause=0.2,
+            limit=18, turns=12, pause=0.2,
         )  # fmt: skip
         found["agent_sessions"] = Played(agents, (400_000, 800_000), "kvflow", hints=True)
         azure = choice(f"azure:{data}/azure_llm_2023_conv.csv", limit=400, rate=4.0)

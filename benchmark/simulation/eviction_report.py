@@ -165,7 +165,7 @@ measurements. What the policies do is in `docs/placement.md`.
 
 WHAT = {
     "mooncake": "recorded: a production chat service, Mooncake FAST'25; blocks of 512 tokens",
-    "agent_sessions": "recorded: coding agents, 12 calls each of 25 sessions; pauses times 0.2",
+    "agent_sessions": "recorded: coding agents, 12 calls each of 18 sessions; pauses times 0.2",
     "azure": "recorded: a chat service's arrivals and lengths; no prefix is shared",
     "taubench": "recorded: a tool-using agent's texts; tiny prompts, so tiny pools",
     "agents": "generated: tool-using agents of three kinds",
