@@ -62,27 +62,27 @@ def played(data: Path | None) -> dict[str, Played]:
     def choice(spec: str, **changes: object) -> WorkloadChoice:
         return replace(WorkloadChoice(spec=spec, slo_mix=SLO_MIX), **changes)
 
-    found = {}
-    if data is not None:
-        mooncake = choice(
-            f"mooncake:{data}/mooncake_conversation.jsonl", limit=400, spread_s=3.0, rate=0.4
-        )
-        found["mooncake"] = Played(mooncake, (200_000, 800_000), "belady")
-        agents = choice(
-            f"agent_sessions:{data}/agent_sessions.jsonl,arrivals=poisson:0.05",
-            limit=18, turns=12, pause=0.2,
-        )  # fmt: skip
-        found["agent_sessions"] = Played(agents, (400_000, 800_000), "kvflow", hints=True)
-        azure = choice(f"azure:{data}/azure_llm_2023_conv.csv", limit=400, rate=4.0)
-        found["azure"] = Played(azure, (50_000, 200_000), "belady")
-        tau = choice(f"chat_log:{data}/taubench_text,block_tokens=16", rate=4.0)
-        found["taubench"] = Played(tau, (2_500, 5_000), "belady", max_new_tokens=None)
     agents = choice("agents,sessions=30,arrivals=poisson:0.15")
-    found["agents"] = Played(agents, (200_000, 400_000), "kvflow", hints=True)
+    found = {"agents": Played(agents, (200_000, 400_000), "kvflow", hints=True)}
     chat = choice("chat,sessions=200,arrivals=poisson:3")
     found["chat"] = Played(chat, (50_000, 150_000), "kvflow")
     rag = choice("rag,requests=700,arrivals=poisson:5")
     found["rag"] = Played(rag, (50_000, 200_000), "belady")
+    if data is None:
+        return found
+    agents = choice(
+        f"agent_sessions:{data}/agent_sessions.jsonl,arrivals=poisson:0.05",
+        limit=18, turns=12, pause=0.2,
+    )  # fmt: skip
+    found["agent_sessions"] = Played(agents, (250_000, 500_000), "kvflow", hints=True)
+    mooncake = choice(
+        f"mooncake:{data}/mooncake_conversation.jsonl", limit=400, spread_s=3.0, rate=0.4
+    )
+    found["mooncake"] = Played(mooncake, (400_000, 1_000_000), "belady")
+    azure = choice(f"azure:{data}/azure_llm_2023_conv.csv", limit=400, rate=4.0)
+    found["azure"] = Played(azure, (50_000, 200_000), "belady")
+    tau = choice(f"chat_log:{data}/taubench_text,block_tokens=16", rate=20.0)
+    found["taubench"] = Played(tau, (1_500, 3_000), "belady", max_new_tokens=None)
     return found
 
 
