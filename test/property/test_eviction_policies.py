@@ -40,7 +40,6 @@ STEPS = st.lists(
 
 class History:
     def __init__(self, policy: str) -> None:
-        self.name = policy
         self.forest = Forest(1)
         self.root = self.forest.root(namespace_hash("model"))
         self.policy = Eviction(self.forest, eviction_policies.get(policy))
@@ -74,7 +73,7 @@ class History:
             # Several, some of them as soon as others, too late or too improbable.
             expected = {
                 other.node_id: Expectation(
-                    (number * (1 + at % 3)) % 90 / 1.0, 0.4 + 0.1 * (number % 4), 1 + number
+                    (number * (1 + at % 3)) % 90 / 1.0, 0.4 + 0.1 * (number % 4)
                 )
                 for at, other in enumerate(nodes[number % len(nodes) :: 2])
             }
@@ -87,8 +86,6 @@ class History:
         if tier not in self.unsettled:
             return
         self.unsettled.discard(tier)
-        if self.name == "value":
-            return  # It reads the forecast itself.
         wanted = sorted(
             (expected.starts_in_s, node_id)
             for node_id, expected in self.forecast.next_use.items()

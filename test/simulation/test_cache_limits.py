@@ -59,7 +59,7 @@ def test_belady_finds_most_and_an_infinite_cache_all(seed: int, tiers: dict[str,
     workload = zipf_documents(seed)
     by_policy = {
         eviction: found(workload, server(device_blocks=80, eviction=eviction, **tiers))
-        for eviction in ("lru", "slru", "belady", "kvflow")
+        for eviction in ("lru", "tlru", "belady", "kvflow")
     }
     best = unlimited(workload)
     assert by_policy["belady"] == max(by_policy.values())

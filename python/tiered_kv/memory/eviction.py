@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.registry import Registry
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
-from tiered_kv.memory.costs import Costs
 from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.memory.forecast_filter import ForecastFilter, soonest
 from tiered_kv.memory.leaf_walk import EvictionOrder, find_victims
@@ -18,22 +17,6 @@ OrderFactory: TypeAlias = Callable[[Forest, Tier], EvictionOrder]
 
 eviction_policies: Registry[OrderFactory] = Registry("eviction policy")
 eviction_policies.register("lru", "tiered_kv.memory.lru:LeastRecent")
-eviction_policies.register("slru", "tiered_kv.memory.slru:Segments")
-eviction_policies.register("s3fifo", "tiered_kv.memory.s3fifo:Queues")
-eviction_policies.register("value", "tiered_kv.memory.value:ByValue")
-
-
-@runtime_checkable
-class InformedOrder(Protocol):
-    """An order that uses costs, and reads the forecast itself instead of being filtered by it."""
-
-    def inform(self, costs: Costs) -> None:
-        """Use these costs from now on."""
-        ...
-
-    def on_forecast(self, forecast: DemandForecast) -> None:
-        """This replaces the last forecast."""
-        ...
 
 
 class Eviction:
@@ -48,7 +31,6 @@ class Eviction:
         make_order: OrderFactory,
         *,
         protect_expected: bool = True,
-        costs: Costs | None = None,
     ) -> None:
         """Without `protect_expected` forecasts change nothing."""
         self._forest = forest
@@ -56,21 +38,14 @@ class Eviction:
         self._filters = {
             tier: ForecastFilter(forest, tier, make_order(forest, tier)) for tier in forest.tiers
         }
-        for informed in self._informed():
-            if costs is not None:
-                informed.inform(costs)
 
     def on_forecast(self, forecast: DemandForecast) -> None:
         """This replaces the last forecast: what it names is passed over, within bounds."""
         if not self._protect_expected:
             return
-        informed = self._informed()
-        for order in informed:
-            order.on_forecast(forecast)
-        if not informed:
-            node_ids = soonest(forecast)
-            for kept in self._filters.values():
-                kept.expect(node_ids)
+        node_ids = soonest(forecast)
+        for kept in self._filters.values():
+            kept.expect(node_ids)
 
     def victims(self, tier: Tier, n_pages: int) -> list[Node]:
         """Nodes to evict from `tier`, which together have at least `n_pages` if possible.
@@ -83,7 +58,3 @@ class Eviction:
         # Without a forecast nobody pays for the filter.
         order = found if found.is_active else found.order
         return find_victims(self._forest, tier, order, n_pages)
-
-    def _informed(self) -> list[InformedOrder]:
-        orders = (kept.order for kept in self._filters.values())
-        return [order for order in orders if isinstance(order, InformedOrder)]

@@ -49,7 +49,6 @@ class MemoryManager:
             forest,
             make_order or eviction_policies.get(config.eviction_policy),
             protect_expected=config.protect_expected,
-            costs=costs,
         )
         self._load_policy = LoadPolicy(config.load_policy)
         if costs is None and self._load_policy is LoadPolicy.COST:

@@ -45,9 +45,8 @@ class Pool:
         return self.eviction.victims(tier, n_pages)
 
 
-@pytest.mark.parametrize("policy", ["lru", "slru", "s3fifo"])
-def test_what_is_expected_is_passed_over_until_the_forecast_drops_it(policy: str) -> None:
-    pool = Pool(policy)
+def test_what_is_expected_is_passed_over_until_the_forecast_drops_it() -> None:
+    pool = Pool()
     first, second, third = (pool.add(name) for name in range(3))
     assert pool.victims(10) == [first]
     pool.expect((first, 1.0))
