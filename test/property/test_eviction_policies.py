@@ -25,7 +25,18 @@ from tiered_kv.memory.forecast_filter import (
 )
 
 TIERS = (Tier.DEVICE, Tier.HOST)
-KINDS = ["insert", "insert", "match", "write", "pin", "unpin", "propose", "evict", "forecast"]
+KINDS = [
+    "insert",
+    "insert",
+    "match",
+    "write",
+    "pin",
+    "unpin",
+    "propose",
+    "evict",
+    "forecast",
+    "forecast",
+]
 STEPS = st.lists(
     st.tuples(
         st.sampled_from([*KINDS * 3, "clear"]),
@@ -40,6 +51,7 @@ STEPS = st.lists(
 
 class History:
     def __init__(self, policy: str) -> None:
+        self.name = policy
         self.forest = Forest(1)
         self.root = self.forest.root(namespace_hash("model"))
         self.policy = Eviction(self.forest, eviction_policies.get(policy))
@@ -70,14 +82,12 @@ class History:
             forest.pin(node, tier)
             self.pinned.append((node, tier))
         elif kind == "forecast":
-            # Several, some of them as soon as others, too late or too improbable.
+            # Several, some of them as soon as others, some too late or too improbable.
             expected = {
-                other.node_id: Expectation(
-                    (number * (1 + at % 3)) % 90 / 1.0, 0.4 + 0.1 * (number % 4)
-                )
-                for at, other in enumerate(nodes[number % len(nodes) :: 2])
+                other.node_id: Expectation((7.0 * number + 13.0 * at) % 70, 0.4 + 0.3 * (at % 3))
+                for at, other in enumerate(nodes[number % len(nodes) :])
             }
-            self.forecast = DemandForecast(expected if number % 7 else {})
+            self.forecast = DemandForecast(expected if number % 9 else {})
             self.policy.on_forecast(self.forecast)
             self.unsettled = set(TIERS)
 
@@ -105,8 +115,8 @@ class History:
                 kept += [node.node_id for node in path]
 
     def check_order(self, tier: Tier, victims: list[Node]) -> None:
-        """Nothing kept goes before what may go as well and is not, nor before what is later."""
-        kept = self.kept[tier]
+        """What is not kept goes first, for LRU in its order; then the rest, the latest first."""
+        kept = {node_id: place for place, node_id in enumerate(self.kept[tier])}
         gone: set[Node] = set()
         for victim in victims:
             could_go = [
@@ -121,10 +131,13 @@ class History:
                 )
             ]
             assert victim in could_go
-            if victim.node_id in kept:
-                places = [kept.index(node.node_id) for node in could_go if node.node_id in kept]
-                assert len(places) == len(could_go)
-                assert kept.index(victim.node_id) == max(places)
+            others = [node for node in could_go if node.node_id not in kept]
+            if not others:
+                assert victim is max(could_go, key=lambda node: kept[node.node_id])
+            elif self.name == "lru":
+                assert victim is min(others, key=lambda node: (node.last_access, node.node_id))
+            else:
+                assert victim in others
             gone.add(victim)
 
     def evictable_pages(self, tier: Tier) -> int:
