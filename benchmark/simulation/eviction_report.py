@@ -26,7 +26,7 @@ FIGURES: dict[str, Callable[[Run], float]] = {
 def report(path: Path) -> Path:
     """Markdown and a picture beside the result file at `path`; returns the Markdown's path."""
     runs = schema.read_results(path)["runs"]
-    places = _by_place(runs)
+    places = {at: found for at, found in _by_place(runs).items() if len(found) > 1}
     names = list(dict.fromkeys(run["labels"]["name"] for run in runs))
     lines = [
         _introduction(runs[0]),
@@ -70,7 +70,7 @@ def _ratios(places: dict[Place, list[Run]], name: str, figure: str) -> dict[Plac
     value, found = FIGURES[figure], {}
     for place, runs in places.items():
         by_name = {run["labels"]["name"]: run for run in runs}
-        if name in by_name and value(by_name[BASE]):
+        if {name, BASE} <= by_name.keys() and value(by_name[BASE]):
             found[place] = value(by_name[name]) / value(by_name[BASE])
     return found
 
@@ -142,8 +142,8 @@ def _introduction(run: Run) -> str:
     return f"""\
 # Eviction policies in simulation
 
-Made by `python -m benchmark.simulation.eviction --data DIRECTORY --out benchmark/results`, seed
-{seed}, at commit {run["labels"]["commit"]}. How the simulator works, and what it leaves out, is in
+Made by `python -m benchmark.simulation.eviction --data DIRECTORY`, seed {seed}, at
+commit {run["labels"]["commit"]}. How the simulator works, and what it leaves out, is in
 `docs/simulation.md`: a roofline of the device's data sheet with assumed efficiencies, not
 measurements. What the policies do is in `docs/placement.md`.
 
@@ -151,9 +151,11 @@ measurements. What the policies do is in `docs/placement.md`.
   sooner, chunks of 8192 tokens. The host has twice the device's tokens, the disk 16 times. Pools
   are cut down to what makes them small, or ample, for each workload: see its table.
 - *forecast*: what is expected within 60 s is passed over, up to half of the tier. Without: the
-  policy alone. `value` reads the forecast itself. Forecasts come from the queue's order, and for
-  both kinds of agents from hints of the next call: those of the recorded sessions are the recorded
-  pauses, so perfect; those of the generated ones are the median of what the tool takes.
+  policy alone. Forecasts come from the queue's order, and for both kinds of agents from hints of
+  the next call: those of the recorded sessions are the recorded pauses, so perfect; those of the
+  generated ones are the median of what the tool takes.
+- Policies that the server lacks are of that commit, and were deleted for these figures
+  (`docs/adr/0017-lru-behind-a-forecast.md`); of them `value` read the forecast itself.
 - `infinite`: nothing leaves the host. `belady` knows all arrivals; `kvflow` knows when each session
   comes back. Both give up what is used latest: the limit for pages found, not for goodput.
 - `tlru` is SGLang's T-LRU with a budget of 0.5 s, the tightest objective for the first token.
