@@ -104,7 +104,7 @@ def cache_jobs(job: Job, clairvoyant: str) -> list[Job]:
     ]
     for stop_policy in ("best_effort", "timeout", "wait_complete"):
         jobs.append(with_cache(job, f"HiCache-like, {stop_policy}", stop_policy=stop_policy))
-    for eviction in ("slru", clairvoyant):
+    for eviction in ("tlru", clairvoyant):
         jobs.append(with_cache(job, f"three tiers, {eviction}", eviction=eviction))
     return jobs
 

@@ -42,8 +42,8 @@ OFF = {
     "forecast off": SlackConfig(forecast=False),
 }
 """What is switched off, one part at a time."""
-OWN_CACHE = {"eviction": "value", "load_policy": "cost", "stop_policy": "patience"}
-"""The server's own cache: it reads the forecast."""
+OWN_CACHE = {"load_policy": "cost", "stop_policy": "patience"}
+"""The server's own cache."""
 CHECKED = "fcfs"
 """The baseline that is run again, to see whether the simulator changed."""
 

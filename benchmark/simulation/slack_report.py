@@ -158,8 +158,8 @@ and what it leaves out in `docs/simulation.md`. These are simulated figures: a r
 efficiencies, not measurements.
 
 - Loads are multiples of the capacity of the best baseline. `slack` has the cache of the baselines
-  (LRU, loads always); `own cache` is eviction by value, which reads the forecast, and loads where
-  that is quicker.
+  (LRU, loads always); `own cache` loads where that is quicker. Both pass over what the forecast
+  expects.
 - `slack` and `niyama` decode in the iterations that prefill. The cost model lets arithmetic and
   memory traffic of an iteration overlap perfectly, which flatters that; `mixing off` is without.
 - `slack` may send a prompt that was begun back to the queue (its whole blocks stay cached), which

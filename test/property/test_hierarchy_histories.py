@@ -47,9 +47,6 @@ SIZES = [
 ]
 
 
-EVICTION_POLICIES = ("value", "s3fifo", "slru")
-
-
 @pytest.fixture(autouse=True)
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that reads of these short prompts are interrupted by more urgent ones."""
@@ -72,7 +69,6 @@ def make_rig(seed: int, *, rank: int = 0, **options: Any) -> Rig:
             rig,
             load_page_s=page_s(rig),
             read_page_s=page_s(rig) / 2,
-            eviction=EVICTION_POLICIES[seed % len(EVICTION_POLICIES)],
         )
         rig.context.calibrator = Calibrator(model)
     return rig

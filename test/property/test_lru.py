@@ -18,7 +18,8 @@ from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
-from tiered_kv.memory.lru import LruEviction
+from tiered_kv.memory.eviction import Eviction
+from tiered_kv.memory.lru import LeastRecent
 
 ABSENT, RESIDENT = Residency.ABSENT, Residency.RESIDENT
 TIERS = (Tier.DEVICE, Tier.HOST)
@@ -99,7 +100,7 @@ def test_names_the_same_nodes_in_the_same_order(
     grown: list[list[int]], steps: list[tuple[Kind, list[int], int, Tier]], page_size: int
 ) -> None:
     history = History(page_size)
-    forest, policy = history.forest, LruEviction(history.forest)
+    forest, policy = history.forest, Eviction(history.forest, LeastRecent)
     for pages in grown:
         history.insert(pages)
     for kind, pages, number, tier in steps:

@@ -59,7 +59,7 @@ def test_belady_finds_most_and_an_infinite_cache_all(seed: int, tiers: dict[str,
     workload = zipf_documents(seed)
     by_policy = {
         eviction: found(workload, server(device_blocks=80, eviction=eviction, **tiers))
-        for eviction in ("lru", "slru", "belady", "kvflow")
+        for eviction in ("lru", "tlru", "belady", "kvflow")
     }
     best = unlimited(workload)
     assert by_policy["belady"] == max(by_policy.values())
@@ -78,8 +78,8 @@ def test_without_hints_kvflow_is_lru() -> None:
     assert lru == kvflow
 
 
-def test_knowing_when_sessions_return_finds_more_than_recency() -> None:
-    # Two kinds of session: the one returns in a second, the other in a hundred, for as long.
+def two_kinds_of_session() -> RecordedWorkload:
+    """The one returns in a second, the other in ten, and says so; as much of each."""
     requests = []
     for turn in range(40):
         for session in range(12):
@@ -91,12 +91,27 @@ def test_knowing_when_sessions_return_finds_more_than_recency() -> None:
                 requests.append(
                     call(len(requests), at_s, blocks, 2, session=session, next_use_hint_s=hint_s)
                 )
-    workload = recorded(requests)
+    return recorded(requests)
+
+
+def test_knowing_when_sessions_return_finds_more_than_recency() -> None:
+    workload = two_kinds_of_session()
     lru, kvflow = (
         found(workload, server(device_blocks=85, eviction=eviction))
         for eviction in ("lru", "kvflow")
     )
     assert kvflow > 1.1 * lru
+
+
+@pytest.mark.parametrize("eviction", ["lru", "tlru"])
+def test_hints_protect_what_is_expected_soon_unless_forecasts_are_ignored(eviction: str) -> None:
+    workload = two_kinds_of_session()
+    alone, ignored, hinted = (
+        found(workload, server(device_blocks=85, eviction=eviction, **settings))
+        for settings in ({}, {"hints": True, "protect_expected": False}, {"hints": True})
+    )
+    assert ignored == alone
+    assert hinted > 1.05 * alone
 
 
 def test_a_session_that_ended_leaves_the_host_first() -> None:

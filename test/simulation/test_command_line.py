@@ -19,7 +19,7 @@ from tiered_kv.scheduler.request_policy import REQUEST_POLICY_DEFAULT
 from tiered_kv.simulation import schema
 from tiered_kv.simulation.__main__ import main
 from tiered_kv.simulation.capacity import best_capacity, saturated_capacity
-from tiered_kv.simulation.command_line import FORESIGHTED
+from tiered_kv.simulation.engine import SIMULATED
 from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_job
 from tiered_kv.simulation.measured_server import MeasuredServer
 from tiered_kv.simulation.server_defaults import default_chunk_tokens
@@ -37,7 +37,7 @@ def test_help_names_policies_and_shows_examples(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     shown = capsys.readouterr().out
-    for name in ("hrrn", "k-lpm", "niyama", *FORESIGHTED, "H200-141"):
+    for name in ("hrrn", "k-lpm", "niyama", *SIMULATED, "H200-141"):
         assert name in shown
 
 

@@ -31,8 +31,8 @@ CACHES = {
         "load_policy": "cost",
         "stop_policy": "patience",
     },
-    "value": {"host_blocks": 150, "eviction": "value"},
-    "s3fifo": {"host_blocks": 150, "eviction": "s3fifo"},
+    "tlru": {"host_blocks": 150, "eviction": "tlru"},
+    "hints": {"host_blocks": 150, "hints": True},
     "belady": {"host_blocks": 150, "eviction": "belady"},
     "kvflow": {"host_blocks": 150, "eviction": "kvflow"},
 }

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
-from tiered_kv.memory.costs import Costs, EqualCosts
-from tiered_kv.memory.eviction import EvictionPolicy, InformedPolicy, eviction_policies
+from tiered_kv.memory.demand import DemandForecast, Expectation
+from tiered_kv.memory.eviction import Eviction, eviction_policies
 
 
 @dataclass(slots=True)
 class Outcome:
     pages: int = 0
     hits: int = 0
-    computed_s: float = 0.0
-    """Seconds to compute what was missed."""
 
     @property
     def hit_share(self) -> float:
@@ -28,12 +26,9 @@ class Outcome:
 class OneTier:
     """Pages of one token; a prompt is its list of page names."""
 
-    def __init__(self, policy: str, n_pages: int, costs: Costs | None = None) -> None:
+    def __init__(self, policy: str, n_pages: int) -> None:
         self.forest = Forest(1)
-        self.policy: EvictionPolicy = eviction_policies.get(policy)(self.forest)
-        self.costs = costs if costs is not None else EqualCosts()
-        if costs is not None and isinstance(self.policy, InformedPolicy):
-            self.policy.inform(costs)
+        self.policy = Eviction(self.forest, eviction_policies.get(policy))
         self.n_pages = n_pages
         self.root = self.forest.root(namespace_hash("game"))
         self.outcome = Outcome()
@@ -48,8 +43,17 @@ class OneTier:
         forest.unpin(match.last, Tier.DEVICE)
         self.outcome.pages += len(prompt)
         self.outcome.hits += match.n_tokens
-        self.outcome.computed_s += self.costs.recompute_s(match.n_tokens, len(prompt))
         return match.n_tokens
+
+    def expect(self, prompts: Iterable[Sequence[int]]) -> None:
+        """These are asked next, a second after each other."""
+        expected: dict[int, Expectation] = {}
+        for at, prompt in enumerate(prompts):
+            known = self.forest.peek(self.root, array("q", prompt[: self.n_pages]))
+            last = known.partial or (known.path[-1] if known.path else None)
+            if last is not None:
+                expected.setdefault(last.node_id, Expectation(float(at)))
+        self.policy.on_forecast(DemandForecast(expected))
 
     def _make_room(self, n_new: int) -> None:
         shortage = n_new - (self.n_pages - self.forest.resident_tokens(Tier.DEVICE))
@@ -64,10 +68,8 @@ class OneTier:
             self.forest.evict(node, Tier.DEVICE)
 
 
-def play(
-    policy: str, n_pages: int, prompts: Iterable[Sequence[int]], costs: Costs | None = None
-) -> Outcome:
-    tier = OneTier(policy, n_pages, costs)
+def play(policy: str, n_pages: int, prompts: Iterable[Sequence[int]]) -> Outcome:
+    tier = OneTier(policy, n_pages)
     for prompt in prompts:
         tier.ask(prompt)
     return tier.outcome

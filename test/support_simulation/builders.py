@@ -72,7 +72,15 @@ def server(
     """An H200 with an 8B model and pools of so many blocks."""
     cache = {
         name: more.pop(name)
-        for name in ("eviction", "whole_leaves", "stop_policy", "load_policy", "disk")
+        for name in (
+            "eviction",
+            "protect_expected",
+            "hints",
+            "whole_leaves",
+            "stop_policy",
+            "load_policy",
+            "disk",
+        )
         if name in more
     }
     return InstanceSettings(

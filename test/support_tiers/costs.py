@@ -17,7 +17,6 @@ def give_costs(
     load_page_s: float = 1e-6,
     read_page_s: float = 1e-6,
     policy: str = "cost",
-    eviction: str = "lru",
 ) -> CostModel:
     """Costs under which a page takes about 50 ms to compute and as long as told to move."""
     page_bytes = rig.page_format.page_bytes
@@ -34,7 +33,7 @@ def give_costs(
         },
     )
     costs = PlacementCosts(model, bytes_per_token=page_bytes / PAGE_SIZE)
-    config = MemoryConfig(load_policy=policy, eviction_policy=eviction)
+    config = MemoryConfig(load_policy=policy)
     rig.context.manager = MemoryManager(rig.forest, config, costs)
     return model
 

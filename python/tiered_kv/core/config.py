@@ -141,6 +141,9 @@ class MemoryConfig:
     eviction_policy: str = "lru"
     """Name of a registered eviction policy, used in every tier."""
 
+    protect_expected: bool = True
+    """Whether what is forecast to be needed soon is passed over, within a share of the tier."""
+
     host_enabled: bool = True
     """Whether pages are written through from the device to host memory."""
 

@@ -15,8 +15,6 @@ class Expectation:
     """Seconds until it is expected to be needed; 0 or less: now."""
     probability: float = 1.0
     """That it will be needed at all, between 0 and 1."""
-    requests: int = 1
-    """How many requests are expected to need it then."""
 
 
 _NOTHING: Mapping[int, Expectation] = MappingProxyType({})

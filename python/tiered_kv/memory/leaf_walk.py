@@ -37,7 +37,7 @@ class EvictionOrder(Protocol):
 
 
 def find_victims(forest: Forest, tier: Tier, order: EvictionOrder, n_pages: int) -> list[Node]:
-    """See `EvictionPolicy.victims`. Asks `order` for O(victims) candidates, not for all."""
+    """See `Eviction.victims`. Asks `order` for O(victims) candidates, not for all."""
     order.refresh()
     leaves = forest.leaves(tier)
     # What the forest would look like with the victims gone: children left per node, and the nodes

@@ -8,27 +8,15 @@ from collections.abc import Iterable
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
-from tiered_kv.memory.leaf_walk import MayGo, NewLeaves, find_victims
+from tiered_kv.memory.leaf_walk import MayGo, NewLeaves
 
 
-class LruEviction:
-    """Evicts the leaf whose last use, in logical ticks, is longest ago; the older node on a tie.
+class LeastRecent:
+    """The leaf whose last use, in logical ticks, is longest ago; the older node on a tie.
 
-    One lazy heap per tier, brought up to date only when victims are wanted: a call costs
-    O((new leaves + victims + entries gone stale) * log(leaves)), not O(leaves).
+    A lazy heap with stale and double entries, brought up to date only when victims are wanted: a
+    call costs O((new leaves + victims + entries gone stale) * log(leaves)), not O(leaves).
     """
-
-    def __init__(self, forest: Forest) -> None:
-        self._forest = forest
-        self._heaps = {tier: _LeafHeap(forest, tier) for tier in forest.tiers}
-
-    def victims(self, tier: Tier, n_pages: int) -> list[Node]:
-        """See `EvictionPolicy.victims`."""
-        return find_victims(self._forest, tier, self._heaps[tier], n_pages)
-
-
-class _LeafHeap:
-    """The leaves of one tier by last access; may hold stale and double entries."""
 
     _SLACK = 64
 

@@ -18,7 +18,7 @@ from tiered_kv.forest.results import Match
 from tiered_kv.memory.actions import Drop, Load, WriteBack
 from tiered_kv.memory.costs import Costs, EqualCosts
 from tiered_kv.memory.demand import DemandForecast
-from tiered_kv.memory.eviction import InformedPolicy, eviction_policies
+from tiered_kv.memory.eviction import Eviction, OrderFactory, eviction_policies
 from tiered_kv.memory.load_policy import LoadPolicy, LoadQuestion, pages_to_load
 
 #: What is expected later than this, or is less probable, is not loaded ahead.
@@ -31,13 +31,25 @@ PATIENCE_S = 60.0
 class MemoryManager:
     """Write-through to host and disk, eviction by policy, loads on demand and ahead of it."""
 
-    def __init__(self, forest: Forest, config: MemoryConfig, costs: Costs | None = None) -> None:
-        """Without `costs`, whatever can be loaded is. Raises ConfigError for an unknown policy."""
+    def __init__(
+        self,
+        forest: Forest,
+        config: MemoryConfig,
+        costs: Costs | None = None,
+        *,
+        make_order: OrderFactory | None = None,
+    ) -> None:
+        """Without `costs`, whatever can be loaded is. Raises ConfigError for an unknown policy.
+
+        make_order: an order of eviction in place of the one that `config` names.
+        """
         self._forest = forest
         self._costs = costs if costs is not None else EqualCosts()
-        self._eviction = eviction_policies.get(config.eviction_policy)(forest)
-        if costs is not None and isinstance(self._eviction, InformedPolicy):
-            self._eviction.inform(costs)
+        self._eviction = Eviction(
+            forest,
+            make_order or eviction_policies.get(config.eviction_policy),
+            protect_expected=config.protect_expected,
+        )
         self._load_policy = LoadPolicy(config.load_policy)
         if costs is None and self._load_policy is LoadPolicy.COST:
             self._load_policy = LoadPolicy.ALWAYS
@@ -163,8 +175,7 @@ class MemoryManager:
 
         Soonest first; nothing is evicted for it.
         """
-        if isinstance(self._eviction, InformedPolicy):
-            self._eviction.on_forecast(forecast)
+        self._eviction.on_forecast(forecast)
         loads: list[Load] = []
         if self._load_policy is LoadPolicy.NEVER:
             return loads

@@ -15,6 +15,7 @@ from tiered_kv.memory.eviction import eviction_policies
 from tiered_kv.scheduler.iteration_config import IterationConfig
 from tiered_kv.scheduler.iteration_policy import iteration_policies
 from tiered_kv.scheduler.request_policy import request_policies
+from tiered_kv.simulation.engine import SIMULATED
 from tiered_kv.simulation.jobs import Job, WorkloadChoice
 from tiered_kv.simulation.measured_server import read_measured_server
 from tiered_kv.simulation.server_defaults import (
@@ -26,8 +27,6 @@ from tiered_kv.simulation.server_defaults import (
 from tiered_kv.simulation.settings import STOP_POLICIES, CacheSettings, InstanceSettings
 from tiered_kv.simulation.statistics import TBT_CRITERIA
 from tiered_kv.simulation.workload import catalog
-
-FORESIGHTED = ("belady", "kvflow")
 
 
 def add_simulation_arguments(parser: argparse.ArgumentParser, *, as_server: bool = False) -> None:
@@ -130,8 +129,19 @@ def _add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     cache.add_argument(
         "--eviction",
         default="lru",
-        help=f"{', '.join([*eviction_policies.names(), *FORESIGHTED])}; belady knows the future, "
-        "kvflow when each session's next call is expected",
+        help=f"{', '.join([*eviction_policies.names(), *SIMULATED])}; belady knows the future, "
+        "kvflow when each session's next call is expected; tlru: T-LRU, as upstream's",
+    )
+    cache.add_argument(
+        "--forecast-filter",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="pass over what the forecast expects soon, as the server does (default)",
+    )
+    cache.add_argument(
+        "--hints",
+        action="store_true",
+        help="clients say when their session's next call will come, and the server forecasts it",
     )
     cache.add_argument(
         "--whole-leaves",
@@ -162,7 +172,7 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
     limit = arguments.max_new_tokens
     if limit != "exact" and not limit.isdigit():
         raise ConfigError(f"The limit of new tokens is a number or exact, not {limit!r}.")
-    if arguments.eviction not in FORESIGHTED:
+    if arguments.eviction not in SIMULATED:
         eviction_policies.get(arguments.eviction)
     request_policies.get(arguments.policy)
     iteration_policies.get(arguments.iteration_policy)
@@ -186,6 +196,8 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
             host_bytes=arguments.host or 0,
             disk_bytes=0 if arguments.host is None else arguments.disk,
             eviction=arguments.eviction,
+            protect_expected=arguments.forecast_filter,
+            hints=arguments.hints,
             whole_leaves=arguments.whole_leaves,
             stop_policy=arguments.stop_policy,
             load_policy=arguments.load_policy,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tiered_kv.core.config import MemoryConfig
-from tiered_kv.forest.forest import Forest
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.scheduler.cost_model import PlacementCosts
 from tiered_kv.scheduler.policies.slack import SlackPolicy
@@ -14,11 +14,13 @@ from tiered_kv.scheduler.request_policy import RequestPolicy, request_policies
 from tiered_kv.simulation.cache import ManagerFactory
 from tiered_kv.simulation.cache_policies.belady import Clairvoyance
 from tiered_kv.simulation.cache_policies.farthest_use import (
-    FarthestUseEviction,
     Foresight,
     ForesightManager,
+    Listener,
 )
+from tiered_kv.simulation.cache_policies.hints import HintedManager, Hints
 from tiered_kv.simulation.cache_policies.kvflow import WorkflowKnowledge
+from tiered_kv.simulation.cache_policies.tail_optimized import NEXT_PROMPT_TOKENS, TailsFirst
 from tiered_kv.simulation.cache_policies.whole_leaves import WholeLeafManager
 from tiered_kv.simulation.events import EventQueue
 from tiered_kv.simulation.instance import Instance, Policies
@@ -26,6 +28,9 @@ from tiered_kv.simulation.live import LiveRequest, RequestRecord
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.timeline import Timeline
 from tiered_kv.simulation.workload.request import Request, Workload
+
+SIMULATED = ("belady", "kvflow", "tlru")
+"""Policies of eviction that only the simulator has."""
 
 Router = Callable[[Request, Sequence[Instance]], int]
 """Picks the instance, by its index, that gets a request."""
@@ -163,32 +168,32 @@ def _request_policy(settings: InstanceSettings) -> RequestPolicy:
 
 def _memory(
     workload: Workload, settings: InstanceSettings
-) -> tuple[ManagerFactory, Foresight | None]:
-    """The memory manager of an instance: the server's, or around a policy that knows more."""
+) -> tuple[ManagerFactory, Listener | None]:
+    """The memory manager of an instance: the server's, or around a policy that it lacks."""
     cache = settings.cache
-    host, disk = bool(cache.host_bytes), bool(cache.disk_bytes)
     costs = PlacementCosts(settings.costs(), workload.block_tokens)
-    foresight: Foresight
-    if cache.eviction == "belady":
-        foresight = Clairvoyance(workload)
-    elif cache.eviction == "kvflow":
-        foresight = WorkflowKnowledge()
-    else:
-        config = MemoryConfig(
-            eviction_policy=cache.eviction,
-            host_enabled=host,
-            disk_enabled=disk,
-            load_policy=cache.load_policy,
-        )
-        manager = WholeLeafManager if cache.whole_leaves else MemoryManager
-        return lambda forest: manager(forest, config, costs), None
-    config = MemoryConfig(host_enabled=host, disk_enabled=disk, load_policy=cache.load_policy)
-
-    def make(forest: Forest) -> MemoryManager:
-        eviction = FarthestUseEviction(forest, foresight)
-        return ForesightManager(forest, config, eviction, costs)
-
-    return make, foresight
+    name = cache.eviction
+    config = MemoryConfig(
+        eviction_policy="lru" if name in SIMULATED else name,
+        protect_expected=cache.protect_expected,
+        host_enabled=bool(cache.host_bytes),
+        disk_enabled=bool(cache.disk_bytes),
+        load_policy=cache.load_policy,
+    )
+    if name in {"belady", "kvflow"}:
+        foresight: Foresight = Clairvoyance(workload) if name == "belady" else WorkflowKnowledge()
+        return lambda forest: ForesightManager(forest, config, foresight, costs), foresight
+    make_order = None
+    if name == "tlru":
+        next_prompt = -(-NEXT_PROMPT_TOKENS // workload.block_tokens)
+        make_order = partial(TailsFirst, costs=costs, next_prompt=next_prompt)
+    if cache.hints:
+        hints = Hints()
+        make = partial(HintedManager, hints=hints, make_order=make_order)
+        return lambda forest: make(forest, config, costs), hints
+    if cache.whole_leaves:
+        return lambda forest: WholeLeafManager(forest, config, costs, make_order=make_order), None
+    return lambda forest: MemoryManager(forest, config, costs, make_order=make_order), None
 
 
 def _no_progress(n: int) -> None:

@@ -22,7 +22,7 @@ from tiered_kv.scheduler.request_policy import ForecastingPolicy, RequestPolicy,
 from tiered_kv.scheduler.waiting import WaitingQueue
 from tiered_kv.simulation.admission import Added, NewTokenRatio, PrefillAdder, PrefillBatch
 from tiered_kv.simulation.cache import ManagerFactory, TieredCache
-from tiered_kv.simulation.cache_policies.farthest_use import Foresight
+from tiered_kv.simulation.cache_policies.farthest_use import Listener
 from tiered_kv.simulation.decode_batch import DecodeBatch, record_gaps
 from tiered_kv.simulation.decode_runs import DecodeRuns
 from tiered_kv.simulation.decode_selection import selection_for
@@ -47,7 +47,7 @@ class Policies:
 
     request: RequestPolicy
     make_manager: ManagerFactory
-    foresight: Foresight | None = None
+    listener: Listener | None = None
 
 
 class Instance:
@@ -79,7 +79,7 @@ class Instance:
         self._events = events
         self._execution = Execution(settings.costs(), noise=settings.noise, seed=seed)
         self._on_finish = on_finish
-        self._foresight = policies.foresight
+        self._listener = policies.listener
         self._timeline = timeline
         self._live: dict[int, LiveRequest] = {}
         self._running = batch = DecodeBatch(self.cache, is_cascade=settings.cascade)
@@ -244,8 +244,8 @@ class Instance:
         self.policy.on_admission(queued, now_s)
         if live.record.admitted_s is None:
             live.record.admitted_s = now_s
-            if self._foresight is not None:
-                self._foresight.on_admission(live)
+            if self._listener is not None:
+                self._listener.on_admission(live)
 
     def _state(self, now_s: float) -> SchedulerState:
         return SchedulerState(
@@ -373,8 +373,8 @@ class Instance:
         record.n_retractions, record.n_swaps = queued.n_retractions, live.n_swaps
         record_gaps(live)
         self.cache.commit(live, self._answers.blocks(live), queued.prefilled_tokens)
-        if self._foresight is not None:
-            self._foresight.on_finish(live, self.cache.forest, now_s)
+        if self._listener is not None:
+            self._listener.on_finish(live, self.cache.forest, now_s)
         self.cache.release(live)
         self.policy.on_finish(queued, now_s)
         del self._live[queued.request_id]

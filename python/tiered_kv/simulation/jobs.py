@@ -103,6 +103,8 @@ def run_job(
             "iteration_policy": settings.iteration_policy,
             "swap": settings.swap,
             "eviction": cache.eviction,
+            "protect_expected": cache.protect_expected,
+            "hints": cache.hints,
             "whole_leaves": cache.whole_leaves,
             "stop_policy": cache.stop_policy,
             "load_policy": cache.load_policy,

@@ -52,7 +52,14 @@ class CacheSettings:
     """Speed of the disk tier."""
 
     eviction: str = "lru"
-    """Name of an eviction policy, or of a simulated one: belady, kvflow."""
+    """Name of an eviction policy, or of a simulated one: belady, kvflow, tlru."""
+
+    protect_expected: bool = True
+    """Whether what is forecast to be needed soon is passed over."""
+
+    hints: bool = False
+    """Whether clients say with a request when their session's next call will come
+    (`Request.next_use_hint_s`), which the server forecasts."""
 
     whole_leaves: bool = False
     """Whether a leaf is evicted as a whole, as plain SGLang does; the server's own manager

@@ -15,7 +15,8 @@ from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.forest.node import Node
 from tiered_kv.memory import lru
-from tiered_kv.memory.lru import LruEviction
+from tiered_kv.memory.eviction import Eviction
+from tiered_kv.memory.lru import LeastRecent
 
 DEVICE, HOST = Tier.DEVICE, Tier.HOST
 
@@ -40,7 +41,7 @@ def use(forest: Forest, root: Node, *pages: int) -> None:
 
 
 def test_the_least_recently_used_leaf_goes_first(forest: Forest, root: Node) -> None:
-    policy = LruEviction(forest)
+    policy = Eviction(forest, LeastRecent)
     first, second, third = (add(forest, root, page) for page in (1, 2, 3))
     assert policy.victims(DEVICE, 2) == [first, second]
     use(forest, root, 1)
@@ -49,7 +50,7 @@ def test_the_least_recently_used_leaf_goes_first(forest: Forest, root: Node) -> 
 
 
 def test_a_parent_competes_once_its_children_are_gone(forest: Forest, root: Node) -> None:
-    policy = LruEviction(forest)
+    policy = Eviction(forest, LeastRecent)
     parent = add(forest, root, 1)
     old_child = add(forest, root, 1, 5)
     other = add(forest, root, 2)
@@ -59,7 +60,7 @@ def test_a_parent_competes_once_its_children_are_gone(forest: Forest, root: Node
 
 
 def test_it_stops_when_there_is_enough(forest: Forest, root: Node) -> None:
-    policy = LruEviction(forest)
+    policy = Eviction(forest, LeastRecent)
     big = add(forest, root, 1, 2, 3)
     add(forest, root, 4)
     assert policy.victims(DEVICE, 0) == []
@@ -67,7 +68,7 @@ def test_it_stops_when_there_is_enough(forest: Forest, root: Node) -> None:
 
 
 def test_what_was_pinned_and_released_competes_again_once(forest: Forest, root: Node) -> None:
-    policy = LruEviction(forest)
+    policy = Eviction(forest, LeastRecent)
     first, second = add(forest, root, 1), add(forest, root, 2)
     for _ in range(5):
         forest.pin(first, DEVICE)
@@ -77,7 +78,7 @@ def test_what_was_pinned_and_released_competes_again_once(forest: Forest, root: 
 
 
 def test_a_node_that_became_a_leaf_twice_counts_once(forest: Forest, root: Node) -> None:
-    policy = LruEviction(forest)
+    policy = Eviction(forest, LeastRecent)
     first, second = add(forest, root, 1), add(forest, root, 2)
     assert policy.victims(DEVICE, 1) == [first]
     forest.pin(first, DEVICE)
@@ -86,7 +87,7 @@ def test_a_node_that_became_a_leaf_twice_counts_once(forest: Forest, root: Node)
 
 
 def test_forgotten_nodes_are_not_kept_in_memory_or_proposed(forest: Forest, root: Node) -> None:
-    policy = LruEviction(forest)
+    policy = Eviction(forest, LeastRecent)
     add(forest, root, 1)
     assert len(policy.victims(DEVICE, 1)) == 1
     forest.clear()
@@ -96,20 +97,21 @@ def test_forgotten_nodes_are_not_kept_in_memory_or_proposed(forest: Forest, root
 
 
 def test_the_heap_stays_in_proportion_to_the_leaves(forest: Forest, root: Node) -> None:
-    policy = LruEviction(forest)
+    heaps = {tier: LeastRecent(forest, tier) for tier in forest.tiers}
+    policy = Eviction(forest, lambda _, tier: heaps[tier])
     nodes = [add(forest, root, page) for page in range(10)]
     for _ in range(200):
         for node in nodes:
             forest.pin(node, DEVICE)
             forest.unpin(node, DEVICE)
         policy.victims(DEVICE, 3)
-    assert len(policy._heaps[DEVICE]._entries) <= 2 * 10 + policy._heaps[DEVICE]._SLACK + 3
+    assert len(heaps[DEVICE]._entries) <= 2 * 10 + heaps[DEVICE]._SLACK + 3
 
 
 def test_a_call_costs_what_it_evicts_not_what_there_is(
     forest: Forest, root: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = LruEviction(forest)
+    policy = Eviction(forest, LeastRecent)
     for page in range(2000):
         add(forest, root, page)
     policy.victims(DEVICE, 1)

@@ -133,8 +133,8 @@ class TierArgs:
         Arg(
             no_cli=True,
             type_parser=values.named_in(eviction_policies),
-            help="What leaves a tier that is full: lru (least recently used, the default), value "
-            "(least cost to bring back times probability of reuse per byte), slru or s3fifo.",
+            help="What leaves a tier that is full: lru (default: least recently used). What the "
+            "queue's order or a hint expects soon stays, up to half of a tier.",
         ),
         NS("memory"),
     ] = _DEFAULTS.eviction_policy

@@ -187,13 +187,7 @@ class SlackPolicy:
                 continue
             path = entry.request.path
             if path:
-                node_id = path[-1].node_id
-                known = expected.get(node_id)
-                if known is None:
-                    expected[node_id] = Expectation(starts_in_s)
-                else:
-                    n = known.requests + 1
-                    expected[node_id] = Expectation(known.starts_in_s, requests=n)
+                expected.setdefault(path[-1].node_id, Expectation(starts_in_s))
             starts_in_s += entry.price.takes_s(self._slowdown)
         return DemandForecast(expected)
 

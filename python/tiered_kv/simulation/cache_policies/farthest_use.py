@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
+from functools import partial
 from typing import Protocol
 
 from tiered_kv.core.config import MemoryConfig
@@ -12,12 +13,24 @@ from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.actions import Drop
 from tiered_kv.memory.costs import Costs
-from tiered_kv.memory.leaf_walk import MayGo, NewLeaves, find_victims
+from tiered_kv.memory.leaf_walk import MayGo, NewLeaves
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.simulation.live import LiveRequest
 
 
-class Foresight(Protocol):
+class Listener(Protocol):
+    """Is told what becomes of requests."""
+
+    def on_admission(self, live: LiveRequest) -> None:
+        """`live` has made the use of its prefix that was ahead."""
+        ...
+
+    def on_finish(self, live: LiveRequest, forest: Forest, now_s: float) -> None:
+        """`live`, whose prefix is still pinned, is done."""
+        ...
+
+
+class Foresight(Listener, Protocol):
     """Knows, or expects, when a node's pages are asked for again."""
 
     touched: list[int]
@@ -31,37 +44,16 @@ class Foresight(Protocol):
         """`upper` was cut off `lower`, which is about to go."""
         ...
 
-    def on_admission(self, live: LiveRequest) -> None:
-        """`live` has made the use of its prefix that was ahead."""
-        ...
-
-    def on_finish(self, live: LiveRequest, forest: Forest, now_s: float) -> None:
-        """`live`, whose prefix is still pinned, is done."""
-        ...
-
-
-class FarthestUseEviction:
-    """The leaf whose next use is farthest; among equals the least recently used one."""
-
-    def __init__(self, forest: Forest, foresight: Foresight) -> None:
-        self.foresight = foresight
-        self._forest = forest
-        self._orders = {tier: _FarthestFirst(forest, tier, foresight) for tier in forest.tiers}
-
-    def victims(self, tier: Tier, n_pages: int) -> list[Node]:
-        """See `EvictionPolicy.victims`."""
-        return find_victims(self._forest, tier, self._orders[tier], n_pages)
-
 
 class ForesightManager(MemoryManager):
-    """The server's memory manager around an eviction policy that is not in its registry."""
+    """The server's memory manager, but for the order in which leaves go."""
 
     def __init__(
-        self, forest: Forest, config: MemoryConfig, eviction: FarthestUseEviction, costs: Costs
+        self, forest: Forest, config: MemoryConfig, foresight: Foresight, costs: Costs
     ) -> None:
-        super().__init__(forest, config, costs)
-        self._eviction = eviction
-        self._foresight = eviction.foresight
+        order = partial(FarthestFirst, foresight=foresight)
+        super().__init__(forest, config, costs, make_order=order)
+        self._foresight = foresight
 
     def on_pressure(self, tier: Tier, n_pages: int) -> list[Drop]:
         """See `MemoryManager.on_pressure`."""
@@ -73,8 +65,11 @@ class ForesightManager(MemoryManager):
         return drops
 
 
-class _FarthestFirst:
-    """The leaves of one tier by next use; may hold stale and double entries."""
+class FarthestFirst:
+    """The leaf whose next use is farthest; among equals the least recently used one.
+
+    The leaves of one tier by next use; may hold stale and double entries.
+    """
 
     _SLACK = 64
 

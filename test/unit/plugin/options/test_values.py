@@ -6,8 +6,10 @@ names the option.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import NoReturn
 import pytest
 
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.memory.eviction import eviction_policies
 from tiered_kv.plugin.options import values as option_values
 
 
@@ -64,6 +67,15 @@ def test_key_file(tmp_path: Path) -> None:
     path.touch()
     assert option_values.key_file("--key-file", str(path)) == path
     assert option_values.key_file("--key-file", None) is None
+
+
+@pytest.mark.parametrize("policy", ["value", "slru", "s3fifo", "LRU"])
+def test_an_eviction_policy_that_is_not_there_is_refused_with_those_that_are(policy: str) -> None:
+    check = option_values.named_in(eviction_policies)
+    assert check("lru") == "lru"
+    sentence = f"There is no eviction policy '{policy}'; the known ones are: lru."
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(sentence)):
+        check(policy)
 
 
 def test_numbers() -> None:
