@@ -70,7 +70,12 @@ def make_stream_copier(
             ) from None
         logger.warning("Tiered KV: pages are copied by DMA; kernels cannot (%s).", error)
         return dma_copier(PagePool(device.buffers, layout, backend="torch"), host, streams)
-    return StreamPageCopier(copiers[choice.to_host].down, copiers[choice.to_device].up, streams)
+    down, up = copiers[choice.to_host].down, copiers[choice.to_device].up
+    logger.info(
+        "Tiered KV: copies keep %.0f MiB of device memory beside the KV pool, whatever is copied.",
+        (down.block_bytes + up.block_bytes) / (1 << 20),
+    )
+    return StreamPageCopier(down, up, streams)
 
 
 def host_layout(formats: TierFormats, device: DeviceBuffers) -> PageLayout:

@@ -80,13 +80,15 @@ def test_each_direction_takes_the_path_that_was_measured_to_be_faster(
 
 @pytest.mark.parametrize(("name", "path"), [("dma", DmaPath), ("kernel", KernelPath)])
 def test_the_path_that_was_named_is_not_measured(
-    monkeypatch: pytest.MonkeyPatch, name: str, path: type
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, path: type
 ) -> None:
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(copy_paths, "measure", None)
     copier = copier_of(copy_path=name)
     assert (type(copier.down), type(copier.up)) == (path, path)
     if path is DmaPath:
         assert copier.down is not copier.up, "each direction has a block of its own"
+    assert f"copies keep {64 if path is DmaPath else 0} MiB of device memory" in caplog.text
 
 
 def test_where_kernels_do_not_run_it_is_dma(
