@@ -105,7 +105,15 @@ def flags_of_compose() -> list[str]:
 def router(python: Path, flags: list[str], ports: list[int]) -> Iterator[str]:
     port = free_port()
     urls = [f"http://127.0.0.1:{worker}" for worker in ports]
-    words = [python, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+    words = [
+        python,
+        "-m",
+        "sglang_router.launch_router",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     metrics = ["--prometheus-port", str(free_port())]
     process = subprocess.Popen(
         [*words, *metrics, "--log-level", "warn", "--worker-urls", *urls, *flags],

@@ -268,4 +268,9 @@ def test_nothing_runs_as_root(image: str) -> None:
 
 
 def model_of() -> tuple[str, ...]:
-    return ("--model-path", "/opt/models/models/SmolLM2-135M-Instruct", "--max-total-tokens", "4096")
+    return (
+        "--model-path",
+        "/opt/models/models/SmolLM2-135M-Instruct",
+        "--max-total-tokens",
+        "4096",
+    )
