@@ -2,8 +2,8 @@
 
     docker info && python -m pytest -m long test/scripts/test_docker_run.py
 
-wants root, debootstrap, a Docker daemon of one's own (DOCKER_HOST) with BuildKit, 25 GB of disk, and
-the two archives. Where the base image that the Dockerfile names can be pulled, TIERED_KV_TEST_BASE
+wants root, debootstrap, a Docker daemon (DOCKER_HOST) with BuildKit, 25 GB of disk, and the two
+archives. Where the base image that the Dockerfile names can be pulled, TIERED_KV_TEST_BASE
 names it instead of Debian's own Python; TIERED_KV_TEST_IMAGE names an image that is built already.
 """
 
