@@ -7,19 +7,26 @@ services fit together.
 
 from __future__ import annotations
 
+import asyncio
 import fnmatch
 import http.server
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import threading
+import tomllib
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -125,16 +132,84 @@ def test_the_base_image_holds_the_release_that_is_pinned() -> None:
     assert f"startswith('{pin}')" in text
 
 
-def test_the_cuda_image_gets_every_dependency() -> None:
-    """It is installed without resolving, so what pyproject.toml asks for must be named."""
-    pyproject = (ROOT / "pyproject.toml").read_text()
-    block = re.search(r"^dependencies = \[(.*?)^\]", pyproject, re.DOTALL | re.MULTILINE)
-    assert block is not None
-    wanted = {re.split(r"[=><]", item)[0] for item in re.findall(r'"([^"]+)"', block[1])}
-    (install,) = [a for n, a in instructions(DOCKER / "Dockerfile") if n == "RUN"]
-    # SGLang's image has these two: SGLang itself, and what torch needs.
-    missing = {name for name in wanted - {"sglang", "numpy"} if name not in install}
-    assert missing == set()
+def locked() -> dict[str, str]:
+    """The version of each package that the images may have."""
+    lines = (DOCKER / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def project() -> dict[str, Any]:
+    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return table
+
+
+def test_every_dependency_is_locked_to_a_version_that_will_do() -> None:
+    versions = locked()
+    described = project()
+    inputs = (DOCKER / "requirements.in").read_text().splitlines()
+    wanted = [
+        *described["dependencies"],
+        *described["optional-dependencies"]["demo"],
+        *(line for line in inputs if not line.startswith("#")),
+    ]
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)])
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_nothing_is_installed_but_locked_versions(path: Path) -> None:
+    found = [command for command in commands(path) if " pip install " in command]
+    assert found
+    for command in found:
+        is_locked = "constraints.txt" in command or "-r docker/ours.txt" in command
+        assert is_locked or "--no-deps ." in command, command
+
+
+def test_the_cpu_image_has_bytecode() -> None:
+    """The server's user cannot write it, and each start would compile everything."""
+    installs = [c for c in commands(DOCKER / "Dockerfile.cpu") if c.startswith("uv pip install ")]
+    assert len(installs) == 2
+    assert all("--compile-bytecode" in command for command in installs)
+
+
+def commands(path: Path) -> list[str]:
+    """What RUN instructions run, one by one."""
+    runs = (re.sub(r"--mount=\S+\s+", "", a) for name, a in instructions(path) if name == "RUN")
+    return [re.sub(r"\s+", " ", part).strip() for run in runs for part in run.split("&&")]
+
+
+def test_the_cuda_image_gets_what_sglangs_lacks() -> None:
+    """What SGLang depends on too is in its image, except in a version that we ask for."""
+    (listed,) = re.findall(r"\^\(([\w|-]+)\)==", (DOCKER / "Dockerfile").read_text())
+    ours = [Requirement(d) for d in project()["dependencies"] if not d.startswith("sglang")]
+    theirs = with_dependencies("sglang")
+    newer = {r.name for r in ours if r.specifier}
+    lacking = with_dependencies(*(r.name for r in ours)) - theirs
+    assert set(listed.split("|")) == lacking | with_dependencies(*(newer & theirs))
+
+
+def with_dependencies(*names: str) -> set[str]:
+    """These distributions, as they are installed here, and whatever they need."""
+    found: set[str] = set()
+    left = [canonicalize_name(name) for name in names]
+    while left:
+        name = left.pop()
+        if name in found:
+            continue
+        found.add(name)
+        needs = (Requirement(line) for line in metadata.requires(name) or [])
+        left += [
+            canonicalize_name(r.name)
+            for r in needs
+            if r.marker is None or r.marker.evaluate({"extra": ""})
+        ]
+    return found
+
+
+def test_debians_packages_do_not_end_the_build_of_the_cuda_image() -> None:
+    """pip ends at what it cannot uninstall, as at the cryptography of Debian."""
+    (install,) = [c for c in commands(DOCKER / "Dockerfile") if "-r docker/ours.txt" in c]
+    assert {"--ignore-installed", "--no-deps"} <= set(install.split())
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
@@ -169,9 +244,50 @@ def test_any_user_may_write_the_volume(name: str) -> None:
     found = instructions(DOCKER / name)
     assert ("VOLUME", "/var/lib/tiered_kv") in found
     commands = "\n".join(a for n, a in found if n == "RUN")
-    assert re.search(r"(chmod|install -d -m) 775 .*/var/lib/tiered_kv", commands)
-    users = [a for n, a in found if n == "USER"]
-    assert all(re.fullmatch(r"\d+:0", user) for user in users)
+    assert re.search(r"chmod 775 .*/var/lib/tiered_kv", commands)
+    assert re.search(r"chown \S+:0 .*/var/lib/tiered_kv", commands)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_no_server_runs_as_root(path: Path) -> None:
+    """By number, which Kubernetes can check, and with a name and a home that any other has too."""
+    found = instructions(path)
+    assert [a for n, a in found if n == "USER"][-1] == "10001:0"
+    environment = " ".join(a for n, a in found if n == "ENV").split()
+    assert "HOME=/tmp" in environment
+    assert any(setting.startswith("USER=") for setting in environment)
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_a_servers_entry_is_its_parent(name: str) -> None:
+    """As process 1 the server could not end itself, and a refusal would look like a success."""
+    (text,) = [a for n, a in instructions(DOCKER / name) if n == "ENTRYPOINT"]
+    entry = "/opt/sglang-tiered-kv/docker/entry.py"
+    assert exec_form(text)[:5] == ["python3", entry, "python3", "-m", "sglang.launch_server"]
+    assert ("COPY", "docker/entry.py ./docker/entry.py") in instructions(DOCKER / name)
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_a_server_that_is_busy_is_not_called_sick(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's own answer to a health check, in the image's environment: at once, of no model."""
+    from sglang.srt.entrypoints import http_server
+
+    variable = "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
+    found = " ".join(a for n, a in instructions(DOCKER / name) if n == "ENV").split()
+    monkeypatch.setenv(variable, dict(word.split("=") for word in found)[variable])
+    manager = SimpleNamespace(gracefully_exit=False, server_status=http_server.ServerStatus.Up)
+    monkeypatch.setattr(http_server, "_global_state", SimpleNamespace(tokenizer_manager=manager))
+    request = cast(Any, SimpleNamespace(url=SimpleNamespace(path="/health")))
+
+    def answer() -> int:
+        status: int = asyncio.run(http_server.health_generate(request)).status_code
+        return status
+
+    assert answer() == 200
+    manager.gracefully_exit = True
+    assert answer() == 503
 
 
 def test_secrets_and_history_stay_behind() -> None:
@@ -216,6 +332,9 @@ def test_the_cluster_fits_together() -> None:
         assert (ROOT / worker["build"]["dockerfile"]).exists()
     # A disk tier has one owner at a time, and a GPU one server.
     assert len(set(disks)) == len(set(gpus)) == 2
+    # Up to 25 s of an idle server, and what its requests still take.
+    graces = {services[name]["stop_grace_period"] for name in ("worker-1", "worker-2")}
+    assert graces == {"180s"}
     ports = [instructions(DOCKER / name) for name in ("Dockerfile", "Dockerfile.router")]
     assert [dict(found)["EXPOSE"] for found in ports] == ["30000", "8000"]
     assert services["router"]["ports"] == ["127.0.0.1:8000:8000"]
@@ -225,5 +344,25 @@ def test_the_cpu_cluster_overrides_services_that_exist() -> None:
     base, cpu = compose("compose.yaml")["services"], compose("compose.cpu.yaml")["services"]
     assert set(cpu) <= set(base)
     for worker in cpu.values():
-        assert worker["deploy"] is None
+        # Pinned memory needs a right that not every daemon has, and only a GPU needs it.
+        assert {"deploy", "ulimits", "ipc"} <= set(worker)
+        assert worker["deploy"] is worker["ulimits"] is worker["ipc"] is None
         assert (ROOT / worker["build"]["dockerfile"]).exists()
+
+
+def test_a_request_finds_out_that_a_worker_died() -> None:
+    """It is tried five times: fewer failures must be enough to leave the worker out."""
+    words = compose("compose.yaml")["services"]["router"]["command"]
+    flags = dict(itertools.pairwise(words))
+    assert 1 <= int(flags["--cb-failure-threshold"]) < 5
+    assert (
+        int(flags["--health-check-interval-secs"]) * int(flags["--health-failure-threshold"]) <= 15
+    )
+
+
+def test_models_that_are_downloaded_are_kept() -> None:
+    for name in ("Dockerfile", "Dockerfile.cpu"):
+        settings = " ".join(a for n, a in instructions(DOCKER / name) if n == "ENV").split()
+        (home,) = [s.partition("=")[2] for s in settings if s.startswith("HF_HOME=")]
+        for worker in ("worker-1", "worker-2"):
+            assert f"models:{home}" in compose("compose.yaml")["services"][worker]["volumes"]
