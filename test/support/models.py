@@ -46,6 +46,55 @@ def tiny_model_for_two_ranks(model: Path, to: Path) -> Path:
     return to
 
 
+def tiny_mla_model(model: Path, to: Path) -> Path:
+    """Random weights in the shape of DeepSeek-V2 (MLA), `model`'s tokenizer."""
+    import torch
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    theirs = json.loads((model / "config.json").read_text())
+    config = DeepseekV2Config(
+        vocab_size=theirs["vocab_size"],
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=96,
+        q_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=32,
+        v_head_dim=32,
+        # No layer of experts, though the fields that say what they would be.
+        first_k_dense_replace=3,
+        moe_layer_freq=1,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        max_position_embeddings=4096,
+        # SGLang has no other positions for MLA on a CPU.
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 1024,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+        # Wide enough that answers depend on the prompt and the best token stands out.
+        initializer_range=0.1,
+        bos_token_id=theirs["bos_token_id"],
+        eos_token_id=theirs["eos_token_id"],
+        dtype="float32",
+    )
+    torch.manual_seed(0)
+    DeepseekV2ForCausalLM(config).save_pretrained(to)
+    return to
+
+
 def random_lora_adapter(to: Path, seed: int) -> Path:
     """A PEFT adapter of rank 4 for the demo model's queries and values, strong enough to matter."""
     import torch
