@@ -131,9 +131,10 @@ class Writes:
         forest.start_transfer(node, Tier.DISK, Residency.WRITING_BACK, None, op)
         forest.pin(node, Tier.HOST)
         self._units_to_disk += n_units
-        # Whoever adds to a prefix uses it.
-        above = (part.page_hashes for part in path_up(node) if part is not node)
-        disk.touch(chain.from_iterable(above))
+        # Whoever adds to a prefix uses it. Told with all that is used: each for itself took most of
+        # a run's time where prompts are long.
+        assert node.parent is not None
+        self._used.note(node.parent)
 
         def done(_: float) -> None:
             forest.unpin(node, Tier.HOST)
