@@ -118,7 +118,7 @@ class SimulatedDisk:
             targets = space.take_for_survivors(self._record_bytes, len(slots))
             with catalog.lock:
                 for slot, (segment, target) in zip(slots, targets, strict=False):
-                    access = victim.access[slot] & ~1
+                    access = victim.used(slot) & ~1
                     name = victim.page_hash(slot)
                     catalog.put(self._entries, name, segment, target, access)
             space.finish_writes(targets)

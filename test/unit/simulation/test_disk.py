@@ -68,6 +68,19 @@ def test_what_is_used_stays_and_the_oldest_goes() -> None:
     assert disk.known(unused) == 0
 
 
+def test_a_page_that_was_read_once_survives_the_reclaim_of_its_segment() -> None:
+    disk = SimulatedDisk(100 * PAGE_BYTES, PAGE_BYTES)
+    names = pages(0, 8)
+    disk.put(names)
+    disk.touch(names[:1])
+    n = 0
+    while disk.known(names[1:2]):
+        n += 1
+        fill(disk, 4, first=10_000 + 100 * n)
+    assert disk.known(names[:1]) == 1
+    assert not any(disk.known([name]) for name in names[1:])
+
+
 def test_a_disk_too_small_for_two_pages_is_refused() -> None:
     with pytest.raises(TieredKVError, match="too small"):
         SimulatedDisk(PAGE_BYTES, PAGE_BYTES)
