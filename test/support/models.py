@@ -20,7 +20,7 @@ def copy_with_other_weights(model: Path, to: Path) -> Path:
     return to
 
 
-def tiny_model_for_two_ranks(model: Path, to: Path) -> Path:
+def tiny_model_for_two_ranks(model: Path, to: Path, n_kv_heads: int = 2) -> Path:
     """Random weights, an even number of heads (the demo model has nine), `model`'s tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,7 +33,7 @@ def tiny_model_for_two_ranks(model: Path, to: Path) -> Path:
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=n_kv_heads,
         max_position_embeddings=4096,
         # Wide enough that answers depend on the prompt and the best token stands out.
         initializer_range=0.1,
@@ -43,6 +43,51 @@ def tiny_model_for_two_ranks(model: Path, to: Path) -> Path:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(to)
+    return to
+
+
+def tiny_mla_model(model: Path, to: Path) -> Path:
+    """Random weights in the shape of DeepSeek-V2 (MLA), `model`'s tokenizer."""
+    import torch
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    theirs = json.loads((model / "config.json").read_text())
+    config = DeepseekV2Config(
+        vocab_size=theirs["vocab_size"],
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=96,
+        q_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=32,
+        v_head_dim=32,
+        # No layer of experts.
+        first_k_dense_replace=3,
+        moe_layer_freq=1,
+        max_position_embeddings=4096,
+        # SGLang has no other positions for MLA on a CPU.
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 1024,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+        # Wide enough that answers depend on the prompt and the best token stands out.
+        initializer_range=0.1,
+        bos_token_id=theirs["bos_token_id"],
+        eos_token_id=theirs["eos_token_id"],
+        dtype="float32",
+    )
+    torch.manual_seed(0)
+    DeepseekV2ForCausalLM(config).save_pretrained(to)
     return to
 
 

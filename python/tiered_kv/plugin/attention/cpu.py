@@ -19,6 +19,10 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention import attention_registry
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
+    AttnForwardMethod,
+)
 from torch.nn.functional import scaled_dot_product_attention
 
 from tiered_kv.attention.runner import PageTables
@@ -234,3 +238,14 @@ def register() -> None:
     Under that name, because upstream treats names that it doesn't know as GPU backends.
     """
     attention_registry.register_attention_backend("torch_native")(CpuAttentionBackend)
+    AttentionBackendRegistry.register("torch_native", _attend_to_latents)
+
+
+def _attend_to_latents(attention: Any, forward_batch: Any) -> AttnForwardMethod:
+    """How an MLA layer attends: always to the latents, also where a prompt begins.
+
+    Upstream would expand them into keys and values there, which this backend looks for in the
+    pool.
+    """
+    del attention, forward_batch
+    return AttnForwardMethod.MLA

@@ -13,8 +13,8 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -117,6 +117,18 @@ def choose_dtype(server_args: ServerArgs) -> None:
     model.dtype = torch.float32  # upstream keeps this object
 
 
+def mla_kv_pool(*args: Any, index_head_dim: None = None, **kwargs: Any) -> Any:
+    """SGLang's pool of MLA's latents.
+
+    index_head_dim: what upstream gives to a platform's pool, and its own does not take; None but
+    where attention has an index, for which it asks for a pool of another kind.
+    """
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    del index_head_dim
+    return MLATokenToKVPool(*args, **kwargs)
+
+
 class TieredKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """A CPU on which every layer runs its native torch forward."""
 
@@ -158,10 +170,9 @@ class TieredKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         return MHATokenToKVPool
 
-    def get_mla_kv_pool_cls(self) -> type:
-        from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
-
-        return MLATokenToKVPool
+    def get_mla_kv_pool_cls(self) -> Callable[..., Any]:
+        """What makes a pool of upstream's own kind; a class of ours would be another."""
+        return mla_kv_pool
 
     def get_paged_allocator_cls(self) -> type:
         from tiered_kv.plugin.upstream.cpu_allocator import CpuPagedTokenToKVPoolAllocator

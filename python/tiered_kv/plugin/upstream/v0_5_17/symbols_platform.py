@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tiered_kv.plugin.upstream.symbol import MEM, SRT, function, methods, object_
 
+DEEPSEEK = f"{SRT}.models.deepseek_common"
+
 CPU_PLATFORM = (
     object_(
         f"{MEM}.allocator.paged.PagedTokenToKVPoolAllocator",
@@ -43,6 +45,16 @@ CPU_PLATFORM = (
         "self query output k_cache v_cache req_to_token req_pool_indices seq_lens "
         "extend_prefix_lens extend_seq_lens encoder_lens scaling enable_gqa causal is_cross_attn "
         "sliding_window_size",
+        "attention.cpu",
+    ),
+    function(
+        f"{DEEPSEEK}.attention_backend_handler.AttentionBackendRegistry.register",
+        "backend_name handler_func",
+        "attention.cpu",
+    ),
+    object_(
+        f"{DEEPSEEK}.attention_forward_methods.forward_methods.AttnForwardMethod",
+        "MLA",
         "attention.cpu",
     ),
     object_(f"{SRT}.platforms.interface.SRTPlatform", "", "start.platform"),
