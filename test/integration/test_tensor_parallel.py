@@ -1,7 +1,7 @@
-"""Two ranks over gloo: each with tiers of its own, in step with the other.
+"""Two ranks over gloo, in step with each other: with tiers of their own, or with the same.
 
-The demo model has nine heads, so this is a small random model with four. Its truth is what the
-same server computes for the same prompt under a key that nothing is cached for.
+The demo model has nine heads, so these are small random models with four. Their truth is what the
+same server computes for the same prompt, the first time or under a key that nothing is cached for.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from harness.client import generate_all
-from harness.metrics import wait_for_disk
+from harness.metrics import scrape, wait_for_disk
 from harness.prompts import PromptMaker
 from harness.server import ALWAYS_LOAD, FLOAT32, Server
-from support.models import tiny_model_for_two_ranks
+from support.models import tiny_mla_model, tiny_model_for_two_ranks
 from support.workload import differences, mixed_requests, serve
+from tiered_kv.metrics import names
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -61,3 +62,66 @@ def test_two_ranks_stay_in_step(
     assert not differences(answers, [truth.output_ids for truth in truths])
     assert (tmp_path / "disk" / "shard-0-of-2").is_dir()
     assert (tmp_path / "disk" / "shard-1-of-2").is_dir()
+
+
+def one_kv_head(model: Path, to: Path) -> Path:
+    return tiny_model_for_two_ranks(model, to, n_kv_heads=1)
+
+
+#: A page's bytes on one rank: 16 tokens of 128 floats on 3 layers; of 64, K and V, on 4.
+@pytest.mark.parametrize(
+    ("make_model", "page_bytes"),
+    [(tiny_mla_model, 16 * 128 * 4 * 3), (one_kv_head, 16 * 64 * 4 * 2 * 4)],
+)
+def test_kv_that_both_ranks_have_is_kept_once(
+    make_server: Callable[..., Server],
+    demo_model: Path,
+    prompts: PromptMaker,
+    tmp_path: Path,
+    make_model: Callable[[Path, Path], Path],
+    page_bytes: int,
+) -> None:
+    model = make_model(demo_model, tmp_path / "model")
+    args = ["--tp", 2, "--page-size", 16, "--max-total-tokens", 1024, "--chunked-prefill-size", 128]
+    args += ["--tiered-kv", *ALWAYS_LOAD, "--tiered-kv-disk-dir", tmp_path / "disk"]
+    # Room for 60 pages on each rank, and 95 are served.
+    args += ["--tiered-kv-disk-size", "300MB", "--tiered-kv-host-size", f"{60 * page_bytes}B"]
+    args += [*FLOAT32, "--tiered-kv-debug-integrity", "--enable-metrics"]
+    asked = [prompts.tokens(f"the same {i}", 300) for i in range(5)]
+
+    with make_server("same_kv", *args, model=model) as server:
+        computed = generate_all(server, asked, concurrency=1)
+        from_host = generate_all(server, asked, concurrency=1)
+        disk_tokens = wait_for_disk(server)
+        metrics = scrape(server)
+        server.flush_cache()
+        from_disk = generate_all(server, asked, concurrency=4)
+        load = mixed_requests(prompts, 40, seed=3)
+        answers = serve(server, load, concurrency=16)
+        truths = serve(server, [r.alone(f"alone {i}") for i, r in enumerate(load)], 4)
+        wait_for_disk(server)
+    with make_server("same_kv_again", *args, model=model) as server:
+        after_restart = generate_all(server, asked, concurrency=4)
+
+    assert [answer.cached_tokens for answer in computed] == [0] * 5
+    assert [answer.host + answer.device for answer in from_host] == [288] * 5
+    assert sum(answer.host for answer in from_host) >= 288
+    for later in (from_disk, after_restart):
+        assert [answer.disk + answer.device for answer in later] == [288] * 5
+        assert all(answer.disk > 288 // 2 for answer in later)
+    for again in (from_host, from_disk, after_restart):
+        assert [a.output_ids for a in again] == [a.output_ids for a in computed]
+    assert len({answer.output_ids for answer in computed}) == 5, "the model ignores its prompts"
+    assert not differences(answers, [truth.output_ids for truth in truths])
+
+    # A page for each 16 tokens of prompt and answer, on the host of both and on disk once: with the
+    # 4 KiB in front of it that is all that was written.
+    n_pages = 5 * ((300 + 8 - 1) // 16)
+    for rank in ("0", "1"):
+        assert metrics.of(names.CAPACITY_TOKENS, tier="host", tp_rank=rank) == 2 * 60 * 16
+        assert metrics.of(names.RESIDENT_TOKENS, tier="host", tp_rank=rank) == n_pages * 16
+    assert disk_tokens == n_pages * 16
+    written = metrics.of(names.DISK_IO_BYTES, operation="write")
+    assert n_pages * page_bytes < written < 1.25 * n_pages * page_bytes
+    shards = [path.name for path in (tmp_path / "disk").iterdir() if path.is_dir()]
+    assert shards == ["shard-0-of-1"]

@@ -169,6 +169,7 @@ def serving_parts(
     return CacheParts(
         hierarchy=hierarchy,
         disk_store=disk,
+        has_disk=disk is not None,
         events=events,
         metrics=MetricsRecorder(),
         host_report=HostReport(host),

@@ -15,9 +15,9 @@ import torch
 
 from tiered_kv.tiers.device import CpuPageCopier, LayerDone
 from tiered_kv.tiers.encoded_copier import EncodedCpuPageCopier
+from tiered_kv.tiers.shared_memory import Ranks
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.streams import After
-from tiered_kv.tiers.transfer import Collective
 
 #: No wait of a test should take longer; with it a hang becomes a failure with a stack.
 PATIENCE_S = 20.0
@@ -188,9 +188,10 @@ class BarrierMinimum:
 
     def __init__(self, n_ranks: int) -> None:
         self._values: list[list[int]] = [[] for _ in range(n_ranks)]
+        self._data: list[bytes] = [b""] * n_ranks
         self._barrier = threading.Barrier(n_ranks, timeout=PATIENCE_S)
 
-    def rank(self, index: int) -> Collective:
+    def rank(self, index: int) -> Ranks:
         return _BarrierRank(self, index)
 
     def abort(self) -> None:
@@ -204,6 +205,13 @@ class BarrierMinimum:
         self._barrier.wait()
         return [min(column) for column in columns]
 
+    def gather(self, index: int, data: bytes) -> list[bytes]:
+        self._data[index] = data
+        self._barrier.wait()
+        gathered = list(self._data)
+        self._barrier.wait()
+        return gathered
+
 
 @dataclass(frozen=True, slots=True)
 class _BarrierRank:
@@ -212,6 +220,9 @@ class _BarrierRank:
 
     def minimum(self, values: list[int]) -> list[int]:
         return self.parent.minimum(self.index, values)
+
+    def gather(self, data: bytes) -> list[bytes]:
+        return self.parent.gather(self.index, data)
 
 
 def random_delays(seed: int, longest_s: float) -> Callable[[], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,21 +10,29 @@ from typing import Any
 from support_tiers.doubles import BarrierMinimum
 from support_tiers.shared_blobs import SharedBlobs
 from support_tiers.tier_rig import Rig, new_disk
+from tiered_kv.tiers.page_format import ALIGNMENT_BYTES
 
 
 class Ranks:
-    """Two rigs, each with KV of its own shard, a host pool, a disk, and perhaps what is shared."""
+    """Two rigs, each with KV of its own shard, a host pool, a disk, and perhaps what is shared.
 
-    def __init__(self, remote: SharedBlobs | None = None) -> None:
+    have_same: both have the same shard, so one pool and one disk, which is the first one's.
+    """
+
+    def __init__(self, remote: SharedBlobs | None = None, *, have_same: bool = False) -> None:
         self.barrier = BarrierMinimum(2)
+        n_host_pages = 64 if remote else 16
+        pool = mmap.mmap(-1, n_host_pages * ALIGNMENT_BYTES) if have_same else None
         self.rigs = [
             Rig(
                 64 if remote else 32,
-                64 if remote else 16,
-                new_disk(),
+                n_host_pages,
+                None if rank and have_same else new_disk(),
                 collective=self.barrier.rank(rank),
-                shard=rank,
+                shard=0 if have_same else rank,
                 remote=remote,
+                pool=pool,
+                place=rank,
             )
             for rank in range(2)
         ]

@@ -9,6 +9,7 @@ by layer behind the gate, insert), and accounts for every slot of both pools.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import threading
 import time
 from array import array
@@ -57,6 +58,7 @@ from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.in_memory import InMemoryStore
 from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.page_store import PageStore, StoreTraits
+from tiered_kv.tiers.replicas import PartCopier, StoreOfAnother
 from tiered_kv.tiers.transfer import Collective, SingleRank, TransferQueue
 
 #: How long a transfer is held back from a call that must wait for it.
@@ -67,7 +69,8 @@ class Rig(RigChecks):
     """An engine with `n_device_pages`, over `n_host_pages` and `disk` (None: no disk tier).
 
     host_format: what the host keeps pages in. lasting: a format; what is computed are then pages
-    that this format does not change. remote: a store below, which others use as well.
+    that this format does not change. remote: a store below, which others use as well. pool: where
+    two rigs have the same host pool; the one at place 0 has the disk for both.
     """
 
     def __init__(
@@ -83,8 +86,11 @@ class Rig(RigChecks):
         host_format: str = "raw",
         lasting: str | None = None,
         remote: SharedBlobs | None = None,
+        pool: mmap.mmap | None = None,
+        place: int = 0,
     ) -> None:
         self.page_size = page_size
+        self.has_disk_elsewhere = pool is not None and place > 0
         self.lasting = lasting
         self.host_codec: PageCodec | None = None
         layers = [layer for layer in range(N_LAYERS) for _ in range(2)]
@@ -97,7 +103,7 @@ class Rig(RigChecks):
         if host_format != "raw":
             self.host_codec = codec(host_format, page_size, N_LAYERS)
             host_page = PageFormat.of_layout(self.host_codec.layout)
-        self.host = HostPool(host_page, n_host_pages * host_page.slot_bytes)
+        self.host = HostPool(host_page, n_host_pages * host_page.slot_bytes, shared=pool)
         self.copier = self._make_copier(layers)
         self.allocator = PagedAllocator(n_device_pages, page_size)
         self.remote = remote
@@ -110,7 +116,7 @@ class Rig(RigChecks):
         self.context = TierContext(
             self.forest,
             manager,
-            self.copier,
+            self.copier if pool is None else PartCopier(self.copier, place, 2),
             self.allocator,
             self.host,
             self.stores_of(disk),
@@ -138,6 +144,9 @@ class Rig(RigChecks):
         stores: list[PageStore] = []
         if disk is not None:
             stores.append(LocalStore(disk, page_format or self.copier.page_format))
+        elif self.has_disk_elsewhere:
+            traits = StoreTraits(Tier.DISK, page_format or self.copier.page_format)
+            stores.append(StoreOfAnother(traits))
         if self.remote is not None:
             page_format = self.copier.page_format
             traits = StoreTraits(Tier.REMOTE, page_format, knows_locally=False)

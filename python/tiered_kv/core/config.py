@@ -71,7 +71,8 @@ class DiskConfig:
     """Directory that holds the segment files and the index; None switches the disk tier off."""
 
     size_bytes: int | None = None
-    """Most bytes the disk tier may occupy; None lets the store choose from the free space."""
+    """Most bytes the disk tier may occupy on this machine; None lets the store choose from the free
+    space."""
 
     io_threads: int = 4
     """Threads that read and write segments; two to four saturate a local disk."""

@@ -139,11 +139,15 @@ def _print_table(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, An
     return {"device": asdict(device), "contexts": [asdict(row) for row in rows]}
 
 
-def _cost_model(chosen: argparse.Namespace, model: ModelSpec, device: DeviceSpec) -> CostModel:
+def _cost_model(chosen: argparse.Namespace, loaded: ModelSpec, device: DeviceSpec) -> CostModel:
+    model = loaded.on_group(device.n_devices)
+    # What several ranks keep is read from the disk once.
+    copies = model.kv_bytes_per_token / loaded.kv_bytes_per_token
+    disk_link = parse_bytes(chosen.disk_link) * copies
     link = parse_bytes(chosen.host_link) if chosen.host_link else device.host_link_bandwidth
     edges = {
         (Tier.HOST, Tier.DEVICE): EdgeCost(link, device.host_link_latency_s),
-        (Tier.DISK, Tier.HOST): EdgeCost(parse_bytes(chosen.disk_link), chosen.disk_latency_s),
+        (Tier.DISK, Tier.HOST): EdgeCost(disk_link, chosen.disk_latency_s),
     }
     return CostModel(model, device, edges)
 
@@ -151,10 +155,10 @@ def _cost_model(chosen: argparse.Namespace, model: ModelSpec, device: DeviceSpec
 def _print_plan(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, Any]:
     loaded, note = _load_model(chosen, chosen.model)
     model = loaded.on_group(device.n_devices)
-    cost = _cost_model(chosen, model, device)
+    cost = _cost_model(chosen, loaded, device)
     kv_bytes = device.memory_bytes * chosen.mem_fraction - _weight_bytes(chosen, model)
     farther = {Tier.HOST: parse_bytes(chosen.host), Tier.DISK: parse_bytes(chosen.disk)}
-    capacities = tier_capacities(model, kv_bytes, farther, chosen.context)
+    capacities = tier_capacities(model, kv_bytes, farther, chosen.context, stored=loaded)
     lengths = doubling(min(1024, chosen.context), chosen.context)
     hits = [
         hit_cost(cost, tier, chosen.context, chosen.new, max(chosen.context, 1 << 20))

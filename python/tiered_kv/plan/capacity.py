@@ -88,12 +88,15 @@ def tier_capacities(
     device_kv_bytes: float,
     farther_bytes: Mapping[Tier, int],
     context_tokens: int,
+    *,
+    stored: ModelSpec | None = None,
 ) -> list[TierCapacity]:
     """What each tier holds, nearest first.
 
-    `device_kv_bytes`: what the device has left for KV. `farther_bytes`: sizes of the tiers behind
-    it; every tier holds copies, so capacities don't add up. Raises ConfigError if nothing fits on
-    the device.
+    `stored`: the model with the KV that the farther tiers keep of a token, if that is less: what
+    several ranks have on their devices is kept there once. `device_kv_bytes`: what the device has
+    left for KV. `farther_bytes`: sizes of the tiers behind it; every tier holds copies, so
+    capacities don't add up. Raises ConfigError if nothing fits on the device.
     """
     _require_context(context_tokens)
     if device_kv_bytes < model.kv_bytes_per_token:
@@ -104,7 +107,8 @@ def tier_capacities(
     sizes = {Tier.DEVICE: int(device_kv_bytes), **farther_bytes}
     capacities = []
     for tier in sorted(sizes):
-        tokens = int(sizes[tier] // model.kv_bytes_per_token)
+        kept = model if tier is Tier.DEVICE or stored is None else stored
+        tokens = int(sizes[tier] // kept.kv_bytes_per_token)
         capacities.append(TierCapacity(tier, sizes[tier], tokens, tokens // context_tokens))
     return capacities
 

@@ -347,17 +347,21 @@ class KVHierarchy:
     def close(self, timeout_s: float, end_s: float = LONGEST_JOB_S) -> None:
         """Lets what is still to be written reach the stores, as far as the time allows, and stops.
 
-        The jobs under way then get `end_s` to end, all together.
+        The jobs under way then get `end_s` to end, all together. Where other ranks share the host
+        pool, only what is on its way to a store is written: they may still be filling the rest.
         """
         # Ranks shut down on their own: nobody to agree with any more.
         self.context.collective = SingleRank()
         self.context.pacer.stop()
         deadline = time.monotonic() + timeout_s
-        queues: list[TransferQueue[Any]] = [self.write_back.to_host]
+        is_shared = self.context.host.is_shared
+        queues: list[TransferQueue[Any]] = [] if is_shared else [self.write_back.to_host]
         queues += [cold.writes.queue for cold in self.colds]
         while time.monotonic() < deadline:
             for queue in queues:
                 queue.wait(max(0.0, deadline - time.monotonic()))
+            if is_shared:
+                break
             self.poll()
             if not any(queue.in_flight for queue in queues) and not self.write_back.n_deferred:
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,10 +18,11 @@ MIN_HOST_PAGES = 4
 
 
 class HostPool:
-    """`n_pages` slots of `slot_bytes` in one anonymous mapping (aligned for O_DIRECT).
+    """`n_pages` slots of `slot_bytes` in one mapping (aligned for O_DIRECT).
 
     pages: uint8 array of shape (n_pages, slot_bytes); a page's bytes are the first page_bytes.
     `register(address, n_bytes)` pins the mapping for DMA on a GPU; None leaves it pageable.
+    shared: `size_bytes` of memory in which other ranks have the same pool; None: memory of its own.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class HostPool:
         page_format: PageFormat,
         size_bytes: int,
         register: Callable[[int, int], None] | None = None,
+        shared: mmap.mmap | None = None,
     ) -> None:
         self.page_format = page_format
         self.slot_bytes = page_format.slot_bytes
@@ -39,7 +42,9 @@ class HostPool:
                 f"{MIN_HOST_PAGES} pages are needed; raise --tiered-kv-host-size to "
                 f"{MIN_HOST_PAGES * self.slot_bytes} bytes or more"
             )
-        memory = map_private(n_pages * self.slot_bytes)
+        n_bytes = n_pages * self.slot_bytes
+        self.is_shared = shared is not None
+        memory = map_private(n_bytes) if shared is None else np.frombuffer(shared, np.uint8, n_bytes)
         self.pages: npt.NDArray[np.uint8] = memory.reshape(n_pages, self.slot_bytes)
         self._slots = SlotAllocator(n_pages)
         # How many keep a slot beside the one who counts.

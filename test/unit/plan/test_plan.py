@@ -50,6 +50,16 @@ def test_the_slide_took_gemmas_hidden_size_for_its_heads() -> None:
     assert (80 - 14) // (wrong * gemma.n_layers / GB) == 23
 
 
+def test_what_ranks_keep_several_times_the_farther_tiers_keep_once() -> None:
+    model = MODELS["Llama-3.1-8B"]
+    sizes = {Tier.HOST: int(10 * GB)}
+    group = model.on_group(2 * 8)
+    device, host = tier_capacities(group, 10 * GB, sizes, 1000, stored=model)
+    assert host.tokens == pytest.approx(2 * device.tokens, abs=1)
+    device, host = tier_capacities(group, 10 * GB, sizes, 1000)
+    assert host.tokens == device.tokens
+
+
 @pytest.mark.parametrize(
     ("name", "n"),
     [("Llama-3.1-8B", 8e9), ("SmolLM2-135M", 135e6), ("Qwen2.5-7B-Instruct", 7e9), ("x-0.5b", 5e8)],

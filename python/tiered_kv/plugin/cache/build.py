@@ -8,11 +8,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 from sglang.version import __version__ as sglang_release
 
 from tiered_kv.core.config import TieredKVConfig
-from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.memory.manager import MemoryManager
@@ -23,28 +21,28 @@ from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
 from tiered_kv.plugin.cache.disk import open_disk
 from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.formats import TierFormats, tier_formats
+from tiered_kv.plugin.cache.host import host_bytes, open_host
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder, PrometheusRecorder
 from tiered_kv.plugin.cache.parts import CacheParts, HostReport, RankMinimum
 from tiered_kv.plugin.cache.pass_streams import launched_so_far, pass_holder
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
+from tiered_kv.plugin.cache.shards import shard_of
 from tiered_kv.plugin.options.overlap import budget_share, rank_trace_file
 from tiered_kv.plugin.passes.pass_log import Pass, PassLog, draw_passes, pace_by_decodes
 from tiered_kv.plugin.passes.step_times import StepTimes
 from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.cost_model import CostModel, PlacementCosts
-from tiered_kv.tiers import host_memory
 from tiered_kv.tiers.cold.local_pages import LocalStore
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import PageCopier
 from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.hierarchy import KVHierarchy
-from tiered_kv.tiers.host import MIN_HOST_PAGES, HostPool
-from tiered_kv.tiers.host_size import host_size
+from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.interference import InterferenceBudget
-from tiered_kv.tiers.memory_limits import available_bytes
+from tiered_kv.tiers.kv_shard import KVShard
 from tiered_kv.tiers.pacing import WriteBackPacer
-from tiered_kv.tiers.page_format import PageFormat
-from tiered_kv.tiers.page_store import PageStore
+from tiered_kv.tiers.page_store import PageStore, StoreTraits
+from tiered_kv.tiers.replicas import PartCopier, StoreOfAnother
 from tiered_kv.tiers.timeline import TimelineFile
 from tiered_kv.tiers.transfer import Collective, SingleRank
 
@@ -80,25 +78,22 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     formats = tier_formats(config, device)
     on_cpu = device.buffers[0].device.type == "cpu"
 
-    host = HostPool(
-        formats.host,
-        host_bytes(
-            config,
-            device.n_bytes,
-            formats.host,
-            # The ranks of one machine: they are spread evenly.
-            max(1, ctx.tp_size // ctx.server_args.nnodes),
-            make_collective(ctx),
-        ),
-        register=None if on_cpu else register_for_dma,
-    )
-    args = ctx.server_args
+    args, collective = ctx.server_args, make_collective(ctx)
+    # The ranks of one machine: they are spread evenly.
+    n_ranks = max(1, ctx.tp_size // args.nnodes)
+    rank_bytes = host_bytes(config, device.n_bytes, formats.host, n_ranks, collective)
+    shard = shard_of(ctx, pool)
+    host, shard = open_host(formats.host, rank_bytes, shard, collective, pins=not on_cpu)
     copier = make_copier(formats, device, host, args.tiered_kv_copy_path)
+    if host.is_shared:
+        copier = PartCopier(copier, shard.place, len(shard.holders))
     timeline = open_timeline(args, ctx.tp_rank, copier)
-    store = open_disk(config, ctx.tp_rank, ctx.tp_size, make_collective(ctx))
+    store = open_disk(config, shard, collective)
+    has_disk = config.disk.directory is not None
 
     def name_weights() -> tuple[bytes, tuple[PageStore, ...]]:
-        return name_namespace(ctx, pool, formats, store)
+        namespace = name_namespace(ctx, pool, formats, shard)
+        return namespace, cold_stores(ctx, namespace, formats, store) if has_disk else ()
 
     namespace, stores = name_weights()
     events = KvEvents(params.page_size, params.enable_kv_cache_events)
@@ -115,7 +110,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         allocator=EngineAllocator(allocator),
         host=host,
         stores=stores,
-        collective=make_collective(ctx),
+        collective=collective,
         listener=residency,
         observer=metrics,
         calibrator=None if cost_model is None else Calibrator(cost_model),
@@ -126,12 +121,13 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         timeline=timeline,
         pacer=make_pacer(budget_share(args, on_cpu=on_cpu)),
     )
-    log_sizes(host, pool.size, store)
+    log_sizes(host, pool.size, store, shard)
     log_formats(formats)
     hierarchy = KVHierarchy(context, namespace)
     return CacheParts(
         hierarchy=hierarchy,
         disk_store=store,
+        has_disk=has_disk,
         events=events,
         metrics=metrics,
         host_report=HostReport(host),
@@ -152,64 +148,6 @@ def placement_costs(cost_model: CostModel, formats: TierFormats) -> PlacementCos
             Tier.DISK: formats.disk.token_bytes,
         },
     )
-
-
-def host_bytes(
-    config: TieredKVConfig,
-    device_bytes: int,
-    page_format: PageFormat,
-    n_ranks: int,
-    collective: Collective,
-) -> int:
-    """The size of this rank's host pool; n_ranks: on this machine.
-
-    Every rank must call it, and gets the same. Raises ConfigError if the machine does not have what
-    was asked for by its size.
-    """
-    free = available_bytes()
-    # Before any rank takes something: else the last to look would see what the others left.
-    (agreed,) = collective.minimum([-1 if free is None else free])
-    wished = int(config.host.ratio * device_bytes)
-    size = host_size(
-        named_bytes=config.host.size_bytes,
-        wished_bytes=wished,
-        least_bytes=MIN_HOST_PAGES * page_format.slot_bytes,
-        free_bytes=None if agreed < 0 else agreed,
-        n_ranks=n_ranks,
-    )
-    if config.host.size_bytes is None and size < wished:
-        logger.warning(
-            "Tiered KV: the host tier takes %.2f GB per rank instead of %.2f GB, %g times the "
-            "device's pool: %.2f GB of memory are free for %d of them.",
-            size / 1e9,
-            wished / 1e9,
-            config.host.ratio,
-            agreed / 1e9,
-            n_ranks,
-        )
-    return size
-
-
-def register_for_dma(address: int, n_bytes: int) -> None:
-    """Pins memory near the current device. Raises ConfigError.
-
-    In one piece: a copy must not cross from one registered piece to the next.
-    """
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-    pci = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
-    try:
-        host_memory.prepare(address, n_bytes, host_memory.numa_node_of(pci))
-    except OSError as error:
-        raise ConfigError(
-            f"the host tier's {n_bytes / 1e9:.2f} GB are not there ({error}); lower "
-            "--tiered-kv-host-size."
-        ) from None
-    status = torch.cuda.cudart().cudaHostRegister(address, n_bytes, 0)
-    if int(status) != 0:
-        raise ConfigError(
-            f"the host tier's {n_bytes / 1e9:.2f} GB cannot be pinned (CUDA error {int(status)}); "
-            "lower --tiered-kv-host-size or raise the limit on locked memory (ulimit -l)."
-        )
 
 
 def open_timeline(server_args: Any, tp_rank: int, copier: PageCopier) -> TimelineFile | None:
@@ -238,9 +176,9 @@ def make_pass_log(
 
 
 def name_namespace(
-    ctx: TreeCacheBuildContext, pool: Any, formats: TierFormats, store: DiskTier | None
-) -> tuple[bytes, tuple[PageStore, ...]]:
-    """The namespace of KV computed from now on, and where its pages are kept below the host.
+    ctx: TreeCacheBuildContext, pool: Any, formats: TierFormats, shard: KVShard
+) -> bytes:
+    """The namespace of KV computed from now on.
 
     On several ranks all must call it at the same points.
     """
@@ -249,8 +187,6 @@ def name_namespace(
     collective = make_collective(ctx)
     checksum = fingerprint.weights_checksum(model)
     checksums = collective.gather(checksum) if isinstance(collective, RankMinimum) else [checksum]
-    is_replicated = isinstance(pool, MLATokenToKVPool)
-    n_kv_heads = None if is_replicated else ctx.model_config.get_total_num_kv_heads()
     parts = fingerprint.parts_of(
         model,
         ctx.model_config,
@@ -259,7 +195,7 @@ def name_namespace(
         # What lies on disk is what must not be misread: host pages end with this process.
         formats.disk,
         weights=fingerprint.weights_of_all(checksums),
-        shard=fingerprint.kv_shard(ctx.tp_rank, ctx.tp_size, n_kv_heads),
+        shard=shard.name,
         release=sglang_release,
     )
     namespace = fingerprint.namespace_of(parts)
@@ -269,17 +205,25 @@ def name_namespace(
         namespace.hex()[:8],
         fingerprint.described(parts),
     )
-    if store is None:
-        return namespace, ()
+    return namespace
+
+
+def cold_stores(
+    ctx: TreeCacheBuildContext, namespace: bytes, formats: TierFormats, disk: DiskTier | None
+) -> tuple[PageStore, ...]:
+    """Where pages with that name are kept below the host; disk: None if another rank has it."""
     reason = fingerprint.beyond_names(ctx.model_config)
     if reason is not None:
         logger.warning("Tiered KV: nothing is kept on disk: %s.", reason)
-        return namespace, ()
+        return ()
+    if disk is None:
+        return (StoreOfAnother(StoreTraits(Tier.DISK, formats.disk)),)
+    pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
     description = f"{ctx.server_args.model_path} {pool.dtype} page {formats.disk.page_size}"
     if formats.disk_layout is not None and formats.disk.is_lossy:
         description += f" as {formats.disk_layout.format}"
-    stored = store.namespace(namespace, formats.disk.page_bytes, description)
-    return namespace, (LocalStore(formats.on_disk(stored), formats.disk),)
+    stored = disk.namespace(namespace, formats.disk.page_bytes, description)
+    return (LocalStore(formats.on_disk(stored), formats.disk),)
 
 
 def make_collective(ctx: TreeCacheBuildContext) -> Collective:
@@ -309,19 +253,20 @@ def log_formats(formats: TierFormats) -> None:
     )
 
 
-def log_sizes(host: HostPool, device_tokens: int, store: DiskTier | None) -> None:
+def log_sizes(host: HostPool, device_tokens: int, store: DiskTier | None, shard: KVShard) -> None:
     page_format = host.page_format
-    disk = "off"
+    disk = "off" if shard.is_first else f"as rank {shard.holders[0]}"
     if store is not None:
         stats = store.stats()
         disk = f"{stats.capacity / 1e9:.2f} GB, {stats.pages} pages stored"
     logger.info(
-        "Tiered KV: pages of %d tokens, %.1f KiB; device %d tokens, host %d tokens (%.2f GB), "
+        "Tiered KV: pages of %d tokens, %.1f KiB; device %d tokens, host %d tokens (%.2f GB%s), "
         "disk %s.",
         page_format.page_size,
         page_format.page_bytes / 1024,
         device_tokens,
         host.n_pages * page_format.page_size,
         host.pages.nbytes / 1e9,
+        f", shared by ranks {', '.join(map(str, shard.holders))}" if host.is_shared else "",
         disk,
     )

@@ -1,4 +1,4 @@
-"""The disk tier of one rank, as the options say."""
+"""The disk tier of one shard, as the options say."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.shards import ShardOpener
 from tiered_kv.tiers.disk.store import Access, DiskStore
 from tiered_kv.tiers.disk.tier import DiskTier
+from tiered_kv.tiers.kv_shard import KVShard
 from tiered_kv.tiers.transfer import Collective
 
 _SERVER_BITS = 62
 
 
-def open_disk(
-    config: TieredKVConfig, rank: int, n_ranks: int, collective: Collective
-) -> DiskTier | None:
-    """This rank's part of the disk tier: ranks are separate processes, each with its own store.
+def open_disk(config: TieredKVConfig, shard: KVShard, collective: Collective) -> DiskTier | None:
+    """The shard's part of the disk tier, or None on a rank for which another reads and writes it.
 
     Every rank must make the call. Raises DiskTierError for misuse; a disk at fault is not.
     """
@@ -27,7 +26,7 @@ def open_disk(
     if disk.directory is None:
         return None
     assert disk.size_bytes is not None, "resolved by ServerArgs"
-    capacity_bytes = disk.size_bytes
+    capacity_bytes = disk.size_bytes // shard.n_stores_here
     key = None if disk.key_file is None else read_key_file(disk.key_file)
 
     def open_store(path: Path, access: Access) -> DiskStore:
@@ -42,7 +41,14 @@ def open_disk(
 
     # What this server's ranks have in common, and no other server.
     (server,) = collective.minimum([secrets.randbits(_SERVER_BITS)])
+    if not shard.is_first:
+        return None
     opener = ShardOpener(
-        disk.directory, rank, n_ranks, f"{server:x}", open_store, afresh=disk.clear_on_start
+        disk.directory,
+        shard.store,
+        shard.n_stores,
+        f"{server:x}",
+        open_store,
+        afresh=disk.clear_on_start,
     )
     return DiskTier.open(opener, str(opener.path), capacity_bytes)

@@ -58,7 +58,7 @@ def parts_of(
 ) -> dict[str, str | bytes]:
     """What KV depends on besides the request, by name.
 
-    weights: `weights_checksum` of all ranks. shard: see `kv_shard`. release: the engine's.
+    weights: `weights_checksum` of all ranks. shard: `KVShard.name`. release: the engine's.
     `model_config` is upstream's ModelConfig, `server_args` its ServerArgs, `pool` its KV pool.
     """
     return {
@@ -125,16 +125,6 @@ def numerics_of(server_args: Any, model_config: Any, pool: Any) -> str:
     if is_exact or pool.dtype.itemsize < model_config.dtype.itemsize:
         text += " by {} {}".format(*server_args.get_attention_backends())
     return text
-
-
-def kv_shard(tp_rank: int, tp_size: int, n_kv_heads: int | None) -> str:
-    """Which of the distinct shards of KV this rank has.
-
-    n_kv_heads: of the whole model; None for MLA, whose latents are the same on all ranks. Where
-    there are fewer heads than ranks, neighbours have the same.
-    """
-    n_shards = 1 if n_kv_heads is None else min(tp_size, n_kv_heads)
-    return f"KV shard {tp_rank * n_shards // tp_size} of {n_shards}"
 
 
 def beyond_names(model_config: Any) -> str | None:

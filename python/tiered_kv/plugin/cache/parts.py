@@ -56,6 +56,8 @@ class CacheParts:
 
     hierarchy: KVHierarchy
     disk_store: DiskTier | None
+    """None on a rank for which another reads and writes it, too."""
+    has_disk: bool
     events: KvEvents
     metrics: MetricsRecorder
     host_report: HostReport

@@ -67,7 +67,7 @@ class TieredPrefixCache(RadixCache):
         self.parts = parts
         # Read by the hooks in step_times.py.
         self.step_times = parts.step_times
-        self.enable_storage: bool = parts.disk_store is not None
+        self.enable_storage: bool = parts.has_disk
         # Read by the metrics reporter and by the output streamer.
         self.token_to_kv_pool_host = parts.host_report
         self.cache_controller = parts.controller_report
@@ -280,11 +280,12 @@ class TieredPrefixCache(RadixCache):
 
     def clear_storage_backend(self) -> bool:
         """Forgets what the disk holds (`/clear_hicache_storage_backend`); it is deleted behind."""
-        if self.parts.disk_store is None:
+        if not self.parts.has_disk:
             logger.warning("Tiered KV: there is no disk tier to clear.")
             return False
         self.hierarchy.forget_stored(Tier.DISK)
-        self.parts.disk_store.clear()
+        if self.parts.disk_store is not None:
+            self.parts.disk_store.clear()
         return True
 
     def attach_storage_backend(self, **kwargs: Any) -> tuple[bool, str]:

@@ -34,8 +34,6 @@ class TierArgs:
 
     if TYPE_CHECKING:  # SGLang's
         page_size: Any
-        tp_size: int
-        nnodes: int
 
     tiered_kv_host_size: A[
         str | None,
@@ -156,10 +154,7 @@ class TierArgs:
             host_size = values.size_bytes("--tiered-kv-host-size", self.tiered_kv_host_size)
         disk_size = None
         if self.tiered_kv_disk_size is not None:
-            ranks = max(1, self.tp_size // self.nnodes)
-            disk_size = (
-                values.size_bytes("--tiered-kv-disk-size", self.tiered_kv_disk_size) // ranks
-            )
+            disk_size = values.size_bytes("--tiered-kv-disk-size", self.tiered_kv_disk_size)
         return TieredKVConfig(
             page_size=self.page_size,
             eviction_policy=self.tiered_kv_eviction_policy,
@@ -194,7 +189,7 @@ class TierArgs:
         else:
             self.tiered_kv_disk_dir = str(directory)
             if self.tiered_kv_disk_size is None:
-                n_bytes = values.default_disk_bytes(directory, self.tp_size)
+                n_bytes = values.default_disk_bytes(directory)
                 self.tiered_kv_disk_size = f"{n_bytes}B"
         given: int | None = vars(self)["page_size"]
         self.page_size = PAGE_SIZE_DEFAULT if given is None else given

@@ -230,17 +230,17 @@ def slo_classes(option: str, table: str | None, default: str | None) -> SloClass
         raise ConfigError(f"{option} must name a class, but {error}") from None
 
 
-def default_disk_bytes(directory: Path, n_shards: int) -> int:
+def default_disk_bytes(directory: Path) -> int:
     """The disk tier's size if none is given: 32 GB, but at most 80% of what it could have.
 
-    What it could have is the file system's free space plus what the files of its `n_shards` shards
-    take already: without the latter the tier would shrink at every restart. At least 256 MB: a file
-    system that is full now may not be so later.
+    What it could have is the file system's free space plus what the files of its shards take
+    already, those included that a start deletes: without that the tier would shrink at every
+    restart. At least 256 MB: a file system that is full now may not be so later.
     """
 
     def usable() -> int:
         free = shutil.disk_usage(_nearest_existing(directory)).free
-        return free + _own_bytes(directory, n_shards)
+        return free + _own_bytes(directory)
 
     most = int(DISK_FREE_SHARE_MAX * _ask_disk(usable, DISK_BYTES_DEFAULT / DISK_FREE_SHARE_MAX))
     return min(DISK_BYTES_DEFAULT, max(DISK_BYTES_MIN, most))
@@ -260,15 +260,12 @@ def _ask_disk(question: Callable[[], T], otherwise: T) -> T:
     return answers[0] if answers else otherwise
 
 
-def _own_bytes(directory: Path, n_shards: int) -> int:
+def _own_bytes(directory: Path) -> int:
     # Without the flag nobody loads the tiers.
     from tiered_kv.tiers.disk.shards import bytes_below, list_shards
 
-    n_bytes = 0
-    for shard in list_shards(directory) if directory.is_dir() else ():
-        if shard.n_shards == n_shards:
-            n_bytes += bytes_below(shard.path)
-    return n_bytes
+    shards = list_shards(directory) if directory.is_dir() else []
+    return sum(bytes_below(shard.path) for shard in shards)
 
 
 def _file_in_the_way(directory: Path) -> Path | None:

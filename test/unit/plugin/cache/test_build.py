@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,13 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 from tiered_kv.core.config import HostConfig, TieredKVConfig
 from tiered_kv.core.errors import ConfigError
-from tiered_kv.plugin.cache import build
+from tiered_kv.plugin.cache import host
 from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
+from tiered_kv.plugin.cache.parts import RankMinimum
 from tiered_kv.tiers import host_memory
+from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.host_size import RESERVE_BYTES
+from tiered_kv.tiers.kv_shard import KVShard, kv_shard
 from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.transfer import SingleRank
 
@@ -27,12 +32,12 @@ FORMAT = PageFormat.of_buffers(16, [0, 0], [1024, 1024])
 
 @pytest.fixture(autouse=True)
 def twelve_gb_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "available_bytes", lambda: 12 * GB + RESERVE_BYTES)
+    monkeypatch.setattr(host, "available_bytes", lambda: 12 * GB + RESERVE_BYTES)
 
 
-def host_bytes(device_bytes: int, n_ranks: int = 1, **host: object) -> int:
-    config = TieredKVConfig(host=HostConfig(**host))  # type: ignore[arg-type]
-    return build.host_bytes(config, device_bytes, FORMAT, n_ranks, SingleRank())
+def host_bytes(device_bytes: int, n_ranks: int = 1, **options: object) -> int:
+    config = TieredKVConfig(host=HostConfig(**options))  # type: ignore[arg-type]
+    return host.host_bytes(config, device_bytes, FORMAT, n_ranks, SingleRank())
 
 
 def test_the_size_is_the_one_given_or_a_multiple_of_the_device_pool() -> None:
@@ -63,14 +68,14 @@ def test_all_ranks_go_by_what_the_one_sees_that_has_least() -> None:
             return [min(value, 5 * GB) for value in values]
 
     config = TieredKVConfig(host=HostConfig())
-    taken = build.host_bytes(config, 100 * GB, FORMAT, 1, OthersSeeLess())
+    taken = host.host_bytes(config, 100 * GB, FORMAT, 1, OthersSeeLess())
     assert taken == 5 * GB - RESERVE_BYTES
 
 
 def test_a_machine_that_does_not_say_what_it_has_is_trusted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(build, "available_bytes", lambda: None)
+    monkeypatch.setattr(host, "available_bytes", lambda: None)
     assert host_bytes(1, size_bytes=99 * GB) == 99 * GB
 
 
@@ -90,18 +95,18 @@ def test_memory_is_there_before_it_is_pinned_and_near_the_device(
     monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
     monkeypatch.setattr(host_memory, "numa_node_of", {"0000:1b:00.0": 1}.__getitem__)
     monkeypatch.setattr(host_memory, "prepare", lambda *args: calls.append(("prepare", *args)))
-    build.register_for_dma(4096, 8192)
+    host.register_for_dma(4096, 8192)
     assert calls == [("prepare", 4096, 8192, 1), ("register", 4096, 8192, 0)]
     status[0] = 2
     with pytest.raises(ConfigError, match=r"cannot be pinned \(CUDA error 2\)"):
-        build.register_for_dma(4096, 8192)
+        host.register_for_dma(4096, 8192)
 
     def no_memory(*args: object) -> None:
         raise OSError("Cannot allocate memory")
 
     monkeypatch.setattr(host_memory, "prepare", no_memory)
     with pytest.raises(ConfigError, match="are not there"):
-        build.register_for_dma(4096, 8192)
+        host.register_for_dma(4096, 8192)
 
 
 def make_mha() -> MHATokenToKVPool:
@@ -168,21 +173,65 @@ def test_the_allocator_frees_whole_pages() -> None:
 
 
 def test_ranks_gather_what_each_of_them_gave() -> None:
+    given = [bytes(range(32)), bytes(range(100, 132))]
+    gathered = on_two_ranks(lambda rank, group: RankMinimum(group).gather(given[rank]))
+    assert gathered == [given, given]
+
+
+def on_two_ranks(call: Callable[[int, Any], Any]) -> list[Any]:
     """Two ranks of gloo in one process: a group needs a store in common, not a process each."""
     store = torch.distributed.HashStore()
-    given = [bytes(range(32)), bytes(range(100, 132))]
-    gathered: list[list[bytes]] = [[], []]
+    returned: list[Any] = [None, None]
 
     def rank(index: int) -> None:
         group = torch.distributed.ProcessGroupGloo(store, index, 2, timedelta(seconds=30))
-        gathered[index] = build.RankMinimum(group).gather(given[index])
+        returned[index] = call(index, group)
 
     threads = [threading.Thread(target=rank, args=(index,)) for index in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert gathered == [given, given]
+    return returned
+
+
+PAGE = PageFormat.of_buffers(4, [0, 1], [100, 100])
+
+
+def test_ranks_with_the_same_kv_put_their_host_memory_together() -> None:
+    def open_it(rank: int, group: Any) -> tuple[HostPool, KVShard]:
+        shard = kv_shard(rank, 2, None)
+        return host.open_host(PAGE, 10 * PAGE.slot_bytes, shard, RankMinimum(group), pins=False)
+
+    (one, kept), (other, _) = on_two_ranks(open_it)
+    assert (one.n_pages, other.n_pages) == (20, 20)
+    assert one.is_shared
+    assert kept == kv_shard(0, 2, None)
+    one.pages[19] = 7
+    assert (other.pages[19] == 7).all()
+    assert (other.pages[18] == 0).all()
+
+
+def test_ranks_that_can_share_no_memory_keep_their_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(host, "share_memory", lambda *_: None)
+
+    def open_it(rank: int, group: Any) -> tuple[HostPool, KVShard]:
+        shard = kv_shard(rank, 2, None)
+        return host.open_host(PAGE, 10 * PAGE.slot_bytes, shard, RankMinimum(group), pins=False)
+
+    opened = on_two_ranks(open_it)
+    assert [(pool.n_pages, pool.is_shared) for pool, _ in opened] == [(10, False)] * 2
+    assert [shard for _, shard in opened] == [kv_shard(rank, 2, None).apart() for rank in range(2)]
+    assert "each keeps a copy of its own" in caplog.text
+
+
+def test_a_rank_whose_kv_no_other_has_shares_nothing() -> None:
+    pool, shard = host.open_host(
+        PAGE, 10 * PAGE.slot_bytes, KVShard.alone(0, 1), SingleRank(), pins=False
+    )
+    assert (pool.n_pages, pool.is_shared, shard) == (10, False, KVShard.alone(0, 1))
 
 
 def test_what_sglang_writes_into_a_configuration_is_no_window() -> None:

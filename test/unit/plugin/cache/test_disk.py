@@ -14,25 +14,22 @@ from tiered_kv.core.config import DiskConfig, TieredKVConfig
 from tiered_kv.core.errors import DiskTierError
 from tiered_kv.plugin.cache.disk import open_disk
 from tiered_kv.tiers.disk.tier import DiskTier
+from tiered_kv.tiers.kv_shard import KVShard, kv_shard
 from tiered_kv.tiers.transfer import SingleRank
 
 Open = Callable[..., DiskTier]
+
+SIZE_BYTES = 64 << 20
+ALONE = KVShard.alone(0, 1)
 
 
 @pytest.fixture
 def open_one(tmp_path: Path) -> Iterator[Open]:
     tiers: list[DiskTier] = []
 
-    def open_it(
-        rank: int = 0, n_ranks: int = 1, collective: object = None, **options: object
-    ) -> DiskTier:
-        disk = DiskConfig(directory=tmp_path / "kv", size_bytes=64 << 20, **options)  # type: ignore[arg-type]
-        tier = open_disk(
-            TieredKVConfig(disk=disk),
-            rank,
-            n_ranks,
-            collective or SingleRank(),  # type: ignore[arg-type]
-        )
+    def open_it(shard: KVShard = ALONE, collective: object = None, **options: object) -> DiskTier:
+        disk = DiskConfig(directory=tmp_path / "kv", size_bytes=SIZE_BYTES, **options)  # type: ignore[arg-type]
+        tier = open_disk(TieredKVConfig(disk=disk), shard, collective or SingleRank())  # type: ignore[arg-type]
         assert tier is not None
         tiers.append(tier)
         return tier
@@ -49,7 +46,7 @@ def store_a_page(tier: DiskTier) -> None:
 
 def test_no_directory_no_tier() -> None:
     config = TieredKVConfig(disk=DiskConfig(directory=None))
-    assert open_disk(config, 0, 1, SingleRank()) is None
+    assert open_disk(config, ALONE, SingleRank()) is None
 
 
 def test_the_ranks_of_a_server_share_the_directory(open_one: Open, tmp_path: Path) -> None:
@@ -57,7 +54,7 @@ def test_the_ranks_of_a_server_share_the_directory(open_one: Open, tmp_path: Pat
     tiers: dict[int, DiskTier] = {}
 
     def open_rank(rank: int) -> None:
-        tiers[rank] = open_one(rank, 2, barrier.rank(rank))
+        tiers[rank] = open_one(KVShard.alone(rank, 2), barrier.rank(rank))
 
     threads = [threading.Thread(target=open_rank, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -66,8 +63,36 @@ def test_the_ranks_of_a_server_share_the_directory(open_one: Open, tmp_path: Pat
         thread.join()
     for rank in range(2):
         assert not tiers[rank].stats().degraded
+        assert tiers[rank].capacity_bytes == SIZE_BYTES // 2
         store_a_page(tiers[rank])
     assert (tmp_path / "kv" / "shard-1-of-2" / "FORMAT").exists()
+
+
+def test_ranks_with_the_same_kv_have_one_store_of_the_whole_size(
+    open_one: Open, tmp_path: Path
+) -> None:
+    config = TieredKVConfig(disk=DiskConfig(directory=tmp_path / "kv", size_bytes=SIZE_BYTES))
+    barrier = BarrierMinimum(4)
+    opened: dict[int, DiskTier | None] = {}
+
+    def open_rank(rank: int) -> None:
+        opened[rank] = open_disk(config, kv_shard(rank, 4, None), barrier.rank(rank))
+
+    threads = [threading.Thread(target=open_rank, args=(rank,)) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first = opened.pop(0)
+    assert first is not None
+    assert list(opened.values()) == [None] * 3
+    assert first.capacity_bytes == SIZE_BYTES
+    store_a_page(first)
+    first.close(10.0)
+    # A server of another size finds the same shard where it was: it is the same KV.
+    again = open_one(kv_shard(0, 1, None))
+    assert again.stats().pages == 1
+    assert [path.name for path in (tmp_path / "kv").iterdir() if path.is_dir()] == ["shard-0-of-1"]
 
 
 def test_another_server_is_refused(open_one: Open) -> None:

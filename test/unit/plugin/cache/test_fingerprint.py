@@ -16,7 +16,7 @@ from transformers import LlamaConfig, Qwen2VLConfig
 
 from support import tiny_llama
 from tiered_kv.plugin.cache import fingerprint
-from tiered_kv.plugin.cache.fingerprint import kv_shard, weights_checksum, weights_of_all
+from tiered_kv.plugin.cache.fingerprint import weights_checksum, weights_of_all
 from tiered_kv.tiers.page_format import PageFormat
 
 PAGE = PageFormat.of_buffers(16, [0, 0], [64, 64])
@@ -204,16 +204,6 @@ def test_weights_of_any_rank_count() -> None:
     assert whole == weights_of_all(list(ranks))
     assert whole != weights_of_all([*ranks[:3], bytes(32)])
     assert whole != weights_of_all(ranks[::-1])
-
-
-def test_shards_are_those_that_differ() -> None:
-    def shards(tp_size: int, n_kv_heads: int | None) -> list[str]:
-        return [kv_shard(rank, tp_size, n_kv_heads) for rank in range(tp_size)]
-
-    assert shards(1, 8) == ["KV shard 0 of 1"]
-    assert shards(4, 8) == [f"KV shard {rank} of 4" for rank in range(4)]
-    assert shards(8, 2) == ["KV shard 0 of 2"] * 4 + ["KV shard 1 of 2"] * 4
-    assert shards(8, None) == ["KV shard 0 of 1"] * 8
 
 
 def test_longrope_has_no_name_once_contexts_may_change_its_factors() -> None:

@@ -112,7 +112,7 @@ def test_a_disk_that_is_at_fault_is_no_reason_to_refuse(
             patch.setattr(Path, what, broken)
         patch.setattr(shutil, "disk_usage", broken)
         directory = option_values.disk_directory("--dir", tmp_path / "kv")
-        size = option_values.default_disk_bytes(tmp_path / "kv", 1)
+        size = option_values.default_disk_bytes(tmp_path / "kv")
     assert directory == tmp_path / "kv"
     assert size == 32 * 10**9
 
@@ -125,7 +125,7 @@ def test_a_disk_that_hangs_does_not_hold_up_the_options(
     monkeypatch.setattr(option_values, "_nearest_existing", lambda path: answers.wait() and path)
     try:
         assert option_values.disk_directory("--dir", tmp_path / "kv") == tmp_path / "kv"
-        assert option_values.default_disk_bytes(tmp_path / "kv", 1) == 32 * 10**9
+        assert option_values.default_disk_bytes(tmp_path / "kv") == 32 * 10**9
     finally:
         answers.set()
 
@@ -139,11 +139,11 @@ def test_default_size_is_bounded_by_the_free_space(
 
     missing = tmp_path / "a" / "b"
     free(10**12)
-    assert option_values.default_disk_bytes(missing, 1) == 32 * 10**9
+    assert option_values.default_disk_bytes(missing) == 32 * 10**9
     free(10**10)
-    assert option_values.default_disk_bytes(missing, 1) == 8 * 10**9
+    assert option_values.default_disk_bytes(missing) == 8 * 10**9
     free(0)
-    assert option_values.default_disk_bytes(missing, 1) == 256 * 10**6, "there may be room later"
+    assert option_values.default_disk_bytes(missing) == 256 * 10**6, "there may be room later"
 
 
 def test_default_size_counts_what_the_tier_holds_already(
@@ -154,5 +154,5 @@ def test_default_size_counts_what_the_tier_holds_already(
         (tmp_path / name / "segment").write_bytes(os.urandom(n_bytes))
     usage = shutil.disk_usage(tmp_path)._replace(free=10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    size = option_values.default_disk_bytes(tmp_path, 2)
-    assert size == pytest.approx(0.8 * (10**9 + (1 << 20)), abs=20_000), "not other layouts' files"
+    size = option_values.default_disk_bytes(tmp_path)
+    assert size == pytest.approx(0.8 * (10**9 + (6 << 20)), abs=20_000), "and nobody else's files"

@@ -96,8 +96,10 @@ POOLS = (
     object_(
         f"{MEM}.memory_pool.MLATokenToKVPool",
         "kv_buffer dtype store_dtype size register_layer_transfer_counter",
-        "cache.device_pool cache.build options.refusals start.platform",
+        "cache.device_pool cache.build cache.shards options.refusals start.platform",
     ),
+    object_(f"{SRT}.layers.linear.QKVParallelLinear", "num_kv_head_replicas", "cache.shards"),
+    object_(f"{SRT}.layers.radix_attention.RadixAttention", "", "cache.shards"),
     object_(
         f"{MEM}.allocator.base.BaseTokenToKVPoolAllocator",
         "get_kvcache available_size alloc size",
@@ -117,7 +119,7 @@ POOLS = (
         f"{SRT}.configs.model_config.ModelConfig",
         "hf_config hf_text_config context_len is_multimodal is_encoder_decoder is_generation dtype "
         "quantization get_total_num_kv_heads",
-        "cache.fingerprint cache.build options.refusals cache.costs",
+        "cache.fingerprint cache.build cache.shards options.refusals cache.costs",
     ),
     function(f"{SRT}.server_args.ServerArgs.get_attention_backends", "self", "cache.fingerprint"),
     object_(

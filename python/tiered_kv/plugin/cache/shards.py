@@ -1,0 +1,41 @@
+"""Which shard of the KV this rank has, as SGLang shares it out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.linear import QKVParallelLinear
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+from tiered_kv.tiers.kv_shard import KVShard, kv_shard
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+
+
+def shard_of(ctx: TreeCacheBuildContext, pool: Any) -> KVShard:
+    """pool: SGLang's KV pool."""
+    n_machines = ctx.server_args.nnodes
+    if isinstance(pool, MLATokenToKVPool):
+        return kv_shard(ctx.tp_rank, ctx.tp_size, None, n_machines)
+    n_kv_heads = ctx.model_config.get_total_num_kv_heads()
+    model = ctx.tp_worker.model_runner.model
+    if n_kv_heads < ctx.tp_size and not gives_neighbours_equal_heads(
+        model, ctx.tp_size // n_kv_heads
+    ):
+        return KVShard.alone(ctx.tp_rank, ctx.tp_size, n_machines)
+    return kv_shard(ctx.tp_rank, ctx.tp_size, n_kv_heads, n_machines)
+
+
+def gives_neighbours_equal_heads(model: torch.nn.Module, n_ranks: int) -> bool:
+    """Whether every attention layer gives one KV head to `n_ranks` neighbours.
+
+    SGLang's own projection does; of a model that brings another nobody knows who has what.
+    """
+    n_layers, n_known = 0, 0
+    for module in model.modules():
+        n_layers += isinstance(module, RadixAttention)
+        n_known += isinstance(module, QKVParallelLinear) and module.num_kv_head_replicas == n_ranks
+    return 0 < n_layers <= n_known
