@@ -26,14 +26,22 @@ BLOCK_PAGES = 8
 class PartCopier:
     """Copies to the host what is this rank's to write, and to the device everything.
 
-    place, n_holders: of this rank among those that share the host pool.
+    place, n_holders: of this rank among those that share the host pool. stream: where slots are
+    picked out on a GPU; with None it works on any device, synchronously.
     """
 
-    def __init__(self, copier: PageCopier, place: int, n_holders: int) -> None:
+    def __init__(
+        self,
+        copier: PageCopier,
+        place: int,
+        n_holders: int,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         self.page_format: PageFormat = copier.page_format
         self._copier = copier
         self._place = place
         self._n_holders = n_holders
+        self._stream = stream
 
     @property
     def timed(self) -> bool:
@@ -48,9 +56,13 @@ class PartCopier:
         own = np.flatnonzero(host_pages // BLOCK_PAGES % self._n_holders == self._place)
         if len(own) == 0:
             return
-        pages = device_slots.reshape(-1, self.page_format.page_size)
-        rows = torch.from_numpy(own).to(pages.device)
-        self._copier.to_host(pages[rows].reshape(-1), host_pages[own], after)
+        with torch.cuda.stream(self._stream):
+            pages = device_slots.reshape(-1, self.page_format.page_size)
+            slots = pages[torch.from_numpy(own).to(pages.device)].reshape(-1)
+        if self._stream is not None:
+            # The copier reads them in a stream of its own.
+            self._stream.synchronize()
+        self._copier.to_host(slots, host_pages[own], after)
 
     def to_device(
         self,

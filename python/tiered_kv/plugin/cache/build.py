@@ -86,7 +86,8 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     host, shard = open_host(formats.host, rank_bytes, shard, collective, pins=not on_cpu)
     copier = make_copier(formats, device, host, args.tiered_kv_copy_path)
     if host.is_shared:
-        copier = PartCopier(copier, shard.place, len(shard.holders))
+        stream = None if on_cpu else torch.cuda.Stream(device=device.buffers[0].device)
+        copier = PartCopier(copier, shard.place, len(shard.holders), stream)
     timeline = open_timeline(args, ctx.tp_rank, copier)
     store = open_disk(config, shard, collective)
     has_disk = config.disk.directory is not None
