@@ -65,9 +65,13 @@ def tiny_mla_model(model: Path, to: Path) -> Path:
         qk_nope_head_dim=32,
         qk_rope_head_dim=32,
         v_head_dim=32,
-        # No layer of experts.
+        # No layer of experts, though the fields that say what they would be.
         first_k_dense_replace=3,
         moe_layer_freq=1,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
         max_position_embeddings=4096,
         # SGLang has no other positions for MLA on a CPU.
         rope_parameters={
