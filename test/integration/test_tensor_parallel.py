@@ -95,13 +95,14 @@ def test_kv_that_both_ranks_have_is_kept_once(
         disk_tokens = wait_for_disk(server)
         metrics = scrape(server)
         server.flush_cache()
-        from_disk = generate_all(server, asked, concurrency=4)
+        # At most half of the host is held for those who wait: room for three.
+        from_disk = generate_all(server, asked, concurrency=2)
         load = mixed_requests(prompts, 40, seed=3)
         answers = serve(server, load, concurrency=16)
         truths = serve(server, [r.alone(f"alone {i}") for i, r in enumerate(load)], 4)
         wait_for_disk(server)
     with make_server("same_kv_again", *args, model=model) as server:
-        after_restart = generate_all(server, asked, concurrency=4)
+        after_restart = generate_all(server, asked, concurrency=2)
 
     assert [answer.cached_tokens for answer in computed] == [0] * 5
     assert [answer.host + answer.device for answer in from_host] == [288] * 5
