@@ -17,7 +17,7 @@ from support.models import tiny_mla_model
 from support.prompts import PromptMaker
 from support.server import ALWAYS_LOAD, FLOAT32, Server
 
-pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
 
 POOL = ("--page-size", 16, "--max-total-tokens", 1024, "--chunked-prefill-size", 128)
 N_TOKENS = 300
