@@ -20,7 +20,7 @@ def copy_with_other_weights(model: Path, to: Path) -> Path:
     return to
 
 
-def tiny_model_for_two_ranks(model: Path, to: Path, n_kv_heads: int = 2) -> Path:
+def tiny_model_for_two_ranks(model: Path, to: Path) -> Path:
     """Random weights, an even number of heads (the demo model has nine), `model`'s tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,7 +33,7 @@ def tiny_model_for_two_ranks(model: Path, to: Path, n_kv_heads: int = 2) -> Path
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=n_kv_heads,
+        num_key_value_heads=2,
         max_position_embeddings=4096,
         # Wide enough that answers depend on the prompt and the best token stands out.
         initializer_range=0.1,
