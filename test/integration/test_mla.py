@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from support.client import generate_all
-from support.metrics import wait_for_disk
+from harness.client import generate_all
+from harness.metrics import wait_for_disk
+from harness.prompts import PromptMaker
+from harness.server import ALWAYS_LOAD, FLOAT32, Server
 from support.models import tiny_mla_model
-from support.prompts import PromptMaker
-from support.server import ALWAYS_LOAD, FLOAT32, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(600)]
 

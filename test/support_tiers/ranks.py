@@ -10,7 +10,7 @@ from typing import Any
 from support_tiers.doubles import BarrierMinimum
 from support_tiers.shared_blobs import SharedBlobs
 from support_tiers.tier_rig import Rig, new_disk
-from tiered_kv.tiers.page_format import ALIGNMENT_BYTES
+from tiered_kv.tiers.alignment import ALIGNMENT_BYTES
 
 
 class Ranks:

@@ -44,8 +44,10 @@ class HostPool:
             )
         n_bytes = n_pages * self.slot_bytes
         self.is_shared = shared is not None
-        memory = map_private(n_bytes) if shared is None else np.frombuffer(shared, np.uint8, n_bytes)
-        self.pages: npt.NDArray[np.uint8] = memory.reshape(n_pages, self.slot_bytes)
+        memory = (
+            map_private(n_bytes) if shared is None else np.frombuffer(shared, np.uint8, n_bytes)
+        )
+        self.pages: npt.NDArray[np.uint8] = memory[:n_bytes].reshape(n_pages, self.slot_bytes)
         self._slots = SlotAllocator(n_pages)
         # How many keep a slot beside the one who counts.
         self._others = np.zeros(n_pages, dtype=np.int16)

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from tiered_kv.core.ids import PageHash
-from tiered_kv.tiers.device import After, LayerDone, PageCopier
+from tiered_kv.tiers.device import Copying, LayerDone, PageCopier
 from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.page_store import StoreTraits
 from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.streams import After, Wait
 
 #: Neighbouring host pages that one rank writes: pages in a row are copied as one piece.
 BLOCK_PAGES = 8
@@ -51,27 +52,35 @@ class PartCopier:
     def timed(self, timed: bool) -> None:
         self._copier.timed = timed
 
-    def to_host(self, device_slots: torch.Tensor, host_pages: PageIds, after: After) -> None:
+    def use_device(self) -> None:
+        self._copier.use_device()
+
+    def to_host(
+        self, device_slots: torch.Tensor, host_pages: PageIds, after: After
+    ) -> float | None:
         # By the page, not by its place in the call: ranks may cut a job into other parts.
         own = np.flatnonzero(host_pages // BLOCK_PAGES % self._n_holders == self._place)
         if len(own) == 0:
-            return
+            return None
+        for point in after:
+            # The slots themselves may be on their way.
+            point.reached(Wait.WRITE_FOR_LAUNCHED)
         with torch.cuda.stream(self._stream):
             pages = device_slots.reshape(-1, self.page_format.page_size)
             slots = pages[torch.from_numpy(own).to(pages.device)].reshape(-1)
         if self._stream is not None:
             # The copier reads them in a stream of its own.
             self._stream.synchronize()
-        self._copier.to_host(slots, host_pages[own], after)
+        return self._copier.to_host(slots, host_pages[own], after)
 
-    def to_device(
+    def begin_to_device(
         self,
         host_pages: PageIds,
         device_slots: torch.Tensor,
         after: After,
         layer_done: LayerDone,
-    ) -> None:
-        self._copier.to_device(host_pages, device_slots, after, layer_done)
+    ) -> Copying:
+        return self._copier.begin_to_device(host_pages, device_slots, after, layer_done)
 
 
 class StoreOfAnother:

@@ -19,10 +19,11 @@ from support_tiers.doubles import random_delays
 from support_tiers.ranks import Ranks
 from support_tiers.tier_rig import Rig, tokens_of
 from tiered_kv.core.ids import Tier
-from tiered_kv.tiers.device import After, LayerDone
+from tiered_kv.tiers.device import Copying, LayerDone
 from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.replicas import BLOCK_PAGES, PartCopier
 from tiered_kv.tiers.slots import PageIds
+from tiered_kv.tiers.streams import After
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -210,9 +211,12 @@ class Copied:
         for page, slots in zip(host_pages.tolist(), device_slots.reshape(-1, 4), strict=True):
             self.pairs[page] = slots.tolist()
 
-    def to_device(
+    def use_device(self) -> None:
+        pass
+
+    def begin_to_device(
         self, host_pages: PageIds, device_slots: torch.Tensor, after: After, layer_done: LayerDone
-    ) -> None:
+    ) -> Copying:
         raise AssertionError("not here")
 
 
