@@ -95,9 +95,15 @@ class _FaultyCopies:
         self.down = Faults()
         self.fail_at_layer: int | None = None
 
-    def to_host(self, device_slots: torch.Tensor, host_pages: PageIds, after: After) -> None:
+    def to_host(
+        self,
+        device_slots: torch.Tensor,
+        host_pages: PageIds,
+        after: After,
+        part: PageIds | None = None,
+    ) -> None:
         self.down.pass_through()
-        super().to_host(device_slots, host_pages, after)  # type: ignore[misc]
+        super().to_host(device_slots, host_pages, after, part)  # type: ignore[misc]
 
     def to_device(
         self, host_pages: PageIds, device_slots: torch.Tensor, layer_done: LayerDone

@@ -89,8 +89,14 @@ class Indices:
 class StreamCopier(StreamPageCopier):
     """Its indices are computed by the scheduler's stream, as those of a server's are."""
 
-    def to_host(self, device_slots: torch.Tensor, host_pages: PageIds, after: After) -> float:
-        return super().to_host(_late(device_slots, after), host_pages, after)
+    def to_host(
+        self,
+        device_slots: torch.Tensor,
+        host_pages: PageIds,
+        after: After,
+        part: PageIds | None = None,
+    ) -> float:
+        return super().to_host(_late(device_slots, after), host_pages, after, part)
 
     def begin_to_device(
         self,

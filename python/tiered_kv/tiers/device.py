@@ -53,10 +53,17 @@ class PageCopier(Protocol):
         """Called first by every transfer thread."""
 
     def to_host(
-        self, device_slots: torch.Tensor, host_pages: PageIds, after: After
+        self,
+        device_slots: torch.Tensor,
+        host_pages: PageIds,
+        after: After,
+        part: PageIds | None = None,
     ) -> float | None:
         """On a transfer thread; returns when the copy is over, with the device's seconds if it has
-        told them. If it raises, nothing of it is under way any more."""
+        told them. If it raises, nothing of it is under way any more.
+
+        part: which of the pages to copy, by their places in the call; None: all of them.
+        """
 
     def begin_to_device(
         self,
@@ -145,10 +152,18 @@ class HostCopier(ABC, Generic[Piece]):
     def use_device(self) -> None:
         pass
 
-    def to_host(self, device_slots: torch.Tensor, host_pages: PageIds, after: After) -> None:
+    def to_host(
+        self,
+        device_slots: torch.Tensor,
+        host_pages: PageIds,
+        after: After,
+        part: PageIds | None = None,
+    ) -> None:
         # A forward pass on the CPU has returned before anyone asks for its pages.
         del after
         device_pages = page_ids(device_slots, self.page_format.page_size)
+        if part is not None:
+            device_pages, host_pages = device_pages[part], host_pages[part]
         for piece in self._pieces(device_pages, host_pages):
             self._to_host(piece)
 

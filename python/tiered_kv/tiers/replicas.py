@@ -18,7 +18,7 @@ from tiered_kv.tiers.device import Copying, LayerDone, PageCopier
 from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.page_store import StoreTraits
 from tiered_kv.tiers.slots import PageIds
-from tiered_kv.tiers.streams import After, Wait
+from tiered_kv.tiers.streams import After
 
 #: Neighbouring host pages that one rank writes: pages in a row are copied as one piece.
 BLOCK_PAGES = 8
@@ -27,22 +27,14 @@ BLOCK_PAGES = 8
 class PartCopier:
     """Copies to the host what is this rank's to write, and to the device everything.
 
-    place, n_holders: of this rank among those that share the host pool. stream: where slots are
-    picked out on a GPU; with None it works on any device, synchronously.
+    place, n_holders: of this rank among those that share the host pool.
     """
 
-    def __init__(
-        self,
-        copier: PageCopier,
-        place: int,
-        n_holders: int,
-        stream: torch.cuda.Stream | None = None,
-    ) -> None:
+    def __init__(self, copier: PageCopier, place: int, n_holders: int) -> None:
         self.page_format: PageFormat = copier.page_format
         self._copier = copier
         self._place = place
         self._n_holders = n_holders
-        self._stream = stream
 
     @property
     def timed(self) -> bool:
@@ -55,24 +47,6 @@ class PartCopier:
     def use_device(self) -> None:
         self._copier.use_device()
 
-    def to_host(
-        self, device_slots: torch.Tensor, host_pages: PageIds, after: After
-    ) -> float | None:
-        # By the page, not by its place in the call: ranks may cut a job into other parts.
-        own = np.flatnonzero(host_pages // BLOCK_PAGES % self._n_holders == self._place)
-        if len(own) == 0:
-            return None
-        for point in after:
-            # The slots themselves may be on their way.
-            point.reached(Wait.WRITE_FOR_LAUNCHED)
-        with torch.cuda.stream(self._stream):
-            pages = device_slots.reshape(-1, self.page_format.page_size)
-            slots = pages[torch.from_numpy(own).to(pages.device)].reshape(-1)
-        if self._stream is not None:
-            # The copier reads them in a stream of its own.
-            self._stream.synchronize()
-        return self._copier.to_host(slots, host_pages[own], after)
-
     def begin_to_device(
         self,
         host_pages: PageIds,
@@ -81,6 +55,20 @@ class PartCopier:
         layer_done: LayerDone,
     ) -> Copying:
         return self._copier.begin_to_device(host_pages, device_slots, after, layer_done)
+
+    def to_host(
+        self,
+        device_slots: torch.Tensor,
+        host_pages: PageIds,
+        after: After,
+        part: PageIds | None = None,
+    ) -> float | None:
+        assert part is None, "the part is for this class to say"
+        # By the page, not by its place in the call: ranks may cut a job into other parts.
+        own = np.flatnonzero(host_pages // BLOCK_PAGES % self._n_holders == self._place)
+        if len(own) == 0:
+            return None
+        return self._copier.to_host(device_slots, host_pages, after, own)
 
 
 class StoreOfAnother:

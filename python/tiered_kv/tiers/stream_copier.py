@@ -54,13 +54,20 @@ class StreamPageCopier:
     def use_device(self) -> None:
         self._streams.use_device()
 
-    def to_host(self, device_slots: torch.Tensor, host_pages: PageIds, after: After) -> float:
+    def to_host(
+        self,
+        device_slots: torch.Tensor,
+        host_pages: PageIds,
+        after: After,
+        part: PageIds | None = None,
+    ) -> float:
         stream = self._streams.to_host
         try:
             for point in after:
                 stream.wait(point, Wait.WRITE_FOR_LAUNCHED)
             began = stream.record(timed=True)
-            self.down.to_host(stream, self._pages(stream, device_slots), host_pages)
+            pages = self._pages(stream, device_slots, part)
+            self.down.to_host(stream, pages, host_pages if part is None else host_pages[part])
             ended = stream.record(timed=True)
         except Exception:
             stream.record().reached(Wait.WRITE_GIVEN_UP)
@@ -91,10 +98,16 @@ class StreamPageCopier:
             return Copying(partial(_give_up, stream.record(), error), error)
         return Copying(partial(_finish, _Load(began, ended, pages, device_slots)))
 
-    def _pages(self, stream: Stream, device_slots: torch.Tensor) -> torch.Tensor:
+    def _pages(
+        self, stream: Stream, device_slots: torch.Tensor, part: PageIds | None = None
+    ) -> torch.Tensor:
         page_size = self.page_format.page_size
-        pages = stream.empty(len(device_slots) // page_size)
-        stream.run(lambda: pages.copy_(pages_of(device_slots, page_size)))
+        if part is None:
+            pages = stream.empty(len(device_slots) // page_size)
+            stream.run(lambda: pages.copy_(pages_of(device_slots, page_size)))
+            return pages
+        pages, rows = stream.empty(len(part)), stream.upload(part)
+        stream.run(lambda: pages.copy_(pages_of(device_slots, page_size)[rows]))
         return pages
 
 

@@ -175,6 +175,18 @@ def test_to_device_copies_exactly_these_pages_layer_by_layer(
     assert bench.device_pages() == [arrived.get(p, before[p]) for p in range(N_DEVICE_PAGES)]
 
 
+@pytest.mark.parametrize("make", COPIERS.values(), ids=COPIERS.keys())
+def test_to_host_copies_a_part_of_what_it_is_given(make: Callable[..., PageCopier]) -> None:
+    bench = Bench(SHAPES["mha-bf16"], make)
+    device, host, part = [7, 2, 3, 4, 9], [0, 5, 6, 8, 1], [1, 2, 4]
+    expected = bench.host_pages()
+    page_bytes = bench.copier.page_format.page_bytes
+    for at in part:
+        expected[host[at]] = bench.device_page(device[at]) + expected[host[at]][page_bytes:]
+    bench.copier.to_host(bench.token_slots(device), ids(host), (), ids(part))
+    assert bench.host_pages() == expected
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_both_copiers_write_the_same_host_bytes(shape: Shape) -> None:
     """So a host slot or a disk record written by one can be read by the other."""

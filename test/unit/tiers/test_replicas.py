@@ -59,9 +59,9 @@ def test_a_page_is_copied_down_by_one_and_up_by_both(
     for number, rig in enumerate(ranks):
         down, up = rig.copier.to_host, rig.copier.to_device
 
-        def to_host(slots, pages, after, number=number, down=down):  # type: ignore[no-untyped-def]
-            copied.append(("down", number, len(pages)))
-            down(slots, pages, after)
+        def to_host(*args, number=number, down=down):  # type: ignore[no-untyped-def]
+            copied.append(("down", number, len(args[-1])))
+            down(*args)
 
         def to_device(pages, *rest, number=number, up=up):  # type: ignore[no-untyped-def]
             copied.append(("up", number, len(pages)))
@@ -206,10 +206,18 @@ class Copied:
     def __init__(self) -> None:
         self.pairs: dict[int, list[int]] = {}
 
-    def to_host(self, device_slots: torch.Tensor, host_pages: PageIds, after: After) -> None:
-        assert len(host_pages), "a call for nothing"
-        for page, slots in zip(host_pages.tolist(), device_slots.reshape(-1, 4), strict=True):
-            self.pairs[page] = slots.tolist()
+    def to_host(
+        self,
+        device_slots: torch.Tensor,
+        host_pages: PageIds,
+        after: After,
+        part: PageIds | None = None,
+    ) -> None:
+        assert part is not None
+        assert len(part), "a call for nothing"
+        rows = device_slots.reshape(-1, 4)
+        for at in part.tolist():
+            self.pairs[int(host_pages[at])] = rows[at].tolist()
 
     def use_device(self) -> None:
         pass

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from sglang.version import __version__ as sglang_release
 
 from tiered_kv.core.config import TieredKVConfig
@@ -86,8 +85,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     host, shard = open_host(formats.host, rank_bytes, shard, collective, pins=not on_cpu)
     copier = make_copier(formats, device, host, args.tiered_kv_copy_path)
     if host.is_shared:
-        stream = None if on_cpu else torch.cuda.Stream(device=device.buffers[0].device)
-        copier = PartCopier(copier, shard.place, len(shard.holders), stream)
+        copier = PartCopier(copier, shard.place, len(shard.holders))
     timeline = open_timeline(args, ctx.tp_rank, copier)
     store = open_disk(config, shard, collective)
     has_disk = config.disk.directory is not None
