@@ -33,7 +33,12 @@ def on_host(loop: DecodeLoop, *kinds: Kind) -> None:
 
 
 def fail_loads(loop: DecodeLoop, monkeypatch: pytest.MonkeyPatch, n: int) -> list[int]:
-    """The next `n` copies to the device fail; returns the pages of every copy that is tried."""
+    """The next `n` copies to the device fail; returns the pages of every copy that is tried.
+
+    No time passes from now on but by `later`: loads that failed are tried again after a while.
+    """
+    progress, stopped_s = loop.tree_cache.hierarchy.progress, time.monotonic()
+    monkeypatch.setattr(progress, "_clock", lambda: stopped_s)
     copier = loop.tree_cache.hierarchy.context.copier
     to_device = copier.to_device
     tried: list[int] = []
@@ -46,6 +51,10 @@ def fail_loads(loop: DecodeLoop, monkeypatch: pytest.MonkeyPatch, n: int) -> lis
 
     monkeypatch.setattr(copier, "to_device", copy)
     return tried
+
+
+def later(loop: DecodeLoop, seconds: float) -> None:
+    loop.tree_cache.hierarchy.progress._started_at -= seconds
 
 
 def test_the_requests_of_a_failed_load_are_computed_again(
@@ -72,7 +81,7 @@ def test_the_requests_of_a_failed_load_are_computed_again(
     # It was not for ever.
     assert loop.tree_cache.hierarchy.drain()
     loop.tree_cache.hierarchy.evict_device(10_000)
-    time.sleep(FIRST_S)
+    later(loop, 2 * FIRST_S)
     again = PROMPT.request("c")
     loop.serve(again)
     assert tried == [7, 7]
@@ -129,7 +138,8 @@ def test_a_device_that_takes_nothing_any_more_only_costs_time(
         req = PROMPT.request(f"r{n}")
         loop.serve(req)
         assert list(req.output_ids) == answers(PROMPT)
-    assert 2 <= len(tried) <= 6
+        later(loop, 2.1 * FIRST_S)
+    assert len(tried) == 5, "at once, and after 1, 2, 4, 8 times the first pause"
     loop.check_nothing_is_held()
 
 
