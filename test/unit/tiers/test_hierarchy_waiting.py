@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from support_tiers.costs import give_costs, page_s
-from support_tiers.doubles import FaultyDisk
+from support_tiers.doubles import PATIENCE_S, FaultyDisk
 from support_tiers.tier_rig import PAGE_SIZE, Rig, new_disk, on_disk, on_host, tokens_of
 from tiered_kv.core.ids import Tier
 from tiered_kv.memory import read_turns
@@ -260,11 +260,18 @@ def test_a_long_read_does_not_hold_up_a_short_one(make_rig: MakeRig) -> None:
     rig.arrive("long", long)
     rig.poll_until(lambda: disk.n_read_calls == 1)
     rig.arrive("short", short)
+    may_go_on = threading.Event()
+
+    def third_call_waits() -> float:
+        if disk.n_read_calls == 3:
+            assert may_go_on.wait(PATIENCE_S)
+        return 0.0
+
+    disk.reads.delay = third_call_waits
     disk.reads.release()
-    disk.reads.delay = lambda: 0.02
     rig.poll_until(lambda: prefetch.done("short"))
-    assert not prefetch.done("long")
-    assert disk.n_read_calls == 3, "the stretch under way, the short one, the next stretch"
+    assert not prefetch.done("long"), "the stretch under way, the short one, the next stretch"
+    may_go_on.set()
     rig.poll_until(lambda: prefetch.done("long"))
     assert prefetch.loaded_tokens("long") == 200 * PAGE_SIZE
     prefetch.clear()
