@@ -77,9 +77,9 @@ class OurMover:
     def __init__(self, setting: Setting, n_tokens: int, host_format: str = "raw") -> None:
         from tiered_kv.core.config import HostConfig, TieredKVConfig
         from tiered_kv.plugin.cache.device_copier import make_copier
-        from tiered_kv.plugin.cache.host import register_for_dma
         from tiered_kv.plugin.cache.device_pool import buffers_of
         from tiered_kv.plugin.cache.formats import tier_formats
+        from tiered_kv.plugin.cache.host import register_for_dma
         from tiered_kv.tiers.host import HostPool
 
         self._page = setting.shape.page_tokens
