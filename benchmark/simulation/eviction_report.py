@@ -154,8 +154,7 @@ measurements. What the policies do is in `docs/placement.md`.
   policy alone. Forecasts come from the queue's order, and for both kinds of agents from hints of
   the next call: those of the recorded sessions are the recorded pauses, so perfect; those of the
   generated ones are the median of what the tool takes.
-- Policies that the server lacks are of that commit, and were deleted for these figures
-  (`docs/adr/0017-lru-behind-a-forecast.md`); of them `value` read the forecast itself.
+- Others were tried and are gone: `docs/adr/0017-lru-behind-a-forecast.md`.
 - `infinite`: nothing leaves the host. `belady` knows all arrivals; `kvflow` knows when each session
   comes back. Both give up what is used latest: the limit for pages found, not for goodput.
 - `tlru` is SGLang's T-LRU with a budget of 0.5 s, the tightest objective for the first token.
