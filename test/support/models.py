@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 
 def copy_with_other_weights(model: Path, to: Path) -> Path:
@@ -22,39 +23,30 @@ def copy_with_other_weights(model: Path, to: Path) -> Path:
 
 def tiny_model_for_two_ranks(model: Path, to: Path) -> Path:
     """Random weights, an even number of heads (the demo model has nine), `model`'s tokenizer."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    theirs = json.loads((model / "config.json").read_text())
-    config = LlamaConfig(
-        vocab_size=theirs["vocab_size"],
+    return _random_model(
+        model,
+        to,
+        LlamaConfig,
+        LlamaForCausalLM,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=4096,
-        # Wide enough that answers depend on the prompt and the best token stands out.
-        initializer_range=0.1,
-        bos_token_id=theirs["bos_token_id"],
-        eos_token_id=theirs["eos_token_id"],
-        dtype="float32",
     )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(to)
-    return to
 
 
 def tiny_mla_model(model: Path, to: Path) -> Path:
     """Random weights in the shape of DeepSeek-V2 (MLA), `model`'s tokenizer."""
-    import torch
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-    shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    theirs = json.loads((model / "config.json").read_text())
-    config = DeepseekV2Config(
-        vocab_size=theirs["vocab_size"],
+    return _random_model(
+        model,
+        to,
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=3,
@@ -72,7 +64,6 @@ def tiny_mla_model(model: Path, to: Path) -> Path:
         n_shared_experts=1,
         num_experts_per_tok=2,
         moe_intermediate_size=64,
-        max_position_embeddings=4096,
         # SGLang has no other positions for MLA on a CPU.
         rope_parameters={
             "rope_type": "yarn",
@@ -84,6 +75,19 @@ def tiny_mla_model(model: Path, to: Path) -> Path:
             "mscale": 0.707,
             "mscale_all_dim": 0.707,
         },
+    )
+
+
+def _random_model(model: Path, to: Path, config: Any, architecture: Any, **shape: Any) -> Path:
+    """`architecture`, of transformers, with random weights in this shape, `model`'s tokenizer."""
+    import torch
+
+    shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    theirs = json.loads((model / "config.json").read_text())
+    ours = config(
+        **shape,
+        vocab_size=theirs["vocab_size"],
+        max_position_embeddings=4096,
         # Wide enough that answers depend on the prompt and the best token stands out.
         initializer_range=0.1,
         bos_token_id=theirs["bos_token_id"],
@@ -91,7 +95,7 @@ def tiny_mla_model(model: Path, to: Path) -> Path:
         dtype="float32",
     )
     torch.manual_seed(0)
-    DeepseekV2ForCausalLM(config).save_pretrained(to)
+    architecture(ours).save_pretrained(to)
     return to
 
 
