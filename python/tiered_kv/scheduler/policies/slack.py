@@ -37,6 +37,7 @@ from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import SchedulerState
 from tiered_kv.scheduler.slack import (
     Job,
+    Price,
     Selection,
     price,
     queued_load_s,
@@ -49,6 +50,8 @@ from tiered_kv.scheduler.tenants import TenantShares
 HORIZON = 64
 #: Requests whose prefixes are forecast.
 FORECAST_LENGTH = 32
+#: Of who was admitted before it was priced.
+_NOTHING = Price(0.0, 0.0, 0.0)
 
 
 class SlackPolicy:
@@ -98,8 +101,7 @@ class SlackPolicy:
         if not self._waits(request_id):
             return
         entry = self._entries.get(request_id)
-        work_s = entry.price.work_s if entry is not None else 0.0
-        takes_s = entry.price.takes_s(self._slowdown) if entry is not None else 0.0
+        spent = entry.price if entry is not None else _NOTHING
         in_turn = False
         if self._in_turn and self._in_turn[0] == request_id:
             self._in_turn.popleft()
@@ -108,10 +110,10 @@ class SlackPolicy:
         if in_turn:
             self._protected.add(request_id)
         if self._config.aging:
-            self._overdue.admitted(work_s, in_turn=in_turn, now_s=now_s)
-        self._others.charge(request.tenant, work_s)
+            self._overdue.admitted(spent.work_s, in_turn=in_turn, now_s=now_s)
+        self._others.charge(request.tenant, spent.work_s)
         if self._config.gangs:
-            self._gangs.lead(request, now_s + takes_s)
+            self._gangs.lead(request, now_s + spent.takes_s(self._slowdown))
 
     def on_finish(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
         """One more length of an answer is known."""
