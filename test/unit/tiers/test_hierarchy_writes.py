@@ -1,4 +1,4 @@
-"""Pages on their way down: device -> host -> disk, with slow, full and failing tiers.
+"""Pages on their way down: device -> host -> disk, with slow and full tiers.
 
 Every page's bytes are a function of its chained hash, so "the right bytes" is checked everywhere:
 by each request's layers as they read their prefix, and over all tiers by `Rig.check`.
@@ -320,66 +320,6 @@ def test_what_can_not_fit_evicts_nothing(make_rig: MakeRig) -> None:
     rig.drain()
     rig.drop_from_device()
     assert rig.usable(new) == (0, 4)
-    rig.check_idle()
-
-
-# -- copies and writes that fail -------------------------------------------------------------------
-
-
-def test_a_copy_to_the_host_that_raises_gives_its_pages_back(make_rig: MakeRig) -> None:
-    rig = make_rig(disk=new_disk())
-    rig.copier.down.error = OSError("no such luck")
-    prompt = tokens_of(1, 2, 3)
-    rig.serve(prompt)
-    rig.drain()
-    assert rig.host.n_free == rig.host.n_pages
-    assert rig.usable(prompt) == (3, 0)
-    rig.check_idle()
-    # The pages are still good on the device, and are tried again when they are used again.
-    rig.copier.down.error = None
-    rig.serve(prompt)
-    rig.drain()
-    assert rig.stored_pages(prompt) == 3
-    rig.check_idle()
-    rig.check_disk()
-
-
-def test_a_failing_copy_above_what_never_fits_does_not_go_on_for_ever(make_rig: MakeRig) -> None:
-    rig = make_rig(32, 4, new_disk())
-    rig.copier.down.error = OSError("no such luck")
-    rig.serve(tokens_of(1))
-    rig.serve(tokens_of(1, *range(2, 20)))
-    rig.drain()
-    rig.check_idle()
-
-
-@pytest.mark.parametrize("n_pages", [0, 1, 2])
-def test_a_write_that_the_disk_cuts_short(make_rig: MakeRig, n_pages: int) -> None:
-    rig = make_rig(disk=new_disk())
-    rig.disk.pages_per_write = n_pages
-    prompt = tokens_of(1, 2, 3)
-    rig.serve(prompt)
-    rig.drain()
-    assert rig.stored_pages(prompt) == n_pages
-    assert states(rig, Tier.DISK) == [Residency.ABSENT]
-    rig.check_idle()
-    rig.check_disk()
-    rig.disk.pages_per_write = None
-    rig.serve(prompt)
-    rig.drain()
-    assert rig.stored_pages(prompt) == 3
-    rig.check_idle()
-
-
-def test_a_degraded_disk_costs_nothing_but_itself(make_rig: MakeRig) -> None:
-    rig = make_rig(16, 8, new_disk())
-    rig.disk.writes.error = OSError("disk full")
-    for n in range(10):
-        rig.serve(tokens_of(n, n + 1, n + 2, tail=1))
-        rig.check()
-    rig.drain()
-    assert len(rig.disk) == 0
-    assert states(rig, Tier.DISK) == [Residency.ABSENT] * len(rig.forest)
     rig.check_idle()
 
 

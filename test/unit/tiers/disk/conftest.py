@@ -20,7 +20,8 @@ from tiered_kv.tiers.disk.tier import DiskTier
 # Test modules are imported by path (importlib mode), so their neighbours need this to be found.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from disk_builders import MIB, PATIENCE_S
+import disk_builders
+from disk_builders import MIB, NAMESPACE, PAGE_BYTES, PATIENCE_S
 from tier_builders import Disk, pages_of, write
 
 
@@ -58,6 +59,15 @@ def open_store(directory: Path) -> Iterator[Callable[..., DiskStore]]:
     yield open_one
     for store in stores:
         store.close()
+
+
+@pytest.fixture
+def written(open_store: Callable[..., DiskStore], directory: Path) -> Path:
+    """A closed directory with pages 0..29, in slots 0..29 of its first segments."""
+    store = open_store()
+    disk_builders.write(store.namespace(NAMESPACE, PAGE_BYTES), range(30))
+    store.close()
+    return directory
 
 
 @pytest.fixture

@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tiered_kv.tiers.disk.namespace import DiskNamespace
+from tiered_kv.tiers.disk.record import BLOCK_BYTES
+from tiered_kv.tiers.disk.store import DiskStore
 
 MIB = 1 << 20
 PAGE_BYTES = 64 << 10
 PATIENCE_S = 20.0
+RECORD_BYTES = BLOCK_BYTES + PAGE_BYTES
 NAMESPACE = hashlib.sha256(b"a model").digest()
 
 
@@ -88,3 +91,15 @@ def disk_usage(directory: Path) -> int:
         except FileNotFoundError:
             continue
     return total
+
+
+def record_offset(slot: int) -> int:
+    """Where in its segment file the record of a page of PAGE_BYTES begins."""
+    return BLOCK_BYTES + slot * RECORD_BYTES
+
+
+def reopen(
+    open_store: Callable[..., DiskStore], **options: object
+) -> tuple[DiskStore, DiskNamespace]:
+    store = open_store(**options)
+    return store, store.namespace(NAMESPACE, PAGE_BYTES)
