@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from array import array
 
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from tiered_kv.core.errors import TieredKVError
 from tiered_kv.core.ids import PageHash
 from tiered_kv.forest.key import namespace_hash, page_hashes
+from tiered_kv.simulation import disk as simulated
 from tiered_kv.simulation.disk import SimulatedDisk
 from tiered_kv.tiers.alignment import round_up
 from tiered_kv.tiers.disk.budget import Budget
+from tiered_kv.tiers.disk.catalog import Catalog
 from tiered_kv.tiers.disk.record import BLOCK_BYTES
 
 PAGE_BYTES = 1 << 20
@@ -84,3 +87,30 @@ def test_a_page_that_was_read_once_survives_the_reclaim_of_its_segment() -> None
 def test_a_disk_too_small_for_two_pages_is_refused() -> None:
     with pytest.raises(TieredKVError, match="too small"):
         SimulatedDisk(PAGE_BYTES, PAGE_BYTES)
+
+
+class CatalogAtOnce(Catalog):
+    def note_uses(self) -> None:
+        """They are noted."""
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_uses_noted_late_change_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = random.Random(seed)
+    capacity = choose.choice([40, 100, 300]) * PAGE_BYTES
+    late = SimulatedDisk(capacity, PAGE_BYTES)
+    monkeypatch.setattr(simulated, "LateCatalog", CatalogAtOnce)
+    disks = (late, SimulatedDisk(capacity, PAGE_BYTES))
+    n_dropped = 0
+    for _ in range(300):
+        names = pages(choose.randrange(900), choose.randrange(1, 25))
+        if choose.random() < 0.5:
+            stored, as_many = [disk.put(names) for disk in disks]
+            assert stored == as_many
+        else:
+            for disk in disks:
+                disk.touch(names)
+        dropped, the_same = [disk.drain_dropped() for disk in disks]
+        assert dropped == the_same
+        n_dropped += len(dropped or ())
+    assert n_dropped > 0
