@@ -38,14 +38,19 @@ class Eviction:
         self._filters = {
             tier: ForecastFilter(forest, tier, make_order(forest, tier)) for tier in forest.tiers
         }
+        # What decides now: without a forecast nobody pays for the filter.
+        self._orders: dict[Tier, EvictionOrder] = {
+            tier: found.order for tier, found in self._filters.items()
+        }
 
     def on_forecast(self, forecast: DemandForecast) -> None:
         """This replaces the last forecast: what it names is passed over, within bounds."""
         if not self._protect_expected:
             return
         node_ids = soonest(forecast)
-        for kept in self._filters.values():
+        for tier, kept in self._filters.items():
             kept.expect(node_ids)
+            self._orders[tier] = kept if kept.is_active else kept.order
 
     def victims(self, tier: Tier, n_pages: int) -> list[Node]:
         """Nodes to evict from `tier`, which together have at least `n_pages` if possible.
@@ -54,7 +59,4 @@ class Eviction:
         one once those before it are gone. The last one is needed: without it there would be less
         than `n_pages`. Nothing in the forest is changed.
         """
-        found = self._filters[tier]
-        # Without a forecast nobody pays for the filter.
-        order = found if found.is_active else found.order
-        return find_victims(self._forest, tier, order, n_pages)
+        return find_victims(self._forest, tier, self._orders[tier], n_pages)
