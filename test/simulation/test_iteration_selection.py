@@ -121,6 +121,24 @@ def test_one_without_an_objective_makes_way_for_one_that_has_one() -> None:
     assert simulation.instances[0].cache.private_tokens == 0
 
 
+def test_nobody_makes_way_for_others_twice() -> None:
+    job = call(0, 0.0, range(1000, 1085), 1000)
+    urgent = [
+        call(n, 2.0 * n - 1.0, range(9000 * n, 9000 * n + 40), 20, tbt_slo_s=0.05, ttft_slo_s=0.5)
+        for n in (1, 2)
+    ]
+    settings = server(device_blocks=120, host_blocks=500, max_new_tokens=None)
+    result, _ = simulate([job, *urgent], replace(settings, iteration_policy="slack", swap=True))
+    gone, first, second = (result.records[n] for n in range(3))
+    assert gone.n_swaps == 1
+    assert first.ttft_s is not None
+    assert first.ttft_s < 0.5
+    assert second.finish_s is not None
+    assert gone.finish_s is not None
+    assert second.first_token_s is not None
+    assert second.first_token_s > gone.finish_s, "the job is not asked again"
+
+
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="round-robin, slack"):
         simulate([], server(iteration_policy="best"))

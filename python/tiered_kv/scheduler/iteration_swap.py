@@ -12,6 +12,9 @@ from collections.abc import Sequence
 
 from tiered_kv.scheduler.iteration_policy import RunningRequest
 
+#: How often a request makes way for others who wait; when memory runs out it may have to again.
+SWAPS_MAX = 1
+
 
 def choose_swap_out(
     running: Sequence[RunningRequest], short_tokens: int, for_tbt_s: float | None

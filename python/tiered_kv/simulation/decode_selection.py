@@ -16,6 +16,7 @@ from tiered_kv.scheduler.iteration_policy import (
     iteration_policies,
 )
 from tiered_kv.scheduler.iteration_slack import SlackIterations
+from tiered_kv.scheduler.iteration_swap import SWAPS_MAX
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
 from tiered_kv.scheduler.prompts_ahead import PromptsAhead
 from tiered_kv.scheduler.request_policy import SchedulerState
@@ -27,8 +28,6 @@ from tiered_kv.simulation.settings import InstanceSettings
 ALL_DECODE = "all"
 #: Where all decode although not everyone is in time, the policy is asked again after so many.
 PASSES_PER_PLAN = 4
-#: A request that made way so often keeps its place.
-SWAPS_MAX = 3
 
 
 @dataclass(slots=True)
@@ -80,7 +79,7 @@ class DecodeSelection:
             live.last_token_s,
             queued.slo.tbt_s,
             gang=gang,
-            can_swap=live.n_swaps < SWAPS_MAX,
+            can_swap=live.n_made_way < SWAPS_MAX,
         )
 
     def left(self, live: LiveRequest) -> None:

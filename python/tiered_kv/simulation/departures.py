@@ -59,6 +59,7 @@ class Departures:
         by_id = {one.queued.request_id: one for one in self._running.requests}
         victims = self._selection.swap_out(now_s, missing_tokens, live.queued.slo.tbt_s)
         for request_id in victims:
+            by_id[request_id].n_made_way += 1
             self.leave(by_id[request_id], now_s, processed_tokens)
         return bool(victims)
 

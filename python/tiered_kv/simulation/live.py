@@ -70,6 +70,8 @@ class LiveRequest:
     last_token_s: float = 0.0
     """When it got its last token."""
     n_swaps: int = 0
+    n_made_way: int = 0
+    """Those of them that were for others, who waited."""
     first_step: int = 0
     """Number of the first decode step it takes part in, since it last joined the batch."""
     token_times_s: list[array[float]] = field(default_factory=list)

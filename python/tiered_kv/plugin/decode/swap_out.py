@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin.queue.again import Why, has_room, queue_again
 from tiered_kv.plugin.requests.view import is_named_by_tokens
+from tiered_kv.scheduler.iteration_swap import SWAPS_MAX
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-#: How often a request makes way for others who wait; when memory runs out it may have to again.
-SWAPS_MAX = 1
 _N_SWAPS = "tiered_kv_n_swaps"
 
 
