@@ -19,10 +19,6 @@ class IterationConfig:
     caution: float = 0.94
     """Share of each token objective that is planned with: predictions are not exact."""
 
-    stretch: float = 1.0
-    """How far one gap may exceed the objective if the mean pace since the first token still holds:
-    1 holds every gap to it, 2 lets a request that is ahead wait twice as long."""
-
     select: bool = True
     """Whether anyone is parked; else all decode, and only prefill follows the decode slack."""
 
@@ -46,7 +42,6 @@ class IterationConfig:
         for name, value, is_right in (
             ("max_park_s", self.max_park_s, self.max_park_s > 0),
             ("caution", self.caution, 0 < self.caution <= 1),
-            ("stretch", self.stretch, self.stretch >= 1),
             ("prefill_share", self.prefill_share, 0 <= self.prefill_share <= 1),
             ("least_throughput", self.least_throughput, 0 <= self.least_throughput <= 1),
             ("pass_share", self.pass_share, self.pass_share > 0),

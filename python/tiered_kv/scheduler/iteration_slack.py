@@ -166,15 +166,9 @@ def _parts(
 
 def due_s(request: RunningRequest, config: IterationConfig) -> float:
     """When its next token is due, to plan with; without an objective, when it has to decode."""
-    tbt_s = request.tbt_s
-    last_s = request.last_token_s
-    if tbt_s is None:
-        return last_s + max_park_s(request, config)
-    soonest_s = last_s + config.caution * tbt_s
-    if config.stretch == 1.0 or request.next_token_due_s is None:
-        return soonest_s
-    latest_s = last_s + config.caution * config.stretch * tbt_s
-    return min(max(soonest_s, request.next_token_due_s), latest_s)
+    if request.tbt_s is None:
+        return request.last_token_s + max_park_s(request, config)
+    return request.last_token_s + config.caution * request.tbt_s
 
 
 def _is_overdue(request: RunningRequest, now_s: float, config: IterationConfig) -> bool:

@@ -51,9 +51,6 @@ class AdmissionPlan:
     mix_decodes: bool = False
     """Whether running requests decode in the same iteration, even where that is not configured."""
 
-    relegated: frozenset[int] = frozenset()
-    """Ids in `order` that were put behind the others because their deadline is beyond hope."""
-
     admit_at_most: int | None = None
     """Most requests of `order` to admit before asking again; None: no such limit. More would break
     the memory forecast, or the deadline of one of the first."""

@@ -32,7 +32,7 @@ class QueuedRequest:
     priority: int = 0
     """Larger is more important."""
     tenant: str = ""
-    """On whose behalf; tenants share capacity by weight."""
+    """On whose behalf; tenants get the same."""
     expected_output_tokens: int | None = None
     """What the caller says about the length of the answer (`api.hints`)."""
 

@@ -1,6 +1,6 @@
-"""Fairness between tenants: work in proportion to weights, as in start-time fair queueing.
+"""Fairness between tenants: the same work for all who want it, as in start-time fair queueing.
 
-Each tenant has a virtual time, the work it was given over its weight; who is behind goes first. A
+Each tenant has a virtual time, the work it was given; who is behind goes first. A
 tenant that had nothing waiting does not save up: it starts at the virtual time of the one furthest
 behind (Goyal et al., SIGCOMM 1996).
 
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 
 from tiered_kv.scheduler.ordered import OrderedIds
 
-#: A tenant this many weighted seconds of work ahead of the last counts half.
+#: A tenant this many seconds of work ahead of the last counts half.
 LEAD_HALF_S = 10.0
 #: Tenants that have a virtual time of their own, waiting or not.
 TENANTS_MAX = 1024
@@ -29,8 +29,7 @@ OTHERS = "others " * 10
 class TenantShares:
     """Waiting requests of each tenant in the order of their keys."""
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        self._weights = dict(weights)
+    def __init__(self) -> None:
         self._queues: dict[str, OrderedIds] = {}
         self._tenant_of: dict[int, str] = {}
         self._virtual_s: dict[str, float] = {}
@@ -76,7 +75,7 @@ class TenantShares:
         is_waiting = name in self._queues
         if is_waiting:
             self._stop_waiting(name)
-        self._virtual_s[name] = virtual_s + work_s / self._weights.get(tenant, 1.0)
+        self._virtual_s[name] = virtual_s + work_s
         self._now_s = max(self._now_s, self._virtual_s[name])
         if is_waiting:
             insort(self._waiting, (self._virtual_s[name], name))

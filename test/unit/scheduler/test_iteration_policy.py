@@ -217,7 +217,6 @@ def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
     [
         {"max_park_s": 0.0},
         {"caution": 1.5},
-        {"stretch": 0.5},
         {"prefill_share": 2.0},
         {"pass_share": 0.0},
     ],

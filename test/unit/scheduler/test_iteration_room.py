@@ -174,7 +174,7 @@ def test_nothing_that_could_be_computed_is_no_question() -> None:
 
 
 def test_one_room_takes_the_place_of_the_other_and_who_waits_limits_both() -> None:
-    asked = AdmissionPlan((7, 8), relegated=frozenset({8}), room=PrefillRoom(0, 0))
+    asked = AdmissionPlan((7, 8), room=PrefillRoom(0, 0))
     assert limits(asked, None) == (0, 0)
     assert limits(asked, NO_LIMIT) == (None, None)
     assert limits(asked, PrefillRoom(40, 3)) == (40, 3)

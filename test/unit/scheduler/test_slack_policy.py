@@ -73,22 +73,20 @@ class TestDeadlines:
         q.arrive(1, blocks(1), slo=LOOSE)
         q.arrive(2, blocks(2), slo=TIGHT)
         q.arrive(3, blocks(3))
-        plan = q.plan()
-        assert plan.order == (2, 1, 0, 3)
-        assert plan.relegated == {0, 3}
+        assert q.order() == [2, 1, 0, 3]
 
     def test_hope_returns_when_the_prefix_gets_cached(self) -> None:
         q = queue()
         # About 0.7 s of prefill in 0.5 s.
         late = q.arrive(0, blocks(0, 350), slo=TIGHT)
-        q.arrive(1, blocks(1), slo=TIGHT)
-        assert q.plan().relegated == {0}
+        q.arrive(1, blocks(1), slo=LOOSE)
+        assert q.order() == [1, 0]
         q.cache(blocks(0, 340))
         for request in q.waiting.changed(q.forest.match(q.root, late.tokens).path):
             q.policy.on_cached_change(request, q.now_s)
         # It was matched at its arrival, and nothing was below: it is looked up by its beginning.
         assert late.device_tokens == 340 * BLOCK_TOKENS
-        assert q.plan().relegated == set()
+        assert q.order() == [0, 1]
 
     def test_of_those_who_cannot_all_be_in_time_the_longest_gives_way(self) -> None:
         q = queue()
@@ -231,16 +229,16 @@ class TestGangs:
         assert q.order() == [0, 1, 2]
 
 
-def test_tenants_share_by_weight_where_no_deadline_decides() -> None:
-    q = queue(tenant_weights=(("a", 2.0),))
+def test_tenants_get_the_same_where_no_deadline_decides() -> None:
+    q = queue()
     for request_id in range(60):
         request = q.arrive(request_id, blocks(request_id, 4))
-        request.tenant = "a" if request_id < 30 else "b"
+        request.tenant = "a" if request_id < 40 else "b"
     admitted = []
     for _ in range(30):
         admitted.append(q.order(limit=1)[0])
         q.admit(admitted[-1])
-    assert 19 <= sum(request_id < 30 for request_id in admitted) <= 21
+    assert 14 <= sum(request_id < 40 for request_id in admitted) <= 16
 
 
 def test_the_forecast_names_the_next_prefixes_and_when() -> None:

@@ -56,7 +56,6 @@ class Niyama(QuietPolicy):
         decode_s = self._output_estimate() * costs.iteration_s(
             (), state.decode_context_tokens, len(state.running) + 1
         )
-        hopeless: set[int] = set()
 
         def key(request: QueuedRequest) -> tuple[bool, float]:
             left_s = costs.prefill_s(request.uncached_tokens, request.cached_tokens)
@@ -64,19 +63,12 @@ class Niyama(QuietPolicy):
             if math.isinf(deadline_s):
                 deadline_s = request.arrival_s + BATCH_TTFT_S
             is_late = not request.output_tokens and now_s + left_s > deadline_s
-            if is_late:
-                hopeless.add(request.request_id)
             if request.slo.tbt_s is None:
                 left_s += decode_s
             return is_late, deadline_s + self._alpha * left_s
 
         order = tuple(r.request_id for r in nsmallest(limit, state.candidates(), key=key))
-        return AdmissionPlan(
-            order,
-            room=self._room(state),
-            mix_decodes=True,
-            relegated=frozenset(hopeless.intersection(order)),
-        )
+        return AdmissionPlan(order, room=self._room(state), mix_decodes=True)
 
     def urgency(self, request: QueuedRequest) -> Urgency:
         """By deadline."""

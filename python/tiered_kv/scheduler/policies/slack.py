@@ -65,7 +65,7 @@ class SlackPolicy:
         """Those who could be in time if they ran at once."""
         self._by_start = OrderedIds()
         """The same by latest start."""
-        self._others = TenantShares(dict(config.tenant_weights))
+        self._others = TenantShares()
         self._overdue = Overdue(config.overdue_share)
         self._in_turn: deque[int] = deque()
         """The overdue that could start at the last plan, by arrival."""
@@ -157,8 +157,7 @@ class SlackPolicy:
         self._gangs.expire(state.now_s)
         self._in_turn = deque(islice(self._overdue.by_arrival(state.now_s), limit))
         self._is_their_turn = self._overdue.is_their_turn()
-        late: set[int] = set()
-        head = tuple(islice(self._order(state, jobs, selection, late), limit))
+        head = tuple(islice(self._order(state, jobs, selection), limit))
         self._head = head[:FORECAST_LENGTH]
         goes_on = unfinished is not None and not is_put_back
         first = [self._entries[request_id].request for request_id in head]
@@ -171,7 +170,6 @@ class SlackPolicy:
             room=room,
             ahead=ahead,
             mix_decodes=everyone.is_mixed,
-            relegated=frozenset(late.intersection(head)),
             admit_at_most=self._admit_at_most(state, first),
             first_or_none=self._is_their_turn and bool(self._in_turn),
             put_back_unfinished=is_put_back,
@@ -303,10 +301,8 @@ class SlackPolicy:
 
     # -- the order ----------------------------------------------------------------------------
 
-    def _order(
-        self, state: SchedulerState, jobs: list[Job], selection: Selection, late: set[int]
-    ) -> Iterator[int]:
-        """Ids, the first to be admitted first, gangs together. Adds to `late` who is relegated."""
+    def _order(self, state: SchedulerState, jobs: list[Job], selection: Selection) -> Iterator[int]:
+        """Ids, the first to be admitted first, gangs together."""
         waits = partial(self._is_to_wait, state)
         queue = Queue(self._entries, self._gangs, self._memory.lengths, self._slowdown, waits)
         order = GangOrder(queue, state, self._config, self._spare_s(selection, state.now_s))
@@ -321,9 +317,8 @@ class SlackPolicy:
         yield from order.with_gangs(rid for rid in self._by_deadline if rid not in decided)
         behind = {rid: self._aged_key(self._entries[rid]) for rid in left_out}
         tenants = {rid: self._entries[rid].request.tenant for rid in left_out}
-        for request_id in order.with_gangs(self._others.merged(behind, tenants)):
-            late.add(request_id)
-            yield request_id
+        # Relegated, or never in a hurry.
+        yield from order.with_gangs(self._others.merged(behind, tenants))
 
     def _spare_s(self, selection: Selection, now_s: float) -> float:
         """How much can be put in front of those in time without making one of them late."""

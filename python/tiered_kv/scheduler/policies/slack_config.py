@@ -20,9 +20,6 @@ class SlackConfig:
     patience: float = 4.0
     """Without a deadline to meet, a request waits so many times the work it exceeds another by."""
 
-    tenant_weights: tuple[tuple[str, float], ...] = ()
-    """(tenant, share of capacity relative to others); 1 for those not named."""
-
     gangs: bool = True
     """Whether requests that share a prefix go together, and wait for one to compute it."""
 
@@ -64,8 +61,3 @@ class SlackConfig:
         ):
             if not is_right:
                 raise ConfigError(f"{name} of the policy slack can't be {value}; see its docs.")
-        for tenant, weight in self.tenant_weights:
-            if not weight > 0:
-                raise ConfigError(
-                    f"The weight of tenant {tenant!r} must be positive, not {weight}."
-                )
