@@ -28,8 +28,8 @@ def give_costs(
             (Tier.DEVICE, Tier.HOST): EdgeCost(page_bytes / load_page_s, 0.0),
             (Tier.DISK, Tier.HOST): EdgeCost(page_bytes / read_page_s, 0.0),
             (Tier.HOST, Tier.DISK): EdgeCost(page_bytes / read_page_s, 0.0),
-            (Tier.REMOTE, Tier.HOST): EdgeCost(page_bytes / (2 * read_page_s), 0.0),
-            (Tier.HOST, Tier.REMOTE): EdgeCost(page_bytes / (2 * read_page_s), 0.0),
+            (Tier.STORE, Tier.HOST): EdgeCost(page_bytes / (2 * read_page_s), 0.0),
+            (Tier.HOST, Tier.STORE): EdgeCost(page_bytes / (2 * read_page_s), 0.0),
         },
     )
     costs = PlacementCosts(model, bytes_per_token=page_bytes / PAGE_SIZE)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from support_tiers.doubles import Faults
+from tiered_kv.tiers.shared.blobs import Pieces
 
 
 class SharedBlobs:
@@ -14,6 +15,8 @@ class SharedBlobs:
 
     A lie is what a `read` returns instead of the blob: see `torn`, `foreign` and `stale`.
     """
+
+    name = "double"
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -23,15 +26,20 @@ class SharedBlobs:
         self.takes: Callable[[str], bool] = lambda _: True
         """Whether a blob is stored, rather than refused."""
 
+    def memory(self, n_bytes: int) -> memoryview:
+        return memoryview(bytearray(n_bytes))
+
     def exist(self, keys: Sequence[str]) -> list[bool]:
         self.asks.pass_through()
         with self._lock:
             return [key in self.blobs for key in keys]
 
-    def read(self, keys: Sequence[str], buffers: Sequence[memoryview]) -> list[int]:
+    touch = exist
+
+    def read(self, keys: Sequence[str], blobs: Sequence[Pieces]) -> list[int]:
         self.reads.pass_through()
         sizes = []
-        for key, buffer in zip(keys, buffers, strict=True):
+        for key, pieces in zip(keys, blobs, strict=True):
             with self._lock:
                 blob = self.blobs.get(key)
             if blob is not None and self.lie is not None:
@@ -39,19 +47,27 @@ class SharedBlobs:
             if blob is None:
                 sizes.append(-1)
                 continue
-            n = min(len(blob), len(buffer))
-            buffer[:n] = blob[:n]
+            at = 0
+            for piece in pieces:
+                part = blob[at : at + len(piece)]
+                piece[: len(part)] = part
+                at += len(piece)
             sizes.append(len(blob))
         return sizes
 
-    def write(self, keys: Sequence[str], blobs: Sequence[memoryview]) -> list[bool]:
+    def write(
+        self, keys: Sequence[str], blobs: Sequence[Pieces], replaced: Sequence[bool]
+    ) -> list[bool]:
         self.writes.pass_through()
         taken = [self.takes(key) for key in keys]
         with self._lock:
-            for key, blob, is_taken in zip(keys, blobs, taken, strict=True):
+            for key, pieces, is_taken in zip(keys, blobs, taken, strict=True):
                 if is_taken:
-                    self.blobs[key] = bytes(blob)
+                    self.blobs[key] = b"".join(pieces)
         return taken
+
+    def close(self) -> None:
+        pass
 
     # -- what becomes of them -----------------------------------------------------------------
 

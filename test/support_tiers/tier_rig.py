@@ -46,7 +46,8 @@ from tiered_kv.forest.key import TreeKey, page_hashes
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.tiers.cold.local_pages import LocalStore
-from tiered_kv.tiers.cold.object_store import ObjectStore
+from tiered_kv.tiers.shared.link import StoreLink
+from tiered_kv.tiers.shared.object_store import ObjectStore
 from tiered_kv.tiers.cold.read_queue import ReadQueue
 from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.cold.writes import ColdWrite
@@ -108,7 +109,7 @@ class Rig(RigChecks, RigRequests):
         self.allocator = PagedAllocator(n_device_pages, page_size)
         self.remote = remote
         self.namespace = namespace
-        tiers = tuple(tier for tier in Tier if tier is not Tier.REMOTE or remote is not None)
+        tiers = tuple(tier for tier in Tier if tier is not Tier.STORE or remote is not None)
         self.forest = Forest(page_size, tiers=tiers)
         self.events = Events()
         self.disk = disk
@@ -149,9 +150,9 @@ class Rig(RigChecks, RigRequests):
             stores.append(StoreOfAnother(traits))
         if self.remote is not None:
             page_format = self.copier.page_format
-            traits = StoreTraits(Tier.REMOTE, page_format, knows_locally=False)
+            traits = StoreTraits(Tier.STORE, page_format, knows_locally=False)
             name = hashlib.sha256(self.namespace + bytes([self.shard])).digest()
-            stores.append(ObjectStore(self.remote, name, traits))
+            stores.append(ObjectStore(StoreLink(self.remote), name, traits))
         return tuple(stores)
 
     def use(self, disk: Any, page_format: PageFormat | None = None) -> None:

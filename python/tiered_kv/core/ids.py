@@ -12,7 +12,7 @@ class Tier(enum.IntEnum):
     DEVICE = 0
     HOST = 1
     DISK = 2
-    REMOTE = 3
+    STORE = 3
 
 
 PageHash: TypeAlias = bytes

@@ -60,3 +60,16 @@ def format_bytes(n_bytes: int) -> str:
         size /= 1024
         units.pop()
     return f"{size:.1f}".removesuffix(".0") + f" {units[-1]}"
+
+
+_SECONDS = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-z]*)\s*")
+
+
+def parse_seconds(duration: str) -> float:
+    """Seconds of a text such as "500ms", "2s", "30m", "1.5h" or "2". Raises ConfigError."""
+    matched = _DURATION.fullmatch(duration)
+    factor = _SECONDS.get(matched[2]) if matched else None
+    if matched is None or factor is None:
+        raise ConfigError(f"{duration!r} is not a time; write for example 500ms, 2s or 30m.")
+    return float(matched[1]) * factor

@@ -57,7 +57,7 @@ class MemoryManager:
             Tier.DEVICE: True,
             Tier.HOST: config.host_enabled,
             Tier.DISK: config.disk_enabled,
-            Tier.REMOTE: True,
+            Tier.STORE: True,
         }
 
     # -- downwards ----------------------------------------------------------------------------

@@ -56,6 +56,14 @@ class Gate:
     def is_degraded(self) -> bool:
         return self._read_only or self._pause_s > 0.0
 
+    @property
+    def is_passable(self) -> bool:
+        """Whether a call that came now would be let through."""
+        if not self.is_degraded:
+            return True
+        with self._lock:
+            return not (self._read_only or self._probing or self._now() < self._retry_at)
+
     def try_enter(self) -> Admission | None:
         """May this call go ahead?"""
         if not self.is_degraded:

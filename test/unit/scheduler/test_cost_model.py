@@ -144,8 +144,8 @@ def test_a_load_through_two_edges_runs_at_the_pace_of_the_narrower() -> None:
 
 
 def test_an_unknown_edge_is_named() -> None:
-    with pytest.raises(ConfigError, match="REMOTE to HOST"):
-        make().load_s(Tier.REMOTE, Tier.DEVICE, 1)
+    with pytest.raises(ConfigError, match="STORE to HOST"):
+        make().load_s(Tier.STORE, Tier.DEVICE, 1)
 
 
 @pytest.mark.parametrize(("bandwidth", "latency_s"), [(0, 0), (-1, 0), (1, -1)])

@@ -27,7 +27,7 @@ MEDIUM = {
     Tier.DEVICE: StorageMedium.GPU,
     Tier.HOST: StorageMedium.CPU,
     Tier.DISK: StorageMedium.DISK,
-    Tier.REMOTE: StorageMedium.EXTERNAL,
+    Tier.STORE: StorageMedium.EXTERNAL,
 }
 
 

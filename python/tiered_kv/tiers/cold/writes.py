@@ -110,7 +110,7 @@ class ColdWrites:
         host_pages = host_pages_of(node)
         context.forest.start_transfer(node, self.tier, Residency.WRITING_BACK, None, op)
         context.forest.pin(node, Tier.HOST)
-        hashes, above = list(node.page_hashes), _hashes_above(node)
+        hashes, above = list(node.page_hashes), _hashes_above(node, self.tier)
         epoch, wanted = context.epoch, Wanted()
         self.queue.submit(ColdWrite(op, store, node, hashes, host_pages, above, epoch, wanted))
 
@@ -149,11 +149,12 @@ class ColdWrites:
         context.stored(nodes, self.tier)
 
 
-def _hashes_above(node: Node) -> tuple[list[bytes], ...]:
-    """Page hashes of the nodes above, by node: whoever adds to a prefix uses it."""
+def _hashes_above(node: Node, tier: Tier) -> tuple[list[bytes], ...]:
+    """Page hashes of the nodes above that the store has: whoever adds to a prefix uses it."""
     above = []
     at = node.parent
     while at is not None and not at.is_root:
-        above.append(at.page_hashes)
+        if at.state(tier) is Residency.RESIDENT:
+            above.append(at.page_hashes)
         at = at.parent
     return tuple(above)

@@ -36,6 +36,7 @@ from tiered_kv.tiers.disk.record import (
 )
 
 KEY_BYTES = 32
+AEAD_TAG_BYTES = 16
 _KEY_FILE_BYTES_MAX = 1024
 _NONCE = bytes(12)
 _Aead: TypeAlias = type[AESGCM] | type[ChaCha20Poly1305]
@@ -90,6 +91,14 @@ def cipher_of(header: EncryptionHeader, key: bytes) -> PageCipher | None:
     if not hmac.compare_digest(header.key_check, _derive(key, header.salt, b"key check")):
         return None
     return PageCipher(header.cipher, _derive(key, header.salt, b"pages"))
+
+
+def new_cipher(key: bytes) -> PageCipher:
+    """Under a key of 32 bytes that is used for nothing else.
+
+    Always AES: servers of several kinds are to read what one of them wrote.
+    """
+    return PageCipher(AES, key)
 
 
 def _derive(key: bytes, salt: bytes, purpose: bytes) -> bytes:

@@ -17,7 +17,10 @@ import pytest
 from support_tiers.shared_blobs import SharedBlobs, lies
 from tiered_kv.core.ids import Tier
 from tiered_kv.tiers.cold.local_pages import LocalStore
-from tiered_kv.tiers.cold.object_store import ObjectStore
+from tiered_kv.tiers.shared.blobs import Blobs
+from tiered_kv.tiers.shared.envelope import HEADER_BYTES, Envelope, StoreSecrets
+from tiered_kv.tiers.shared.link import StoreLink
+from tiered_kv.tiers.shared.object_store import ObjectStore
 from tiered_kv.tiers.disk.store import DiskStore
 from tiered_kv.tiers.in_memory import InMemoryStore
 from tiered_kv.tiers.page_format import PageFormat
@@ -36,8 +39,20 @@ def on_disk(path: Path, key: bytes | None = None) -> tuple[Any, MakeStore]:
     return store.close, lambda name: LocalStore(store.namespace(name, PAGE.page_bytes), PAGE)
 
 
-@pytest.fixture(params=["memory", "disk", "encrypted disk", "blobs", "blobs with a key"])
-def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeStore]:
+SECRETS = {
+    "blobs": StoreSecrets(),
+    "blobs with a key": StoreSecrets(b"c" * 32),
+    "encrypted blobs": StoreSecrets(b"c" * 32, encrypts=True),
+}
+
+
+ENGINES = ("valkey", pytest.param("mooncake", marks=pytest.mark.long))
+
+
+@pytest.fixture(params=["memory", "disk", "encrypted disk", *SECRETS, *ENGINES])
+def make_store(
+    request: pytest.FixtureRequest, tmp_path: Path, engine: Callable[[str], Blobs]
+) -> Iterator[MakeStore]:
     close: Callable[[], Any] = lambda: None  # noqa: E731
     if request.param == "memory":
         memory = InMemoryStore()
@@ -46,10 +61,10 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeS
         close, make = on_disk(tmp_path, b"k" * 32 if "encrypted" in request.param else None)
         yield make
     else:
-        blobs = SharedBlobs()
-        traits = StoreTraits(Tier.REMOTE, PAGE, knows_locally=False)
-        key = b"cluster" if "key" in request.param else b""
-        yield lambda name: ObjectStore(blobs, name, traits, key)
+        blobs = SharedBlobs() if request.param in SECRETS else engine(request.param)
+        traits = StoreTraits(Tier.STORE, PAGE, knows_locally=False)
+        secrets = SECRETS.get(request.param, SECRETS["encrypted blobs"])
+        yield lambda name: ObjectStore(StoreLink(blobs), name, traits, secrets)
     close()
 
 
@@ -126,6 +141,8 @@ def test_nothing_is_asked_and_nothing_comes(store: PageStore) -> None:
 def test_touching_and_dropping(store: PageStore) -> None:
     put(store, 1, 2)
     store.touch(hashes(1, 2, 77))
+    # A store that is asked says what has gone; whether it was ever there it cannot say.
+    assert store.drain_dropped() == ([] if store.traits.knows_locally else hashes(77))
     assert store.drain_dropped() == []
 
 
@@ -170,14 +187,19 @@ def clock() -> Clock:
     return Clock()
 
 
-def shared(blobs: SharedBlobs, clock: Clock, name: bytes = NAMESPACE, **more: Any) -> ObjectStore:
-    traits = StoreTraits(Tier.REMOTE, PAGE, knows_locally=False)
-    return ObjectStore(blobs, name, traits, now=clock, **more)
+def shared(
+    blobs: SharedBlobs, clock: Clock, name: bytes = NAMESPACE, secrets: StoreSecrets = SECRETS["blobs"]
+) -> ObjectStore:
+    traits = StoreTraits(Tier.STORE, PAGE, knows_locally=False)
+    return ObjectStore(StoreLink(blobs, now=clock), name, traits, secrets)
 
 
+@pytest.mark.parametrize("secrets", SECRETS.values(), ids=SECRETS)
 @pytest.mark.parametrize("what", [name for name, _ in lies(SharedBlobs())])
-def test_a_lie_is_a_miss_and_is_replaced(blobs: SharedBlobs, clock: Clock, what: str) -> None:
-    store = shared(blobs, clock)
+def test_a_lie_is_a_miss_and_is_replaced(
+    blobs: SharedBlobs, clock: Clock, what: str, secrets: StoreSecrets
+) -> None:
+    store = shared(blobs, clock, secrets=secrets)
     put(store, 1, 2, 3)
     honest = dict(blobs.blobs)
     lie = dict(lies(blobs))[what]
@@ -188,21 +210,55 @@ def test_a_lie_is_a_miss_and_is_replaced(blobs: SharedBlobs, clock: Clock, what:
     if what != "forgotten":
         blobs.blobs[second] = b"something else"
         assert put(store, 2) == 1
-    assert blobs.blobs == honest
+    if not secrets.encrypts:
+        assert blobs.blobs == honest
     assert get(store, 1, 2, 3) == [page(1), page(2), page(3)]
 
 
-def test_blobs_of_others_are_theirs(blobs: SharedBlobs, clock: Clock) -> None:
-    mine = shared(blobs, clock, key=b"one")
+@pytest.mark.parametrize("encrypts", [False, True])
+def test_blobs_of_others_are_theirs(blobs: SharedBlobs, clock: Clock, encrypts: bool) -> None:
+    one, two = StoreSecrets(b"1" * 32, encrypts), StoreSecrets(b"2" * 32, encrypts)
+    mine = shared(blobs, clock, secrets=one)
     put(mine, 1)
-    for other in (shared(blobs, clock, key=b"two"), shared(blobs, clock, OTHER, key=b"one")):
-        assert other.lookup(hashes(1)) == 0
+    others = [(NAMESPACE, two), (OTHER, one), (NAMESPACE, StoreSecrets(b"1" * 32, not encrypts))]
+    for name, secrets in others:
+        other = shared(blobs, clock, name, secrets)
         # Even where somebody gives it the name that is asked for.
         (theirs,), (ours,) = other._keys(hashes(1)), mine._keys(hashes(1))
+        assert other.lookup(hashes(1)) == int(theirs == ours)
+        before = dict(blobs.blobs)
         blobs.blobs[theirs] = blobs.blobs[ours]
-        has_its_namespace = other._namespace_id == NAMESPACE
-        assert bool(get(other, 1)) is has_its_namespace
-        del blobs.blobs[theirs]
+        assert get(other, 1) == []
+        blobs.blobs = before
+    assert get(mine, 1) == [page(1)]
+
+
+def test_with_a_key_a_blob_tells_nothing_and_none_can_be_made(
+    blobs: SharedBlobs, clock: Clock
+) -> None:
+    """Whoever reaches the store knows the namespace and guesses a prompt."""
+    store = shared(blobs, clock, secrets=SECRETS["blobs with a key"])
+    put(store, 1)
+    ((key, blob),) = blobs.blobs.items()
+    guess = hashes(1)[0]
+    stranger = shared(blobs, clock)
+    assert stranger.lookup([guess]) == 0
+    assert guess not in blob
+    assert NAMESPACE not in blob
+    forged = Envelope(StoreSecrets(), NAMESPACE, PAGE.page_bytes)
+    header, payload = memoryview(bytearray(HEADER_BYTES)), memoryview(page(1, tag=66))
+    forged.seal(bytes.fromhex(key), payload, header, None)
+    blobs.blobs[key] = bytes(header) + bytes(payload)
+    assert get(store, 1) == []
+
+
+def test_encrypted_pages_are_not_readable_in_the_store(blobs: SharedBlobs, clock: Clock) -> None:
+    put(shared(blobs, clock, secrets=SECRETS["blobs with a key"]), 1)
+    assert any(page(1) in blob for blob in blobs.blobs.values())
+    blobs.forget()
+    put(shared(blobs, clock, secrets=SECRETS["encrypted blobs"]), 1)
+    assert blobs.blobs
+    assert not any(page(1)[:16] in blob for blob in blobs.blobs.values())
 
 
 def test_what_is_refused_ends_what_is_stored(blobs: SharedBlobs, clock: Clock) -> None:
@@ -225,7 +281,7 @@ def test_an_error_is_a_miss_and_is_not_tried_all_the_time(
         assert store.lookup(hashes(1)) == 0
     assert store.is_degraded
     assert len(caplog.messages) == 1
-    assert "Cold store remote is not read because of an error (no route)" in caplog.text
+    assert "Store double is not read because of an error (no route)" in caplog.text
     blobs.reads.error = blobs.asks.error = None
     assert get(store, 1) == []
     clock.now_s += 1.0

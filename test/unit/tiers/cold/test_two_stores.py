@@ -21,7 +21,7 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.cold.lookup import INLINE_LOOKUP_PAGES
-from tiered_kv.tiers.cold.object_store import ObjectStore
+from tiered_kv.tiers.shared.object_store import ObjectStore
 from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.in_memory import InMemoryStore
 
@@ -105,7 +105,7 @@ def test_one_prompt_from_both(rig: Rig) -> None:
     root = rig.hierarchy.root()
     path = rig.hierarchy.match(root, PROMPT).host
     assert [(node.n_pages, node.state(Tier.DISK)) for node in path] == [(5, RESIDENT), (3, ABSENT)]
-    assert {node.state(Tier.REMOTE) for node in path[1:]} == {RESIDENT}
+    assert {node.state(Tier.STORE) for node in path[1:]} == {RESIDENT}
     rig.serve(PROMPT)
     rig.drain()
     rig.check_idle()
@@ -239,7 +239,7 @@ def test_a_cleared_disk_leaves_the_other_alone(rig: Rig) -> None:
     rig.hierarchy.forget_stored(Tier.DISK)
     rig.disk.clear_all()
     last = rig.hierarchy.match(rig.hierarchy.root(), PROMPT).last
-    assert (last.state(Tier.DISK), last.state(Tier.REMOTE)) == (ABSENT, RESIDENT)
+    assert (last.state(Tier.DISK), last.state(Tier.STORE)) == (ABSENT, RESIDENT)
     rig.drop_from_device()
     rig.drop_from_host()
     assert rig.prefetch("r", PROMPT) == N_PAGES * PAGE_SIZE

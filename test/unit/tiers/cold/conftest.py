@@ -1,0 +1,63 @@
+"""Real stores, one of each for all tests here, empty for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from harness.stores import Mooncake, Process, valkey_server
+from support.engines import engine_or_skip
+from tiered_kv.tiers.shared.address import parse_address
+from tiered_kv.tiers.shared.blobs import Blobs
+
+DEADLINE_S = 2.0
+
+
+@pytest.fixture(scope="session")
+def valkey_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    server = engine_or_skip(lambda: valkey_server(tmp_path_factory.mktemp("valkey")))
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mooncake_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mooncake]:
+    cluster = engine_or_skip(lambda: Mooncake(tmp_path_factory.mktemp("mooncake")))
+    with cluster:
+        yield cluster
+
+
+@pytest.fixture
+def valkey_blobs(valkey_process: Process) -> Iterator[Any]:
+    from tiered_kv.tiers.shared.valkey import ValkeyBlobs
+
+    address = parse_address("--tiered-kv-store", f"valkey://127.0.0.1:{valkey_process.port}")
+    blobs = ValkeyBlobs(address, DEADLINE_S)
+    blobs._client.flushall()
+    yield blobs
+    blobs.close()
+
+
+@pytest.fixture(scope="session")
+def mooncake_client(mooncake_cluster: Mooncake) -> Iterator[Any]:
+    from tiered_kv.tiers.shared.mooncake import MooncakeBlobs
+
+    address = parse_address("--tiered-kv-store", f"mooncake://{mooncake_cluster.address}")
+    blobs = MooncakeBlobs(address, DEADLINE_S)
+    blobs.connect()
+    yield blobs
+    blobs.close()
+
+
+@pytest.fixture
+def mooncake_blobs(mooncake_client: Any) -> Any:
+    mooncake_client._store.remove_all(True)
+    return mooncake_client
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Callable[[str], Blobs]:
+    """A client of a real store, empty, by the engine's name."""
+    return lambda name: request.getfixturevalue(f"{name}_blobs")
