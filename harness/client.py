@@ -25,6 +25,7 @@ class Answer:
     device: int
     host: int
     disk: int
+    store: int
     finish_reason: str
     meta_info: dict[str, Any] = field(repr=False, compare=False)
 
@@ -41,7 +42,8 @@ class Answer:
             cached_tokens=meta["cached_tokens"] if not is_aborted else 0,
             device=details.get("device", 0),
             host=details.get("host", 0),
-            disk=details.get("storage", 0),
+            disk=details.get("storage", 0) - details.get("store", 0),
+            store=details.get("store", 0),
             finish_reason=meta["finish_reason"]["type"],
             meta_info=meta,
         )

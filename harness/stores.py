@@ -202,9 +202,7 @@ class Mooncake:
         command += [f"--metrics_port={free_port()}", "--client_ttl=3"]
         self.master = Process(command, folder / "master.log", self.port)
         own = [sys.executable, "-c", _OWN_MEMORY, self.address, str(owner_bytes)]
-        self.owners = [
-            Process(own, folder / f"owner{n}.log", self.port) for n in range(n_owners)
-        ]
+        self.owners = [Process(own, folder / f"owner{n}.log", self.port) for n in range(n_owners)]
 
     def __enter__(self) -> Mooncake:
         os.environ.update(mooncake_environment())

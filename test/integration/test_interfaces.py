@@ -92,12 +92,12 @@ def test_several_choices_by_tier_and_in_reports(three_tiers: Server) -> None:
             for one in found
         ]
 
-    assert accounts() == [(0, 0, {"device": 0, "host": 0, "disk": 0})] * 3
+    assert accounts() == [(0, 0, {"device": 0, "host": 0, "disk": 0, "store": 0})] * 3
     evict(three_tiers)
     again = accounts()
     n = again[0][0]
     assert n > 0
-    assert again == [(n, n, {"device": 0, "host": 0, "disk": n})] * 3
+    assert again == [(n, n, {"device": 0, "host": 0, "disk": n, "store": 0})] * 3
 
 
 def test_openai_chat_streaming(three_tiers: Server, client: OpenAI) -> None:

@@ -233,11 +233,11 @@ def test_the_tier_of_each_cached_run(server: Server, prompts: PromptMaker) -> No
         found: dict[str, int] = report["cached_tokens"]
         return found
 
-    assert cached_tokens() == {"device": 0, "host": 0, "disk": 0}
-    assert cached_tokens() == {"device": 192, "host": 0, "disk": 0}
+    assert cached_tokens() == {"device": 0, "host": 0, "disk": 0, "store": 0}
+    assert cached_tokens() == {"device": 192, "host": 0, "disk": 0, "store": 0}
     wait_for_disk(server)
     server.flush_cache()
-    assert cached_tokens() == {"device": 0, "host": 0, "disk": 192}
+    assert cached_tokens() == {"device": 0, "host": 0, "disk": 192, "store": 0}
 
 
 def test_a_long_prompt_in_no_danger_is_not_computed_before_the_disk_was_asked(

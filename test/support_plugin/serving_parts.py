@@ -84,6 +84,7 @@ def serving_parts(
         hierarchy=hierarchy,
         disk_store=disk,
         has_disk=disk is not None,
+        store=None,
         events=events,
         metrics=MetricsRecorder(),
         host_report=HostReport(host),

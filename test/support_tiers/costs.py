@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from support_tiers.tier_rig import PAGE_SIZE, Rig
-from tiered_kv.core.config import MemoryConfig
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import find_model
@@ -33,7 +34,7 @@ def give_costs(
         },
     )
     costs = PlacementCosts(model, bytes_per_token=page_bytes / PAGE_SIZE)
-    config = MemoryConfig(load_policy=policy)
+    config = replace(rig.config, load_policy=policy)
     rig.context.manager = MemoryManager(rig.forest, config, costs)
     return model
 

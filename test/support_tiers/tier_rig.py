@@ -46,20 +46,20 @@ from tiered_kv.forest.key import TreeKey, page_hashes
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.tiers.cold.local_pages import LocalStore
-from tiered_kv.tiers.shared.link import StoreLink
-from tiered_kv.tiers.shared.object_store import ObjectStore
 from tiered_kv.tiers.cold.read_queue import ReadQueue
 from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.cold.writes import ColdWrite
 from tiered_kv.tiers.context import TierContext
 from tiered_kv.tiers.device import buffer_format, byte_pages
-from tiered_kv.tiers.encoded_disk import EncodedDisk
+from tiered_kv.tiers.encoded_store import EncodedDisk
 from tiered_kv.tiers.hierarchy import KVHierarchy
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.in_memory import InMemoryStore
 from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.page_store import PageStore, StoreTraits
 from tiered_kv.tiers.replicas import PartCopier, StoreOfAnother
+from tiered_kv.tiers.shared.link import StoreLink
+from tiered_kv.tiers.shared.object_store import ObjectStore
 from tiered_kv.tiers.transfer import Collective, SingleRank, TransferQueue
 
 #: How long a transfer is held back from a call that must wait for it.
@@ -70,8 +70,9 @@ class Rig(RigChecks, RigRequests):
     """An engine with `n_device_pages`, over `n_host_pages` and `disk` (None: no disk tier).
 
     host_format: what the host keeps pages in. lasting: a format; what is computed are then pages
-    that this format does not change. remote: a store below, which others use as well. pool: where
-    two rigs have the same host pool; the one at place 0 has the disk for both.
+    that this format does not change. remote: a store below, which others use as well, to which
+    `store_writes` go. pool: where two rigs have the same host pool; the one at place 0 has the disk
+    for both.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Rig(RigChecks, RigRequests):
         host_format: str = "raw",
         lasting: str | None = None,
         remote: SharedBlobs | None = None,
+        store_writes: str = "all",
         pool: mmap.mmap | None = None,
         place: int = 0,
     ) -> None:
@@ -113,7 +115,8 @@ class Rig(RigChecks, RigRequests):
         self.forest = Forest(page_size, tiers=tiers)
         self.events = Events()
         self.disk = disk
-        manager = MemoryManager(self.forest, MemoryConfig())
+        self.config = MemoryConfig(store_writes=store_writes)
+        manager = MemoryManager(self.forest, self.config)
         self.context = TierContext(
             self.forest,
             manager,
@@ -150,7 +153,7 @@ class Rig(RigChecks, RigRequests):
             stores.append(StoreOfAnother(traits))
         if self.remote is not None:
             page_format = self.copier.page_format
-            traits = StoreTraits(Tier.STORE, page_format, knows_locally=False)
+            traits = StoreTraits(Tier.STORE, page_format, knows_locally=False, is_shared=True)
             name = hashlib.sha256(self.namespace + bytes([self.shard])).digest()
             stores.append(ObjectStore(StoreLink(self.remote), name, traits))
         return tuple(stores)

@@ -23,6 +23,8 @@ class RequestReport:
     """Tokens after those whose KV was loaded from host memory."""
     disk_tokens: int = 0
     """Tokens after those whose KV came from disk."""
+    store_tokens: int = 0
+    """Tokens after those whose KV came from the store that servers share."""
     wait_s: float | None = None
     """Seconds from the server's receipt of the request until it was admitted."""
     ttft_s: float | None = None
@@ -38,7 +40,8 @@ class RequestReport:
     def as_fields(self) -> dict[str, object]:
         """The report as a response carries it: times in milliseconds, null if not known.
 
-        `cached_tokens` is in the order of the prompt: a device run, a host run, a disk run.
+        `cached_tokens` is in the order of the prompt: a device run, a host run, a disk
+        run, a run from the store.
         """
         slo = self.slo
         return {
@@ -52,6 +55,7 @@ class RequestReport:
                 "device": self.device_tokens,
                 "host": self.host_tokens,
                 "disk": self.disk_tokens,
+                "store": self.store_tokens,
             },
             "wait_ms": _milliseconds(self.wait_s),
             "ttft_ms": _milliseconds(self.ttft_s),

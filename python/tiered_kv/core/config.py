@@ -21,6 +21,9 @@ LOAD_POLICIES = ("cost", "always", "never")
 PAGE_FORMATS = ("raw", "fp8", "int4", "kitty", "int2")
 """What a tier may keep KV pages in (`sgl_kernel_ext.formats`), the most exact first."""
 
+STORE_WRITES = ("value", "all", "none")
+"""What goes to a store that servers share, the default first."""
+
 SAME_FORMAT = "same"
 """The disk tier's format that means the host's."""
 
@@ -136,6 +139,30 @@ class DiskConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    """The store that servers share; there is none unless it has an address."""
+
+    address: str | None = None
+    """Which it is and where, as `--tiered-kv-store` says it; None: no store."""
+
+    writes: str = STORE_WRITES[0]
+    """What is written to it: by value, all, or none."""
+
+    key_file: Path | None = None
+    """File with the key that names and pages are protected with; None: that of the environment."""
+
+    encrypts: bool = False
+    """Whether pages are encrypted with that key."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.writes in STORE_WRITES,
+            f"What is written to the store must be one of {', '.join(STORE_WRITES)}, not "
+            f"{self.writes!r}.",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConfig:
     """What the memory manager decides, and how."""
 
@@ -153,6 +180,9 @@ class MemoryConfig:
 
     load_policy: str = "cost"
     """Whether pages in a farther tier are loaded: cost (as many as pay), always or never."""
+
+    store_writes: str = STORE_WRITES[0]
+    """Which pages in host memory are written to the store that servers share."""
 
     def __post_init__(self) -> None:
         _require(
@@ -181,6 +211,9 @@ class TieredKVConfig:
 
     disk: DiskConfig = field(default_factory=DiskConfig)
     """The disk tier."""
+
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """The store that servers share."""
 
     eviction_policy: str = "lru"
     """Name of a registered eviction policy, used in every tier."""
@@ -218,4 +251,5 @@ class TieredKVConfig:
             host_enabled=self.host.enabled,
             disk_enabled=self.disk.enabled,
             load_policy=self.load_policy,
+            store_writes=self.store.writes,
         )

@@ -84,6 +84,7 @@ class HeldReads:
             if not waiters:
                 self._forget(op)
         ticket.waiting_for.clear()
+        ticket.n_read_tokens.clear()
         self._unpin(ticket)
 
     def _forget(self, op: int) -> None:
@@ -120,8 +121,10 @@ class HeldReads:
             if waiters and node.state(cold.tier) is Residency.RESIDENT:
                 # So that it is written again when it is computed again.
                 forest.evict(node, cold.tier)
+        n_read = sum(node.n_tokens for node in nodes)
         for ticket in waiters.values():
             del ticket.waiting_for[op]
+            ticket.n_read_tokens[cold.tier] += n_read
             self._shorten(ticket, {node for node, _ in lost})
             heard(ticket)
         forest.unpin(under_way.read.last, Tier.HOST)

@@ -20,6 +20,7 @@ from tiered_kv.memory.costs import Costs, EqualCosts
 from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.memory.eviction import Eviction, OrderFactory, eviction_policies
 from tiered_kv.memory.load_policy import LoadPolicy, LoadQuestion, pages_to_load
+from tiered_kv.memory.store_value import StoreWrites, is_worth_sharing
 
 #: What is expected later than this, or is less probable, is not loaded ahead.
 LOAD_AHEAD_S = 10.0
@@ -45,12 +46,14 @@ class MemoryManager:
         """
         self._forest = forest
         self._costs = costs if costs is not None else EqualCosts()
+        self._known_costs = costs
         self._eviction = Eviction(
             forest,
             make_order or eviction_policies.get(config.eviction_policy),
             protect_expected=config.protect_expected,
         )
         self._load_policy = LoadPolicy(config.load_policy)
+        self._store_writes = StoreWrites(config.store_writes)
         if costs is None and self._load_policy is LoadPolicy.COST:
             self._load_policy = LoadPolicy.ALWAYS
         self._enabled = {
@@ -67,8 +70,22 @@ class MemoryManager:
         return self._write_through(adopted, Tier.DEVICE, Tier.HOST)
 
     def on_host_resident(self, nodes: Iterable[Node], target: Tier) -> list[WriteBack]:
-        """`nodes` became RESIDENT on the host: those `target` lacks are written through to it."""
+        """`nodes` became RESIDENT on the host, or were used: those that `target` lacks and is to
+        have are written through to it."""
+        if target is Tier.STORE:
+            nodes = filter(self._is_to_be_shared, nodes)
         return self._write_through(nodes, Tier.HOST, target)
+
+    def on_leave(self, nodes: Iterable[Node], target: Tier) -> list[WriteBack]:
+        """This server ends: what only its host has is of use to the others."""
+        if target is Tier.STORE and self._store_writes is StoreWrites.NONE:
+            return []
+        return self._write_through(nodes, Tier.HOST, target)
+
+    def _is_to_be_shared(self, node: Node) -> bool:
+        if self._store_writes is not StoreWrites.VALUE:
+            return self._store_writes is StoreWrites.ALL
+        return is_worth_sharing(node, Tier.STORE, self._known_costs, self._forest.page_size)
 
     def write_value(self, node: Node) -> float:
         """What a copy of `node` farther down is worth: seconds per token to compute it again.

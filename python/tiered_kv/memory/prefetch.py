@@ -175,6 +175,11 @@ class PrefetchPlanner:
         ticket = self._tickets.get(rid)
         return ticket.came_tokens if ticket is not None else 0
 
+    def loaded_tokens_from(self, rid: str, tier: Tier) -> int:
+        """Of those, the ones that were read in one of the stores."""
+        ticket = self._tickets.get(rid)
+        return 0 if ticket is None else min(ticket.n_read_tokens[tier], ticket.came_tokens)
+
     def reads_alone(self, rid: str) -> list[int]:
         """The reads under way that nobody waits for but this request."""
         ticket = self._tickets.get(rid)

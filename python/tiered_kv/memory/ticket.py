@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -45,6 +46,8 @@ class Ticket:
     pinned: Node | None = None
     n_loaded_tokens: int = 0
     """Tokens down to `pinned` that came for it from a store, or are about to."""
+    n_read_tokens: Counter[Tier] = field(default_factory=Counter)
+    """Of those that are there, by where they were read."""
 
     @property
     def waits(self) -> bool:

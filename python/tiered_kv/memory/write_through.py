@@ -191,6 +191,13 @@ class StoreWrites(WriteThrough):
         super().__init__(forest, manager, Tier.HOST, store)
         self._limit_pages = max(1, int(n_host_pages * share))
 
+    def leave(self) -> None:
+        """The server ends: all that the host has is to be written, what was used last first."""
+        self.waiting = DeferredNodes(lambda node: node.last_access, lambda: MAX_DEFERRED)
+        lasting = (node for node in self._forest.nodes() if node.root.tree_key.is_lasting)
+        for action in self._manager.on_leave(lasting, self.target):
+            self.waiting.add(self._forest.node(action.node_id))
+
     def take(self, pages_in_flight: int, limit_pages: int | None = None) -> list[Node] | None:
         """The next to write, each before those below it; None: nothing waits, or nothing fits.
 

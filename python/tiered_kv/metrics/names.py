@@ -126,6 +126,31 @@ DISK_DEGRADED = Metric(
     "1 while the disk tier takes no writes because of an error (disk full, I/O error, no answer), "
     "or could not be opened, else 0.",
 )
+STORE_DEGRADED = Metric(
+    "sglang:tiered_kv_store_degraded",
+    Kind.GAUGE,
+    (),
+    "1 while the shared store is not asked, read or written because of an error or because it did "
+    "not answer in time, else 0.",
+)
+STORE_CALLS = Metric(
+    "sglang:tiered_kv_store_calls_total",
+    Kind.COUNTER,
+    ("operation", "outcome"),
+    "Calls to the shared store: ask (what it has), read and write, by outcome (ok, failed).",
+)
+STORE_CALL_SECONDS = Metric(
+    "sglang:tiered_kv_store_call_seconds_total",
+    Kind.COUNTER,
+    ("operation",),
+    "Seconds that these calls took; over their number it is the mean.",
+)
+STORE_BAD_PAGES = Metric(
+    "sglang:tiered_kv_store_bad_pages_total",
+    Kind.COUNTER,
+    (),
+    "What the shared store returned for a page and was not that page, whole; it was computed.",
+)
 DISK_IO_BYTES = Metric(
     "sglang:tiered_kv_disk_io_bytes_total",
     Kind.COUNTER,
@@ -207,6 +232,10 @@ ALL: tuple[Metric, ...] = (
     DISK_SUSPENDED,
     DISK_BYTES,
     DISK_DEGRADED,
+    STORE_DEGRADED,
+    STORE_CALLS,
+    STORE_CALL_SECONDS,
+    STORE_BAD_PAGES,
     DISK_IO_BYTES,
     DISK_PAGE_CACHE,
     WAIT_SECONDS,

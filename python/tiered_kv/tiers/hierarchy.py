@@ -347,6 +347,8 @@ class KVHierarchy:
     def close(self, timeout_s: float, end_s: float = LONGEST_JOB_S) -> None:
         """Lets what is still to be written reach the stores, as far as the time allows, and stops.
 
+        A store that others read gets all that only the host has.
+
         The jobs under way then get `end_s` to end, all together. Where other ranks share the host
         pool, only what is on its way to a store is written: they may still be filling the rest.
         """
@@ -357,6 +359,9 @@ class KVHierarchy:
         is_shared = self.context.host.is_shared
         queues: list[TransferQueue[Any]] = [] if is_shared else [self.write_back.to_host]
         queues += [cold.writes.queue for cold in self.colds]
+        for cold in self.colds:
+            if cold.traits.is_shared:
+                cold.writes.leave()
         while time.monotonic() < deadline:
             for queue in queues:
                 queue.wait(max(0.0, deadline - time.monotonic()))

@@ -27,6 +27,8 @@ class StoreTraits:
     """What it keeps and moves; buffers are host slots all the same."""
     knows_locally: bool = True
     """`known` answers. If not, only `lookup` does, which takes a round trip."""
+    is_shared: bool = False
+    """Other servers read what is written there."""
 
 
 class PageStore(Protocol):

@@ -13,7 +13,7 @@ def test_a_report() -> None:
     assert report.as_fields() == {
         "slo": {"class": "chat", "ttft_ms": 500.0, "tbt_ms": 50.0},
         "prompt_tokens": 300,
-        "cached_tokens": {"device": 96, "host": 64, "disk": 32},
+        "cached_tokens": {"device": 96, "host": 64, "disk": 32, "store": 0},
         "wait_ms": 125.0,
         "ttft_ms": 750.0,
         "ttft_slack_ms": -250.0,

@@ -26,6 +26,7 @@ from tiered_kv.plugin.cache.parts import CacheParts, HostReport, RankMinimum
 from tiered_kv.plugin.cache.pass_streams import launched_so_far, pass_holder
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.cache.shards import shard_of
+from tiered_kv.plugin.cache.store import SharedStore, open_store
 from tiered_kv.plugin.options.overlap import budget_share, rank_trace_file
 from tiered_kv.plugin.passes.pass_log import Pass, PassLog, draw_passes, pace_by_decodes
 from tiered_kv.plugin.passes.step_times import StepTimes
@@ -87,18 +88,22 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     if host.is_shared:
         copier = PartCopier(copier, shard.place, len(shard.holders))
     timeline = open_timeline(args, ctx.tp_rank, copier)
-    store = open_disk(config, shard, collective)
+    disk = open_disk(config, shard, collective)
     has_disk = config.disk.directory is not None
+    store = open_store(config.store, shard, host, formats.disk.page_bytes)
 
     def name_weights() -> tuple[bytes, tuple[PageStore, ...]]:
         namespace = name_namespace(ctx, pool, formats, shard)
-        return namespace, cold_stores(ctx, namespace, formats, store) if has_disk else ()
+        stores = disk_stores(ctx, namespace, formats, disk) if has_disk else ()
+        if store is not None:
+            stores += shared_stores(ctx, namespace, formats, store)
+        return namespace, stores
 
     namespace, stores = name_weights()
     events = KvEvents(params.page_size, params.enable_kv_cache_events)
     residency = ResidencyLog(events)
     metrics = make_metrics(ctx)
-    forest = Forest(params.page_size)
+    forest = Forest(params.page_size, tiers=tiers_in_use(store))
     cost_model = build_cost_model(ctx, pool, formats.host)
     costs = None if cost_model is None else placement_costs(cost_model, formats)
     runner = ctx.tp_worker.model_runner
@@ -120,13 +125,14 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         timeline=timeline,
         pacer=make_pacer(budget_share(args, on_cpu=on_cpu)),
     )
-    log_sizes(host, pool.size, store, shard)
+    log_sizes(host, pool.size, disk, shard)
     log_formats(formats)
     hierarchy = KVHierarchy(context, namespace)
     return CacheParts(
         hierarchy=hierarchy,
-        disk_store=store,
+        disk_store=disk,
         has_disk=has_disk,
+        store=store,
         events=events,
         metrics=metrics,
         host_report=HostReport(host),
@@ -145,6 +151,7 @@ def placement_costs(cost_model: CostModel, formats: TierFormats) -> PlacementCos
         tier_bytes_per_token={
             Tier.HOST: formats.host.token_bytes,
             Tier.DISK: formats.disk.token_bytes,
+            Tier.STORE: formats.disk.token_bytes,
         },
     )
 
@@ -207,13 +214,16 @@ def name_namespace(
     return namespace
 
 
-def cold_stores(
+def tiers_in_use(store: SharedStore | None) -> tuple[Tier, ...]:
+    """Those that the forest keeps books of."""
+    return tuple(tier for tier in Tier if tier is not Tier.STORE or store is not None)
+
+
+def disk_stores(
     ctx: TreeCacheBuildContext, namespace: bytes, formats: TierFormats, disk: DiskTier | None
 ) -> tuple[PageStore, ...]:
-    """Where pages with that name are kept below the host; disk: None if another rank has it."""
-    reason = fingerprint.beyond_names(ctx.model_config)
-    if reason is not None:
-        logger.warning("Tiered KV: nothing is kept on disk: %s.", reason)
+    """Where pages with that name are kept on disk; disk: None if another rank has it."""
+    if not are_named(ctx, "on disk"):
         return ()
     if disk is None:
         return (StoreOfAnother(StoreTraits(Tier.DISK, formats.disk)),)
@@ -223,6 +233,23 @@ def cold_stores(
         description += f" as {formats.disk_layout.format}"
     stored = disk.namespace(namespace, formats.disk.page_bytes, description)
     return (LocalStore(formats.on_disk(stored), formats.disk),)
+
+
+def shared_stores(
+    ctx: TreeCacheBuildContext, namespace: bytes, formats: TierFormats, store: SharedStore
+) -> tuple[PageStore, ...]:
+    """Where pages with that name are shared with other servers, in the disk's format."""
+    if not are_named(ctx, "in the store"):
+        return ()
+    return (formats.in_store(store.pages(namespace, formats.disk)),)
+
+
+def are_named(ctx: TreeCacheBuildContext, where: str) -> bool:
+    """Whether KV of this model has a name that outlives the server."""
+    reason = fingerprint.beyond_names(ctx.model_config)
+    if reason is not None:
+        logger.warning("Tiered KV: nothing is kept %s: %s.", where, reason)
+    return reason is None
 
 
 def make_collective(ctx: TreeCacheBuildContext) -> Collective:

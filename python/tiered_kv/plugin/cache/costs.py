@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 DISK_READ = EdgeCost(bandwidth=2e9, latency_s=2e-4)
 DISK_WRITE = EdgeCost(bandwidth=1e9, latency_s=2e-4)
 
+#: What a store behind a network of 10 Gbit/s gives; the same.
+STORE_READ = EdgeCost(bandwidth=1e9, latency_s=2e-3)
+STORE_WRITE = EdgeCost(bandwidth=1e9, latency_s=2e-3)
+
 _OTHER_GPU = "H100-80"
 
 
@@ -62,6 +66,8 @@ def build_cost_model(
             (Tier.DEVICE, Tier.HOST): link,
             (Tier.DISK, Tier.HOST): DISK_READ,
             (Tier.HOST, Tier.DISK): DISK_WRITE,
+            (Tier.STORE, Tier.HOST): STORE_READ,
+            (Tier.HOST, Tier.STORE): STORE_WRITE,
         },
         host_bytes_per_token=page_format.token_bytes,
     )

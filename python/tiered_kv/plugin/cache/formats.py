@@ -11,8 +11,9 @@ from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.cache.device_pool import DeviceBuffers
 from tiered_kv.tiers.cold.local_pages import LocalPages
 from tiered_kv.tiers.device import buffer_format
-from tiered_kv.tiers.encoded_disk import EncodedDisk
+from tiered_kv.tiers.encoded_store import EncodedDisk, EncodedStore
 from tiered_kv.tiers.page_format import PageFormat
+from tiered_kv.tiers.page_store import PageStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,12 @@ class TierFormats:
         if self.host_layout is None or self.disk_layout is None or self.disk == self.host:
             return disk
         return EncodedDisk(disk, self.host_layout, self.disk_layout, self.n_threads)
+
+    def in_store(self, store: PageStore) -> PageStore:
+        """`store`, which has pages in the disk's format, as the host sees it."""
+        if self.host_layout is None or self.disk_layout is None or self.disk == self.host:
+            return store
+        return EncodedStore(store, self.host_layout, self.disk_layout, self.n_threads)
 
 
 def tier_formats(config: TieredKVConfig, device: DeviceBuffers) -> TierFormats:

@@ -9,12 +9,15 @@ from tiered_kv.api.slo import objectives_met
 from tiered_kv.core.ids import Tier
 from tiered_kv.metrics import names
 from tiered_kv.metrics.names import Kind, Metric
+from tiered_kv.plugin.requests.view import store_tokens
+from tiered_kv.tiers.shared.link import OPERATIONS
 
 if TYPE_CHECKING:
     from tiered_kv.scheduler.request import QueuedRequest
     from tiered_kv.tiers.disk.stats import DiskStats
     from tiered_kv.tiers.disk.tier import DiskTier
     from tiered_kv.tiers.hierarchy import KVHierarchy
+    from tiered_kv.tiers.shared.link import StoreLink
     from tiered_kv.tiers.transfer import TransferQueue
 
 #: Gauges change with every page; scrapes come every few seconds.
@@ -59,7 +62,13 @@ class MetricsRecorder:
     def made_way(self) -> None:
         """Somebody who ran waits again, for another."""
 
-    def refresh(self, hierarchy: KVHierarchy, disk: DiskTier | None, device_tokens: int) -> bool:
+    def refresh(
+        self,
+        hierarchy: KVHierarchy,
+        disk: DiskTier | None,
+        store: StoreLink | None,
+        device_tokens: int,
+    ) -> bool:
         """Brings the gauges up to date, if it is time to; returns whether it was."""
         return False
 
@@ -95,8 +104,8 @@ class PrometheusRecorder(MetricsRecorder):
         for target in (Tier.HOST, Tier.DISK):
             self.unwritten(target, 0)
         self._refreshed_at = 0.0
-        # What the counters of the store said last: Prometheus wants increments.
-        self._disk_io: dict[tuple[str, str], int] = {}
+        # What the counters of disk and store said last.
+        self._totals: dict[tuple[str, ...], float] = {}
 
     def _of(self, metric: Metric, **labels: str) -> Any:
         return self._metrics[metric.name].labels(**self._labels, **labels)
@@ -120,7 +129,8 @@ class PrometheusRecorder(MetricsRecorder):
         for tier, n_tokens in (
             (Tier.DEVICE, req.cached_tokens_device),
             (Tier.HOST, req.cached_tokens_host),
-            (Tier.DISK, req.cached_tokens_storage),
+            (Tier.DISK, req.cached_tokens_storage - store_tokens(req)),
+            (Tier.STORE, store_tokens(req)),
         ):
             if n_tokens:
                 self._of(names.HIT_TOKENS, tier=tier.name.lower()).inc(n_tokens)
@@ -158,13 +168,21 @@ class PrometheusRecorder(MetricsRecorder):
     def made_way(self) -> None:
         self._made_way.inc()
 
-    def refresh(self, hierarchy: KVHierarchy, disk: DiskTier | None, device_tokens: int) -> bool:
+    def refresh(
+        self,
+        hierarchy: KVHierarchy,
+        disk: DiskTier | None,
+        store: StoreLink | None,
+        device_tokens: int,
+    ) -> bool:
         now = time.monotonic()
         if now - self._refreshed_at < REFRESH_S:
             return False
         self._refreshed_at = now
         context, page_size = hierarchy.context, hierarchy.context.page_size
-        forest, held = context.forest, (Tier.DEVICE, Tier.HOST)
+        forest, held = context.forest, [Tier.DEVICE, Tier.HOST]
+        if Tier.STORE in forest.tiers:  # As far as this server knows: what it wrote or read.
+            held.append(Tier.STORE)
         resident = {tier: forest.resident_tokens(tier) for tier in held}
         pinned = {tier: forest.protected_tokens(tier) for tier in held}
         capacity = {Tier.DEVICE: device_tokens, Tier.HOST: context.host.n_pages * page_size}
@@ -176,6 +194,8 @@ class PrometheusRecorder(MetricsRecorder):
             )
             self._refresh_disk(stats)
             self._of(names.DISK_SUSPENDED).set(int(not is_disk_in_use(hierarchy)))
+        if store is not None:
+            self._refresh_store(store)
         for metric, values in (
             (names.RESIDENT_TOKENS, resident),
             (names.CAPACITY_TOKENS, capacity),
@@ -197,14 +217,28 @@ class PrometheusRecorder(MetricsRecorder):
         self._of(names.WRITE_BACK_LIMIT).set(context.pacer.bytes_per_s)
         return True
 
+    def _refresh_store(self, store: StoreLink) -> None:
+        self._of(names.STORE_DEGRADED).set(int(store.is_degraded))
+        stats = store.stats
+        for operation in OPERATIONS:
+            for outcome, counts in (("ok", stats.calls), ("failed", stats.failed)):
+                labels = {"operation": operation, "outcome": outcome}
+                self._count_up(names.STORE_CALLS, counts[operation], **labels)
+            self._count_up(names.STORE_CALL_SECONDS, stats.seconds[operation], operation=operation)
+        self._count_up(names.STORE_BAD_PAGES, stats.bad_pages)
+
+    def _count_up(self, metric: Metric, total: float, **labels: str) -> None:
+        """Prometheus wants increments."""
+        counter, key = self._of(metric, **labels), (metric.name, *labels.values())
+        counter.inc(total - self._totals.get(key, 0.0))
+        self._totals[key] = total
+
     def _refresh_disk(self, stats: DiskStats) -> None:
         self._of(names.DISK_BYTES).set(stats.bytes_on_disk)
         self._of(names.DISK_DEGRADED).set(int(stats.degraded))
         self._of(names.DISK_PAGE_CACHE).set(int(not stats.direct_io_soon))
         for (path, operation), n_bytes in _disk_io(stats).items():
-            counter = self._of(names.DISK_IO_BYTES, path=path, operation=operation)
-            counter.inc(n_bytes - self._disk_io.get((path, operation), 0))
-            self._disk_io[path, operation] = n_bytes
+            self._count_up(names.DISK_IO_BYTES, n_bytes, path=path, operation=operation)
 
 
 def is_disk_in_use(hierarchy: KVHierarchy) -> bool:

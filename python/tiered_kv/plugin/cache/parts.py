@@ -11,6 +11,7 @@ import torch
 from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
+from tiered_kv.plugin.cache.store import SharedStore
 from tiered_kv.plugin.passes.pass_log import PassLog
 from tiered_kv.plugin.passes.step_times import StepTimes
 from tiered_kv.scheduler.cost_model import CostModel
@@ -58,6 +59,8 @@ class CacheParts:
     disk_store: DiskTier | None
     """None on a rank for which another reads and writes it, too."""
     has_disk: bool
+    store: SharedStore | None
+    """None if there is none."""
     events: KvEvents
     metrics: MetricsRecorder
     host_report: HostReport
@@ -73,4 +76,4 @@ class CacheParts:
     @property
     def controller_report(self) -> SimpleNamespace:
         """What upstream's output streamer reads of a cache controller."""
-        return SimpleNamespace(storage_backend=self.disk_store)
+        return SimpleNamespace(storage_backend=self.disk_store or self.store)

@@ -32,7 +32,7 @@ from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.node import Node
 from tiered_kv.plugin.cache.observer import NoObserver, RequestObserver
 from tiered_kv.plugin.cache.weight_names import WeightNames
-from tiered_kv.plugin.requests.view import is_named_by_tokens, is_probe
+from tiered_kv.plugin.requests.view import is_named_by_tokens, is_probe, note_store_tokens
 from tiered_kv.tiers.context import device_slots_of
 from tiered_kv.tiers.hierarchy import KVHierarchy
 
@@ -67,7 +67,7 @@ class TieredPrefixCache(RadixCache):
         self.parts = parts
         # Read by the hooks in step_times.py.
         self.step_times = parts.step_times
-        self.enable_storage: bool = parts.has_disk
+        self.enable_storage: bool = parts.has_disk or parts.store is not None
         # Read by the metrics reporter and by the output streamer.
         self.token_to_kv_pool_host = parts.host_report
         self.cache_controller = parts.controller_report
@@ -129,6 +129,9 @@ class TieredPrefixCache(RadixCache):
         """
         last: Node = params.best_match_node
         req = params.req
+        if req is not None and self.parts.store is not None:
+            n_read = self.hierarchy.prefetch.loaded_tokens_from(req.rid, Tier.STORE)
+            note_store_tokens(req, n_read)
         n_tokens = None if req is None else len(req.origin_input_ids) + len(req.output_ids)
         loaded = self.hierarchy.load_back.load(last, n_tokens)
         if loaded is not None:
@@ -251,7 +254,8 @@ class TieredPrefixCache(RadixCache):
     def _refresh_metrics(self) -> None:
         parts = self.parts
         n_tokens = self.token_to_kv_pool_allocator.size
-        if parts.metrics.refresh(self.hierarchy, parts.disk_store, n_tokens):
+        link = None if parts.store is None else parts.store.link
+        if parts.metrics.refresh(self.hierarchy, parts.disk_store, link, n_tokens):
             parts.metrics.longest_wait(self.observer.wait_over_bound_s())
 
     # A scheduler that asks whether it is idle means its requests. Transfers go on behind, and
@@ -279,7 +283,10 @@ class TieredPrefixCache(RadixCache):
         return self.parts.events.take()
 
     def clear_storage_backend(self) -> bool:
-        """Forgets what the disk holds (`/clear_hicache_storage_backend`); it is deleted behind."""
+        """Forgets what the disk holds (`/clear_hicache_storage_backend`); it is deleted behind.
+
+        What servers share is not one server's to delete.
+        """
         if not self.parts.has_disk:
             logger.warning("Tiered KV: there is no disk tier to clear.")
             return False
@@ -289,15 +296,22 @@ class TieredPrefixCache(RadixCache):
         return True
 
     def attach_storage_backend(self, **kwargs: Any) -> tuple[bool, str]:
-        return False, "Tiered KV has its own disk tier; choose it at start by --tiered-kv-disk-dir."
+        return False, (
+            "Tiered KV has its own stores; choose them at start by --tiered-kv-disk-dir and "
+            "--tiered-kv-store."
+        )
 
     def detach_storage_backend(self) -> tuple[bool, str]:
-        return False, "Tiered KV's disk tier cannot be detached while the server runs."
+        return False, "Tiered KV's stores cannot be detached while the server runs."
 
     def release_host_resources(self) -> None:
-        """On shutdown: pages on their way to the disk get a few seconds to arrive."""
-        deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        self.hierarchy.close(WRITE_OUT_TIMEOUT_S)
+        """On shutdown: pages on their way to the stores get a few seconds to arrive."""
+        store = self.parts.store
+        write_out_s = WRITE_OUT_TIMEOUT_S if store is None else store.drain_s
+        deadline = time.monotonic() + write_out_s + CLOSE_TIMEOUT_S - WRITE_OUT_TIMEOUT_S
+        self.hierarchy.close(write_out_s)
+        if store is not None:
+            store.close()
         if self.hierarchy.context.timeline is not None:
             self.hierarchy.context.timeline.close()
         if self.parts.disk_store is not None:

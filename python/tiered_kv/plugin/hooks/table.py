@@ -236,6 +236,14 @@ HOOKS: tuple[Hook, ...] = (
         why="responses would lack the report that was asked for",
     ),
     Hook(
+        target="sglang.srt.managers.scheduler_components.output_streamer"
+        ".SchedulerOutputStreamer.get_cached_tokens_details",
+        kind="after",
+        function="tiered_kv.plugin.requests.reports:tell_stores_apart",
+        process=Process.SCHEDULER,
+        why="what comes from the shared store would be counted as from disk",
+    ),
+    Hook(
         target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
         kind="after",
         function="tiered_kv.plugin.attention.cascade:plan_launched",

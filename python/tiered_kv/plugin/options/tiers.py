@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
-from tiered_kv.core.config import LOAD_POLICIES, DiskConfig, HostConfig, TieredKVConfig
+from tiered_kv.core.config import (
+    LOAD_POLICIES,
+    DiskConfig,
+    HostConfig,
+    StoreConfig,
+    TieredKVConfig,
+)
 from tiered_kv.memory.eviction import eviction_policies
 from tiered_kv.plugin.options import values
 
@@ -34,6 +40,8 @@ class TierArgs:
 
     if TYPE_CHECKING:  # SGLang's
         page_size: Any
+
+        def store_config(self) -> StoreConfig: ...
 
     tiered_kv_host_size: A[
         str | None,
@@ -141,8 +149,9 @@ class TierArgs:
         Arg(
             no_cli=True,
             type_parser=_load_policy,
-            help="Whether KV found in host memory or on disk is loaded: cost (default: as much as "
-            "is sooner loaded than computed, by measured times), always or never.",
+            help="Whether KV found in host memory, on disk or in the store is loaded: cost "
+            "(default: as much as is sooner loaded than computed, by measured times), "
+            "always or never.",
         ),
         NS("memory"),
     ] = _DEFAULTS.load_policy
@@ -159,6 +168,7 @@ class TierArgs:
             page_size=self.page_size,
             eviction_policy=self.tiered_kv_eviction_policy,
             load_policy=self.tiered_kv_load_policy,
+            store=self.store_config(),
             host=HostConfig(
                 size_bytes=host_size,
                 ratio=values.number("--tiered-kv-host-ratio", self.tiered_kv_host_ratio),

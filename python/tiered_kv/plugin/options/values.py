@@ -22,7 +22,13 @@ from typing import Any, TypeVar
 from tiered_kv.api.class_table import parse_classes, with_default
 from tiered_kv.api.fields import TermsError
 from tiered_kv.api.slo import DEFAULT_CLASSES, SloClasses
-from tiered_kv.core.config import DISK_BYTES_DEFAULT, DISK_IO_MODES, PAGE_FORMATS, SAME_FORMAT
+from tiered_kv.core.config import (
+    DISK_BYTES_DEFAULT,
+    DISK_IO_MODES,
+    PAGE_FORMATS,
+    SAME_FORMAT,
+    STORE_WRITES,
+)
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.paths import expand_user
 from tiered_kv.core.registry import Registry
@@ -125,6 +131,14 @@ def disk_format(option: str, value: str | None) -> str:
     return _one_of(option, value, (SAME_FORMAT, *PAGE_FORMATS))
 
 
+def store_writes(option: str, value: str | None) -> str:
+    """What is written to the shared store: by value, all or none. Raises ConfigError.
+
+    YAML turns an unquoted `none` into None in some dialects, so None is that.
+    """
+    return STORE_WRITES[-1] if value is None else _one_of(option, value, STORE_WRITES)
+
+
 def _one_of(option: str, value: str | None, known: tuple[str, ...]) -> str:
     """`value`, or the first of `known` for None."""
     name = known[0] if value is None else str(value).strip().lower()
@@ -142,7 +156,7 @@ def request_policy(option: str, value: str) -> str:
 
 
 def key_file(option: str, value: str | os.PathLike[str] | None) -> Path | None:
-    """The disk tier's key file, an absolute path. Raises ConfigError if there is no such file."""
+    """A key file, an absolute path. Raises ConfigError if there is no such file."""
     if value is None or not str(value).strip():
         return None
     path = expand_user(option, value).absolute()

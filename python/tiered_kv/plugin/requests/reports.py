@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from tiered_kv.api.report import NAMESPACE, RequestReport
+from tiered_kv.plugin.requests.view import store_tokens
 
 #: Requests in this scheduler that asked for a report. Weak: aborted ones are forgotten by everyone.
 _expected: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
@@ -45,7 +46,8 @@ def finished(req: Any) -> RequestReport:
     report.prompt_tokens = len(req.origin_input_ids)
     report.device_tokens = req.cached_tokens_device
     report.host_tokens = req.cached_tokens_host
-    report.disk_tokens = req.cached_tokens_storage
+    report.store_tokens = store_tokens(req)
+    report.disk_tokens = req.cached_tokens_storage - report.store_tokens
     times = req.time_stats
     received = times.wait_queue_entry_time
     if report.wait_s is None and times.forward_entry_time > received > 0:
@@ -53,6 +55,20 @@ def finished(req: Any) -> RequestReport:
     if report.ttft_s is None and times.prefill_finished_time > received > 0:
         report.ttft_s = times.prefill_finished_time - received
     return report
+
+
+def tell_stores_apart(details: Any, streamer: Any, req: Any) -> None:
+    """AFTER `SchedulerOutputStreamer.get_cached_tokens_details`: "storage" is disk and store.
+
+    SGLang counts hits by `storage_backend`, and OpenAI's usage has no other field for it.
+    """
+    parts = getattr(streamer.tree_cache, "parts", None)
+    if not details or "storage" not in details or parts is None or parts.store is None:
+        return
+    details["store"] = n_store = store_tokens(req)
+    n_disk = details["storage"] - n_store
+    used = [name for name, n in (("disk", n_disk), ("store", n_store)) if n]
+    details["storage_backend"] = "+".join(used) or "none"
 
 
 # -- the tokenizer manager -----------------------------------------------------------------------

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 TERMS = "tiered_kv_terms"
 REPORT = "tiered_kv_report"
 QUEUED = "tiered_kv_queued"
+STORE_TOKENS = "tiered_kv_store_tokens"
 
 _NO_TERMS = Terms()
 
@@ -35,6 +36,16 @@ def queued_of(req: Req) -> QueuedRequest:
     """`req` as a policy sees it, from its first arrival in the queue on."""
     queued: QueuedRequest = getattr(req, QUEUED)
     return queued
+
+
+def note_store_tokens(req: Req, n_tokens: int) -> None:
+    """So many tokens of its prompt were read from the shared store."""
+    setattr(req, STORE_TOKENS, n_tokens)
+
+
+def store_tokens(req: Req) -> int:
+    """Of `req.cached_tokens_storage`, those that came from the shared store; the rest from disk."""
+    return min(req.cached_tokens_storage, getattr(req, STORE_TOKENS, 0))
 
 
 def is_aborted(req: Req) -> bool:

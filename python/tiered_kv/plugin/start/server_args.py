@@ -21,10 +21,11 @@ from tiered_kv.plugin.options import refusals, values
 from tiered_kv.plugin.options.callers import CallerArgs
 from tiered_kv.plugin.options.overlap import OverlapArgs
 from tiered_kv.plugin.options.policies import SCHEDULE_POLICY_DEFAULT, PolicyArgs
+from tiered_kv.plugin.options.store import StoreArgs
 from tiered_kv.plugin.options.tiers import PAGE_SIZE_DEFAULT, TierArgs
 from tiered_kv.plugin.start import process_carrier
 
-_MIXED_IN = (TierArgs, PolicyArgs, OverlapArgs, CallerArgs)
+_MIXED_IN = (TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs)
 """In the order of the help."""
 
 
@@ -35,7 +36,9 @@ def _flag(field_name: str) -> str:
 # The fields are declared `no_cli` because SGLang would list them among its four hundred options;
 # `add_cli_args` adds them to a group of their own.
 @dataclasses.dataclass
-class ServerArgs(upstream_server_args.ServerArgs, TierArgs, PolicyArgs, OverlapArgs, CallerArgs):
+class ServerArgs(
+    upstream_server_args.ServerArgs, TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs
+):
     """SGLang's arguments and ours."""
 
     tiered_kv: A[

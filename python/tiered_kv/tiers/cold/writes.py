@@ -92,6 +92,12 @@ class ColdWrites:
             job.wanted.until_s = min(job.wanted.until_s, until_s)
         return [job.host_pages for job in self.queue.open_jobs]
 
+    def leave(self) -> None:
+        """This server ends, and what it holds is of use to others: see `StoreWrites.leave`."""
+        if self._store() is not None:
+            self._next.leave()
+            self._start()
+
     def forget(self) -> None:
         """What is on its way to the store is not written, or has been for nothing."""
         for job in self.queue.open_jobs:

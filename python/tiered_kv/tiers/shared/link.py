@@ -23,7 +23,7 @@ from tiered_kv.tiers.shared.blobs import Blobs
 #: What a question, or moving some megabytes, may take.
 DEADLINE_S = 2.0
 #: Operations, as metrics name them.
-ASK, READ, WRITE = "ask", "read", "write"
+OPERATIONS = ASK, READ, WRITE = "ask", "read", "write"
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class LinkStats:
 
     calls: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((ASK, READ, WRITE), 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(OPERATIONS, 0.0))
     bad_pages: int = 0
     """Blobs that were not the page that their name stands for."""
 

@@ -8,6 +8,8 @@ room refuses some writes meanwhile; an owner of memory that dies is known as dea
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
 import socket
@@ -32,6 +34,9 @@ _LOCAL_BUFFER_BYTES = 16 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 #: A store that makes room is asked again so often, after so long.
 _FULL_RETRIES, _FULL_PAUSE_S = 2, 0.1
+
+_LOG_LEVEL = "ERROR"
+_FATAL_ONLY = 3
 
 # Mooncake's codes, as far as something follows from them.
 _NO_ROOM = -200
@@ -92,6 +97,7 @@ class MooncakeBlobs:
         while not self._is_closing.is_set() and not self._is_connected.is_set():
             with self._lock:
                 if not self._is_connected.is_set() and self._set_up() == 0:
+                    _keep_quiet(self._library.__file__)
                     for memory in self._registered:
                         self._register(memory)
                     self._is_connected.set()
@@ -141,7 +147,7 @@ class MooncakeBlobs:
             self._registered.append(memory)
             if self._is_connected.is_set():
                 self._register(memory)
-        return memoryview(memory)
+        return memory.data
 
     def exist(self, keys: Sequence[str]) -> list[bool]:
         codes = self._connected().batch_is_exist([_PREFIX + key for key in keys])
@@ -234,9 +240,20 @@ def _set_limits(deadline_s: float) -> None:
         "MC_TCP_STATUS_TIMEOUT_SEC": seconds,
         "MC_TRANSFER_TIMEOUT": "5",
         "MC_STORE_CLIENT_SETUP_RETRIES": "1",
-        "MC_LOG_LEVEL": "ERROR",
+        "MC_LOG_LEVEL": _LOG_LEVEL,
     }.items():
         os.environ.setdefault(name, value)
+
+
+def _keep_quiet(library: str) -> None:
+    """It writes lines for every blob that fails; ours says once what is the matter.
+
+    It sets this flag of its logging library when it is set up, to no more than "errors".
+    """
+    if os.environ.get("MC_LOG_LEVEL") == _LOG_LEVEL:  # nobody asked for more
+        with contextlib.suppress(OSError, ValueError):
+            flag = ctypes.c_int.in_dll(ctypes.CDLL(library), "_ZN3fLI17FLAGS_minloglevelE")
+            flag.value = _FATAL_ONLY
 
 
 def _load_library() -> Any:

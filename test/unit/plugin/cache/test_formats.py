@@ -18,7 +18,7 @@ from tiered_kv.plugin.cache.formats import TierFormats, tier_formats
 from tiered_kv.plugin.options import values as option_values
 from tiered_kv.tiers.device import CpuPageCopier, buffer_format
 from tiered_kv.tiers.encoded_copier import EncodedCpuPageCopier
-from tiered_kv.tiers.encoded_disk import EncodedDisk
+from tiered_kv.tiers.encoded_store import EncodedDisk
 from tiered_kv.tiers.host import HostPool
 from tiered_kv.tiers.in_memory import InMemoryStore
 

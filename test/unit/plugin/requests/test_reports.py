@@ -73,7 +73,7 @@ def test_a_finished_request_takes_its_report_along() -> None:
     assert json.loads(mine["tiered_kv"]) == {
         "slo": {"class": "chat", "ttft_ms": 1000.0, "tbt_ms": None},
         "prompt_tokens": 100,
-        "cached_tokens": {"device": 48, "host": 32, "disk": 16},
+        "cached_tokens": {"device": 48, "host": 32, "disk": 16, "store": 0},
         "wait_ms": 250.0,
         "ttft_ms": 1500.0,
         "ttft_slack_ms": -500.0,

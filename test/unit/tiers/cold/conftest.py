@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,11 @@ from harness.stores import Mooncake, Process, valkey_server
 from support.engines import engine_or_skip
 from tiered_kv.tiers.shared.address import parse_address
 from tiered_kv.tiers.shared.blobs import Blobs
+from tiered_kv.tiers.shared.envelope import HEADER_BYTES
 
 DEADLINE_S = 2.0
+#: Of the pages in test_conformance.py.
+HICACHE_BLOB_BYTES = HEADER_BYTES + 16 * 4 * 24
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +60,30 @@ def mooncake_client(mooncake_cluster: Mooncake) -> Iterator[Any]:
 def mooncake_blobs(mooncake_client: Any) -> Any:
     mooncake_client._store.remove_all(True)
     return mooncake_client
+
+
+@pytest.fixture
+def hicache_file_blobs(tmp_path: Path) -> Iterator[Any]:
+    yield from hicache_blobs(f'hicache:file{{"path": "{tmp_path}"}}', tmp_path)
+
+
+def hicache_blobs(text: str, folder: Path) -> Iterator[Any]:
+    from sglang.srt.environ import envs
+
+    from tiered_kv.plugin.cache.hicache import HiCacheBlobs
+
+    with envs.SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR.override(str(folder)):
+        blobs = HiCacheBlobs(parse_address("--tiered-kv-store", text), HICACHE_BLOB_BYTES)
+    yield blobs
+    blobs.close()
+
+
+@pytest.fixture
+def hicache_mooncake_blobs(mooncake_cluster: Mooncake, tmp_path: Path) -> Iterator[Any]:
+    config = {"master_server_address": mooncake_cluster.address, "protocol": "tcp"}
+    config |= {"metadata_server": "P2PHANDSHAKE", "global_segment_size": 0}
+    config |= {"local_hostname": "127.0.0.1", "extra_backend_tag": tmp_path.name}
+    yield from hicache_blobs(f"hicache:mooncake{json.dumps(config)}", tmp_path)
 
 
 @pytest.fixture

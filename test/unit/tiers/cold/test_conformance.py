@@ -17,14 +17,14 @@ import pytest
 from support_tiers.shared_blobs import SharedBlobs, lies
 from tiered_kv.core.ids import Tier
 from tiered_kv.tiers.cold.local_pages import LocalStore
-from tiered_kv.tiers.shared.blobs import Blobs
-from tiered_kv.tiers.shared.envelope import HEADER_BYTES, Envelope, StoreSecrets
-from tiered_kv.tiers.shared.link import StoreLink
-from tiered_kv.tiers.shared.object_store import ObjectStore
 from tiered_kv.tiers.disk.store import DiskStore
 from tiered_kv.tiers.in_memory import InMemoryStore
 from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.page_store import PageStore, StoreTraits
+from tiered_kv.tiers.shared.blobs import Blobs
+from tiered_kv.tiers.shared.envelope import HEADER_BYTES, Envelope, StoreSecrets
+from tiered_kv.tiers.shared.link import StoreLink
+from tiered_kv.tiers.shared.object_store import ObjectStore
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -46,7 +46,12 @@ SECRETS = {
 }
 
 
-ENGINES = ("valkey", pytest.param("mooncake", marks=pytest.mark.long))
+ENGINES = (
+    "valkey",
+    "hicache_file",
+    pytest.param("mooncake", marks=pytest.mark.long),
+    pytest.param("hicache_mooncake", marks=pytest.mark.long),
+)
 
 
 @pytest.fixture(params=["memory", "disk", "encrypted disk", *SECRETS, *ENGINES])
@@ -62,7 +67,7 @@ def make_store(
         yield make
     else:
         blobs = SharedBlobs() if request.param in SECRETS else engine(request.param)
-        traits = StoreTraits(Tier.STORE, PAGE, knows_locally=False)
+        traits = StoreTraits(Tier.STORE, PAGE, knows_locally=False, is_shared=True)
         secrets = SECRETS.get(request.param, SECRETS["encrypted blobs"])
         yield lambda name: ObjectStore(StoreLink(blobs), name, traits, secrets)
     close()
@@ -188,9 +193,12 @@ def clock() -> Clock:
 
 
 def shared(
-    blobs: SharedBlobs, clock: Clock, name: bytes = NAMESPACE, secrets: StoreSecrets = SECRETS["blobs"]
+    blobs: SharedBlobs,
+    clock: Clock,
+    name: bytes = NAMESPACE,
+    secrets: StoreSecrets = SECRETS["blobs"],
 ) -> ObjectStore:
-    traits = StoreTraits(Tier.STORE, PAGE, knows_locally=False)
+    traits = StoreTraits(Tier.STORE, PAGE, knows_locally=False, is_shared=True)
     return ObjectStore(StoreLink(blobs, now=clock), name, traits, secrets)
 
 

@@ -20,8 +20,11 @@ from tiered_kv.plugin.upstream.v0_5_17.symbols_guard import GUARD
 from tiered_kv.plugin.upstream.v0_5_17.symbols_platform import CPU_PLATFORM
 from tiered_kv.plugin.upstream.v0_5_17.symbols_scheduler import DECODE, QUEUE, SCHEDULER
 
-_OPTIONS = "start.server_args options.tiers options.policies options.overlap options.callers"
-_STREAM = "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
+_OPTIONS = (
+    "start.server_args options.tiers options.store options.policies options.overlap options.callers"
+)
+_OUTPUT = "sglang.srt.managers.scheduler_components.output_streamer"
+_STREAM = f"{_OUTPUT}._GenerationStreamAccumulator"
 
 PLUGIN_SYSTEM = (
     object_("sglang.version.__version__", "", "upstream.release cache.build"),
@@ -150,6 +153,12 @@ FRONT_ENDS = (
     ),
     function(f"{_STREAM}.to_payload", "self dp_rank is_idle_batch", "requests.reports"),
     object_(_STREAM, "rust_server_mode", "requests.reports"),
+    function(
+        f"{_OUTPUT}.SchedulerOutputStreamer.get_cached_tokens_details",
+        "self req",
+        "requests.reports",
+    ),
+    object_(f"{_OUTPUT}.SchedulerOutputStreamer", "tree_cache", "requests.reports"),
     object_(
         f"{SRT}.managers.io_struct.BatchTokenIDOutput", "rids finished_reasons", "requests.reports"
     ),

@@ -15,10 +15,10 @@ import pytest
 from support.damage import damage_segments
 from support_tiers.page_codec import PageCodec, page_layout
 from tiered_kv.core.errors import DiskTierError
-from tiered_kv.tiers import encoded_disk as encoded_disk_module
+from tiered_kv.tiers import encoded_store as encoded_store_module
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.store import DiskStore
-from tiered_kv.tiers.encoded_disk import EncodedDisk
+from tiered_kv.tiers.encoded_store import EncodedDisk
 from tiered_kv.tiers.page_format import PageFormat
 
 pytestmark = pytest.mark.timeout(60)
@@ -36,7 +36,7 @@ def layout_named(name: str) -> object:
 @pytest.fixture(autouse=True)
 def three_pages_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = layout_named("raw")
-    monkeypatch.setattr(encoded_disk_module, "BLOCK_BYTES", 3 * raw.page_bytes)
+    monkeypatch.setattr(encoded_store_module, "BLOCK_BYTES", 3 * raw.page_bytes)
 
 
 @pytest.fixture
