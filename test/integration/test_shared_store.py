@@ -110,7 +110,7 @@ def valkey_cluster(
     server = engine_or_skip(lambda: valkey_server(tmp_path_factory.mktemp("valkey"), "512mb"))
     with ExitStack() as stack:
         stack.enter_context(server)
-        address = f"valkey://127.0.0.1:{server.port}?timeout=500ms"
+        address = f"valkey://127.0.0.1:{server.port}"
         a, b = started(make_server, address, ("valkey-a", "valkey-b"), "--tiered-kv-store-encrypt")
         yield both_up(stack, a, b, server)
 
@@ -122,7 +122,7 @@ def mooncake_cluster(
     store = engine_or_skip(lambda: Mooncake(tmp_path_factory.mktemp("mooncake")))
     with ExitStack() as stack:
         stack.enter_context(store)
-        address = f"mooncake://{store.address}?replicas=2&timeout=1s"
+        address = f"mooncake://{store.address}?replicas=2"
         a, b = started(make_server, address, ("mooncake-a", "mooncake-b"), **mooncake_environment())
         yield both_up(stack, a, b, store)
 

@@ -208,6 +208,8 @@ class Rig(RigChecks, RigRequests):
             hierarchy.write_back.to_host.in_flight
             + sum(cold.writes.queue.in_flight for cold in hierarchy.colds)
             + hierarchy.write_back.n_deferred
+            # A store that refused them is offered these again later.
+            - sum(cold.writes.n_deferred for cold in hierarchy.colds if cold.writes.wants_time)
             + hierarchy.load_back.n_open
             + hierarchy.prefetch.lookups.queue.in_flight
             + sum(cold.reads.in_flight for cold in hierarchy.colds)

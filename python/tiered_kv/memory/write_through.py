@@ -198,6 +198,11 @@ class StoreWrites(WriteThrough):
         for action in self._manager.on_leave(lasting, self.target):
             self.waiting.add(self._forest.node(action.node_id))
 
+    def again(self, node: Node) -> None:
+        """`node` was taken, in vain: it waits again, if it is still there."""
+        if node in self._forest and self._is_unwritten(node):
+            self.waiting.add(node)
+
     def take(self, pages_in_flight: int, limit_pages: int | None = None) -> list[Node] | None:
         """The next to write, each before those below it; None: nothing waits, or nothing fits.
 

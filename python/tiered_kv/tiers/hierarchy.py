@@ -205,6 +205,7 @@ class KVHierarchy:
         """
         is_looking = any(cold.dropped.is_looking for cold in self.colds)
         wants_time = self.prefetch.wants_time or self.load_back.wants_time
+        wants_time |= any(cold.writes.wants_time for cold in self.colds)
         if self.progress.is_busy or is_looking or wants_time:
             self._advance()
         if self.load_back.has_failed:

@@ -94,10 +94,8 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
 
     def name_weights() -> tuple[bytes, tuple[PageStore, ...]]:
         namespace = name_namespace(ctx, pool, formats, shard)
-        stores = disk_stores(ctx, namespace, formats, disk) if has_disk else ()
-        if store is not None:
-            stores += shared_stores(ctx, namespace, formats, store)
-        return namespace, stores
+        on_disk = disk_stores(ctx, namespace, formats, disk) if has_disk else ()
+        return namespace, on_disk + shared_stores(ctx, namespace, formats, store)
 
     namespace, stores = name_weights()
     events = KvEvents(params.page_size, params.enable_kv_cache_events)
@@ -236,10 +234,10 @@ def disk_stores(
 
 
 def shared_stores(
-    ctx: TreeCacheBuildContext, namespace: bytes, formats: TierFormats, store: SharedStore
+    ctx: TreeCacheBuildContext, namespace: bytes, formats: TierFormats, store: SharedStore | None
 ) -> tuple[PageStore, ...]:
     """Where pages with that name are shared with other servers, in the disk's format."""
-    if not are_named(ctx, "in the store"):
+    if store is None or not are_named(ctx, "in the store"):
         return ()
     return (formats.in_store(store.pages(namespace, formats.disk)),)
 

@@ -9,7 +9,7 @@ from tiered_kv.plugin.options.values import UPSTREAM_POLICY
 
 
 def announce_disk_tier(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Have the scheduler prefetch from storage exactly if the cache has a disk tier.
+    """Have the scheduler prefetch from storage exactly if the cache has cold stores.
 
     AFTER `Scheduler.__init__`; everything that reads `enable_hicache_storage` reads it later.
     """

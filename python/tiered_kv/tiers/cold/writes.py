@@ -15,6 +15,7 @@ from itertools import chain
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
+from tiered_kv.memory.back_off import BackOff
 from tiered_kv.memory.write_through import StoreWrites
 from tiered_kv.tiers.context import Epoch, TierContext, host_pages_of
 from tiered_kv.tiers.page_store import PageStore
@@ -60,10 +61,17 @@ class ColdWrites:
         name = f"host-to-{tier.name.lower()}"
         self.queue: TransferQueue[ColdWrite] = TransferQueue(name, self._write)
         self._next = StoreWrites(context.forest, context.manager, tier, context.host.n_pages, share)
+        self._back_off = BackOff()
+        """A shared store that refused something is offered it again after a while."""
 
     @property
     def n_deferred(self) -> int:
         return len(self._next.waiting)
+
+    @property
+    def wants_time(self) -> bool:
+        """Whether something waits for a time to come: the same on every rank."""
+        return bool(self._next.waiting) and not self._back_off.is_well
 
     def offer(self, nodes: Sequence[Node]) -> None:
         """`nodes`, of one tree, are to be in the store as well if they are readable on the host."""
@@ -104,6 +112,8 @@ class ColdWrites:
             job.wanted.by_anyone = False
 
     def _start(self, limit_pages: int | None = None) -> None:
+        if limit_pages is None and not self._back_off.is_over(self._context.now_s):
+            return
         while (path := self._next.take(self.queue.pages_in_flight, limit_pages)) is not None:
             for node in path:
                 self._start_write(node)
@@ -140,16 +150,22 @@ class ColdWrites:
         context, job = self._context, completion.job
         context.forest.unpin(job.node, Tier.HOST)
         has_arrived = completion.n_done == job.n_pages and job.wanted.by_anyone
-        if not has_arrived:
+        is_tried_again = job.store.traits.is_shared and job.wanted.by_anyone
+        is_tried_again &= job.epoch.flushes == context.epoch.flushes
+        if not (has_arrived or is_tried_again):
             context.observer.unwritten(self.tier, job.n_pages)
         if job.epoch.flushes != context.epoch.flushes:
             context.host.free(job.host_pages)
             return
         if not has_arrived:
             # The store is degraded or full: the pages stay where they are, and are tried again when
-            # they are used the next time.
+            # they are used the next time; those that others may wait for, after a while.
             context.forest.abort_transfer(job.op, self.tier)
+            if is_tried_again:
+                self._next.again(job.node)
+                self._back_off.failed(context.now_s)
             return
+        self._back_off.worked()
         nodes = context.forest.finish_transfer(job.op, self.tier)
         context.transferred(Tier.HOST, self.tier, completion)
         context.stored(nodes, self.tier)

@@ -10,14 +10,17 @@ from types import SimpleNamespace
 import prometheus_client
 import pytest
 
+from support_tiers.shared_blobs import SharedBlobs
 from tiered_kv.api.slo import Slo
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.metrics import names
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder, PrometheusRecorder
+from tiered_kv.plugin.requests.reports import tell_stores_apart
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.store import DiskStore
+from tiered_kv.tiers.shared.link import StoreLink
 
 LABELS = {"model_name": "m", "tp_rank": "0"}
 
@@ -143,3 +146,56 @@ def test_objectives_met_and_missed(
         names.SLO_REQUESTS.name, {**LABELS, "slo_class": "interactive", "met": met}
     )
     assert value == 1
+
+
+def test_hits_and_calls_of_the_shared_store(
+    registry: prometheus_client.CollectorRegistry,
+) -> None:
+    recorder = PrometheusRecorder(LABELS)
+    recorder.finished(
+        SimpleNamespace(
+            origin_input_ids=range(100),
+            cached_tokens_device=0,
+            cached_tokens_host=0,
+            cached_tokens_storage=48,
+            tiered_kv_store_tokens=32,
+        )
+    )
+    hits = names.HIT_TOKENS.name
+    assert registry.get_sample_value(hits, {**LABELS, "tier": "store"}) == 32
+    assert registry.get_sample_value(hits, {**LABELS, "tier": "disk"}) == 16
+
+    link = StoreLink(SharedBlobs())
+    link.read(lambda: 1)
+    link.count_bad()
+
+    def fail() -> None:
+        raise ConnectionError
+
+    for n_failed in (1, 2):
+        link.ask(fail)
+        link.asking._retry_at = 0.0
+        recorder._refresh_store(link)
+        failed = {**LABELS, "operation": "ask", "outcome": "failed"}
+        assert registry.get_sample_value(names.STORE_CALLS.name, failed) == n_failed
+    came = {**LABELS, "operation": "read", "outcome": "ok"}
+    assert registry.get_sample_value(names.STORE_CALLS.name, came) == 1
+    assert registry.get_sample_value(names.STORE_BAD_PAGES.name, LABELS) == 1
+    assert registry.get_sample_value(names.STORE_DEGRADED.name, LABELS) == 1
+
+
+@pytest.mark.parametrize(
+    ("storage", "store", "backend"),
+    [(48, 32, "disk+store"), (48, 48, "store"), (48, 0, "disk"), (16, 32, "store"), (0, 0, "none")],
+)
+def test_answers_tell_the_store_from_the_disk(storage: int, store: int, backend: str) -> None:
+    req = SimpleNamespace(cached_tokens_storage=storage, tiered_kv_store_tokens=store)
+    details = {"device": 0, "host": 8, "storage": storage, "storage_backend": "DiskTier"}
+    server = SimpleNamespace(tree_cache=SimpleNamespace(parts=SimpleNamespace(store=None)))
+    tell_stores_apart(details, server, req)
+    assert details["storage_backend"] == "DiskTier", "there is no store"
+    server.tree_cache.parts.store = object()
+    tell_stores_apart(details, server, req)
+    assert details["store"] == min(storage, store)
+    assert details["storage_backend"] == backend
+    tell_stores_apart(None, server, req)

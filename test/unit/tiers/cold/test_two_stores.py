@@ -99,14 +99,17 @@ def test_who_stops_leaves_what_he_has_to_the_others(
 
 
 def test_a_store_that_was_emptied_gets_what_is_used_again(rig: Rig, blobs: SharedBlobs) -> None:
-    """Nothing is ever read there: all of it is on the device. It is noticed by use."""
+    """Nothing of it is ever read there: all is on the device. It is noticed by use."""
     rig.serve(PROMPT)
     rig.drain()
     assert n_blobs(rig, PROMPT) == N_PAGES
     blobs.forget()
 
+    others = iter(range(100, 1000))
+
     def is_back() -> bool:
         rig.serve(PROMPT)
+        rig.serve(tokens_of(next(others)))  # ranks agree when something is on its way
         rig.drain()
         return n_blobs(rig, PROMPT) == N_PAGES
 
@@ -240,6 +243,23 @@ def test_a_store_that_fails_costs_nothing_but_itself(rig: Rig, blobs: SharedBlob
     rig.serve(other)
     rig.drain()
     assert rig.stored_pages(other) == 2
+    rig.check_idle()
+
+
+def test_what_a_store_refuses_for_a_moment_is_offered_again(
+    make_rig: MakeRig, blobs: SharedBlobs
+) -> None:
+    """Nobody uses it a second time: others may."""
+    rig = make_rig(64, 32, new_disk(), remote=blobs)
+    blobs.takes = lambda _: False
+    rig.serve(PROMPT)
+    rig.poll_until(lambda: rig.stored_pages(PROMPT) == N_PAGES and rig.in_flight == 0)
+    assert not blobs.blobs
+    assert far(rig).writes.n_deferred == 1
+    blobs.takes = lambda _: True
+    rig.poll_until(lambda: n_blobs(rig, PROMPT) == N_PAGES)
+    rig.drain()
+    assert far(rig).writes.n_deferred == 0
     rig.check_idle()
 
 

@@ -101,6 +101,17 @@ POOLS = (
     object_(f"{SRT}.layers.linear.QKVParallelLinear", "num_kv_head_replicas", "cache.shards"),
     object_(f"{SRT}.layers.radix_attention.RadixAttention", "", "cache.shards"),
     object_(
+        f"{MEM}.hicache_storage.HiCacheStorageConfig",
+        "tp_rank tp_size pp_rank pp_size attn_cp_rank attn_cp_size is_mla_model "
+        "enable_storage_metrics is_page_first_layout model_name extra_config",
+        "cache.hicache",
+    ),
+    function(
+        f"{MEM}.storage.StorageBackendFactory.create_backend",
+        "backend_name storage_config mem_pool_host kwargs",
+        "cache.hicache",
+    ),
+    object_(
         f"{MEM}.allocator.base.BaseTokenToKVPoolAllocator",
         "get_kvcache available_size alloc size",
         "cache.device_pool cache.build options.refusals cache.prefix_cache",
