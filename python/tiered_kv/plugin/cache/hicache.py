@@ -126,8 +126,14 @@ class HiCacheBlobs:
         return [n < n_there for n in range(len(keys))]
 
     def touch(self, keys: Sequence[str]) -> list[bool]:
-        backend = self._backend()
-        return [bool(backend.exists(key)) for key in keys]
+        # Not by `exists`, which some backends ask under another name than they store.
+        backend, are_there = self._backend(), [False] * len(keys)
+        at = 0
+        while at < len(keys):
+            n_there = int(backend.batch_exists(list(keys[at:])))
+            are_there[at : at + n_there] = [True] * n_there
+            at += n_there + 1
+        return are_there
 
     def read(self, keys: Sequence[str], blobs: Sequence[Pieces]) -> list[int]:
         sizes: list[int] = []
