@@ -71,8 +71,7 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
 
 def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     config: TieredKVConfig = ctx.server_args.to_config()
-    params = ctx.params
-    allocator = params.token_to_kv_pool_allocator
+    params, allocator = ctx.params, ctx.params.token_to_kv_pool_allocator
     pool = allocator.get_kvcache()
     device = buffers_of(pool)
     formats = tier_formats(config, device)
