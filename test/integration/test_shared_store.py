@@ -156,33 +156,35 @@ def test_what_one_computed_the_other_serves(cluster: Cluster, prompts: PromptMak
 
 
 def test_what_was_used_once_and_is_short_stays_at_home(
-    cluster: Cluster, prompts: PromptMaker
+    valkey_cluster: Cluster, prompts: PromptMaker
 ) -> None:
     """On this machine a prompt of some tokens takes a moment to compute, not long."""
-    before = scrape(cluster.a).of(names.TRANSFER_BYTES, source="host", target="store")
-    generate(cluster.a, prompts.tokens("once", 40))
-    cluster.settle(cluster.a)
-    now = scrape(cluster.a).of(names.TRANSFER_BYTES, source="host", target="store")
+    before = scrape(valkey_cluster.a).of(names.TRANSFER_BYTES, source="host", target="store")
+    generate(valkey_cluster.a, prompts.tokens("once", 40))
+    valkey_cluster.settle(valkey_cluster.a)
+    now = scrape(valkey_cluster.a).of(names.TRANSFER_BYTES, source="host", target="store")
     assert now == before
-    generate(cluster.a, prompts.tokens("once", 40))
-    cluster.settle(cluster.a, before)
+    generate(valkey_cluster.a, prompts.tokens("once", 40))
+    valkey_cluster.settle(valkey_cluster.a, before)
 
 
-def test_tenants_are_apart(cluster: Cluster, prompts: PromptMaker) -> None:
+def test_tenants_are_apart(valkey_cluster: Cluster, prompts: PromptMaker) -> None:
     prompt = prompts.tokens("salted", N_TOKENS)
     for _ in range(2):
-        generate(cluster.a, prompt, cache_salt="mine")
-    cluster.settle(cluster.a)
-    assert generate(cluster.b, prompt, cache_salt="other's").cached_tokens == 0
-    assert generate(cluster.b, prompt).cached_tokens == 0
-    assert generate(cluster.b, prompt, cache_salt="mine").store == N_REUSABLE
+        generate(valkey_cluster.a, prompt, cache_salt="mine")
+    valkey_cluster.settle(valkey_cluster.a)
+    assert generate(valkey_cluster.b, prompt, cache_salt="other's").cached_tokens == 0
+    assert generate(valkey_cluster.b, prompt).cached_tokens == 0
+    assert generate(valkey_cluster.b, prompt, cache_salt="mine").store == N_REUSABLE
 
 
-def test_openai_usage_says_that_it_was_the_store(cluster: Cluster, prompts: PromptMaker) -> None:
+def test_openai_usage_says_that_it_was_the_store(
+    valkey_cluster: Cluster, prompts: PromptMaker
+) -> None:
     prompt = list(prompts.tokens("openai", N_TOKENS))
-    cluster.computed([tuple(prompt)])
+    valkey_cluster.computed([tuple(prompt)])
     body = {"model": "m", "prompt": prompt, "max_tokens": 1, "temperature": 0}
-    usage = cluster.b.post("/v1/completions", body).json()["usage"]
+    usage = valkey_cluster.b.post("/v1/completions", body).json()["usage"]
     details = usage["prompt_tokens_details"]
     assert details["cached_tokens"] == N_REUSABLE
     assert details["cached_tokens_details"]["storage"] == N_REUSABLE

@@ -7,6 +7,7 @@ goes around each page (`envelope`), and what does not say that it is the page as
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,10 @@ from tiered_kv.tiers.shared.link import StoreLink
 CALL_BYTES = 16 << 20
 #: So many blobs that turned out to be something else are remembered, to be replaced.
 BAD_MAX = 4096
+#: What was touched is not touched again for so long: each page costs a name, and asking for it.
+TOUCH_AGAIN_S = 30.0
+#: So many pages are remembered to have been touched.
+TOUCHED_MAX = 65536
 #: So many pages that have gone are remembered until somebody listens.
 DROPPED_MAX = 65536
 
@@ -52,6 +57,8 @@ class ObjectStore:
         # Names of blobs that are not what they should be.
         self._bad: dict[str, None] = {}
         self._dropped: list[PageHash] = []
+        # When pages were touched.
+        self._touched: dict[PageHash, float] = {}
         self._pages_per_call = max(1, CALL_BYTES // self._blob_bytes)
 
     @property
@@ -90,12 +97,23 @@ class ObjectStore:
 
     def touch(self, hashes: Iterable[PageHash]) -> None:
         """Those that have gone meanwhile are told by `drain_dropped`."""
-        names = list(hashes)
+        now_s, link = time.monotonic(), self._link
+        touched = self._touched
+        names = [
+            name for name in hashes if touched.get(name, -TOUCH_AGAIN_S) <= now_s - TOUCH_AGAIN_S
+        ]
         keys = self._keys(names)
-        found = self._link.ask(lambda: self._link.blobs.touch(keys)) if keys else None
-        if found is not None:
-            gone = [name for name, is_there in zip(names, found, strict=True) if not is_there]
-            self._dropped = [*self._dropped, *gone][-DROPPED_MAX:]
+        found = link.ask(lambda: link.blobs.touch(keys)) if keys else ()
+        if found is None:  # Who knows what has become of it.
+            self._touched = {}
+            return
+        gone = [name for name, is_there in zip(names, found, strict=True) if not is_there]
+        self._dropped = [*self._dropped, *gone][-DROPPED_MAX:]
+        if len(touched) + len(names) > TOUCHED_MAX:
+            self._touched = touched = {}
+        touched.update(dict.fromkeys(names, now_s))
+        for name in gone:
+            del touched[name]
 
     def drain_dropped(self) -> list[PageHash]:
         dropped, self._dropped = self._dropped, []

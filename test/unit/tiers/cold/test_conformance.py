@@ -21,6 +21,7 @@ from tiered_kv.tiers.disk.store import DiskStore
 from tiered_kv.tiers.in_memory import InMemoryStore
 from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.page_store import PageStore, StoreTraits
+from tiered_kv.tiers.shared import object_store
 from tiered_kv.tiers.shared.blobs import Blobs
 from tiered_kv.tiers.shared.envelope import HEADER_BYTES, Envelope, StoreSecrets
 from tiered_kv.tiers.shared.link import StoreLink
@@ -149,6 +150,28 @@ def test_touching_and_dropping(store: PageStore) -> None:
     # A store that is asked says what has gone; whether it was ever there it cannot say.
     assert store.drain_dropped() == ([] if store.traits.knows_locally else hashes(77))
     assert store.drain_dropped() == []
+
+
+def test_what_is_used_all_the_time_is_touched_now_and_then(
+    blobs: SharedBlobs, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    touch = blobs.exist
+    blobs.touch = lambda keys: asked.append(len(keys)) or touch(keys)  # type: ignore[func-returns-value, method-assign, assignment]
+    store = shared(blobs, clock)
+    put(store, 1, 2)
+    store.touch(hashes(1, 2, 77))
+    store.touch(hashes(1, 2, 77))
+    assert asked == [3, 1], "only what was not there is asked for at once again"
+    blobs.asks.error = ConnectionError()
+    store.touch(hashes(77))
+    blobs.asks.error = None
+    clock.now_s += 1.0
+    store.touch(hashes(1, 2))
+    assert asked[-1] == 2, "after a failure nothing is taken for granted"
+    monkeypatch.setattr(object_store, "TOUCH_AGAIN_S", 0.0)
+    store.touch(hashes(1, 2))
+    assert asked[-1] == 2
 
 
 def test_many_at_once_from_many_threads(store: PageStore) -> None:

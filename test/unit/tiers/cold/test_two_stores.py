@@ -69,73 +69,6 @@ def test_what_is_computed_goes_to_both(rig: Rig) -> None:
     rig.check_idle()
 
 
-@pytest.mark.parametrize("writes", ["value", "none"])
-def test_what_is_shared_is_what_was_used_twice(
-    make_rig: MakeRig, blobs: SharedBlobs, writes: str
-) -> None:
-    rig = make_rig(64, 32, new_disk(), remote=blobs, store_writes=writes)
-    rig.serve(PROMPT)
-    rig.drain()
-    assert (rig.stored_pages(PROMPT), n_blobs(rig, PROMPT)) == (N_PAGES, 0)
-    rig.serve(PROMPT)
-    rig.drain()
-    assert n_blobs(rig, PROMPT) == (N_PAGES if writes == "value" else 0)
-    rig.check_idle()
-
-
-@pytest.mark.parametrize(("writes", "n_left"), [("value", N_PAGES), ("none", 0)])
-def test_who_stops_leaves_what_he_has_to_the_others(
-    make_rig: MakeRig, blobs: SharedBlobs, writes: str, n_left: int
-) -> None:
-    rig = make_rig(64, 32, new_disk(), remote=blobs, store_writes=writes)
-    rig.serve(PROMPT)
-    rig.serve(PROMPT, TreeKey(adapter=b"random", is_lasting=False))
-    rig.drain()
-    assert not blobs.blobs
-    rig.hierarchy.close(5.0)
-    assert len(blobs.blobs) == n_left
-    other = make_rig(64, 32, new_disk(), remote=blobs, store_writes=writes)
-    assert other.prefetch("r", PROMPT) == n_left * PAGE_SIZE
-
-
-def test_a_store_that_was_emptied_gets_what_is_used_again(rig: Rig, blobs: SharedBlobs) -> None:
-    """Nothing of it is ever read there: all is on the device. It is noticed by use."""
-    rig.serve(PROMPT)
-    rig.drain()
-    assert n_blobs(rig, PROMPT) == N_PAGES
-    blobs.forget()
-
-    others = iter(range(100, 1000))
-
-    def is_back() -> bool:
-        rig.serve(PROMPT)
-        rig.serve(tokens_of(next(others)))  # ranks agree when something is on its way
-        rig.drain()
-        return n_blobs(rig, PROMPT) == N_PAGES
-
-    deadline = time.monotonic() + 10
-    while not is_back():
-        assert time.monotonic() < deadline, "the store stays empty"
-        time.sleep(0.3)
-    rig.check_idle()
-
-
-def test_it_is_known_how_much_came_from_where(rig: Rig) -> None:
-    on_disk(rig, PROMPT)
-    lose_on_disk(rig, PROMPT, slice(5, None))
-    assert rig.prefetch("r", PROMPT) == N_PAGES * PAGE_SIZE
-    found = rig.hierarchy.prefetch.loaded_tokens_from
-    assert found("nobody", Tier.STORE) == 0
-    # (`rig.prefetch` has released its own.)
-    rig.drop_from_device()
-    rig.drop_from_host()
-    rig.arrive("s", PROMPT)
-    rig.poll_until(lambda: rig.hierarchy.prefetch.done("s"))
-    assert found("s", Tier.DISK) == 5 * PAGE_SIZE
-    assert found("s", Tier.STORE) == 3 * PAGE_SIZE
-    rig.hierarchy.prefetch.release("s")
-
-
 def test_what_has_no_name_goes_to_neither(rig: Rig) -> None:
     rig.serve(PROMPT, TreeKey(adapter=b"random", is_lasting=False))
     rig.drain()
@@ -243,23 +176,6 @@ def test_a_store_that_fails_costs_nothing_but_itself(rig: Rig, blobs: SharedBlob
     rig.serve(other)
     rig.drain()
     assert rig.stored_pages(other) == 2
-    rig.check_idle()
-
-
-def test_what_a_store_refuses_for_a_moment_is_offered_again(
-    make_rig: MakeRig, blobs: SharedBlobs
-) -> None:
-    """Nobody uses it a second time: others may."""
-    rig = make_rig(64, 32, new_disk(), remote=blobs)
-    blobs.takes = lambda _: False
-    rig.serve(PROMPT)
-    rig.poll_until(lambda: rig.stored_pages(PROMPT) == N_PAGES and rig.in_flight == 0)
-    assert not blobs.blobs
-    assert far(rig).writes.n_deferred == 1
-    blobs.takes = lambda _: True
-    rig.poll_until(lambda: n_blobs(rig, PROMPT) == N_PAGES)
-    rig.drain()
-    assert far(rig).writes.n_deferred == 0
     rig.check_idle()
 
 
