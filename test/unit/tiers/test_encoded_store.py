@@ -14,12 +14,18 @@ import pytest
 
 from support.damage import damage_segments
 from support_tiers.page_codec import PageCodec, page_layout
+from support_tiers.shared_blobs import SharedBlobs
 from tiered_kv.core.errors import DiskTierError
+from tiered_kv.core.ids import Tier
 from tiered_kv.tiers import encoded_store as encoded_store_module
 from tiered_kv.tiers.disk.namespace import DiskNamespace
 from tiered_kv.tiers.disk.store import DiskStore
-from tiered_kv.tiers.encoded_store import EncodedDisk
+from tiered_kv.tiers.encoded_store import EncodedDisk, EncodedStore
 from tiered_kv.tiers.page_format import PageFormat
+from tiered_kv.tiers.page_store import StoreTraits
+from tiered_kv.tiers.shared.envelope import HEADER_BYTES
+from tiered_kv.tiers.shared.link import StoreLink
+from tiered_kv.tiers.shared.object_store import ObjectStore
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -179,3 +185,53 @@ def test_pages_given_up_are_told(open_store: Callable[[], DiskStore]) -> None:
     bench.disk.touch([key(0)])
     bench.namespace.drop_pages([key(0)])
     assert bench.disk.drain_dropped() == [key(0)]
+
+
+# -- a store that must be asked
+
+
+class SharedBench(Bench):
+    """The same over a store of blobs."""
+
+    def __init__(self, store: DiskStore, host: str, stored: str, n_threads: int = 1) -> None:
+        super().__init__(store, host, stored, n_threads)
+        self.blobs = SharedBlobs()
+        page_format = PageFormat.of_layout(self.stored.layout)
+        traits = StoreTraits(Tier.STORE, page_format, knows_locally=False, is_shared=True)
+        pages = ObjectStore(StoreLink(self.blobs, now=lambda: 0.0), NAMESPACE, traits)
+        self.store = EncodedStore(pages, self.host.layout, self.stored.layout, n_threads)
+
+    def put(self, seeds: Sequence[int]) -> int:
+        slots = [memoryview(self.slot(self.on_host(seed))) for seed in seeds]
+        return self.store.put([key(seed) for seed in seeds], slots)
+
+    def get(self, seeds: Sequence[int]) -> list[bytes]:
+        slots = [self.slot() for _ in seeds]
+        n = self.store.get([key(seed) for seed in seeds], [memoryview(slot) for slot in slots])
+        page_bytes = self.host.layout.page_bytes
+        return [self.as_device(bytes(slot[:page_bytes])) for slot in slots[:n]]
+
+
+@pytest.mark.parametrize(("host", "stored"), PAIRS)
+def test_a_shared_store_has_pages_in_its_own_format(
+    open_store: Callable[[], DiskStore], host: str, stored: str
+) -> None:
+    bench = SharedBench(open_store(), host, stored)
+    assert bench.put(range(7)) == 7
+    assert bench.get(range(7)) == [bench.expected(seed) for seed in range(7)]
+    assert bench.store.lookup([key(seed) for seed in range(9)]) == 7
+    sizes = {len(blob) for blob in bench.blobs.blobs.values()}
+    assert sizes == {HEADER_BYTES + bench.stored.layout.page_bytes}
+
+
+def test_of_a_shared_store_leading_pages_count(open_store: Callable[[], DiskStore]) -> None:
+    bench = SharedBench(open_store(), "raw", "fp8")
+    n_written = bench.blobs.writes
+    assert bench.put([0, 1]) == 2
+    n_written.error = OSError("what is there is not written again")
+    assert bench.put([0, 1]) == 2
+    assert bench.put([0, 1, 2]) == 2
+    assert bench.get([0, 1, 2]) == [bench.expected(seed) for seed in (0, 1)]
+    assert bench.get([2]) == []
+    bench.blobs.lie = lambda _, blob: blob[:-1] + b"?"
+    assert bench.get([0]) == []
