@@ -51,7 +51,9 @@ class Envelope:
     def __init__(self, secrets: StoreSecrets, namespace_id: bytes, page_bytes: int) -> None:
         self.page_bytes = page_bytes
         self._namespace_id = namespace_id
-        self._names_key = _derived(secrets.key, b"names")
+        # Who encrypts and who does not have nothing in common: neither could read the other's pages.
+        purpose = b"names of ciphertext" if secrets.encrypts else b"names"
+        self._names_key = _derived(secrets.key, purpose)
         self._tags_key = _derived(secrets.key, b"tags") if secrets.key else None
         self._cipher: PageCipher | None = None
         if secrets.encrypts:
