@@ -318,7 +318,7 @@ def test_workers_get_flags_that_the_server_has(name: str, server_flags: set[str]
 def test_the_cluster_fits_together() -> None:
     document = compose("compose.yaml")
     services = document["services"]
-    assert set(services) == {"worker-1", "worker-2", "router"}
+    assert {"worker-1", "worker-2", "gateway"} <= set(services)
     disks, gpus = [], []
     for name in ("worker-1", "worker-2"):
         worker = services[name]
@@ -327,17 +327,17 @@ def test_the_cluster_fits_together() -> None:
         disks.append(volumes["/var/lib/tiered_kv"])
         assert set(volumes.values()) <= set(document["volumes"])
         gpus += worker["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
-        assert services["router"]["depends_on"][name] == {"condition": "service_healthy"}
-        assert f"http://{name}:30000" in services["router"]["command"]
+        assert services["gateway"]["depends_on"][name] == {"condition": "service_healthy"}
+        assert f"http://{name}:30000" in services["gateway"]["command"]
         assert (ROOT / worker["build"]["dockerfile"]).exists()
     # A disk tier has one owner at a time, and a GPU one server.
     assert len(set(disks)) == len(set(gpus)) == 2
     # Up to 25 s of an idle server, and what its requests still take.
     graces = {services[name]["stop_grace_period"] for name in ("worker-1", "worker-2")}
     assert graces == {"180s"}
-    ports = [instructions(DOCKER / name) for name in ("Dockerfile", "Dockerfile.router")]
-    assert [dict(found)["EXPOSE"] for found in ports] == ["30000", "8000"]
-    assert services["router"]["ports"] == ["127.0.0.1:8000:8000"]
+    ports = [instructions(DOCKER / name) for name in ("Dockerfile", "Dockerfile.gateway")]
+    assert [dict(found)["EXPOSE"] for found in ports] == ["30000", "8000 29000"]
+    assert services["gateway"]["ports"] == ["127.0.0.1:8000:8000"]
 
 
 def test_the_cpu_cluster_overrides_services_that_exist() -> None:
