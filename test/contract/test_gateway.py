@@ -171,7 +171,7 @@ def test_workers_that_come_later_or_again_are_found(tmp_path: Path) -> None:
 
 
 def test_no_turn_fails_when_a_worker_is_killed(tmp_path: Path) -> None:
-    """But a stream that has begun ends with an error in it: its first tokens are with the client."""
+    """But a stream that has begun ends with an error: its first tokens are with the client."""
     with (
         StubWorker("a") as a,
         StubWorker("b") as b,

@@ -352,7 +352,7 @@ def test_the_cpu_cluster_overrides_services_that_exist() -> None:
 
 def test_a_request_finds_out_that_a_worker_died() -> None:
     """It is tried five times: fewer failures must be enough to leave the worker out."""
-    words = compose("compose.yaml")["services"]["router"]["command"]
+    words = compose("compose.yaml")["services"]["gateway"]["command"]
     flags = dict(itertools.pairwise(words))
     assert 1 <= int(flags["--cb-failure-threshold"]) < 5
     assert (
