@@ -34,20 +34,25 @@ def compose_flags() -> list[str]:
 
 @dataclass
 class Gateway:
-    """`with Gateway(urls, log) as gateway:` starts it and waits until it takes requests."""
+    """`with Gateway(urls, log) as gateway:` starts it and waits until it takes requests.
+
+    waits_for_workers: without, it only has to listen.
+    """
 
     worker_urls: Sequence[str]
     log: Path
     flags: Sequence[str] = field(default_factory=compose_flags)
     port: int = field(default_factory=free_port)
     metrics_port: int = field(default_factory=free_port)
+    waits_for_workers: bool = True
     process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Gateway:
         command = [sys.executable, "-m", "smg.launch_router", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--prometheus-host", "127.0.0.1"]
         command += ["--prometheus-port", str(self.metrics_port)]
-        command += ["--worker-urls", *self.worker_urls, *_without_metrics_port(self.flags)]
+        command += ["--worker-urls", *self.worker_urls] if self.worker_urls else []
+        command += _without_metrics_port(self.flags)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -108,7 +113,8 @@ class Gateway:
 
     def _is_ready(self) -> bool:
         with contextlib.suppress(requests.RequestException):
-            return requests.get(f"{self.url}/readiness", timeout=5).status_code == 200
+            answer = requests.get(f"{self.url}/readiness", timeout=5)
+            return answer.status_code == 200 or not self.waits_for_workers
         return False
 
 

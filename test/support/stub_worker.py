@@ -54,8 +54,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/v1/completions":
             choice = {"index": 0, "text": self.name}
         return {
-            "id": "1", "object": "chat.completion", "created": 1, "model": "demo",
-            "choices": [choice], "text": self.name, "metadata": {"tiered_kv": [REPORT]},
+            "id": "1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": "demo",
+            "choices": [choice],
+            "text": self.name,
+            "metadata": {"tiered_kv": [REPORT]},
         }
 
     def stream(self, wait_s: float) -> None:
