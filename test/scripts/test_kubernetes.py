@@ -1,4 +1,4 @@
-"""The manifests of docker/kubernetes render, fit the schemas and each other; no cluster is needed."""
+"""The manifests of docker/kubernetes render, and fit the schemas and each other."""
 
 from __future__ import annotations
 
