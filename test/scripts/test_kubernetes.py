@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 #: The oldest that is still supported by many providers, and the newest that there are schemas of.
 VERSIONS = ("1.31", "1.37")
 GIB = 1 << 30
+PODS = (("StatefulSet", "worker"), ("Deployment", "gateway"), ("StatefulSet", "store"))
 each_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
@@ -72,18 +73,13 @@ def test_the_gateway_has_the_flags_of_the_other_cluster(overlay: str) -> None:
 
 @each_overlay
 def test_selectors_meet_the_pods_they_are_for(overlay: str) -> None:
-    labels = {
-        name: pod(overlay, kind, name)["metadata"]["labels"].items()
-        for kind, name in (("StatefulSet", "worker"), ("Deployment", "gateway"))
-    }
+    labels = {name: pod(overlay, kind, name)["metadata"]["labels"].items() for kind, name in PODS}
     for document in manifests(overlay):
         name, spec = document["metadata"]["name"], document.get("spec", {})
         wanted = spec.get("podSelector", spec.get("selector"))
         if wanted:
             wanted = wanted.get("matchLabels", wanted).items()
-            other = "gateway" if name == "worker" else "worker"
-            assert wanted <= labels[name], document["kind"]
-            assert not wanted <= labels[other], document["kind"]
+            assert [n for n in labels if wanted <= labels[n]] == [name], document["kind"]
     args = container(overlay, "Deployment", "gateway")["args"]
     at = args.index("--selector")
     asked = [tuple(word.split("=")) for word in args[at + 1 : at + 3]]
@@ -137,7 +133,7 @@ def test_the_tiers_fit_what_the_pod_may_have(overlay: str) -> None:
 
 @each_overlay
 def test_a_worker_writes_its_volumes_and_nothing_else(overlay: str) -> None:
-    for kind, name in (("StatefulSet", "worker"), ("Deployment", "gateway")):
+    for kind, name in PODS:
         spec, of = pod(overlay, kind, name)["spec"], container(overlay, kind, name)
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert of["securityContext"] == {
@@ -146,16 +142,28 @@ def test_a_worker_writes_its_volumes_and_nothing_else(overlay: str) -> None:
             "capabilities": {"drop": ["ALL"]},
         }
         names = {v["name"] for v in spec["volumes"]}
-        if kind == "StatefulSet":
-            claims = manifest(overlay, kind, name)["spec"]["volumeClaimTemplates"]
-            names |= {claim["metadata"]["name"] for claim in claims}
+        claims = manifest(overlay, kind, name)["spec"].get("volumeClaimTemplates", [])
+        names |= {claim["metadata"]["name"] for claim in claims}
         assert {mount["name"] for mount in of["volumeMounts"]} == names
     mounts = {
         m["name"]: m["mountPath"]
         for m in container(overlay, "StatefulSet", "worker")["volumeMounts"]
     }
     assert mounts["kv"] == "/var/lib/tiered_kv"  # the images' --tiered-kv-disk-dir lies there
-    assert arguments(overlay)["--tiered-kv-disk-key-file"].startswith(f"{mounts['keys']}/")
+    (keys,) = [v for v in pod(overlay, "StatefulSet", "worker")["spec"]["volumes"] if "secret" in v]
+    files = {f"{mounts['keys']}/{item['path']}" for item in keys["secret"]["items"]}
+    flags = arguments(overlay)
+    assert {flags["--tiered-kv-disk-key-file"], flags["--tiered-kv-store-key-file"]} == files
+
+
+@each_overlay
+def test_the_store_is_where_the_workers_look_and_fits_its_memory(overlay: str) -> None:
+    (port,) = manifest(overlay, "Service", "store")["spec"]["ports"]
+    assert arguments(overlay)["--tiered-kv-store"] == f"valkey://store:{port['port']}"
+    store = container(overlay, "StatefulSet", "store")
+    (largest,) = [e["value"] for e in store["env"] if e["name"] == "MAXMEMORY"]
+    held = int(largest.removesuffix("gb")) * GIB
+    assert 1.1 * held <= bytes_of(store["resources"]["limits"]["memory"])
 
 
 @each_overlay
