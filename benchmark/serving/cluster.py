@@ -143,7 +143,7 @@ class Cluster:
                     *("--tiered-kv", "--tiered-kv-load-policy", args.load_policy),
                     *("--tiered-kv-host-size", host_size(args.host_tokens)),
                     *("--tiered-kv-disk-dir", str(scratch / f"disk-{n}")),
-                    *("--tiered-kv-disk-size", "4GB"),
+                    *("--tiered-kv-disk-size", "4GB", "--served-model-name", "demo"),
                     *("--max-total-tokens", str(args.device_tokens), *store_flags),
                 ],
                 scratch / f"worker-{n}.log",

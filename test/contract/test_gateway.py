@@ -106,6 +106,13 @@ def test_the_responses_api_takes_no_field_that_openais_lacks(gateway: Gateway) -
         assert f"unknown field `{name}`" in answer.text
 
 
+def test_a_model_that_no_worker_has_is_refused(gateway: Gateway) -> None:
+    """Where a worker alone would take any name."""
+    answer = gateway.post(CHAT, {**ROUTES[CHAT], "model": "other"})
+    assert answer.status_code == 404
+    assert "No worker available for model 'other'" in answer.text
+
+
 def test_the_report_comes_back(gateway: Gateway) -> None:
     plain = gateway.post(CHAT, ROUTES[CHAT]).json()
     assert plain["metadata"]["tiered_kv"][0]["slo"] == {"class": "interactive"}

@@ -53,7 +53,7 @@ def workers(
         disk = tmp_path_factory.mktemp(name)
         args = ["--tiered-kv", *ALWAYS_LOAD, "--tiered-kv-host-size", host_size(HOST_TOKENS)]
         args += ["--tiered-kv-disk-dir", disk, "--tiered-kv-disk-size", "1GB", "--enable-metrics"]
-        args += [*FLOAT32, "--max-total-tokens", DEVICE_TOKENS]
+        args += [*FLOAT32, "--max-total-tokens", DEVICE_TOKENS, "--served-model-name", "demo"]
         args += ["--tiered-kv-store", f"valkey://127.0.0.1:{store.port}"]
         env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
         started.append(make_server(name, *args, env=env))

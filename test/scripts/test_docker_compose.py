@@ -2,7 +2,7 @@
 
     docker compose version && python -m pytest -m long test/scripts/test_docker_compose.py
 
-wants what test_docker_run.py wants, and TIERED_KV_TEST_IMAGE and TIERED_KV_TEST_BASE name its images.
+wants what test_docker_run.py wants; TIERED_KV_TEST_IMAGE and TIERED_KV_TEST_BASE name its images.
 Valkey's and Prometheus' images are stood in for by Debian's packages (redis-server, prometheus);
 Grafana, which Debian lacks, is left out where its image cannot be had.
 """
@@ -95,7 +95,7 @@ def fetch(url: str, body: dict[str, Any] | None = None, session: str = "") -> An
 def chat(prompt: str, session: str) -> dict[str, int]:
     """By tier, how many of the prompt's tokens were not computed."""
     body = {
-        "model": "default",
+        "model": "SmolLM2-135M-Instruct",
         "max_tokens": 4,
         "messages": [{"role": "user", "content": prompt}],
         "slo": {"class": "batch", "report": True},
