@@ -31,6 +31,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("Dockerfile*"))
+#: What the images have besides: the demo model's tools, clients of shared stores.
+EXTRAS = ("demo", "valkey", "mooncake")
 INSTRUCTIONS = {
     "ARG", "FROM", "WORKDIR", "COPY", "RUN", "ENV", "VOLUME", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT",
     "CMD", "USER",
@@ -149,7 +151,7 @@ def test_every_dependency_is_locked_to_a_version_that_will_do() -> None:
     inputs = (DOCKER / "requirements.in").read_text().splitlines()
     wanted = [
         *described["dependencies"],
-        *described["optional-dependencies"]["demo"],
+        *(line for extra in EXTRAS for line in described["optional-dependencies"][extra]),
         *(line for line in inputs if not line.startswith("#")),
     ]
     for requirement in map(Requirement, wanted):
@@ -181,27 +183,35 @@ def commands(path: Path) -> list[str]:
 def test_the_cuda_image_gets_what_sglangs_lacks() -> None:
     """What SGLang depends on too is in its image, except in a version that we ask for."""
     (listed,) = re.findall(r"\^\(([\w|-]+)\)==", (DOCKER / "Dockerfile").read_text())
-    ours = [Requirement(d) for d in project()["dependencies"] if not d.startswith("sglang")]
+    wanted = [d for d in project()["dependencies"] if not d.startswith("sglang")]
+    wanted += project()["optional-dependencies"]["valkey"]
     theirs = with_dependencies("sglang")
-    newer = {r.name for r in ours if r.specifier}
-    lacking = with_dependencies(*(r.name for r in ours)) - theirs
+    newer = {r.name for r in map(Requirement, wanted) if r.specifier}
+    lacking = with_dependencies(*wanted) - theirs
     assert set(listed.split("|")) == lacking | with_dependencies(*(newer & theirs))
 
 
-def with_dependencies(*names: str) -> set[str]:
+def test_the_cpu_image_has_the_clients_of_stores() -> None:
+    (install,) = [c for c in commands(DOCKER / "Dockerfile.cpu") if "-r pyproject.toml" in c]
+    assert re.findall(r"--extra (\w+)", install) == list(EXTRAS)
+
+
+def with_dependencies(*requirements: str) -> set[str]:
     """These distributions, as they are installed here, and whatever they need."""
     found: set[str] = set()
-    left = [canonicalize_name(name) for name in names]
+    left = [Requirement(line) for line in requirements]
     while left:
-        name = left.pop()
+        wanted = left.pop()
+        name = canonicalize_name(wanted.name)
         if name in found:
             continue
         found.add(name)
         needs = (Requirement(line) for line in metadata.requires(name) or [])
         left += [
-            canonicalize_name(r.name)
+            r
             for r in needs
-            if r.marker is None or r.marker.evaluate({"extra": ""})
+            if r.marker is None
+            or any(r.marker.evaluate({"extra": extra}) for extra in ("", *wanted.extras))
         ]
     return found
 
@@ -343,7 +353,7 @@ def test_the_cluster_fits_together() -> None:
 def test_the_cpu_cluster_overrides_services_that_exist() -> None:
     base, cpu = compose("compose.yaml")["services"], compose("compose.cpu.yaml")["services"]
     assert set(cpu) <= set(base)
-    for worker in cpu.values():
+    for worker in (cpu["worker-1"], cpu["worker-2"]):
         # Pinned memory needs a right that not every daemon has, and only a GPU needs it.
         assert {"deploy", "ulimits", "ipc"} <= set(worker)
         assert worker["deploy"] is worker["ulimits"] is worker["ipc"] is None
