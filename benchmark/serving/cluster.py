@@ -79,6 +79,8 @@ class Conversation:
     name: str
     first_sentences: int
     messages: list[dict[str, str]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further fields of every request."""
 
     def turn(self, gateway: Gateway, number: int) -> Turn:
         n_sentences = 6 if number else self.first_sentences
@@ -105,7 +107,7 @@ class Conversation:
         Raises requests.RequestException for a request that failed.
         """
         body = {"model": "demo", "messages": self.messages, "stream": True, "max_tokens": 8}
-        body |= {"temperature": 0, "ignore_eos": True, "slo": {"report": True}}
+        body |= {"temperature": 0, "ignore_eos": True, "slo": {"report": True}, **self.extra}
         first_s, report = 0.0, None
         with requests.post(
             f"{gateway.url}{CHAT}",

@@ -15,7 +15,8 @@ import sys
 import time
 from typing import Any
 
-REPORT = {"slo": {"class": "interactive"}, "prompt_tokens": 3}
+CACHED = {"device": 1, "host": 0, "disk": 0, "store": 1}
+REPORT = {"slo": {"class": "interactive"}, "prompt_tokens": 4, "cached_tokens": CACHED}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
