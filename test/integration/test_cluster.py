@@ -215,7 +215,3 @@ def test_conversations_go_on_when_their_worker_is_killed(
         again = Conversation(talk.name)
         again.turn(gateway)
         assert again.messages[1] == talk.messages[1]
-    dead.start()
-    gateway.wait_healthy({alive.url, dead.url}, 30)
-    for talk in talks:
-        talk.turn(gateway)

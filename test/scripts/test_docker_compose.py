@@ -143,5 +143,3 @@ def test_the_cluster_serves_shares_and_is_watched(cluster: None) -> None:
     found = chat(prompt, "a")
     assert found["store"] + found["device"] > 300  # nobody computed it on this one
     seconds_until(lambda: healthy() == 1, 60)
-    compose("start", home)
-    seconds_until(lambda: healthy() == 2, START_S)
