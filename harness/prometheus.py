@@ -126,7 +126,7 @@ class Prometheus:
         """Whether it answers with at least one number; 0 / 0 is none."""
         return any(sample["value"][1] != "NaN" for sample in self.ask(expression))
 
-    def alerts(self) -> set[str]:
-        """The names of the alerts that fire or wait for their `for`."""
+    def alerts(self, state: str) -> set[str]:
+        """The names of the alerts that are `firing`, or `pending`: they wait for their `for`."""
         found = requests.get(f"{self.url}/api/v1/alerts", timeout=30).json()["data"]["alerts"]
-        return {alert["labels"]["alertname"] for alert in found}
+        return {alert["labels"]["alertname"] for alert in found if alert["state"] == state}

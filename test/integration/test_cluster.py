@@ -187,7 +187,7 @@ def test_every_panel_has_numbers(
     assert {q.panel for q in queries} - seen == set(SILENT)
     tiers = prometheus.ask("sum by (tier) (sglang:tiered_kv_hit_tokens_total) > 0")
     assert {sample["metric"]["tier"] for sample in tiers} >= {"device", "host", "disk"}
-    assert prometheus.alerts() <= {"ObjectivesMissed", "WaitOverBound"}  # of busy cores
+    assert prometheus.alerts("firing") == set()
 
 
 def test_conversations_go_on_when_their_worker_is_killed(
@@ -210,7 +210,7 @@ def test_conversations_go_on_when_their_worker_is_killed(
         list(pool.map(lambda t: t.turn(gateway), talks))
     # Those that had their home on the dead worker are found in the store.
     assert all(cached > 200 for talk in talks for cached in talk.cached[1:])
-    assert "WorkerDown" in prometheus.alerts()
+    assert "WorkerDown" in prometheus.alerts("pending")
     for talk in talks:
         again = Conversation(talk.name)
         again.turn(gateway)
