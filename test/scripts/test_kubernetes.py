@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import yaml
 
 from harness.gateway import compose_flags
 from harness.kubernetes import OVERLAYS, container, manifest, manifests
+from tiered_kv.core.errors import DiskTierError
+from tiered_kv.tiers.disk.encryption import read_key_file
 
 ROOT = Path(__file__).parents[2]
 #: The oldest that is still supported by many providers, and the newest that there are schemas of.
@@ -134,26 +137,50 @@ def test_the_tiers_fit_what_the_pod_may_have(overlay: str) -> None:
 @each_overlay
 def test_a_worker_writes_its_volumes_and_nothing_else(overlay: str) -> None:
     for kind, name in PODS:
-        spec, of = pod(overlay, kind, name)["spec"], container(overlay, kind, name)
+        spec = pod(overlay, kind, name)["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True
-        assert of["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
+        containers = [*spec.get("initContainers", []), *spec["containers"]]
+        for of in containers:
+            assert of["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
         names = {v["name"] for v in spec["volumes"]}
         claims = manifest(overlay, kind, name)["spec"].get("volumeClaimTemplates", [])
         names |= {claim["metadata"]["name"] for claim in claims}
-        assert {mount["name"] for mount in of["volumeMounts"]} == names
-    mounts = {
-        m["name"]: m["mountPath"]
-        for m in container(overlay, "StatefulSet", "worker")["volumeMounts"]
-    }
-    assert mounts["kv"] == "/var/lib/tiered_kv"  # the images' --tiered-kv-disk-dir lies there
-    (keys,) = [v for v in pod(overlay, "StatefulSet", "worker")["spec"]["volumes"] if "secret" in v]
-    files = {f"{mounts['keys']}/{item['path']}" for item in keys["secret"]["items"]}
+        assert {mount["name"] for of in containers for mount in of["volumeMounts"]} == names
+    # The images' --tiered-kv-disk-dir lies there.
+    assert mounts(container(overlay, "StatefulSet", "worker"))["kv"] == "/var/lib/tiered_kv"
+
+
+def mounts(of: dict[str, Any]) -> dict[str, str]:
+    """Where each volume is in that container."""
+    return {mount["name"]: mount["mountPath"] for mount in of["volumeMounts"]}
+
+
+@each_overlay
+def test_the_server_may_read_the_keys_and_nobody_else(overlay: str, tmp_path: Path) -> None:
+    """The kubelet makes files of a secret readable by the pod's group, which the server refuses."""
+    spec = pod(overlay, "StatefulSet", "worker")["spec"]
+    (volume,) = [v for v in spec["volumes"] if "secret" in v]
+    secret, keys = tmp_path / "secret", tmp_path / "keys"
+    secret.mkdir()
+    keys.mkdir()
+    for item in volume["secret"]["items"]:
+        (secret / item["path"]).write_text("5a" * 32)
+        (secret / item["path"]).chmod(0o440)
+        with pytest.raises(DiskTierError, match="may be used by others"):
+            read_key_file(secret / item["path"])
+    (copies,) = spec["initContainers"]
+    here = {mounts(copies)["secret"]: secret, mounts(copies)["keys"]: keys}
+    shell = re.sub("|".join(here), lambda found: str(here[found[0]]), copies["command"][-1])
+    subprocess.run([*copies["command"][:-1], shell], check=True, timeout=30)
     flags = arguments(overlay)
-    assert {flags["--tiered-kv-disk-key-file"], flags["--tiered-kv-store-key-file"]} == files
+    at = mounts(container(overlay, "StatefulSet", "worker"))["keys"]
+    for flag in ("--tiered-kv-disk-key-file", "--tiered-kv-store-key-file"):
+        assert flags[flag].startswith(f"{at}/")
+        assert read_key_file(keys / Path(flags[flag]).name) == b"\x5a" * 32
 
 
 @each_overlay
