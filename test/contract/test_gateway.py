@@ -16,7 +16,7 @@ import pytest
 import requests
 
 from harness.gateway import Gateway, compose_flags
-from support.stub_workers import StubWorker
+from harness.stub_workers import StubWorker
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Hello"}]

@@ -13,7 +13,7 @@ import requests
 from harness.gateway import Gateway
 from harness.kubernetes import container
 from support.stub_kubernetes import StubKubernetes
-from support.stub_workers import StubWorker
+from harness.stub_workers import StubWorker
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}]}
 

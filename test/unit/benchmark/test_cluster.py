@@ -9,7 +9,7 @@ import pytest
 
 from benchmark.serving.cluster import TIERS, Conversation, Turn, report, row
 from harness.gateway import Gateway
-from support.stub_workers import StubWorker
+from harness.stub_workers import StubWorker
 
 
 def test_a_cut_stream_is_asked_again_and_counted(
