@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "gateway_policies.md")
     args = parser.parse_args()
     about = (
-        f"`python benchmark/micro/gateway.py`, smg 1.13.0, two workers that compute nothing: moves, "
+        "`python benchmark/micro/gateway.py`, smg 1.13.0, two workers that compute nothing: moves, "
         f"of {CONVERSATIONS * (TURNS - 1)} later turns, and requests on each worker."
     )
     lines = ["# Where the gateway sends the turns of conversations", "", about, ""]

@@ -12,8 +12,8 @@ import requests
 
 from harness.gateway import Gateway
 from harness.kubernetes import container
-from support.stub_kubernetes import StubKubernetes
 from harness.stub_workers import StubWorker
+from support.stub_kubernetes import StubKubernetes
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}]}
 
