@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "python"
-PURE = ("core", "api", "metrics", "forest", "memory", "scheduler", "simulation")
+PURE = ("core", "api", "metrics", "forest", "memory", "scheduler", "simulation", "snapshot")
 EXISTING = [name for name in PURE if (SOURCE / "tiered_kv" / name).is_dir()]
 
 IMPORT_ALL = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, KeysView
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 from tiered_kv.core.clock import LogicalClock
@@ -19,7 +20,21 @@ from tiered_kv.forest.view import ForestView, view_of
 
 _ABSENT = Residency.ABSENT
 
-__all__ = ["Node", "Trees"]
+__all__ = ["Node", "NodeWatcher", "Trees"]
+
+
+class NodeWatcher(Protocol):
+    """Is told of every node that comes, goes or is split, right after it happened."""
+
+    def added(self, node: Node) -> None: ...
+
+    def removed(self, node: Node, parent: Node) -> None:
+        """`node`, which had no children, was below `parent`."""
+
+    def split(self, upper: Node, lower: Node) -> None: ...
+
+    def cleared(self) -> None:
+        """All nodes are gone; roots stay."""
 
 
 class Trees:
@@ -49,6 +64,7 @@ class Trees:
         self._transfers = TransferIndex()
         self._clock = LogicalClock()
         self._split_watchers: list[Callable[[Node, Node], None]] = []
+        self._watchers: list[NodeWatcher] = []
         self._n_ids = 0
         self._n_root_ids = 0
 
@@ -94,6 +110,11 @@ class Trees:
         """Nodes in the forest, roots not counted."""
         return len(self._nodes)
 
+    @property
+    def now(self) -> int:
+        """The logical tick; `Node.last_access` is what it was when a node was used last."""
+        return self._clock.now()
+
     def peek(self, node: Node, tokens: Tokens, limit: int | None = None) -> Descent:
         """How far the first `limit` tokens of a prompt are known below `node`, in whole pages.
 
@@ -131,6 +152,11 @@ class Trees:
         """Have `watcher` called with (upper, lower) whenever a node was split."""
         self._split_watchers.append(watcher)
 
+    def watch(self, watcher: NodeWatcher) -> None:
+        """Have `watcher` told of all that happens to nodes from now on."""
+        self._watchers.append(watcher)
+        self._split_watchers.append(watcher.split)
+
     def clear(self) -> None:
         """Drop every node, pin and transfer; roots stay. The caller frees all slots."""
         for node in self._nodes.values():
@@ -144,6 +170,8 @@ class Trees:
         self._transfers.clear()
         for ledger in self._ledgers.values():
             ledger.clear()
+        for watcher in self._watchers:
+            watcher.cleared()
 
     # -- pins and totals ----------------------------------------------------------------------
 
@@ -229,6 +257,8 @@ class Trees:
         node = self._new_node(parent, tokens, hashes)
         node.last_access = self._clock.now()
         parent.children[self._key(node)] = node
+        for watcher in self._watchers:
+            watcher.added(node)
         return node
 
     def _prune(self, node: Node) -> None:
@@ -241,6 +271,8 @@ class Trees:
             del parent.children[self._key(node)]
             del self._nodes[node.node_id]
             node.parent = None
+            for watcher in self._watchers:
+                watcher.removed(node, parent)
             node = parent
 
     def _require_known(self, node: Node) -> None:

@@ -94,6 +94,11 @@ class RequestLives:
         """Whether anything waits for the next tick: a request, or the time of something."""
         return bool(self.waiting or self._undated or self._leaving)
 
+    @property
+    def n_parked(self) -> int:
+        """Those who skip the iteration."""
+        return len(self._parked)
+
     # -- what happens -------------------------------------------------------------------------
 
     def queue(self, request: QueuedRequest, now_s: float) -> bool:

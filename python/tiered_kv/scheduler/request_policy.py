@@ -138,6 +138,23 @@ class ForecastingPolicy(Protocol):
         ...
 
 
+@runtime_checkable
+class UrgentFirst(Protocol):
+    """What a policy may offer besides: it knows of everyone when they must start to be in time."""
+
+    def tightest(self, limit: int) -> list[tuple[QueuedRequest, float]]:
+        """Up to `limit` of those who could be in time: (request, latest start), tightest first."""
+        ...
+
+    def not_in_time(self, limit: int) -> list[tuple[QueuedRequest, float]]:
+        """The same of those who are beyond hope, or have no deadline (infinity), next one first."""
+        ...
+
+    def n_in_time(self) -> int:
+        """How many could be in time if each of them ran at once."""
+        ...
+
+
 class QuietPolicy:
     """A base for policies that only need `plan`: hears of everything and remembers nothing."""
 

@@ -121,6 +121,7 @@ class TierContext:
     evicted: called with a node that left a tier, and its parent then.
     timeline: where what the tiers do is drawn, if it is to be.
     pacer: holds back what is written while requests decode.
+    moved_bytes: what was transferred so far, by (source, target).
     """
 
     forest: Forest
@@ -140,6 +141,7 @@ class TierContext:
     evicted: Callable[[Node, Node, Tier], None] | None = None
     timeline: TimelineFile | None = None
     pacer: WriteBackPacer = field(default_factory=WriteBackPacer)
+    moved_bytes: dict[tuple[Tier, Tier], int] = field(default_factory=dict)
     _ops: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def next_op(self) -> int:
@@ -203,6 +205,7 @@ class TierContext:
         """A transfer was acknowledged: it is counted, and learned from if it came as asked."""
         n_done = completion.n_done
         n_bytes = n_done * self.page_format(max(source, target)).page_bytes
+        self.moved_bytes[source, target] = self.moved_bytes.get((source, target), 0) + n_bytes
         self.observer.transferred(source, target, n_done, n_bytes, completion.seconds)
         if self.calibrator is not None and n_done and completion.is_as_asked:
             self.calibrator.observe_transfer(source, target, n_bytes, completion.service_s)

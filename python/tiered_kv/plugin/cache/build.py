@@ -27,6 +27,7 @@ from tiered_kv.plugin.cache.pass_streams import launched_so_far, pass_holder
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.cache.shards import shard_of
 from tiered_kv.plugin.cache.store import SharedStore, open_store
+from tiered_kv.plugin.cache.watched import Watched
 from tiered_kv.plugin.options.overlap import budget_share, rank_trace_file
 from tiered_kv.plugin.passes.pass_log import Pass, PassLog, draw_passes, pace_by_decodes
 from tiered_kv.plugin.passes.step_times import StepTimes
@@ -101,6 +102,8 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     residency = ResidencyLog(events)
     metrics = make_metrics(ctx)
     forest = Forest(params.page_size, tiers=tiers_in_use(store))
+    # One rank answers, and what it keeps decides nothing.
+    watched = Watched(forest) if args.tiered_kv_view == "on" and ctx.tp_rank == 0 else None
     cost_model = build_cost_model(ctx, pool, formats.host)
     costs = None if cost_model is None else placement_costs(cost_model, formats)
     runner = ctx.tp_worker.model_runner
@@ -138,6 +141,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         pass_log=make_pass_log(context, cost_model, synchronous=on_cpu),
         residency=residency,
         cost_model=cost_model,
+        watched=watched,
     )
 
 

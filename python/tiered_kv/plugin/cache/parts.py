@@ -12,6 +12,7 @@ from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.cache.store import SharedStore
+from tiered_kv.plugin.cache.watched import Watched
 from tiered_kv.plugin.passes.pass_log import PassLog
 from tiered_kv.plugin.passes.step_times import StepTimes
 from tiered_kv.scheduler.cost_model import CostModel
@@ -70,6 +71,8 @@ class CacheParts:
     residency: ResidencyLog
     """What became cached, or ceased to be, while somebody waits."""
     cost_model: CostModel | None
+    watched: Watched | None = None
+    """None where nobody may ask for a snapshot, or another rank answers."""
     pass_log: PassLog | None = None
     """None if nobody wants to know of every pass."""
 

@@ -191,6 +191,8 @@ class TieredPrefixCache(RadixCache):
         self.hierarchy.prefetch.release(req.rid)
         if is_insert and not is_probe(req):
             self.parts.metrics.finished(req)
+            if self.parts.watched is not None:
+                self.parts.watched.finished(req)
         is_insert = is_insert and is_named_by_tokens(req)
         self._last_inserted = self.root_node
         super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
@@ -243,6 +245,8 @@ class TieredPrefixCache(RadixCache):
         """Called once per scheduling pass, idle or not: the hierarchy's clock tick."""
         self.hierarchy.poll()
         self.observer.polled()
+        if self.parts.watched is not None:
+            self.parts.watched.polled()
         self._refresh_metrics()
 
     def keep_up(self) -> None:

@@ -272,6 +272,13 @@ HOOKS: tuple[Hook, ...] = (
             ("_resolve_lora_variant", "variant_of_pass"),
         )
     ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        kind="around",
+        function="tiered_kv.plugin.snapshots.collect:answer",
+        process=Process.SCHEDULER,
+        why="/tiered_kv/snapshot would have nothing to show",
+    ),
     *GUARD_HOOKS,
     *NAMING_HOOKS,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from tiered_kv.forest.node import Node
@@ -35,6 +35,8 @@ class Foretold:
         self._policy = policy if isinstance(policy, ForecastingPolicy) else None
         self._queued = DemandForecast()
         self._announced: dict[int, Expectation] = {}
+        self.told: Mapping[int, Expectation] = {}
+        """What the hierarchy was told last, by node id."""
         self._refreshed_s = 0.0
 
     def is_due(self, now_s: float) -> bool:
@@ -91,4 +93,5 @@ class Foretold:
                     self._announced[end_id] = self._announced.pop(node_id)
 
     def _tell(self) -> None:
-        self._hierarchy.forecast(DemandForecast({**self._announced, **self._queued.next_use}))
+        self.told = {**self._announced, **self._queued.next_use}
+        self._hierarchy.forecast(DemandForecast(self.told))

@@ -73,9 +73,9 @@ class RequestOrder:
         """When the last pass was, and whether it decoded; None: there was none."""
         self.put_back = PutBack(scheduler)
         self._scheduler = scheduler
-        self._policy = policy
+        self.policy = policy
         self._hierarchy = hierarchy
-        self._costs = costs
+        self.costs = costs
         self._max_wait_s = max_wait_s
         self._may_put_back = True
         # While SGLang forms a prefill batch.
@@ -261,7 +261,7 @@ class RequestOrder:
             decode_context_tokens=context_tokens,
             processed_prefill_tokens=self.queue.processed_prefill_tokens,
             chunk_tokens=self._most_tokens(),
-            costs=self._costs,
+            costs=self.costs,
             available_tokens=context.allocator.available() + scheduler.tree_cache.evictable_size(),
             unfinished=self._unfinished(),
             can_put_back=self._may_put_back and self.put_back.can_put_back(),
@@ -290,7 +290,7 @@ class RequestOrder:
         """As much of the order as one batch can take."""
         limit, waiting = PLAN_LIMIT, self.queue.waiting
         while True:
-            plan = self._policy.plan(state, limit)
+            plan = self.policy.plan(state, limit)
             order = plan.order
             if len(order) < limit or limit >= len(waiting):
                 return plan

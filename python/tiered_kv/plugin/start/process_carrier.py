@@ -26,7 +26,7 @@ def prepare_main_process() -> None:
     for process in Process:
         hooks.verify_installed(process)
     _register_radix_cache()
-    _guard_routes()
+    _set_up_routes()
 
 
 def prepare_child_process() -> None:
@@ -46,17 +46,19 @@ def prepare_child_process() -> None:
     processes = hooks.loaded_processes()
     hooks.install(processes)
     if Process.HTTP_SERVER in processes:
-        _guard_routes()
+        _set_up_routes()
     if Process.SCHEDULER in processes:
         _register_radix_cache()
         _register_attention_backend()
 
 
-def _guard_routes() -> None:
+def _set_up_routes() -> None:
     from sglang.srt.entrypoints import http_server
 
     from tiered_kv.plugin.requests import guard
+    from tiered_kv.plugin.snapshots import endpoint
 
+    endpoint.add_route(http_server.app)
     guard.answer_with_400(http_server.app)
 
 

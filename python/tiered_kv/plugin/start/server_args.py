@@ -23,9 +23,10 @@ from tiered_kv.plugin.options.overlap import OverlapArgs
 from tiered_kv.plugin.options.policies import SCHEDULE_POLICY_DEFAULT, PolicyArgs
 from tiered_kv.plugin.options.store import StoreArgs
 from tiered_kv.plugin.options.tiers import PAGE_SIZE_DEFAULT, TierArgs
+from tiered_kv.plugin.options.watching import WatchingArgs
 from tiered_kv.plugin.start import process_carrier
 
-_MIXED_IN = (TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs)
+_MIXED_IN = (TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, WatchingArgs)
 """In the order of the help."""
 
 
@@ -37,7 +38,13 @@ def _flag(field_name: str) -> str:
 # `add_cli_args` adds them to a group of their own.
 @dataclasses.dataclass
 class ServerArgs(
-    upstream_server_args.ServerArgs, TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs
+    upstream_server_args.ServerArgs,
+    TierArgs,
+    StoreArgs,
+    PolicyArgs,
+    OverlapArgs,
+    CallerArgs,
+    WatchingArgs,
 ):
     """SGLang's arguments and ours."""
 
@@ -62,6 +69,7 @@ class ServerArgs(
         refusals.check_server_args(self)
         self.resolve_policies()
         self.resolve_callers()
+        self.resolve_watching()
         self.resolve_tiers()
         self.resolve_overlap()
         self._select_cache()

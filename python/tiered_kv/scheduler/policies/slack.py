@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 
@@ -198,6 +198,23 @@ class SlackPolicy:
             return 0.0, due_s
         entry = self._entries.get(request.request_id)
         return 1.0, request.arrival_s if entry is None else self._aged_key(entry)
+
+    # -- who is how late (`UrgentFirst`) ------------------------------------------------------
+
+    def tightest(self, limit: int) -> list[tuple[QueuedRequest, float]]:
+        """Of those who were priced by the last plan."""
+        return self._starts(islice(self._by_start, limit))
+
+    def not_in_time(self, limit: int) -> list[tuple[QueuedRequest, float]]:
+        """Of those who were priced by the last plan."""
+        return self._starts(islice(self._others.merged({}, {}), limit))
+
+    def n_in_time(self) -> int:
+        return len(self._by_start)
+
+    def _starts(self, request_ids: Iterable[int]) -> list[tuple[QueuedRequest, float]]:
+        entries = (self._entries[request_id] for request_id in request_ids)
+        return [(entry.request, entry.deadline_s - entry.price.work_s) for entry in entries]
 
     # -- keeping the orders -------------------------------------------------------------------
 

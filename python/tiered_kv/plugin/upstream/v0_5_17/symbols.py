@@ -19,9 +19,11 @@ from tiered_kv.plugin.upstream.v0_5_17.symbols_cache import (
 from tiered_kv.plugin.upstream.v0_5_17.symbols_guard import GUARD
 from tiered_kv.plugin.upstream.v0_5_17.symbols_platform import CPU_PLATFORM
 from tiered_kv.plugin.upstream.v0_5_17.symbols_scheduler import DECODE, QUEUE, SCHEDULER
+from tiered_kv.plugin.upstream.v0_5_17.symbols_snapshots import SNAPSHOTS
 
 _OPTIONS = (
-    "start.server_args options.tiers options.store options.policies options.overlap options.callers"
+    "start.server_args options.tiers options.store options.policies options.overlap options.callers "
+    "options.watching"
 )
 _OUTPUT = "sglang.srt.managers.scheduler_components.output_streamer"
 _STREAM = f"{_OUTPUT}._GenerationStreamAccumulator"
@@ -179,4 +181,5 @@ SYMBOLS: tuple[Symbol, ...] = (
     *CPU_PLATFORM,
     *ATTENTION,
     *GUARD,
+    *SNAPSHOTS,
 )

@@ -1,0 +1,1 @@
+"""What the server looks like now, for whoever may know: noted in the scheduler, served over HTTP."""
