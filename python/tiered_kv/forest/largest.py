@@ -7,8 +7,7 @@ prefixes, to within a factor of two where the last class is cut. A change costs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+from itertools import chain
 
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.tree import Trees
@@ -22,16 +21,12 @@ class LargestPrefixes:
 
     def __init__(self, forest: Trees) -> None:
         assert not len(forest), "it cannot know what is there already"
-        self._size: dict[int, int] = {}
-        """By node id, roots included: tokens of the node and below it."""
+        self.sizes: dict[int, int] = {}
+        """By node id, roots included: tokens of the node and below it. Read only."""
         self._classes: list[dict[Node, None]] = [{} for _ in range(_CLASSES)]
         self.tokens = 0
         """Of all nodes, in whatever tier they are."""
         forest.watch(self)
-
-    def size(self, node: Node) -> int:
-        """Tokens of `node` and below it; of a root: of its tree."""
-        return self._size.get(node.node_id, 0)
 
     def largest(self, n: int) -> list[Node]:
         """Up to `n` nodes, each behind its parent unless that is a root.
@@ -40,19 +35,21 @@ class LargestPrefixes:
         nodes, however many there are.
         """
         chosen: dict[Node, None] = {}
-        for node in islice(self._from_top(), n):
+        for node in chain.from_iterable(reversed(self._classes)):
             if len(chosen) >= n:
                 break
-            if node not in chosen:
-                self._choose(node, chosen, n)
+            if node in chosen:
+                continue
+            parent = node.parent
+            assert parent is not None, "a node in the forest has a parent"
+            if parent in chosen or parent.is_root:
+                chosen[node] = None
+            else:
+                self._choose_path(node, chosen, n)
         return list(chosen)
 
-    def _from_top(self) -> Iterator[Node]:
-        for nodes in reversed(self._classes):
-            yield from nodes
-
     @staticmethod
-    def _choose(node: Node, chosen: dict[Node, None], n: int) -> None:
+    def _choose_path(node: Node, chosen: dict[Node, None], n: int) -> None:
         """`node` with its ancestors, which are no smaller: as far from the top as there is room."""
         path = []
         at = node
@@ -70,20 +67,20 @@ class LargestPrefixes:
         """`node` is a new leaf."""
         n_tokens = len(node.tokens)
         self.tokens += n_tokens
-        self._size[node.node_id] = n_tokens
+        self.sizes[node.node_id] = n_tokens
         self._classes[n_tokens.bit_length()][node] = None
         self._change_above(node.parent, n_tokens)
 
     def removed(self, node: Node, parent: Node) -> None:
         """`node` was a leaf below `parent`."""
-        n_tokens = self._size.pop(node.node_id)
+        n_tokens = self.sizes.pop(node.node_id)
         self.tokens -= n_tokens
         del self._classes[n_tokens.bit_length()][node]
         self._change_above(parent, -n_tokens)
 
     def split(self, upper: Node, lower: Node) -> None:
         """`upper` has taken the place of `lower`, which is below it now."""
-        sizes = self._size
+        sizes = self.sizes
         size = sizes[lower.node_id]
         sizes[upper.node_id] = size
         self._classes[size.bit_length()][upper] = None
@@ -94,14 +91,14 @@ class LargestPrefixes:
 
     def cleared(self) -> None:
         """There are no nodes."""
-        self._size.clear()
+        self.sizes.clear()
         for nodes in self._classes:
             nodes.clear()
         self.tokens = 0
 
     def _change_above(self, node: Node | None, n_tokens: int) -> None:
         """`node` and all above it are `n_tokens` larger."""
-        sizes, classes = self._size, self._classes
+        sizes, classes = self.sizes, self._classes
         while node is not None:
             old = sizes.get(node.node_id, 0)
             new = old + n_tokens

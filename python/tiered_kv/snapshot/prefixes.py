@@ -6,7 +6,7 @@ differences are made where they are shown (`schema.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tiered_kv.forest.forest import Forest
@@ -16,18 +16,18 @@ from tiered_kv.memory.demand import Expectation
 from tiered_kv.snapshot.tick_times import TickTimes
 
 #: Most prefixes of one snapshot.
-PREFIXES_MAX = 150
+PREFIXES_MAX = 96
 
 #: One prefix: id, id of its parent (negative: a tree), tokens, tokens to its end, tokens with all
-#: below it, pages, matches, seconds since its last use, seconds until its next one or None, pins on
-#: the device, the head of its last page's hash, the state in each tier, first token ids.
+#: below it, matches, seconds since its last use, seconds until its next one or None, pins on the
+#: device, the head of its last page's hash, the state in each tier, first token ids.
 Row = tuple[Any, ...]
 
 NAME_BYTES = 8
 
 
 def prefix_rows(
-    nodes: list[Node],
+    nodes: Iterable[Node],
     sizes: LargestPrefixes,
     ticks: TickTimes,
     now_s: float,
@@ -37,29 +37,31 @@ def prefix_rows(
 ) -> list[Row]:
     """A row for each of `nodes`, in their order.
 
+    Nodes are cold when a snapshot comes by, so each object that is looked at costs.
+
     now_s: on the clock of `ticks`. next_use: what is expected, by node id. text_tokens: how many of
     its first token ids each row has; 0: none.
     """
     rows: list[Row] = []
+    sizes_by_id = sizes.sizes
     # Many were used at the same tick.
     ages_s: dict[int, float] = {}
     for node in nodes:
         parent = node.parent
         assert parent is not None, "a node in the forest has a parent"
-        used = node.last_access
+        node_id, end, used = node.node_id, node.end, node.last_access
         age_s = ages_s.get(used)
         if age_s is None:
             age_s = ages_s[used] = ticks.age_s(used, now_s)
-        expected = next_use.get(node.node_id)
+        expected = next_use.get(node_id)
         records = node.records
         rows.append(
             (
-                node.node_id,
+                node_id,
                 parent.node_id,
-                len(node.tokens),
-                node.end,
-                sizes.size(node),
-                len(node.page_hashes),
+                end - parent.end,
+                end,
+                sizes_by_id[node_id],
                 node.hits,
                 age_s,
                 None if expected is None else expected.starts_in_s,
@@ -72,7 +74,7 @@ def prefix_rows(
     return rows
 
 
-def tree_rows(nodes: list[Node], sizes: LargestPrefixes) -> list[tuple[Any, ...]]:
+def tree_rows(nodes: Iterable[Node], sizes: LargestPrefixes) -> list[tuple[Any, ...]]:
     """The trees that `nodes` are in: id, head of its hash, tokens, whether salted, whether adapted.
 
     nodes: each behind its parent.
@@ -82,7 +84,7 @@ def tree_rows(nodes: list[Node], sizes: LargestPrefixes) -> list[tuple[Any, ...]
         (
             root.node_id,
             root.last_page_hash[:NAME_BYTES],
-            sizes.size(root),
+            sizes.sizes[root.node_id],
             root.tree_key.salt is not None or root.tree_key.extra_key is not None,
             root.tree_key.adapter is not None,
         )
@@ -99,6 +101,16 @@ def totals(forest: Forest, sizes: LargestPrefixes) -> dict[str, Any]:
         "resident": [(int(tier), forest.resident_tokens(tier)) for tier in forest.tiers],
         "pinned": [(int(tier), forest.protected_tokens(tier)) for tier in forest.tiers],
     }
+
+
+def place_on(path: Sequence[Node], shown: Mapping[int, Node]) -> int | None:
+    """The id of the last of `shown` on `path`, top down from the root. Shown is who is above it."""
+    place = None
+    for node in path:
+        if node.node_id not in shown:
+            break
+        place = node.node_id
+    return place
 
 
 def place_of(last: Node | None, shown: Mapping[int, Node], steps_max: int) -> int | None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tiered_kv.forest.node import Node
 from tiered_kv.scheduler.request import QueuedRequest
-from tiered_kv.snapshot.prefixes import place_of
+from tiered_kv.snapshot.prefixes import place_of, place_on
 
 #: Most requests of each kind in one snapshot.
-WAITING_MAX = 64
-RUNNING_MAX = 96
+WAITING_MAX = 32
+RUNNING_MAX = 48
 #: Nodes looked at to find the shown prefix that a request goes on from.
 STEPS_MAX = 24
 
@@ -31,7 +31,6 @@ def waiting_row(
     shown: Mapping[int, Node],
 ) -> Row:
     """One who waits. latest_start_s: when it must start to be in time; None: it is not known."""
-    path = request.path
     return (
         name[:NAME_CHARACTERS],
         request.slo.slo_class,
@@ -41,7 +40,7 @@ def waiting_row(
         request.cached_tokens,
         now_s - request.arrival_s,
         _slack_s(latest_start_s, now_s),
-        place_of(path[-1] if path else None, shown, STEPS_MAX),
+        place_on(request.path, shown),
     )
 
 
@@ -78,13 +77,3 @@ def _due_s(request: QueuedRequest, n_output: int) -> float | None:
 
 def _slack_s(due_s: float | None, now_s: float) -> float | None:
     return None if due_s is None or not math.isfinite(due_s) else due_s - now_s
-
-
-def first(requests: Iterable[QueuedRequest], n: int) -> list[QueuedRequest]:
-    """The first `n`, or all."""
-    found = []
-    for request in requests:
-        if len(found) >= n:
-            break
-        found.append(request)
-    return found

@@ -35,7 +35,7 @@ def shaped(raw: Mapping[str, Any], *, at_s: float, decode: Decode | None = None)
     raw: see `plugin/snapshots/collect.py`. at_s: when it was taken, Unix time. decode: for the text
     of prefixes, if that was asked for at the start.
     """
-    prefixes = [_prefix(row, decode) for row in raw["prefixes"]]
+    prefixes = [_prefix(row, raw["page_tokens"], decode) for row in raw["prefixes"]]
     requests = {kind: _requests(raw[kind]) for kind in KINDS}
     everyone = [row for kind in KINDS for row in requests[kind]["rows"]]
     gangs = gangs_of(
@@ -73,10 +73,8 @@ def shaped(raw: Mapping[str, Any], *, at_s: float, decode: Decode | None = None)
     }
 
 
-def _prefix(row: Sequence[Any], decode: Decode | None) -> dict[str, Any]:
-    node_id, parent, n_tokens, end, below, pages, hits, age_s, next_s, pins, digest, states, ids = (
-        row
-    )
+def _prefix(row: Sequence[Any], page_tokens: int, decode: Decode | None) -> dict[str, Any]:
+    node_id, parent, n_tokens, end, below, hits, age_s, next_s, pins, digest, states, ids = row
     prefix = {
         "id": node_id,
         "parent": parent,
@@ -84,7 +82,7 @@ def _prefix(row: Sequence[Any], decode: Decode | None) -> dict[str, Any]:
         "tokens": n_tokens,
         "end": end,
         "tokens_with_below": below,
-        "pages": pages,
+        "pages": n_tokens // page_tokens,
         "hits": hits,
         "last_use_s": _rounded(age_s),
         "next_use_s": _rounded(next_s),

@@ -1,14 +1,14 @@
 """Notes what a snapshot is made of, on the scheduler's thread, between two forward passes.
 
 It must cost less than a millisecond however large the forest and long the queue
-(benchmark/micro/snapshot.py), so everything in it is bounded, and nothing is computed that the
-HTTP server's process can compute (`snapshot/schema.py`).
+(benchmark/micro/snapshot.py), so everything in it is bounded in number and in time, and nothing is
+computed that the HTTP server's process can compute (`snapshot/schema.py`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from tiered_kv.scheduler.lifecycle import Phase
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import UrgentFirst
 from tiered_kv.scheduler.slack import price
+from tiered_kv.snapshot.allowance import SNAPSHOT_S, Allowance
 from tiered_kv.snapshot.prefixes import PREFIXES_MAX, prefix_rows, totals, tree_rows
 from tiered_kv.snapshot.requests import RUNNING_MAX, WAITING_MAX, Row, running_row, waiting_row
 
@@ -37,6 +38,8 @@ SNAPSHOT_ID = "tiered_kv_snapshot"
 SNAPSHOT_KEY = "tiered_kv_snapshot"
 #: Of those who wait, so many rows are for those who cannot be in time, if there are as many.
 LATE_MAX = WAITING_MAX // 3
+#: When each part must leave off, as a share of the time that a snapshot may take.
+PREFIXES_SHARE, WAITING_SHARE, RUNNING_SHARE = 0.55, 0.8, 1.0
 
 
 def answer(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
@@ -62,22 +65,24 @@ class Snapshot:
         self._watched = watched
         self._order: RequestOrder | None = getattr(scheduler, "tiered_kv_order", None)
         self._now_s = time.perf_counter()
+        self._allowance = Allowance(time.thread_time, SNAPSHOT_S)
         self._shown: dict[int, Node] = {}
 
     def take(self) -> dict[str, Any]:
         """Plain values, as msgpack takes them; `snapshot/schema.py` says what they mean."""
         context, watched = self._cache.hierarchy.context, self._watched
         nodes = watched.sizes.largest(PREFIXES_MAX)
-        self._shown = {node.node_id: node for node in nodes}
         args = self._scheduler.server_args
         rows = prefix_rows(
-            nodes,
+            self._allowance.spend(nodes, PREFIXES_SHARE),
             watched.sizes,
             watched.ticks,
             self._now_s,
             next_use=self._next_use(),
             text_tokens=args.tiered_kv_view_text_tokens,
         )
+        nodes = nodes[: len(rows)]
+        self._shown = {node.node_id: node for node in nodes}
         return {
             "page_tokens": context.page_size,
             "policy": args.schedule_policy if self._order is None else args.tiered_kv_policy,
@@ -89,7 +94,7 @@ class Snapshot:
             "waiting": self._waiting(),
             **self._running(),
             "hits": watched.hits,
-            "scheduler_us": round((time.perf_counter() - self._now_s) * 1e6),
+            "scheduler_us": round(self._allowance.spent_s() * 1e6),
         }
 
     def _next_use(self) -> Mapping[int, Expectation]:
@@ -162,7 +167,7 @@ class Snapshot:
             waiting_row(
                 queue.req(request.request_id).rid, request, start_s, self._now_s, self._shown
             )
-            for request, start_s in starts.items()
+            for request, start_s in self._allowance.spend(starts.items(), WAITING_SHARE)
         ]
         return {
             "count": len(queue.waiting),
@@ -175,18 +180,22 @@ class Snapshot:
         """Those who decode, those of them who are parked, and those whose prompt is computed."""
         scheduler = self._scheduler
         running: list[Req] = scheduler.running_batch.reqs
+        n_parked = 0 if self._order is None else self._order.queue.lives.n_parked
         prefilling = self._prefilling()
         rows: dict[str, list[Row]] = {"running": [], "parked": [], "prefilling": []}
-        for req in islice(running, RUNNING_MAX):
-            rows["parked" if self._is_parked(req) else "running"].append(self._row(req))
-        rows["prefilling"] = [self._row(req) for req in islice(prefilling, RUNNING_MAX // 4)]
-        n_parked = 0 if self._order is None else self._order.queue.lives.n_parked
+        for req in self._spend(running, RUNNING_MAX):
+            is_parked = n_parked and self._is_parked(req)
+            rows["parked" if is_parked else "running"].append(self._row(req))
+        rows["prefilling"] = [self._row(req) for req in self._spend(prefilling, RUNNING_MAX // 4)]
         counts = {
             "running": len(running) - n_parked,
             "parked": n_parked,
             "prefilling": len(prefilling),
         }
         return {kind: {"count": counts[kind], "rows": rows[kind]} for kind in rows}
+
+    def _spend(self, reqs: Iterable[Req], most: int) -> Iterator[Req]:
+        return self._allowance.spend(islice(reqs, most), RUNNING_SHARE)
 
     def _prefilling(self) -> list[Req]:
         """Those of the last prefill, which are not among the running yet, and one that goes on."""
