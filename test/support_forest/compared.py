@@ -22,6 +22,7 @@ from tiered_kv.core.config import MemoryConfig
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
+from tiered_kv.forest.largest import LargestPrefixes
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.memory.manager import MemoryManager
@@ -35,6 +36,7 @@ class ComparedForest(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.forest = Forest(self.page_size)
+        self.largest = LargestPrefixes(self.forest)
         self.manager = MemoryManager(self.forest, MemoryConfig())
         self.roots = [self.forest.root(namespace_hash("model", i)) for i in range(2)]
         self.model = Model()
@@ -162,6 +164,10 @@ class ComparedForest(RuleBasedStateMachine):
             assert set(leaves) == self.model.leaf_pages(tier)
 
     @invariant()
+    def largest_prefixes_are_found(self) -> None:
+        check_largest(self.forest, self.largest)
+
+    @invariant()
     def every_slot_is_somewhere_once(self) -> None:
         held = [
             slot for tiers in self.model.pages.values() for t in TIERS for slot in tiers[t].slots
@@ -169,6 +175,28 @@ class ComparedForest(RuleBasedStateMachine):
         assert len(set(held)) == len(held)
         assert self.given_back.isdisjoint(held)
         assert self.given_back.union(held) == set(range(self.n_slots))
+
+
+def check_largest(forest: Forest, largest: LargestPrefixes) -> None:
+    """The index equals what is counted anew, and what it picks are the largest."""
+    nodes = forest.nodes()
+    counted: dict[int, int] = {}
+    for node in nodes:
+        at: Node | None = node
+        while at is not None:
+            counted[at.node_id] = counted.get(at.node_id, 0) + node.n_tokens
+            at = at.parent
+    assert largest.sizes == counted
+    assert largest.tokens == sum(node.n_tokens for node in nodes)
+    for n in {0, 1, 2, len(nodes) // 2, len(nodes), len(nodes) + 1}:
+        chosen = largest.largest(n)
+        assert len(chosen) == len(set(chosen)) == min(n, len(nodes))
+        for place, node in enumerate(chosen):
+            assert node.parent is not None
+            assert node.parent.is_root or node.parent in chosen[:place]
+        left_out = [counted[node.node_id] for node in nodes if node not in chosen]
+        if chosen and left_out:
+            assert max(left_out) < 2 * min(counted[node.node_id] for node in chosen)
 
 
 def range_of(ids: range) -> range:

@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 #: Of the scheduler's thread for one snapshot: what is left of a millisecond is for its encoding.
-SNAPSHOT_S = 0.0008
+SNAPSHOT_S = 0.0006
 #: The clock is looked at once in so many items, as looking takes as long as an item.
 _LOOK_EVERY = 8
 

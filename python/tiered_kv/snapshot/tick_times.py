@@ -6,8 +6,9 @@ from bisect import bisect_left
 
 #: Ticks are noted so often, at most.
 EVERY_S = 1.0
-#: Notes that are kept; where there are more, every other one goes, so old times become coarser.
+#: Notes that are kept. Where there are more, old times become coarser: to within this of their age.
 NOTES_MAX = 2048
+COARSE = 0.01
 
 
 class TickTimes:
@@ -25,7 +26,16 @@ class TickTimes:
         self._ticks.append(tick)
         times_s.append(now_s)
         if len(times_s) > NOTES_MAX:
-            del self._ticks[:-1:2], times_s[:-1:2]
+            self._thin_out(now_s)
+
+    def _thin_out(self, now_s: float) -> None:
+        """Some hundred are left of each power of ten of seconds, so this is done rarely."""
+        kept: list[tuple[int, float]] = []
+        for tick, at_s in zip(self._ticks, self._times_s, strict=True):
+            if not kept or at_s - kept[-1][1] >= COARSE * (now_s - at_s):
+                kept.append((tick, at_s))
+        self._ticks = [tick for tick, _ in kept]
+        self._times_s = [at_s for _, at_s in kept]
 
     def age_s(self, tick: int, now_s: float) -> float:
         """How long before `now_s` the tick was, to within what was noted."""
