@@ -7,8 +7,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: Of the scheduler's thread for one snapshot: what is left of a millisecond is for its encoding.
-SNAPSHOT_S = 0.0006
+#: Of the scheduler's thread for one snapshot: the rest of a millisecond is for what surrounds it.
+SNAPSHOT_S = 0.0005
 #: The clock is looked at once in so many items, as looking takes as long as an item.
 _LOOK_EVERY = 8
 

@@ -16,7 +16,7 @@ from tiered_kv.memory.demand import Expectation
 from tiered_kv.snapshot.tick_times import TickTimes
 
 #: Most prefixes of one snapshot.
-PREFIXES_MAX = 96
+PREFIXES_MAX = 80
 
 #: One prefix: id, id of its parent (negative: a tree), tokens, tokens to its end, tokens with all
 #: below it, matches, seconds since its last use, seconds until its next one or None, pins on the

@@ -12,7 +12,7 @@ from tiered_kv.snapshot.prefixes import place_of, place_on
 
 #: Most requests of each kind in one snapshot.
 WAITING_MAX = 32
-RUNNING_MAX = 48
+RUNNING_MAX = 32
 #: Nodes looked at to find the shown prefix that a request goes on from.
 STEPS_MAX = 24
 

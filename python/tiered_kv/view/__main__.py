@@ -7,6 +7,7 @@ import asyncio
 import ipaddress
 import json
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,11 +139,9 @@ def _serve(options: argparse.Namespace, source: Source) -> int:
         # Browsers keep their event streams open for ever.
         timeout_graceful_shutdown=1,
     )
-    server = uvicorn.Server(config)
+    server = _PageServer(config, f"Showing {source.about['name']} at http://{name}:{options.port}/")
     if not is_local:
         sys.stderr.write("Whoever reaches this machine may see the page: it asks for no key.\n")
-    sys.stdout.write(f"Showing {source.about['name']} at http://{name}:{options.port}/\n")
-    sys.stdout.flush()
     try:
         server.run()
     except SystemExit:
@@ -151,6 +150,20 @@ def _serve(options: argparse.Namespace, source: Source) -> int:
             "or --host."
         ) from None
     return 0
+
+
+class _PageServer(uvicorn.Server):
+    """Says where the page is as soon as it is there."""
+
+    def __init__(self, config: uvicorn.Config, sentence: str) -> None:
+        super().__init__(config)
+        self._sentence = sentence
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            sys.stdout.write(f"{self._sentence}\n")
+            sys.stdout.flush()
 
 
 def _is_loopback(host: str) -> bool:

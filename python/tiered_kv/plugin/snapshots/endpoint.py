@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, ORJSONResponse
+from fastapi.responses import JSONResponse
 from sglang.srt.utils.auth import AuthLevel, auth_level, decide_request_auth
 
 from tiered_kv.plugin.options.watching import OPTION
@@ -113,7 +113,7 @@ def add_route(app: Any) -> None:
 async def answer(request: Request) -> JSONResponse:
     """The snapshot, or one sentence that says why not."""
     try:
-        return ORJSONResponse(await _snapshot(request), headers={"Cache-Control": "no-store"})
+        return JSONResponse(await _snapshot(request), headers={"Cache-Control": "no-store"})
     except Refusal as refusal:
         return JSONResponse({"error": str(refusal)}, status_code=refusal.status)
 
