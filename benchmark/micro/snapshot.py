@@ -256,7 +256,7 @@ def cache_of(talk: Conversations) -> Any:
         page_size=PAGE_SIZE,
         host=SimpleNamespace(n_pages=1 << 20),
         moved_bytes={},
-        page_format=lambda tier: formats,
+        page_format=lambda _: formats,
     )
     cold = SimpleNamespace(tier=Tier.DISK, writes=SimpleNamespace(queue=queue), reads=queue)
     hierarchy = SimpleNamespace(
@@ -319,17 +319,17 @@ def report(rows: list[Row], inserts: tuple[float, float]) -> str:
         "Made by `python benchmark/micro/snapshot.py --out benchmark/results`; its `--help` says",
         "what a snapshot is. Microseconds of the thread's processor time on one of",
         f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}; load",
-        f"averages at the end: {load}: other work ran beside it. The budget is "
-        f"{BUDGET_US:,.0f} us at the 99th",
-        "percentile with 100,000 nodes and 10,000 waiting, under the policy slack.",
+        f"averages at the end: {load}: other work ran beside it.",
+        f"The budget is {BUDGET_US:,.0f} us at the 99th percentile with 100,000 nodes and 10,000",
+        "waiting, under the policy slack.",
         "",
         "| policy | nodes | waiting | median | p99 | longest | bytes of the answer |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(f"| {' | '.join(row.cells())} |" for row in rows),
         "",
-        f"Recording a turn (two new pages below {TURNS} nodes) in a forest of 100,000 nodes took "
-        f"{inserts[0]:.0f} us without",
-        f"the index of the largest prefixes, {inserts[1]:.0f} us with it (medians).",
+        f"Recording a turn (two new pages below {TURNS} nodes) in a forest of 100,000 nodes took",
+        f"{inserts[0]:.0f} us without the index of the largest prefixes, {inserts[1]:.0f} us with",
+        "it (medians).",
         "",
     ]
     return "\n".join(lines)

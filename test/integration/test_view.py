@@ -104,7 +104,11 @@ class Load:
         for turn in itertools.count():
             shared = self._prompts.tokens(f"instructions {n % 4}", 192)
             own = self._prompts.tokens(f"client {n} {turn // 3}", 64 * (1 + turn % 3))
-            slo = {"class": CLASSES[n % 3], "tenant": TENANTS[n % 4 % 3], "tbt_ms": 60 * (1 + n % 5)}
+            slo = {
+                "class": CLASSES[n % 3],
+                "tenant": TENANTS[n % 4 % 3],
+                "tbt_ms": 60 * (1 + n % 5),
+            }
             body = request_body(
                 shared + own, 24 + 8 * (n % 4), sampling_params={"custom_params": {"slo": slo}}
             )
@@ -192,7 +196,9 @@ def check_recording(path: Path) -> None:
     waited = [row for s in snapshots for row in s["requests"]["waiting"]["rows"]]
     assert {row["tenant"] for row in waited} <= set(TENANTS)
     assert any(s["requests"]["parked"]["count"] for s in snapshots)
-    states = {state for s in snapshots for p in s["forest"]["prefixes"] for state in p["tiers"].values()}
+    states = {
+        state for s in snapshots for p in s["forest"]["prefixes"] for state in p["tiers"].values()
+    }
     assert {"resident", "absent"} <= states
     assert "text" not in json.dumps(snapshots)
 

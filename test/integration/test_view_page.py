@@ -1,4 +1,4 @@
-"""The page in a real Chromium, on a recording: how it looks, and that it can be used without a mouse.
+"""The page in a real Chromium, on a recording: how it looks, and its use without a mouse.
 
 Needs Debian's chromium and chromium-driver, and selenium (`pip install .[browser]`); no server.
 """

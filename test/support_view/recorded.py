@@ -42,9 +42,7 @@ NOWHERE: dict[str, Any] = {
         "trees": [],
         "prefixes": [],
     },
-    "requests": {
-        kind: {"count": 0, "rows": []} for kind in ("running", "parked", "prefilling")
-    }
+    "requests": {kind: {"count": 0, "rows": []} for kind in ("running", "parked", "prefilling")}
     | {"waiting": {"count": 0, "held": 0, "in_time": 0, "rows": []}},
     "hits": {"requests": 0, "prompt_tokens": 0, "device": 0, "host": 0, "disk": 0},
 }
@@ -130,4 +128,4 @@ def record(path: Path, n: int = 5, *, every_s: float = 1.0, lost: int = 0) -> li
     return snapshots
 
 
-assert PAGE_SIZE == NOWHERE["page_tokens"]
+assert NOWHERE["page_tokens"] == PAGE_SIZE

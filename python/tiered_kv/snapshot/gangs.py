@@ -16,9 +16,9 @@ def gangs_of(
     """
     below: dict[int, int] = {}
     for place in places:
-        if place in prefixes:
+        if place is not None and place in prefixes:
             below[place] = below.get(place, 0) + 1
-    for prefix_id in reversed(prefixes):
+    for prefix_id in list(prefixes)[::-1]:
         parent, _ = prefixes[prefix_id]
         if prefix_id in below and parent in prefixes:
             below[parent] = below.get(parent, 0) + below[prefix_id]

@@ -1,4 +1,4 @@
-"""What the page is told: a snapshot with what has changed since the one before, or why there is none.
+"""What the page is told: a snapshot with what changed since the last one, or why there is none.
 
 Pure: no clock, no network. A snapshot counts bytes and hits since the server's start; people want
 rates, and what happened in the last minutes.

@@ -1,4 +1,4 @@
-"""One source, any number of browsers: it is asked while somebody looks, and once for all of them."""
+"""One source, any number of browsers: it is asked while somebody looks, once for all."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ class Hub:
     async def _ask_on(self) -> None:
         async for seen in self._source.snapshots():
             now_s = time.time()
-            is_lost = isinstance(seen, NoSnapshotError)
+            if isinstance(seen, NoSnapshotError):
+                frame, line = self.frames.lost(str(seen), now_s), Line(now_s, None, str(seen))
+            else:
+                frame, line = self.frames.seen(seen), Line(now_s, seen)
             if self._recorder is not None:
-                self._recorder.add(
-                    Line(now_s, None, str(seen)) if is_lost else Line(now_s, dict(seen))
-                )
-            frame = self.frames.lost(str(seen), now_s) if is_lost else self.frames.seen(seen)
+                self._recorder.add(line)
             for queue in self._viewers:
                 if queue.full():
                     queue.get_nowait()

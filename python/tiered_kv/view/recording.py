@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -67,12 +67,12 @@ def read_recording(path: Path) -> list[Line]:
         texts = list(_texts(path))
     except OSError as error:
         raise ConfigError(
-            f"--replay {path} cannot be read ({error.strerror or error}); name a file that --record "
-            "has written."
+            f"--replay {path} cannot be read ({error.strerror or error}); name a file that "
+            "--record has written."
         ) from None
     lines: list[Line] = []
     # The last line may be cut short: the recorder was killed.
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
         if json.loads(texts[0] if texts else "{}") == _HEADER:
             for text in texts[1:]:
                 value = json.loads(text)
@@ -87,7 +87,6 @@ def read_recording(path: Path) -> list[Line]:
 
 def _texts(path: Path) -> Iterator[str]:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-        # A compressed file that is cut short ends with an EOFError.
-        with contextlib.suppress(EOFError):
-            yield from file
+    # A compressed file that is cut short ends with an EOFError.
+    with opener(path, "rt", encoding="utf-8", errors="replace") as file, suppress(EOFError):
+        yield from file

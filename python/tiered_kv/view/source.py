@@ -113,13 +113,10 @@ def _refused(url: str, response: httpx.Response) -> str:
     status = response.status_code
     if status == httpx.codes.UNAUTHORIZED:
         return (
-            f"{url} wants its administrator's key; give it by --key-file or in "
-            "TIERED_KV_VIEW_KEY."
+            f"{url} wants its administrator's key; give it by --key-file or in TIERED_KV_VIEW_KEY."
         )
     if status == httpx.codes.NOT_FOUND:
-        return (
-            f"{url} serves no snapshots; start it with --tiered-kv, of a release that has them."
-        )
+        return f"{url} serves no snapshots; start it with --tiered-kv, of a release that has them."
     try:
         sentence = response.json()["error"]
     except (ValueError, KeyError, TypeError):

@@ -161,9 +161,9 @@ def test_the_command_without_torch_and_sglang(
     recording: tuple[Path, list[dict[str, Any]]],
 ) -> None:
     """The page is served, and events come, in a process in which they cannot be imported."""
-    from harness.server import free_port
-
     import httpx
+
+    from harness.server import free_port
 
     port = free_port()
     command = [sys.executable, "-c", BLOCKED, "--replay", str(recording[0]), "--port", str(port)]

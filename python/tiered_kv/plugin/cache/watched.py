@@ -1,4 +1,4 @@
-"""What the cache keeps for snapshots while it works: little, and only where they may be asked for."""
+"""What the cache keeps for snapshots while it works, where they may be asked for."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the server looks like now, for whoever may know: noted in the scheduler, served over HTTP."""
+"""What the server looks like now: noted in the scheduler, served to administrators."""

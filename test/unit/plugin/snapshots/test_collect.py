@@ -123,7 +123,11 @@ def test_transfers_under_way_show() -> None:
     slots = range(document.n_pages)
     scheduler.talk.forest.start_transfer(document, Tier.HOST, Residency.WRITING_BACK, slots, 1)
     (first, *_) = take(scheduler)["forest"]["prefixes"]
-    assert first["tiers"] == {"device": "resident", "host": "writing_back", "disk": first["tiers"]["disk"]}
+    assert first["tiers"] == {
+        "device": "resident",
+        "host": "writing_back",
+        "disk": first["tiers"]["disk"],
+    }
 
 
 def test_no_token_leaves_the_scheduler_unless_asked_for() -> None:
