@@ -62,8 +62,8 @@ class Page:
         return found
 
     def colours(self) -> set[str]:
-        bodies = self.all("g.cell[data-name] rect.body")
-        return set(self.run("return arguments[0].map(r => r.getAttribute('fill'))", bodies))
+        bodies = "[...document.querySelectorAll('g.cell[data-name] rect.body')]"
+        return set(self.run(f"return {bodies}.map(r => r.getAttribute('fill'))"))
 
     def wrong_layout(self) -> list[str]:
         found: list[str] = self.run(CHECK_LAYOUT)

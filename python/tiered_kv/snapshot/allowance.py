@@ -8,9 +8,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 #: Of the scheduler's thread for one snapshot: the rest of a millisecond is for what surrounds it.
-SNAPSHOT_S = 0.0005
+SNAPSHOT_S = 0.0004
 #: The clock is looked at once in so many items, as looking takes as long as an item.
-_LOOK_EVERY = 8
+_LOOK_EVERY = 4
 
 
 class Allowance:
@@ -24,10 +24,13 @@ class Allowance:
     def spent_s(self) -> float:
         return self._clock() - self._began_s
 
-    def spend(self, items: Iterable[T], share: float) -> Iterator[T]:
-        """`items`, as many of them as there is time for: until `share` of all is spent."""
+    def spend(self, items: Iterable[T], share: float, at_least: int = 0) -> Iterator[T]:
+        """`items`, as many of them as there is time for: until `share` of all is spent.
+
+        The first `at_least` come in any case.
+        """
         end_s = self._began_s + share * self._seconds
-        for n, item in enumerate(items, 1):
-            yield item
-            if n % _LOOK_EVERY == 0 and self._clock() > end_s:
+        for n, item in enumerate(items):
+            if n >= at_least and n % _LOOK_EVERY == 0 and self._clock() > end_s:
                 return
+            yield item

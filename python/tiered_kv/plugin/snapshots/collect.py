@@ -38,6 +38,8 @@ SNAPSHOT_ID = "tiered_kv_snapshot"
 SNAPSHOT_KEY = "tiered_kv_snapshot"
 #: Of those who wait, so many rows are for those who cannot be in time, if there are as many.
 LATE_MAX = WAITING_MAX // 3
+#: So many of each are noted in any case.
+PREFIXES_LEAST, REQUESTS_LEAST = 24, 4
 #: When each part must leave off, as a share of the time that a snapshot may take.
 PREFIXES_SHARE, WAITING_SHARE, RUNNING_SHARE = 0.55, 0.8, 1.0
 
@@ -74,7 +76,7 @@ class Snapshot:
         nodes = watched.sizes.largest(PREFIXES_MAX)
         args = self._scheduler.server_args
         rows = prefix_rows(
-            self._allowance.spend(nodes, PREFIXES_SHARE),
+            self._allowance.spend(nodes, PREFIXES_SHARE, PREFIXES_LEAST),
             watched.sizes,
             watched.ticks,
             self._now_s,
@@ -167,7 +169,9 @@ class Snapshot:
             waiting_row(
                 queue.req(request.request_id).rid, request, start_s, self._now_s, self._shown
             )
-            for request, start_s in self._allowance.spend(starts.items(), WAITING_SHARE)
+            for request, start_s in self._allowance.spend(
+                starts.items(), WAITING_SHARE, REQUESTS_LEAST
+            )
         ]
         return {
             "count": len(queue.waiting),
@@ -195,7 +199,7 @@ class Snapshot:
         return {kind: {"count": counts[kind], "rows": rows[kind]} for kind in rows}
 
     def _spend(self, reqs: Iterable[Req], most: int) -> Iterator[Req]:
-        return self._allowance.spend(islice(reqs, most), RUNNING_SHARE)
+        return self._allowance.spend(islice(reqs, most), RUNNING_SHARE, REQUESTS_LEAST)
 
     def _prefilling(self) -> list[Req]:
         """Those of the last prefill, which are not among the running yet, and one that goes on."""
