@@ -12,7 +12,6 @@ import msgspec
 from benchmark.micro.snapshot import PAGE_SIZE, TURNS, Scheduler
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
-from tiered_kv.plugin.snapshots.collect import Snapshot
 from tiered_kv.snapshot.schema import shaped
 from tiered_kv.view.recording import Line, Recorder
 
@@ -111,7 +110,7 @@ class Story:
         for edge, most in (((0, 1), 90), ((1, 0), 40), ((1, 2), 60), ((2, 1), 9)):
             key = Tier(edge[0]), Tier(edge[1])
             moved[key] = moved.get(key, 0) + self.random.randrange(most) * 1_000_000
-        raw = Snapshot(scheduler.scheduler, scheduler.cache, watched).take()
+        raw = scheduler.snapshot()
         return {**shaped(over_the_wire(raw), at_s=at_s), "model": "demo"}
 
 

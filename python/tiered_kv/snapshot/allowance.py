@@ -1,4 +1,4 @@
-"""How much of its thread's time a snapshot may still take."""
+"""How much of its thread's time a part of a snapshot may still take."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: Of the scheduler's thread for one snapshot: the rest of a millisecond is for what surrounds it.
-SNAPSHOT_S = 0.0004
+#: Of the scheduler's thread at once: the rest of a millisecond is for what surrounds it.
+PART_S = 0.0006
 #: The clock is looked at once in so many items, as looking takes as long as an item.
 _LOOK_EVERY = 4
 

@@ -6,7 +6,7 @@ differences are made where they are shown (`schema.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tiered_kv.forest.forest import Forest
@@ -16,7 +16,7 @@ from tiered_kv.memory.demand import Expectation
 from tiered_kv.snapshot.tick_times import TickTimes
 
 #: Most prefixes of one snapshot.
-PREFIXES_MAX = 80
+PREFIXES_MAX = 96
 
 #: One prefix: id, id of its parent (negative: a tree), tokens, tokens to its end, tokens with all
 #: below it, matches, seconds since its last use, seconds until its next one or None, pins on the
@@ -103,8 +103,8 @@ def totals(forest: Forest, sizes: LargestPrefixes) -> dict[str, Any]:
     }
 
 
-def place_on(path: Sequence[Node], shown: Mapping[int, Node]) -> int | None:
-    """The id of the last of `shown` on `path`, top down from the root. Shown is who is above it."""
+def place_on(path: Sequence[Node], shown: Collection[int]) -> int | None:
+    """The last id of `shown` on `path`, top down: who is shown, is so with all above it."""
     place = None
     for node in path:
         if node.node_id not in shown:
@@ -113,8 +113,8 @@ def place_on(path: Sequence[Node], shown: Mapping[int, Node]) -> int | None:
     return place
 
 
-def place_of(last: Node | None, shown: Mapping[int, Node], steps_max: int) -> int | None:
-    """The id of the deepest of `shown` on the path up from `last`; None if that is far away."""
+def place_of(last: Node | None, shown: Collection[int], steps_max: int) -> int | None:
+    """The deepest id of `shown` on the path up from `last`; None if that is far away."""
     node = last
     for _ in range(steps_max):
         if node is None or node.is_root:

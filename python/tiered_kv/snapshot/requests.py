@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 from tiered_kv.forest.node import Node
@@ -12,7 +12,7 @@ from tiered_kv.snapshot.prefixes import place_of, place_on
 
 #: Most requests of each kind in one snapshot.
 WAITING_MAX = 32
-RUNNING_MAX = 32
+RUNNING_MAX = 48
 #: Nodes looked at to find the shown prefix that a request goes on from.
 STEPS_MAX = 24
 
@@ -28,7 +28,7 @@ def waiting_row(
     request: QueuedRequest,
     latest_start_s: float | None,
     now_s: float,
-    shown: Mapping[int, Node],
+    shown: Collection[int],
 ) -> Row:
     """One who waits. latest_start_s: when it must start to be in time; None: it is not known."""
     return (
@@ -50,7 +50,7 @@ def running_row(
     n_output: int,
     n_cached: int,
     now_s: float,
-    shown: Mapping[int, Node],
+    shown: Collection[int],
     last: Node | None,
 ) -> Row:
     """One who runs, parked or not: its slack is until its next token is due. last: of its path."""

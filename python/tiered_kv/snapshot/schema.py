@@ -32,8 +32,8 @@ Decode = Callable[[Sequence[int]], str]
 def shaped(raw: Mapping[str, Any], *, at_s: float, decode: Decode | None = None) -> dict[str, Any]:
     """The snapshot as it is served.
 
-    raw: see `plugin/snapshots/collect.py`. at_s: when it was taken, Unix time. decode: for the text
-    of prefixes, if that was asked for at the start.
+    raw: both parts of `plugin/snapshots/collect.py`. at_s: when it was taken, Unix time. decode:
+    for the text of prefixes, if that was asked for at the start.
     """
     prefixes = [_prefix(row, raw["page_tokens"], decode) for row in raw["prefixes"]]
     requests = {kind: _requests(raw[kind]) for kind in KINDS}
@@ -47,7 +47,7 @@ def shaped(raw: Mapping[str, Any], *, at_s: float, decode: Decode | None = None)
     return {
         "version": VERSION,
         "at_s": at_s,
-        "scheduler_us": raw["scheduler_us"],
+        "scheduler_us": max(raw["forest_us"], raw["requests_us"]),
         "page_tokens": raw["page_tokens"],
         "policy": raw["policy"],
         "tiers": _tiers(raw),

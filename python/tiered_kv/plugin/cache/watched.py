@@ -18,6 +18,8 @@ class Watched:
         self.ticks = TickTimes()
         self.hits = dict.fromkeys(("requests", "prompt_tokens", "device", "host", "disk"), 0)
         """Of finished requests: how many, and prompt tokens in all and by where they came from."""
+        self.shown: frozenset[int] = frozenset()
+        """The prefixes of the last snapshot, by id."""
         self._forest = forest
 
     def polled(self) -> None:

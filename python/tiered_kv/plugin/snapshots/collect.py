@@ -1,8 +1,9 @@
 """Notes what a snapshot is made of, on the scheduler's thread, between two forward passes.
 
-It must cost less than a millisecond however large the forest and long the queue
-(benchmark/micro/snapshot.py), so everything in it is bounded in number and in time, and nothing is
-computed that the HTTP server's process can compute (`snapshot/schema.py`).
+It must not keep the thread for a millisecond, however large the forest and long the queue
+(benchmark/micro/snapshot.py). So it comes in two parts, each asked for by itself; everything in it
+is bounded in number and in time, and nothing is computed that the HTTP server's process can compute
+(`snapshot/schema.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.core.ids import Tier
-from tiered_kv.forest.node import Node
 from tiered_kv.memory.demand import Expectation
 from tiered_kv.plugin.cache.idle import cache_of
 from tiered_kv.plugin.requests.view import QUEUED, is_probe, terms_of
@@ -21,7 +21,7 @@ from tiered_kv.scheduler.lifecycle import Phase
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import UrgentFirst
 from tiered_kv.scheduler.slack import price
-from tiered_kv.snapshot.allowance import SNAPSHOT_S, Allowance
+from tiered_kv.snapshot.allowance import PART_S, Allowance
 from tiered_kv.snapshot.prefixes import PREFIXES_MAX, prefix_rows, totals, tree_rows
 from tiered_kv.snapshot.requests import RUNNING_MAX, WAITING_MAX, Row, running_row, waiting_row
 
@@ -32,21 +32,22 @@ if TYPE_CHECKING:
     from tiered_kv.plugin.cache.watched import Watched
     from tiered_kv.plugin.queue.order import RequestOrder
 
-#: By this id of a request for SGLang's internal state, a snapshot is meant.
-SNAPSHOT_ID = "tiered_kv_snapshot"
+#: By these ids of a request for SGLang's internal state a part of a snapshot is meant, in this
+#: order: the requests name prefixes of the forest.
+PARTS = ("tiered_kv_forest", "tiered_kv_requests")
 #: Its name in the answer.
-SNAPSHOT_KEY = "tiered_kv_snapshot"
+PART_KEY = "tiered_kv_part"
 #: Of those who wait, so many rows are for those who cannot be in time, if there are as many.
 LATE_MAX = WAITING_MAX // 3
 #: So many of each are noted in any case.
 PREFIXES_LEAST, REQUESTS_LEAST = 24, 4
-#: When each part must leave off, as a share of the time that a snapshot may take.
-PREFIXES_SHARE, WAITING_SHARE, RUNNING_SHARE = 0.55, 0.8, 1.0
+#: When each must leave off, as a share of the time that a part may take.
+WAITING_SHARE, RUNNING_SHARE = 0.5, 1.0
 
 
 def answer(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
     """AROUND `Scheduler.get_internal_state`. Every rank comes here; the first one is heard."""
-    if recv_req.rid != SNAPSHOT_ID:
+    if recv_req.rid not in PARTS:
         return original(scheduler, recv_req)
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 
@@ -54,12 +55,14 @@ def answer(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
     watched = None if cache is None else cache.parts.watched
     if cache is None or watched is None:
         return GetInternalStateReqOutput(internal_state={})
-    snapshot = Snapshot(scheduler, cache, watched).take()
-    return GetInternalStateReqOutput(internal_state={SNAPSHOT_KEY: snapshot})
+    part = Part(scheduler, cache, watched)
+    noted = part.forest() if recv_req.rid == PARTS[0] else part.requests()
+    return GetInternalStateReqOutput(internal_state={PART_KEY: noted})
 
 
-class Snapshot:
-    """One look at one scheduler."""
+class Part:
+    """One look at one scheduler. Both parts are plain values, as msgpack takes them;
+    `snapshot/schema.py` says what they mean."""
 
     def __init__(self, scheduler: Any, cache: TieredPrefixCache, watched: Watched) -> None:
         self._scheduler = scheduler
@@ -67,16 +70,15 @@ class Snapshot:
         self._watched = watched
         self._order: RequestOrder | None = getattr(scheduler, "tiered_kv_order", None)
         self._now_s = time.perf_counter()
-        self._allowance = Allowance(time.thread_time, SNAPSHOT_S)
-        self._shown: dict[int, Node] = {}
+        self._allowance = Allowance(time.thread_time, PART_S)
 
-    def take(self) -> dict[str, Any]:
-        """Plain values, as msgpack takes them; `snapshot/schema.py` says what they mean."""
+    def forest(self) -> dict[str, Any]:
+        """The prefixes, the tiers, and what moves between them."""
         context, watched = self._cache.hierarchy.context, self._watched
         nodes = watched.sizes.largest(PREFIXES_MAX)
         args = self._scheduler.server_args
         rows = prefix_rows(
-            self._allowance.spend(nodes, PREFIXES_SHARE, PREFIXES_LEAST),
+            self._allowance.spend(nodes, 1.0, PREFIXES_LEAST),
             watched.sizes,
             watched.ticks,
             self._now_s,
@@ -84,7 +86,7 @@ class Snapshot:
             text_tokens=args.tiered_kv_view_text_tokens,
         )
         nodes = nodes[: len(rows)]
-        self._shown = {node.node_id: node for node in nodes}
+        watched.shown = frozenset(node.node_id for node in nodes)
         return {
             "page_tokens": context.page_size,
             "policy": args.schedule_policy if self._order is None else args.tiered_kv_policy,
@@ -93,11 +95,17 @@ class Snapshot:
             "trees": tree_rows(nodes, watched.sizes),
             "tiers": self._tiers(),
             "edges": self._edges(),
-            "waiting": self._waiting(),
-            **self._running(),
             "hits": watched.hits,
-            "scheduler_us": round(self._allowance.spent_s() * 1e6),
+            "forest_us": self._spent_us(),
         }
+
+    def requests(self) -> dict[str, Any]:
+        """Who waits and who runs."""
+        waiting = self._waiting()
+        return {"waiting": waiting, **self._running(), "requests_us": self._spent_us()}
+
+    def _spent_us(self) -> int:
+        return round(self._allowance.spent_s() * 1e6)
 
     def _next_use(self) -> Mapping[int, Expectation]:
         return {} if self._order is None else self._order.foretold.told
@@ -167,7 +175,11 @@ class Snapshot:
                 starts[request] = request.deadline_s - work_s
         rows = [
             waiting_row(
-                queue.req(request.request_id).rid, request, start_s, self._now_s, self._shown
+                queue.req(request.request_id).rid,
+                request,
+                start_s,
+                self._now_s,
+                self._watched.shown,
             )
             for request, start_s in self._allowance.spend(
                 starts.items(), WAITING_SHARE, REQUESTS_LEAST
@@ -227,7 +239,7 @@ class Snapshot:
             len(req.output_ids),
             req.cached_tokens,
             self._now_s,
-            self._shown,
+            self._watched.shown,
             req.last_node,
         )
 
@@ -250,7 +262,7 @@ class Snapshot:
             len(req.output_ids),
             req.cached_tokens,
             self._now_s,
-            self._shown,
+            self._watched.shown,
             req.last_node,
         )
 

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse
 from sglang.srt.utils.auth import AuthLevel, auth_level, decide_request_auth
 
 from tiered_kv.plugin.options.watching import OPTION
-from tiered_kv.plugin.snapshots.collect import SNAPSHOT_ID, SNAPSHOT_KEY
+from tiered_kv.plugin.snapshots.collect import PART_KEY, PARTS
 from tiered_kv.snapshot.schema import shaped
 
 logger = logging.getLogger(__name__)
@@ -82,12 +82,13 @@ class SnapshotSource:
 
         manager = self._manager
         manager.auto_create_handle_loop()
-        answers = await manager.get_internal_state_communicator(
-            GetInternalStateReq(rid=SNAPSHOT_ID)
-        )
-        raw = answers[0].internal_state.get(SNAPSHOT_KEY)
+        raw: dict[str, Any] = {}
+        for part in PARTS:
+            ask = manager.get_internal_state_communicator
+            answers = await ask(GetInternalStateReq(rid=part))
+            raw |= answers[0].internal_state.get(PART_KEY, {})
         self._taken_s = time.monotonic()
-        if raw is None:
+        if not raw:
             self._shaped = None
             return
         has_text = manager.server_args.tiered_kv_view_text_tokens and manager.tokenizer is not None

@@ -18,7 +18,6 @@ from support_view.recorded import over_the_wire
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
 from tiered_kv.plugin.snapshots import collect
-from tiered_kv.plugin.snapshots.collect import Snapshot
 from tiered_kv.snapshot.prefixes import PREFIXES_MAX
 from tiered_kv.snapshot.requests import RUNNING_MAX, WAITING_MAX
 from tiered_kv.snapshot.schema import shaped
@@ -26,15 +25,13 @@ from tiered_kv.snapshot.schema import shaped
 
 def take(scheduler: Scheduler) -> dict[str, Any]:
     """As it is served."""
-    assert scheduler.talk.watched is not None
-    raw = Snapshot(scheduler.scheduler, scheduler.cache, scheduler.talk.watched).take()
-    return shaped(over_the_wire(raw), at_s=0.0)
+    return shaped(over_the_wire(scheduler.snapshot()), at_s=0.0)
 
 
 @pytest.fixture(autouse=True)
 def time_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests are about what is noted, however slow the machine is."""
-    monkeypatch.setattr(collect, "SNAPSHOT_S", 100.0)
+    monkeypatch.setattr(collect, "PART_S", 100.0)
 
 
 @pytest.mark.parametrize(("n_nodes", "n_waiting"), [(50, 3), (600, 200)])
@@ -132,11 +129,9 @@ def test_transfers_under_way_show() -> None:
 
 def test_no_token_leaves_the_scheduler_unless_asked_for() -> None:
     scheduler = Scheduler("slack", 20, 1, n_documents=3)
-    assert scheduler.talk.watched is not None
 
     def ids() -> list[Any]:
-        raw = Snapshot(scheduler.scheduler, scheduler.cache, scheduler.talk.watched).take()
-        return [row[-1] for row in over_the_wire(raw)["prefixes"]]
+        return [row[-1] for row in over_the_wire(scheduler.snapshot())["prefixes"]]
 
     assert all(tokens == [] for tokens in ids())
     scheduler.scheduler.server_args.tiered_kv_view_text_tokens = 4
@@ -144,7 +139,7 @@ def test_no_token_leaves_the_scheduler_unless_asked_for() -> None:
 
 
 def test_it_leaves_off_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "SNAPSHOT_S", 0.0)
+    monkeypatch.setattr(collect, "PART_S", 0.0)
     scheduler = Scheduler("slack", 600, 200)
     snapshot = take(scheduler)
     assert 0 < len(snapshot["forest"]["prefixes"]) < PREFIXES_MAX

@@ -22,7 +22,7 @@ from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateR
 
 from benchmark.micro.snapshot import Scheduler
 from tiered_kv.plugin.snapshots import endpoint
-from tiered_kv.plugin.snapshots.collect import SNAPSHOT_ID, SNAPSHOT_KEY, Snapshot
+from tiered_kv.plugin.snapshots.collect import PART_KEY, PARTS
 from tiered_kv.plugin.snapshots.endpoint import PATH
 
 ARGS = {
@@ -38,7 +38,7 @@ ARGS = {
 class Manager:
     """What of SGLang's TokenizerManager is used; `take` makes what the scheduler notes."""
 
-    def __init__(self, take: Callable[[], dict[str, Any] | None], **args: Any) -> None:
+    def __init__(self, take: Callable[[str], dict[str, Any] | None], **args: Any) -> None:
         self.server_args = SimpleNamespace(**{**ARGS, **args})
         self.tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
         self.asked = 0
@@ -50,13 +50,13 @@ class Manager:
         pass
 
     def _send(self, request: GetInternalStateReq) -> None:
-        assert request.rid == SNAPSHOT_ID
+        assert request.rid in PARTS
         self.asked += 1
-        asyncio.get_running_loop().call_later(self.delay_s, self._answer)
+        asyncio.get_running_loop().call_later(self.delay_s, self._answer, request.rid)
 
-    def _answer(self) -> None:
-        raw = self._take()
-        state = {} if raw is None else {SNAPSHOT_KEY: raw}
+    def _answer(self, part: str) -> None:
+        raw = self._take(part)
+        state = {} if raw is None else {PART_KEY: raw}
         self.get_internal_state_communicator.handle_recv(
             GetInternalStateReqOutput(internal_state=state)
         )
@@ -73,9 +73,9 @@ def serve(
 ) -> Callable[..., tuple[FastAPI, Manager]]:
     from sglang.srt.entrypoints import http_server
 
-    def take() -> dict[str, Any]:
-        assert scheduler.talk.watched is not None
-        return Snapshot(scheduler.scheduler, scheduler.cache, scheduler.talk.watched).take()
+    def take(part: str) -> dict[str, Any]:
+        look = scheduler.part()
+        return look.forest() if part == PARTS[0] else look.requests()
 
     def make(**args: Any) -> tuple[FastAPI, Manager]:
         manager = Manager(take, **args)
@@ -156,30 +156,30 @@ def test_many_viewers_cost_no_more_than_one(serve: Any) -> None:
 
     responses = asyncio.run(all_at_once())
     assert {response.status_code for response in responses} == {200}
-    assert manager.asked == 1
+    assert manager.asked == len(PARTS)
 
 
 def test_a_busy_scheduler(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for ever, and the late answer goes to nobody else."""
     monkeypatch.setattr(endpoint, "PATIENCE_S", 0.05)
     app, manager = serve()
-    manager.delay_s = 0.3
+    manager.delay_s = 0.15
 
     async def ask() -> tuple[httpx.Response, httpx.Response]:
         late = await _get(app)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.35)
         return late, await _get(app)
 
     late, fine = asyncio.run(ask())
     assert late.status_code == 503
     assert "has not answered" in late.json()["error"]
     assert fine.status_code == 200
-    assert manager.asked == 1
+    assert manager.asked == len(PARTS)
 
 
 def test_a_scheduler_that_keeps_nothing(serve: Any) -> None:
     app, manager = serve()
-    manager._take = lambda: None
+    manager._take = lambda part: None
     response = get(app)
     assert response.status_code == 503
     assert "keeps nothing" in response.json()["error"]
