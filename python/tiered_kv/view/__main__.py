@@ -30,8 +30,8 @@ Show what a server with --tiered-kv is doing: which prefixes are cached and in w
 tier, what moves between the tiers, who waits with how much slack, who runs and who
 is parked. Open the address that is printed; the page needs nothing from elsewhere.
 
-Looking costs the server's scheduler less than a millisecond a second, however many
-look. The page names prefixes by hashes and shows no text.
+Looking keeps the server's scheduler for less than a millisecond at a time, however
+many look. The page names prefixes by hashes and shows no text.
 """
 EXAMPLES = """\
 examples:

@@ -44,10 +44,10 @@ function draw() {
   drawQueue(snapshot);
   drawLanes(snapshot);
   history.drawHistory();
-  const cost = `${(snapshot.scheduler_us / 1000).toFixed(2)} ms of the scheduler's time`;
+  const cost = `${(snapshot.scheduler_us / 1000).toFixed(2)} ms`;
   document.getElementById("facts").textContent =
     `${snapshot.model ?? ""} · policy ${snapshot.policy} · pages of ${snapshot.page_tokens} tokens · ` +
-    `${count(snapshot.hits.requests)} requests answered · this picture took ${cost}`;
+    `${count(snapshot.hits.requests)} requests answered · this picture kept the scheduler for ${cost}`;
 }
 
 function showState() {
