@@ -8,6 +8,7 @@ import { ago, count, fitted, short, showEmpty, tipOn } from "./words.js";
 const TREE_WIDTH = 74;
 const COLUMN_MIN = 128;
 const SQUARE = 10;
+const TWO_LINES = 32;
 const svg = d3.select("#picture svg");
 const reduced = window.matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -143,10 +144,10 @@ function drawCell(group, d, colour) {
   const room = width - 10 - (hasSquares ? SQUARE * Object.keys(d.prefix.tiers).length + 4 : 0) - (d.goesOn ? 12 : 0);
   const [name, more] = labels(d);
   const weight = d.prefix ? 600 : 400;
-  const middle = d.height >= 32 ? d.height / 2 - 3 : d.height / 2 + size / 3;
+  const middle = d.height >= TWO_LINES ? d.height / 2 - 3 : d.height / 2 + size / 3;
   group.select(".name").attr("y", middle).text(hasLabel ? fitted(name, room, `${weight} ${size}px`) : "")
     .style("font-size", `${size}px`).style("font-weight", weight);
-  group.select(".more").attr("y", middle + 14).text(d.height >= 32 ? fitted(more, room) : "");
+  group.select(".more").attr("y", middle + 14).text(d.height >= TWO_LINES ? fitted(more, room) : "");
   drawSquares(group.select(".where"), d, hasSquares, width, ink);
 }
 
@@ -172,10 +173,10 @@ function drawSquares(group, d, isShown, width, ink) {
 function labels(d) {
   if (d.others) return [`others: ${short(d.others)} tokens`, ""];
   if (d.tree) return [d.tree.salted ? `salt ${d.tree.name}` : `tree ${d.tree.name}`, `${short(d.tree.tokens)} tokens`];
-  const { name, text, tokens, tokens_with_below: below, users } = d.prefix;
-  const uses = users ? `, ${users} in use` : "";
-  const more = below > tokens ? `${short(below)} with below${uses}` : `${uses.slice(2) || "not in use"}`;
-  return [`${text ? text.replace(/\s+/g, " ") : name} · ${short(tokens)}`, more];
+  const { name, text, tokens, tokens_with_below: below } = d.prefix;
+  const title = text ? text.replace(/\s+/g, " ") : name;
+  if (d.height < TWO_LINES) return [`${title} · ${short(tokens)}`, ""];
+  return [title, below > tokens ? `${short(tokens)} + ${short(below - tokens)} below` : `${short(tokens)} tokens`];
 }
 
 function describe(d) {
