@@ -258,7 +258,7 @@ def cache_of(talk: Conversations) -> Any:
     """What `Part` reads of the cache; the tiers' numbers are plain attributes there, too."""
     queue = SimpleNamespace(pages_in_flight=3, in_flight=1)
     formats = SimpleNamespace(page_bytes=8 << 20, slot_bytes=8 << 20)
-    stats = SimpleNamespace(capacity=1 << 40, pages=100_000, degraded=False)
+    disk = SimpleNamespace(capacity_bytes=1 << 40, fill=lambda: (100_000, False))
     context = SimpleNamespace(
         forest=talk.forest,
         page_size=PAGE_SIZE,
@@ -275,7 +275,7 @@ def cache_of(talk: Conversations) -> Any:
     )
     return SimpleNamespace(
         hierarchy=hierarchy,
-        parts=SimpleNamespace(disk_store=SimpleNamespace(stats=lambda: stats)),
+        parts=SimpleNamespace(disk_store=disk),
         token_to_kv_pool_allocator=SimpleNamespace(size=1 << 20),
         root_node=talk.root,
     )

@@ -130,16 +130,16 @@ def _serve(options: argparse.Namespace, source: Source) -> int:
     recorder = None if options.record is None else Recorder(options.record)
     is_local = _is_loopback(options.host)
     name = options.host if ":" not in options.host else f"[{options.host}]"
-    page = make_page(Hub(source, recorder), LOCAL_NAMES if is_local else ("*",))
+    hub = Hub(source, recorder)
     config = uvicorn.Config(
-        page,
+        make_page(hub, LOCAL_NAMES if is_local else ("*",)),
         host=options.host,
         port=options.port,
         log_level="warning",
-        # Browsers keep their event streams open for ever.
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=2,
     )
-    server = _PageServer(config, f"Showing {source.about['name']} at http://{name}:{options.port}/")
+    about = f"Showing {source.about['name']} at http://{name}:{options.port}/"
+    server = _PageServer(config, hub, about)
     if not is_local:
         sys.stderr.write("Whoever reaches this machine may see the page: it asks for no key.\n")
     try:
@@ -153,10 +153,11 @@ def _serve(options: argparse.Namespace, source: Source) -> int:
 
 
 class _PageServer(uvicorn.Server):
-    """Says where the page is as soon as it is there."""
+    """Says where the page is as soon as it is there, and ends event streams when it goes."""
 
-    def __init__(self, config: uvicorn.Config, sentence: str) -> None:
+    def __init__(self, config: uvicorn.Config, hub: Hub, sentence: str) -> None:
         super().__init__(config)
+        self._hub = hub
         self._sentence = sentence
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -164,6 +165,11 @@ class _PageServer(uvicorn.Server):
         if self.started:
             sys.stdout.write(f"{self._sentence}\n")
             sys.stdout.flush()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Browsers keep them open for ever.
+        self._hub.end_views()
+        await super().shutdown(sockets)
 
 
 def _is_loopback(host: str) -> bool:

@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 from tiered_kv.view.frames import Frame, Frames
 from tiered_kv.view.recording import Line, Recorder
 from tiered_kv.view.source import NoSnapshotError, Source
+
+_Queue: TypeAlias = "asyncio.Queue[Frame | None]"
 
 
 class Hub:
@@ -20,7 +22,7 @@ class Hub:
         self.frames = Frames()
         self._source = source
         self._recorder = recorder
-        self._viewers: set[asyncio.Queue[Frame]] = set()
+        self._viewers: set[_Queue] = set()
         self._asking: asyncio.Task[None] | None = None
 
     @property
@@ -40,9 +42,14 @@ class Hub:
         if self._recorder is not None:
             self._recorder.close()
 
+    def end_views(self) -> None:
+        """All who watch are told that there is no more."""
+        for queue in self._viewers:
+            _put(queue, None)
+
     async def watch(self) -> AsyncIterator[Frame]:
         """Frames as they come; a viewer who is too slow misses some."""
-        queue: asyncio.Queue[Frame] = asyncio.Queue(maxsize=1)
+        queue: _Queue = asyncio.Queue(maxsize=1)
         self._viewers.add(queue)
         # What was seen last is of now only if somebody looked until now.
         last = self.frames.last if self._is_asking else None
@@ -50,8 +57,8 @@ class Hub:
         try:
             if last is not None:
                 yield last
-            while True:
-                yield await queue.get()
+            while (frame := await queue.get()) is not None:
+                yield frame
         finally:
             self._viewers.discard(queue)
 
@@ -73,8 +80,13 @@ class Hub:
             if self._recorder is not None:
                 self._recorder.add(line)
             for queue in self._viewers:
-                if queue.full():
-                    queue.get_nowait()
-                queue.put_nowait(frame)
+                _put(queue, frame)
             if not self._viewers and self._recorder is None:
                 return
+
+
+def _put(queue: _Queue, frame: Frame | None) -> None:
+    """In the place of one that was not taken yet."""
+    if queue.full():
+        queue.get_nowait()
+    queue.put_nowait(frame)

@@ -123,10 +123,10 @@ class Part:
             (Tier.HOST, context.host.n_pages * page_size, None, ""),
         ]
         if disk is not None:
-            stats = disk.stats()
-            pages = stats.capacity // context.page_format(Tier.DISK).slot_bytes
-            state = "takes no writes" if stats.degraded else ""
-            rows.append((Tier.DISK, pages * page_size, stats.pages * page_size, state))
+            n_pages, is_degraded = disk.fill()
+            most_pages = disk.capacity_bytes // context.page_format(Tier.DISK).slot_bytes
+            state = "takes no writes" if is_degraded else ""
+            rows.append((Tier.DISK, most_pages * page_size, n_pages * page_size, state))
         return rows
 
     def _edges(self) -> list[tuple[int, int, int, int, int]]:

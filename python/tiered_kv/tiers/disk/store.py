@@ -294,6 +294,10 @@ class DiskStore:
             **self._counters.snapshot(),
         )
 
+    def fill(self) -> tuple[int, bool]:
+        """Pages stored, and whether writes pause, as `stats` says, but without a look at memory."""
+        return self._catalog.n_pages, self._gate.is_degraded or self._stalls.is_stalled()
+
     def namespaces(self) -> list[DiskNamespace]:
         """Every namespace that has pages."""
         with self._catalog.lock:
@@ -329,11 +333,8 @@ class DiskStore:
         Costs a system call for every segment, up to 2,000. Raises OSError.
         """
         with self._stalls.watch():
-            if not (
-                self._lock.is_in_place()
-                and self._index.is_in_place()
-                and self._files.directory.is_dir()
-            ):
+            are_ours = self._lock.is_in_place() and self._index.is_in_place()
+            if not (are_ours and self._files.directory.is_dir()):
                 return False
             self._lost_files.look()
         return True
