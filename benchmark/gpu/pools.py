@@ -79,7 +79,7 @@ class OurMover:
         from tiered_kv.plugin.cache.device_copier import make_copier
         from tiered_kv.plugin.cache.device_pool import buffers_of
         from tiered_kv.plugin.cache.formats import tier_formats
-        from tiered_kv.plugin.cache.host import register_for_dma
+        from tiered_kv.tiers.pinned_memory import register_for_dma
         from tiered_kv.tiers.host import HostPool
 
         self._page = setting.shape.page_tokens

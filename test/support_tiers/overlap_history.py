@@ -20,6 +20,7 @@ PROMPTS = [
 MAX_RUNNING = 4
 #: Of histories: some of them do much of something.
 N_KINDS = 4
+N_STEPS = 40
 
 
 class Overlap:
@@ -145,15 +146,20 @@ class Overlap:
         self.rig.device.calls_until_failure[stream] = self.rng.randrange(8)
 
 
+def sizes_of(seed: int) -> dict[str, int]:
+    """Of both pools of a history's rig."""
+    device, host = random.Random(seed).choice(((24, 24), (14, 16), (20, 9)))
+    return {"n_device_pages": device, "n_host_pages": host}
+
+
 def run_history(
     seed: int, schedule: Schedule, removed: Removed | None = None, path: str = "dma"
 ) -> None:
     """Raises whatever goes wrong."""
-    sizes = random.Random(seed).choice(((24, 24), (14, 16), (20, 9)))
-    rig = StreamRig(schedule, removed, path, n_device_pages=sizes[0], n_host_pages=sizes[1])
+    rig = StreamRig(schedule, removed, path, **sizes_of(seed))
     history = Overlap(rig, seed)
     try:
-        history.run(40)
+        history.run(N_STEPS)
     except BaseException as error:
         error.add_note(f"seed {seed}: {' '.join(history.log)}")
         raise

@@ -141,6 +141,9 @@ class StreamRig(Rig):
             super().__init__(**sizes)
         finally:
             load_back.TransferQueue, write_back.TransferQueue = before  # type: ignore[misc]
+        self._wire()
+
+    def _wire(self) -> None:
         self.stop_clock()
         self.allocator = self.context.allocator = HotPages(self.allocator.n_pages, self.page_size)
         self.host._slots = HotSlots(self.host.n_pages)

@@ -6,17 +6,15 @@ import logging
 import mmap
 from collections.abc import Callable
 
-import torch
-
 from tiered_kv.core.config import TieredKVConfig
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.cache.parts import RankMinimum
-from tiered_kv.tiers import host_memory
 from tiered_kv.tiers.host import MIN_HOST_PAGES, HostPool
 from tiered_kv.tiers.host_size import host_size
 from tiered_kv.tiers.kv_shard import KVShard
 from tiered_kv.tiers.memory_limits import available_bytes
 from tiered_kv.tiers.page_format import PageFormat
+from tiered_kv.tiers.pinned_memory import register_for_dma
 from tiered_kv.tiers.shared_memory import share_memory
 from tiered_kv.tiers.transfer import Collective
 
@@ -88,25 +86,3 @@ def host_bytes(
             n_ranks,
         )
     return size
-
-
-def register_for_dma(address: int, n_bytes: int) -> None:
-    """Pins memory near the current device. Raises ConfigError.
-
-    In one piece: a copy must not cross from one registered piece to the next.
-    """
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-    pci = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
-    try:
-        host_memory.prepare(address, n_bytes, host_memory.numa_node_of(pci))
-    except OSError as error:
-        raise ConfigError(
-            f"the host tier's {n_bytes / 1e9:.2f} GB are not there ({error}); lower "
-            "--tiered-kv-host-size."
-        ) from None
-    status = torch.cuda.cudart().cudaHostRegister(address, n_bytes, 0)
-    if int(status) != 0:
-        raise ConfigError(
-            f"the host tier's {n_bytes / 1e9:.2f} GB cannot be pinned (CUDA error {int(status)}); "
-            "lower --tiered-kv-host-size or raise the limit on locked memory (ulimit -l)."
-        )
