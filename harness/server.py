@@ -90,6 +90,7 @@ class Server:
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
     start_seconds: float = 0.0
+    _launched_at: float = 0.0
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -112,6 +113,7 @@ class Server:
     def launch(self) -> Server:
         """Starts the process without waiting for anything."""
         assert self.process is None, "the server runs already"
+        self._launched_at = time.monotonic()
         command = [sys.executable, *self.launcher, "--model-path", str(self.model)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), *self.args]
         # Threads that spin while they wait make servers on a busy machine crawl.
@@ -130,15 +132,21 @@ class Server:
 
     def start(self) -> Server:
         """Starts the process and waits until it has answered a health check."""
-        began = time.monotonic()
         self.launch()
         try:
-            self._wait_until_healthy(began + START_TIMEOUT_S)
+            self.wait_until_up()
         except BaseException:
             self.kill_9()
             raise
-        self.start_seconds = time.monotonic() - began
         return self
+
+    def wait_until_up(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Returns when a server that was launched has answered a health check.
+
+        Raises ServerError.
+        """
+        self._wait_until_healthy(self._launched_at + timeout_s)
+        self.start_seconds = time.monotonic() - self._launched_at
 
     def _wait_until_healthy(self, deadline: float) -> None:
         assert self.process is not None

@@ -1,95 +1,46 @@
-"""Checks what this project does on a GPU, in parts; scripts/gpu_check sets the environment up.
+"""Checks what this project does on a GPU, within a time; scripts/gpu_check sets it up.
 
-    scripts/gpu_check --out gpu_check                    everything, about eight minutes
-    scripts/gpu_check --out gpu_check --parts transfers  one part; others are kept as they are
-    scripts/gpu_check --out small --small                on a CPU: does it run?
+    scripts/gpu_check --within 15m --out gpu_check       as much as there is time for
+    scripts/gpu_check --within 15m --out gpu_check       again: goes on with what is not done
+    scripts/gpu_check --steps copies --out gpu_check     these alone
+    scripts/gpu_check --rehearse --out rehearsal         on a CPU, small: does it run?
 
-Each part writes OUT/PART.json when it is done, and a part whose file is there is not measured
-again (--again does), so an interrupted check goes on where it was. All that is there is printed in
-the end.
+Steps come in the order of their worth: what torch and Triton alone can tell, whether it serves, how
+fast it is. Each is a process of its own with a limit; the next comes whatever became of it. Each
+writes OUT/STEP.json as it goes and its output to OUT/STEP.log. OUT/check.json has all of them, with
+the logs of those that failed, and OUT/report.md the tables: these two are what to bring home. A
+later run with the same OUT goes on: first with what was never tried, then with what failed.
 
-  environment     versions, hardware, peaks of plain torch
-  kernels         gather, scatter and conversion of pages: against references, and in bytes/s
-  transfers       device to host and back: ours, HiCache's ways, memcpy; alone and beside decoding
-  cascade         decode attention over shared prefixes
-  cascade_server  the same on real servers in turn, CUDA graphs on; only if it is asked for
-  serving         time to first token by tier on the real server: plain, HiCache, ours in turn
-
-`python -m tiered_kv.preset OUT` makes a preset of the cost model out of the files.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib
-import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from benchmark.gpu import record
+from benchmark.gpu.plan import GROUPS, NAMES, STEPS, Step, next_step, seconds_of
 from benchmark.gpu.report import report
-from benchmark.gpu.setting import NotHereError, Setting
-
-SCHEMA = 1
-DEFAULT_PARTS = ("environment", "kernels", "transfers", "cascade", "serving")
-#: The last ones only if they are named: with them a check takes longer than it should.
-PARTS = (*DEFAULT_PARTS, "cascade_server")
+from benchmark.gpu.run import run_step
+from benchmark.gpu.setting import NotHereError, device_name
 
 
-def run_part(part: str, setting: Setting) -> dict[str, Any]:
-    """What the part's file holds. A part that can't run here says why; errors are raised."""
-    start = time.monotonic()
-    facts: dict[str, Any] = {
-        "schema": SCHEMA,
-        "part": part,
-        "device": device_name(setting.device),
-        "is_small": setting.is_small,
-        "finished": "",
-        "seconds": 0.0,
-    }
+def say(text: str) -> None:
+    sys.stderr.write(f"[gpu_check] {text}\n")
+    sys.stderr.flush()
+
+
+def seconds(text: str) -> float:
     try:
-        facts["result"] = importlib.import_module(f"benchmark.gpu.{part}").measure(setting)
-    except NotHereError as missing:
-        facts["reason"] = str(missing)
-    facts["seconds"] = round(time.monotonic() - start, 1)
-    facts["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return facts
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """In one step: a file that is there is whole."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(path)
-
-
-def read_part(path: Path) -> dict[str, Any] | None:
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    is_ours = isinstance(document, dict) and document.get("schema") == SCHEMA
-    return document if is_ours else None
-
-
-def is_done(document: dict[str, Any] | None, setting: Setting) -> bool:
-    """Whether a part was measured on this device, at this size, and had figures."""
-    return (
-        document is not None
-        and "result" in document
-        and document["device"] == device_name(setting.device)
-        and document["is_small"] == setting.is_small
-    )
+        return seconds_of(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write for example 15m") from None
 
 
 def choose_device(name: str, *, is_small: bool) -> torch.device:
@@ -98,27 +49,65 @@ def choose_device(name: str, *, is_small: bool) -> torch.device:
     if name == "auto":
         name = "cuda" if has_cuda else "cpu"
     if name == "cuda" and not has_cuda:
-        raise NotHereError("torch sees no CUDA device here; use --device cpu --small to try it.")
+        raise NotHereError("torch sees no CUDA device here; use --rehearse to try it on a CPU.")
     if name == "cpu" and not is_small:
         raise NotHereError(
-            "There is no GPU here, and the full sizes would take a CPU hours; add --small to see "
-            "whether everything runs."
+            "There is no GPU here, and the full sizes would take a CPU hours; add --rehearse to "
+            "see whether everything runs."
         )
     return torch.device(name)
 
 
+def is_of_this(document: record.Document, device: str, *, is_small: bool) -> bool:
+    """Whether a step was measured on this device, at this size."""
+    return document["device"] in ("", device) and document["is_small"] is is_small
+
+
+def run_all(
+    steps: Sequence[Step], folder: Path, device: torch.device, within_s: float,
+    *, is_small: bool, again: bool,
+) -> list[str]:  # fmt: skip
+    """The names of the steps that this run has tried."""
+    tried: list[str] = []
+    ends_s = time.monotonic() + within_s
+    name = device_name(device)
+    record.restore(folder, NAMES)
+    while True:
+        found = record.read_all(folder, NAMES)
+        states = {
+            step: document["state"]
+            for step, document in found.items()
+            if is_of_this(document, name, is_small=is_small) and not (again and step not in tried)
+        }
+        left_s = ends_s - time.monotonic()
+        step = next_step(states, tried, left_s, steps, is_small=is_small)
+        if step is None:
+            return tried
+        tried.append(step.name)
+        limit_s = min(step.limit(is_small=is_small), max(left_s, 1.0))
+        began_s = time.monotonic()
+        state = run_step(step, folder, device.type, limit_s, is_small=is_small)
+        document = record.gather(folder, NAMES).get(step.name, {})
+        why = f": {document['reason']}" if "reason" in document else ""
+        say(f"{step.name}: {state} after {time.monotonic() - began_s:.0f} s{why}")
+
+
 def parser() -> argparse.ArgumentParser:
+    about = [f"  {step.name:15} {step.group:8} {step.limit_s:4.0f} s  {step.tells}"
+             for step in STEPS]  # fmt: skip
     result = argparse.ArgumentParser(
         prog="scripts/gpu_check",
-        description=__doc__,
+        description="\n".join([__doc__ or "", *about]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
+    add("--within", type=seconds, default="15m", metavar="TIME",
+        help="no step is begun that this leaves no time for (default: %(default)s)")  # fmt: skip
     add("--out", type=Path, default=Path("gpu_check"), help="folder (default: %(default)s)")
-    add("--parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS, metavar="PART",
-        help=f"which (default: {', '.join(DEFAULT_PARTS)})")  # fmt: skip
-    add("--small", action="store_true", help="sizes for a test; the only ones for a CPU")
-    add("--again", action="store_true", help="measure parts that are there already, too")
+    add("--steps", nargs="+", choices=(*GROUPS, *NAMES), metavar="STEP",
+        help="steps, or alone, serves, figures for all of a kind (default: all)")  # fmt: skip
+    add("--rehearse", action="store_true", help="sizes for a test; the only ones for a CPU")
+    add("--again", action="store_true", help="measure what is done already, too")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     return result
 
@@ -126,38 +115,29 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        device = choose_device(options.device, is_small=options.small)
+        device = choose_device(options.device, is_small=options.rehearse)
     except NotHereError as error:
-        sys.stderr.write(f"[gpu_check] error: {error}\n")
+        say(f"error: {error}")
         return 1
     folder = options.out.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    setting = Setting(device, options.small, folder)
-    failed = []
-    with tqdm([part for part in PARTS if part in options.parts], unit=" parts") as bar:
-        for part in bar:
-            bar.set_description(part)
-            path = folder / f"{part}.json"
-            if not options.again and is_done(read_part(path), setting):
-                tqdm.write(f"[gpu_check] {part}: measured before, kept", file=sys.stderr)
-                continue
-            try:
-                facts = run_part(part, setting)
-            except Exception as error:  # the other parts are worth having
-                failed.append(part)
-                tqdm.write(f"[gpu_check] {part} failed: {error!r}", file=sys.stderr)
-                continue
-            write_json(path, facts)
-            tqdm.write(f"[gpu_check] {part}: {facts['seconds']} s", file=sys.stderr)
-    found = {part: read_part(folder / f"{part}.json") for part in PARTS}
-    text = report({part: document for part, document in found.items() if document})
+    wanted = options.steps or GROUPS
+    steps = [step for step in STEPS if step.name in wanted or step.group in wanted]
+    os.environ["PYTHONWARNINGS"] = os.environ.get("PYTHONWARNINGS", "ignore")
+    run_all(
+        steps, folder, device, options.within, is_small=options.rehearse, again=options.again
+    )
+    found = record.gather(folder, NAMES)
+    text = report(found)
     (folder / "report.md").write_text(text)
     sys.stdout.write(text)
+    states = {step.name: found.get(step.name, {}).get("state", "not tried") for step in steps}
+    failed = [name for name, state in states.items() if state in (record.FAILED, record.LATE)]
+    left = [name for name, state in states.items() if state in ("not tried", record.NOT_HERE)]
     if failed:
-        sys.stderr.write(
-            f"[gpu_check] error: {', '.join(failed)} failed, see above; running this again "
-            "measures only what is missing.\n"
-        )
+        say(f"error: {', '.join(failed)} failed: their output is in {folder}.")
+    if failed or left:
+        say(f"not done: {', '.join([*left, *failed])}; running this again goes on there.")
     return 1 if failed else 0
 
 

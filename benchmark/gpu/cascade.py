@@ -1,4 +1,7 @@
-"""Decode attention over shared prefixes: the table of benchmark/micro/cascade_attention.py."""
+"""Decode attention over shared prefixes: of one layer, and of real servers in turn.
+
+The tables of benchmark/micro/cascade_attention.py and benchmark/serving/cascade.py.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +9,66 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmark.command_line import ROOT
-from benchmark.gpu.setting import NotHereError, Setting
+from benchmark.gpu.record import Record
+from benchmark.gpu.setting import Setting
+from benchmark.gpu.systems import write_model
 
-MODULE = "benchmark.micro.cascade_attention"
-#: Llama-3.1-8B's attention; batches and shared tokens around the expected break-even.
-LARGE = ("--rows", "8", "32", "128", "--shared", "256", "1024", "4096", "16384", "--own", "256")
-SMALL = ("--rows", "4", "--shared", "64", "--own", "16", "--turns", "2", "--threads", "1")
-LLAMA = ("--shape", "32", "8", "128", "--dtype", "bfloat16", "--turns", "7")
-TIMEOUT_S = 180.0
+KERNEL, SERVER = "benchmark.micro.cascade_attention", "benchmark.serving.cascade"
+#: Llama-3.1-8B's attention.
+LLAMA = ("--shape", "32", "8", "128", "--dtype", "bfloat16", "--turns", "7", "--device", "cuda")
+#: Batches and shared tokens: what the targets speak of first, then around the expected break-even.
+CASES = (((64,), (8192,)), ((16,), (1024,)), ((8, 32, 128), (256, 1024, 4096, 16384)))
+SERVER_CASES = (((64,), (8192,)), ((16,), (1024,)))
 
 
-def measure(setting: Setting) -> dict[str, Any]:
-    """Its rows. Raises NotHereError where it can't run on this device."""
-    arguments = list(SMALL if setting.is_small else (*LARGE, *LLAMA))
+def kernel(setting: Setting, notes: Record) -> dict[str, Any]:
+    """Rows of one layer's attention; case by case, so that what comes first is kept."""
+    rows: list[dict[str, Any]] = []
+    out = setting.folder / "cascade_rows.json"
+    small = ("--own", "16", "--turns", "2", "--threads", "1")
+    for n_rows, shared in (((4,), (64,)),) if setting.is_small else CASES:
+        own = small if setting.is_small else ("--own", "256", *LLAMA)
+        run(KERNEL, [*sizes(n_rows, shared), *own, "--json", str(out)])
+        rows += json.loads(out.read_text())
+        out.unlink()
+        notes.so_far({"rows": rows})
+    return {"rows": rows}
+
+
+def server(setting: Setting, notes: Record) -> dict[str, Any]:
+    """Rows of whole iterations of three servers that stay up together."""
+    model = write_model(setting.folder / "cascade_model", setting.is_small)
+    name = setting.folder / "cascade_server_rows"
+    arguments = ["--model", str(model), "--dummy", "--out", str(name)]
+    if setting.is_small:
+        arguments += [*sizes((4,), (300,)), "--own", "8", "--turns", "1"]
+    else:
+        pairs = [f"{rows[0]}x{shared[0]}" for rows, shared in SERVER_CASES]
+        arguments += ["--cases", *pairs, "--own", "256"]
     if setting.on_gpu:
-        if "--device" not in output(["--help"]):
-            raise NotHereError("cascade attention has no runner for GPUs yet")
-        arguments += ["--device", "cuda"]
-    rows = setting.folder / "cascade_rows.json"
-    output([*arguments, "--json", str(rows)])
-    found = json.loads(rows.read_text())
-    rows.unlink()
-    return {"arguments": arguments, "rows": found}
+        arguments += ["--device", "cuda", "--dtype", "bfloat16"]
+    run(SERVER, arguments)
+    rows = json.loads(name.with_suffix(".json").read_text())
+    return {"rows": rows}
 
 
-def output(arguments: list[str], module: str = MODULE, timeout_s: float = TIMEOUT_S) -> str:
-    """What a benchmark prints. Raises NotHereError with its last line if it fails."""
+def sizes(rows: Sequence[int], shared: Sequence[int]) -> list[str]:
+    return ["--rows", *map(str, rows), "--shared", *map(str, shared)]
+
+
+def run(module: str, arguments: Sequence[str]) -> None:
+    """A benchmark, with its output in this step's log. Raises RuntimeError if it fails."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
+        cwd=Path.cwd(),
         check=False,
     )
     if result.returncode != 0:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise NotHereError(f"{module} failed: {last}")
-    return result.stdout
+        raise RuntimeError(f"{module} ended with code {result.returncode}, see above")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import subprocess
@@ -12,34 +11,37 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from benchmark.gpu.record import Record
 from benchmark.gpu.setting import Setting
 from benchmark.gpu.timing import median_s
+from tiered_kv.tiers.memory_limits import available_bytes
 
 PACKAGES = (
     "torch", "triton", "sglang", "sglang-kernel", "flashinfer-python", "flashinfer-jit-cache",
-    "transformers", "sglang-tiered-kv",
+    "transformers", "numpy", "sglang-tiered-kv",
 )  # fmt: skip
 QUERY = "name,driver_version,pcie.link.gen.max,pcie.link.width.max,power.limit"
 #: Transfers per second and lane, by generation; the encoding takes 2 of 130 bits.
 PCIE_TRANSFERS = {3: 8e9, 4: 16e9, 5: 32e9, 6: 64e9}
 
 
-def measure(setting: Setting) -> dict[str, Any]:
+def measure(setting: Setting, notes: Record) -> dict[str, Any]:
     """Versions and hardware; FLOP/s of a matrix product, bytes/s of copies within the device."""
-    return {
+    facts: dict[str, Any] = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "free_bytes": available_bytes(),
         "packages": {name: version(name) for name in PACKAGES},
-        "nvcc": importlib.util.find_spec("flashinfer") is not None and nvcc_version(),
+        "nvcc": nvcc_version(),
         "device": device_facts(setting),
-        "peaks": peaks(setting),
     }
+    notes.so_far(facts)
+    return {**facts, "peaks": peaks(setting)}
 
 
 def version(name: str) -> str | None:

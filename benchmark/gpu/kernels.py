@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmark.gpu.record import Record
 from benchmark.gpu.setting import NotHereError, Setting
 
 #: Quantised elements may fall to the next step where the reference rounds the other way.
@@ -19,26 +20,49 @@ APART_MAX = 0.02
 ON_DEVICE, PINNED = "device", "pinned host"
 
 
-def measure(setting: Setting) -> dict[str, Any]:
-    """Raises NotHereError where the kernels are not installed."""
+def measure(setting: Setting, notes: Record) -> dict[str, Any]:
+    """Every format against its reference; rates of those that are used most, rows on the device.
+
+    Raises NotHereError where the kernels are not installed.
+    """
+    return rates_of(setting, notes, ("raw", "fp8"), (ON_DEVICE,), checks=True)
+
+
+def more(setting: Setting, notes: Record) -> dict[str, Any]:
+    """Rates of all formats, rows in pinned memory as well where there is a GPU."""
+    places = (ON_DEVICE, PINNED) if setting.on_gpu else (ON_DEVICE,)
+    return rates_of(setting, notes, None, places, checks=False)
+
+
+def rates_of(
+    setting: Setting,
+    notes: Record,
+    names: tuple[str, ...] | None,
+    places: tuple[str, ...],
+    *,
+    checks: bool,
+) -> dict[str, Any]:
+    """names: of formats, all by default."""
     try:
         from benchmark.micro import kernels
         from sgl_kernel_ext.formats import Format
     except ImportError as error:
         raise NotHereError(f"sgl_kernel_ext is not installed ({error})") from None
-    rows: list[dict[str, Any]] = []
-    correct: dict[str, bool] = {}
-    for place in (ON_DEVICE, PINNED) if setting.on_gpu else (ON_DEVICE,):
+    formats = [format_ for format_ in Format if names is None or str(format_) in names]
+    found: dict[str, Any] = {"shape": setting.shape.name, "correct": {}, "rows": []}
+    for place in places:
         options = options_for(setting)
         options.pinned = place == PINNED
         bench = kernels.Bench(options)
-        if place == ON_DEVICE:
-            for format_ in Format:
-                layout = bench.layout(format_)
-                correct[str(format_)] = agrees_with_reference(setting, bench.buffers, layout)
-        for result in kernels.measure(bench, list(Format), options.turns):
-            rows.append({"place": place, **asdict(result)})
-    return {"shape": setting.shape.name, "correct": correct, "rows": rows}
+        for format_ in Format if checks else ():
+            layout = bench.layout(format_)
+            is_right = agrees_with_reference(setting, bench.buffers, layout)
+            found["correct"][str(format_)] = is_right
+            notes.so_far(found)
+        for result in kernels.measure(bench, formats, options.turns):
+            found["rows"].append({"place": place, **asdict(result)})
+        notes.so_far(found)
+    return found
 
 
 def options_for(setting: Setting) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What every part of the check is given: device, sizes, and a folder for what it writes."""
+"""What every step of the check is given: device, sizes, and a folder for what it writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiered_kv.core.errors import TieredKVError
 
 
 class NotHereError(TieredKVError):
-    """A part, or a row of its table, can't be measured on this machine; the message says why."""
+    """A step, or a row of its table, can't be measured on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class KVShape:
     @property
     def page_bytes(self) -> int:
         return self.page_tokens * self.token_bytes
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 LLAMA_8B = KVShape("Llama-3.1-8B", 32, 8, 128, torch.bfloat16, 64)

@@ -60,12 +60,12 @@ GPU_ITERATIONS = 64
 
 def servers(options: argparse.Namespace, folder: Path) -> dict[str, Server]:
     """All three, not started yet."""
-    most = max(options.shared) + max(options.rows) * (options.own + 40)
+    most = max(shared + rows * (options.own + GPU_ITERATIONS) for rows, shared in options.cases)
     common = [*(BASE_ARGS if options.device == "cpu" else GPU_ARGS), "--dtype", options.dtype]
     common += ["--page-size", "1", "--enable-metrics", "--max-total-tokens", str(2 * most)]
-    common += ["--max-running-requests", str(max(64, *options.rows))]
+    common += ["--max-running-requests", str(max(64, *(rows for rows, _ in options.cases)))]
     if options.device == "cuda":
-        common += ["--cuda-graph-max-bs", str(max(options.rows))]
+        common += ["--cuda-graph-max-bs", str(max(rows for rows, _ in options.cases))]
     if options.dummy:
         common += ["--load-format", "dummy", "--skip-tokenizer-init"]
     # Only the CPU platform: without it SGLang does not serve on a plain CPU.
@@ -165,9 +165,15 @@ a turn. read: tokens read per token attended to. equal: answers with the same id
 {table(sorted(results, key=lambda row: (row["shared"], row["rows"])))}
 
     python -m benchmark.serving.cascade --device {options.device} \\
-        --rows {" ".join(map(str, options.rows))} \\
-        --shared {" ".join(map(str, options.shared))} --own {options.own} --turns {options.turns}
+        --cases {" ".join(f"{rows}x{shared}" for rows, shared in options.cases)} \\
+        --own {options.own} --turns {options.turns}
 """
+
+
+def case(text: str) -> tuple[int, int]:
+    """"64x8192": rows and shared tokens."""
+    rows, shared = map(int, text.split("x"))
+    return rows, shared
 
 
 def main() -> None:
@@ -177,6 +183,10 @@ def main() -> None:
     parser.add_argument(
         "--shared", type=int, nargs="+", default=[256, 1024, 4096], help="shared tokens"
     )
+    parser.add_argument(
+        "--cases", type=case, nargs="+", metavar="ROWSxSHARED",
+        help="these pairs, in this order, instead of all of --rows and --shared",
+    )  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dummy", action="store_true", help="random weights and no tokenizer")
     parser.add_argument("--own", type=int, default=64, help="tokens of each request's own")
@@ -195,12 +205,14 @@ def main() -> None:
         options.machine = f"{platform.machine()} with {len(os.sched_getaffinity(0))} cores"
     results: list[dict[str, Any]] = []
     # The quickest first: a run that is broken off keeps what it has.
-    cases = sorted(itertools.product(options.rows, options.shared), key=math.prod)
+    options.cases = options.cases or sorted(
+        itertools.product(options.rows, options.shared), key=math.prod
+    )
     with (
         tempfile.TemporaryDirectory(prefix="cascade_") as folder,
         servers_up(servers(options, Path(folder))) as up,
     ):
-        for n_rows, n_shared in tqdm(cases, desc="cases"):
+        for n_rows, n_shared in tqdm(options.cases, desc="cases"):
             results.append(measure(up, options, n_rows, n_shared))
             # After every case: what was measured is kept if the rest fails.
             options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
