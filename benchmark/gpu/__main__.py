@@ -124,9 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = options.steps or GROUPS
     steps = [step for step in STEPS if step.name in wanted or step.group in wanted]
     os.environ["PYTHONWARNINGS"] = os.environ.get("PYTHONWARNINGS", "ignore")
-    run_all(
-        steps, folder, device, options.within, is_small=options.rehearse, again=options.again
-    )
+    run_all(steps, folder, device, options.within, is_small=options.rehearse, again=options.again)
     found = record.gather(folder, NAMES)
     text = report(found)
     (folder / "report.md").write_text(text)

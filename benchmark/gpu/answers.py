@@ -215,5 +215,3 @@ def check(result: Mapping[str, Any]) -> None:
         wrong.append("the model's answers do not depend on the prefix, so they say nothing")
     if wrong:
         raise RuntimeError("; ".join(wrong))
-
-

@@ -44,6 +44,7 @@ def server(setting: Setting, notes: Record) -> dict[str, Any]:
     """Rows of whole iterations of three servers that stay up together."""
     model = write_model(setting.folder / "cascade_model", setting.is_small)
     name = setting.folder / "cascade_server_rows"
+    notes.so_far({"rows": []})
     arguments = ["--model", str(model), "--dummy", "--out", str(name)]
     if setting.is_small:
         arguments += [*sizes((4,), (300,)), "--own", "8", "--turns", "1"]

@@ -18,6 +18,7 @@ from benchmark.gpu.setting import NotHereError, Setting, device_name
 
 def leave(number: int, frame: FrameType | None) -> None:
     """Out of whatever runs, so that servers are stopped on the way."""
+    del number, frame
     raise KeyboardInterrupt
 
 

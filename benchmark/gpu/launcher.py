@@ -28,6 +28,7 @@ def draw_weights(model: Any, *args: Any, **kwargs: Any) -> None:
     """In the place of `initialize_dummy_weights`: the same for the same names."""
     import torch
 
+    del args, kwargs
     for name, parameter in model.state_dict().items():
         if not torch.is_floating_point(parameter):
             continue

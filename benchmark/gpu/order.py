@@ -52,7 +52,7 @@ def measure(setting: Setting, notes: Record) -> dict[str, Any]:
 
 
 def seen_after(machine: Machine, removed: Removed, seconds: float) -> int | None:
-    """After how many histories without that wait something was wrong; None: not within that time."""
+    """After how many histories without that wait something was wrong; None: not in that time."""
     deadline_s, seed = time.monotonic() + seconds, 0
     while time.monotonic() < deadline_s:
         try:

@@ -85,7 +85,7 @@ def next_step(
 
 
 def seconds_of(text: str) -> float:
-    """"15m", "90s", "540". Raises ValueError."""
+    """ "15m", "90s", "540". Raises ValueError."""
     text = text.strip().lower()
     unit = {"h": 3600.0, "m": 60.0, "s": 1.0}.get(text[-1:])
     seconds = float(text if unit is None else text[:-1]) * (unit or 1.0)

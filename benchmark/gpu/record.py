@@ -95,9 +95,7 @@ def gather(folder: Path, names: Iterable[str]) -> dict[str, Document]:
     together = read(folder / ALL_NAME)
     if together is not None:
         logs = {name: text for name, text in together["logs"].items() if name not in logs} | logs
-        logs = {
-            name: text for name, text in logs.items() if _is_wanted(name, steps)
-        }
+        logs = {name: text for name, text in logs.items() if _is_wanted(name, steps)}
     write_json(folder / ALL_NAME, {"schema": SCHEMA, "steps": steps, "logs": logs})
     return steps
 

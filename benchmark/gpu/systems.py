@@ -91,7 +91,7 @@ def tiered_flags(setting: Setting, host_bytes: int, disk: Path | None) -> list[s
 def hicache_system(
     setting: Setting, host_tokens: int, host_bytes: int, device_tokens: int, disk: Path
 ) -> dict[str, Any]:
-    """What `server_of` takes: args, and env. The launcher does on a CPU what HiCache lacks there."""
+    """What `server_of` takes: args, and env. `launcher.py` does on a CPU what HiCache lacks."""
     flags = ["--enable-hierarchical-cache", "--hicache-write-policy", "write_through"]
     flags += ["--hicache-storage-backend", "file"]
     flags += ["--hicache-storage-prefetch-policy", "wait_complete"]
@@ -114,7 +114,9 @@ def server_of(
 
 
 @contextlib.contextmanager
-def up_together(servers: Mapping[str, Server]) -> Iterator[tuple[dict[str, Server], dict[str, str]]]:
+def up_together(
+    servers: Mapping[str, Server],
+) -> Iterator[tuple[dict[str, Server], dict[str, str]]]:
     """Starts all at once; those that are up, and why the others are not."""
     with ExitStack() as stack:
         failed: dict[str, str] = {}

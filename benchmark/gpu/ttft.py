@@ -29,6 +29,7 @@ FLUSH_TIMEOUT_S = 60.0
 #: Decodes that are timed while pages are written, and while none are, in turns.
 INTERFERENCE_TURNS = 3
 
+
 @dataclass(frozen=True)
 class Sizes:
     """Prompt lengths from short to long, room for KV, and the decoding batch; tokens and bytes."""

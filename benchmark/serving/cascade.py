@@ -171,7 +171,7 @@ a turn. read: tokens read per token attended to. equal: answers with the same id
 
 
 def case(text: str) -> tuple[int, int]:
-    """"64x8192": rows and shared tokens."""
+    """ "64x8192": rows and shared tokens."""
     rows, shared = map(int, text.split("x"))
     return rows, shared
 

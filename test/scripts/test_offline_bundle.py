@@ -7,10 +7,10 @@ process of its own; nothing is downloaded.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -56,30 +56,37 @@ def description(**changes: Any) -> dict[str, Any]:
     }
 
 
+def noise(n_bytes: int, seed: int = 0) -> bytes:
+    """That no archive makes smaller."""
+    return random.Random(seed).randbytes(n_bytes)
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """Two packages and a file, in several parts."""
-    noise = b"".join(hashlib.sha256(bytes([i])).digest() for i in range(256)) * 24
-    wheels = [
-        wheel(tmp_path / "in", "first", {"first.py": b"value = 1\n", "noise.bin": noise}),
+    """A package and files in the first part, another package in several others."""
+    first = wheel(tmp_path / "in", "first", {"first.py": b"value = 1\n"})
+    rest = [
         wheel(
             tmp_path / "in",
             "second",
             {
                 "second/__init__.py": b"value = 2\n",
                 "second-1.0.data/platlib/second/native.so": b"\x7fELF",
+                "second/noise.bin": noise(5 * PART_BYTES // 2),
                 "second-1.0.data/scripts/tool": b"#!python\n",
             },
         ),
     ]
     source = tmp_path / "note.txt"
-    source.write_bytes(noise)
+    source.write_bytes(noise(1000))
     check = tmp_path / "check"
     check.write_text('#!/bin/sh\nprintf "%s\\n" "$KERNELS" "$@"\n')
     check.chmod(0o755)
     others = [("source/note.txt", source), ("source/scripts/gpu_check", check)]
     out = tmp_path / "bundle"
-    cli.write_bundle(out, PART_BYTES, wheels, others, description())
+    cli.write_bundle(
+        out, PART_BYTES, [*cli.in_archive([first]), *others], cli.in_archive(rest), description()
+    )
     return out
 
 
@@ -100,7 +107,7 @@ def error_of(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_what_is_packed_is_installed(bundle: Path, tmp_path: Path) -> None:
-    assert len(list(bundle.glob("payload.tar.*"))) > 2
+    assert len(list(bundle.glob("rest.tar.xz.*"))) == 3
     prefix = tmp_path / "a place" / "prefix"
     result = run_install(bundle, prefix)
     assert result.returncode == 0, result.stderr
@@ -129,6 +136,29 @@ def test_what_is_packed_is_installed(bundle: Path, tmp_path: Path) -> None:
         [prefix / "gpu_check", "--parts", "a b"], capture_output=True, text=True, check=True
     )
     assert checked.stdout == f"{prefix}/jit\n--parts\na b\n"
+
+
+def test_the_first_part_is_enough_until_the_others_come(bundle: Path, tmp_path: Path) -> None:
+    later = tmp_path / "later"
+    later.mkdir()
+    for path in bundle.glob("rest.tar.xz.*"):
+        path.rename(later / path.name)
+    prefix = tmp_path / "prefix"
+    result = run_install(bundle, prefix)
+    assert result.returncode == 0, result.stderr
+    assert "nothing can be served before" in result.stderr
+    assert "serve" not in result.stdout
+    assert sorted(path.name for path in prefix.iterdir()) == [
+        ".complete", "bundle.json", "env", "gpu_check", "site", "source",
+    ]  # fmt: skip
+    assert (prefix / "site/first.py").exists()
+    (later / "rest.tar.xz.001").rename(bundle / "rest.tar.xz.001")
+    assert "rest.tar.xz.000, rest.tar.xz.002 are missing" in error_of(run_install(bundle, prefix))
+    for path in later.iterdir():
+        path.rename(bundle / path.name)
+    assert run_install(bundle, prefix).returncode == 0
+    assert (prefix / "site/second/native.so").exists()
+    assert (prefix / "serve").exists()
 
 
 @pytest.mark.parametrize("prefix", [[], ["--prefix", "~/here"]])
@@ -162,12 +192,12 @@ def test_the_checksums_are_those_that_sha256sum_reads(bundle: Path) -> None:
 
 
 def test_a_damaged_and_a_missing_part_are_named(bundle: Path, tmp_path: Path) -> None:
-    damaged = bytearray((bundle / "payload.tar.001").read_bytes())
+    damaged = bytearray((bundle / "rest.tar.xz.001").read_bytes())
     damaged[1000] ^= 1
-    (bundle / "payload.tar.001").write_bytes(damaged)
-    (bundle / "payload.tar.002").unlink()
+    (bundle / "rest.tar.xz.001").write_bytes(damaged)
+    (bundle / "rest.tar.xz.002").unlink()
     message = error_of(run_install(bundle, tmp_path / "prefix"))
-    assert "payload.tar.002 is missing and payload.tar.001 is damaged" in message
+    assert "rest.tar.xz.002 is missing and rest.tar.xz.001 is damaged" in message
     assert not (tmp_path / "prefix").exists()
 
 
@@ -206,48 +236,77 @@ def test_a_host_that_does_not_fit_is_told_why(
 
 
 def test_an_archive_that_leads_outside_is_refused(tmp_path: Path) -> None:
-    evil = tmp_path / "payload.tar.000"
-    with tarfile.open(evil, "w") as archive:
+    evil = tmp_path / "first.tar.xz"
+    with tarfile.open(evil, "w:xz") as archive:
         archive.addfile(tarfile.TarInfo("../outside"), io.BytesIO())
     with pytest.raises(install.InstallError, match="outside"):
-        install.unpack([evil], tmp_path / "a" / "prefix")
+        install.unpack([[evil]], tmp_path / "a" / "prefix")
     assert not (tmp_path / "a" / "outside").exists()
     assert not (tmp_path / "a" / "prefix").exists()
 
 
+def write_parts(folder: Path, n_bytes: int, part_bytes: int = PART_BYTES) -> list[tuple[str, str]]:
+    """Parts whose second archive holds so many bytes."""
+    (folder / "small").write_bytes(b"x")
+    (folder / "file").write_bytes(noise(n_bytes))
+    entries = [("a/file", folder / "file")]
+    return parts.write_parts([("small", folder / "small")], entries, folder, part_bytes)
+
+
 @pytest.mark.parametrize("n_bytes", [0, 1, PART_BYTES - 1024, 3 * PART_BYTES, 3 * PART_BYTES + 1])
 def test_parts_joined_are_the_archive(tmp_path: Path, n_bytes: int) -> None:
-    (tmp_path / "file").write_bytes(os.urandom(n_bytes))
-    digests = parts.write_parts([("a/file", tmp_path / "file")], tmp_path, PART_BYTES)
-    paths = [tmp_path / name for name, _ in digests]
-    assert paths == sorted(tmp_path.glob("payload.tar.*"))
-    assert all(path.stat().st_size == PART_BYTES for path in paths[:-1])
-    assert [digest for _, digest in digests] == [parts.sha256_of(path) for path in paths]
+    digests = write_parts(tmp_path, n_bytes)
+    assert digests[0][0] == "first.tar.xz"
+    paths = [tmp_path / name for name, _ in digests[1:]]
+    assert paths == sorted(tmp_path.glob("rest.tar.xz.*"))
+    sizes = [path.stat().st_size for path in paths]
+    assert max(sizes) <= PART_BYTES
+    # As few as will do, and of one size.
+    assert len(sizes) == -(-sum(sizes) // PART_BYTES)
+    assert max(sizes) - min(sizes) < len(sizes)
+    assert [digest for _, digest in digests[1:]] == [parts.sha256_of(path) for path in paths]
     joined = io.BytesIO(b"".join(path.read_bytes() for path in paths))
     assert install.JoinedParts(paths).readall() == joined.getvalue()
-    with tarfile.open(fileobj=joined) as archive:
+    with tarfile.open(fileobj=joined, mode="r:xz") as archive:
         member = archive.extractfile("a/file")
         assert member is not None
         assert member.read() == (tmp_path / "file").read_bytes()
 
 
 def test_equal_files_give_equal_parts(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"x" * 1000)
-    first = parts.write_parts([("f", tmp_path / "file")], tmp_path, PART_BYTES)
+    first = write_parts(tmp_path, 1000)
     os.utime(tmp_path / "file", (1, 1))
-    assert parts.write_parts([("f", tmp_path / "file")], tmp_path, PART_BYTES) == first
+    assert write_parts(tmp_path, 1000) == first
 
 
 def test_fewer_parts_leave_none_of_the_older_ones(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(os.urandom(4 * PART_BYTES))
-    parts.write_parts([("f", tmp_path / "file")], tmp_path, PART_BYTES)
-    parts.write_parts([("f", tmp_path / "file")], tmp_path, 100 * PART_BYTES)
-    assert [path.name for path in tmp_path.glob("payload.tar.*")] == ["payload.tar.000"]
+    assert len(write_parts(tmp_path, 4 * PART_BYTES)) == 6
+    write_parts(tmp_path, 4 * PART_BYTES, 100 * PART_BYTES)
+    assert sorted(path.name for path in tmp_path.glob("*.tar.xz*")) == [
+        "first.tar.xz", "rest.tar.xz.000",
+    ]  # fmt: skip
 
 
 def test_parts_that_are_too_small_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="too small"):
-        parts.write_parts([], tmp_path, 1000)
+        parts.write_parts([], [], tmp_path, 1000)
+    (tmp_path / "file").write_bytes(noise(2 * PART_BYTES))
+    with pytest.raises(BundleError, match="The first part takes"):
+        parts.write_parts([("file", tmp_path / "file")], [], tmp_path, PART_BYTES)
+
+
+def test_what_nobody_loads_is_left_out() -> None:
+    for name in (
+        "xgrammar/lib/libxgrammar.a", "flashinfer/data/cutlass/examples/a.cu",
+        "numpy/_core/tests/test_x.py", "tool-1.0.data/scripts/tool",
+    ):  # fmt: skip
+        assert not trim.is_used(name), name
+    for name in (
+        "sglang/test/ci.py", "flashinfer/data/cutlass/include/cute/arch.hpp", "numpy/testing/x.py",
+        "flashinfer/data/cutlass/tools/util/include/x.h", "a-1.0.data/platlib/a/native.so",
+        "transformers/models/latest/x.py",
+    ):  # fmt: skip
+        assert trim.is_used(name), name
 
 
 KERNEL_FILES = {

@@ -24,6 +24,8 @@ from bundle.parts import sha256_of, write_checksums, write_parts
 ROOT = Path(__file__).parents[3]
 #: What the host has itself: checked by `install`.
 HOST = {"torch": "2.11.0", "triton": "3.6.0"}
+#: In the first part, beside this project: what gpu_check needs where there are torch and Triton.
+FIRST_PACKAGES = ("numpy", "tqdm", "xxhash")
 #: Beside the wheel: what scripts/gpu_check runs on.
 SOURCES = (
     "pyproject.toml",
@@ -113,17 +115,20 @@ def chosen_requirements(options: argparse.Namespace) -> list[Requirement]:
 
 
 def trimmed(wheels: Sequence[Path], arch: str, scratch: Path) -> list[Path]:
-    """The wheels, with sgl_kernel's as small as it may be."""
+    """The wheels with what is used of them, and as they compress best: not compressed."""
     result = []
     for wheel in wheels:
-        if wheel.name.startswith("sglang_kernel-"):
-            target = scratch / wheel.name
-            saved = trim.trim_wheel(wheel, target, trim.is_needed_of_sgl_kernel(arch))
-            say(f"sgl_kernel trimmed to {in_mib(target.stat().st_size)}, {in_mib(saved)} less")
-            result.append(target)
-        else:
-            result.append(wheel)
+        target = scratch / wheel.name
+        left_out = trim.trim_wheel(wheel, target, trim.rule_for(wheel, arch))
+        if left_out > 1 << 20:
+            say(f"of {wheel.name.split('-')[0]} {in_mib(left_out)} are left out")
+        result.append(target)
     return result
+
+
+def is_first(wheel: Path) -> bool:
+    """Whether a wheel is in the first part."""
+    return wheel.name.split("-")[0] in FIRST_PACKAGES
 
 
 def source_files(root: Path) -> Iterator[tuple[str, Path]]:
@@ -155,6 +160,10 @@ def unpacked_bytes(wheels: Sequence[Path], others: Sequence[tuple[str, Path]]) -
     return total
 
 
+def in_archive(wheels: Sequence[Path]) -> list[tuple[str, Path]]:
+    return [(f"wheels/{wheel.name}", wheel) for wheel in wheels]
+
+
 def describe(
     options: argparse.Namespace, wheels: Sequence[Path], others: Sequence[tuple[str, Path]]
 ) -> dict[str, Any]:
@@ -184,14 +193,16 @@ def describe(
     }
 
 
+Entries = Sequence[tuple[str, Path]]
+"""(name in the bundle, path)."""
+
+
 def write_bundle(
-    out: Path, part_bytes: int, wheels: Sequence[Path], others: Sequence[tuple[str, Path]],
-    description: dict[str, Any],
-) -> list[str]:  # fmt: skip
-    """All files of a bundle in `out`; their names."""
+    out: Path, part_bytes: int, first: Entries, rest: Entries, description: dict[str, Any]
+) -> list[str]:
+    """All files of a bundle in `out`; their names. first: what is in the first part."""
     out.mkdir(parents=True, exist_ok=True)
-    entries = [*((f"wheels/{wheel.name}", wheel) for wheel in wheels), *others]
-    digests = write_parts(entries, out, part_bytes)
+    digests = write_parts(first, rest, out, part_bytes)
     (out / install.DESCRIPTION_NAME).write_text(json.dumps(description, indent=1) + "\n")
     shutil.copyfile(install.__file__, out / "install")
     (out / "install").chmod(0o755)
@@ -221,20 +232,30 @@ def build(options: argparse.Namespace) -> None:
         scratch = Path(folder)
         wheels = trimmed(wheels, options.arch, scratch)
         say("building this project's wheel")
-        wheels.append(build_own_wheel(ROOT, scratch))
-        others = list(source_files(ROOT))
+        first = [build_own_wheel(ROOT, scratch), *filter(is_first, wheels)]
+        rest = [wheel for wheel in wheels if not is_first(wheel)]
+        others, kernels = list(source_files(ROOT)), []
         if prebuilt is not None:
-            others += jit.files(prebuilt)
-            wheels.append(jit.flashinfer_wheel(prebuilt, bundled_requirements(), scratch))
-        description = describe(options, wheels, others)
-        names = write_bundle(options.out, options.part_size, wheels, others, description)
+            kernels = jit.files(prebuilt)
+            rest.append(jit.flashinfer_wheel(prebuilt, bundled_requirements(), scratch))
+        description = describe(options, [*first, *rest], [*others, *kernels])
+        say("compressing (minutes)")
+        names = write_bundle(
+            options.out,
+            options.part_size,
+            [*in_archive(first), *others],
+            [*in_archive(rest), *kernels],
+            description,
+        )
     sizes = {name: (options.out / name).stat().st_size for name in names}
     largest = sorted(description["wheels"].items(), key=lambda item: -item[1]["bytes"])[:8]
     for name, facts in largest:
         say(f"  {in_mib(facts['bytes']):>10}  {name}")
-    n_parts = sum(name.startswith("payload.tar.") for name in names)
+    parts = [name for name in names if name.startswith((install.FIRST_NAME, install.REST_NAME))]
+    for name in parts:
+        say(f"  {in_mib(sizes[name]):>10}  {name}")
     say(
-        f"{in_mib(sum(sizes.values()))} in {n_parts} parts of at most "
+        f"{in_mib(sum(sizes.values()))} in {len(parts)} parts of at most "
         f"{in_mib(options.part_size)} in {options.out}, {in_mib(description['unpacked_bytes'])} "
         "unpacked"
     )

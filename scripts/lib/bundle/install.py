@@ -6,7 +6,8 @@
 
 Checks every part against SHA256SUMS, unpacks them below the prefix, and prints how to start.
 Nothing outside the prefix is touched: the packages lie in PREFIX/site, which PREFIX/env puts first
-on PYTHONPATH. Interrupted, it can be run again.
+on PYTHONPATH. Interrupted, it can be run again. The first part (first.tar.xz) will do for gpu_check
+as far as it needs neither SGLang nor a server; the others can come later: run it again then.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 CHECKSUMS_NAME = "SHA256SUMS"
+FIRST_NAME, REST_NAME = "first.tar.xz", "rest.tar.xz."
 DESCRIPTION_NAME = "bundle.json"
 COMPLETE_NAME = ".complete"
 #: Byte code takes about half as much again.
@@ -81,8 +83,11 @@ def checksums(folder: Path) -> list[tuple[str, str]]:
 
 
 def verify(folder: Path) -> list[Path]:
-    """The parts, in order. Raises InstallError naming the files that are missing or damaged."""
-    missing, damaged, parts = [], [], []
+    """The parts of the second archive, in order; none if none of them is there.
+
+    Raises InstallError naming the files that are missing or damaged.
+    """
+    missing, damaged, rest = [], [], []
     for name, digest in checksums(folder):
         path = folder / name
         if not path.is_file():
@@ -92,8 +97,10 @@ def verify(folder: Path) -> list[Path]:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
             damaged.append(name)
-        if name.startswith("payload.tar."):
-            parts.append(path)
+        if name.startswith(REST_NAME):
+            rest.append(path)
+    if not rest and all(name.startswith(REST_NAME) for name in missing):
+        missing = []
     if missing or damaged:
         raise InstallError(
             f"Of the bundle in {folder} "
@@ -104,7 +111,7 @@ def verify(folder: Path) -> list[Path]:
             )
             + "; copy what is named again."
         )
-    return sorted(parts)
+    return sorted(rest)
 
 
 def check_host(description: dict[str, object]) -> None:
@@ -153,30 +160,41 @@ def unpack_wheel(wheel: Path, site: Path) -> None:
                 shutil.copyfileobj(source, file, 1 << 20)
 
 
-def unpack(parts: Sequence[Path], prefix: Path) -> int:
-    """Everything below a new folder, which then takes the prefix's place; how many wheels."""
+def unpack(archives: Sequence[Sequence[Path]], prefix: Path) -> int:
+    """Everything below a new folder, which then takes the prefix's place; how many wheels.
+
+    archives: the parts of each.
+    """
     n_wheels = 0
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=f".{prefix.name}.") as scratch:
         new = Path(scratch) / "new"
         (new / "site").mkdir(parents=True)
-        stream = io.BufferedReader(JoinedParts(parts), 1 << 20)
-        with stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-            for member in archive:
-                if not (member.isfile() and is_safe(member.name)):
-                    raise InstallError(f"The bundle holds {member.name!r}: it is not one of ours.")
-                archive.extract(member, new, filter="data")
-                if member.name.startswith("wheels/"):
-                    wheel = new / member.name
-                    unpack_wheel(wheel, new / "site")
-                    wheel.unlink()
-                    n_wheels += 1
+        for parts in archives:
+            n_wheels += unpack_archive(parts, new)
         if n_wheels:
             (new / "wheels").rmdir()
         (new / COMPLETE_NAME).touch()
         if prefix.exists():
             prefix.rename(Path(scratch) / "old")
         new.rename(prefix)
+    return n_wheels
+
+
+def unpack_archive(parts: Sequence[Path], new: Path) -> int:
+    """One archive below `new`, its wheels into `new`/site; how many of these there were."""
+    n_wheels = 0
+    stream = io.BufferedReader(JoinedParts(parts), 1 << 20)
+    with stream, tarfile.open(fileobj=stream, mode="r|xz") as archive:
+        for member in archive:
+            if not (member.isfile() and is_safe(member.name)):
+                raise InstallError(f"The bundle holds {member.name!r}: it is not one of ours.")
+            archive.extract(member, new, filter="data")
+            if member.name.startswith("wheels/"):
+                wheel = new / member.name
+                unpack_wheel(wheel, new / "site")
+                wheel.unlink()
+                n_wheels += 1
     return n_wheels
 
 
@@ -194,8 +212,11 @@ def quoted(path: Path) -> str:
     return "'" + str(path).replace("'", "'\\''") + "'"
 
 
-def write_scripts(prefix: Path, description: dict[str, object]) -> None:
-    """PREFIX/env, to be sourced, PREFIX/serve, whose flags later ones replace, and gpu_check."""
+def write_scripts(prefix: Path, description: dict[str, object], *, is_whole: bool) -> None:
+    """PREFIX/env, to be sourced, PREFIX/serve, whose flags later ones replace, and gpu_check.
+
+    is_whole: whether there is anything that could serve.
+    """
     variables: dict[str, str] = dict(description["environment"])  # type: ignore[call-overload]
     lines = [
         "# Source this: packages of the bundle come first, and kernels are found built.",
@@ -214,6 +235,8 @@ def write_scripts(prefix: Path, description: dict[str, object]) -> None:
         "gpu_check": '"$PREFIX/source/scripts/gpu_check" "$@"',
     }
     for name, command in commands.items():
+        if name == "serve" and not is_whole:
+            continue
         script = prefix / name
         script.write_text(f"#!/bin/sh\n. {quoted(prefix)}/env\nexec {command}\n")
         script.chmod(0o755)
@@ -232,7 +255,7 @@ def install(folder: Path, prefix: Path, *, is_compiled: bool = True) -> None:
     check_prefix(prefix)
     check_host(description)
     say(f"checking the files in {folder}")
-    parts = verify(folder)
+    rest = verify(folder)
     free = shutil.disk_usage(next(p for p in (prefix, *prefix.parents) if p.exists())).free
     needed = int(COMPILED * description["unpacked_bytes"])
     if free < needed:
@@ -240,16 +263,25 @@ def install(folder: Path, prefix: Path, *, is_compiled: bool = True) -> None:
             f"{prefix} has {free >> 20} MiB free and {needed >> 20} MiB are needed; free some, or "
             "name another --prefix."
         )
-    say(f"unpacking {len(parts)} parts into {prefix}")
-    n_wheels = unpack(parts, prefix)
+    say(f"unpacking {1 + len(rest)} parts into {prefix}")
+    archives = [[folder / FIRST_NAME], *([rest] if rest else [])]
+    try:
+        n_wheels = unpack(archives, prefix)
+    except tarfile.CompressionError:
+        raise InstallError(
+            f"{sys.executable} cannot read xz (it was built without lzma); run this with another "
+            f"python{description['python']}."
+        ) from None
     (prefix / DESCRIPTION_NAME).write_text(json.dumps(description, indent=1) + "\n")
-    write_scripts(prefix, description)
+    write_scripts(prefix, description, is_whole=bool(rest))
     if is_compiled:
         compile_packages(prefix / "site")
     say(f"{n_wheels} packages installed")
+    if not rest:
+        say(f"{REST_NAME}* are not there: nothing can be served before they are installed as well")
+    serve = f"start a server:   {prefix}/serve --model-path MODEL\n" if rest else ""
     sys.stdout.write(
-        f"start a server:   {prefix}/serve --model-path MODEL\n"
-        f"measure this GPU: {prefix}/gpu_check --out gpu_check\n"
+        f"{serve}measure this GPU: {prefix}/gpu_check --within 15m --out gpu_check\n"
         f"anything else:    . {prefix}/env; $TIERED_KV_PYTHON ...\n"
     )
 

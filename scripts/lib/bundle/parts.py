@@ -1,19 +1,23 @@
-"""A tar archive as parts of a given size, with a list of checksums that `sha256sum -c` reads."""
+"""Two compressed archives as parts of a given size, with checksums that `sha256sum -c` reads.
+
+The first is whole in itself, in one part; the other one is cut into as few parts as will do, all
+of a size.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
+import lzma
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 from bundle.errors import BundleError
-from bundle.install import CHECKSUMS_NAME
+from bundle.install import CHECKSUMS_NAME, FIRST_NAME, REST_NAME
 
-PART_NAME = "payload.tar.{:03d}"
 PART_BYTES_MIN = 64 << 10
+#: Files that resemble each other lie further apart than the usual eight mebibytes.
+DICTIONARY_BYTES = 64 << 20
 
 
 def sha256_of(path: Path) -> str:
@@ -22,85 +26,74 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class PartWriter(io.RawIOBase):
-    """A file object whose bytes go to `folder/payload.tar.NNN`, `part_bytes` in each.
+def write_archive(
+    entries: Iterable[tuple[str, Path]],
+    path: Path,
+    progress: Callable[[str, int], object] = lambda _name, _n_bytes: None,
+) -> None:
+    """A compressed archive of (name in it, path).
 
-    digests: name and SHA-256 of every part, the last one after `close`.
+    Owners and times are left out, so that equal files give equal bytes. `progress` hears of each
+    file written, with its bytes.
     """
-
-    def __init__(self, folder: Path, part_bytes: int) -> None:
-        if part_bytes < PART_BYTES_MIN:
-            raise BundleError(
-                f"Parts of {part_bytes} bytes are too small; give --part-size at least "
-                f"{PART_BYTES_MIN >> 10}KiB."
-            )
-        self._folder = folder
-        self._part_bytes = part_bytes
-        self._file: BinaryIO | None = None
-        self._room = 0
-        self._hash = hashlib.sha256()
-        self.digests: list[tuple[str, str]] = []
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
-        view = memoryview(data).cast("B")
-        written = 0
-        while written < len(view):
-            if self._room == 0:
-                self._next_part()
-            piece = view[written : written + self._room]
-            assert self._file is not None
-            self._file.write(piece)
-            self._hash.update(piece)
-            self._room -= len(piece)
-            written += len(piece)
-        return written
-
-    def close(self) -> None:
-        self._end_part()
-        super().close()
-
-    def _next_part(self) -> None:
-        self._end_part()
-        name = PART_NAME.format(len(self.digests))
-        self._file = (self._folder / name).open("wb")
-        self._hash = hashlib.sha256()
-        self._room = self._part_bytes
-
-    def _end_part(self) -> None:
-        if self._file is None:
-            return
-        self.digests.append((Path(self._file.name).name, self._hash.hexdigest()))
-        self._file.close()
-        self._file = None
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": DICTIONARY_BYTES}]
+    with (
+        lzma.open(path, "wb", filters=filters) as file,
+        tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for name, source in entries:
+            info = archive.gettarinfo(source, name)
+            info.uid = info.gid = 0
+            info.uname = info.gname = ""
+            info.mtime = 0
+            with source.open("rb") as contents:
+                archive.addfile(info, contents)
+            progress(name, info.size)
 
 
 def write_parts(
-    entries: Iterable[tuple[str, Path]],
+    first: Iterable[tuple[str, Path]],
+    rest: Iterable[tuple[str, Path]],
     folder: Path,
     part_bytes: int,
     progress: Callable[[str, int], object] = lambda _name, _n_bytes: None,
 ) -> list[tuple[str, str]]:
-    """Files as parts of one tar archive: (name in the archive, path); returns part and SHA-256.
+    """Both archives of (name in the archive, path); returns part and SHA-256, the first one first.
 
-    Owners and times are left out, so that equal files give equal parts. `progress` hears of each
-    file written, with its bytes. Raises BundleError for parts that are too small.
+    Raises BundleError for parts that are too small, and for a first one that does not fit.
     """
-    for old in folder.glob(PART_NAME.replace("{:03d}", "*")):
-        old.unlink()
-    writer = PartWriter(folder, part_bytes)
-    with writer, tarfile.open(fileobj=writer, mode="w|", format=tarfile.PAX_FORMAT) as archive:
-        for name, path in entries:
-            info = archive.gettarinfo(path, name)
-            info.uid = info.gid = 0
-            info.uname = info.gname = ""
-            info.mtime = 0
-            with path.open("rb") as file:
-                archive.addfile(info, file)
-            progress(name, info.size)
-    return writer.digests
+    if part_bytes < PART_BYTES_MIN:
+        raise BundleError(
+            f"Parts of {part_bytes} bytes are too small; give --part-size at least "
+            f"{PART_BYTES_MIN >> 10}KiB."
+        )
+    for old in (*folder.glob(f"{REST_NAME}*"), folder / FIRST_NAME):
+        old.unlink(missing_ok=True)
+    path = folder / FIRST_NAME
+    write_archive(first, path, progress)
+    if path.stat().st_size > part_bytes:
+        raise BundleError(
+            f"The first part takes {path.stat().st_size} bytes, and parts have {part_bytes}; give "
+            "a larger --part-size."
+        )
+    whole = folder / f"{REST_NAME}partial"
+    write_archive(rest, whole, progress)
+    names = [FIRST_NAME, *cut(whole, folder, part_bytes)]
+    whole.unlink()
+    return [(name, sha256_of(folder / name)) for name in names]
+
+
+def cut(whole: Path, folder: Path, part_bytes: int) -> list[str]:
+    """The names of the pieces of a file, as few as will do, about as long as each other."""
+    n_bytes = whole.stat().st_size
+    n_parts = -(-n_bytes // part_bytes)
+    size = -(-n_bytes // n_parts)
+    names = []
+    with whole.open("rb") as file:
+        for number in range(n_parts):
+            names.append(f"{REST_NAME}{number:03d}")
+            (folder / names[-1]).write_bytes(file.read(size))
+    return names
 
 
 def write_checksums(digests: Iterable[tuple[str, str]], folder: Path) -> Path:

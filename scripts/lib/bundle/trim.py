@@ -1,4 +1,4 @@
-"""Wheels with only the files that are needed."""
+"""Wheels with only the files that are needed, and not compressed: the archive around them is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import io
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +29,9 @@ def write_wheel(path: Path, dist_info: str, files: dict[str, bytes]) -> None:
     rows = csv.writer(record, lineterminator="\n")
     record_name = f"{dist_info}/RECORD"
     partial = path.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as wheel:
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as wheel:
         for name in sorted(files):
             info = zipfile.ZipInfo(name, EPOCH)
-            info.compress_type = zipfile.ZIP_DEFLATED
             info.external_attr = 0o100644 << 16
             wheel.writestr(info, files[name])
             rows.writerow((name, record_hash(files[name]), len(files[name])))
@@ -41,7 +41,7 @@ def write_wheel(path: Path, dist_info: str, files: dict[str, bytes]) -> None:
 
 
 def trim_wheel(source: Path, target: Path, is_kept: Callable[[str], bool]) -> int:
-    """`source` with only the files that `is_kept` says, and its dist-info; the bytes saved.
+    """`source` with only the files that `is_kept` says, and its dist-info; the bytes of the others.
 
     Raises BundleError if nothing beside the dist-info is kept: the package is another than the
     rule was written for.
@@ -52,11 +52,9 @@ def trim_wheel(source: Path, target: Path, is_kept: Callable[[str], bool]) -> in
         if len(dist_infos) != 1:
             raise BundleError(f"{source} is no wheel: delete it, and it is downloaded again.")
         (dist_info,) = dist_infos
-        kept = {
-            name: wheel.read(name)
-            for name in names
-            if name.startswith(f"{dist_info}/") or is_kept(name)
-        }
+        is_in = {name: name.startswith(f"{dist_info}/") or is_kept(name) for name in names}
+        n_left_out = sum(wheel.getinfo(name).file_size for name in names if not is_in[name])
+        kept = {name: wheel.read(name) for name in names if is_in[name]}
     kept.pop(f"{dist_info}/RECORD", None)
     if all(name.startswith(f"{dist_info}/") for name in kept):
         raise BundleError(
@@ -64,7 +62,7 @@ def trim_wheel(source: Path, target: Path, is_kept: Callable[[str], bool]) -> in
             "script expects them."
         )
     write_wheel(target, dist_info, kept)
-    return source.stat().st_size - target.stat().st_size
+    return n_left_out
 
 
 def is_needed_of_sgl_kernel(arch: str) -> Callable[[str], bool]:
@@ -79,3 +77,27 @@ def is_needed_of_sgl_kernel(arch: str) -> Callable[[str], bool]:
         return name.endswith(".py") or name.startswith(f"sgl_kernel/{folder}/common_ops")
 
     return is_needed
+
+
+#: Of which nothing is loaded where it is installed: what others would be linked against, examples,
+#: and packages' own tests.
+UNUSED = (
+    re.compile(r".*\.a$"),
+    re.compile(r"flashinfer/data/cutlass/(examples|test|tools/library|python)/"),
+    re.compile(r"flashinfer/data/cccl/(python|docs|ci|benchmarks|.*/(test|examples?))/"),
+    re.compile(r"flashinfer/data/spdlog/(tests|example|bench|scripts)/"),
+    re.compile(r"(numpy|transformers|torchvision|sglang/multimodal_gen)(/.*)?/tests?/"),
+    re.compile(r".*\.data/(scripts|headers|data)/"),
+)
+
+
+def is_used(name: str) -> bool:
+    """Whether a file of a wheel is for whoever runs it."""
+    return not any(pattern.match(name) for pattern in UNUSED)
+
+
+def rule_for(wheel: Path, arch: str) -> Callable[[str], bool]:
+    """What is kept of a wheel for GPUs of compute capability `arch`."""
+    if wheel.name.startswith("sglang_kernel-"):
+        return is_needed_of_sgl_kernel(arch)
+    return is_used

@@ -7,7 +7,6 @@ import mmap
 from collections.abc import Callable
 
 from tiered_kv.core.config import TieredKVConfig
-from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.cache.parts import RankMinimum
 from tiered_kv.tiers.host import MIN_HOST_PAGES, HostPool
 from tiered_kv.tiers.host_size import host_size
