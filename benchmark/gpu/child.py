@@ -1,4 +1,7 @@
-"""One step in a process of its own: python -m benchmark.gpu.child STEP OUT DEVICE [--small]"""
+"""One step in a process of its own.
+
+python -m benchmark.gpu.child STEP MODULE:FUNCTION OUT DEVICE [--small]
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from types import FrameType
 import torch
 
 from benchmark.gpu import record
-from benchmark.gpu.plan import STEPS
 from benchmark.gpu.setting import NotHereError, Setting, device_name
 
 
@@ -23,10 +25,9 @@ def leave(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    name, folder, device = sys.argv[1], Path(sys.argv[2]), torch.device(sys.argv[3])
-    is_small = "--small" in sys.argv[4:]
+    name, path, folder, device = *sys.argv[1:3], Path(sys.argv[3]), torch.device(sys.argv[4])
+    is_small = "--small" in sys.argv[5:]
     signal.signal(signal.SIGTERM, leave)
-    (step,) = (step for step in STEPS if step.name == name)
     setting = Setting(device, is_small, folder)
     notes = record.Record(folder / f"{name}.json", name, device_name(device), is_small)
     began_s = time.monotonic()
@@ -34,9 +35,10 @@ def main() -> int:
     def seconds() -> float:
         return round(time.monotonic() - began_s, 1)
 
-    module, _, function = step.function.partition(":")
+    module, _, function = path.partition(":")
     try:
-        measure = getattr(importlib.import_module(f"benchmark.gpu.{module}"), function)
+        module = module if "." in module else f"benchmark.gpu.{module}"
+        measure = getattr(importlib.import_module(module), function)
         result = measure(setting, notes)
     except ModuleNotFoundError as missing:
         notes.write(record.NOT_HERE, reason=f"{missing.name} is not installed", seconds=seconds())

@@ -21,7 +21,8 @@ class Step:
     limit_s: float
     least_s: float
     function: str
-    """`module:function` below benchmark.gpu; called with the setting and the record."""
+    """`module:function`, called with the setting and the record; modules of this package by their
+    last names."""
     tells: str
 
     def limit(self, *, is_small: bool) -> float:

@@ -27,7 +27,8 @@ def run_step(step: Step, folder: Path, device: str, limit_s: float, *, is_small:
     path.unlink(missing_ok=True)
     for old in folder.glob(f"{step.name}_server_*.log"):
         old.unlink()
-    command = [sys.executable, "-m", "benchmark.gpu.child", step.name, str(folder), device]
+    command = [sys.executable, "-m", "benchmark.gpu.child", step.name, step.function]
+    command += [str(folder), device]
     command += ["--small"] if is_small else []
     began_s = time.monotonic()
     with log.open("wb") as output:

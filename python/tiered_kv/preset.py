@@ -28,7 +28,11 @@ from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.core.model_spec import ModelSpec, find_model
 from tiered_kv.scheduler.cost_model import CostModel
 
-SCHEMA = 1
+SCHEMA = 2
+#: Steps of gpu_check that have first tokens and output tokens of plain SGLang.
+SERVED = ("ttft_plain", "ttft_more")
+#: Our ways across the bus, of which a server takes the faster one.
+WAYS = ("ours, dma", "ours, kernel")
 MODEL = "Llama-3.1-8B"
 """What gpu_check's server is given, with two bytes per parameter and element of KV."""
 
@@ -66,14 +70,23 @@ def fit_line(points: Sequence[tuple[float, float]]) -> Line:
     return Line(fixed_s, slope)
 
 
-def link_of(transfers: Mapping[str, Any]) -> tuple[float, float]:
-    """(bytes/s, seconds before the first byte) of our copies to the device. Raises ConfigError."""
-    rows = [
-        row
-        for row in transfers["rows"]
-        if row["mover"] == "ours" and row["direction"] == "to device"
-    ]
-    line = fit_line([(row["n_bytes"], row["seconds"]) for row in rows])
+def link_of(copies: Mapping[str, Any]) -> tuple[float, float]:
+    """(bytes/s, seconds before the first byte) of our copies to the device.
+
+    By the way that is faster for large ones. Raises ConfigError.
+    """
+    lines = []
+    for way in WAYS:
+        points = [
+            (row["n_bytes"], row["seconds"])
+            for row in copies["rows"]
+            if row["mover"] == way and row["direction"] == "to device" and row["seconds"]
+        ]
+        if points:
+            lines.append(fit_line(points))
+    if not lines:
+        raise ConfigError("No copies of ours were measured; run the step copies again.")
+    line = min(lines, key=lambda line: line.slope)
     return 1 / line.slope, line.fixed_s
 
 
@@ -132,13 +145,13 @@ def measured_preset(parts: Mapping[str, Mapping[str, Any]], base: DeviceSpec) ->
     model = find_model(MODEL)
     changes: dict[str, Any] = {}
     kept = ["iteration floor"]
-    if "transfers" in parts:
-        bandwidth, latency_s = link_of(parts["transfers"])
+    if "copies" in parts:
+        bandwidth, latency_s = link_of(parts["copies"])
         changes["host_link_bandwidth"] = rounded(bandwidth)
         changes["host_link_latency_s"] = rounded(latency_s)
     else:
         kept.append("host link")
-    serving = parts.get("serving", {})
+    serving = served_of(parts)
     if any(sample["system"] == "plain" for sample in serving.get("samples", ())):
         changes["compute_efficiency"] = rounded(compute_efficiency(serving, base, model))
     else:
@@ -149,11 +162,21 @@ def measured_preset(parts: Mapping[str, Mapping[str, Any]], base: DeviceSpec) ->
         kept.append("bandwidth efficiency")
     if not changes:
         raise ConfigError(
-            "Neither transfers nor serving was measured; run these parts of gpu_check first."
+            "Neither copies nor ttft_plain was measured; run these steps of gpu_check first."
         )
     peaks = base.source.split(";")[0]
     source = f"{peaks}; the rest by scripts/gpu_check with {MODEL}, but {', '.join(kept)} assumed"
     return replace(base, **changes, source=source)
+
+
+def served_of(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Samples of all steps that have some, and the decoding of the first that has it."""
+    steps = [parts[name] for name in SERVED if name in parts]
+    decoding = [step["decoding"] for step in steps if step.get("decoding")]
+    return {
+        "samples": [sample for step in steps for sample in step["samples"]],
+        "decoding": decoding[0] if decoding else {},
+    }
 
 
 def rounded(value: float) -> float:
@@ -165,27 +188,30 @@ def rounded(value: float) -> float:
 
 
 def read_parts(folder: Path) -> tuple[str, dict[str, Mapping[str, Any]]]:
-    """The device's name and each part's result, by part. Raises ConfigError."""
+    """The device's name and the result of each step that is done. Raises ConfigError."""
     parts: dict[str, Mapping[str, Any]] = {}
     devices = set()
     for path in sorted(folder.glob("*.json")):
+        if path.name == "check.json":  # all of them again
+            continue
         try:
             document = json.loads(path.read_text())
             if document["schema"] != SCHEMA:
                 raise ValueError(f"schema {document['schema']}, not {SCHEMA}")
-            part, device, is_small = (document[key] for key in ("part", "device", "is_small"))
+            part, device, is_small = (document[key] for key in ("step", "device", "is_small"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path} is no file of gpu_check ({error}); name the folder that it wrote."
             ) from None
         if is_small:
             raise ConfigError(
-                f"{path} was measured with --small, whose figures say nothing; run gpu_check "
+                f"{path} was measured with --rehearse, whose figures say nothing; run gpu_check "
                 "without it."
             )
+        if document["state"] != "done":
+            continue
         devices.add(device)
-        if "result" in document:
-            parts[part] = document["result"]
+        parts[part] = document["result"]
     if not devices:
         raise ConfigError(f"{folder} holds no files of gpu_check; run scripts/gpu_check first.")
     if len(devices) > 1:

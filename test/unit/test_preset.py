@@ -28,7 +28,7 @@ OVERHEAD_S = 4e-3
 TOKEN_BYTES = 131072
 
 
-def transfers_of(device: DeviceSpec) -> dict[str, Any]:
+def copies_of(device: DeviceSpec) -> dict[str, Any]:
     rows = [
         {
             "mover": mover,
@@ -37,7 +37,7 @@ def transfers_of(device: DeviceSpec) -> dict[str, Any]:
             "seconds": factor
             * (device.host_link_latency_s + tokens * TOKEN_BYTES / device.host_link_bandwidth),
         }
-        for mover, factor in (("memcpy", 0.9), ("ours", 1.0))
+        for mover, factor in (("memcpy", 0.9), ("ours, dma", 1.2), ("ours, kernel", 1.0))
         for tokens in (1024, 4096, 16384)
     ]
     return {"rows": rows}
@@ -65,7 +65,7 @@ def serving_of(device: DeviceSpec) -> dict[str, Any]:
 
 
 def test_the_device_is_found_back() -> None:
-    parts = {"transfers": transfers_of(TRUE), "serving": serving_of(TRUE)}
+    parts = {"copies": copies_of(TRUE), "ttft_plain": serving_of(TRUE)}
     found = preset.measured_preset(parts, H200)
     assert found.compute_efficiency == pytest.approx(0.42, rel=0.01)
     assert found.bandwidth_efficiency == pytest.approx(0.71, rel=0.01)
@@ -81,17 +81,17 @@ CHANGED = (
 
 
 def test_what_was_not_measured_stays_and_is_said_to_be_assumed() -> None:
-    found = preset.measured_preset({"transfers": transfers_of(TRUE)}, H200)
+    found = preset.measured_preset({"copies": copies_of(TRUE)}, H200)
     assert found.compute_efficiency == H200.compute_efficiency
     assert "compute efficiency" in found.source
     assert "host link" not in found.source
-    with pytest.raises(ConfigError, match="Neither transfers nor serving"):
+    with pytest.raises(ConfigError, match="Neither copies nor ttft_plain"):
         preset.measured_preset({"environment": {}}, H200)
 
 
 def test_figures_that_no_such_device_can_reach_are_refused() -> None:
     with pytest.raises(ConfigError, match="of the peak of A10"):
-        preset.measured_preset({"serving": serving_of(TRUE)}, find_device("A10"))
+        preset.measured_preset({"ttft_plain": serving_of(TRUE)}, find_device("A10"))
 
 
 def test_a_line_over_relative_errors() -> None:
@@ -105,7 +105,7 @@ def test_a_line_over_relative_errors() -> None:
 
 
 def test_the_preset_takes_the_place_of_the_assumed_one() -> None:
-    parts = {"transfers": transfers_of(TRUE), "serving": serving_of(TRUE)}
+    parts = {"copies": copies_of(TRUE), "ttft_plain": serving_of(TRUE)}
     found = preset.measured_preset(parts, H200)
     before = Path(device_spec.__file__).read_text()
     after = preset.with_preset(before, found)
@@ -124,14 +124,14 @@ def test_the_preset_takes_the_place_of_the_assumed_one() -> None:
 
 
 def write(folder: Path, part: str, result: dict[str, Any], **changes: Any) -> None:
-    document = {"schema": 1, "part": part, "device": "NVIDIA H200", "is_small": False}
-    document |= {"result": result, **changes}
+    document = {"schema": 2, "step": part, "device": "NVIDIA H200", "is_small": False}
+    document |= {"state": "done", "result": result, **changes}
     (folder / f"{part}.json").write_text(json.dumps(document))
 
 
 def test_the_command_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path, "transfers", transfers_of(TRUE))
-    write(tmp_path, "serving", serving_of(TRUE))
+    write(tmp_path, "copies", copies_of(TRUE))
+    write(tmp_path, "ttft_plain", serving_of(TRUE))
     out = tmp_path / "out" / "preset.json"
     out.parent.mkdir()
     assert preset.main([str(tmp_path), "--json", str(out)]) == 0
@@ -144,24 +144,45 @@ def test_the_command_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"is_small": True}, "--small"),
-        ({"schema": 2}, "schema 2"),
+        ({"is_small": True}, "--rehearse"),
+        ({"schema": 1}, "schema 1"),
         ({"device": "NVIDIA Unknown"}, "name the one whose peaks it has"),
     ],
 )
 def test_other_files_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], text: str
 ) -> None:
-    write(tmp_path, "transfers", transfers_of(TRUE), **changes)
+    write(tmp_path, "copies", copies_of(TRUE), **changes)
     assert preset.main([str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert text in line
 
 
 def test_figures_of_two_devices_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, "transfers", transfers_of(TRUE))
-    write(tmp_path, "serving", serving_of(TRUE), device="NVIDIA A10")
+    write(tmp_path, "copies", copies_of(TRUE))
+    write(tmp_path, "ttft_plain", serving_of(TRUE), device="NVIDIA A10")
     with pytest.raises(ConfigError, match="keep one device's"):
         preset.read_parts(tmp_path)
     with pytest.raises(ConfigError, match="holds no files"):
         preset.read_parts(tmp_path / "nowhere")
+
+
+def test_what_is_not_done_does_not_count(tmp_path: Path) -> None:
+    write(tmp_path, "copies", copies_of(TRUE))
+    write(tmp_path, "ttft_plain", {"samples": []}, state="out of time")
+    (tmp_path / "check.json").write_text("{}")
+    _, parts = preset.read_parts(tmp_path)
+    assert list(parts) == ["copies"]
+
+
+def test_samples_of_several_steps_count_together() -> None:
+    whole = serving_of(TRUE)
+    parts = {
+        "copies": copies_of(TRUE),
+        "ttft_plain": {**whole, "samples": whole["samples"][:2]},
+        "ttft_more": {"samples": whole["samples"][2:], "decoding": {}},
+    }
+    expected = preset.measured_preset({**parts, "ttft_plain": whole, "ttft_more": whole}, H200)
+    assert preset.measured_preset(parts, H200).compute_efficiency == pytest.approx(
+        expected.compute_efficiency
+    )
