@@ -14,43 +14,10 @@ from __future__ import annotations
 
 import os
 import sys
-import zlib
 from pathlib import Path
-from typing import Any
 
 if __name__ in ("__main__", "__mp_main__"):
     sys.path.insert(0, str(Path(__file__).parents[2]))
-
-MATRIX_DEVIATION, NORM_DEVIATION = 0.02, 0.1
-
-
-def draw_weights(model: Any, *args: Any, **kwargs: Any) -> None:
-    """In the place of `initialize_dummy_weights`: the same for the same names."""
-    import torch
-
-    del args, kwargs
-    for name, parameter in model.state_dict().items():
-        if not torch.is_floating_point(parameter):
-            continue
-        generator = torch.Generator(device=parameter.device)
-        generator.manual_seed(zlib.crc32(name.encode()))
-        is_norm = "norm" in name
-        drawn = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-        drawn.normal_(1.0 if is_norm else 0.0, NORM_DEVIATION if is_norm else MATRIX_DEVIATION,
-                      generator=generator)  # fmt: skip
-        parameter.data.copy_(drawn)
-
-
-def run_scheduler(*args: Any, **kwargs: Any) -> None:
-    from sglang.srt.managers.scheduler import run_scheduler_process
-    from sglang.srt.model_loader import loader
-
-    loader.initialize_dummy_weights = draw_weights
-    if os.environ.get("TIERED_KV_HICACHE_ON_CPU"):
-        from benchmark.serving.hicache_on_cpu import patch_host_pools
-
-        patch_host_pools()
-    run_scheduler_process(*args, **kwargs)
 
 
 def main() -> None:
@@ -62,12 +29,13 @@ def main() -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
-    flags = sys.argv[1:]
-    on_cpu = "cpu" in flags[flags.index("--device") + 1 :][:1] if "--device" in flags else False
-    if on_cpu and "--enable-hierarchical-cache" in flags:
-        os.environ["TIERED_KV_HICACHE_ON_CPU"] = "1"
+    from benchmark.gpu.scheduler_process import HICACHE_ON_CPU, run_scheduler
+
     load_plugins()
-    server_args = prepare_server_args(flags)
+    server_args = prepare_server_args(sys.argv[1:])
+    is_hicache = server_args.enable_hierarchical_cache and not server_args.tiered_kv
+    if server_args.device == "cpu" and is_hicache:
+        os.environ[HICACHE_ON_CPU] = "1"
     try:
         launch_server(server_args, run_scheduler_process_func=run_scheduler)
     finally:

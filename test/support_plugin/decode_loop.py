@@ -57,6 +57,13 @@ class Quiet:
         return False
 
 
+class NoLogprobs(Quiet):
+    """In the place of what would write down the log-probabilities of prompts."""
+
+    def calculate_num_input_logprobs(self, *args: Any, **kwargs: Any) -> int:
+        return 0
+
+
 #: Attributes of `Scheduler` for what does not take part.
 _OFF = """
     enable_lora enable_hisparse enable_pdmux enable_unified_memory enable_fpm enable_dp_attention
@@ -226,7 +233,7 @@ class DecodeLoop(upstream.Scheduler):
             metrics_reporter=self.metrics_reporter,
             draft_worker=None,
             model_worker=self.tp_worker,
-            logprob_result_processor=quiet,
+            logprob_result_processor=NoLogprobs(),
             output_streamer=SimpleNamespace(stream_output=self._stream),
             abort_request=self.abort_request,
         )

@@ -79,6 +79,7 @@ class Kind:
     sampling: dict[str, Any] = field(default_factory=dict)
     has_grammar: bool = False
     tbt_s: float | None = None
+    has_logprobs: bool = False
 
     @property
     def prompt(self) -> array[int]:
@@ -92,7 +93,9 @@ class Kind:
         )
         tokenizer = Letters()
         sampling.normalize(tokenizer)
-        req = Req(rid, "", self.prompt, sampling, vocab_size=VOCABULARY)
+        req = Req(
+            rid, "", self.prompt, sampling, return_logprob=self.has_logprobs, vocab_size=VOCABULARY
+        )
         req.tokenizer = tokenizer
         if self.has_grammar:
             req.grammar = Rhyme()

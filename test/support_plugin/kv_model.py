@@ -67,7 +67,8 @@ class KvModel:
         else:
             self._check(batch)
         logits = torch.stack([logits_after(row) for row in rows])
-        result = GenerationBatchResult(logits_output=LogitsProcessorOutput(logits))
+        output = LogitsProcessorOutput(logits, next_token_logprobs=torch.zeros(len(logits)))
+        result = GenerationBatchResult(logits_output=output)
 
         def sample() -> GenerationBatchResult:
             info.update_regex_vocab_mask()

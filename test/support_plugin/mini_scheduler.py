@@ -97,7 +97,10 @@ class MiniScheduler:
         self.tree_cache = SimpleNamespace(evictable_size=lambda: 0, saved_tokens=0)
         self.has_decode_memory = True
         self.running_batch = SimpleNamespace(
-            reqs=[], batch_is_full=False, check_decode_mem=lambda: self.has_decode_memory
+            reqs=[],
+            batch_is_full=False,
+            check_decode_mem=lambda: self.has_decode_memory,
+            new_tokens_required_next_decode=lambda: 0,
         )
         self.offered: list[str] | None = None
         self.chunk_seen: int | None = None
@@ -162,6 +165,7 @@ class MiniScheduler:
             None, SimpleNamespace(tree_cache=SimpleNamespace(observer=self.tiered_kv_order))
         )
         self.mixed = self.is_mixed_chunk
+        decoding = list(running_batch.reqs)
         running_batch.reqs += admitted
         for req in admitted:
             self.match(req)
@@ -169,7 +173,7 @@ class MiniScheduler:
             reqs=admitted,
             extend_num_tokens=sum(len(req.origin_input_ids) for req in admitted),
             prefill_stats=None,
-            decoding_reqs=None,
+            decoding_reqs=decoding if self.mixed and decoding else None,
         )
         return batch, running_batch
 

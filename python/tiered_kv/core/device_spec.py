@@ -76,6 +76,10 @@ class DeviceSpec:
     """Whether decodes in the pass of a prefill cost less than a pass of their own. Not where the
     kernels of prefills take them one by one."""
 
+    is_mixing_measured: bool = False
+    """Whether that was measured on such a device, and not only to be expected of its kernels: else
+    a server mixes only where it is told to."""
+
     def __post_init__(self) -> None:
         for field in ("memory_bytes", "flops", "memory_bandwidth", "host_link_bandwidth"):
             value = getattr(self, field)

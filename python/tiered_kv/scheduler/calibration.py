@@ -44,6 +44,9 @@ DEVIATION_MIN = 0.1
 SECONDS_MIN, SECONDS_MAX = 1e-6, 1e4
 #: A pass counts as one kind if that kind makes up this share of its roofline.
 PURE_SHARE = 0.9
+#: What was learned of passes of both kinds is forgotten after so many prefills without one: where
+#: it speaks against them, nothing else would ever correct it.
+MIXED_FORGOTTEN = 200
 
 
 class AffineFit:
@@ -137,6 +140,8 @@ class Calibrator:
         self._model = model
         self._prefill = AffineFit(*model.prefill_correction, SCALE_LEAST)
         self._decode = AffineFit(*model.decode_correction, SCALE_LEAST)
+        self._mixed: AffineFit | None = None
+        self._n_since_mixed = 0
         self._edges: dict[tuple[Tier, Tier], tuple[AffineFit, float]] = {}
 
     @property
@@ -152,7 +157,8 @@ class Calibrator:
         seconds: float,
         shared_tokens_saved: int = 0,
     ) -> None:
-        """A forward pass took `seconds`. Passes of both kinds at once say little about either."""
+        """A forward pass took `seconds`. Passes of both kinds have a correction of their own, and
+        say little about either kind."""
         model = self._model
         whole_s = model.roofline_s(prefills, decode_contexts_tokens, n_decodes, shared_tokens_saved)
         if not prefills:
@@ -160,10 +166,29 @@ class Calibrator:
             model.correct(decode=Correction(self._decode.fixed_s, self._decode.scale))
             return
         alone_s = model.roofline_s(prefills, 0, 0)
-        if n_decodes and alone_s < PURE_SHARE * whole_s:
-            return
+        if n_decodes:
+            self._observe_mixed(whole_s, alone_s, seconds)
+            if alone_s < PURE_SHARE * whole_s:
+                return
+        else:
+            self._n_since_mixed += 1
+            if self._n_since_mixed >= MIXED_FORGOTTEN:
+                self._mixed = None
+                model.forget_mixing()
         self._prefill.observe(whole_s, seconds)
         model.correct(prefill=Correction(self._prefill.fixed_s, self._prefill.scale))
+
+    def _observe_mixed(self, whole_s: float, alone_s: float, seconds: float) -> None:
+        """Begins with what follows from the other two kinds."""
+        model, self._n_since_mixed = self._model, 0
+        if self._mixed is None:
+            prefill, decode = model.prefill_correction, model.decode_correction
+            share = alone_s / whole_s if whole_s else 1.0
+            scale = share * prefill.scale + (1.0 - share) * decode.scale
+            fixed_s = max(prefill.fixed_s, decode.fixed_s)
+            self._mixed = AffineFit(fixed_s, scale, SCALE_LEAST)
+        self._mixed.observe(whole_s, seconds)
+        model.correct(mixed=Correction(self._mixed.fixed_s, self._mixed.scale))
 
     def observe_transfer(self, source: Tier, target: Tier, n_bytes: int, seconds: float) -> None:
         """One job of `n_bytes` took `seconds` of the edge, time in its queue not included.

@@ -76,6 +76,8 @@ class CostModel:
         """KV bytes of a token between host and device, which differ if the host encodes them."""
         self.prefill_correction = Correction(device.iteration_floor_s)
         self.decode_correction = Correction(device.iteration_floor_s)
+        self.mixed_correction: Correction | None = None
+        """Of passes of both kinds; None: none was observed, so it follows from the other two."""
         self._edges = dict(edges)
         self._flops = device.flops * device.compute_efficiency
         self._bandwidth = device.memory_bandwidth * device.bandwidth_efficiency
@@ -143,6 +145,24 @@ class CostModel:
         seconds = self._pass_s(prefill, decode, n_new + n_decodes)
         return correction.fixed_s + correction.scale * seconds
 
+    def mixing_gain_s(
+        self,
+        prefills: Sequence[tuple[int, int]],
+        decode_contexts_tokens: int,
+        n_decodes: int,
+        shared_tokens_saved: int = 0,
+    ) -> float:
+        """Seconds by which one pass of both kinds is shorter than one of each.
+
+        shared_tokens_saved: by a decode of its own; beside a prefill nothing is read once for
+        several.
+        """
+        if not n_decodes:
+            return 0.0
+        apart_s = self.iteration_s(prefills, 0, 0)
+        apart_s += self.iteration_s((), decode_contexts_tokens, n_decodes, shared_tokens_saved)
+        return apart_s - self.iteration_s(prefills, decode_contexts_tokens, n_decodes)
+
     def roofline_s(
         self,
         prefills: Sequence[tuple[int, int]],
@@ -195,11 +215,20 @@ class CostModel:
     # -- calibration --------------------------------------------------------------------------
 
     def correct(
-        self, *, prefill: Correction | None = None, decode: Correction | None = None
+        self,
+        *,
+        prefill: Correction | None = None,
+        decode: Correction | None = None,
+        mixed: Correction | None = None,
     ) -> None:
         """Believe these corrections of the roofline from now on."""
         self.prefill_correction = prefill or self.prefill_correction
         self.decode_correction = decode or self.decode_correction
+        self.mixed_correction = mixed or self.mixed_correction
+
+    def forget_mixing(self) -> None:
+        """Believe of passes of both kinds what follows from those of one."""
+        self.mixed_correction = None
 
     def correct_edge(
         self,
@@ -273,6 +302,8 @@ class CostModel:
             return self.decode_correction
         if not decode_s:
             return self.prefill_correction
+        if self.mixed_correction is not None:
+            return self.mixed_correction
         share = prefill_s / (prefill_s + decode_s)
         return Correction(
             max(self.prefill_correction.fixed_s, self.decode_correction.fixed_s),

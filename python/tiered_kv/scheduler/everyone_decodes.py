@@ -43,7 +43,7 @@ class EveryoneDecodes:
     def __init__(self, state: SchedulerState, rules: EveryoneRules) -> None:
         self._state, self._rules = state, rules
         costs, n = state.costs, len(state.running)
-        self.is_mixed = rules.mix_decodes and costs.device.mixes_decodes
+        self.is_mixed = rules.mix_decodes and state.can_mix and self._mixing_pays()
         """Whether those who run decode beside the prefill."""
         # Beside a prefill nothing is read once for several.
         saved_tokens = 0 if self.is_mixed else state.shared_tokens_saved
@@ -64,6 +64,18 @@ class EveryoneDecodes:
             self._beside = room_beside(state, self._decodes, rules)
         self.slowdown = self._slowdown(self._beside)
         """Seconds per second of prefill work, in passes as long as there is time for."""
+
+    def _mixing_pays(self) -> bool:
+        """Whether it is wanted, and nothing that was measured speaks against it."""
+        state, costs = self._state, self._state.costs
+        is_wanted = state.wants_mixing
+        if not (costs.device.mixes_decodes if is_wanted is None else is_wanted):
+            return False
+        chunk = ((max(state.chunk_tokens, 1), begun_tokens(state)),)
+        gain_s = costs.mixing_gain_s(
+            chunk, state.decode_context_tokens, len(state.running), state.shared_tokens_saved
+        )
+        return gain_s >= 0.0
 
     def ahead(self, first: Sequence[QueuedRequest], *, goes_on: bool) -> PromptsAhead | None:
         """What a prefill that runs alone could compute; None if there is nothing, or it is mixed.

@@ -75,7 +75,7 @@ class MeasuredCosts(CostModel):
 
     The fixed parts are corrections, as the roofline's are, so that calibration (`calibration.py`)
     goes on from what was measured. A pass of both kinds takes the sum of both and the larger fixed
-    part: an assumption, as passes are measured with one kind only.
+    part until one was observed: an assumption, as passes are measured with one kind only.
     """
 
     def __init__(
@@ -109,6 +109,11 @@ class MeasuredCosts(CostModel):
         n_decodes: int,
         shared_tokens_saved: int = 0,
     ) -> float:
+        if prefills and n_decodes and self.mixed_correction is not None:
+            fixed_s, scale = self.mixed_correction
+            return fixed_s + scale * self.roofline_s(
+                prefills, decode_contexts_tokens, n_decodes, shared_tokens_saved
+            )
         fixed_s = seconds = 0.0
         if prefills:
             fixed_s = self.prefill_correction.fixed_s

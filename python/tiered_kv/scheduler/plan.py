@@ -48,8 +48,8 @@ class AdmissionPlan:
     ahead: PromptsAhead | None = field(default=None, compare=False, repr=False)
     """What a prefill that runs alone could compute, in the order of admission; None: not asked."""
 
-    mix_decodes: bool = False
-    """Whether running requests decode in the same iteration, even where that is not configured."""
+    mix_decodes: bool | None = None
+    """Whether running requests decode in the same iteration, if they can; None: as configured."""
 
     admit_at_most: int | None = None
     """Most requests of `order` to admit before asking again; None: no such limit. More would break

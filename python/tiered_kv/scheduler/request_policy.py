@@ -76,6 +76,11 @@ class SchedulerState:
     turns: PrefillTurns = field(default_factory=PrefillTurns)
     """What ran last, as the executor keeps it: one object, told of every pass, or a prefill that
     waits for decodes waits for ever."""
+    can_mix: bool = True
+    """Whether those who run can decode in the pass of a prefill, as far as the executor can tell:
+    with False they wait for its end, whatever a plan says."""
+    wants_mixing: bool | None = None
+    """Whether they are to, where they can; None: as is to be expected of the device."""
     page_tokens: int = 1
     """Who fills the batch counts whole pages of each prompt of so many tokens."""
 

@@ -168,7 +168,8 @@ class Instance:
         if plan.put_back_unfinished and unfinished is not None:
             self.departures.put_back(unfinished, now_s)
             self._unfinished = unfinished = None
-        is_mixed = bool(self._running) and (settings.mixed_chunk or plan.mix_decodes)
+        mixes = settings.mixed_chunk if plan.mix_decodes is None else plan.mix_decodes
+        is_mixed = bool(self._running) and mixes
         plan = self._limited(plan, state, is_mixed=is_mixed)
         chunk_tokens = settings.chunk_tokens
         if plan.prefill_tokens is not None:
@@ -263,6 +264,7 @@ class Instance:
             loading_bytes=self.cache.to_device.queued_bytes,
             shared_tokens_saved=self._running.shared_tokens_saved,
             turns=self._turns,
+            wants_mixing=True if self.settings.mixed_chunk else None,
             page_tokens=self.settings.page_tokens,
         )
 

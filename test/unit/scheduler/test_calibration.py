@@ -14,6 +14,7 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.calibration import (
     FIRST_STEP_MAX,
+    MIXED_FORGOTTEN,
     N_FIRST,
     SCALE_LEAST,
     STEP_MAX,
@@ -53,7 +54,7 @@ def test_it_recovers_fixed_part_and_scale_of_prefills(fixed_s: float, scale: flo
         assert model.prefill_s(*chunk) == pytest.approx(true_s, rel=0.12)
 
 
-def test_decode_steps_leave_prefills_alone_and_mixed_ones_teach_nothing() -> None:
+def test_decode_steps_leave_prefills_alone_and_so_do_mixed_ones() -> None:
     model = make_model()
     calibrator = Calibrator(model)
     before = model.prefill_s(1000)
@@ -64,6 +65,41 @@ def test_decode_steps_leave_prefills_alone_and_mixed_ones_teach_nothing() -> Non
     assert model.iteration_s([], 64_000, 32) == pytest.approx(
         3 * model.roofline_s([], 64_000, 32), rel=0.02
     )
+
+
+@pytest.mark.parametrize("costs", [0.8, 2.5])
+def test_it_learns_what_mixing_costs(costs: float) -> None:
+    """However much longer a pass of both kinds takes than what follows from either."""
+    rng = random.Random(3)
+    model = make_model()
+    calibrator = Calibrator(model)
+    gain_s = model.mixing_gain_s([(2048, 0)], 64_000, 32)
+    assert gain_s > 0
+    for _ in range(100):
+        chunk, context = (rng.randrange(256, 4096), 0), rng.randrange(8_000, 100_000)
+        true_s = costs * (0.002 + model.roofline_s([chunk], context, 32))
+        calibrator.observe_step([chunk], context, 32, noisy(rng, true_s))
+        calibrator.observe_step([chunk], 0, 0, 0.002 + model.roofline_s([chunk], 0, 0))
+    found = model.iteration_s([(2048, 0)], 64_000, 32)
+    assert found == pytest.approx(
+        costs * (0.002 + model.roofline_s([(2048, 0)], 64_000, 32)), rel=0.1
+    )
+    assert (model.mixing_gain_s([(2048, 0)], 64_000, 32) > 0) is (costs < 1)
+
+
+def test_what_speaks_against_mixing_is_forgotten_in_the_end() -> None:
+    model = make_model()
+    calibrator = Calibrator(model)
+    chunk = (1024, 0)
+    for _ in range(20):
+        calibrator.observe_step([chunk], 64_000, 32, 1.0)
+    assert model.mixing_gain_s([chunk], 64_000, 32) < 0
+    for n in range(MIXED_FORGOTTEN):
+        assert (model.mixed_correction is None) is False, n
+        calibrator.observe_step([chunk], 0, 0, model.roofline_s([chunk], 0, 0))
+        calibrator.observe_step([], 64_000, 32, model.roofline_s([], 64_000, 32))
+    assert model.mixed_correction is None
+    assert model.mixing_gain_s([chunk], 64_000, 32) > 0
 
 
 def test_it_recovers_an_edge() -> None:

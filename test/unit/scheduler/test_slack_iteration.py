@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from support_simulation.builders import Queue, cost_model
@@ -9,7 +11,7 @@ from support_simulation.slack_queue import blocks, queue
 from tiered_kv.api.slo import Slo
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
-from tiered_kv.scheduler.cost_model import CostModel
+from tiered_kv.scheduler.cost_model import Correction, CostModel
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.prefill_room import DECODES_AHEAD, MIN_CHUNK_TOKENS
 from tiered_kv.scheduler.request import QueuedRequest
@@ -116,10 +118,50 @@ class TestTheIteration:
             q.admit(1)
             state = q.state()
             state.costs = CostModel(find_model("SmolLM2-135M"), find_device(device), {})
-            return q.policy.plan(state, 10).mix_decodes
+            return bool(q.policy.plan(state, 10).mix_decodes)
 
         assert mixes("H200-141")
         assert not mixes("CPU-2"), "SGLang's CPU attention takes their rows one by one as prompts"
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_where_it_cannot_mix_it_plans_as_if_it_never_did(self, seed: int) -> None:
+        """Those who run are then not passed over for prompts, pass after pass."""
+
+        def plans(*, mixes: bool) -> list[AdmissionPlan]:
+            dice = random.Random(seed)
+            q = queue(mix_decodes=mixes)
+            q.running = []
+            for i in range(6):
+                tbt_s = dice.choice((None, 0.02, 0.05))
+                request = q.arrive(i, blocks(i, dice.randrange(1, 200)), slo=Slo("x", 5.0, tbt_s))
+                if dice.random() < 0.5:
+                    request.first_token_s, request.output_tokens = 0.0, dice.randrange(1, 9)
+                    q.admit(i)
+                    q.running.append(request)
+            found = []
+            for _ in range(4):
+                state = q.state()
+                state.can_mix = False
+                found.append(q.policy.plan(state, 10))
+                q.now_s += 0.02
+                q.turns.passed(q.now_s, 0.02, decoded=dice.random() < 0.5)
+            return found
+
+        assert plans(mixes=True) == plans(mixes=False)
+
+    def test_it_mixes_where_it_is_wanted_and_pays(self) -> None:
+        q = queue()
+        q.arrive(0, blocks(0, 20))
+        q.running = [q.arrive(1, blocks(1))]
+        q.admit(1)
+        state = q.state()
+        for wanted in (True, False):
+            state.wants_mixing = wanted
+            assert q.policy.plan(state, 10).mix_decodes is wanted
+        state.wants_mixing = True
+        alone_s = state.costs.iteration_s(((8192, 0),), 0, 0)
+        state.costs.correct(mixed=Correction(10 * alone_s))
+        assert q.policy.plan(state, 10).mix_decodes is False
 
     def test_nobody_joins_the_first_if_that_made_it_late(self) -> None:
         q = queue(pass_share=10.0)

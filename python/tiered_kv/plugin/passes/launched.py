@@ -12,6 +12,18 @@ T = TypeVar("T")
 LAUNCHED_MAX = 8
 
 
+def chunks_of(batch: Any) -> tuple[tuple[tuple[int, int], ...], int, int]:
+    """Of a pass that prefills: (new tokens, tokens before them) of each request that does; what
+    those who decode in it attend to, together; and how many these are.
+    """
+    chunks = tuple(zip(batch.extend_lens, batch.prefix_lens, strict=True))
+    # Decodes that are mixed in come last, as chunks of one token.
+    n_decodes = len(batch.decoding_reqs) if batch.forward_mode.is_mixed() else 0
+    n_prefills = len(chunks) - n_decodes
+    context_tokens = sum(before + 1 for _, before in chunks[n_prefills:])
+    return chunks[:n_prefills], context_tokens, n_decodes
+
+
 class LaunchedPasses(ABC, Generic[T]):
     """Notes what a pass does when it is launched, since its batch changes, until it is over.
 

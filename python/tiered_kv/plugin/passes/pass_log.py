@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tiered_kv.plugin.passes.launched import LaunchedPasses
+from tiered_kv.plugin.passes.launched import LaunchedPasses, chunks_of
 from tiered_kv.tiers.timeline import PASSES
 
 if TYPE_CHECKING:
@@ -24,13 +24,15 @@ class Pass:
     n_requests: int
     n_new_tokens: int
     context_tokens: int
-    """Of a decode: what its requests attend to, together."""
+    """What those who decode attend to, together."""
+    n_decodes: int
+    """How many decode: all in a decode, some in a pass of both kinds."""
     load_index: int
     """The load of pages whose layers it waits for, or -1."""
     start_s: float
     end_s: float = 0.0
     chunks: tuple[tuple[int, int], ...] = ()
-    """Of a pass that prefills: (new tokens, tokens before them) of each request."""
+    """Of a pass that prefills: (new tokens, tokens before them) of each request that does."""
 
     @property
     def seconds(self) -> float:
@@ -46,13 +48,14 @@ class PassLog(LaunchedPasses[Pass]):
 
     def describe(self, batch: Any) -> Pass:
         mode, n_requests = batch.forward_mode, len(batch.reqs)
-        context_tokens = 0
+        context_tokens = n_decodes = 0
         chunks: tuple[tuple[int, int], ...] = ()
         n_new_tokens = n_requests
         if mode.is_decode():
+            n_decodes = n_requests
             context_tokens = sum(len(r.origin_input_ids) + len(r.output_ids) for r in batch.reqs)
         elif mode.is_extend():
-            chunks = tuple(zip(batch.extend_lens, batch.prefix_lens, strict=True))
+            chunks, context_tokens, n_decodes = chunks_of(batch)
             n_new_tokens = sum(batch.extend_lens)
         load_index = -1 if batch.hicache_consumer_index is None else batch.hicache_consumer_index
         return Pass(
@@ -60,6 +63,7 @@ class PassLog(LaunchedPasses[Pass]):
             n_requests,
             n_new_tokens,
             context_tokens,
+            n_decodes,
             load_index,
             batch.launch_ts,
             chunks=chunks,
@@ -94,13 +98,18 @@ def draw_passes(timeline: TimelineFile) -> Callable[[Pass], None]:
 
 
 def pace_by_decodes(pacer: WriteBackPacer, cost_model: CostModel | None) -> Callable[[Pass], None]:
-    """An observer that tells the pacer of decodes, and how long each was to be expected to take."""
+    """An observer that tells the pacer of passes in which somebody decodes, beside a prefill too.
+
+    And how long each was to be expected to take.
+    """
 
     def observe(done: Pass) -> None:
-        if done.mode.is_decode() and done.n_requests:
+        if done.n_decodes:
             expected_s = 1.0
             if cost_model is not None:
-                expected_s = cost_model.iteration_s((), done.context_tokens, done.n_requests)
+                expected_s = cost_model.iteration_s(
+                    done.chunks, done.context_tokens, done.n_decodes
+                )
             pacer.observe_decode(done.seconds, expected_s)
 
     return observe

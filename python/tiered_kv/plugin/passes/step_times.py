@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tiered_kv.plugin.passes.launched import LaunchedPasses
+from tiered_kv.plugin.passes.launched import LaunchedPasses, chunks_of
 from tiered_kv.scheduler.calibration import StepObservation
 
 if TYPE_CHECKING:
@@ -27,12 +27,8 @@ class StepTimes(LaunchedPasses[StepObservation]):
         """What the pass does, with the time still to come; None if it teaches nothing."""
         mode = batch.forward_mode
         if mode.is_extend() and batch.hicache_consumer_index < 0:
-            chunks = tuple(zip(batch.extend_lens, batch.prefix_lens, strict=True))
-            # Decodes that are mixed in come last, as chunks of one token.
-            n_decodes = len(batch.decoding_reqs) if mode.is_mixed() else 0
-            n_prefills = len(chunks) - n_decodes
-            context_tokens = sum(before + 1 for _, before in chunks[n_prefills:])
-            return StepObservation(chunks[:n_prefills], context_tokens, n_decodes, 0.0)
+            chunks, context_tokens, n_decodes = chunks_of(batch)
+            return StepObservation(chunks, context_tokens, n_decodes, 0.0)
         if mode.is_decode():
             self._n_decodes += 1
             if self._n_decodes % DECODES_PER_OBSERVATION == 0:

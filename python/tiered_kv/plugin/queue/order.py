@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin.queue import again, clock_tick
 from tiered_kv.plugin.queue.foretold import Foretold
+from tiered_kv.plugin.queue.mixing import Mixing
 from tiered_kv.plugin.queue.put_back import PutBack
 from tiered_kv.plugin.queue.queued import QueuedRequests
 from tiered_kv.plugin.queue.whole_queue import show_whole_queue
@@ -72,6 +74,7 @@ class RequestOrder:
         self._launched: tuple[float, bool] | None = None
         """When the last pass was, and whether it decoded; None: there was none."""
         self.put_back = PutBack(scheduler)
+        self._mixing = Mixing(scheduler, costs.device)
         self._scheduler = scheduler
         self.policy = policy
         self._hierarchy = hierarchy
@@ -82,6 +85,7 @@ class RequestOrder:
         self._running_batch: ScheduleBatch | None = None
         self._everyone: list[Req] | None = None
         self._state: SchedulerState | None = None
+        self._planned: AdmissionPlan | None = None
         self._first: Req | None = None
         """Whom nobody may pass in this pass."""
         self._is_blocked = False
@@ -153,10 +157,10 @@ class RequestOrder:
             finally:
                 self._may_put_back = True
         self.put_back.after_result()
-        if batch is not None:
-            self._launched = self.clock.now_s, bool(batch.decoding_reqs)
-        elif running_batch.reqs:
-            self._launched = self.clock.now_s, True
+        decodes = bool(running_batch.reqs) if batch is None else bool(batch.decoding_reqs)
+        if batch is not None or decodes:
+            self._launched = self.clock.now_s, decodes
+        self._mixing.passed(self._planned, formed=batch is not None, decodes=decodes)
         return batch, running_batch
 
     def _end_last_pass(self) -> None:
@@ -190,7 +194,7 @@ class RequestOrder:
         plan = self._plan(state)
         if plan.put_back_unfinished and state.can_put_back:
             self.put_back.take_out()
-        plan = self._limited(plan, state)
+        plan = self._planned = self._limited(plan, state)
         self._everyone = waiting_queue.copy()
         offered = self._offer(plan, state)
         for request_id in offered:
@@ -253,6 +257,7 @@ class RequestOrder:
         running = self.queue.running(running_batch.reqs)
         loading_pages = self._hierarchy.load_back.queue.pages_in_flight
         context_tokens = sum(r.prompt_tokens + r.output_tokens for r in running)
+        available_tokens = context.allocator.available() + scheduler.tree_cache.evictable_size()
         return SchedulerState(
             now_s=self.clock.now_s,
             waiting=self.queue.waiting,
@@ -262,12 +267,14 @@ class RequestOrder:
             processed_prefill_tokens=self.queue.processed_prefill_tokens,
             chunk_tokens=self._most_tokens(),
             costs=self.costs,
-            available_tokens=context.allocator.available() + scheduler.tree_cache.evictable_size(),
+            available_tokens=available_tokens,
             unfinished=self._unfinished(),
             can_put_back=self._may_put_back and self.put_back.can_put_back(),
             loading_bytes=loading_pages * context.copier.page_format.page_bytes,
             shared_tokens_saved=min(context_tokens, scheduler.tree_cache.saved_tokens),
             turns=self.turns,
+            can_mix=self._mixing.is_possible(running_batch, available_tokens),
+            wants_mixing=self._mixing.is_wanted,
             page_tokens=scheduler.page_size,
         )
 
@@ -287,7 +294,18 @@ class RequestOrder:
         return most if chunk_tokens is None else min(most, chunk_tokens)
 
     def _plan(self, state: SchedulerState) -> AdmissionPlan:
-        """As much of the order as one batch can take."""
+        """As much of the order as one batch can take; a plan that mixes is one that SGLang will."""
+        plan = self._head(state)
+        if not (plan.mix_decodes and state.running):
+            return plan
+        if state.can_mix and (cut := self._mixing.cut(plan, self.queue.req)) is not None:
+            return cut
+        if state.can_mix:
+            state.can_mix = False
+            plan = self._head(state)
+        return replace(plan, mix_decodes=False) if plan.mix_decodes else plan
+
+    def _head(self, state: SchedulerState) -> AdmissionPlan:
         limit, waiting = PLAN_LIMIT, self.queue.waiting
         while True:
             plan = self.policy.plan(state, limit)
@@ -315,7 +333,9 @@ class RequestOrder:
         chooses them, what these leave room for counts instead.
         """
         room, running_batch = self.room, self._running_batch
-        is_mixed = plan.mix_decodes or self._scheduler.is_mixed_chunk
+        is_mixed = plan.mix_decodes
+        if is_mixed is None:
+            is_mixed = self._scheduler.is_mixed_chunk
         if room is None or running_batch is None or not state.running or is_mixed:
             return plan.within()
         return plan.within(room.plan_prefill(running_batch, state, plan.ahead).room)
@@ -332,9 +352,7 @@ class RequestOrder:
         prefill_tokens = plan.prefill_tokens
         chunk_tokens: int | None = scheduler.chunked_prefill_size
         unit: int = scheduler.truncation_align_size or scheduler.page_size
-        if chunk_tokens is not None and plan.mix_decodes:
-            scheduler.is_mixed_chunk = chunk_tokens >= n_running + unit
-        taken = n_running if scheduler.is_mixed_chunk else 0
+        taken = self._mixing.set_up(plan, n_running, unit)
         available_tokens = state.available_tokens
         if scheduler.chunked_req is not None and n_running and available_tokens is not None:
             # SGLang goes on with a prompt that was begun whatever memory says, and would stop if
@@ -350,14 +368,8 @@ class RequestOrder:
             scheduler.chunked_prefill_size = min(chunk_tokens, units * unit + taken)
 
     def before_mixing(self) -> None:
-        """The prefill has its memory; decodes join it only if there is a page for each that needs
-        one. SGLang counts a token for each, and would stop the server if that was too little.
-        """
-        running_batch = self._running_batch
-        if running_batch is None or not self._scheduler.is_mixed_chunk or not running_batch.reqs:
-            return
-        if not running_batch.check_decode_mem():
-            self._scheduler.is_mixed_chunk = False
+        """The prefill has its memory."""
+        self._mixing.make_sure(self._running_batch)
 
 
 def install(scheduler: Any, policy_name: str) -> None:

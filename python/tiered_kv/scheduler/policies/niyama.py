@@ -68,7 +68,7 @@ class Niyama(QuietPolicy):
             return is_late, deadline_s + self._alpha * left_s
 
         order = tuple(r.request_id for r in nsmallest(limit, state.candidates(), key=key))
-        return AdmissionPlan(order, room=self._room(state), mix_decodes=True)
+        return AdmissionPlan(order, room=self._room(state), mix_decodes=state.can_mix)
 
     def urgency(self, request: QueuedRequest) -> Urgency:
         """By deadline."""
@@ -84,7 +84,10 @@ class Niyama(QuietPolicy):
 
     @staticmethod
     def _room(state: SchedulerState) -> PrefillRoom:
-        """The most prefill with which no running request's next token comes late."""
+        """The most prefill with which no running request's next token comes late; none of it, where
+        they cannot decode beside it, before they have had their turn."""
+        if state.running and not state.can_mix and not state.turns.decoded_last:
+            return PrefillRoom(0)
         due_s = math.inf
         for request in state.running:
             tbt_s = request.slo.tbt_s

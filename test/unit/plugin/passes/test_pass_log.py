@@ -44,8 +44,8 @@ def test_where_passes_run_in_the_call(clock: list[float]) -> None:
     log.finished(batch)
     log.launched(batch_of(ForwardMode.DECODE, 99.75))
     assert seen == [
-        Pass(ForwardMode.EXTEND, 2, 71, 0, 4, 99.5, 100.0, ((64, 0), (7, 128))),
-        Pass(ForwardMode.DECODE, 2, 2, 36, -1, 99.75, 100.0),
+        Pass(ForwardMode.EXTEND, 2, 71, 0, 0, 4, 99.5, 100.0, ((64, 0), (7, 128))),
+        Pass(ForwardMode.DECODE, 2, 2, 36, 2, -1, 99.75, 100.0),
     ]
 
 
@@ -74,16 +74,28 @@ def test_the_pacer_hears_of_decodes_and_what_they_should_take() -> None:
     pacer: Any = SimpleNamespace(observe_decode=lambda seconds, due: heard.append((seconds, due)))
     model: Any = SimpleNamespace(iteration_s=lambda prefills, context, n: context * n * 1e-3)
     observe = pace_by_decodes(pacer, model)
-    observe(Pass(ForwardMode.DECODE, 2, 2, 36, -1, 1.0, 1.25))
-    observe(Pass(ForwardMode.EXTEND, 2, 90, 0, -1, 2.0, 2.5))
-    observe(Pass(ForwardMode.DECODE, 0, 0, 0, -1, 3.0, 3.5))
-    pace_by_decodes(pacer, None)(Pass(ForwardMode.DECODE, 2, 2, 36, -1, 4.0, 4.5))
+    observe(Pass(ForwardMode.DECODE, 2, 2, 36, 2, -1, 1.0, 1.25))
+    observe(Pass(ForwardMode.EXTEND, 2, 90, 0, 0, -1, 2.0, 2.5))
+    observe(Pass(ForwardMode.DECODE, 0, 0, 0, 0, -1, 3.0, 3.5))
+    pace_by_decodes(pacer, None)(Pass(ForwardMode.DECODE, 2, 2, 36, 2, -1, 4.0, 4.5))
     assert heard == [(0.25, pytest.approx(0.072)), (0.5, 1.0)]
+
+
+def test_a_pass_of_both_kinds_is_one_in_which_somebody_decodes(clock: list[float]) -> None:
+    """Else writing would be at full speed while everybody decodes beside prefills."""
+    heard: list[tuple[float, float]] = []
+    pacer: Any = SimpleNamespace(observe_decode=lambda *args: heard.append(args))
+    costs: Any = SimpleNamespace(iteration_s=lambda chunks, context, n: (chunks, context, n))
+    log = PassLog([pace_by_decodes(pacer, costs)], synchronous=True)
+    batch = batch_of(ForwardMode.MIXED, 99.0, decoding_reqs=["one"])
+    batch.extend_lens, batch.prefix_lens = [64, 1], [0, 128]
+    log.launched(batch)
+    assert heard == [(1.0, (((64, 0),), 129, 1))]
 
 
 def test_passes_are_drawn(tmp_path: Path) -> None:
     timeline = TimelineFile(tmp_path / "trace.json")
-    draw_passes(timeline)(Pass(ForwardMode.EXTEND, 2, 90, 0, 5, 1.0, 1.5, ((64, 0), (26, 128))))
+    draw_passes(timeline)(Pass(ForwardMode.EXTEND, 2, 90, 0, 0, 5, 1.0, 1.5, ((64, 0), (26, 128))))
     timeline.close()
     events = read_events(tmp_path / "trace.json")
     (row,) = [e["tid"] for e in events if e["args"] == {"name": PASSES}]

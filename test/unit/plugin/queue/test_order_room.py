@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("sglang")
 
 
-from support_plugin.mini_scheduler import CHUNK, MiniScheduler, Spy, running, three
+from support_plugin.mini_scheduler import CHUNK, MiniScheduler, Spy, request, running, three
 from support_tiers.tier_rig import PAGE_SIZE
+from tiered_kv.core.device_spec import DEVICES
 from tiered_kv.scheduler.iteration_policy import IterationPlan
 from tiered_kv.scheduler.plan import PrefillRoom
 
@@ -164,6 +165,64 @@ def test_decodes_are_mixed_in_where_the_plan_says_so(scheduler: MiniScheduler, s
     scheduler.has_decode_memory = False
     assert scheduler.step() == ["b"]
     assert (scheduler.mix_seen, scheduler.mixed) == (True, False)
+
+
+def test_who_was_passed_over_has_his_turn(scheduler: MiniScheduler, spy: Spy) -> None:
+    """Decodes that were to be mixed in and were not: nobody counts on it in the next pass."""
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    three(scheduler)
+    spy.plan_fields = {"mix_decodes": True}
+    scheduler.has_decode_memory = False
+    assert scheduler.step() == ["a"]
+    scheduler.step()
+    assert [state.can_mix for state in spy.states] == [True, False]
+    # Now everybody decodes.
+    scheduler.waiting_queue.clear()
+    scheduler.step()
+    scheduler.arrive(request("d"))
+    scheduler.step()
+    assert spy.states[-1].can_mix
+
+
+def test_a_plan_that_mixes_ends_before_who_cannot_be_mixed(
+    scheduler: MiniScheduler, spy: Spy
+) -> None:
+    scheduler.running_batch.reqs.append(running(scheduler, "r"))
+    reqs = three(scheduler)
+    reqs[1].return_logprob = True
+    scheduler.admit = 3
+    spy.plan_fields = {"mix_decodes": True}
+    assert scheduler.step() == ["a"]
+    assert scheduler.mixed
+    # It is the first: the policy is told that there is no mixing, and asked again.
+    n_asked = len(spy.states)
+    assert scheduler.step() == ["b", "c"]
+    assert not scheduler.mixed
+    assert [state.can_mix for state in spy.states[n_asked:]] == [False, False]
+
+
+def test_nobody_is_mixed_with_who_runs_with_logprobs(scheduler: MiniScheduler, spy: Spy) -> None:
+    other = running(scheduler, "r")
+    other.return_logprob = True
+    scheduler.running_batch.reqs.append(other)
+    three(scheduler)
+    scheduler.step()
+    assert not spy.states[0].can_mix
+    scheduler.running_batch.reqs.remove(other)
+    scheduler.running_batch.new_tokens_required_next_decode = lambda: 10**9
+    scheduler.step()
+    assert not spy.states[-1].can_mix, "there is no memory for their next tokens"
+
+
+@pytest.mark.parametrize("is_configured", [False, True])
+def test_mixing_is_the_default_only_where_it_was_measured(
+    scheduler: MiniScheduler, spy: Spy, is_configured: bool
+) -> None:
+    scheduler.is_mixed_chunk = is_configured
+    three(scheduler)
+    scheduler.step()
+    assert spy.states[0].wants_mixing is is_configured
+    assert not any(device.is_mixing_measured for device in DEVICES.values())
 
 
 @pytest.mark.parametrize("chunk", [None, PAGE_SIZE])

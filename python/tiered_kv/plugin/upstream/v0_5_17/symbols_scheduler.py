@@ -65,7 +65,7 @@ QUEUE = (
         f"{SRT}.managers.scheduler.Scheduler",
         "waiting_queue policy chunked_req chunked_prefill_size max_prefill_tokens page_size "
         "is_mixed_chunk truncation_align_size request_receiver load_inquirer",
-        "hooks.scheduler queue.order",
+        "hooks.scheduler queue.order queue.mixing",
     ),
     object_(
         f"{SRT}.managers.scheduler.Scheduler",
@@ -109,9 +109,10 @@ QUEUE = (
     ),
     *methods(
         f"{SRT}.managers.schedule_batch.ScheduleBatch",
-        "queue.order hooks.scheduler",
+        "queue.order queue.mixing hooks.scheduler",
         prepare_for_extend="",
         check_decode_mem="selected_indices",
+        new_tokens_required_next_decode="selected_indices",
     ),
     object_(
         f"{SRT}.managers.schedule_batch.Req",
@@ -124,6 +125,7 @@ QUEUE = (
         "return_logprob inflight_middle_chunks",
         "queue.put_back",
     ),
+    object_(f"{SRT}.managers.schedule_batch.Req", "return_logprob input_embeds", "queue.mixing"),
     object_(
         f"{SRT}.managers.schedule_batch.Req",
         "retraction_count retracted_stain",
