@@ -58,6 +58,7 @@ def measure(setting: Setting, notes: Record) -> dict[str, Any]:
         with systems.up_together(servers) as (up, failed):
             result["failed"] = failed
             result["start_s"] = {name: server.start_seconds for name, server in up.items()}
+            result["captures"] = {name: systems.captures(server) for name, server in up.items()}
             for name, server in up.items():
                 found = Answers()
                 states = STATES if name == "eager" else STATES[: STATES.index(FRESH) + 1]

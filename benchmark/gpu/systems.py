@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,10 @@ import requests
 from benchmark.gpu.setting import Setting
 from harness.server import Server, ServerError
 
+#: How SGLang says what its graphs took.
+CAPTURED = re.compile(
+    r"Capture (.+?) CUDA graph end\..*?elapsed=([\d.]+) s.*?mem usage=([\d.-]+) GB"
+)
 LAUNCHER = (str(Path(__file__).with_name("launcher.py")),)
 
 LLAMA_CONFIG: dict[str, Any] = {
@@ -111,6 +116,14 @@ def server_of(
     """Not started; its log is OUT/STEP_server_NAME.log."""
     log = setting.folder / f"{step}_server_{name}.log"
     return Server(list(args), log, model, env=dict(env or {}), launcher=LAUNCHER)
+
+
+def captures(server: Server) -> list[dict[str, Any]]:
+    """What each capture of CUDA graphs took at the start."""
+    return [
+        {"what": what, "seconds": float(seconds), "gb": float(gb)}
+        for what, seconds, gb in CAPTURED.findall(server.log_text())
+    ]
 
 
 @contextlib.contextmanager

@@ -100,3 +100,15 @@ def test_a_system_that_does_not_say_is_trusted(tmp_path: Path) -> None:
     assert size_in(machine, 1, 50) == 100 * GIB
     assert size_in(machine, 1, 0.001) == LEAST
     assert size_in(machine, 1, 50, named=7) == 7
+
+
+def test_the_document_says_what_is_taken(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+    for name, situation in SITUATIONS.items():
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert float(cells[1]) == situation.total
+        assert float(cells[2]) == situation.free
+        assert float(cells[4]) == situation.device
+        assert int(cells[5]) == situation.n_ranks
+        assert float(cells[6]) == pytest.approx(situation.expected, abs=0.05)
