@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 
 import pytest
+from triton.runtime.jit import JITFunction
 
+from sgl_kernel_ext import triton_pack, triton_unpack
 from sgl_kernel_ext.compilation import CAPABILITIES, Case, Compiled, cases, compile_for
 from sgl_kernel_ext.formats import BufferSpec, Format, Role
 from sgl_kernel_ext.triton_plan import Buffers
@@ -44,6 +46,16 @@ def check(case: Case, compiled: Compiled) -> None:
         assert compiled.stores == {"v4.b32"}
     assert compiled.stack_bytes == 0, "registers are spilled"
     assert compiled.is_exact, "codes would differ from the reference's"
+
+
+def test_no_kernel_is_left_out() -> None:
+    """Whatever is launched takes a table of buffers first; it must be among the cases of sm_90."""
+    launched = {case.launch().kernel for case in USUAL}
+    for module in (triton_pack, triton_unpack):
+        for name, kernel in vars(module).items():
+            if isinstance(kernel, JITFunction) and kernel.arg_names[:1] == ["table"]:
+                # Both modules have what finds a page, which kernels call.
+                assert kernel in launched or name == "locate", name
 
 
 @pytest.mark.parametrize("case", USUAL, ids=lambda case: case.name)
