@@ -85,10 +85,17 @@ def marked() -> Iterator[int]:
 
 
 def kill_marked() -> None:
-    """A server that outlives its step would take the device's memory from the next."""
+    """A server that outlives its step would take the device's memory from the next.
+
+    With their groups: SGLang's processes write their titles where the mark was.
+    """
     for number in list(marked()):
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(number, signal.SIGKILL)
+            group = os.getpgid(number)
+            if group != os.getpgrp():
+                os.killpg(group, signal.SIGKILL)
+            else:
+                os.kill(number, signal.SIGKILL)
 
 
 def close(step: Step, path: Path, code: int, seconds: float, *, is_late: bool) -> str:
