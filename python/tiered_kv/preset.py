@@ -1,14 +1,15 @@
 """Makes a preset of the cost model out of what scripts/gpu_check measured on a device.
 
-    scripts/gpu_check --out gpu_check                      on the machine with the device
+    scripts/gpu_check --within 15m --out gpu_check         on the machine with the device
     python -m tiered_kv.preset gpu_check                   shows the preset beside what was assumed
     python -m tiered_kv.preset gpu_check --write           puts it into core/device_spec.py
 
 Fitted are: the host link's bandwidth and latency, to our own copies to the device; the share of the
 peak that prefills reach, to first tokens of prompts that plain SGLang had never seen; the share of
-the memory bandwidth that decoding reaches, to its time per output token. Data sheet peaks stay, and
-so does the fixed part of an iteration, which one batch size cannot tell from the rest. What a part
-did not measure stays as it was, and the preset's source says so.
+the memory bandwidth that decoding reaches, to its time per output token. Whether decodes are mixed
+into prefills by default is what the step mixing found to be better. Data sheet peaks stay, and so
+does the fixed part of an iteration, which one batch size cannot tell from the rest. What a step did
+not measure stays as it was, and the preset's source says so.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tiered_kv.core import device_spec
@@ -33,6 +35,8 @@ SCHEMA = 2
 SERVED = ("ttft_plain", "ttft_more")
 #: Our ways across the bus, of which a server takes the faster one.
 WAYS = ("ours, dma", "ours, kernel")
+#: Prompts may take so much longer to their first tokens where decodes are mixed in.
+MIXED_TTFT_MAX = 1.1
 MODEL = "Llama-3.1-8B"
 """What gpu_check's server is given, with two bytes per parameter and element of KV."""
 
@@ -160,6 +164,8 @@ def measured_preset(parts: Mapping[str, Mapping[str, Any]], base: DeviceSpec) ->
         changes["bandwidth_efficiency"] = rounded(bandwidth_efficiency(serving, base, model))
     else:
         kept.append("bandwidth efficiency")
+    if "mixing" in parts:
+        changes |= {"mixes_decodes": mixing_gains(parts["mixing"]), "is_mixing_measured": True}
     if not changes:
         raise ConfigError(
             "Neither copies nor ttft_plain was measured; run these steps of gpu_check first."
@@ -167,6 +173,21 @@ def measured_preset(parts: Mapping[str, Mapping[str, Any]], base: DeviceSpec) ->
     peaks = base.source.split(";")[0]
     source = f"{peaks}; the rest by scripts/gpu_check with {MODEL}, but {', '.join(kept)} assumed"
     return replace(base, **changes, source=source)
+
+
+def mixing_gains(mixing: Mapping[str, Any]) -> bool:
+    """Whether decodes in the pass of a prefill made tokens come sooner, and prompts hardly later.
+
+    Raises ConfigError without both.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for mode in ("mixed", "in turns"):
+        rows = [row for row in mixing["rows"] if row["mode"] == mode]
+        if not rows:
+            raise ConfigError("Only one way was measured; run the step mixing again.")
+        found[mode] = {name: median(row[name] for row in rows) for name in ("tpot_s", "ttft_s")}
+    mixed, apart = found["mixed"], found["in turns"]
+    return mixed["tpot_s"] < apart["tpot_s"] and mixed["ttft_s"] < MIXED_TTFT_MAX * apart["ttft_s"]
 
 
 def served_of(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -186,3 +186,18 @@ def test_samples_of_several_steps_count_together() -> None:
     assert preset.measured_preset(parts, H200).compute_efficiency == pytest.approx(
         expected.compute_efficiency
     )
+
+
+@pytest.mark.parametrize(
+    ("mixed", "gains"), [((0.01, 0.5), True), ((0.03, 0.5), False), ((0.01, 0.9), False)]
+)
+def test_mixing_is_the_default_where_it_was_better(mixed: tuple[float, float], gains: bool) -> None:
+    def row(mode: str, tpot_s: float, ttft_s: float) -> dict[str, Any]:
+        return {"mode": mode, "tpot_s": tpot_s, "ttft_s": ttft_s}
+
+    rows = [row("in turns", 0.02, 0.5), row("mixed", *mixed)]
+    found = preset.measured_preset({"mixing": {"rows": rows}}, H200)
+    assert (found.is_mixing_measured, found.mixes_decodes) == (True, gains)
+    assert not H200.is_mixing_measured
+    with pytest.raises(ConfigError, match="Only one way"):
+        preset.mixing_gains({"rows": rows[:1]})
