@@ -149,7 +149,7 @@ class Instance:
         else:
             self._is_busy = False
             if len(self.waiting) > len(self._held):
-                # Memory is held by copies under way; upstream's loop would spin until they end.
+                # Memory is held by copies under way, until whose end upstream's loop would spin.
                 self._events.schedule(now_s + RETRY_S, self._wake)
 
     def _next_prefill(self, now_s: float) -> PrefillBatch | None:
@@ -168,8 +168,8 @@ class Instance:
         if plan.put_back_unfinished and unfinished is not None:
             self.departures.put_back(unfinished, now_s)
             self._unfinished = unfinished = None
-        mixes = settings.mixed_chunk if plan.mix_decodes is None else plan.mix_decodes
-        is_mixed = bool(self._running) and mixes
+        is_mixed = settings.mixed_chunk if plan.mix_decodes is None else plan.mix_decodes
+        is_mixed = is_mixed and bool(self._running)
         plan = self._limited(plan, state, is_mixed=is_mixed)
         chunk_tokens = settings.chunk_tokens
         if plan.prefill_tokens is not None:
@@ -264,7 +264,7 @@ class Instance:
             loading_bytes=self.cache.to_device.queued_bytes,
             shared_tokens_saved=self._running.shared_tokens_saved,
             turns=self._turns,
-            wants_mixing=True if self.settings.mixed_chunk else None,
+            wants_mixing=self.settings.mixed_chunk or None,
             page_tokens=self.settings.page_tokens,
         )
 

@@ -44,6 +44,7 @@ from tiered_kv.tiers.kv_shard import KVShard
 from tiered_kv.tiers.pacing import WriteBackPacer
 from tiered_kv.tiers.page_store import PageStore, StoreTraits
 from tiered_kv.tiers.replicas import PartCopier, StoreOfAnother
+from tiered_kv.tiers.streams import Point
 from tiered_kv.tiers.timeline import TimelineFile
 from tiered_kv.tiers.transfer import Collective, SingleRank
 
@@ -102,8 +103,6 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     residency = ResidencyLog(events)
     metrics = make_metrics(ctx)
     forest = Forest(params.page_size, tiers=tiers_in_use(store))
-    # One rank answers, and what it keeps decides nothing.
-    watched = Watched(forest) if args.tiered_kv_view == "on" and ctx.tp_rank == 0 else None
     cost_model = build_cost_model(ctx, pool, formats.host)
     costs = None if cost_model is None else placement_costs(cost_model, formats)
     runner = ctx.tp_worker.model_runner
@@ -119,9 +118,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         observer=metrics,
         calibrator=None if cost_model is None else Calibrator(cost_model),
         order_after=tuple if on_cpu else lambda: launched_so_far(runner.forward_stream),
-        hold_passes=None
-        if on_cpu
-        else pass_holder(runner.forward_stream, overlaps=not args.disable_overlap_schedule),
+        hold_passes=None if on_cpu else hold_passes(ctx),
         timeline=timeline,
         pacer=make_pacer(budget_share(args, on_cpu=on_cpu)),
     )
@@ -141,8 +138,20 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         pass_log=make_pass_log(context, cost_model, synchronous=on_cpu),
         residency=residency,
         cost_model=cost_model,
-        watched=watched,
+        watched=make_watched(ctx, forest),
     )
+
+
+def hold_passes(ctx: TreeCacheBuildContext) -> Callable[[Point], None]:
+    """Makes forward passes that are launched from now on wait for a point."""
+    overlaps = not ctx.server_args.disable_overlap_schedule
+    return pass_holder(ctx.tp_worker.model_runner.forward_stream, overlaps=overlaps)
+
+
+def make_watched(ctx: TreeCacheBuildContext, forest: Forest) -> Watched | None:
+    """One rank answers who looks; what it keeps for that decides nothing."""
+    is_watched = ctx.server_args.tiered_kv_view == "on" and ctx.tp_rank == 0
+    return Watched(forest) if is_watched else None
 
 
 def placement_costs(cost_model: CostModel, formats: TierFormats) -> PlacementCosts:

@@ -51,7 +51,7 @@ class Envelope:
     def __init__(self, secrets: StoreSecrets, namespace_id: bytes, page_bytes: int) -> None:
         self.page_bytes = page_bytes
         self._namespace_id = namespace_id
-        # Who encrypts and who does not have nothing in common: neither could read the other's pages.
+        # Who encrypts and who does not share nothing: neither could read the other's pages.
         purpose = b"names of ciphertext" if secrets.encrypts else b"names"
         self._names_key = _derived(secrets.key, purpose)
         self._tags_key = _derived(secrets.key, b"tags") if secrets.key else None

@@ -22,8 +22,8 @@ from tiered_kv.plugin.upstream.v0_5_17.symbols_scheduler import DECODE, QUEUE, S
 from tiered_kv.plugin.upstream.v0_5_17.symbols_snapshots import SNAPSHOTS
 
 _OPTIONS = (
-    "start.server_args options.tiers options.store options.policies options.overlap options.callers "
-    "options.watching"
+    "start.server_args options.tiers options.store options.policies options.overlap "
+    "options.callers options.watching"
 )
 _OUTPUT = "sglang.srt.managers.scheduler_components.output_streamer"
 _STREAM = f"{_OUTPUT}._GenerationStreamAccumulator"
