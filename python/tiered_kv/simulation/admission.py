@@ -131,8 +131,10 @@ class PrefillAdder:
         loaded = prefix.loaded_units * cache.block_tokens
         if live.record.admitted_s is None:
             loaded += cache.brought_ahead_tokens(live)
-            live.record.disk_hit_tokens = from_disk = min(loaded, live.prefetched_tokens)
-            live.record.host_hit_tokens = loaded - from_disk
+            from_below = min(loaded, live.prefetched_tokens)
+            live.record.shared_hit_tokens = from_shared = min(from_below, live.shared_tokens)
+            live.record.disk_hit_tokens = from_below - from_shared
+            live.record.host_hit_tokens = loaded - from_below
             live.record.device_hit_tokens = cached - loaded
         left = self._chunk_left
         if new_tokens > left:

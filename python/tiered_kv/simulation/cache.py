@@ -26,10 +26,12 @@ from tiered_kv.simulation.cache_policies.hicache import read_rules
 from tiered_kv.simulation.disk import SimulatedDisk
 from tiered_kv.simulation.events import EventQueue
 from tiered_kv.simulation.host import HostMemory
+from tiered_kv.simulation.links import Links
 from tiered_kv.simulation.live import LiveRequest
-from tiered_kv.simulation.reads import DiskReads, Reads
+from tiered_kv.simulation.reads import Reads
 from tiered_kv.simulation.settings import InstanceSettings
-from tiered_kv.simulation.transfers import Link, Observer
+from tiered_kv.simulation.shared_store import SharedStore
+from tiered_kv.simulation.transfers import Observer
 from tiered_kv.simulation.writes import Writes
 
 _ABSENT = Residency.ABSENT
@@ -61,11 +63,14 @@ class TieredCache:
         events: EventQueue,
         make_manager: ManagerFactory,
         observer: Observer | None = None,
+        shared: SharedStore | None = None,
     ) -> None:
+        """shared: the store of the fleet, of which the settings say what it costs."""
         cache = settings.cache
         self.on_news: Callable[[], None] = _nobody
         """Called when `take_news` may have something to say."""
-        self.forest = Forest(page_size=1)
+        below = [Tier.DISK, *([Tier.REMOTE] if shared is not None else [])]
+        self.forest = Forest(page_size=1, tiers=(Tier.DEVICE, Tier.HOST, *below))
         self.manager = make_manager(self.forest)
         self.root = self.forest.root(namespace_hash("simulation"))
         self.block_tokens = block_tokens
@@ -78,7 +83,11 @@ class TieredCache:
         self._changed: list[Node] = []
         self.disk = SimulatedDisk(cache.disk_bytes, self.block_bytes) if cache.disk_bytes else None
         pages_per_unit = block_tokens / settings.page_tokens
-        self._connect(settings, pages_per_unit, observer)
+        self._shares_all = cache.shared is not None and cache.shared.writes == "everything"
+        links = Links(settings, block_tokens, events, self.disk, shared, observer)
+        self.links = links.all
+        self.to_device, self.to_host = links.to_device, links.to_host
+        self.to_disk, self.from_disk = links.to_disk, links.from_disk
         self._loads = Loads(pages_per_unit)
         self.host = HostMemory(
             self.forest,
@@ -92,17 +101,17 @@ class TieredCache:
             self.forest,
             self.manager,
             self.host,
-            self.disk,
-            (self.to_host, self.to_disk),
+            self.to_host,
+            links.to_stores(self._is_shared),
             self.block_bytes,
             self._has_changed,
         )
         self.reads = None
-        if self.disk is not None:
+        if links.sources:
             self.reads = Reads(
                 self.forest,
                 self.host,
-                self.from_disk,
+                links.sources,
                 events,
                 pages_per_unit=pages_per_unit,
                 ends_in_mid_read=cache.stop_policy in ("best_effort", "timeout"),
@@ -110,27 +119,9 @@ class TieredCache:
                 on_room=self.writes.advance,
             )
 
-    def _connect(
-        self, settings: InstanceSettings, pages_per_unit: float, observer: Observer | None
-    ) -> None:
-        """The links between the tiers."""
-        costs, events = settings.costs(), self._events
-
-        def link(name: str, source: Tier, target: Tier) -> Link:
-            return Link(name, costs.edge(source, target), events, observer)
-
-        self.to_device = link("host to device", Tier.HOST, Tier.DEVICE)
-        self.to_host = link("device to host", Tier.DEVICE, Tier.HOST)
-        self.to_disk = link("host to disk", Tier.HOST, Tier.DISK)
-        self.from_disk = DiskReads(
-            "disk to host",
-            costs.edge(Tier.DISK, Tier.HOST),
-            events,
-            self.disk,
-            unit_bytes=self.block_bytes,
-            pages_per_unit=pages_per_unit,
-            observer=observer,
-        )
+    def _is_shared(self, node: Node) -> bool:
+        """Whether it is worth writing to the store of the fleet."""
+        return self._shares_all or node.hits > 0 or node.end * self.block_tokens >= 8192
 
     def _has_changed(self, nodes: Sequence[Node]) -> None:
         self._changed.extend(nodes)
@@ -284,6 +275,7 @@ class TieredCache:
         if self.reads is not None:
             rid = str(live.queued.request_id)
             live.prefetched_tokens = self.reads.loaded_tokens(rid) * self.block_tokens
+            live.shared_tokens = self.reads.came_from(rid, Tier.REMOTE) * self.block_tokens
             self.reads.release(rid)
 
     def poll(self) -> None:

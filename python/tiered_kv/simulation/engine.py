@@ -26,6 +26,7 @@ from tiered_kv.simulation.events import EventQueue
 from tiered_kv.simulation.instance import Instance, Policies
 from tiered_kv.simulation.live import LiveRequest, RequestRecord
 from tiered_kv.simulation.settings import InstanceSettings
+from tiered_kv.simulation.shared_store import SharedStore
 from tiered_kv.simulation.timeline import Timeline
 from tiered_kv.simulation.workload.request import Request, Workload
 
@@ -88,6 +89,7 @@ class Simulation:
         self._records: list[RequestRecord] = []
         self._progress: Progress = _no_progress
         self.instances = []
+        self.shared = _shared_store(workload, settings)
         for index in range(n_instances):
             policies = Policies(_request_policy(settings), *_memory(workload, settings))
             self.instances.append(
@@ -99,6 +101,7 @@ class Simulation:
                     self._finished,
                     seed=seed + index,
                     timeline=timeline,
+                    shared=self.shared,
                 )
             )
 
@@ -141,7 +144,7 @@ class Simulation:
         links: dict[str, LinkUse] = {}
         for instance in self.instances:
             cache = instance.cache
-            for link in (cache.to_device, cache.to_host, cache.from_disk, cache.to_disk):
+            for link in cache.links:
                 before = links.get(link.name, LinkUse(0, 0.0))
                 links[link.name] = LinkUse(
                     before.n_bytes + link.n_bytes, before.busy_s + link.busy_s
@@ -158,6 +161,14 @@ class Simulation:
             ),
             links=links,
         )
+
+
+def _shared_store(workload: Workload, settings: InstanceSettings) -> SharedStore | None:
+    spec = settings.cache.shared
+    if spec is None:
+        return None
+    block_bytes = int(settings.model.kv_bytes_per_token * workload.block_tokens)
+    return SharedStore(spec.capacity_bytes, block_bytes)
 
 
 def _request_policy(settings: InstanceSettings) -> RequestPolicy:

@@ -4,8 +4,8 @@ What it takes over from SGLang 0.5.17 (managers/scheduler.py, schedule_batch.py)
 decode, chunked prefill with one unfinished prompt at a time, the flag that stops admission until
 somebody finishes, reservation by new-token ratio, and retraction when decoding runs out of memory.
 
-Decode passes between two events are simulated in one go: `DecodeRun` knows when each would end,
-and is cut short at a pass's end when an arrival or a finished transfer could start a prefill.
+Decode passes between two events are simulated in one go (`DecodeRun`), cut short at a pass's end
+when an arrival or a finished transfer could start a prefill.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tiered_kv.simulation.execution import DecodeRun, Execution, FloatArray
 from tiered_kv.simulation.held import HeldRequests
 from tiered_kv.simulation.live import AnswerBlocks, LiveRequest, new_record, queued_request
 from tiered_kv.simulation.settings import InstanceSettings
+from tiered_kv.simulation.shared_store import SharedStore
 from tiered_kv.simulation.timeline import Timeline, transfer_spans
 from tiered_kv.simulation.workload.request import Request
 
@@ -63,19 +64,18 @@ class Instance:
         *,
         seed: int = 0,
         timeline: Timeline | None = None,
+        shared: SharedStore | None = None,
     ) -> None:
         self.settings = settings
         self.policy = policy = policies.request
         self._forecaster = policy if isinstance(policy, ForecastingPolicy) else None
-        observer = None if timeline is None else transfer_spans(timeline)
-        self.cache = TieredCache(settings, block_tokens, events, policies.make_manager, observer)
+        observer, make = transfer_spans(timeline), policies.make_manager
+        self.cache = TieredCache(settings, block_tokens, events, make, observer, shared)
         self.waiting = WaitingQueue(self.cache.forest, tokens_per_unit=block_tokens)
         self._held = HeldRequests(
             self.cache, self.waiting, policy, lambda: self._wake(events.now())
         )
-        self.n_iterations = 0
-        self.busy_s = 0.0
-        self.processed_prefill_tokens = 0
+        self.n_iterations, self.busy_s, self.processed_prefill_tokens = 0, 0.0, 0
         self._events = events
         self._execution = Execution(settings.costs(), noise=settings.noise, seed=seed)
         self._on_finish = on_finish
@@ -102,6 +102,11 @@ class Instance:
     @property
     def n_running(self) -> int:
         return len(self._running)
+
+    @property
+    def n_open(self) -> int:
+        """Requests that it has, waiting or running."""
+        return len(self._live)
 
     # -- arrivals -----------------------------------------------------------------------------
 

@@ -32,8 +32,10 @@ class RequestRecord:
     """None: it was refused or aborted."""
     device_hit_tokens: int = 0
     host_hit_tokens: int = 0
-    """Host hits that had not come from disk for this request."""
+    """Host hits that had not come from a store below for this request."""
     disk_hit_tokens: int = 0
+    shared_hit_tokens: int = 0
+    """From the store of the fleet."""
     mean_tbt_s: float | None = None
     """Mean time between tokens; None with a single one."""
     p99_tbt_s: float | None = None
@@ -66,7 +68,9 @@ class LiveRequest:
     private_tokens: int = 0
     """Tokens of KV it holds besides."""
     prefetched_tokens: int = 0
-    """Tokens that were brought from disk for it until it was admitted."""
+    """Tokens that were brought from disk, or a shared store, for it until it was admitted,"""
+    shared_tokens: int = 0
+    """and those of them that came from a shared store."""
     last_token_s: float = 0.0
     """When it got its last token."""
     n_swaps: int = 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from tiered_kv.core.ids import PageHash, Tier
 from tiered_kv.forest.forest import Forest
@@ -17,7 +18,6 @@ from tiered_kv.memory.read_order import Urgency
 from tiered_kv.memory.read_turns import ReadTurns, Stretch
 from tiered_kv.memory.stored_pages import Stored
 from tiered_kv.scheduler.cost_model import EdgeCost
-from tiered_kv.simulation.disk import SimulatedDisk
 from tiered_kv.simulation.events import EventQueue
 from tiered_kv.simulation.host import HostMemory
 from tiered_kv.simulation.transfers import Observer
@@ -26,27 +26,53 @@ Ended = Callable[[int, int], None]
 """Told of a read that is over: its number, and how many leading pages came."""
 
 
-class DiskReads:
+class SimulatedStore(Protocol):
+    """Pages by name, below the host."""
+
+    def known(self, hashes: Sequence[PageHash], /) -> int:
+        """How many leading pages are there."""
+        ...
+
+    def put(self, hashes: Sequence[PageHash], /) -> int:
+        """Stores the pages that are not there; returns how many leading ones are there now."""
+        ...
+
+    def touch(self, hashes: Iterable[PageHash], /) -> None:
+        """Pages are read, or used in a nearer tier."""
+        ...
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether `drain_dropped` has something to say."""
+        ...
+
+    def drain_dropped(self) -> list[PageHash] | None:
+        """Pages that are there no more, since the last call; None: too many to remember."""
+        ...
+
+
+class StoreReads:
     """A `memory.cold_source.ColdSource`: one stretch at a time, with latency and bandwidth.
 
     A read takes what the cost model says if no other comes between: latency once, then bandwidth.
     """
 
-    tier = Tier.DISK
     is_away = False
 
     def __init__(
         self,
         name: str,
+        tier: Tier,
         cost: EdgeCost,
         events: EventQueue,
-        disk: SimulatedDisk | None,
+        store: SimulatedStore | None,
         *,
         unit_bytes: int,
         pages_per_unit: float,
         observer: Observer | None = None,
     ) -> None:
         self.name = name
+        self.tier = tier
         self.n_bytes = 0
         """Bytes carried so far."""
         self.busy_s = 0.0
@@ -56,7 +82,7 @@ class DiskReads:
         self.ended: Ended = _nobody
         self._cost = cost
         self._events = events
-        self.disk = disk
+        self.store = store
         self._observer = observer
         self._turns = ReadTurns(pages_per_unit)
         self._hashes: dict[int, list[PageHash]] = {}
@@ -88,6 +114,8 @@ class DiskReads:
     def cut(self, op: int) -> None:
         """End a read now, in the middle of a stretch: what has come of it is there."""
         stretch = self._stretch
+        if op not in self._hashes:
+            return
         if stretch is None or stretch.op != op:
             self._over(op)
             return
@@ -116,13 +144,13 @@ class DiskReads:
         self._event = self._events.schedule(self._start_s + seconds, self._finish)
 
     def _finish(self, now_s: float) -> None:
-        stretch, disk = self._stretch, self.disk
+        stretch, store = self._stretch, self.store
         assert stretch is not None
-        assert disk is not None
+        assert store is not None
         self._stretch = None
         hashes = self._hashes[stretch.op][stretch.start : stretch.stop]
-        n_pages = disk.known(hashes)
-        disk.touch(hashes[:n_pages])
+        n_pages = store.known(hashes)
+        store.touch(hashes[:n_pages])
         is_over = self._arrived(stretch, n_pages)
         if self._observer is not None and n_pages:
             self._observer(self.name, self._start_s, now_s, n_pages * self.page_bytes)
@@ -142,27 +170,34 @@ class DiskReads:
         self.ended(op, n_done)
 
 
-class DiskLookups:
-    """A `memory.cold_source.StoreLookups`: answers at once."""
+class Lookups:
+    """A `memory.cold_source.StoreLookups`: answers at once, the nearest store first."""
 
-    def __init__(self, disk: SimulatedDisk) -> None:
-        self._disk = disk
+    def __init__(self, stores: Sequence[tuple[Tier, SimulatedStore]]) -> None:
+        self._stores = stores
 
     def may_hit(self, anchor: Node, first: Tokens) -> bool:
         if first.tobytes() in anchor.children:
             return True  # on its way for another request
-        return self._disk.known(page_hashes(anchor.last_page_hash, first, 1)) > 0
+        name = page_hashes(anchor.last_page_hash, first, 1)
+        return any(store.known(name) for _, store in self._stores)
 
     def ask(self, rid: str, root: Node, tokens: array[int], anchor: Node) -> Stored:  # noqa: ARG002
-        name, found = anchor.last_page_hash, []
-        for at in range(anchor.end, len(tokens)):
-            # One at a time: most lookups miss at once, and hashing a long prompt costs.
-            (name,) = page_hashes(name, tokens[at : at + 1], 1)
-            if not self._disk.known((name,)):
-                break
-            found.append(name)
-        ends = ((Tier.DISK, anchor.end + len(found)),) if found else ()
-        return Stored(anchor.end, ends, found, anchor.end)
+        name, names, at = anchor.last_page_hash, list[PageHash](), anchor.end
+        ends: list[tuple[Tier, int]] = []
+        for tier, store in self._stores:
+            start = at
+            while at < len(tokens):
+                if len(names) == at - anchor.end:
+                    # One at a time: most lookups miss at once, and hashing a long prompt costs.
+                    (name,) = page_hashes(name, tokens[at : at + 1], 1)
+                    names.append(name)
+                if not store.known((names[at - anchor.end],)):
+                    break
+                at += 1
+            if at > start:
+                ends.append((tier, at))
+        return Stored(anchor.end, tuple(ends), names[: at - anchor.end], anchor.end)
 
 
 class Reads(PrefetchPlanner):
@@ -177,7 +212,7 @@ class Reads(PrefetchPlanner):
         self,
         forest: Forest,
         host: HostMemory,
-        source: DiskReads,
+        sources: Sequence[StoreReads],
         events: EventQueue,
         *,
         pages_per_unit: float,
@@ -185,11 +220,12 @@ class Reads(PrefetchPlanner):
         on_news: Callable[[], None],
         on_room: Callable[[], None],
     ) -> None:
-        assert source.disk is not None
-        lookups = DiskLookups(source.disk)
-        super().__init__(forest, host, lookups, [source], host.n_units, pages_per_unit)
-        source.ended = self._ended
-        self._source = source
+        """sources: the nearest first; each has a store."""
+        stores = [(source.tier, source.store) for source in sources if source.store is not None]
+        super().__init__(forest, host, Lookups(stores), sources, host.n_units, pages_per_unit)
+        for source in sources:
+            source.ended = self._ended
+        self._cuts = [source.cut for source in sources]
         self._events = events
         self._ends_in_mid_read = ends_in_mid_read
         self._on_news = on_news
@@ -211,7 +247,22 @@ class Reads(PrefetchPlanner):
             self.give_up(rid)
         if self._ends_in_mid_read:
             for op in self.reads_alone(rid):
-                self._source.cut(op)
+                for cut in self._cuts:
+                    cut(op)
+
+    def came_from(self, rid: str, tier: Tier) -> int:
+        """Tokens that were brought to the host for a request from the store `tier`."""
+        ticket = self.tickets.get(rid)
+        if ticket is None or ticket.pinned is None or ticket.stored is None:
+            return 0
+        end = ticket.pinned.end
+        n_came, start = ticket.came_tokens, ticket.stored.first
+        for at, run_end in ticket.stored.ends:
+            if at is tier:
+                # What was loaded is the end of what is pinned.
+                return max(0, min(end, run_end) - max(start, end - n_came))
+            start = run_end
+        return 0
 
     def _look(self, now_s: float) -> None:  # noqa: ARG002
         self._looks_s = math.inf

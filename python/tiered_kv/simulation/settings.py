@@ -15,6 +15,7 @@ from tiered_kv.scheduler.policies.slack_config import SlackConfig
 
 GB = 10**9
 
+STORE_WRITES = ("by_value", "everything")
 STOP_POLICIES = ("best_effort", "timeout", "wait_complete", "patience")
 
 
@@ -30,6 +31,29 @@ class DiskSpec:
 
     latency_s: float = 2e-4
     """Seconds per transfer before the first byte."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedStoreSpec:
+    """A store that all servers of a fleet share, and each server's own link to it."""
+
+    capacity_bytes: int
+    """Of the store as a whole."""
+
+    bandwidth: float = 11.0e9
+    """Bytes/s each way: a 100 Gb/s network card, slightly derated."""
+
+    latency_s: float = 1e-3
+    """Seconds per transfer before the first byte."""
+
+    writes: str = "by_value"
+    """What is written there: by_value or everything."""
+
+    def __post_init__(self) -> None:
+        if self.writes not in STORE_WRITES:
+            raise ConfigError(
+                f"A shared store takes {' or '.join(STORE_WRITES)}, not {self.writes!r}."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +74,9 @@ class CacheSettings:
 
     disk: DiskSpec = DiskSpec()
     """Speed of the disk tier."""
+
+    shared: SharedStoreSpec | None = None
+    """The store of the cluster; it needs a host tier."""
 
     eviction: str = "lru"
     """Name of an eviction policy, or of a simulated one: belady, kvflow, tlru."""
@@ -93,6 +120,8 @@ class CacheSettings:
             )
         if self.disk_bytes and not self.host_bytes:
             raise ConfigError("The disk tier is reached through the host tier; give it a size.")
+        if self.shared is not None and not self.host_bytes:
+            raise ConfigError("A shared store is reached through the host tier; give it a size.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,13 +204,16 @@ class InstanceSettings:
     def costs(self) -> CostModel:
         """The cost model of this model, device and disk."""
         link = EdgeCost(self.device.host_link_bandwidth, self.device.host_link_latency_s)
-        disk = self.cache.disk
+        disk, shared = self.cache.disk, self.cache.shared
         edges = {
             (Tier.HOST, Tier.DEVICE): link,
             (Tier.DEVICE, Tier.HOST): link,
             (Tier.DISK, Tier.HOST): EdgeCost(disk.read_bandwidth, disk.latency_s),
             (Tier.HOST, Tier.DISK): EdgeCost(disk.write_bandwidth, disk.latency_s),
         }
+        if shared is not None:
+            network = EdgeCost(shared.bandwidth, shared.latency_s)
+            edges |= {(Tier.REMOTE, Tier.HOST): network, (Tier.HOST, Tier.REMOTE): network}
         if self.pass_times is not None:
             return MeasuredCosts(self.model, self.device, edges, self.pass_times)
         return CostModel(self.model, self.device, edges)

@@ -109,6 +109,8 @@ def hit_tokens(records: Sequence[RequestRecord]) -> dict[str, int]:
         "host": sum(record.host_hit_tokens for record in admitted),
         "disk": sum(record.disk_hit_tokens for record in admitted),
     }
+    if shared := sum(record.shared_hit_tokens for record in admitted):
+        tiers["shared"] = shared
     total = sum(record.input_tokens for record in admitted)
     return {**tiers, "computed": total - sum(tiers.values()), "input": total}
 

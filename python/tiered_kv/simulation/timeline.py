@@ -41,8 +41,10 @@ class Timeline:
             self.truncated = True
 
 
-def transfer_spans(timeline: Timeline) -> Callable[[str, float, float, int], None]:
-    """An observer of links that draws each transfer on the link's own row."""
+def transfer_spans(timeline: Timeline | None) -> Callable[[str, float, float, int], None] | None:
+    """An observer of links that draws each transfer on the link's own row; None if nowhere."""
+    if timeline is None:
+        return None
 
     def observe(link: str, start_s: float, end_s: float, n_bytes: int) -> None:
         timeline.span(link, f"{n_bytes / 1e6:.0f} MB", start_s, end_s, n_bytes=n_bytes)

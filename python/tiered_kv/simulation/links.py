@@ -1,0 +1,81 @@
+"""All links of one simulated server: between its tiers, and to the store that a fleet shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.forest.node import Node
+from tiered_kv.simulation.disk import SimulatedDisk
+from tiered_kv.simulation.events import EventQueue
+from tiered_kv.simulation.reads import SimulatedStore, StoreReads
+from tiered_kv.simulation.settings import InstanceSettings
+from tiered_kv.simulation.shared_store import SharedStore
+from tiered_kv.simulation.transfers import Link, Observer
+from tiered_kv.simulation.writes import StoreEdge
+
+
+class Links:
+    """One each way between device and host, and between the host and each store below it.
+
+    block_tokens: of a unit of the forest. disk, shared: those that are there. Where there is no disk
+    its links carry nothing.
+    """
+
+    def __init__(
+        self,
+        settings: InstanceSettings,
+        block_tokens: int,
+        events: EventQueue,
+        disk: SimulatedDisk | None,
+        shared: SharedStore | None,
+        observer: Observer | None,
+    ) -> None:
+        costs = settings.costs()
+        unit_bytes = int(settings.model.kv_bytes_per_token * block_tokens)
+
+        def link(name: str, source: Tier, target: Tier) -> Link:
+            return Link(name, costs.edge(source, target), events, observer)
+
+        def reads(name: str, tier: Tier, store: SimulatedStore | None) -> StoreReads:
+            return StoreReads(
+                name,
+                tier,
+                costs.edge(tier, Tier.HOST),
+                events,
+                store,
+                unit_bytes=unit_bytes,
+                pages_per_unit=block_tokens / settings.page_tokens,
+                observer=observer,
+            )
+
+        self._disk, self._shared = disk, shared
+        self.to_device = link("host to device", Tier.HOST, Tier.DEVICE)
+        self.to_host = link("device to host", Tier.DEVICE, Tier.HOST)
+        self.to_disk = link("host to disk", Tier.HOST, Tier.DISK)
+        self.from_disk = reads("disk to host", Tier.DISK, disk)
+        self.all: list[Link | StoreReads] = [
+            self.to_device,
+            self.to_host,
+            self.from_disk,
+            self.to_disk,
+        ]
+        self.sources = [self.from_disk] if disk is not None else []
+        """Stores that pages are read from, the nearest first."""
+        if shared is not None:
+            self._to_shared = link("host to store", Tier.HOST, Tier.REMOTE)
+            from_shared = reads("store to host", Tier.REMOTE, shared)
+            self.sources.append(from_shared)
+            self.all += [from_shared, self._to_shared]
+
+    def to_stores(self, shares: Callable[[Node], bool]) -> list[StoreEdge]:
+        """Stores that pages are written to, the nearest first.
+
+        shares: whether a node is worth writing to the store of the fleet.
+        """
+        edges = []
+        if self._disk is not None:
+            edges.append(StoreEdge(Tier.DISK, self._disk, self.to_disk))
+        if self._shared is not None:
+            edges.append(StoreEdge(Tier.REMOTE, self._shared, self._to_shared, shares))
+        return edges
