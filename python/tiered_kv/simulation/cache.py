@@ -83,7 +83,7 @@ class TieredCache:
         self._changed: list[Node] = []
         self.disk = SimulatedDisk(cache.disk_bytes, self.block_bytes) if cache.disk_bytes else None
         pages_per_unit = block_tokens / settings.page_tokens
-        self._shares_all = cache.shared is not None and cache.shared.writes == "everything"
+        self._shares_all = cache.shared is not None and cache.shared.writes == "all"
         links = Links(settings, block_tokens, events, self.disk, shared, observer)
         self.links = links.all
         self.to_device, self.to_host = links.to_device, links.to_host

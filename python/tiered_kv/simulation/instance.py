@@ -79,18 +79,15 @@ class Instance:
         self._events = events
         self._execution = Execution(settings.costs(), noise=settings.noise, seed=seed)
         self._on_finish = on_finish
-        self._listener = policies.listener
-        self._timeline = timeline
+        self._listener, self._timeline = policies.listener, timeline
         self._live: dict[int, LiveRequest] = {}
         self._running = batch = DecodeBatch(self.cache, is_cascade=settings.cascade)
         self._turns = turns = PrefillTurns()
         costs = self._execution.costs
         self._selection = selection_for(settings, batch, costs, block_tokens, turns)
         self._unfinished: LiveRequest | None = None
-        self._is_full = False
-        self._is_refused = False
+        self._is_full = self._is_refused = self._is_busy = False
         self._ratio = NewTokenRatio(settings)
-        self._is_busy = False
         self._runs = DecodeRuns(
             batch, self._selection, self.cache, self._execution, events, self._end_run
         )
@@ -104,8 +101,7 @@ class Instance:
         return len(self._running)
 
     @property
-    def n_open(self) -> int:
-        """Requests that it has, waiting or running."""
+    def n_open(self) -> int:  # waiting or running
         return len(self._live)
 
     # -- arrivals -----------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from tiered_kv.simulation.writes import StoreEdge
 class Links:
     """One each way between device and host, and between the host and each store below it.
 
-    block_tokens: of a unit of the forest. disk, shared: those that are there. Where there is no disk
-    its links carry nothing.
+    block_tokens: of a unit of the forest. disk, shared: those that are there; without a disk its
+    links carry nothing.
     """
 
     def __init__(

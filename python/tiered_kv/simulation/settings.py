@@ -15,7 +15,7 @@ from tiered_kv.scheduler.policies.slack_config import SlackConfig
 
 GB = 10**9
 
-STORE_WRITES = ("by_value", "everything")
+STORE_WRITES = ("value", "all")
 STOP_POLICIES = ("best_effort", "timeout", "wait_complete", "patience")
 
 
@@ -46,8 +46,8 @@ class SharedStoreSpec:
     latency_s: float = 1e-3
     """Seconds per transfer before the first byte."""
 
-    writes: str = "by_value"
-    """What is written there: by_value or everything."""
+    writes: str = "value"
+    """What is written there: by value (`memory.store_value`), or all."""
 
     def __post_init__(self) -> None:
         if self.writes not in STORE_WRITES:
