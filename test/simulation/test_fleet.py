@@ -137,5 +137,5 @@ def test_a_store_without_a_host_is_refused() -> None:
     spec = SharedStoreSpec(capacity_bytes=1)
     with pytest.raises(ConfigError, match="host tier"):
         CacheSettings(shared=spec)
-    with pytest.raises(ConfigError, match="value or all"):
+    with pytest.raises(ConfigError, match="one of value, all"):
         SharedStoreSpec(capacity_bytes=1, writes="some")

@@ -69,7 +69,7 @@ class TieredCache:
         cache = settings.cache
         self.on_news: Callable[[], None] = _nobody
         """Called when `take_news` may have something to say."""
-        below = [Tier.DISK, *([Tier.REMOTE] if shared is not None else [])]
+        below = [Tier.DISK, *([Tier.STORE] if shared is not None else [])]
         self.forest = Forest(page_size=1, tiers=(Tier.DEVICE, Tier.HOST, *below))
         self.manager = make_manager(self.forest)
         self.root = self.forest.root(namespace_hash("simulation"))
@@ -83,7 +83,6 @@ class TieredCache:
         self._changed: list[Node] = []
         self.disk = SimulatedDisk(cache.disk_bytes, self.block_bytes) if cache.disk_bytes else None
         pages_per_unit = block_tokens / settings.page_tokens
-        self._shares_all = cache.shared is not None and cache.shared.writes == "all"
         links = Links(settings, block_tokens, events, self.disk, shared, observer)
         self.links = links.all
         self.to_device, self.to_host = links.to_device, links.to_host
@@ -102,7 +101,7 @@ class TieredCache:
             self.manager,
             self.host,
             self.to_host,
-            links.to_stores(self._is_shared),
+            links.to_stores(),
             self.block_bytes,
             self._has_changed,
         )
@@ -118,10 +117,6 @@ class TieredCache:
                 on_news=self._tell_news,
                 on_room=self.writes.advance,
             )
-
-    def _is_shared(self, node: Node) -> bool:
-        """Whether it is worth writing to the store of the fleet."""
-        return self._shares_all or node.hits > 0 or node.end * self.block_tokens >= 8192
 
     def _has_changed(self, nodes: Sequence[Node]) -> None:
         self._changed.extend(nodes)
@@ -275,7 +270,7 @@ class TieredCache:
         if self.reads is not None:
             rid = str(live.queued.request_id)
             live.prefetched_tokens = self.reads.loaded_tokens(rid) * self.block_tokens
-            live.shared_tokens = self.reads.came_from(rid, Tier.REMOTE) * self.block_tokens
+            live.shared_tokens = self.reads.came_from(rid, Tier.STORE) * self.block_tokens
             self.reads.release(rid)
 
     def poll(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tiered_kv.core.config import MemoryConfig
+from tiered_kv.core.config import STORE_WRITES, MemoryConfig
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.scheduler.cost_model import PlacementCosts
 from tiered_kv.scheduler.policies.slack import SlackPolicy
@@ -190,6 +190,7 @@ def _memory(
         host_enabled=bool(cache.host_bytes),
         disk_enabled=bool(cache.disk_bytes),
         load_policy=cache.load_policy,
+        store_writes=STORE_WRITES[0] if cache.shared is None else cache.shared.writes,
     )
     if name in {"belady", "kvflow"}:
         foresight: Foresight = Clairvoyance(workload) if name == "belady" else WorkflowKnowledge()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from tiered_kv.core.ids import Tier
-from tiered_kv.forest.node import Node
 from tiered_kv.simulation.disk import SimulatedDisk
 from tiered_kv.simulation.events import EventQueue
 from tiered_kv.simulation.reads import SimulatedStore, StoreReads
@@ -63,19 +60,16 @@ class Links:
         self.sources = [self.from_disk] if disk is not None else []
         """Stores that pages are read from, the nearest first."""
         if shared is not None:
-            self._to_shared = link("host to store", Tier.HOST, Tier.REMOTE)
-            from_shared = reads("store to host", Tier.REMOTE, shared)
+            self._to_shared = link("host to store", Tier.HOST, Tier.STORE)
+            from_shared = reads("store to host", Tier.STORE, shared)
             self.sources.append(from_shared)
             self.all += [from_shared, self._to_shared]
 
-    def to_stores(self, shares: Callable[[Node], bool]) -> list[StoreEdge]:
-        """Stores that pages are written to, the nearest first.
-
-        shares: whether a node is worth writing to the store of the fleet.
-        """
+    def to_stores(self) -> list[StoreEdge]:
+        """Stores that pages are written to, the nearest first."""
         edges = []
         if self._disk is not None:
             edges.append(StoreEdge(Tier.DISK, self._disk, self.to_disk))
         if self._shared is not None:
-            edges.append(StoreEdge(Tier.REMOTE, self._shared, self._to_shared, shares))
+            edges.append(StoreEdge(Tier.STORE, self._shared, self._to_shared))
         return edges

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tiered_kv.core.config import STORE_WRITES
 from tiered_kv.core.device_spec import DeviceSpec
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
@@ -15,7 +16,6 @@ from tiered_kv.scheduler.policies.slack_config import SlackConfig
 
 GB = 10**9
 
-STORE_WRITES = ("value", "all")
 STOP_POLICIES = ("best_effort", "timeout", "wait_complete", "patience")
 
 
@@ -52,7 +52,7 @@ class SharedStoreSpec:
     def __post_init__(self) -> None:
         if self.writes not in STORE_WRITES:
             raise ConfigError(
-                f"A shared store takes {' or '.join(STORE_WRITES)}, not {self.writes!r}."
+                f"A shared store takes one of {', '.join(STORE_WRITES)}, not {self.writes!r}."
             )
 
 
@@ -213,7 +213,7 @@ class InstanceSettings:
         }
         if shared is not None:
             network = EdgeCost(shared.bandwidth, shared.latency_s)
-            edges |= {(Tier.REMOTE, Tier.HOST): network, (Tier.HOST, Tier.REMOTE): network}
+            edges |= {(Tier.STORE, Tier.HOST): network, (Tier.HOST, Tier.STORE): network}
         if self.pass_times is not None:
             return MeasuredCosts(self.model, self.device, edges, self.pass_times)
         return CostModel(self.model, self.device, edges)

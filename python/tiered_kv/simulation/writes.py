@@ -31,8 +31,6 @@ class StoreEdge:
     tier: Tier
     store: SimulatedStore
     link: Link
-    wants: Callable[[Node], bool] = lambda _: True
-    """Whether a node that it lacks is worth writing there."""
 
 
 class Writes:
@@ -141,7 +139,7 @@ class _ToStore:
         self._units_under_way = 0
 
     def offer(self, nodes: Iterable[Node]) -> None:
-        self.waiting.offer(node for node in nodes if self._edge.wants(node))
+        self.waiting.offer(nodes)
         self.start()
 
     def look_after(self) -> None:
