@@ -19,9 +19,9 @@ from tiered_kv.scheduler.request_policy import REQUEST_POLICY_DEFAULT
 from tiered_kv.simulation import schema
 from tiered_kv.simulation.__main__ import main
 from tiered_kv.simulation.capacity import best_capacity, saturated_capacity
-from tiered_kv.simulation.engine import SIMULATED
 from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_job
 from tiered_kv.simulation.measured_server import MeasuredServer
+from tiered_kv.simulation.policies import SIMULATED
 from tiered_kv.simulation.server_defaults import default_chunk_tokens
 
 CHAT = ["--workload", "chat", "--limit", "20"]

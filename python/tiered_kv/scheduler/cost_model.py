@@ -204,6 +204,11 @@ class CostModel:
                 "bandwidth and latency."
             ) from None
 
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """Those that it knows the cost of."""
+        return tuple(self._edges)
+
     def path(self, source: Tier, target: Tier) -> tuple[Edge, ...]:
         """The edges from `source` to `target`: a direct one, else through the host."""
         if (source, target) in self._edges:

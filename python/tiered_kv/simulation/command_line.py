@@ -15,9 +15,9 @@ from tiered_kv.memory.eviction import eviction_policies
 from tiered_kv.scheduler.iteration_config import IterationConfig
 from tiered_kv.scheduler.iteration_policy import iteration_policies
 from tiered_kv.scheduler.request_policy import request_policies
-from tiered_kv.simulation.engine import SIMULATED
 from tiered_kv.simulation.jobs import Job, WorkloadChoice
 from tiered_kv.simulation.measured_server import read_measured_server
+from tiered_kv.simulation.policies import SIMULATED
 from tiered_kv.simulation.server_defaults import (
     default_cascade,
     default_chunk_tokens,

@@ -4,34 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from tiered_kv.core.config import STORE_WRITES, MemoryConfig
-from tiered_kv.memory.manager import MemoryManager
-from tiered_kv.scheduler.cost_model import PlacementCosts
-from tiered_kv.scheduler.policies.slack import SlackPolicy
-from tiered_kv.scheduler.request_policy import RequestPolicy, request_policies
-from tiered_kv.simulation.cache import ManagerFactory
-from tiered_kv.simulation.cache_policies.belady import Clairvoyance
-from tiered_kv.simulation.cache_policies.farthest_use import (
-    Foresight,
-    ForesightManager,
-    Listener,
-)
-from tiered_kv.simulation.cache_policies.hints import HintedManager, Hints
-from tiered_kv.simulation.cache_policies.kvflow import WorkflowKnowledge
-from tiered_kv.simulation.cache_policies.tail_optimized import NEXT_PROMPT_TOKENS, TailsFirst
-from tiered_kv.simulation.cache_policies.whole_leaves import WholeLeafManager
 from tiered_kv.simulation.events import EventQueue
-from tiered_kv.simulation.instance import Instance, Policies
+from tiered_kv.simulation.instance import Instance
 from tiered_kv.simulation.live import LiveRequest, RequestRecord
+from tiered_kv.simulation.policies import make_policies
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.shared_store import SharedStore
 from tiered_kv.simulation.timeline import Timeline
 from tiered_kv.simulation.workload.request import Request, Workload
-
-SIMULATED = ("belady", "kvflow", "tlru")
-"""Policies of eviction that only the simulator has."""
 
 Router = Callable[[Request, Sequence[Instance]], int]
 """Picks the instance, by its index, that gets a request."""
@@ -91,7 +72,7 @@ class Simulation:
         self.instances = []
         self.shared = _shared_store(workload, settings)
         for index in range(n_instances):
-            policies = Policies(_request_policy(settings), *_memory(workload, settings))
+            policies = make_policies(workload, settings)
             self.instances.append(
                 Instance(
                     settings,
@@ -169,43 +150,6 @@ def _shared_store(workload: Workload, settings: InstanceSettings) -> SharedStore
         return None
     block_bytes = int(settings.model.kv_bytes_per_token * workload.block_tokens)
     return SharedStore(spec.capacity_bytes, block_bytes)
-
-
-def _request_policy(settings: InstanceSettings) -> RequestPolicy:
-    """By name; the one that has options gets them."""
-    make = request_policies.get(settings.policy)
-    return SlackPolicy(settings.slack) if make is SlackPolicy else make()
-
-
-def _memory(
-    workload: Workload, settings: InstanceSettings
-) -> tuple[ManagerFactory, Listener | None]:
-    """The memory manager of an instance: the server's, or around a policy that it lacks."""
-    cache = settings.cache
-    costs = PlacementCosts(settings.costs(), workload.block_tokens)
-    name = cache.eviction
-    config = MemoryConfig(
-        eviction_policy="lru" if name in SIMULATED else name,
-        protect_expected=cache.protect_expected,
-        host_enabled=bool(cache.host_bytes),
-        disk_enabled=bool(cache.disk_bytes),
-        load_policy=cache.load_policy,
-        store_writes=STORE_WRITES[0] if cache.shared is None else cache.shared.writes,
-    )
-    if name in {"belady", "kvflow"}:
-        foresight: Foresight = Clairvoyance(workload) if name == "belady" else WorkflowKnowledge()
-        return lambda forest: ForesightManager(forest, config, foresight, costs), foresight
-    make_order = None
-    if name == "tlru":
-        next_prompt = -(-NEXT_PROMPT_TOKENS // workload.block_tokens)
-        make_order = partial(TailsFirst, costs=costs, next_prompt=next_prompt)
-    if cache.hints:
-        hints = Hints()
-        make = partial(HintedManager, hints=hints, make_order=make_order)
-        return lambda forest: make(forest, config, costs), hints
-    if cache.whole_leaves:
-        return lambda forest: WholeLeafManager(forest, config, costs, make_order=make_order), None
-    return lambda forest: MemoryManager(forest, config, costs, make_order=make_order), None
 
 
 def _no_progress(n: int) -> None:

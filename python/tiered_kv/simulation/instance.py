@@ -12,17 +12,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
-from tiered_kv.scheduler.request_policy import ForecastingPolicy, RequestPolicy, SchedulerState
+from tiered_kv.scheduler.request_policy import ForecastingPolicy, SchedulerState
 from tiered_kv.scheduler.waiting import WaitingQueue
 from tiered_kv.simulation.admission import Added, NewTokenRatio, PrefillAdder, PrefillBatch
-from tiered_kv.simulation.cache import ManagerFactory, TieredCache
-from tiered_kv.simulation.cache_policies.farthest_use import Listener
+from tiered_kv.simulation.cache import TieredCache
 from tiered_kv.simulation.decode_batch import DecodeBatch, record_gaps
 from tiered_kv.simulation.decode_runs import DecodeRuns
 from tiered_kv.simulation.decode_selection import selection_for
@@ -31,24 +29,17 @@ from tiered_kv.simulation.events import EventQueue
 from tiered_kv.simulation.execution import DecodeRun, Execution, FloatArray
 from tiered_kv.simulation.held import HeldRequests
 from tiered_kv.simulation.live import AnswerBlocks, LiveRequest, new_record, queued_request
+from tiered_kv.simulation.policies import Policies
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.shared_store import SharedStore
 from tiered_kv.simulation.timeline import Timeline, transfer_spans
+from tiered_kv.simulation.transfers import together
 from tiered_kv.simulation.workload.request import Request
 
 #: An idle server whose memory is held by transfers looks again after this many seconds.
 RETRY_S = 1e-3
 #: Requests asked of the policy at first; more if all of them are admitted.
 PLAN_LIMIT = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Policies:
-    """The decisions of one instance; policies keep state, so each instance has its own."""
-
-    request: RequestPolicy
-    make_manager: ManagerFactory
-    listener: Listener | None = None
 
 
 class Instance:
@@ -69,7 +60,8 @@ class Instance:
         self.settings = settings
         self.policy = policy = policies.request
         self._forecaster = policy if isinstance(policy, ForecastingPolicy) else None
-        observer, make = transfer_spans(timeline), policies.make_manager
+        observer = together(transfer_spans(timeline), policies.believed.transferred)
+        make = policies.make_manager
         self.cache = TieredCache(settings, block_tokens, events, make, observer, shared)
         self.waiting = WaitingQueue(self.cache.forest, tokens_per_unit=block_tokens)
         self._held = HeldRequests(
@@ -83,8 +75,8 @@ class Instance:
         self._live: dict[int, LiveRequest] = {}
         self._running = batch = DecodeBatch(self.cache, is_cascade=settings.cascade)
         self._turns = turns = PrefillTurns()
-        costs = self._execution.costs
-        self._selection = selection_for(settings, batch, costs, block_tokens, turns)
+        self._believed = policies.believed
+        self._selection = selection_for(settings, batch, self._believed.costs, block_tokens, turns)
         self._unfinished: LiveRequest | None = None
         self._is_full = self._is_refused = self._is_busy = False
         self._ratio = NewTokenRatio(settings)
@@ -258,7 +250,7 @@ class Instance:
             decode_context_tokens=self._running.context_tokens + self._running.parked_tokens,
             processed_prefill_tokens=self.processed_prefill_tokens,
             chunk_tokens=self.settings.chunk_tokens,
-            costs=self._execution.costs,
+            costs=self._believed.costs,
             available_tokens=self.cache.available_tokens,
             unfinished=None if self._unfinished is None else self._unfinished.queued,
             can_put_back=True,
@@ -287,6 +279,8 @@ class Instance:
             context_tokens = self._running.context_tokens
             saved_tokens = self._running.shared_tokens_saved
         compute_s = self._execution.iteration_s(prefills, context_tokens, n_decodes, saved_tokens)
+        if batch.ready_s <= now_s:
+            self._believed.prefilled(prefills, compute_s, context_tokens, n_decodes, saved_tokens)
         end_s = now_s + compute_s
         if batch.ready_s > now_s:
             # Layer by layer: when the last layer's pages are there, that layer is left to compute.
@@ -332,6 +326,9 @@ class Instance:
         n_steps = len(run.ends_s)
         self._count(run.start_s, now_s, n_steps, "decode", decodes=self._running.n_decoding)
         self._turns.passed(now_s, now_s - run.start_s, decoded=True, n=n_steps)
+        batch = self._running
+        n, saved = batch.n_decoding, batch.shared_tokens_saved
+        self._believed.decoded(run.ends_s, run.start_s, batch.context_tokens, n, saved)
         self._ratio.decay(n_steps)
         self._end_decodes(run.ends_s)
         self._step(now_s)

@@ -11,6 +11,16 @@ from tiered_kv.simulation.shared_store import SharedStore
 from tiered_kv.simulation.transfers import Link, Observer
 from tiered_kv.simulation.writes import StoreEdge
 
+EDGES = {
+    "host to device": (Tier.HOST, Tier.DEVICE),
+    "device to host": (Tier.DEVICE, Tier.HOST),
+    "host to disk": (Tier.HOST, Tier.DISK),
+    "disk to host": (Tier.DISK, Tier.HOST),
+    "host to store": (Tier.HOST, Tier.STORE),
+    "store to host": (Tier.STORE, Tier.HOST),
+}
+"""Source and target of each, by its name."""
+
 
 class Links:
     """One each way between device and host, and between the host and each store below it.
@@ -31,14 +41,14 @@ class Links:
         costs = settings.costs()
         unit_bytes = int(settings.model.kv_bytes_per_token * block_tokens)
 
-        def link(name: str, source: Tier, target: Tier) -> Link:
-            return Link(name, costs.edge(source, target), events, observer)
+        def link(name: str) -> Link:
+            return Link(name, costs.edge(*EDGES[name]), events, observer)
 
-        def reads(name: str, tier: Tier, store: SimulatedStore | None) -> StoreReads:
+        def reads(name: str, store: SimulatedStore | None) -> StoreReads:
             return StoreReads(
                 name,
-                tier,
-                costs.edge(tier, Tier.HOST),
+                EDGES[name][0],
+                costs.edge(*EDGES[name]),
                 events,
                 store,
                 unit_bytes=unit_bytes,
@@ -47,10 +57,10 @@ class Links:
             )
 
         self._disk, self._shared = disk, shared
-        self.to_device = link("host to device", Tier.HOST, Tier.DEVICE)
-        self.to_host = link("device to host", Tier.DEVICE, Tier.HOST)
-        self.to_disk = link("host to disk", Tier.HOST, Tier.DISK)
-        self.from_disk = reads("disk to host", Tier.DISK, disk)
+        self.to_device = link("host to device")
+        self.to_host = link("device to host")
+        self.to_disk = link("host to disk")
+        self.from_disk = reads("disk to host", disk)
         self.all: list[Link | StoreReads] = [
             self.to_device,
             self.to_host,
@@ -60,8 +70,8 @@ class Links:
         self.sources = [self.from_disk] if disk is not None else []
         """Stores that pages are read from, the nearest first."""
         if shared is not None:
-            self._to_shared = link("host to store", Tier.HOST, Tier.STORE)
-            from_shared = reads("store to host", Tier.STORE, shared)
+            self._to_shared = link("host to store")
+            from_shared = reads("store to host", shared)
             self.sources.append(from_shared)
             self.all += [from_shared, self._to_shared]
 

@@ -9,7 +9,7 @@ from tiered_kv.core.device_spec import DeviceSpec
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import ModelSpec
-from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
+from tiered_kv.scheduler.cost_model import Correction, CostModel, EdgeCost
 from tiered_kv.scheduler.iteration_config import IterationConfig
 from tiered_kv.scheduler.measured_costs import MeasuredCosts, PassTimes
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
@@ -125,6 +125,27 @@ class CacheSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Belief:
+    """What policies take the machine for at first: believed seconds over true ones."""
+
+    prefill: float = 1.0
+    """Of a pass that prefills; below 1, the machine is slower than believed."""
+
+    decode: float = 1.0
+    """Of a pass that decodes."""
+
+    links: float = 1.0
+    """Of a transfer between tiers."""
+
+    learns: bool = False
+    """Whether they learn from each pass and transfer, as on a server; else they stay with it."""
+
+    def __post_init__(self) -> None:
+        if not min(self.prefill, self.decode, self.links) > 0:
+            raise ConfigError("A belief is a factor over 0: 0.7 takes what needs 1 s for 0.7 s.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSettings:
     """One server. Defaults are upstream's for a device of 60 to 160 GB."""
 
@@ -187,6 +208,9 @@ class InstanceSettings:
     noise: float = 0.0
     """Standard deviation of the logarithm of a forward pass's duration."""
 
+    belief: Belief = field(default_factory=Belief)
+    """What policies and placement think of all that."""
+
     def device_tokens(self) -> int:
         """KV tokens that the device holds. Raises ConfigError if the weights leave no room."""
         n_bytes = self.cache.device_bytes
@@ -201,8 +225,26 @@ class InstanceSettings:
             )
         return tokens
 
+    def believed(self) -> CostModel:
+        """`costs`, as policies believe them at first."""
+        costs, belief = self.costs(), self.belief
+        prefill, decode = costs.prefill_correction, costs.decode_correction
+        costs.correct(
+            prefill=Correction(prefill.fixed_s * belief.prefill, prefill.scale * belief.prefill),
+            decode=Correction(decode.fixed_s * belief.decode, decode.scale * belief.decode),
+        )
+        for source, target in costs.edges:
+            cost = costs.edge(source, target)
+            costs.correct_edge(
+                source,
+                target,
+                bandwidth=cost.bandwidth / belief.links,
+                latency_s=cost.latency_s * belief.links,
+            )
+        return costs
+
     def costs(self) -> CostModel:
-        """The cost model of this model, device and disk."""
+        """The cost model of this model, device and disk: what is true."""
         link = EdgeCost(self.device.host_link_bandwidth, self.device.host_link_latency_s)
         disk, shared = self.cache.disk, self.cache.shared
         edges = {

@@ -13,6 +13,17 @@ Observer = Callable[[str, float, float, int], None]
 """Told of each finished transfer: link's name, start and end in seconds, bytes."""
 
 
+def together(*observers: Observer | None) -> Observer:
+    """One observer that tells all of those that are there."""
+    present = [observer for observer in observers if observer is not None]
+
+    def observe(link: str, start_s: float, end_s: float, n_bytes: int) -> None:
+        for observer in present:
+            observer(link, start_s, end_s, n_bytes)
+
+    return observe
+
+
 @dataclass(slots=True, eq=False)
 class Transfer:
     """Bytes on their way, or waiting for the link. Compared by identity."""
