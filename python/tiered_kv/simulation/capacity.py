@@ -63,7 +63,10 @@ def saturated_capacity(
     """
     rates: dict[str, float] = {}
     for name, job in jobs.items():
-        arrivals_s = [request.arrival_s for request in job.at_rate(1.0).workload.open().initial()]
+        arrivals_s = [
+            request.arrival_s
+            for request in job.at_rate(1.0).workload.open(job.settings.costs().prefill_s).initial()
+        ]
         span_s = max(arrivals_s, default=0.0)
         if span_s <= 0:
             raise ConfigError(

@@ -24,7 +24,7 @@ from tiered_kv.simulation.server_defaults import (
     default_host_bytes,
     server_defaults,
 )
-from tiered_kv.simulation.settings import STOP_POLICIES, CacheSettings, InstanceSettings
+from tiered_kv.simulation.settings import STOP_POLICIES, Belief, CacheSettings, InstanceSettings
 from tiered_kv.simulation.statistics import TBT_CRITERIA
 from tiered_kv.simulation.workload import catalog
 
@@ -91,6 +91,7 @@ def add_simulation_arguments(parser: argparse.ArgumentParser, *, as_server: bool
     server.add_argument(
         "--noise", type=float, default=0.0, help="relative noise of forward passes, such as 0.05"
     )
+    _add_belief_arguments(parser)
     _add_cache_arguments(parser)
     parser.add_argument(
         "--tbt-criterion",
@@ -121,6 +122,30 @@ def _add_iteration_arguments(server: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="requests that memory runs out for keep their KV as cache; with --iteration-policy "
         "slack some also make way for those with tighter objectives",
+    )
+
+
+def _add_belief_arguments(parser: argparse.ArgumentParser) -> None:
+    belief = parser.add_argument_group(
+        "belief", "what policies and placement take the machine for, against what it is"
+    )
+    for part, what in (
+        ("prefill", "passes that prefill"),
+        ("decode", "passes that decode"),
+        ("links", "transfers between tiers"),
+    ):
+        belief.add_argument(
+            f"--believed-{part}",
+            type=float,
+            default=1.0,
+            metavar="X",
+            help=f"{what} are believed to take X times what they do: 0.7 is a machine that is "
+            "slower than it is taken for (default 1)",
+        )
+    belief.add_argument(
+        "--learn",
+        action="store_true",
+        help="learn from each pass and transfer, as a server does",
     )
 
 
@@ -191,6 +216,12 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
         cascade=default_cascade(device) if cascade is None else cascade,
         max_new_tokens=None if limit == "exact" else int(limit),
         noise=arguments.noise,
+        belief=Belief(
+            prefill=arguments.believed_prefill,
+            decode=arguments.believed_decode,
+            links=arguments.believed_links,
+            learns=arguments.learn,
+        ),
         cache=CacheSettings(
             device_bytes=arguments.device_kv,
             host_bytes=arguments.host or 0,

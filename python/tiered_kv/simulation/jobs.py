@@ -6,7 +6,7 @@ import functools
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -19,7 +19,7 @@ from tiered_kv.simulation.timeline import Timeline
 from tiered_kv.simulation.workload.adapt import Adaptation, AdaptedWorkload
 from tiered_kv.simulation.workload.catalog import open_workload
 from tiered_kv.simulation.workload.request import Workload
-from tiered_kv.simulation.workload.slo_mix import parse_slo_mix
+from tiered_kv.simulation.workload.slo_mix import UnloadedPrefill, parse_slo_mix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +38,11 @@ class WorkloadChoice:
     slo_mix: str | None = None
     seed: int = 0
 
-    def open(self) -> Workload:
-        """The workload. Raises WorkloadError."""
+    def open(self, unloaded_s: UnloadedPrefill | None = None) -> Workload:
+        """The workload; unloaded_s: of whom it is for, where objectives scale with the prompt.
+
+        Raises WorkloadError.
+        """
         adaptation = Adaptation(
             rate=self.rate,
             length=self.length,
@@ -53,7 +56,7 @@ class WorkloadChoice:
             workload = SpreadWorkload(workload, self.spread_s, self.seed)
         if self.turns is not None:
             workload = FirstTurns(workload, self.turns)
-        return AdaptedWorkload(workload, adaptation)
+        return AdaptedWorkload(workload, adaptation, unloaded_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +67,8 @@ class Job:
     settings: InstanceSettings
     seed: int = 0
     criterion: str = "mean"
+    n_warm_up: int = 0
+    """So many requests, the first by arrival, count in nothing but the load."""
     labels: dict[str, Any] = field(default_factory=dict)
     """What distinguishes it in a sweep; copied to the result."""
 
@@ -76,7 +81,7 @@ def run_job(
     job: Job, *, progress: Progress | None = None, timeline: Timeline | None = None
 ) -> dict[str, Any]:
     """Simulate and summarize. Raises ConfigError or WorkloadError for what cannot be."""
-    workload = job.workload.open()
+    workload = job.workload.open(job.settings.costs().prefill_s)
     started = time.perf_counter()
     simulation = Simulation(workload, job.settings, seed=job.seed, timeline=timeline)
     result = simulation.run(progress)
@@ -116,10 +121,11 @@ def run_job(
             "mixed_chunk": settings.mixed_chunk,
             "max_new_tokens": settings.max_new_tokens,
             "noise": settings.noise,
+            "belief": asdict(settings.belief),
             "seed": job.seed,
         },
         "wall_s": time.perf_counter() - started,
-        **summarize(result, criterion=job.criterion),
+        **summarize(result, criterion=job.criterion, n_warm_up=job.n_warm_up),
     }
 
 

@@ -34,6 +34,7 @@ def server_defaults() -> dict[str, Any]:
         "chunk": None,
         "max_running": MAX_RUNNING,
         "cascade": None,
+        "learn": True,
     }
 
 

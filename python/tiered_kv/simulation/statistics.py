@@ -45,9 +45,14 @@ def meets_slo(record: RequestRecord, criterion: str = "mean") -> bool:
     )
 
 
-def summarize(result: SimulationResult, *, criterion: str = "mean") -> dict[str, Any]:
-    """The figures of one run as JSON values; see `schema.py` for their meaning."""
-    records = result.records
+def summarize(
+    result: SimulationResult, *, criterion: str = "mean", n_warm_up: int = 0
+) -> dict[str, Any]:
+    """The figures of one run as JSON values; see `schema.py` for their meaning.
+
+    n_warm_up: so many requests, the first by arrival, are left out of them.
+    """
+    records = result.records[n_warm_up:]
     finished = [record for record in records if record.finish_s is not None]
     span_s = max(result.end_s, 1e-9)
     met = sum(meets_slo(record, criterion) for record in records)

@@ -12,7 +12,7 @@ from itertools import islice
 from tiered_kv.simulation.workload.block_ids import blocks_spanned
 from tiered_kv.simulation.workload.errors import WorkloadError
 from tiered_kv.simulation.workload.request import Request, Workload
-from tiered_kv.simulation.workload.slo_mix import SloMix
+from tiered_kv.simulation.workload.slo_mix import SloMix, UnloadedPrefill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +50,22 @@ class Adaptation:
 class AdaptedWorkload:
     """`inner` seen through an `Adaptation`."""
 
-    def __init__(self, inner: Workload, adaptation: Adaptation) -> None:
-        """Raises WorkloadError if the scaled block has no whole number of tokens."""
+    def __init__(
+        self,
+        inner: Workload,
+        adaptation: Adaptation,
+        unloaded_s: UnloadedPrefill | None = None,
+    ) -> None:
+        """unloaded_s: needed where objectives scale with the prompt.
+
+        Raises WorkloadError if it is missing, or the scaled block has no whole number of tokens.
+        """
+        mix = adaptation.slo_mix
+        if mix is not None and mix.is_scaled and unloaded_s is None:
+            raise WorkloadError(
+                "Objectives that scale with the prompt need a simulated server; give fixed ones."
+            )
+        self._unloaded_s = unloaded_s
         scaled = inner.block_tokens * adaptation.length
         if scaled.denominator != 1:
             raise WorkloadError(
@@ -92,11 +106,11 @@ class AdaptedWorkload:
         )
         mix = self._change.slo_mix
         if mix is not None:
-            slo = mix.assign(request, self._change.seed)
+            slo = mix.slo_of(adapted, self._change.seed, self._unloaded_s)
             adapted.slo_class = slo.name
             adapted.ttft_slo_s = slo.ttft_s
             adapted.tbt_slo_s = slo.tbt_s
-            adapted.priority = mix.priority(slo)
+            adapted.priority = mix.priority(mix.assign(request, self._change.seed))
         return adapted
 
     def _scaled(self, n_tokens: int) -> int:

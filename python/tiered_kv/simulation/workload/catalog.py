@@ -149,7 +149,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slo-mix",
         metavar="MIX",
         help="service classes by share: interactive:0.3,standard:0.7, or with targets in seconds "
-        "as CLASS:SHARE:TTFT:TBT, - for none",
+        "as CLASS:SHARE:TTFT:TBT, - for none; a TTFT of 0.5+3x adds three times what the prompt "
+        "takes to compute alone",
     )
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tiered_kv.api.slo import DEFAULT_CLASSES, SloClass
 from tiered_kv.simulation.workload.errors import WorkloadError
 from tiered_kv.simulation.workload.request import Request
+
+UnloadedPrefill = Callable[[int], float]
+"""Seconds that a prompt of so many tokens takes to compute alone, nothing of it cached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +22,23 @@ class SloMix:
 
     classes: tuple[SloClass, ...]
     shares: tuple[float, ...]
+    multiples: tuple[float, ...] = ()
+    """For each class, how many times its own unloaded prefill a request's first token may take
+    beyond the class's TTFT; none: that alone counts, however long the prompt is."""
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether objectives depend on the prompt."""
+        return any(self.multiples)
+
+    def slo_of(self, request: Request, seed: int, unloaded_s: UnloadedPrefill | None) -> SloClass:
+        """What `request` is promised; unloaded_s: needed if the mix is scaled."""
+        slo = self.assign(request, seed)
+        if not self.is_scaled or slo.ttft_s is None:
+            return slo
+        assert unloaded_s is not None
+        multiple = self.multiples[self.classes.index(slo)]
+        return replace(slo, ttft_s=slo.ttft_s + multiple * unloaded_s(request.input_tokens))
 
     def assign(self, request: Request, seed: int) -> SloClass:
         """The class of `request`: the same for a whole session, and for the same seed."""
@@ -43,11 +64,13 @@ def parse_slo_mix(text: str) -> SloMix:
     """A mix of a server's built-in classes, "interactive:0.3,standard:0.7", or of others.
 
     "chat:0.6:0.5:0.04,bulk:0.4:-:-" gives class `chat` 60% of the sessions, a TTFT target of 0.5 s
-    and a TBT target of 40 ms, and class `bulk` no targets. The shares must sum to 1. Raises
-    WorkloadError.
+    and a TBT target of 40 ms, and class `bulk` no targets. "chat:0.6:0.5+3x:0.04" adds three times
+    what the prompt takes to compute alone to the TTFT target, so that each can be met. The shares
+    must sum to 1. Raises WorkloadError.
     """
     classes: list[SloClass] = []
     shares: list[float] = []
+    multiples: list[float] = []
     for part in text.split(","):
         name, *rest = part.strip().split(":")
         known = DEFAULT_CLASSES.find(name)
@@ -63,11 +86,27 @@ def parse_slo_mix(text: str) -> SloMix:
         shares.append(_number(rest[0], part))
         if len(rest) == 1 and known is not None:
             classes.append(known)
+            multiples.append(0.0)
         else:
-            classes.append(SloClass(name, _target(rest[1], part), _target(rest[2], part)))
+            ttft_s, multiple = _scaled_target(rest[1], part)
+            classes.append(SloClass(name, ttft_s, _target(rest[2], part)))
+            multiples.append(multiple)
     if not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
         raise WorkloadError(f"The shares of a mix must sum to 1; those of {text!r} don't.")
-    return SloMix(tuple(classes), tuple(shares))
+    return SloMix(tuple(classes), tuple(shares), tuple(multiples) if any(multiples) else ())
+
+
+def _scaled_target(text: str, part: str) -> tuple[float | None, float]:
+    """Of `0.5`, `0.5+3x` or `-`: seconds, and times the unloaded prefill."""
+    base, plus, multiple = text.partition("+")
+    if not plus:
+        return _target(base, part), 0.0
+    if not multiple.endswith("x"):
+        raise WorkloadError(
+            f"{text!r} in {part!r} is no TTFT; write seconds, and +Nx for N times the prompt's own "
+            "prefill, such as 0.5+3x."
+        )
+    return _number(base, part), _number(multiple.removesuffix("x"), part)
 
 
 def _target(text: str, part: str) -> float | None:
