@@ -207,6 +207,23 @@ def test_a_mix_assigns_its_shares_to_whole_sessions() -> None:
     assert (quick.ttft_slo_s, quick.tbt_slo_s, quick.priority) == (0.5, 0.05, 1)
 
 
+def test_objectives_scale_with_what_the_prompt_takes_alone() -> None:
+    workload = open_workload("chat,sessions=50,turns=3")
+    change = Adaptation(slo_mix=parse_slo_mix("quick:0.5:0.5+3x:0.05,slow:0.5:9:-"))
+    scaled = AdaptedWorkload(workload, change, lambda n_tokens: 0.001 * n_tokens)
+    seen = set()
+    for request in requests_of(scaled):
+        seen.add(request.slo_class)
+        expected_s = 9.0
+        if request.slo_class == "quick":
+            expected_s = 0.5 + 3 * 0.001 * request.input_tokens
+        assert request.ttft_slo_s == pytest.approx(expected_s)
+        assert request.priority == int(request.slo_class == "quick")
+    assert seen == {"quick", "slow"}
+    with pytest.raises(WorkloadError, match="give fixed ones"):
+        AdaptedWorkload(workload, change)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -214,6 +231,8 @@ def test_a_mix_assigns_its_shares_to_whole_sessions() -> None:
         ("gold:1", "no service class 'gold'"),
         ("gold:1:2", "CLASS:SHARE"),
         ("gold:1:x:-", "no number"),
+        ("gold:1:0.5+3:-", r"\+Nx"),
+        ("gold:1:0.5+x:-", "no number"),
     ],
 )
 def test_other_mixes_are_refused(text: str, says: str) -> None:
