@@ -48,7 +48,7 @@ def server(
         *("--tiered-kv", *ALWAYS_LOAD, "--tiered-kv-host-size", host_size(6144)),
         *("--tiered-kv-disk-dir", disk, "--tiered-kv-disk-size", "1GB"),
         *("--tiered-kv-iteration-policy", "slack", "--tiered-kv-tenant-from", "body"),
-        *("--admin-api-key", KEY),
+        *("--admin-api-key", KEY, "--served-model-name", "SmolLM2-135M-Instruct"),
     )
     with server:
         yield server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import tempfile
 import time
@@ -86,7 +87,12 @@ class Page:
         return found
 
     def picture(self, path: Path) -> None:
-        self.driver.save_screenshot(str(path))
+        """As a PNG of at most 256 colours, without what shows up under the pointer."""
+        from PIL import Image
+
+        self.run("document.getElementById('tip').hidden = true")
+        data = io.BytesIO(self.driver.get_screenshot_as_png())
+        Image.open(data).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 @contextmanager

@@ -141,31 +141,35 @@ function drawCell(group, d, colour) {
   const size = d.height >= 14 ? 11 : 9;
   const hasLabel = d.height >= 10.5;
   const hasSquares = Boolean(d.prefix) && hasLabel && width >= 100;
-  const room = width - 10 - (hasSquares ? SQUARE * Object.keys(d.prefix.tiers).length + 4 : 0) - (d.goesOn ? 12 : 0);
+  const room = width - 10 - (hasSquares ? SQUARE * Object.keys(d.prefix.tiers).length + 6 : 0) - (d.goesOn ? 12 : 0);
   const [name, more] = labels(d);
   const weight = d.prefix ? 600 : 400;
   const middle = d.height >= TWO_LINES ? d.height / 2 - 3 : d.height / 2 + size / 3;
   group.select(".name").attr("y", middle).text(hasLabel ? fitted(name, room, `${weight} ${size}px`) : "")
     .style("font-size", `${size}px`).style("font-weight", weight);
   group.select(".more").attr("y", middle + 14).text(d.height >= TWO_LINES ? fitted(more, room) : "");
-  drawSquares(group.select(".where"), d, hasSquares, width, ink);
+  drawSquares(group.select(".where"), d, hasSquares, width);
 }
 
 // A square for each tier: full where the prefix lies, half where it is on its way.
-function drawSquares(group, d, isShown, width, ink) {
+function drawSquares(group, d, isShown, width) {
   const tiers = isShown ? Object.entries(d.prefix.tiers) : [];
-  const left = width - SQUARE * tiers.length - (d.goesOn ? 13 : 2);
+  const left = width - SQUARE * tiers.length - (d.goesOn ? 14 : 3);
+  // On a ground of their own: a prefix may have the colour of a tier.
+  group.selectAll("rect.ground").data(isShown ? [0] : []).join((enter) => enter.insert("rect", ":first-child"))
+    .attr("class", "ground").attr("rx", 2).attr("x", left - 2).attr("y", d.height / 2 - 5.5)
+    .attr("width", SQUARE * tiers.length + 1).attr("height", 11);
   group
-    .selectAll("rect")
+    .selectAll("rect.tier")
     .data(tiers)
     .join("rect")
+    .attr("class", "tier")
     .attr("x", (_, i) => left + SQUARE * i)
     .attr("y", d.height / 2 - 3.5)
     .attr("width", ([, state]) => (state === "absent" || state === "resident" ? 7 : 3.5))
     .attr("height", 7)
     .attr("fill", ([tier, state]) => (state === "absent" ? "none" : TIERS[tier].colour))
-    .attr("stroke", ink)
-    .attr("stroke-opacity", ([, state]) => (state === "absent" ? 0.35 : 1));
+    .attr("stroke", ([tier, state]) => (state === "absent" ? "var(--none)" : TIERS[tier].colour));
   group.selectAll("text").data(isShown && d.goesOn ? [0] : []).join("text")
     .attr("x", width - 11).attr("y", d.height / 2 + 4).text("›");
 }
