@@ -275,7 +275,7 @@ def cache_of(talk: Conversations) -> Any:
     )
     return SimpleNamespace(
         hierarchy=hierarchy,
-        parts=SimpleNamespace(disk_store=disk),
+        parts=SimpleNamespace(disk_store=disk, store=None),
         token_to_kv_pool_allocator=SimpleNamespace(size=1 << 20),
         root_node=talk.root,
     )

@@ -43,7 +43,7 @@ NOWHERE: dict[str, Any] = {
     },
     "requests": {kind: {"count": 0, "rows": []} for kind in ("running", "parked", "prefilling")}
     | {"waiting": {"count": 0, "held": 0, "in_time": 0, "rows": []}},
-    "hits": {"requests": 0, "prompt_tokens": 0, "device": 0, "host": 0, "disk": 0},
+    "hits": dict.fromkeys(("requests", "prompt_tokens", "device", "host", "disk", "store"), 0),
 }
 """What a server shows that has just started."""
 

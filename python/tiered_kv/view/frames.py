@@ -12,7 +12,7 @@ from typing import Any
 
 #: Points of history that are kept: ten minutes at one a second.
 HISTORY_MAX = 600
-_HIT_TIERS = ("device", "host", "disk")
+_HIT_TIERS = ("device", "host", "disk", "store")
 
 Snapshot = Mapping[str, Any]
 Frame = dict[str, Any]

@@ -7,6 +7,7 @@ from typing import Any
 
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.largest import LargestPrefixes
+from tiered_kv.plugin.requests.view import store_tokens
 from tiered_kv.snapshot.tick_times import TickTimes
 
 
@@ -16,7 +17,8 @@ class Watched:
     def __init__(self, forest: Forest) -> None:
         self.sizes = LargestPrefixes(forest)
         self.ticks = TickTimes()
-        self.hits = dict.fromkeys(("requests", "prompt_tokens", "device", "host", "disk"), 0)
+        names = ("requests", "prompt_tokens", "device", "host", "disk", "store")
+        self.hits = dict.fromkeys(names, 0)
         """Of finished requests: how many, and prompt tokens in all and by where they came from."""
         self.shown: frozenset[int] = frozenset()
         """The prefixes of the last snapshot, by id."""
@@ -33,4 +35,5 @@ class Watched:
         hits["prompt_tokens"] += len(req.origin_input_ids)
         hits["device"] += req.cached_tokens_device
         hits["host"] += req.cached_tokens_host
-        hits["disk"] += req.cached_tokens_storage
+        hits["disk"] += req.cached_tokens_storage - store_tokens(req)
+        hits["store"] += store_tokens(req)

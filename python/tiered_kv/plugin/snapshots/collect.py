@@ -113,8 +113,8 @@ class Part:
     # -- the tiers ----------------------------------------------------------------------------
 
     def _tiers(self) -> list[tuple[int, int, int | None, str]]:
-        """(tier, tokens it has room for, tokens it holds if that is not for the forest to say,
-        what is the matter with it: "" if nothing)."""
+        """(tier, tokens it has room for or 0 if nobody knows, tokens it holds if that is not for
+        the forest to say, what is the matter with it: "" if nothing)."""
         cache = self._cache
         context, disk = cache.hierarchy.context, cache.parts.disk_store
         page_size = context.page_size
@@ -127,6 +127,9 @@ class Part:
             most_pages = disk.capacity_bytes // context.page_format(Tier.DISK).slot_bytes
             state = "takes no writes" if is_degraded else ""
             rows.append((Tier.DISK, most_pages * page_size, n_pages * page_size, state))
+        link = None if cache.parts.store is None else cache.parts.store.link
+        if link is not None:
+            rows.append((Tier.STORE, 0, None, "does not answer" if link.is_degraded else ""))
         return rows
 
     def _edges(self) -> list[tuple[int, int, int, int, int]]:

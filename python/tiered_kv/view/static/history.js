@@ -10,6 +10,7 @@ const SOURCES = [
   ["device", TIERS.device],
   ["host", TIERS.host],
   ["disk", TIERS.disk],
+  ["store", TIERS.store],
   ["computed", COMPUTED],
 ];
 let points = [];
@@ -47,7 +48,8 @@ export function drawHistory() {
   const labels = most ? [["start", 0, height - 2, "5 min ago"], ["end", width, height - 2, "now"], ["start", 0, 9, `${short(most)} in ${BIN_S} s`]] : [];
   svg.selectAll("text").data(labels).join("text").attr("class", "quiet")
     .attr("text-anchor", (d) => d[0]).attr("x", (d) => d[1]).attr("y", (d) => d[2]).text((d) => d[3]);
-  d3.select("#history .key").node().replaceChildren(...SOURCES.map(([name, { colour }]) => swatch(colour, name)));
+  const named = SOURCES.filter(([name]) => name !== "store" || points.some((p) => p.store));
+  d3.select("#history .key").node().replaceChildren(...named.map(([name, { colour }]) => swatch(colour, name)));
 }
 
 function sums(some) {

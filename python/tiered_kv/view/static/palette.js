@@ -4,7 +4,7 @@ export const TIERS = {
   device: { colour: "#0072B2", name: "device" },
   host: { colour: "#E69F00", name: "host" },
   disk: { colour: "#CC79A7", name: "disk" },
-  remote: { colour: "#009E73", name: "store" },
+  store: { colour: "#009E73", name: "store" },
 };
 export const NOWHERE = { colour: "#8a93a3", name: "nowhere now" };
 export const COMPUTED = { colour: "#8a93a3", name: "computed" };

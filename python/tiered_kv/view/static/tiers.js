@@ -34,6 +34,7 @@ export function drawTiers(snapshot, edges) {
 
 function held(d) {
   if (d.state) return d.state;
+  if (!d.capacity_tokens) return `${short(d.resident_tokens)} tokens known to be there`;
   const share = d.capacity_tokens ? Math.round((100 * d.resident_tokens) / d.capacity_tokens) : 0;
   const pinned = d.pinned_tokens ? `, ${short(d.pinned_tokens)} in use` : "";
   return `${short(d.resident_tokens)} of ${short(d.capacity_tokens)} tokens, ${share}%${pinned}`;
