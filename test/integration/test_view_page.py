@@ -135,6 +135,27 @@ def test_an_idle_server_says_so(browser: Page, tmp_path: Path) -> None:
         assert browser.wrong_layout() == []
 
 
+def test_a_server_that_is_away_and_back_as_another(browser: Page, tmp_path: Path) -> None:
+    """The recording begins anew after its end: as a server that was restarted."""
+    record(tmp_path / "lost.jsonl", 6, lost=8)
+    with replayed(tmp_path / "lost.jsonl") as url:
+        browser.open(url)
+        browser.wait(browser.prefixes)
+        browser.run("document.querySelector('g.cell').dispatchEvent(new MouseEvent('click'))")
+        opened = browser.text("#details-title")
+        browser.wait(lambda: browser.text("#state") == "disconnected")
+        assert "No server answers; start it." in browser.text("#banner")
+        assert browser.text("#details-title") == opened != "Prefix"
+        assert browser.prefixes()
+        assert browser.all("body.stale")
+        assert browser.wrong_layout() == []
+        browser.wait(lambda: browser.text("#state") == "replay")
+        assert not browser.all("#banner:not([hidden])")
+        assert not browser.all("body.stale")
+        assert browser.text("#details-title") == "Prefix"
+        assert browser.errors() == []
+
+
 def test_the_pages_own_server_goes_and_comes_back(
     browser: Page, recording: tuple[Path, list[dict[str, Any]]]
 ) -> None:
