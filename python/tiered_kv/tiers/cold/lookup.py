@@ -46,7 +46,7 @@ class ColdLookup:
 class Lookups:
     """Asks the stores, the nearest first, for what those before it lack.
 
-    Where all of them know their pages, a short prompt is answered at once; else on a thread.
+    Of a short prompt those that know their pages answer at once; the others on a thread.
     """
 
     def __init__(self, context: TierContext, colds: Sequence[ColdTier]) -> None:
@@ -74,25 +74,38 @@ class Lookups:
         first, colds = anchor.end // size, self._open()
         if not colds:  # put away since the request came
             return Stored(first, (), [])
-        is_long = len(tokens) // size - first > INLINE_LOOKUP_PAGES
-        if is_long or not all(cold.traits.knows_locally for cold in colds):
-            store, others = colds[0].last_store, colds[1:]
-            self.queue.submit(
-                ColdLookup(
-                    rid, store, others, root.last_page_hash, tokens, size, first, first, (), []
-                )
-            )
+        if len(tokens) // size - first > INLINE_LOOKUP_PAGES:
+            self._submit(rid, root, tokens, first, first, (), colds)
             return None
         hashes = page_hashes(anchor.last_page_hash, tokens[anchor.end :], size)
-        ends: list[tuple[Tier, int]] = []
+        ends: tuple[tuple[Tier, int], ...] = ()
         at = 0
-        for cold in colds:
-            if at < len(hashes):
-                (n,) = self._context.collective.minimum([cold.known(hashes[at:]) or 0])
-                if n:
-                    at += n
-                    ends.append((cold.tier, first + at))
-        return Stored(first, tuple(ends), hashes, first)
+        for n_asked, cold in enumerate(colds):
+            if at == len(hashes):
+                break
+            if not cold.traits.knows_locally:
+                self._submit(rid, root, tokens, first, first + at, ends, colds[n_asked:])
+                return None
+            (n,) = self._context.collective.minimum([cold.known(hashes[at:]) or 0])
+            if n:
+                at += n
+                ends = (*ends, (cold.tier, first + at))
+        return Stored(first, ends, hashes, first)
+
+    def _submit(
+        self,
+        rid: str,
+        root: Node,
+        tokens: array[int],
+        first: int,
+        at: int,
+        ends: tuple[tuple[Tier, int], ...],
+        colds: tuple[ColdTier, ...],
+    ) -> None:
+        store, others, size = colds[0].last_store, colds[1:], self._context.page_size
+        self.queue.submit(
+            ColdLookup(rid, store, others, root.last_page_hash, tokens, size, first, at, ends, [])
+        )
 
     def answered(self, completion: Completion[ColdLookup]) -> Stored | None:
         """A store has answered; None: another one is asked now."""
