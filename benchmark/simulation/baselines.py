@@ -199,7 +199,8 @@ def section(slug: str, runs: list[Run], capacity: dict[str, Any], directory: Pat
     ]
     rates = ", ".join(f"{name} {rate:.3f}" for name, rate in capacity["rates"].items())
     summary = (
-        f"{first['n_requests']} requests, {first['n_requests'] - first['n_finished']} of them "
+        f"{first['n_requests']} requests{sessions(first)}, "
+        f"{first['n_requests'] - first['n_finished']} of them "
         "longer than the device's KV pool and refused. Capacity, in multiples of the workload's "
         "own rate: "
         f"**{capacity['rate']:.3f}** ({capacity['best']}); of each order: {rates}."
@@ -229,6 +230,12 @@ def section(slug: str, runs: list[Run], capacity: dict[str, Any], directory: Pat
         draw(directory / f"{slug}_{name}.png")
         lines += [f"![{name}]({slug}_{name}.png)", ""]
     return lines
+
+
+def sessions(run: Run) -> str:
+    """Of how many sessions the workload is, if it is of sessions."""
+    workload = run["workload"]
+    return f" of {workload['limit']} sessions" if workload.get("turns") is not None else ""
 
 
 def winners(runs: list[Run]) -> str:
