@@ -15,7 +15,11 @@ from harness.client import generate_all
 from harness.metrics import scrape, wait_for_disk
 from harness.prompts import PromptMaker
 from harness.server import ALWAYS_LOAD, FLOAT32, Server
-from support.models import tiny_mla_model, tiny_model_for_two_ranks
+from support.models import (
+    tiny_mla_model,
+    tiny_model_for_two_ranks,
+    tiny_model_with_one_kv_head,
+)
 from support.workload import differences, mixed_requests, serve
 from tiered_kv.metrics import names
 
@@ -115,5 +119,60 @@ def test_latents_that_both_ranks_have_are_kept_once(
     assert disk_tokens == n_pages * 16
     written = metrics.of(names.DISK_IO_BYTES, operation="write")
     assert n_pages * PAGE_BYTES < written < 1.25 * n_pages * PAGE_BYTES
+    shards = [path.name for path in (tmp_path / "disk").iterdir() if path.is_dir()]
+    assert shards == ["shard-0-of-1"]
+
+
+#: Of the one KV head: 16 tokens of keys and values of 64 floats on 4 layers.
+HEAD_PAGE_BYTES = 16 * 2 * 64 * 4 * 4
+
+
+@pytest.mark.timeout(1200)
+def test_a_kv_head_that_both_ranks_have_is_kept_once(
+    make_server: Callable[..., Server], demo_model: Path, prompts: PromptMaker, tmp_path: Path
+) -> None:
+    """And a server with another --tp-size, which names its weights otherwise, leaves it alone."""
+    model = tiny_model_with_one_kv_head(demo_model, tmp_path / "model")
+    args = ["--page-size", 16, "--max-total-tokens", 1024, "--chunked-prefill-size", 128]
+    args += [*FLOAT32, "--enable-metrics"]
+    disk = ["--tiered-kv", *ALWAYS_LOAD, "--tiered-kv-disk-dir", tmp_path / "disk"]
+    # Room for 60 pages on each rank, and 95 are served.
+    disk += ["--tiered-kv-disk-size", "300MB", "--tiered-kv-host-size", f"{60 * HEAD_PAGE_BYTES}B"]
+    disk += ["--tiered-kv-debug-integrity"]
+    asked = [prompts.tokens(f"one head {i}", 300) for i in range(5)]
+    two = ["--tp", 2]
+
+    with make_server("one_head_plain", *args, model=model) as server:
+        plain = generate_all(server, asked, concurrency=1)
+    with make_server("one_head", *two, *args, *disk, model=model) as server:
+        computed = generate_all(server, asked, concurrency=1)
+        from_host = generate_all(server, asked, concurrency=1)
+        disk_tokens = wait_for_disk(server)
+        metrics = scrape(server)
+        server.flush_cache()
+        from_disk = generate_all(server, asked, concurrency=2)
+    with make_server("one_head_alone", *args, *disk, model=model) as server:
+        alone = generate_all(server, asked, concurrency=2)
+    with make_server("one_head_again", *two, *args, *disk, model=model) as server:
+        after_restart = generate_all(server, asked, concurrency=2)
+
+    assert [answer.cached_tokens for answer in computed] == [0] * 5
+    assert [answer.host + answer.device for answer in from_host] == [288] * 5
+    assert sum(answer.host for answer in from_host) >= 288
+    for later in (from_disk, after_restart):
+        assert [answer.disk + answer.device for answer in later] == [288] * 5
+        assert all(answer.disk > 288 // 2 for answer in later)
+    assert [answer.cached_tokens for answer in alone] == [0] * 5
+    for again in (computed, from_host, from_disk, alone, after_restart):
+        assert [a.output_ids for a in again] == [a.output_ids for a in plain]
+    assert len({answer.output_ids for answer in plain}) == 5, "the model ignores its prompts"
+
+    n_pages = 5 * ((300 + 8 - 1) // 16)
+    for rank in ("0", "1"):
+        assert metrics.of(names.CAPACITY_TOKENS, tier="host", tp_rank=rank) == 2 * 60 * 16
+        assert metrics.of(names.RESIDENT_TOKENS, tier="host", tp_rank=rank) == n_pages * 16
+    assert disk_tokens == n_pages * 16
+    written = metrics.of(names.DISK_IO_BYTES, operation="write")
+    assert n_pages * HEAD_PAGE_BYTES < written < 1.25 * n_pages * HEAD_PAGE_BYTES
     shards = [path.name for path in (tmp_path / "disk").iterdir() if path.is_dir()]
     assert shards == ["shard-0-of-1"]

@@ -38,6 +38,23 @@ def tiny_model_for_two_ranks(model: Path, to: Path) -> Path:
     )
 
 
+def tiny_model_with_one_kv_head(model: Path, to: Path) -> Path:
+    """Random weights, four heads that attend to the same keys and values, `model`'s tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _random_model(
+        model,
+        to,
+        LlamaConfig,
+        LlamaForCausalLM,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+    )
+
+
 def tiny_mla_model(model: Path, to: Path) -> Path:
     """Random weights in the shape of DeepSeek-V2 (MLA), `model`'s tokenizer."""
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM

@@ -162,8 +162,10 @@ class TieredKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def init_backend(self) -> None:
         """Upstream calls it once in each process that runs the model, before it builds one."""
         from tiered_kv.plugin.attention import cpu as cpu_attention
+        from tiered_kv.plugin.upstream import cpu_heads
 
         cpu_attention.register()
+        cpu_heads.register()
 
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool

@@ -28,6 +28,21 @@ CPU_PLATFORM = (
     ),
     function(f"{SRT}.server_args.ServerArgs.get_model_config", "self", "start.platform"),
     object_(f"{SRT}.configs.model_config.ModelConfig", "dtype quantization", "start.platform"),
+    object_(
+        f"{SRT}.configs.model_config.ModelConfig",
+        "num_attention_heads num_key_value_heads hf_config hf_text_config",
+        "upstream.cpu_heads",
+    ),
+    function(
+        f"{SRT}.configs.model_config.ModelConfig.get_total_num_kv_heads",
+        "self",
+        "upstream.cpu_heads",
+    ),
+    function(
+        f"{SRT}.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp",
+        "model_config load_config tp_size",
+        "upstream.cpu_heads",
+    ),
     object_(f"{SRT}.platforms.device_mixin.PlatformEnum", "OOT", "start.platform"),
     function(
         f"{SRT}.layers.attention.attention_registry.register_attention_backend",
