@@ -61,11 +61,15 @@ if "--multiprocessing-fork" in sys.argv:
         (
             MODULE,
             WRONG_VERSION,
-            "supports SGLang 0.5.17, but 0.5.16 is installed; install sglang==",
+            "supports SGLang 0.5.17 and 0.5.23, but 0.5.16 is installed; install sglang==",
         ),
         (MODULE, RENAMED_TARGET, "Scheduler.__init___renamed cannot be hooked (AttributeError: "),
         (MODULE, BROKEN_PLUGIN, "cannot be used because registering it failed with ModuleNotFound"),
-        (SERVE, WRONG_VERSION, "supports SGLang 0.5.17, but 0.5.16 is installed; install sglang=="),
+        (
+            SERVE,
+            WRONG_VERSION,
+            "supports SGLang 0.5.17 and 0.5.23, but 0.5.16 is installed; install sglang==",
+        ),
     ],
     ids=["another release", "renamed target", "broken plugin", "another release, sglang serve"],
 )
@@ -123,7 +127,9 @@ def test_another_release_makes_the_engine_refuse(
     )
     ended = run_python("-c", code, env=shim(WRONG_VERSION))
     assert ended.returncode != 0
-    assert "UpstreamError: --tiered-kv supports SGLang 0.5.17, but 0.5.16" in ended.stderr
+    assert (
+        "UpstreamError: --tiered-kv supports SGLang 0.5.17 and 0.5.23, but 0.5.16" in ended.stderr
+    )
 
 
 def test_another_release_leaves_stock_servers_alone(

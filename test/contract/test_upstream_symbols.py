@@ -1,7 +1,8 @@
 """The table of upstream symbols against the installed release, our code and the documentation.
 
 Guarantee: all that `tiered_kv.plugin` imports of SGLang, and every argument it reads, is in the
-table; the table is true of the installed release; `verify()` notices when it isn't.
+table of its release; that of the installed release is true; `verify()` notices when it isn't; and
+the adapters of all releases offer the same.
 """
 
 from __future__ import annotations
@@ -24,17 +25,34 @@ import tiered_kv.plugin
 from tiered_kv.core.errors import UpstreamError
 from tiered_kv.plugin.hooks import table as hooks
 from tiered_kv.plugin.options import refusals
+from tiered_kv.plugin.upstream import installed
 from tiered_kv.plugin.upstream import release as upstream
+from tiered_kv.plugin.upstream.current import symbols
 from tiered_kv.plugin.upstream.symbol import Symbol
-from tiered_kv.plugin.upstream.v0_5_17.symbols import SYMBOLS
+from tiered_kv.plugin.upstream.v0_5_17 import symbols as v0_5_17
+from tiered_kv.plugin.upstream.v0_5_23 import symbols as v0_5_23
 
 PLUGIN = Path(tiered_kv.plugin.__file__).parent
-MODULES = sorted(
+INSTALLED = installed.installed()
+SYMBOLS = symbols.SYMBOLS
+OTHERS = tuple(
+    f"upstream.{folder}." for release, folder in installed.FOLDERS.items() if release != INSTALLED
+)
+ALL_MODULES = sorted(
     ".".join(path.relative_to(PLUGIN).with_suffix("").parts)
     for path in PLUGIN.rglob("*.py")
     if path.stem != "__init__"
 )
-DOCUMENT = Path(__file__).parents[2] / "docs" / "upstream_contract.md"
+#: Those that run on the installed release. The others' tables are checked where they run.
+MODULES = [
+    module
+    for module in ALL_MODULES
+    if not module.startswith(OTHERS) and module not in symbols.UNUSED_MODULES
+]
+DOCS = Path(__file__).parents[2] / "docs"
+DOCUMENT = DOCS / "upstream_contract.md"
+RELEASES = DOCS / "releases.md"
+PARTS = ("arguments", "cache_contract", "hardware", "request_kv", "symbols", "targets")
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 
@@ -45,6 +63,57 @@ def test_installed_release(symbol: Symbol) -> None:
 
 def test_verify_accepts_the_installed_release() -> None:
     upstream.verify()
+
+
+@pytest.mark.parametrize("release", installed.SUPPORTED)
+def test_every_release_has_its_turn(release: str) -> None:
+    if release != INSTALLED:
+        pytest.skip(f"SGLang {INSTALLED} is installed: see docs/releases.md")
+    assert installed.folder_of_installed() == installed.FOLDERS[release]
+
+
+# -- adapters ----------------------------------------------------------------------------------
+
+
+def offered(folder: str, part: str) -> dict[str, list[str] | None]:
+    """The public names of a part of an adapter; of a function with its parameters."""
+    tree = ast.parse((PLUGIN / "upstream" / folder / f"{part}.py").read_text())
+    found: dict[str, list[str] | None] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            found[node.name] = [argument.arg for argument in arguments]
+        elif isinstance(node, ast.ClassDef):
+            found[node.name] = None
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found.update({ast.unparse(target): None for target in targets})
+    return {name: parameters for name, parameters in found.items() if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    "part", ["arguments", "cache_contract", "hardware", "request_kv", "targets"]
+)
+def test_all_adapters_offer_what_is_used_of_one(part: str) -> None:
+    used = {
+        node.attr
+        for module in ALL_MODULES
+        if not module.startswith("upstream.")
+        for node in ast.walk(ast.parse((PLUGIN / f"{module.replace('.', '/')}.py").read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == part
+    }
+    assert used
+    for folder in installed.FOLDERS.values():
+        of_first, of_this = offered("v0_5_17", part), offered(folder, part)
+        missing = used - of_this.keys()
+        assert not missing
+        assert {name: of_this[name] for name in used} == {name: of_first[name] for name in used}
+
+
+def test_every_adapter_has_all_parts() -> None:
+    for folder in installed.FOLDERS.values():
+        there = {path.stem for path in (PLUGIN / "upstream" / folder).glob("*.py")}
+        assert there >= set(PARTS)
 
 
 # -- verify() notices --------------------------------------------------------------------------
@@ -86,14 +155,14 @@ def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UpstreamError) as error:
         upstream.verify()
     assert str(error.value) == (
-        "--tiered-kv supports SGLang 0.5.17, but 0.5.18 is installed; install sglang==0.5.17 or "
-        "start without --tiered-kv."
+        "--tiered-kv supports SGLang 0.5.17 and 0.5.23, but 0.5.18 is installed; install "
+        "sglang==0.5.17 or sglang==0.5.23, or start without --tiered-kv."
     )
 
 
 def test_a_local_build_of_the_version_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang.version, "__version__", "0.5.17+cu128")
-    upstream.verify_version()
+    monkeypatch.setattr(sglang.version, "__version__", f"{INSTALLED}+cu128")
+    installed.verify_version()
 
 
 # -- the table is complete ---------------------------------------------------------------------
@@ -125,7 +194,7 @@ def test_every_import_is_in_the_table(module: str) -> None:
 
 
 def test_every_user_exists() -> None:
-    assert {user for symbol in SYMBOLS for user in symbol.users} <= set(MODULES)
+    assert {user for symbol in SYMBOLS for user in symbol.users} <= set(ALL_MODULES)
 
 
 def test_every_hook_target_is_in_the_table() -> None:
@@ -159,9 +228,10 @@ def test_every_argument_that_a_refusal_reads_is_in_the_table() -> None:
 
 def test_every_argument_in_the_table_is_a_field() -> None:
     stock = upstream.resolve("sglang.srt.server_args.ServerArgs")
+    fields = getattr(stock, "__dataclass_fields__", None) or stock.__struct_fields__
     for symbol in SYMBOLS:
         if symbol.name.endswith(".ServerArgs"):
-            assert set(symbol.attributes) <= set(stock.__dataclass_fields__)
+            assert set(symbol.attributes) <= set(fields)
 
 
 # -- what we override --------------------------------------------------------------------------
@@ -213,7 +283,7 @@ def documented() -> dict[str, set[str]]:
 
 def test_the_documentation_lists_the_table() -> None:
     table: dict[str, set[str]] = {}
-    for symbol in SYMBOLS:
+    for symbol in v0_5_17.SYMBOLS:
         owner, _, name = symbol.name.rpartition(".")
         if symbol.parameters is None:
             table.setdefault(symbol.name, set()).update(symbol.attributes)
@@ -227,8 +297,27 @@ def test_the_documentation_lists_the_table() -> None:
 def test_the_documentation_lists_the_hooks() -> None:
     text = DOCUMENT.read_text().split("\n## Hooks\n")[1]
     rows = re.findall(r"^\| `([\w.]+)` \| (\w+) \| (\w+) \|", text, re.MULTILINE)
-    assert rows == [(h.target, h.kind, h.process.name.lower()) for h in hooks.HOOKS]
+    assert rows == [(h.target, h.kind, h.process.name.lower()) for h in hooks.SHARED_HOOKS]
 
 
-def test_the_documentation_names_the_release() -> None:
-    assert f"**SGLang {upstream.SUPPORTED}**" in DOCUMENT.read_text()
+def test_the_documentation_names_the_releases() -> None:
+    assert "**SGLang 0.5.17**" in DOCUMENT.read_text()
+    for release in installed.SUPPORTED:
+        assert f"**{release}**" in RELEASES.read_text()
+
+
+def test_the_documentation_tells_what_differs() -> None:
+    text = RELEASES.read_text()
+    differs = v0_5_23.GONE | v0_5_23.LOST.keys() | v0_5_23.PARAMETERS.keys()
+    differs |= {*v0_5_23.MODULES_GONE, *(symbol.name for symbol in v0_5_23.ADDED)}
+    missing = sorted(
+        name for name in differs if f"`{name.removeprefix('sglang.srt.')}`" not in text
+    )
+    assert not missing
+
+
+def test_what_differs_is_of_the_table() -> None:
+    names = {symbol.name for symbol in v0_5_17.SYMBOLS}
+    assert names >= v0_5_23.GONE | v0_5_23.LOST.keys() | v0_5_23.PARAMETERS.keys()
+    for module in v0_5_23.MODULES_GONE:
+        assert any(name.startswith(f"{module}.") for name in names)

@@ -128,7 +128,8 @@ def test_a_dockerfile_is_well_formed_and_pinned(path: Path) -> None:
 
 
 def test_the_base_image_holds_the_release_that_is_pinned() -> None:
-    (pin,) = re.findall(r'"sglang==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    environment = (ROOT / "scripts" / "lib" / "environment.sh").read_text()
+    (pin,) = re.findall(r"^SGLANG_DEFAULT=([\d.]+)$", environment, re.MULTILINE)
     text = (DOCKER / "Dockerfile").read_text()
     assert f"lmsysorg/sglang:v{pin}" in text
     assert f"startswith('{pin}')" in text

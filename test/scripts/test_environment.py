@@ -159,6 +159,18 @@ def test_a_python_that_fits_is_used_by_uv(host: Host) -> None:
     assert host.installs() == []
 
 
+def test_the_release_of_sglang_that_is_wanted_is_installed(host: Host) -> None:
+    host.python("3.12")
+    assert host.ensure().returncode == 0
+    assert "sglang==0.5.17 --editable" in host.installs()[-1]
+    host.calls_file.write_text("")
+    host.environment["TIERED_KV_SGLANG"] = "0.5.23"
+    assert host.ensure().returncode == 0
+    assert "sglang==0.5.23 --editable" in host.installs()[-1]
+    host.environment["TIERED_KV_SGLANG"] = "0.5.18"
+    assert "SGLang 0.5.18 is not supported: choose one of 0.5.17 0.5.23." in refusal(host.ensure())
+
+
 def test_uv_on_path_is_not_installed_again(host: Host) -> None:
     host.python("3.12")
     host.uv_on_path()

@@ -361,8 +361,8 @@ def test_what_the_host_has_is_left_out() -> None:
 
 def test_the_requirements_are_of_the_release_that_is_pinned() -> None:
     pins = {r.name: r.version for r in cli.bundled_requirements()}
-    pyproject = (SCRIPTS.parent / "pyproject.toml").read_text()
-    assert f'"sglang=={pins["sglang"]}"' in pyproject
+    environment = (SCRIPTS / "lib" / "environment.sh").read_text()
+    assert f"SGLANG_DEFAULT={pins['sglang']}\n" in environment
     assert not {"torch", "triton"} & set(pins)
     needed = "\n".join(metadata.requires("sglang") or [])
     exact = {

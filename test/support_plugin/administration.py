@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,11 +17,13 @@ from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWei
 from sglang.srt.managers.tp_worker import BaseTpWorker
 from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
+from support_plugin import on_release
 from support_plugin.decode_loop import DecodeLoop, PretendDisk
 from support_plugin.decode_requests import Kind
 from support_plugin.kv_model import KvModel
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.plugin.cache import weight_updates
+from tiered_kv.plugin.upstream.current import hardware
 
 PROMPT = Kind(family=2, seed=0, n_own=20, max_new_tokens=8, sampling={"ignore_eos": True})
 OTHER = Kind(family=1, seed=1, n_own=14, max_new_tokens=8, sampling={"ignore_eos": True})
@@ -46,16 +47,37 @@ def drop_from_device(loop: DecodeLoop) -> None:
     loop.tree_cache.hierarchy.evict_device(10_000)
 
 
+class Runner:
+    """A model runner that is its own updater of weights, as far as either is asked for."""
+
+    def __init__(self, update: Any) -> None:
+        self._update = update
+        self.weight_updater = self
+
+    def get_model_runner(self) -> Runner:
+        return self
+
+    def update_weights_from_disk(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+        if on_release.IS_0_5_17:  # the hook is on the worker
+            return self._update(*args, **kwargs)  # type: ignore[no-any-return]
+        return weight_updates.agree_on_outcome(
+            lambda self, *args, **kwargs: self._update(*args, **kwargs), self, *args, **kwargs
+        )
+
+
 class Worker(BaseTpWorker):
     """SGLang's worker, whose model is the KV model: `model_path` says what becomes of an update."""
 
     def __init__(self, model: KvModel) -> None:
         self._model = model
+        self._runner = Runner(self._update)
 
     @property
     def model_runner(self) -> Any:
-        updater = SimpleNamespace(update_weights_from_disk=self._update)
-        return SimpleNamespace(weight_updater=updater)
+        return self._runner
+
+    def weight_update_runners(self) -> list[tuple[str, Any]]:
+        return [("target", self._runner)]
 
     def forward_batch_generation(self, forward_batch: Any) -> None:
         raise NotImplementedError
@@ -78,11 +100,11 @@ class Administrator:
     def __init__(self, loop: DecodeLoop) -> None:
         self._loop = loop
         worker = Worker(loop.tp_worker)
-        weight_updates.track(loop.tree_cache, worker)
+        weight_updates.track(loop.tree_cache, hardware.weights_of(worker))
         self._updater = SchedulerWeightUpdaterManager(
             tp_worker=worker,
             draft_worker=None,
-            tp_cpu_group=None,
+            **on_release.of_weight_updater(),
             memory_saver_adapter=TorchMemorySaverAdapter.create(enable=False),
             flush_cache=loop.flush_cache,
             is_fully_idle=loop.is_fully_idle,

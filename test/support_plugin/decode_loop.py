@@ -24,10 +24,10 @@ from sglang.srt.managers.scheduler_components.dp_attn import SchedulerDPAttnAdap
 from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import NewTokenRatioTracker
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
-from sglang.srt.runtime_context import get_context
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from support.tiny_llama import write_config
+from support_plugin import on_release
 from support_plugin.kv_model import VOCABULARY, KvModel
 from support_plugin.serving_parts import PretendDisk, serving_parts
 from tiered_kv.core.device_spec import find_device
@@ -39,7 +39,6 @@ from tiered_kv.plugin.decode.selection import DecodeSelection
 from tiered_kv.plugin.queue.clock_tick import SharedClock, Tick
 from tiered_kv.plugin.queue.order import RequestOrder
 from tiered_kv.plugin.start.server_args import ServerArgs
-from tiered_kv.plugin.upstream.cpu_allocator import CpuPagedTokenToKVPoolAllocator
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.iteration_policy import IterationPolicy
 from tiered_kv.scheduler.request_policy import request_policies
@@ -82,7 +81,7 @@ PAGE_SIZE = 4
 MAX_RUNNING = 16
 
 
-def publish_arguments(directory: Path, **options: Any) -> ServerArgs:
+def publish_arguments(directory: Path, **options: Any) -> Any:
     """SGLang reads its arguments from a place that the whole process shares.
 
     Making them puts our hooks into this process, as in a server's.
@@ -97,7 +96,7 @@ def publish_arguments(directory: Path, **options: Any) -> ServerArgs:
         pp_max_micro_batch_size=MAX_RUNNING,
         **options,
     )
-    get_context().set_server_args(args)
+    on_release.publish(args)
     return args
 
 
@@ -106,7 +105,7 @@ class DecodeLoop(upstream.Scheduler):
 
     def __init__(
         self,
-        args: ServerArgs,
+        args: Any,
         *,
         overlap: bool,
         n_pages: int = 64,
@@ -123,7 +122,7 @@ class DecodeLoop(upstream.Scheduler):
         pool = MHATokenToKVPool(
             n_tokens, page_size, torch.float32, 1, 2, 1, "cpu", enable_memory_saver=False
         )
-        self.token_to_kv_pool_allocator = CpuPagedTokenToKVPoolAllocator(
+        self.token_to_kv_pool_allocator = on_release.paged_allocator()(
             n_tokens, page_size, torch.float32, "cpu", pool, need_sort=False
         )
         self.req_to_token_pool = ReqToTokenPool(max_running, 1024, "cpu", False)
@@ -156,9 +155,7 @@ class DecodeLoop(upstream.Scheduler):
         self.now_s = 1.0
         self.clock = SharedClock(wanted=lambda: True, on_tick=lambda: None)
 
-    def _set_switches(
-        self, args: ServerArgs, *, overlap: bool, page_size: int, max_running: int
-    ) -> None:
+    def _set_switches(self, args: Any, *, overlap: bool, page_size: int, max_running: int) -> None:
         self.server_args = args
         self.enable_overlap, self.enable_overlap_mlx = overlap, False
         self.page_size, self.max_running_requests = page_size, max_running
@@ -171,6 +168,7 @@ class DecodeLoop(upstream.Scheduler):
             setattr(self, name, False)
         for name in _NONE.split():
             setattr(self, name, None)
+        on_release.set_attributes(self)
         self.max_prefill_tokens = 4096
         self.max_prefill_bs = 0.0
         self.forward_ct = self.forward_ct_decode = 0
@@ -182,10 +180,13 @@ class DecodeLoop(upstream.Scheduler):
         self.result_queue: deque[Any] = deque()
         self.return_health_check_ipcs: deque[Any] = deque()
 
-    def _set_components(self, args: ServerArgs) -> None:
+    def _set_components(self, args: Any) -> None:
         quiet = Quiet()
         self.model_config = SimpleNamespace(
-            vocab_size=VOCABULARY, is_encoder_decoder=False, think_end_ids=None
+            vocab_size=VOCABULARY,
+            is_encoder_decoder=False,
+            think_end_ids=None,
+            self_opened_think_start_ids=None,
         )
         self.ps = SimpleNamespace(pp_size=1, tp_rank=0)
         self.policy = SchedulePolicy("fcfs", self.tree_cache, True, False, False)
@@ -197,7 +198,9 @@ class DecodeLoop(upstream.Scheduler):
         self.flush_wrapper = self.session_controller = self.ipc_channels = quiet
         self.ipc_channels = SimpleNamespace(send_to_tokenizer=quiet)
         self.profiler_manager = quiet
-        self.load_inquirer = SimpleNamespace(_get_num_pending_tokens=lambda chunk_deduct: 0)
+        self.load_inquirer = SimpleNamespace(
+            _get_num_pending_tokens=lambda chunk_deduct: 0, get_loads=quiet
+        )
         self.metrics_reporter = Quiet()
         self.metrics_reporter.metrics_collector = quiet
         self.metrics_reporter.num_generated_tokens = self.metrics_reporter.forward_ct_decode = 0
@@ -222,7 +225,6 @@ class DecodeLoop(upstream.Scheduler):
             disaggregation_mode=self.disaggregation_mode,
             enable_overlap=self.enable_overlap,
             enable_overlap_mlx=False,
-            server_args=args,
             model_config=self.model_config,
             token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
             tree_cache=self.tree_cache,
@@ -236,6 +238,7 @@ class DecodeLoop(upstream.Scheduler):
             logprob_result_processor=NoLogprobs(),
             output_streamer=SimpleNamespace(stream_output=self._stream),
             abort_request=self.abort_request,
+            **on_release.of_result_processor(args),
         )
 
     @property
@@ -332,7 +335,7 @@ class DecodeLoop(upstream.Scheduler):
 
     # -- in the place of other processes ------------------------------------------------------
 
-    def _receive(self) -> list[Any]:
+    def _receive(self, local_reqs: list[Any] | None = None) -> list[Any]:
         self.now_s += 0.01
         self.clock.take(Tick(self.now_s))
         self.gracefully_exit = not self.script()

@@ -93,18 +93,22 @@ class LoadBack:
         batch over them must first wait at the gate. prompt_tokens: the prompt's whole length, if
         more is to be computed than what follows from `last`.
         """
+        action = self.plan(last, prompt_tokens)
+        return None if action is None else self.carry_out(action)
+
+    def plan(self, last: Node, prompt_tokens: int | None = None) -> Load | None:
+        """What `load` would take to the device now, if there was room; None: nothing."""
         context = self._context
         match = match_of(last)
         if match is None:
             return None
-        action = self._decide.wanted(
+        return self._decide.wanted(
             context.manager,
             match,
             context.now_s,
             prompt_tokens=prompt_tokens,
             queued_bytes=self._pages_ahead * context.copier.page_format.page_bytes,
         )
-        return None if action is None else self.carry_out(action)
 
     def load_ahead(self, action: Load) -> bool:
         """Like `load`, for nobody yet; False without room, or while loads fail."""

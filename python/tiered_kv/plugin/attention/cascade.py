@@ -27,6 +27,7 @@ from tiered_kv.attention.plan import CascadePlan
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.cache.costs import nearest_device
 from tiered_kv.plugin.options import cascade as cascade_option
+from tiered_kv.plugin.upstream.current import arguments, request_kv
 
 if TYPE_CHECKING:
     from tiered_kv.attention.grouping import Stretch
@@ -134,7 +135,7 @@ class CascadePlanner:
         nodes = [req.last_node for req in reqs]
         # A request that made way may find its node in other slots when it comes back: they are in
         # another tensor then.
-        slots = [req.prefix_indices for req in reqs]
+        slots = list(map(request_kv.prefix_identity, reqs))
         for i, known in enumerate(self._plans):
             if known.reqs == reqs and known.nodes == nodes and all(map(is_, known.slots, slots)):
                 if i:
@@ -187,14 +188,15 @@ def make_planner(model_runner: Any, why_not: str | None = None) -> CascadePlanne
             )
         logger.info("Tiered KV: no cascade attention, which does not support %s.", reason)
         return None
-    config, tp_size = model_runner.model_config, server_args.tp_size
+    outcome = arguments.resolved(server_args)
+    config, tp_size = model_runner.model_config, outcome.tp_size
     shape = AttentionShape(
         n_query_heads=config.num_attention_heads // tp_size,
         n_kv_heads=config.get_num_kv_heads(tp_size),
         head_dim=config.head_dim,
         element_bytes=model_runner.token_to_kv_pool.dtype.itemsize,
     )
-    has_graphs = server_args.device == "cuda" and not server_args.disable_cuda_graph
+    has_graphs = outcome.device == "cuda" and not outcome.disable_cuda_graph
     eager_s = EAGER_S if has_graphs else 0.0
     return CascadePlanner(shape, cascade_device(nearest_device()), eager_s=eager_s)
 

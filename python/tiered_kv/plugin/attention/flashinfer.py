@@ -35,6 +35,7 @@ from tiered_kv.attention.runner import PageTables
 from tiered_kv.plugin.attention.cascade import LEVELS_MAX, PlannedBatch, make_planner
 from tiered_kv.plugin.attention.graphs import CascadeGraphs
 from tiered_kv.plugin.options import cascade as cascade_option
+from tiered_kv.plugin.upstream.current import arguments
 
 NAME = "flashinfer"
 
@@ -46,7 +47,9 @@ class CascadeFlashInferBackend(FlashInferAttnBackend):
         super().__init__(model_runner, init_new_workspace=init_new_workspace)
         # Upstream checks this for its own class only.
         for phase, name in zip(
-            ("prefill", "decode"), model_runner.server_args.get_attention_backends(), strict=True
+            ("prefill", "decode"),
+            arguments.attention_backends(model_runner.server_args),
+            strict=True,
         ):
             if name == NAME:
                 access = self.prefill_kv_access if phase == "prefill" else self.decode_kv_access

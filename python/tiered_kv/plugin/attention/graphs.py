@@ -119,9 +119,11 @@ def capture_variants(
     forward: Callable[..., Any],
     stream_idx: int | None = None,
     variant_label: str | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     """AROUND `DecodeCudaGraphRunner.capture_one_shape`: upstream's graph of a size, then ours."""
-    original(graph_runner, size, forward, stream_idx, variant_label)
+    original(graph_runner, size, forward, stream_idx, variant_label, *args, **kwargs)
     graphs = graphs_of(graph_runner)
     if graphs is None:
         return

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from tiered_kv.forest.key import SHARED_TREE, TreeKey, namespace_hash
-from tiered_kv.plugin.requests.salts import parts_of
+from tiered_kv.plugin.requests.salts import parts_of, salted
+from tiered_kv.plugin.upstream.current import request_kv
 from tiered_kv.tiers.transfer import Collective
 
 logger = logging.getLogger(__name__)
@@ -157,9 +158,13 @@ def after_change(result: Any, scheduler: Any, recv_req: Any) -> None:
 
 def name_tree(result: None, req: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `Req.__init__`: `extra_key` becomes the TreeKey of the request; None stays None."""
-    if _names is None or req.extra_key is None or isinstance(req.extra_key, TreeKey):
+    apart = request_kv.separate_salt(req)
+    if _names is None or isinstance(req.extra_key, TreeKey):
+        return
+    if req.extra_key is None and not apart:
         return
     # SGLang has appended the adapter's id.
-    salt, extra_key = parts_of(req.extra_key.removesuffix(req.lora_id or ""))
+    salt, extra_key = parts_of((req.extra_key or "").removesuffix(req.lora_id or ""))
+    salt = salted(salt, apart)
     adapter = SHARED_TREE if req.lora_id is None else _names.key_of(req.lora_id)
     req.extra_key = replace(adapter, salt=salt, extra_key=extra_key)

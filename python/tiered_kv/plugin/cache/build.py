@@ -31,6 +31,7 @@ from tiered_kv.plugin.cache.watched import Watched
 from tiered_kv.plugin.options.overlap import budget_share, rank_trace_file
 from tiered_kv.plugin.passes.pass_log import Pass, PassLog, draw_passes, pace_by_decodes
 from tiered_kv.plugin.passes.step_times import StepTimes
+from tiered_kv.plugin.upstream.current import arguments, hardware
 from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.cost_model import CostModel, PlacementCosts
 from tiered_kv.tiers.cold.local_pages import LocalStore
@@ -65,7 +66,7 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     gate = parts.hierarchy.load_back.gate
     ctx.params.token_to_kv_pool_allocator.get_kvcache().register_layer_transfer_counter(gate)
     ctx.tp_worker.register_hicache_layer_transfer_counter(gate)
-    weight_updates.track(cache, ctx.tp_worker)
+    weight_updates.track(cache, hardware.weights_of(ctx.tp_worker))
     lora_manager = getattr(ctx.tp_worker.model_runner, "lora_manager", None)
     adapters.track(adapters.AdapterNames(lora_manager, make_collective(ctx)))
     return cache
@@ -81,7 +82,8 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
 
     args, collective = ctx.server_args, make_collective(ctx)
     # The ranks of one machine: they are spread evenly.
-    n_ranks = max(1, ctx.tp_size // args.nnodes)
+    outcome = arguments.resolved(args)
+    n_ranks = max(1, ctx.tp_size // outcome.nnodes)
     rank_bytes = host_bytes(config, device.n_bytes, formats.host, n_ranks, collective)
     shard = shard_of(ctx, pool)
     host, shard = open_host(formats.host, rank_bytes, shard, collective, pins=not on_cpu)
@@ -144,7 +146,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
 
 def hold_passes(ctx: TreeCacheBuildContext) -> Callable[[Point], None]:
     """Makes forward passes that are launched from now on wait for a point."""
-    overlaps = not ctx.server_args.disable_overlap_schedule
+    overlaps = not arguments.resolved(ctx.server_args).disable_overlap_schedule
     return pass_holder(ctx.tp_worker.model_runner.forward_stream, overlaps=overlaps)
 
 
@@ -270,7 +272,8 @@ def make_collective(ctx: TreeCacheBuildContext) -> Collective:
 def make_metrics(ctx: TreeCacheBuildContext) -> MetricsRecorder:
     if not ctx.params.enable_metrics:
         return MetricsRecorder()
-    served_name = ctx.server_args.served_model_name or ctx.server_args.model_path
+    outcome = arguments.resolved(ctx.server_args)
+    served_name = outcome.served_model_name or outcome.model_path
     return PrometheusRecorder({"model_name": served_name, "tp_rank": str(ctx.tp_rank)})
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tiered_kv.forest.key import namespace_hash
+from tiered_kv.plugin.upstream.current import arguments
 from tiered_kv.tiers.page_format import PageFormat
 
 _CHUNK = 1 << 22
@@ -120,10 +121,11 @@ def numerics_of(server_args: Any, model_config: Any, pool: Any) -> str:
     Attention backends round alike, as batches of other sizes do. But they differ in how they scale
     KV that is stored in fewer bits, and who asks for deterministic answers wants KV of that kind.
     """
-    is_exact = server_args.enable_deterministic_inference
-    text = f"deterministic {is_exact} {server_args.rl_on_policy_target}"
+    outcome = arguments.resolved(server_args)
+    is_exact = outcome.enable_deterministic_inference
+    text = f"deterministic {is_exact} {outcome.rl_on_policy_target}"
     if is_exact or pool.dtype.itemsize < model_config.dtype.itemsize:
-        text += " by {} {}".format(*server_args.get_attention_backends())
+        text += " by {} {}".format(*arguments.attention_backends(server_args))
     return text
 
 

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from tiered_kv.plugin.upstream.current import request_kv
+
 if TYPE_CHECKING:
     from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
 
@@ -26,19 +28,19 @@ def cache_of(scheduler: Any) -> TieredPrefixCache | None:
 
 
 def is_fully_idle(
-    original: Callable[..., bool], scheduler: Any, for_health_check: bool = False
+    original: Callable[..., bool], scheduler: Any, for_health_check: bool = False, **kwargs: Any
 ) -> bool:
     """AROUND Scheduler.is_fully_idle: so it is if all there is waits, paused, and holds no KV."""
-    if original(scheduler, for_health_check):
+    if original(scheduler, for_health_check, **kwargs):
         return True
     if for_health_check or not scheduler._engine_paused or cache_of(scheduler) is None:
         return False
     waiting = scheduler.waiting_queue
-    if not waiting or any(req.req_pool_idx is not None for req in waiting):
+    if not waiting or any(map(request_kv.holds_kv, waiting)):
         return False
     scheduler.waiting_queue = []
     try:
-        return original(scheduler, for_health_check)
+        return original(scheduler, for_health_check, **kwargs)
     finally:
         scheduler.waiting_queue = waiting
 
@@ -81,10 +83,12 @@ def flush_cache(original: Callable[..., bool], scheduler: Any, *args: Any, **kwa
     return original(scheduler, *args, **kwargs)
 
 
-def look_on_disk(original: Callable[..., None], scheduler: Any, req: Any) -> None:
+def look_on_disk(
+    original: Callable[..., None], scheduler: Any, req: Any, *args: Any, **kwargs: Any
+) -> None:
     """AROUND Scheduler._prefetch_kvcache: not during a pause, which may end with other weights."""
     if cache_of(scheduler) is None or not scheduler._engine_paused:
-        original(scheduler, req)
+        original(scheduler, req, *args, **kwargs)
 
 
 def after_pause(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:

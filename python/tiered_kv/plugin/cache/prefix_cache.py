@@ -1,8 +1,8 @@
 """The prefix cache that SGLang's scheduler talks to, over the three tiers.
 
-Inherits from RadixCache what concerns requests (`cache_finished_req`, `cache_unfinished_req`, the
-event queue) and overrides everything that concerns the tree. The interface is the one HiRadixCache
-offers (mem_cache/hiradix_cache.py); who calls what is listed in docs/upstream_contract.md.
+Inherits from RadixCache what concerns requests, and overrides everything that concerns the tree.
+What a release calls in a way of its own is in its `CacheContract` (`upstream/*/cache_contract.py`);
+who calls what is listed in docs/upstream_contract.md.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     EvictParams,
     EvictResult,
     IncLockRefResult,
-    InitLoadBackParams,
     InsertParams,
     InsertResult,
     MatchPrefixParams,
     MatchResult,
 )
-from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.node import Node
 from tiered_kv.plugin.cache.observer import NoObserver, RequestObserver
 from tiered_kv.plugin.cache.weight_names import WeightNames
+from tiered_kv.plugin.requests.salts import root_key
 from tiered_kv.plugin.requests.view import is_named_by_tokens, is_probe, note_store_tokens
+from tiered_kv.plugin.upstream.current import cache_contract
 from tiered_kv.tiers.context import device_slots_of
 from tiered_kv.tiers.hierarchy import KVHierarchy
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
+    from tiered_kv.memory.actions import Load
     from tiered_kv.plugin.cache.parts import CacheParts
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,8 @@ CLOSE_TIMEOUT_S = 10.0
 INTEGRITY_CHECK_S = 1.0
 
 
-class TieredPrefixCache(RadixCache):
+class TieredPrefixCache(cache_contract.CacheContract):
     """Node handles are `forest.Node`; device indices are int64 token slots on the device."""
-
-    # Read by the scheduler (managers/scheduler.py: _prefetch_kvcache).
-    hicache_storage_pass_prefix_keys = False
 
     def __init__(self, params: CacheInitParams, parts: CacheParts) -> None:
         self._hierarchy: KVHierarchy | None = None
@@ -70,14 +68,16 @@ class TieredPrefixCache(RadixCache):
         self.enable_storage: bool = parts.has_disk or parts.store is not None
         # Read by the metrics reporter and by the output streamer.
         self.token_to_kv_pool_host = parts.host_report
-        self.cache_controller = parts.controller_report
+        self.init_contract(parts.controller_report)
         self.root_node = self.hierarchy.root()
         # Whoever keeps the waiting queue in order, if one of our policies does.
         self.observer: RequestObserver = NoObserver()
         # KV tokens that the decode launched last need not read, as others of it do.
         self.saved_tokens = 0
         # Where what was inserted last ended in the tree.
-        self._last_inserted = self.root_node
+        self.last_inserted = self.root_node
+        # What would be loaded for the request that is being admitted, and where it ends.
+        self._planned: tuple[Node, Load] | None = None
         self.weights = WeightNames(parts.hierarchy, parts.name_weights)
         self._checked_at = 0.0
 
@@ -89,21 +89,20 @@ class TieredPrefixCache(RadixCache):
             self.look_at_weights()
         key = params.key
         hierarchy = self.hierarchy
-        root = hierarchy.root(key.extra_key)
-        prefix = hierarchy.match(root, key.token_ids, key.limit)
-        if len(prefix.device) == 1:
-            indices = device_slots_of(prefix.device[0])
-        elif prefix.device:
-            indices = torch.cat([device_slots_of(node) for node in prefix.device])
-        else:
-            indices = self._no_indices
-        return MatchResult(
-            device_indices=indices,
-            last_device_node=prefix.last_device,
-            last_host_node=prefix.last,
-            best_match_node=prefix.last,
-            host_hit_length=prefix.n_host_tokens,
+        prefix = hierarchy.match(self._root_of(key), key.token_ids, key.limit)
+        return self.match_result(
+            [device_slots_of(node) for node in prefix.device],
+            prefix.last_device,
+            prefix.last,
+            prefix.n_host_tokens,
         )
+
+    def touch_prefix(self, key: Any) -> None:
+        """Somebody who waits is going to want this prefix: it counts as used now."""
+        self.hierarchy.match(self._root_of(key), key.token_ids, key.limit)
+
+    def _root_of(self, key: Any) -> Node:
+        return self.hierarchy.root(root_key(key.extra_key, cache_contract.salt_of(key)))
 
     def root_node_handle(self, extra_key: TreeKey | None = None) -> Node:
         return self.hierarchy.root(extra_key)
@@ -120,31 +119,44 @@ class TieredPrefixCache(RadixCache):
 
     # -- admission ----------------------------------------------------------------------------
 
-    def init_load_back(self, params: InitLoadBackParams) -> tuple[torch.Tensor, Node]:
-        """Brings the host part of a prefix to the device, under a lock on its device part.
-
-        As much of it as is sooner loaded than computed. The copy itself starts with the batch
-        (`ready_to_load_host_cache`). Without room nothing is loaded, and the request is told so:
-        SGLang would keep counting the host hit.
-        """
-        last: Node = params.best_match_node
-        req = params.req
-        if req is not None and self.parts.store is not None:
+    def note_loading(self, req: Req) -> None:
+        """What the host has for `req` is about to be loaded: whence it had that is known now."""
+        if self.parts.store is not None:
             n_read = self.hierarchy.prefetch.loaded_tokens_from(req.rid, Tier.STORE)
             note_store_tokens(req, n_read)
-        n_tokens = None if req is None else len(req.origin_input_ids) + len(req.output_ids)
+
+    def load_back(self, last: Node, n_tokens: int | None) -> tuple[torch.Tensor, Node]:
+        """Has as much of the run that ends at `last` loaded as is sooner loaded than computed.
+
+        Returns (its slots, its last node); n_tokens: of the prompt, if it is known.
+        """
         loaded = self.hierarchy.load_back.load(last, n_tokens)
-        if loaded is not None:
-            slots, last = loaded
-            if req is not None:
-                req.host_hit_length = len(slots)
-            return slots, last
-        if req is not None:
-            req.host_hit_length = 0
+        return loaded or (self.nothing, self._device_part(last))
+
+    def plan_load(self, last: Node, n_tokens: int) -> tuple[int, Node]:
+        """What `load_back` would bring for whoever is admitted now: (tokens, last node)."""
+        action = self.hierarchy.load_back.plan(last, n_tokens)
+        if action is None:
+            self._planned = None
+            return 0, self._device_part(last)
+        nodes = [self.hierarchy.context.forest.node(node_id) for node_id in action.node_ids]
+        self._planned = nodes[-1], action
+        return sum(node.n_tokens for node in nodes), nodes[-1]
+
+    def carry_out_load(self, last: Node) -> tuple[torch.Tensor, Node]:
+        """As `load_back`, of what was planned to end at `last`: all of it, or nothing."""
+        planned, self._planned = self._planned, None
+        loaded = None
+        if planned is not None and planned[0] is last:
+            loaded = self.hierarchy.load_back.carry_out(planned[1])
+        return loaded or (self.nothing, self._device_part(last))
+
+    def _device_part(self, last: Node) -> Node:
+        """The last node on the way to `last` that is on the device."""
         while not last.is_root and not self._on_device(last):
             assert last.parent is not None
             last = last.parent
-        return self._no_indices, last
+        return last
 
     @staticmethod
     def _on_device(node: Node) -> bool:
@@ -153,27 +165,17 @@ class TieredPrefixCache(RadixCache):
     def ready_to_load_host_cache(self) -> int:
         return self.hierarchy.load_back.start()
 
-    def prefetch_from_storage(
-        self,
-        rid: str,
-        last_host_node: Node,
-        new_input_tokens: array[int],
-        last_hash: str | None = None,
-        prefix_keys: list[str] | None = None,
-    ) -> None:
+    def prefetch(self, rid: str, last_host_node: Node, new_input_tokens: array[int]) -> None:
         self.hierarchy.prefetch.request(rid, last_host_node, new_input_tokens)
 
-    def check_prefetch_progress(self, rid: str) -> bool:
+    def is_prefetched(self, rid: str) -> bool:
         return self.hierarchy.prefetch.done(rid)
 
-    def pop_prefetch_loaded_tokens(self, rid: str) -> int:
-        """Not popped: a request that is not admitted now asks again in the next pass."""
+    def prefetched_tokens(self, rid: str) -> int:
         return self.hierarchy.prefetch.loaded_tokens(rid)
 
-    def release_aborted_request(self, rid: str) -> None:
+    def release_prefetch(self, rid: str) -> None:
         self.hierarchy.prefetch.release(rid)
-
-    terminate_prefetch = release_aborted_request
 
     # -- insertion ----------------------------------------------------------------------------
 
@@ -181,33 +183,31 @@ class TieredPrefixCache(RadixCache):
         key, slots = params.key, params.value
         assert key is not None
         assert slots is not None
-        result = self.hierarchy.insert(self.hierarchy.root(key.extra_key), key.token_ids, slots)
-        self._last_inserted = result.last
+        result = self.hierarchy.insert(self._root_of(key), key.token_ids, slots)
+        self.last_inserted = result.last
         return InsertResult(prefix_len=result.resident_tokens, last_device_node=result.last)
 
-    def cache_finished_req(
-        self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int
-    ) -> None:
-        self.hierarchy.prefetch.release(req.rid)
-        if is_insert and not is_probe(req):
+    def is_to_be_cached(self, req: Req) -> bool:
+        return is_named_by_tokens(req)
+
+    def goes_on(self, req: Req, *, has_token: bool) -> None:
+        """A chunk of the prompt of `req` was computed, or all of it: then it has a token."""
+        self.release_prefetch(req.rid)
+        if has_token:
+            self.observer.first_token(req)
+
+    def is_ending(self, req: Req, *, is_counted: bool) -> None:
+        """`req` is about to give up its KV; is_counted: since it has its answer."""
+        self.release_prefetch(req.rid)
+        if is_counted and not is_probe(req):
             self.parts.metrics.finished(req)
             if self.parts.watched is not None:
                 self.parts.watched.finished(req)
-        is_insert = is_insert and is_named_by_tokens(req)
-        self._last_inserted = self.root_node
-        super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
-        self.observer.released(req, self._last_inserted)
+        self.last_inserted = self.root_node
 
-    def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
-        self.hierarchy.prefetch.release(req.rid)
-        if not chunked:
-            self.observer.first_token(req)
-        if is_named_by_tokens(req):
-            super().cache_unfinished_req(req, chunked)
-            return
-        # The request goes on with slots of its own, as upstream's ChunkCache does it.
-        slots = self.req_to_token_pool.req_to_token[req.req_pool_idx, : len(req.get_fill_ids())]
-        req.prefix_indices = slots.to(dtype=torch.int64, copy=True)
+    def has_ended(self, req: Req, last: Node) -> None:
+        """`req` has given up its KV, which is in the tree down to `last`."""
+        self.observer.released(req, last)
 
     # -- eviction and locks -------------------------------------------------------------------
 
@@ -237,7 +237,7 @@ class TieredPrefixCache(RadixCache):
     def all_values_flatten(self) -> torch.Tensor:
         forest = self.hierarchy.context.forest
         values = [device_slots_of(node) for node in forest.nodes() if self._on_device(node)]
-        return torch.cat(values) if values else self._no_indices
+        return torch.cat(values) if values else self.nothing
 
     # -- progress, and what the scheduler's idle test reads -------------------------------------
 
@@ -270,7 +270,7 @@ class TieredPrefixCache(RadixCache):
 
     def reset(self) -> None:
         """Empties device and host (`/flush_cache`, weight updates); the disk keeps its pages."""
-        self._no_indices = torch.empty((0,), dtype=torch.int64, device=self.device)
+        self.nothing = torch.empty((0,), dtype=torch.int64, device=self.device)
         if self._hierarchy is not None:
             self._hierarchy.flush()
             self.weights.emptied()

@@ -12,34 +12,35 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin.cache import idle
+from tiered_kv.plugin.upstream.current import hardware
 
 if TYPE_CHECKING:
     from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
 
 logger = logging.getLogger(__name__)
 
-# By the worker whose model the KV is computed with.
+# By what has the weights that the KV is computed with.
 _caches: weakref.WeakKeyDictionary[Any, TieredPrefixCache] = weakref.WeakKeyDictionary()
 
 Update = Callable[..., Any]
 
 
-def track(cache: TieredPrefixCache, worker: Any) -> None:
-    _caches[worker] = cache
+def track(cache: TieredPrefixCache, weights: object) -> None:
+    _caches[weights] = cache
 
 
-def agree_on_outcome(original: Update, worker: Any, recv_req: Any) -> tuple[bool, str]:
-    """AROUND BaseTpWorker.update_weights_from_*: (success, message).
+def agree_on_outcome(original: Update, updater: Any, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+    """AROUND update_weights_from_* of one rank: (success, message).
 
     An update that fails on one rank has failed; ranks that part here would wait for each other.
     And one that raises has failed, too: SGLang's own way back from a file of another shape does.
     """
-    cache = _caches.get(worker)
+    cache = _caches.get(hardware.weights_updated_by(updater))
     if cache is None:
-        outcome: tuple[bool, str] = original(worker, recv_req)
+        outcome: tuple[bool, str] = original(updater, *args, **kwargs)
         return outcome
     try:
-        success, message = original(worker, recv_req)
+        success, message = original(updater, *args, **kwargs)
     except Exception as error:
         logger.exception("Tiered KV: an update of the weights failed")
         success, message = False, f"{type(error).__name__}: {error}"
@@ -72,6 +73,17 @@ def update(original: Update, updater: Any, recv_req: Any) -> Any:
     if not output.success:
         _failed(scheduler, cache, has_flush=recv_req.flush_cache)
     return output
+
+
+def change_form(original: Update, updater: Any, recv_req: Any) -> Any:
+    """AROUND SchedulerWeightUpdaterManager.begin_weight_update and end_weight_update.
+
+    Either may put the weights into another form, parts of an update before or behind it.
+    """
+    cache = idle.cache_of(updater.scheduler)
+    if cache is not None:
+        cache.weights.changing(is_computing=not updater.scheduler.is_fully_idle())
+    return original(updater, recv_req)
 
 
 def _failed(scheduler: Any, cache: TieredPrefixCache, *, has_flush: bool) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tiered_kv.plugin.decode import penalties as decode_penalties
+from tiered_kv.plugin.upstream.current import request_kv
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -85,4 +86,4 @@ def place_mixed_tokens(result: None, batch: ScheduleBatch, running_batch: Schedu
         return
     decoding = running_batch.reqs
     prefills = batch.prefix_lens[: len(batch.prefix_lens) - len(decoding)]
-    batch.prefix_lens = prefills + [req.kv_committed_len - 1 for req in decoding]
+    batch.prefix_lens = prefills + [request_kv.committed_tokens(req) - 1 for req in decoding]

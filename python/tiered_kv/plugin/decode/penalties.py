@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tiered_kv.plugin.upstream.current import request_kv
+
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
@@ -61,7 +63,8 @@ def _token_to_count(req: Req, batch: ScheduleBatch) -> int:
 
     The request's KV covers its prompt and all tokens but the last, which is what decodes next.
     """
-    position = req.kv_committed_len - len(req.origin_input_ids) - int(batch.enable_overlap)
+    committed = request_kv.committed_tokens(req)
+    position = committed - len(req.origin_input_ids) - int(batch.enable_overlap)
     outputs = req.output_ids
     if position < 0 or not outputs:
         return int(req.origin_input_ids[-1])

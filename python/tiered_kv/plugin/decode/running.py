@@ -17,6 +17,7 @@ from tiered_kv.forest.residency import Residency
 from tiered_kv.plugin.decode.gangs import gangs_of
 from tiered_kv.plugin.decode.swap_out import can_swap
 from tiered_kv.plugin.requests.view import terms_of
+from tiered_kv.plugin.upstream.current import request_kv
 from tiered_kv.scheduler.iteration_policy import RunningRequest, RunningTotals
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class RunningRequests:
 
     def _add(self, req: Req, now_s: float) -> None:
         self._next_id += 1
-        tokens = req.kv_committed_len + 1
+        tokens = request_kv.committed_tokens(req) + 1
         request = RunningRequest(
             request_id=self._next_id,
             context_tokens=tokens,

@@ -19,6 +19,7 @@ from tiered_kv.plugin.decode.running import RunningRequests
 from tiered_kv.plugin.decode.swap_out import Leaving
 from tiered_kv.plugin.options import decode as decode_option
 from tiered_kv.plugin.requests.view import queued_of, terms_of
+from tiered_kv.plugin.upstream.current import request_kv
 from tiered_kv.scheduler.iteration_policy import (
     IterationPlan,
     IterationPolicy,
@@ -295,7 +296,7 @@ class DecodeSelection:
     def _make_way(self, batch: ScheduleBatch, first: Req) -> None:
         """Have some leave so that `first`, whose objective is tighter, is admitted."""
         self._first_in_queue = None  # asked for once: the queue is put in order again
-        if self.leaving or first.finished() or first.req_pool_idx is not None:
+        if self.leaving or first.finished() or request_kv.holds_kv(first):
             return
         tbt_s = terms_of(first).slo.tbt_s
         if tbt_s is None or not self.running.is_any_looser(tbt_s):
@@ -324,20 +325,21 @@ class DecodeSelection:
             + scheduler.tree_cache.evictable_size()
         )
         reserved = sum(map(to_produce, batch.reqs)) * scheduler.new_token_ratio_tracker.current
-        new = len(first.origin_input_ids) + len(first.output_ids) - len(first.prefix_indices)
+        new = len(first.origin_input_ids) + len(first.output_ids) - request_kv.prefix_tokens(first)
         needed = new + to_produce(first) + page_size
         return max(1, math.ceil(needed + reserved - free))
 
     def make_room(
         self,
         batch: ScheduleBatch,
-        server_args: Any,
+        release: Callable[[int, int], object],
         retract: Callable[[], tuple[list[Req], float, list[Req]]],
     ) -> tuple[list[Req], float, list[Req]]:
         """In the place of `retract_decode`: those who run lack memory for their next tokens.
 
         Who goes is the policy's choice, as far as it has one, then SGLang's. Returns what
-        `retract_decode` does: who was retracted, the new token ratio, who was aborted.
+        `retract_decode` does: who was retracted, the new token ratio, who was aborted. release:
+        SGLang's `release_req`, of a row and how many stay.
         """
         from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import (
             NewTokenRatioTracker,
@@ -350,7 +352,7 @@ class DecodeSelection:
         keep = [row for row, req in enumerate(batch.reqs) if req not in gone]
         for row, req in enumerate(batch.reqs):
             if req in gone:
-                batch.release_req(row, len(keep), server_args)
+                release(row, len(keep))
         batch.filter_batch(keep_indices=keep)
         if batch.check_decode_mem():
             ratio = NewTokenRatioTracker.estimate_new_token_ratio_after_retract(batch.reqs)

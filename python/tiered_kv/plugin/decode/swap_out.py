@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin.queue.again import Why, has_room, queue_again
 from tiered_kv.plugin.requests.view import is_named_by_tokens
+from tiered_kv.plugin.upstream.current import request_kv
 from tiered_kv.scheduler.iteration_swap import SWAPS_MAX
 
 if TYPE_CHECKING:
@@ -24,13 +25,10 @@ _N_SWAPS = "tiered_kv_n_swaps"
 
 def keep_kv(req: Req, tree_cache: Any) -> None:
     """Gives up everything on the device that `req` holds; its whole pages become cache."""
-    from sglang.srt.mem_cache.common import maybe_cache_unfinished_req, release_kv_cache
-
     if is_named_by_tokens(req):
-        req._refresh_fill_ids()
-        req.set_extend_range(0, req.effective_kv_committed_len())
-        maybe_cache_unfinished_req(req, tree_cache, chunked=True)
-    release_kv_cache(req, tree_cache, is_insert=False)
+        request_kv.keep(req, tree_cache)
+    else:
+        request_kv.give_back(req, tree_cache)
 
 
 def release_req(original: Callable[..., None], **kwargs: Any) -> None:
@@ -46,6 +44,21 @@ def release_req(original: Callable[..., None], **kwargs: Any) -> None:
     req = kwargs["req"]
     keep_kv(req, tree_cache)
     req.reset_for_retract()
+
+
+def release_row(
+    original: Callable[..., bool], batch: ScheduleBatch, idx: int, *args: Any, **kwargs: Any
+) -> bool:
+    """AROUND `ScheduleBatch.release_req`, where that is for requests that are retracted alone.
+
+    Whether `req` can be resumed.
+    """
+    if not getattr(batch.tree_cache, "resumes_requests", False):
+        return original(batch, idx, *args, **kwargs)
+    req = batch.reqs[idx]
+    keep_kv(req, batch.tree_cache)
+    req.reset_for_retract()
+    return True
 
 
 def can_swap(req: Req) -> bool:

@@ -60,18 +60,22 @@ def batch_to_run(
 
 
 def retract_decode(
-    original: Callable[..., Any], batch: Any, server_args: Any
+    original: Callable[..., Any], batch: Any, *args: Any
 ) -> tuple[list[Any], float, list[Any]]:
     """AROUND `ScheduleBatch.retract_decode`: (retracted, new token ratio, aborted)."""
     selection = _of(batch.tree_cache)
     if selection is None:
-        result: tuple[list[Any], float, list[Any]] = original(batch, server_args)
+        result: tuple[list[Any], float, list[Any]] = original(batch, *args)
         return result
-    return selection.make_room(batch, server_args, lambda: original(batch, server_args))
+
+    def release(row: int, n_stay: int) -> object:
+        return batch.release_req(row, n_stay, *args)
+
+    return selection.make_room(batch, release, lambda: original(batch, *args))
 
 
 def note_first_in_queue(
-    result: None, schedule_policy: Any, waiting_queue: list[Any], running_batch: Any = None
+    result: None, schedule_policy: Any, waiting_queue: list[Any], *args: Any, **kwargs: Any
 ) -> None:
     """AFTER `SchedulePolicy.calc_priority`, which has put the queue in order."""
     selection = getattr(schedule_policy, "tiered_kv_selection", None)

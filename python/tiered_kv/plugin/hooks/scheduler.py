@@ -76,11 +76,12 @@ def put_in_order(
     schedule_policy: Any,
     waiting_queue: list[Any],
     running_batch: Any = None,
+    **kwargs: Any,
 ) -> None:
     """AROUND `SchedulePolicy.calc_priority`, which the scheduler calls within the above."""
     order = getattr(schedule_policy, "tiered_kv_order", None)
     if order is None:
-        original(schedule_policy, waiting_queue, running_batch)
+        original(schedule_policy, waiting_queue, running_batch, **kwargs)
     else:
         order.put_in_order(waiting_queue, running_batch)
 
@@ -94,6 +95,13 @@ def may_start(
         return original(scheduler, req, *args, **kwargs)
     allowed: bool = order.may_start(req, lambda: original(scheduler, req, *args, **kwargs))
     return allowed
+
+
+def promise_load(adder: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE `PrefillAdder.add_one_req`, where that wants exactly what was promised."""
+    promise = getattr(adder.tree_cache, "promise_load", None)
+    if promise is not None:
+        promise(req)
 
 
 def before_mixing(result: None, batch: Any, *args: Any, **kwargs: Any) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from tiered_kv.core.errors import UpstreamError
@@ -18,8 +19,9 @@ from tiered_kv.plugin.hooks.decode_table import DECODE_HOOKS
 from tiered_kv.plugin.hooks.guard_table import GUARD_HOOKS
 from tiered_kv.plugin.hooks.hook import Hook, Process
 from tiered_kv.plugin.hooks.naming_table import NAMING_HOOKS
+from tiered_kv.plugin.upstream.current import targets
 
-HOOKS: tuple[Hook, ...] = (
+SHARED_HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.__init__",
         kind="after",
@@ -282,6 +284,20 @@ HOOKS: tuple[Hook, ...] = (
     *GUARD_HOOKS,
     *NAMING_HOOKS,
 )
+
+
+def _of_this_release() -> Iterator[Hook]:
+    for hook in SHARED_HOOKS:
+        elsewhere = targets.ELSEWHERE.get(hook.target, (hook.target, hook.function))
+        if elsewhere is not None:
+            target, function = elsewhere
+            yield replace(hook, target=target, function=function)
+    for target, kind, function, why in targets.MORE:
+        yield Hook(target, kind, function, Process.SCHEDULER, why)
+
+
+HOOKS = tuple(_of_this_release())
+"""Those for the release that is installed."""
 
 _installed: dict[str, Callable[..., Any]] = {}
 

@@ -13,7 +13,7 @@ from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.options import values
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)
 class CallerArgs:
     """Mixed into `ServerArgs`."""
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.plugin.upstream.current import arguments, hardware
 
 MODES = ("auto", "on", "off")
 OPTION = "--tiered-kv-cascade"
 
 #: The attention backends that know how, by device. Ours go by the names of those they extend.
-BACKENDS = {"cpu": "torch_native", "cuda": "flashinfer"}
+BACKENDS = hardware.CASCADE_BACKENDS
 
 
 def cascade_mode(value: str | bool | None) -> str:
@@ -29,15 +30,16 @@ def cascade_mode(value: str | bool | None) -> str:
 
 def why_not(server_args: Any) -> str | None:
     """What keeps resolved arguments from having cascade attention, as the subject of a refusal."""
-    backend = BACKENDS.get(server_args.device)
-    found = sorted(set(server_args.get_attention_backends()))
+    outcome = arguments.resolved(server_args)
+    backend = BACKENDS.get(outcome.device)
+    found = sorted(set(arguments.attention_backends(server_args)))
     if found != [backend]:
         wanted = backend or " or ".join(BACKENDS.values())
         return f"the attention backend {' and '.join(map(str, found))}, only with {wanted}"
-    if server_args.enable_deterministic_inference:
+    if outcome.enable_deterministic_inference:
         # Results depend, in their last bits, on who shares a batch.
         return "--enable-deterministic-inference"
-    if server_args.enable_torch_compile:
+    if outcome.enable_torch_compile:
         # Groups change from batch to batch.
         return "--enable-torch-compile"
     return None
@@ -57,6 +59,6 @@ def is_wanted(server_args: Any) -> bool:
     if not getattr(server_args, "tiered_kv", False):
         return False
     mode = server_args.tiered_kv_cascade
-    if mode == "off" or (mode == "auto" and server_args.device != "cpu"):
+    if mode == "off" or (mode == "auto" and arguments.resolved(server_args).device != "cpu"):
         return False
     return why_not(server_args) is None

@@ -62,7 +62,7 @@ def trace_file(option: str, value: str | os.PathLike[str] | None) -> str | None:
     return str(path)
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)
 class OverlapArgs:
     """Mixed into `ServerArgs`, whose options these are."""
 

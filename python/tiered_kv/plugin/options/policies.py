@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from sglang.srt import server_args as upstream_server_args
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from tiered_kv.plugin.options import cascade, decode, refusals, values
+from tiered_kv.plugin.upstream.current import arguments
 from tiered_kv.scheduler.iteration_policy import iteration_policies
 from tiered_kv.scheduler.request_policy import REQUEST_POLICY_DEFAULT, request_policies
 
-SCHEDULE_POLICY_DEFAULT: str = upstream_server_args.ServerArgs.schedule_policy
+SCHEDULE_POLICY_DEFAULT: str = arguments.stock_default("schedule_policy")
 
 
 def _cascade_mode(_option: str, text: str) -> str:
     return cascade.cascade_mode(text)
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)
 class PolicyArgs:
     """Mixed into `ServerArgs`."""
 

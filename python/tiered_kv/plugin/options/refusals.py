@@ -13,8 +13,8 @@ from typing import Any
 
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.options import values as option_values
+from tiered_kv.plugin.upstream.current import arguments
 
-_POLICY = "schedule_policy"
 RADIX_CACHE_OFF = (
     "SGLang switches its radix cache off for this model or these options, and --tiered-kv is a "
     "radix cache; start without --tiered-kv."
@@ -98,6 +98,7 @@ SERVER_ARGS_RULES: tuple[Rule, ...] = (
         "a --page-size below 1",
         "give at least 1, or leave it out for 64",
     ),
+    *(Rule(applies, subject, remedy) for subject, applies, remedy in arguments.REFUSED),
 )
 
 #: Backends of prefill's graphs that leave attention outside.
@@ -181,10 +182,9 @@ def check_options_need_flag(server_args: Any) -> None:
     """Raise ConfigError if an option of ours was given without `--tiered-kv`."""
     if server_args.tiered_kv:
         return
-    for field in dataclasses.fields(server_args):
-        given = getattr(server_args, field.name)
-        if field.name.startswith("tiered_kv_") and given != field.default:
-            flag = "--" + field.name.replace("_", "-")
+    for name, default in arguments.field_defaults(server_args).items():
+        if name.startswith("tiered_kv_") and getattr(server_args, name) != default:
+            flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} has no effect without --tiered-kv; add --tiered-kv.")
     if server_args.radix_cache_backend == "tiered_kv":
         raise ConfigError(
@@ -214,7 +214,7 @@ def check_one_orders_the_queue(server_args: Any) -> None:
             f"--enable-priority-scheduling and --tiered-kv-policy {policy} both order the waiting "
             "queue; drop one of them, or give --tiered-kv-policy upstream."
         )
-    default = next(f.default for f in dataclasses.fields(server_args) if f.name == _POLICY)
+    default = arguments.stock_default("schedule_policy")
     if server_args.schedule_policy != default:
         raise ConfigError(
             f"--schedule-policy {server_args.schedule_policy} and --tiered-kv-policy {policy} "
@@ -263,7 +263,7 @@ def _refuse_first(rules: Iterable[Rule], subject: Any) -> None:
 
 
 def _refuse_hicache_options(server_args: Any) -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(server_args)}
+    defaults = arguments.field_defaults(server_args)
     for name in HICACHE_OPTIONS:
         if getattr(server_args, name) != defaults[name]:
             flag = "--" + name.replace("_", "-")
@@ -276,9 +276,14 @@ def _refuse_hicache_options(server_args: Any) -> None:
 def _refuse_by_environment(server_args: Any) -> None:
     from sglang.srt.environ import envs
 
-    for name in ("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "SGLANG_ENABLE_UNIFIED_RADIX_TREE"):
+    for name in arguments.OTHER_CACHES:
         if getattr(envs, name).get():
             raise ConfigError(f"{name} and --tiered-kv are two caches; unset {name}.")
+    for name in arguments.OTHER_FRONT_ENDS:
+        if getattr(envs, name).get():
+            raise ConfigError(
+                f"{name} chooses a front end that --tiered-kv does not support; unset {name}."
+            )
     if server_args.device != "cpu" and envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get():
         # Whoever copies goes by the size of the buffers.
         raise ConfigError(

@@ -26,7 +26,7 @@ def _address(option: str, text: str) -> str:
     return text
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)
 class StoreArgs:
     """Mixed into `ServerArgs`."""
 

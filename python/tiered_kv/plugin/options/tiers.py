@@ -17,6 +17,7 @@ from tiered_kv.core.config import (
 )
 from tiered_kv.memory.eviction import eviction_policies
 from tiered_kv.plugin.options import values
+from tiered_kv.plugin.upstream.current import arguments
 
 _DEFAULTS = TieredKVConfig()
 PAGE_SIZE_DEFAULT = _DEFAULTS.page_size
@@ -34,7 +35,7 @@ def _load_policy(text: str) -> str:
     return text
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)
 class TierArgs:
     """Mixed into `ServerArgs`. `to_config()` gives them as a checked value."""
 
@@ -201,6 +202,6 @@ class TierArgs:
             if self.tiered_kv_disk_size is None:
                 n_bytes = values.default_disk_bytes(directory)
                 self.tiered_kv_disk_size = f"{n_bytes}B"
-        given: int | None = vars(self)["page_size"]
+        given: int | None = arguments.given(self, "page_size")
         self.page_size = PAGE_SIZE_DEFAULT if given is None else given
         self.to_config()

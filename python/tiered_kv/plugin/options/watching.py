@@ -38,7 +38,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)
 class WatchingArgs:
     """Mixed into `ServerArgs`."""
 

@@ -85,7 +85,11 @@ def attach(receiver: Any, clock: SharedClock) -> None:
 
 
 def carry_tick(
-    original: Callable[..., list[Any]], receiver: Any, recv_reqs: list[Any] | None
+    original: Callable[..., list[Any]],
+    receiver: Any,
+    recv_reqs: list[Any] | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> list[Any]:
     """AROUND `SchedulerRequestReceiver._broadcast_reqs_across_ranks`.
 
@@ -93,14 +97,17 @@ def carry_tick(
     """
     clock = _clocks.get(id(receiver))
     if clock is None:
-        return original(receiver, recv_reqs)
+        return original(receiver, recv_reqs, *args, **kwargs)
     if recv_reqs is not None:
         tick = clock.read(recv_reqs)
         if tick is not None:
             recv_reqs = [*recv_reqs, tick]
-    received = original(receiver, recv_reqs)
-    if received and isinstance(received[-1], Tick):
-        clock.take(received.pop())
+    received = original(receiver, recv_reqs, *args, **kwargs)
+    # What SGLang adds itself comes after it.
+    for at in range(len(received) - 1, -1, -1):
+        if isinstance(received[at], Tick):
+            clock.take(received.pop(at))
+            break
     return received
 
 

@@ -7,14 +7,13 @@ from typing import Any
 
 from tiered_kv.plugin.cache.idle import cache_of
 from tiered_kv.plugin.queue.again import Why, queue_again
+from tiered_kv.plugin.upstream.current import request_kv
 
 logger = logging.getLogger(__name__)
 
 
 def after_run_batch(result: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER Scheduler.run_batch: nobody has seen yet what the pass computed."""
-    from sglang.srt.mem_cache.common import release_kv_cache
-
     cache = cache_of(scheduler)
     if cache is None or batch.hicache_consumer_index < 0:
         return
@@ -28,7 +27,7 @@ def after_run_batch(result: Any, scheduler: Any, batch: Any, *args: Any, **kwarg
     )
     for req in reqs:
         _give_back_what_the_pass_took(req, cache)
-        release_kv_cache(req, cache, is_insert=False)
+        request_kv.give_back(req, cache)
     cache.hierarchy.leave_failed_loads()
     cache.parts.metrics.failed_load()
     if scheduler.chunked_req in reqs:
@@ -45,12 +44,13 @@ def _give_back_what_the_pass_took(req: Any, cache: Any) -> None:
     SGLang releases those of known tokens, and never sees a request leave at this point.
     """
     n_known = len(req.origin_input_ids) + len(req.output_ids)
-    n_taken = req.kv_committed_len
+    n_taken = request_kv.committed_tokens(req)
     if n_taken <= n_known:
         return
     allocator = cache.token_to_kv_pool_allocator
     begins_page = -(-n_known // allocator.page_size) * allocator.page_size
     if begins_page < n_taken:
-        slots = cache.req_to_token_pool.req_to_token[req.req_pool_idx, begins_page:n_taken]
+        row = request_kv.row_of(req)
+        slots = cache.req_to_token_pool.req_to_token[row, begins_page:n_taken]
         allocator.free_segment(slots, start_pos=begins_page)
-    req.kv_committed_len = req.kv.kv_allocated_len = n_known
+    request_kv.forget_beyond(req, n_known)

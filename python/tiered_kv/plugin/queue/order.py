@@ -20,6 +20,7 @@ from tiered_kv.plugin.queue.put_back import PutBack
 from tiered_kv.plugin.queue.queued import QueuedRequests
 from tiered_kv.plugin.queue.whole_queue import show_whole_queue
 from tiered_kv.plugin.requests.view import QUEUED, is_aborted, queued_of
+from tiered_kv.plugin.upstream.current import cache_contract, request_kv
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.decode_room import DecodeRoom
 from tiered_kv.scheduler.plan import PLAN_LIMIT, AdmissionPlan
@@ -141,6 +142,8 @@ class RequestOrder:
         configured = scheduler.chunked_prefill_size, scheduler.is_mixed_chunk
         self._end_last_pass()
         self._running_batch = running_batch
+        if cache_contract.POLLED_BEFORE_PREFILL:
+            self.polled()
         batch = None
         try:
             batch, running_batch = form()
@@ -157,6 +160,7 @@ class RequestOrder:
             finally:
                 self._may_put_back = True
         self.put_back.after_result()
+        self.queue.has_news |= batch is not None and cache_contract.FULL_UNTIL_SOMEBODY_LEAVES
         decodes = bool(running_batch.reqs) if batch is None else bool(batch.decoding_reqs)
         if batch is not None or decodes:
             self._launched = self.clock.now_s, decodes
@@ -172,7 +176,7 @@ class RequestOrder:
         self._launched = None
 
     def polled(self) -> None:
-        """Transfers were acknowledged: at the start of `form`, before it looks whether it may stop.
+        """Transfers were acknowledged: before `form` looks whether it may stop.
 
         It stops if the batch was full and nobody has left it since. But who has joined the queue
         since, or has its pages by now, may fit, and may be more urgent than whoever did not.
@@ -210,11 +214,9 @@ class RequestOrder:
 
         SGLang goes on with the next in its queue if not; but not past whom nobody may pass.
         """
-        if self._is_blocked:
-            return False
-        if can_start():
+        if not self._is_blocked and can_start():
             return True
-        self._is_blocked = req is self._first
+        self._is_blocked = self._is_blocked or req is self._first
         return False
 
     def _end_pass(self, batch: ScheduleBatch | None) -> None:
@@ -241,8 +243,7 @@ class RequestOrder:
     def _pending_tokens(self) -> int:
         """As `SchedulerLoadInquirer._get_num_pending_tokens` counts them."""
         scheduler = self._scheduler
-        unfinished = scheduler.chunked_req
-        done = 0 if unfinished is None else unfinished.extend_range.length
+        done = 0 if (req := scheduler.chunked_req) is None else request_kv.extend_tokens(req)
         return int(scheduler.load_inquirer._get_num_pending_tokens(chunk_deduct=done))
 
     def able(self) -> Iterator[Req]:
@@ -279,11 +280,10 @@ class RequestOrder:
         )
 
     def _unfinished(self) -> QueuedRequest | None:
-        req = self._scheduler.chunked_req
-        if req is None:
+        if (req := self._scheduler.chunked_req) is None:
             return None
         queued = queued_of(req)
-        queued.prefilled_tokens = len(req.prefix_indices)
+        queued.prefilled_tokens = request_kv.prefix_tokens(req)
         return queued
 
     def _most_tokens(self) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin.queue.again import Why, queue_again
 from tiered_kv.plugin.requests.view import is_named_by_tokens
+from tiered_kv.plugin.upstream.current import request_kv
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -55,9 +56,7 @@ class PutBack:
         req = self._leaving
         if req is None or req.inflight_middle_chunks > 0:
             return
-        from sglang.srt.mem_cache.common import release_kv_cache
-
         self._leaving = None
         # The pages of its chunks are in the tree since the next batch was begun.
-        release_kv_cache(req, self._scheduler.tree_cache, is_insert=False)
+        request_kv.give_back(req, self._scheduler.tree_cache)
         queue_again(self._scheduler, req, Why.PUT_BACK)

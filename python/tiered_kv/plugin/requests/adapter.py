@@ -9,6 +9,7 @@ end comes together: there they are checked, before anything is queued, and what 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import time
@@ -224,9 +225,11 @@ def attach_terms(result: None, req: Any, *args: Any, **kwargs: Any) -> None:
     custom = req.sampling_params.custom_params
     slo = hints = None
     if isinstance(custom, dict) and (SLO in custom or HINTS in custom):
-        slo, hints = custom.pop(SLO, None), custom.pop(HINTS, None)
-        if not custom.keys() - {_REQ_KEY}:
-            req.sampling_params.custom_params = None
+        slo, hints = custom.get(SLO), custom.get(HINTS)
+        rest = {key: value for key, value in custom.items() if key not in (SLO, HINTS)}
+        # Not every release of SGLang gives each request parameters of its own.
+        req.sampling_params = copy.copy(req.sampling_params)
+        req.sampling_params.custom_params = rest if rest.keys() - {_REQ_KEY} else None
     try:
         terms = parse_terms(slo, hints, _classes)
     except TermsError as error:

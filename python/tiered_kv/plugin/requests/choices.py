@@ -25,14 +25,14 @@ _REPORTED = "cached_tokens"
 
 
 def open_accounts(
-    original: Callable[..., Any], manager: Any, obj: Any, request: Any = None
+    original: Callable[..., Any], manager: Any, obj: Any, *args: Any, **kwargs: Any
 ) -> AsyncGenerator[Any, None]:
     """AROUND `TokenizerManager._handle_batch_request`, which every request with choices reaches."""
     ours = getattr(manager.server_args, "tiered_kv", False)
     if ours and getattr(obj, "parallel_sample_num", 1) > 1:
         for index in range(obj.batch_size):
             setattr(obj[index], ACCOUNT, {})
-    answers: AsyncGenerator[Any, None] = original(manager, obj, request)
+    answers: AsyncGenerator[Any, None] = original(manager, obj, *args, **kwargs)
     return answers
 
 

@@ -179,6 +179,8 @@ def check_sampling(sampling: Any, vocabulary: int) -> None:
             f"repetition_penalty must be at least {LEAST_REPETITION_PENALTY:g}, not "
             f"{sampling.repetition_penalty:g}."
         )
+    if (getattr(sampling, "beam_width", None) or 1) > 1:
+        raise ValueError("beam_width must be 1: beams do not go with --tiered-kv.")
     for token in sampling.stop_token_ids or ():
         if not 0 <= token < vocabulary:
             raise ValueError(
@@ -221,13 +223,15 @@ def check_score(manager: Any, *args: Any, **kwargs: Any) -> None:
 # -- the scheduler ---------------------------------------------------------------------------------
 
 
-def contain_arrival(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+def contain_arrival(
+    original: Callable[..., Any], scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any
+) -> Any:
     """AROUND `Scheduler.handle_generate_request`: a request that cannot be taken in is aborted.
 
     All ranks are given the same request and meet the same error, so none goes on without the other.
     """
     try:
-        return original(scheduler, recv_req)
+        return original(scheduler, recv_req, *args, **kwargs)
     except Exception as error:
         logger.exception("Tiered KV: request %s could not be taken in.", recv_req.rid)
         _turn_away(scheduler, recv_req, error)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from tiered_kv.api.fields import TermsError
-from tiered_kv.forest.key import namespace_hash
+from tiered_kv.forest.key import TreeKey, namespace_hash
 
 SALT, EXTRA_KEY = FIELDS = ("cache_salt", "extra_key")
 
@@ -58,6 +58,24 @@ def parts_of(text: str | None) -> tuple[bytes | None, bytes | None]:
         return None, _name(text)
     salt, extra_key = (None if part == "-" else bytes.fromhex(part) for part in found.groups())
     return salt, extra_key
+
+
+def salted(salt: bytes | None, apart: str | None) -> bytes | None:
+    """The name of a salt that came in a key's text, of one that came beside it, or of both."""
+    if not apart:
+        return salt
+    return _name(apart) if salt is None else namespace_hash(salt, apart)
+
+
+def root_key(key: TreeKey | str | None, apart: str | None) -> TreeKey | None:
+    """The tree of a lookup: `key` of a request that was named, else what it says and `apart`.
+
+    apart: a salt in a field of its own, which the name of a request has in it.
+    """
+    if isinstance(key, TreeKey) or (key is None and not apart):
+        return key
+    salt, extra_key = parts_of(key)
+    return TreeKey(salt=salted(salt, apart), extra_key=extra_key)
 
 
 def _name(part: str | None) -> bytes | None:
@@ -149,13 +167,16 @@ def put_key(obj: Any, request: Any) -> None:
     """Gives a `GenerateReqInput` that is not normalised yet its key as SGLang carries it.
 
     What the HTTP body said counts; without one, `extra_key` as the route or the engine's user set
-    it. Raises TermsError.
+    it, and the salt, where SGLang has a field for it. Raises TermsError.
     """
     scope = getattr(request, "scope", None)
     keys: Keys | None = scope.get(SCOPE_KEY) if isinstance(scope, dict) else None
+    salt = getattr(obj, SALT, None)
     if keys is None:
         own = obj.extra_key
-        keys = own if _is_key(own) else keys_of(None, own, n_prompts_of(_prompts_of(obj)))
+        keys = own if _is_key(own) else keys_of(salt, own, n_prompts_of(_prompts_of(obj)))
+    if salt is not None:
+        setattr(obj, SALT, None)  # it is in the key now
     # Plain text: SGLang's message encoder takes no other.
     obj.extra_key = list(map(_plain, keys)) if isinstance(keys, list) else _plain(keys)
 

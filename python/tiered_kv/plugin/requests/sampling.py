@@ -14,14 +14,19 @@ import torch
 
 
 def leave_the_end(
-    original: Callable[..., None], runner: Any, logits_output: Any, sampling_info: Any
+    original: Callable[..., None],
+    runner: Any,
+    logits_output: Any,
+    sampling_info: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     """AROUND `ModelRunner._preprocess_logits`: a row in which nothing is left ends its request.
 
     Nothing waits for the device, and batches without such settings are left alone.
     """
     may_leave_none = _changes_logits(sampling_info)
-    original(runner, logits_output, sampling_info)
+    original(runner, logits_output, sampling_info, *args, **kwargs)
     if may_leave_none:
         allow_the_end(logits_output.next_token_logits, runner.model_config.hf_eos_token_id)
 

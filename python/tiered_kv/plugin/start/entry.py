@@ -16,17 +16,17 @@ def register() -> None:
     what they attach to takes seconds that a server without the flag should not spend here.
     """
     from tiered_kv.plugin.start import unavailable
-    from tiered_kv.plugin.upstream import release as upstream
+    from tiered_kv.plugin.upstream import installed
 
     try:
-        upstream.verify_version()
+        installed.verify_version()
         _replace_server_args()
     except UpstreamError as error:
         unavailable.install(str(error))
     except Exception as error:  # an unforeseen upstream: same treatment, the cause in the sentence
         unavailable.install(
             f"--tiered-kv cannot be used because registering it failed with "
-            f"{type(error).__name__}: {error}; {upstream.ADVICE}"
+            f"{type(error).__name__}: {error}; {installed.ADVICE}"
         )
 
 

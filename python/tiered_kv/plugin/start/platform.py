@@ -4,7 +4,7 @@ Upstream's own CPU engine needs a CPU build of its kernels. This platform needs 
 their native torch forward, attention is `torch_native`. It steps aside wherever something faster
 is there. Upstream asks `activate()` (through `tiered_kv_entry_points`) in every process,
 whether or not `--tiered-kv` is given; what it asks of the class is in
-`sglang/srt/platforms/interface.py` (0.5.17).
+`sglang/srt/platforms/interface.py`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
+
+from tiered_kv.plugin.upstream.current import hardware
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -102,9 +104,11 @@ def choose_dtype(server_args: ServerArgs) -> None:
 
     SGLang takes bfloat16 for bfloat16 models, and float16 for all others.
     """
+    from tiered_kv.plugin.upstream.current import arguments
+
     if server_args.dtype != "auto" or all(map(has_units, _UNITS)):
         return
-    model = server_args.get_model_config()
+    model = arguments.model_config(server_args)
     # Quantised weights have layers of their own, which take one type.
     if model.quantization is not None or has_units(model.dtype):
         return
@@ -117,19 +121,7 @@ def choose_dtype(server_args: ServerArgs) -> None:
     model.dtype = torch.float32  # upstream keeps this object
 
 
-def mla_kv_pool(*args: Any, index_head_dim: None = None, **kwargs: Any) -> Any:
-    """SGLang's pool of MLA's latents.
-
-    index_head_dim: what upstream gives to a platform's pool, and its own does not take; None but
-    where attention has an index, for which it asks for a pool of another kind.
-    """
-    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
-
-    del index_head_dim
-    return MLATokenToKVPool(*args, **kwargs)
-
-
-class TieredKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
+class TieredKVCpuPlatform(hardware.PlainPlatform, CpuDeviceMixin, SRTPlatform):
     """A CPU on which every layer runs its native torch forward."""
 
     _enum = PlatformEnum.OOT
@@ -166,17 +158,3 @@ class TieredKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         cpu_attention.register()
         cpu_heads.register()
-
-    def get_mha_kv_pool_cls(self) -> type:
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-
-        return MHATokenToKVPool
-
-    def get_mla_kv_pool_cls(self) -> Callable[..., Any]:
-        """What makes a pool of upstream's own kind; a class of ours would be another."""
-        return mla_kv_pool
-
-    def get_paged_allocator_cls(self) -> type:
-        from tiered_kv.plugin.upstream.cpu_allocator import CpuPagedTokenToKVPoolAllocator
-
-        return CpuPagedTokenToKVPoolAllocator

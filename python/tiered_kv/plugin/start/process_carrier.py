@@ -7,6 +7,8 @@ carry the plugin along: unpickling them prepares the process (`ServerArgs.__sets
 
 from __future__ import annotations
 
+from tiered_kv.plugin.options import cascade as cascade_option
+
 RADIX_CACHE_BACKEND = "tiered_kv"
 """The name under which our factory is registered with SGLang."""
 
@@ -39,10 +41,10 @@ def prepare_child_process() -> None:
 
     from tiered_kv.plugin.hooks import table as hooks
     from tiered_kv.plugin.hooks.hook import Process
-    from tiered_kv.plugin.upstream import release as upstream
+    from tiered_kv.plugin.upstream import installed
 
     load_plugins()
-    upstream.verify_version()
+    installed.verify_version()
     processes = hooks.loaded_processes()
     hooks.install(processes)
     if Process.HTTP_SERVER in processes:
@@ -63,6 +65,8 @@ def _set_up_routes() -> None:
 
 
 def _register_attention_backend() -> None:
+    if "cuda" not in cascade_option.BACKENDS:
+        return
     from tiered_kv.plugin.attention import flashinfer as cascade_flashinfer
 
     cascade_flashinfer.register()

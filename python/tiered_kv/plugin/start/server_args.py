@@ -2,17 +2,19 @@
 
 Without `--tiered-kv` it behaves as SGLang's own: same values, same side effects. With it, the
 values that make SGLang build our cache are set before SGLang resolves the rest, and the object
-prepares every process that unpickles it.
+prepares every process that unpickles it. When SGLang resolves, and what its class is, is for the
+adapter of the release to know (`upstream/*/arguments.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
-from typing import Any, get_args, get_type_hints
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from sglang.srt import server_args as upstream_server_args
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from tiered_kv.core.errors import ConfigError, TieredKVError
@@ -25,8 +27,11 @@ from tiered_kv.plugin.options.store import StoreArgs
 from tiered_kv.plugin.options.tiers import PAGE_SIZE_DEFAULT, TierArgs
 from tiered_kv.plugin.options.watching import WatchingArgs
 from tiered_kv.plugin.start import process_carrier
+from tiered_kv.plugin.upstream.current import arguments
 
-_MIXED_IN = (TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, WatchingArgs)
+_MIXED_IN: tuple[Any, ...] = (
+    *(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, WatchingArgs),
+)
 """In the order of the help."""
 
 
@@ -35,18 +40,19 @@ def _flag(field_name: str) -> str:
 
 
 # The fields are declared `no_cli` because SGLang would list them among its four hundred options;
-# `add_cli_args` adds them to a group of their own.
-@dataclasses.dataclass
-class ServerArgs(
-    upstream_server_args.ServerArgs,
-    TierArgs,
-    StoreArgs,
-    PolicyArgs,
-    OverlapArgs,
-    CallerArgs,
-    WatchingArgs,
-):
-    """SGLang's arguments and ours."""
+# `add_own_cli_args` adds them to a group of their own. Without a constructor, because SGLang's
+# class brings one for all fields.
+@dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)
+class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, WatchingArgs):
+    """Our arguments, and what is done with SGLang's: mixed into SGLang's class."""
+
+    if TYPE_CHECKING:  # SGLang's
+        disable_radix_cache: bool
+        radix_cache_backend: str | None
+        enable_hierarchical_cache: bool
+        enable_cache_report: bool
+        hicache_io_backend: str
+        hicache_mem_layout: str
 
     tiered_kv: A[
         bool,
@@ -59,11 +65,14 @@ class ServerArgs(
         NS("memory"),
     ] = False
 
-    def __post_init__(self) -> None:
-        """Resolve all arguments. Raises ConfigError (a ValueError) or UpstreamError for ours."""
+    def resolve_with(self, resolve: Callable[[], None]) -> None:
+        """`resolve`, SGLang's own, among ours.
+
+        Raises ConfigError (a ValueError) or UpstreamError for ours.
+        """
         refusals.check_options_need_flag(self)
         if not self.tiered_kv:
-            super().__post_init__()
+            resolve()
             return
         process_carrier.prepare_main_process()
         refusals.check_server_args(self)
@@ -74,45 +83,46 @@ class ServerArgs(
         self.resolve_overlap()
         self._select_cache()
         try:
-            super().__post_init__()
+            resolve()
         except ValueError as error:
             if self.disable_radix_cache:
                 raise ConfigError(refusals.RADIX_CACHE_OFF) from error
             raise
-        refusals.check_resolved(self)
+        outcome = arguments.resolved(self)
+        refusals.check_resolved(outcome)
         cascade_option.check_resolved(self)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Not by setattr: resolved arguments are read-only.
-        self.__dict__.update(state)
+    def arrived(self) -> None:
+        """The object was unpickled, perhaps in another process."""
         if self.tiered_kv:
             process_carrier.prepare_child_process()
 
-    # The next two are defined here, rather than inherited, for the sake of other plugins that hook
-    # them: SGLang's HookRegistry recognises static and class methods only in the class's own dict.
-
     @staticmethod
-    def add_cli_args(parser: argparse.ArgumentParser) -> None:
-        """Add SGLang's options, and ours as a group of their own."""
-        super(ServerArgs, ServerArgs).add_cli_args(parser)
+    def add_own_cli_args(parser: argparse.ArgumentParser) -> None:
+        """Add our options as a group of their own to a parser that has SGLang's."""
         group = parser.add_argument_group(
             "Tiered KV", "KV cache on device, host memory and disk (plugin sglang-tiered-kv)"
         )
-        # To tell a policy that was named from the default, which `from_cli_args` puts back.
+        # To tell a policy that was named from the default, which `note_named_policy` puts back.
         parser.set_defaults(schedule_policy=None)
-        hints = get_type_hints(ServerArgs, include_extras=True)
+        hints = get_type_hints(OwnArgs, include_extras=True)
         for field in own_fields():
             _add_option(group, field, hints[field.name])
 
-    @classmethod
-    def from_cli_args(cls, args: argparse.Namespace) -> ServerArgs:
-        """As SGLang's, but an error of ours is a message and exit code 2, as argparse's are."""
+    @staticmethod
+    def note_named_policy(args: argparse.Namespace) -> None:
+        """Who names one of SGLang's policies wants no other."""
         if args.schedule_policy is None:
             args.schedule_policy = SCHEDULE_POLICY_DEFAULT
         elif args.tiered_kv and args.tiered_kv_policy is None:
             args.tiered_kv_policy = values.UPSTREAM_POLICY
+
+    @staticmethod
+    @contextlib.contextmanager
+    def errors_end_the_program() -> Iterator[None]:
+        """An error of ours is a message and exit code 2, as argparse's are."""
         try:
-            return super().from_cli_args(args)
+            yield
         except TieredKVError as error:
             sys.stderr.write(f"sglang serve: error: {error}\n")
             sys.exit(2)
@@ -127,11 +137,14 @@ class ServerArgs(
         self.hicache_mem_layout = "layer_first"
 
 
+ServerArgs: Any = arguments.server_args_class(OwnArgs, __name__)
+"""SGLang's class, with ours mixed in."""
+
+
 def own_fields() -> list[dataclasses.Field[Any]]:
     """The fields that `ServerArgs` adds to SGLang's, in the order of the help."""
     order = {f.name: n for n, mixin in enumerate(_MIXED_IN) for f in dataclasses.fields(mixin)}
-    fields = [f for f in dataclasses.fields(ServerArgs) if f.name.startswith("tiered_kv")]
-    return sorted(fields, key=lambda f: order.get(f.name, -1))
+    return sorted(dataclasses.fields(OwnArgs), key=lambda f: order.get(f.name, -1))
 
 
 def _add_option(

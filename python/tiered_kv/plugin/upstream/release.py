@@ -1,8 +1,4 @@
-"""Checks that the installed SGLang is the one that the plugin was written for.
-
-The release is pinned because most of what we use is not public; a second release means a second
-table of symbols, not a looser check.
-"""
+"""Checks that the installed SGLang has all that the table of its release says."""
 
 from __future__ import annotations
 
@@ -16,22 +12,9 @@ from types import CodeType
 from typing import Any
 
 from tiered_kv.core.errors import UpstreamError
+from tiered_kv.plugin.upstream.current import symbols
+from tiered_kv.plugin.upstream.installed import ADVICE, installed, verify_version
 from tiered_kv.plugin.upstream.symbol import Symbol
-from tiered_kv.plugin.upstream.v0_5_17.symbols import SYMBOLS
-
-SUPPORTED = "0.5.17"
-
-ADVICE = f"install sglang=={SUPPORTED} or start without --tiered-kv."
-
-
-def verify_version() -> None:
-    """Raise UpstreamError unless the installed SGLang is the supported release."""
-    from sglang.version import __version__ as found
-
-    if found.partition("+")[0] != SUPPORTED:
-        raise UpstreamError(
-            f"--tiered-kv supports SGLang {SUPPORTED}, but {found} is installed; {ADVICE}"
-        )
 
 
 def verify() -> None:
@@ -40,11 +23,11 @@ def verify() -> None:
     Imports all modules concerned: seconds, unless SGLang has loaded them anyway.
     """
     verify_version()
-    for symbol in SYMBOLS:
+    for symbol in symbols.SYMBOLS:
         difference = difference_of(symbol)
         if difference is not None:
             raise UpstreamError(
-                f"--tiered-kv cannot run on this SGLang {SUPPORTED} because {symbol.name} "
+                f"--tiered-kv cannot run on this SGLang {installed()} because {symbol.name} "
                 f"{difference}; {ADVICE}"
             )
 

@@ -209,6 +209,18 @@ def test_a_request_has_its_parts_apart(scheduler: Any) -> None:
     assert made(key_of("s", None), "a") == TreeKey(salt, adapter=contents)
 
 
+def test_a_salt_in_a_field_of_its_own_is_in_the_name(
+    scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    salt, key = parts_of(key_of("s", "k"))
+    monkeypatch.setattr(adapters.request_kv, "separate_salt", lambda req: "s")
+    assert made(None) == TreeKey(salt)
+    assert made(key_of(None, "k")) == TreeKey(salt, key)
+    assert made(None, "a") == TreeKey(salt, adapter=name(adapter()))
+    both = made(key_of("other", None))
+    assert both.salt not in (salt, made(key_of("s", None)).salt, parts_of(key_of("other", None))[0])
+
+
 @pytest.mark.parametrize("text", ["a", "ka", ""])
 def test_no_key_spells_an_adapter(scheduler: Any, text: str) -> None:
     of_adapter = {made(None, "a"), made(key_of(None, "k"), "a")}

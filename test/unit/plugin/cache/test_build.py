@@ -157,7 +157,7 @@ def test_layouts_that_are_not_rows_of_bytes_are_refused() -> None:
 
 
 def test_the_allocator_frees_whole_pages() -> None:
-    from tiered_kv.plugin.upstream.cpu_allocator import CpuPagedTokenToKVPoolAllocator
+    from tiered_kv.plugin.upstream.v0_5_17.cpu_allocator import CpuPagedTokenToKVPoolAllocator
 
     allocator = EngineAllocator(
         CpuPagedTokenToKVPoolAllocator(

@@ -52,6 +52,8 @@ class Start:
             enable_deterministic_inference=self.deterministic,
             rl_on_policy_target=self.on_policy,
             get_attention_backends=lambda: self.backends,
+            prefill_attention_backend=self.backends[0],
+            decode_attention_backend=self.backends[1],
         )
         parts = fingerprint.parts_of(
             self.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,7 @@ class Running:
     def __init__(self, last_node: Node, n_tokens: int) -> None:
         self.last_node = last_node
         self.kv_committed_len = n_tokens
+        self.kv = SimpleNamespace(kv_committed_len=n_tokens)
         self.output_ids: list[int] = [1]
         self.to_finish = None
 

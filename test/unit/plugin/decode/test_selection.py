@@ -20,6 +20,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from support_plugin.decode_loop import DecodeLoop
 from support_plugin.decode_requests import Kind, Oracle, light_costs
 from support_plugin.told import Told, kind, turns
+from tiered_kv.plugin.upstream.current import request_kv
 
 MakeLoop = Callable[..., DecodeLoop]
 
@@ -41,7 +42,7 @@ def test_one_decodes_and_the_others_keep_their_place(make_loop: MakeLoop, overla
     assert [len(req.output_ids) for req in reqs[1:]] == [1, 1]
     assert loop.tp_worker.batch_sizes == [1] * len(loop.tp_worker.batch_sizes)
     # What SGLang keeps by row agrees with what it keeps by request.
-    assert batch.seq_lens.tolist() == [req.kv_committed_len for req in reqs]
+    assert batch.seq_lens.tolist() == list(map(request_kv.committed_tokens, reqs))
     assert batch.seq_lens_cpu.tolist() == batch.orig_seq_lens.tolist() == batch.seq_lens.tolist()
 
 
@@ -111,7 +112,7 @@ def test_a_pause_gives_everyone_back_to_the_queue(
     loop.run(turns(5))
     loop.pause_generation(PauseGenerationReqInput(mode="retract"))
     assert loop.waiting_queue == reqs
-    assert all(req.req_pool_idx is None for req in reqs)
+    assert not any(map(request_kv.holds_kv, reqs))
     loop._engine_paused = False
     loop.run(lambda: not loop.is_at_rest)
     assert [list(req.output_ids) for req in reqs] == [answers(k) for k in kinds]
@@ -154,6 +155,21 @@ def test_a_loose_request_makes_way_for_a_tight_one(
     loop.check_nothing_is_held()
 
 
+def prefill_starts(loop: DecodeLoop) -> dict[str, list[int]]:
+    """By request: where each of its prefills begins from now on."""
+    starts: dict[str, list[int]] = {}
+    forward = loop.model_worker.forward_batch_generation
+
+    def watched(batch: Any, **options: Any) -> Any:
+        if batch.forward_mode.is_extend():
+            for req, at in zip(batch.reqs, batch.prefix_lens, strict=True):
+                starts.setdefault(req.rid, []).append(at)
+        return forward(batch, **options)
+
+    loop.model_worker.forward_batch_generation = watched
+    return starts
+
+
 def test_who_comes_back_computes_no_more_than_a_page(make_loop: MakeLoop, overlap: bool) -> None:
     loop = make_loop(overlap=overlap)
     selection = loop.choose_by(Told())
@@ -161,12 +177,13 @@ def test_who_comes_back_computes_no_more_than_a_page(make_loop: MakeLoop, overla
     for req in reqs:
         loop.arrive(req)
     loop.run(turns(15))
+    starts = prefill_starts(loop)
     selection.leaving.add(reqs[:1])
     loop.run(lambda: selection.leaving.n_swapped == 0)
     n_tokens = len(reqs[0].origin_input_ids) + len(reqs[0].output_ids)
-    assert reqs[0] in loop.waiting_queue or reqs[0].req_pool_idx is not None
-    loop.run(lambda: reqs[0].extend_range is None)
-    assert n_tokens - reqs[0].extend_range.start <= loop.page_size + 1
+    assert reqs[0] in loop.waiting_queue or request_kv.holds_kv(reqs[0])
+    loop.run(lambda: "0" not in starts)
+    assert n_tokens - starts["0"][0] <= loop.page_size + 1
     loop.run(lambda: not loop.is_at_rest)
     loop.check_nothing_is_held()
 
@@ -207,16 +224,7 @@ def test_retraction_keeps_what_was_produced_where_no_policy_chooses(
     monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 5)
     loop = make_loop(overlap=overlap)
     loop.tree_cache.resumes_requests = True
-    starts: dict[str, list[int]] = {}
-    forward = loop.model_worker.forward_batch_generation
-
-    def watched(batch: Any, **options: Any) -> Any:
-        if batch.forward_mode.is_extend():
-            for req, at in zip(batch.reqs, batch.prefix_lens, strict=True):
-                starts.setdefault(req.rid, []).append(at)
-        return forward(batch, **options)
-
-    monkeypatch.setattr(loop.model_worker, "forward_batch_generation", watched)
+    starts = prefill_starts(loop)
     kinds = [kind(0, 20), kind(1, 20, sampling={"frequency_penalty": 1.5, "ignore_eos": True})]
     reqs = [k.request(str(i)) for i, k in enumerate(kinds)]
     said = loop.serve(*reqs)

@@ -25,6 +25,8 @@ def server_args(mode: str, **fields: Any) -> Any:
         "enable_deterministic_inference": False,
         "enable_torch_compile": False,
         "get_attention_backends": lambda: (backend, backend),
+        "prefill_attention_backend": backend,
+        "decode_attention_backend": backend,
     }
     return SimpleNamespace(**values | fields)
 

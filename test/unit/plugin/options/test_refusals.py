@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("sglang")
+
+from support_plugin import on_release
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.options import refusals
+from tiered_kv.plugin.upstream.current import arguments
 
 
 def prefill_graphs(backend: str) -> SimpleNamespace:
@@ -27,6 +31,14 @@ class Arguments:
 
     tiered_kv: bool = True
     tiered_kv_host_size: str | None = None
+    smg_grpc_mode: bool = False
+    grpc_mode: bool = False
+    grpc_port: int | None = None
+    enable_unified_cache_external_linker: bool = False
+    hicache_host_memory_mode: str = "cache"
+    prefill_only_disable_kv_cache: bool = False
+    attn_dp_size: int = 1
+    prefill_decode_interval: int | None = None
     model_path: str = "some-model"
     device: str = "cuda"
     page_size: int | None = 64
@@ -115,6 +127,18 @@ REFUSED: dict[str, Any] = {
 }
 
 
+if not on_release.IS_0_5_17:
+    REFUSED |= {
+        "smg_grpc_mode": True,
+        "grpc_port": 50051,
+        "enable_unified_cache_external_linker": True,
+        "hicache_host_memory_mode": "buffer_only",
+        "prefill_only_disable_kv_cache": True,
+        "attn_dp_size": 2,
+        "prefill_decode_interval": 2,
+    }
+
+
 def one_sentence(error: pytest.ExceptionInfo[ConfigError]) -> str:
     text = str(error.value)
     assert text.endswith(".")
@@ -191,10 +215,8 @@ def test_options_without_the_flag() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    "name", ["SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "SGLANG_ENABLE_UNIFIED_RADIX_TREE"]
-)
-def test_other_trees_chosen_by_environment(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("name", arguments.OTHER_CACHES + arguments.OTHER_FRONT_ENDS)
+def test_what_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
     with pytest.raises(ConfigError, match=f"unset {name}"):
         refusals.check_server_args(Arguments())

@@ -24,13 +24,13 @@ def begun(scheduler: MiniScheduler, rig: Rig, monkeypatch: pytest.MonkeyPatch) -
     assert scheduler.step() == ["long"]
     scheduler.running_batch.reqs.clear()
     scheduler.chunked_req = req
-    req.prefix_indices = range(2 * PAGE_SIZE)
+    req.prefix_indices, req.prefix_len = range(2 * PAGE_SIZE), 2 * PAGE_SIZE
     req.inflight_middle_chunks = 1
     rig.serve(tokens_of(1, 2))
     released: list[Req] = []
     monkeypatch.setattr(
         "sglang.srt.mem_cache.common.release_kv_cache",
-        lambda req, cache, is_insert: (
+        lambda req, cache, **how: (
             released.append(req),
             scheduler.tiered_kv_order.queue.released(req),
         ),

@@ -38,7 +38,8 @@ def scheduler() -> Iterator[None]:
 
 def made(custom_params: Any, rid: str = "r") -> Any:
     sampling = SamplingParams(custom_params=custom_params)
-    req = Req(rid, "", array("q", [1, 2]), sampling)
+    # With a processor every release puts the request itself among the parameters.
+    req = Req(rid, "", array("q", [1, 2]), sampling, custom_logit_processor="some processor")
     request_adapter.attach_terms(None, req)
     assert sampling.custom_params == custom_params, "what others may hold was changed"
     return req

@@ -19,6 +19,7 @@ pytest.importorskip("sglang")
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
+from support_plugin import on_release
 from tiered_kv.plugin.requests import choices
 
 HANDLE = getattr(TokenizerManager._handle_batch_request, "__wrapped__", None)
@@ -81,7 +82,8 @@ class Manager(TokenizerManager):
                 )
             original = HANDLE or TokenizerManager._handle_batch_request
             found: list[dict[str, Any]] = []
-            async for answer in choices.open_accounts(original, self, obj):
+            more = () if on_release.IS_0_5_17 else (None, dict(self.rid_to_state))
+            async for answer in choices.open_accounts(original, self, obj, *more):
                 several = answer if isinstance(answer, list) else [answer]
                 found += [one["meta_info"] for one in several]
             return found

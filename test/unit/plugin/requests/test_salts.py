@@ -26,6 +26,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from tiered_kv.api.fields import TermsError
 from tiered_kv.api.slo import DEFAULT_CLASSES
 from tiered_kv.api.trust import Trust
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.plugin.requests import adapter as request_adapter
 from tiered_kv.plugin.requests import salts
 from tiered_kv.plugin.requests.salts import key_of, key_of_body, parts_of, put_key
@@ -240,6 +241,12 @@ def computed(request: Any, server_args: Any = ON) -> Any:
     return salts.compute_extra_key(original, serving(server_args), request)
 
 
+JOINS = hasattr(OpenAIServingChat, "_compute_extra_key")
+#: 0.5.23 has a field for each from its routes to the scheduler.
+joins = pytest.mark.skipif(not JOINS, reason="this release of SGLang joins no salts and keys")
+
+
+@joins
 def test_openais_routes_keep_salt_and_key_apart() -> None:
     chat = ChatCompletionRequest(model="m", messages=[], cache_salt="ab", extra_key="c")
     assert computed(chat) == key_of("ab", "c")
@@ -252,6 +259,41 @@ def test_openais_routes_keep_salt_and_key_apart() -> None:
         computed(ChatCompletionRequest(model="m", messages=[], cache_salt=["a", "b"]))
 
 
+@joins
 def test_a_stock_server_joins_them_as_ever() -> None:
     chat = ChatCompletionRequest(model="m", messages=[], cache_salt="ab", extra_key="c")
     assert computed(chat, OFF) == "abc"
+
+
+# -- a salt in a field of its own -----------------------------------------------------------------
+
+
+def test_a_salt_apart_names_the_tree_that_it_names_in_a_key() -> None:
+    salt, key = salts.parts_of(key_of("s", "k"))
+    assert salts.salted(None, "s") == salt
+    assert salts.root_key(None, "s") == TreeKey(salt)
+    assert salts.root_key("k", "s") == TreeKey(salt, key)
+    assert salts.root_key(None, None) is None
+
+
+def test_no_salt_apart_is_lost() -> None:
+    names = [None, "a", "b", "ab"]
+    trees = {salts.root_key(key, salt) for key in names for salt in names}
+    assert len(trees) == len(names) ** 2
+    inside, _ = salts.parts_of(key_of("a", None))
+    assert len({inside, salts.salted(inside, "b"), salts.salted(None, "b")}) == 3
+
+
+def test_the_name_of_a_request_has_its_salt_in_it_already() -> None:
+    named = TreeKey(salts.salted(None, "s"))
+    assert salts.root_key(named, "s") is named
+
+
+def test_a_field_for_the_salt_is_emptied_into_the_key() -> None:
+    obj = SimpleNamespace(text="x", extra_key="k", cache_salt="s")
+    put_key(obj, None)
+    assert (obj.extra_key, obj.cache_salt) == (key_of("s", "k"), None)
+    lifted = SimpleNamespace(text="x", extra_key=None, cache_salt="client's")
+    scope = {salts.SCOPE_KEY: key_of("said", None)}
+    put_key(lifted, SimpleNamespace(scope=scope))
+    assert (lifted.extra_key, lifted.cache_salt) == (key_of("said", None), None)

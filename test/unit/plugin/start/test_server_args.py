@@ -19,6 +19,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sglang")
 
+from support_plugin import on_release  # noqa: E402
+
+if not on_release.IS_0_5_17:
+    pytest.skip("a Struct on 0.5.23: test_server_args_struct.py", allow_module_level=True)
+
 from sglang.srt.plugins import load_plugins  # noqa: E402
 
 from support.tiny_llama import write_config  # noqa: E402

@@ -12,7 +12,7 @@ import pytest
 import torch
 from sglang.srt.mem_cache.allocator.paged import alloc_extend_naive
 
-from tiered_kv.plugin.upstream.cpu_allocator import CpuPagedTokenToKVPoolAllocator
+from tiered_kv.plugin.upstream.v0_5_17.cpu_allocator import CpuPagedTokenToKVPoolAllocator
 
 PAGE_SIZES = (1, 16, 64)
 

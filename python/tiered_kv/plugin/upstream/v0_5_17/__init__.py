@@ -1,1 +1,1 @@
-"""Every symbol of SGLang 0.5.17 that is used."""
+"""What is specific to SGLang 0.5.17."""

@@ -25,11 +25,12 @@ _OPTIONS = (
     "start.server_args options.tiers options.store options.policies options.overlap "
     "options.callers options.watching"
 )
+_ARGUMENTS = "upstream.v0_5_17.arguments"
 _OUTPUT = "sglang.srt.managers.scheduler_components.output_streamer"
 _STREAM = f"{_OUTPUT}._GenerationStreamAccumulator"
 
 PLUGIN_SYSTEM = (
-    object_("sglang.version.__version__", "", "upstream.release cache.build"),
+    object_("sglang.version.__version__", "", "upstream.installed cache.build"),
     function(f"{SRT}.plugins.load_plugins", "", "start.process_carrier"),
     object_(f"{SRT}.plugins.hook_registry.HookRegistry", "", "start.entry hooks.table"),
     function(
@@ -70,10 +71,10 @@ ARGUMENTS = (
     function(
         f"{SRT}.server_args.ServerArgs.add_cli_args",
         "parser",
-        "start.server_args start.unavailable",
+        f"{_ARGUMENTS} start.unavailable",
     ),
-    function(f"{SRT}.server_args.ServerArgs.from_cli_args", "args", "start.server_args"),
-    function(f"{SRT}.server_args.ServerArgs.__post_init__", "self", "start.server_args"),
+    function(f"{SRT}.server_args.ServerArgs.from_cli_args", "args", _ARGUMENTS),
+    function(f"{SRT}.server_args.ServerArgs.__post_init__", "self", _ARGUMENTS),
     object_(
         f"{SRT}.arg_groups.arg_utils.A",
         "",
@@ -165,6 +166,9 @@ FRONT_ENDS = (
         f"{SRT}.managers.io_struct.BatchTokenIDOutput", "rids finished_reasons", "requests.reports"
     ),
 )
+
+#: Modules of ours that are not loaded on this release.
+UNUSED_MODULES: tuple[str, ...] = ()
 
 SYMBOLS: tuple[Symbol, ...] = (
     *PLUGIN_SYSTEM,

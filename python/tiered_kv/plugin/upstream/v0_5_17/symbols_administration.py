@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiered_kv.plugin.upstream.symbol import MEM, SRT, function, methods, object_
+from tiered_kv.plugin.upstream.symbol import SRT, function, methods, object_
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _KINDS = ("disk", "distributed", "tensor", "ipc")
@@ -70,9 +70,8 @@ ADMINISTRATION = (
     ),
     object_(
         f"{SRT}.managers.schedule_batch.Req",
-        "req_pool_idx finished extend_batch_idx retracted_stain cached_tokens "
+        "finished extend_batch_idx retracted_stain cached_tokens "
         "cached_tokens_device cached_tokens_host cached_tokens_storage _cache_breakdown_computed",
         "cache.idle queue.again",
     ),
-    function(f"{MEM}.common.release_kv_cache", "req tree_cache is_insert", "queue.failed_loads"),
 )

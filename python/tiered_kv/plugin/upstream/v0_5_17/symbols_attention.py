@@ -31,7 +31,7 @@ ATTENTION = (
         "forward_mode spec_info encoder_lens seq_lens_cpu reqs tree_cache",
         "attention.cascade",
     ),
-    object_(f"{SRT}.managers.schedule_batch.Req", "last_node prefix_indices", "attention.cascade"),
+    object_(f"{SRT}.managers.schedule_batch.Req", "last_node", "attention.cascade"),
     object_(
         f"{SRT}.configs.model_config.ModelConfig",
         "num_attention_heads head_dim is_encoder_decoder",
@@ -48,7 +48,6 @@ ATTENTION = (
         "disable_cuda_graph",
         "attention.cascade options.cascade",
     ),
-    function(f"{SRT}.server_args.ServerArgs.get_attention_backends", "self", "options.cascade"),
     object_(
         f"{SRT}.model_executor.forward_batch_info.ForwardBatch",
         "req_pool_indices out_cache_loc seq_lens_cpu",

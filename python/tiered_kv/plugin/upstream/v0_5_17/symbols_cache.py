@@ -22,12 +22,14 @@ CACHE_INTERFACE = (
         "cache.build cache.prefix_cache options.refusals",
     ),
     object_(
-        f"{MEM}.radix_cache.RadixCache", "device token_to_kv_pool_allocator", "cache.prefix_cache"
+        f"{MEM}.radix_cache.RadixCache",
+        "device token_to_kv_pool_allocator req_to_token_pool",
+        "cache.prefix_cache upstream.v0_5_17.cache_contract",
     ),
     object_(f"{MEM}.radix_cache.RadixKey", "token_ids extra_key limit", "cache.prefix_cache"),
     *methods(
         f"{MEM}.radix_cache.RadixCache",
-        "cache.prefix_cache",
+        "cache.prefix_cache upstream.v0_5_17.cache_contract",
         __init__="params",
         match_prefix="params",
         insert="params",
@@ -57,7 +59,7 @@ CACHE_INTERFACE = (
     # Defined by HiRadixCache alone: this is the shape that the scheduler calls.
     *methods(
         f"{MEM}.hiradix_cache.HiRadixCache",
-        "cache.prefix_cache",
+        "upstream.v0_5_17.cache_contract",
         prefetch_from_storage="req_id last_host_node new_input_tokens last_hash prefix_keys",
         check_prefetch_progress="req_id",
         pop_prefetch_loaded_tokens="req_id",
@@ -69,7 +71,11 @@ CACHE_INTERFACE = (
         detach_storage_backend="",
     ),
     *(
-        object_(f"{MEM}.base_prefix_cache.{name}", fields, "cache.prefix_cache")
+        object_(
+            f"{MEM}.base_prefix_cache.{name}",
+            fields,
+            "cache.prefix_cache upstream.v0_5_17.cache_contract",
+        )
         for name, fields in {
             "MatchPrefixParams": "key cow_mamba req",
             "MatchResult": "device_indices last_device_node last_host_node best_match_node "
@@ -91,12 +97,12 @@ POOLS = (
         f"{MEM}.memory_pool.MHATokenToKVPool",
         "k_buffer v_buffer kv_cache_layout is_quantized_kv_cache quant_method dtype store_dtype "
         "size register_layer_transfer_counter",
-        "cache.device_pool cache.build options.refusals start.platform",
+        "cache.device_pool cache.build options.refusals upstream.v0_5_17.hardware",
     ),
     object_(
         f"{MEM}.memory_pool.MLATokenToKVPool",
         "kv_buffer dtype store_dtype size register_layer_transfer_counter",
-        "cache.device_pool cache.build cache.shards options.refusals start.platform",
+        "cache.device_pool cache.build cache.shards options.refusals upstream.v0_5_17.hardware",
     ),
     object_(f"{SRT}.layers.linear.QKVParallelLinear", "num_kv_head_replicas", "cache.shards"),
     object_(f"{SRT}.layers.radix_attention.RadixAttention", "", "cache.shards"),
@@ -132,7 +138,11 @@ POOLS = (
         "quantization get_total_num_kv_heads",
         "cache.fingerprint cache.build cache.shards options.refusals cache.costs",
     ),
-    function(f"{SRT}.server_args.ServerArgs.get_attention_backends", "self", "cache.fingerprint"),
+    function(
+        f"{SRT}.server_args.ServerArgs.get_attention_backends",
+        "self",
+        "upstream.v0_5_17.arguments",
+    ),
     object_(
         f"{SRT}.server_args.ServerArgs",
         "enable_deterministic_inference rl_on_policy_target",

@@ -10,11 +10,11 @@ CPU_PLATFORM = (
     object_(
         f"{MEM}.allocator.paged.PagedTokenToKVPoolAllocator",
         "page_size debug_mode need_sort free_pages",
-        "upstream.cpu_allocator",
+        "upstream.v0_5_17.cpu_allocator",
     ),
     *methods(
         f"{MEM}.allocator.paged.PagedTokenToKVPoolAllocator",
-        "upstream.cpu_allocator",
+        "upstream.v0_5_17.cpu_allocator",
         alloc_extend="prefix_lens prefix_lens_cpu seq_lens seq_lens_cpu last_loc "
         "extend_num_tokens num_new_pages",
         alloc_decode="seq_lens seq_lens_cpu last_loc",
@@ -26,7 +26,9 @@ CPU_PLATFORM = (
         "attention_backend max_total_tokens mem_fraction_static grammar_backend tp_size dtype",
         "start.platform",
     ),
-    function(f"{SRT}.server_args.ServerArgs.get_model_config", "self", "start.platform"),
+    function(
+        f"{SRT}.server_args.ServerArgs.get_model_config", "self", "upstream.v0_5_17.arguments"
+    ),
     object_(f"{SRT}.configs.model_config.ModelConfig", "dtype quantization", "start.platform"),
     object_(
         f"{SRT}.configs.model_config.ModelConfig",
@@ -79,6 +81,10 @@ CPU_PLATFORM = (
         apply_server_args_defaults="server_args",
         get_default_attention_backend="",
         init_backend="",
+    ),
+    *methods(
+        f"{SRT}.platforms.interface.SRTPlatform",
+        "upstream.v0_5_17.hardware",
         get_mha_kv_pool_cls="",
         get_mla_kv_pool_cls="",
         get_paged_allocator_cls="",

@@ -117,7 +117,7 @@ QUEUE = (
     object_(
         f"{SRT}.managers.schedule_batch.Req",
         "rid origin_input_ids output_ids extra_key sampling_params priority finished to_finish "
-        "finished_reason prefix_indices extend_range positional_embed_overrides input_embeds",
+        "finished_reason positional_embed_overrides input_embeds",
         "queue.queued queue.order requests.view",
     ),
     object_(
@@ -141,7 +141,7 @@ QUEUE = (
     function(
         f"{MEM}.common.release_kv_cache",
         "req tree_cache is_insert",
-        "queue.put_back decode.swap_out",
+        "upstream.v0_5_17.request_kv",
     ),
     object_(f"{SRT}.managers.schedule_batch.FINISH_ABORT", "", "requests.view"),
     object_(f"{SRT}.constants.HEALTH_CHECK_RID_PREFIX", "", "requests.view"),
@@ -206,19 +206,25 @@ DECODE = (
     function(f"{_ADAPTER}.maybe_prepare_mlp_sync_batch", "self batch need_sync", "hooks.decode"),
     object_(
         f"{SRT}.managers.schedule_batch.Req",
-        "kv_committed_len req_pool_idx last_node return_hidden_states multimodal_inputs session "
-        "time_stats",
-        "decode.running decode.penalties decode.swap_out decode.selection",
+        "last_node return_hidden_states multimodal_inputs session time_stats",
+        "decode.running decode.swap_out decode.selection",
+    ),
+    object_(
+        f"{SRT}.managers.schedule_batch.Req",
+        "req_pool_idx kv_committed_len prefix_indices extend_range",
+        "upstream.v0_5_17.request_kv upstream.v0_5_17.cache_contract",
     ),
     *methods(
         f"{SRT}.managers.schedule_batch.Req",
-        "decode.swap_out",
+        "upstream.v0_5_17.request_kv",
         _refresh_fill_ids="",
         set_extend_range="start end",
         effective_kv_committed_len="",
     ),
     function(
-        f"{MEM}.common.maybe_cache_unfinished_req", "req tree_cache kwargs", "decode.swap_out"
+        f"{MEM}.common.maybe_cache_unfinished_req",
+        "req tree_cache kwargs",
+        "upstream.v0_5_17.request_kv",
     ),
     object_(f"{SRT}.managers.schedule_policy.CLIP_MAX_NEW_TOKENS", "", "decode.selection"),
     object_(f"{SRT}.environ.envs", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "options.decode"),

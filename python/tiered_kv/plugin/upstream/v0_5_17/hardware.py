@@ -1,0 +1,50 @@
+"""What SGLang 0.5.17 asks of a platform, and where its attention and its weights are hooked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+#: The attention backends that read shared KV once, by device.
+CASCADE_BACKENDS = {"cpu": "torch_native", "cuda": "flashinfer"}
+
+
+class PlainPlatform:
+    """What a platform without kernels of its own must say."""
+
+    def get_mha_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        pool: type = MHATokenToKVPool
+        return pool
+
+    def get_mla_kv_pool_cls(self) -> Callable[..., Any]:
+        """What makes a pool of upstream's own kind; a class of ours would be another."""
+        return mla_kv_pool
+
+    def get_paged_allocator_cls(self) -> type:
+        from tiered_kv.plugin.upstream.v0_5_17.cpu_allocator import CpuPagedTokenToKVPoolAllocator
+
+        return CpuPagedTokenToKVPoolAllocator
+
+
+def mla_kv_pool(*args: Any, index_head_dim: None = None, **kwargs: Any) -> Any:
+    """SGLang's pool of MLA's latents.
+
+    index_head_dim: what upstream gives to a platform's pool, and its own does not take; None but
+    where attention has an index, for which it asks for a pool of another kind.
+    """
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    del index_head_dim
+    return MLATokenToKVPool(*args, **kwargs)
+
+
+def weights_of(tp_worker: Any) -> object:
+    """What tells the weights of this rank from others in the process."""
+    return tp_worker
+
+
+def weights_updated_by(updater: Any) -> object:
+    """The same, from the object whose methods `update_weights_from_*` are hooked."""
+    return updater

@@ -1,0 +1,1 @@
+"""What is specific to SGLang 0.5.23."""

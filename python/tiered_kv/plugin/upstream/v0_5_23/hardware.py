@@ -1,0 +1,27 @@
+"""What SGLang 0.5.23 asks of a platform, and where its attention and its weights are hooked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: The attention backends that read shared KV once, by device. FlashInfer's is written for 0.5.17:
+#: here its slots come from a plan that the scheduler makes (mem_cache/kv_loc_plan.py).
+CASCADE_BACKENDS = {"cpu": "torch_native"}
+
+
+class PlainPlatform:
+    """What a platform without kernels of its own must say: nothing.
+
+    SGLang takes a platform's `capabilities` for none unless it says otherwise, and then brings
+    pools and allocators in plain torch.
+    """
+
+
+def weights_of(tp_worker: Any) -> object:
+    """What tells the weights of this rank from others in the process."""
+    return tp_worker.model_runner
+
+
+def weights_updated_by(updater: Any) -> object:
+    """The same, from the object whose methods `update_weights_from_*` are hooked."""
+    return updater.get_model_runner()
