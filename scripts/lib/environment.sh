@@ -6,13 +6,20 @@
 #                      demo model, if it is wanted and missing, is made while that is installed
 # ensure_demo_model    sets DEMO_MODEL to the demo model's folder
 #
+# take_sglang ARGUMENTS...  sets ARGUMENTS to them without `--sglang RELEASE`, and goes by that
+#
+# TIERED_KV_SGLANG   the release of SGLang: 0.5.17 (default) or 0.5.23, or --sglang
 # TIERED_KV_PYTHON   an interpreter that has everything already: nothing is installed
-# TIERED_KV_VENV     where the virtual environment goes (default: .venv in the repository)
+# TIERED_KV_VENV     where the virtual environment goes (default: .venv in the repository, and
+#                    .venv-RELEASE for a release that is not the default)
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 PROGRAM=${PROGRAM:-$(basename "$0")}
 PYTHON_WANTED=3.12
 VENV_GB_NEEDED=14
+SGLANG_DEFAULT=0.5.17
+SGLANG_RELEASES=("$SGLANG_DEFAULT" 0.5.23)
+SGLANG=${TIERED_KV_SGLANG:-$SGLANG_DEFAULT}
 UV_CACHE_GB_NEEDED=10
 REPORT_EVERY_S=20
 
@@ -20,6 +27,32 @@ say() { printf '[%s] %s\n' "$PROGRAM" "$*" >&2; }
 die() {
     say "error: $*"
     exit 1
+}
+
+# shellcheck disable=SC2034  # ARGUMENTS is for the caller
+take_sglang() {
+    ARGUMENTS=()
+    while (($#)); do
+        case $1 in
+        --sglang)
+            (($# > 1)) || die "--sglang needs a release: ${SGLANG_RELEASES[*]}."
+            TIERED_KV_SGLANG=$2
+            shift
+            ;;
+        --sglang=*) TIERED_KV_SGLANG=${1#*=} ;;
+        *) ARGUMENTS+=("$1") ;;
+        esac
+        shift
+    done
+    SGLANG=${TIERED_KV_SGLANG:-$SGLANG_DEFAULT}
+}
+
+default_venv() {
+    if [[ $SGLANG == "$SGLANG_DEFAULT" ]]; then
+        echo "$REPOSITORY/.venv"
+    else
+        echo "$REPOSITORY/.venv-$SGLANG"
+    fi
 }
 
 # timed WHAT COMMAND...: runs it and says how long it took; without a terminal, where there is no
@@ -151,14 +184,16 @@ install_project() {
     # Without a terminal there is no progress bar, only two hundred lines of package names.
     if [[ ! -t 2 ]]; then quiet=(--quiet); fi
     if [[ -n $UV ]] &&
-        timed "install sglang and the project [$extras] (9 GB, several minutes)" \
-            "$UV" pip install "${quiet[@]}" --python "$PYTHON" --editable "$requirement"; then
+        timed "install sglang $SGLANG and the project [$extras] (9 GB, several minutes)" \
+            "$UV" pip install "${quiet[@]}" --python "$PYTHON" "sglang==$SGLANG" \
+            --editable "$requirement"; then
         return
     fi
     say "uv did not manage; trying pip"
     "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null || return
     timed "install sglang and the project [$extras] with pip" \
-        "$PYTHON" -m pip install "${quiet[@]}" --disable-pip-version-check --editable "$requirement"
+        "$PYTHON" -m pip install "${quiet[@]}" --disable-pip-version-check "sglang==$SGLANG" \
+        --editable "$requirement"
 }
 
 # Python would do this while the server starts for the first time; where PYTHONDONTWRITEBYTECODE is
@@ -205,7 +240,7 @@ compileall.compile_dir(u.find_spec("sglang").submodule_search_locations[0], quie
 
 # What is installed is known by the file that says what to install, and where the code lies.
 installation_id() {
-    { cat "$REPOSITORY/pyproject.toml" && echo "$REPOSITORY"; } | sha256sum | cut -c1-32
+    { cat "$REPOSITORY/pyproject.toml" && echo "$REPOSITORY $SGLANG"; } | sha256sum | cut -c1-32
 }
 
 install_into_venv() {
@@ -233,7 +268,9 @@ has_stamp() {
 }
 
 ensure_environment() {
-    local extras=$1 with_demo_model=${2:-} venv=${TIERED_KV_VENV:-$REPOSITORY/.venv}
+    local extras=$1 with_demo_model=${2:-} venv=${TIERED_KV_VENV:-$(default_venv)}
+    [[ " ${SGLANG_RELEASES[*]} " == *" $SGLANG "* ]] ||
+        die "SGLang $SGLANG is not supported: choose one of ${SGLANG_RELEASES[*]}."
     [[ $(uname -s) == Linux ]] || die "SGLang serves on Linux only; this is $(uname -s)."
     ensure_home
     if [[ -n ${TIERED_KV_PYTHON:-} ]]; then
