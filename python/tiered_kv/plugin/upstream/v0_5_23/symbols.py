@@ -85,6 +85,7 @@ PARAMETERS = {
         "self obj request request_states"
     ),
     f"{_MANAGERS}.tokenizer_manager.TokenizerManager._init_req_state": "self obj request",
+    f"{_MANAGERS}.tokenizer_control_mixin.TokenizerControlMixin.init_communicators": "self",
     f"{SRT}.model_executor.forward_batch_info.ForwardBatch.init_new": (
         "batch model_runner capture_hidden_mode return_hidden_states_before_norm "
         "extend_position_info spec_mrope_positions kv_loc_plan write_cols"
