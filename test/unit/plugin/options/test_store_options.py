@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,13 @@ def host() -> HostPool:
     return HostPool(PAGE, 8 * PAGE.slot_bytes)
 
 
+@dataclasses.dataclass(kw_only=True)
+class Given(StoreArgs):
+    """The options alone, with a constructor; on a server SGLang's class brings one for all."""
+
+
 def at(address: str | None, **options: Any) -> StoreConfig:
-    return StoreArgs(
+    return Given(
         tiered_kv_store=address,
         **{f"tiered_kv_store_{name}": value for name, value in options.items()},
     ).store_config()
