@@ -17,6 +17,7 @@ from sglang.srt.managers import scheduler
 from sglang.srt.managers.io_struct import AbortReq, PauseGenerationReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from support_plugin import on_release
 from support_plugin.decode_loop import DecodeLoop
 from support_plugin.decode_requests import Kind, Oracle, light_costs
 from support_plugin.told import Told, kind, turns
@@ -237,6 +238,11 @@ def test_retraction_keeps_what_was_produced_where_no_policy_chooses(
     loop.check_nothing_is_held()
 
 
+@pytest.mark.xfail(
+    not on_release.IS_0_5_17,
+    reason="a batch that was called full is looked at again later: docs/releases.md",
+    strict=True,
+)
 def test_our_own_policies_have_loose_requests_make_way(
     make_loop: MakeLoop, overlap: bool, answers: Callable[[Kind], list[int]]
 ) -> None:
