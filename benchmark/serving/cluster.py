@@ -162,8 +162,8 @@ class Cluster:
                 stack.enter_context(self.store)
             for worker in self.workers:
                 stack.callback(worker.kill_9)
-            with ThreadPoolExecutor(2) as pool:
-                list(pool.map(Server.start, self.workers[:2]))
+            for worker in self.workers[:2]:
+                worker.start()
             stack.enter_context(self.gateway)
             self.gateway.wait_healthy({w.url for w in self.workers[:2]}, 60)
             self._stack = stack.pop_all()
