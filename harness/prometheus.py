@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -24,9 +25,16 @@ DASHBOARDS = ROOT / "docker/grafana/dashboards"
 START_TIMEOUT_S = 30.0
 
 
-def is_installed() -> bool:
-    """Debian has it in the package `prometheus`."""
-    return shutil.which("prometheus") is not None
+def has(program: str) -> bool:
+    """Whether `prometheus` or `promtool` is there, in a release that knows the configuration.
+
+    That is 2.49 or later; Debian 13 has it in its package `prometheus`.
+    """
+    if shutil.which(program) is None:
+        return False
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    release = re.search(r"version (\d+)\.(\d+)", said.stdout + said.stderr)
+    return release is not None and (int(release[1]), int(release[2])) >= (2, 49)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,10 @@ GATEWAY, PROMETHEUS = "http://127.0.0.1:8000", "http://127.0.0.1:9090"
 STAND_INS = {
     "store": "RUN {apt} redis-server && ln -s /usr/bin/redis-server /usr/bin/valkey-server "
     "&& ln -s /usr/bin/redis-cli /usr/bin/valkey-cli",
-    "prometheus": 'RUN {apt} prometheus && mkdir /prometheus\nENTRYPOINT ["prometheus"]',
+    # Debian 12's does not know the configuration.
+    "prometheus": "RUN echo deb http://deb.debian.org/debian trixie main >> /etc/apt/sources.list "
+    "&& apt-get update && cd /tmp && apt-get download prometheus && dpkg -x prometheus_*.deb / "
+    '&& mkdir /prometheus\nENTRYPOINT ["prometheus"]',
 }
 APT = "apt-get update && apt-get install -y --no-install-recommends"
 START_S = 1500.0

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.exposition import choose_encoder
 
+from harness.prometheus import has
 from tiered_kv.metrics import names
 from tiered_kv.metrics.names import Kind, Metric
 
 DOCKER = Path(__file__).parents[2] / "docker"
 RULES = DOCKER / "prometheus/alerts.yml"
 DASHBOARD = DOCKER / "grafana/dashboards/tiered_kv.json"
-with_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="there is no promtool: apt-get install prometheus"
-)
 
 
 def alerts() -> list[dict[str, Any]]:
@@ -76,13 +76,7 @@ def test_panels_do_not_overlap() -> None:
         taken |= cells
 
 
-@with_promtool
-@pytest.mark.parametrize(
-    "command",
-    [["check", "config", "prometheus.yml"], ["test", "rules", "alerts_test.yml"]],
-    ids=["configuration", "alerts"],
-)
-def test_promtool_is_content(command: list[str]) -> None:
+def promtool(*command: str) -> None:
     result = subprocess.run(
         ["promtool", *command],
         cwd=RULES.parent,
@@ -92,3 +86,25 @@ def test_promtool_is_content(command: list[str]) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="there is no promtool")
+def test_alerts_fire_when_they_should() -> None:
+    promtool("test", "rules", "alerts_test.yml")
+
+
+@pytest.mark.skipif(not has("promtool"), reason="there is no promtool of 2.49 or later")
+def test_the_configuration_is_valid() -> None:
+    promtool("check", "config", "prometheus.yml")
+
+
+def test_names_are_those_of_the_workers() -> None:
+    """Prometheus 2 would get sglang_ for sglang: from the workers' client library."""
+    (workers, _) = yaml.safe_load((RULES.parent / "prometheus.yml").read_text())["scrape_configs"]
+    accepts = {"PrometheusText0.0.4": "text/plain;version=0.0.4"}
+    (protocol,) = workers["scrape_protocols"]
+    registry = CollectorRegistry()
+    metric = names.PROMPT_TOKENS
+    Counter(metric.name, metric.help, registry=registry).inc()
+    encode, _ = choose_encoder(f"{accepts[protocol]};q=0.5,*/*;q=0.1")
+    assert f"\n{metric.name} 1.0\n" in encode(registry).decode()
