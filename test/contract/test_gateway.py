@@ -98,9 +98,14 @@ def test_which_headers_arrive(path: str, gateway: Gateway, workers: dict[str, St
     assert not DROPPED.keys() & received.keys()
 
 
-def test_the_responses_api_takes_no_field_that_openais_lacks(gateway: Gateway) -> None:
-    body = {"model": "demo", "input": "Hello"}
-    for name in ("slo", "hints", "custom_params", "session_id", "extra_key", "cache_salt"):
+def test_the_responses_api_takes_no_field_that_it_does_not_know(
+    gateway: Gateway, workers: dict[str, StubWorker]
+) -> None:
+    body = {"model": "demo", "input": "Hello", "priority": FIELDS["priority"]}
+    received = last_received(workers, gateway.post("/v1/responses", body, headers=ARRIVE))
+    assert received["body"]["priority"] == FIELDS["priority"]
+    assert {name: received["headers"].get(name) for name in ARRIVE} == ARRIVE
+    for name in FIELDS.keys() - {"priority"}:
         answer = gateway.post("/v1/responses", {**body, name: FIELDS[name]})
         assert answer.status_code == 400
         assert f"unknown field `{name}`" in answer.text
