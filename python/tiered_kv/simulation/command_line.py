@@ -31,18 +31,7 @@ from tiered_kv.simulation.workload import catalog
 
 def add_simulation_arguments(parser: argparse.ArgumentParser, *, as_server: bool = False) -> None:
     """Add what `job_from` reads. as_server: with the defaults that a server has."""
-    catalog.add_arguments(parser)
-    parser.add_argument(
-        "--spread",
-        type=float,
-        default=0.0,
-        metavar="S",
-        help="delay each arrival by up to S seconds at random; 3 undoes the resolution of "
-        "Mooncake's traces",
-    )
-    parser.add_argument(
-        "--turns", type=int, metavar="N", help="only the first N calls of each session"
-    )
+    _add_workload_arguments(parser)
     server = parser.add_argument_group("server")
     server.add_argument(
         "--model", default="Llama-3.1-8B", help=f"one of {', '.join(sorted(MODELS))}"
@@ -101,6 +90,21 @@ def add_simulation_arguments(parser: argparse.ArgumentParser, *, as_server: bool
     )
     if as_server:
         parser.set_defaults(**server_defaults())
+
+
+def _add_workload_arguments(parser: argparse.ArgumentParser) -> None:
+    catalog.add_arguments(parser)
+    parser.add_argument(
+        "--spread",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="delay each arrival by up to S seconds at random; 3 undoes the resolution of "
+        "Mooncake's traces",
+    )
+    parser.add_argument(
+        "--turns", type=int, metavar="N", help="only the first N calls of each session"
+    )
 
 
 def _add_iteration_arguments(server: argparse._ArgumentGroup) -> None:
