@@ -125,5 +125,5 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         axes.set_ylabel("prompt tokens found, %")
         axes.set_title(traffic)
         axes.tick_params(axis="x", labelrotation=90, labelsize=7)
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=110)
