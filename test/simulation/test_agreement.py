@@ -110,7 +110,9 @@ def test_the_pace_of_passes_in_a_timeline(tmp_path: Path) -> None:
 
     def ran(at_s: float, seconds: float, *chunks: tuple[int, int], context: int = 0) -> None:
         mode = SimpleNamespace(name="EXTEND" if chunks else "DECODE")
-        draw(Pass(mode, 4, 4, context, -1, start_s + at_s, start_s + at_s + seconds, chunks))
+        n_decodes = 0 if chunks else 4
+        begun_s = start_s + at_s
+        draw(Pass(mode, 4, 4, context, n_decodes, -1, begun_s, begun_s + seconds, chunks))
 
     ran(-5.0, 4.0, (64, 0))
     ran(0.0, 2 * prefill_s - 0.01, (64, 0), (32, 128))

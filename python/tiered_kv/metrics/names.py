@@ -216,6 +216,9 @@ MADE_WAY = Metric(
     "Times that a running request went back to the queue, with its KV, for one that waited.",
 )
 
+OF_THE_STORE = (STORE_DEGRADED, STORE_CALLS, STORE_CALL_SECONDS, STORE_BAD_PAGES)
+"""Those that only a server with a shared store has."""
+
 ALL: tuple[Metric, ...] = (
     HIT_TOKENS,
     PROMPT_TOKENS,
@@ -232,10 +235,7 @@ ALL: tuple[Metric, ...] = (
     DISK_SUSPENDED,
     DISK_BYTES,
     DISK_DEGRADED,
-    STORE_DEGRADED,
-    STORE_CALLS,
-    STORE_CALL_SECONDS,
-    STORE_BAD_PAGES,
+    *OF_THE_STORE,
     DISK_IO_BYTES,
     DISK_PAGE_CACHE,
     WAIT_SECONDS,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tiered_kv.core import config
-from tiered_kv.core.config import DiskConfig, HostConfig, MemoryConfig, TieredKVConfig
+from tiered_kv.core.config import DiskConfig, HostConfig, MemoryConfig, StoreConfig, TieredKVConfig
 from tiered_kv.core.errors import ConfigError
 
-CLASSES = [HostConfig, DiskConfig, MemoryConfig, TieredKVConfig]
+CLASSES = [HostConfig, DiskConfig, StoreConfig, MemoryConfig, TieredKVConfig]
 
 
 def documented_fields(cls: type) -> set[str]:

@@ -10,7 +10,6 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 from tiered_kv.core.config import STORE_WRITES, StoreConfig
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.options import values
-from tiered_kv.tiers.shared.address import HOW, check_client, parse_address
 
 NO_STORE = "none"
 """The value of `--tiered-kv-store` that does without one."""
@@ -20,6 +19,9 @@ KEY_VARIABLE = "TIERED_KV_STORE_KEY"
 
 
 def _address(option: str, text: str) -> str:
+    # Not for a server that has no store: nothing below is imported for one without the flag.
+    from tiered_kv.tiers.shared.address import check_client, parse_address
+
     if text.strip().lower() == NO_STORE:
         return text
     check_client(option, parse_address(option, text))
@@ -86,6 +88,8 @@ class StoreArgs:
             for name in ("write", "key_file", "encrypt"):
                 field = f"tiered_kv_store_{name}"
                 if getattr(self, field) != type(self).__dataclass_fields__[field].default:
+                    from tiered_kv.tiers.shared.address import HOW
+
                     flag = "--" + field.replace("_", "-")
                     raise ConfigError(
                         f"{flag} has no effect without {option}; name a store: {HOW}."

@@ -10,7 +10,8 @@ parameters (a test compares them):
 - `targets`: hooks that are attached elsewhere, or nowhere
 - `hardware`: what its CPU platform and its attention are asked
 
-Whoever needs one imports it from here. Importing this on any other release raises UpstreamError.
+Whoever needs one imports it from here. On a release that is not supported it is the adapter of the
+last one before; who needs more than the CPU platform asks `installed.verify_version` first.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ of symbols, not a looser check.
 
 from __future__ import annotations
 
+import re
+
 from tiered_kv.core.errors import UpstreamError
 
 #: Each with the folder of what is specific to it.
@@ -38,6 +40,14 @@ def verify_version() -> None:
 
 
 def folder_of_installed() -> str:
-    """The folder of the installed release. Raises UpstreamError."""
-    verify_version()
-    return FOLDERS[installed()]
+    """The folder of the installed release; if that is not supported, of the last one before it.
+
+    `--tiered-kv` is refused there (`verify_version`), but the CPU platform serves stock servers on
+    it as well as it can.
+    """
+    before = [release for release in SUPPORTED if _order(release) <= _order(installed())]
+    return FOLDERS[before[-1] if before else SUPPORTED[0]]
+
+
+def _order(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", release)[:3])
