@@ -191,7 +191,8 @@ def test_a_stale_handle_is_opened_anew(ns: DiskNamespace, io: FailingIo, what: s
         assert read(ns, range(20)) == 20
     else:
         assert write(ns, range(30, 40)) == 10
-    assert len(io.opened) == n_opened + 1
+    # The keeper may open it in the same moment; one of both is kept.
+    assert n_opened + 1 <= len(io.opened) <= n_opened + 2
     io.code = None
     assert readable(ns, range(40)) == [*range(20), *(range(30, 40) if what == "pwritev" else ())]
 
