@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import requests
 import yaml
 
+from harness.child_process import ChildProcess
 from harness.server import ServerError, free_port
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ def compose_flags() -> list[str]:
 
 
 @dataclass
-class Gateway:
+class Gateway(ChildProcess):
     """`with Gateway(urls, log) as gateway:` starts it and waits until it takes requests.
 
     waits_for_workers: without, it only has to listen.
@@ -59,22 +59,9 @@ class Gateway:
         try:
             self.wait_until(self._is_ready, START_TIMEOUT_S)
         except BaseException:
-            self._end()
+            self.kill_9()
             raise
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        assert self.process is not None
-        self.process.kill()  # it keeps nothing, and would wait for idle connections
-        self.process.wait()
 
     @property
     def url(self) -> str:

@@ -11,12 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import requests
 import yaml
 
+from harness.child_process import ChildProcess
 from harness.server import ServerError, free_port
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def panel_queries(dashboard: Path, interval: str) -> list[Query]:
 
 
 @dataclass
-class Prometheus:
+class Prometheus(ChildProcess):
     """`with Prometheus(targets, folder) as it:` scrapes every second, with the committed rules.
 
     targets: the addresses of each job of the configuration, as host:port. folder: for its files.
@@ -87,7 +87,7 @@ class Prometheus:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                self._end()
+                self.kill_9()
                 raise ServerError((self.folder / "log").read_text(errors="replace")[-2000:])
             time.sleep(0.1)
         return self
@@ -99,19 +99,6 @@ class Prometheus:
         for job in document["scrape_configs"]:
             job["static_configs"] = [{"targets": list(self.targets.get(job["job_name"], ()))}]
         return document
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
 
     def _is_ready(self) -> bool:
         with contextlib.suppress(requests.RequestException):

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from harness.child_process import ChildProcess
 from harness.server import free_port
 
 MOONCAKE_PACKAGE = "mooncake-transfer-engine-non-cuda==0.3.13.post1"
@@ -32,32 +33,23 @@ class StoreMissingError(Exception):
     """An engine is not here and cannot be installed; the message says how to."""
 
 
-class Process:
+class Process(ChildProcess):
     """A server of a store. `with` starts and ends it."""
 
     def __init__(self, command: Sequence[str], log: Path, port: int) -> None:
         self.command = list(command)
         self.log = log
         self.port = port
-        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Process:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.kill_9()
-
     def launch(self) -> Process:
         """Starts it; waits for nothing."""
-        assert self._process is None, "it runs already"
+        assert self.process is None, "it runs already"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(self.command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
         return self
 
     def start(self) -> Process:
@@ -68,18 +60,12 @@ class Process:
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
                 return self
-            assert self._process is not None
-            if self._process.poll() is not None:
+            assert self.process is not None
+            if self.process.poll() is not None:
                 break
             time.sleep(0.05)
         self.kill_9()
         raise AssertionError(f"{self.command[0]} did not start: {self.log.read_text()[-2000:]}")
-
-    def kill_9(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
 
     def freeze(self) -> None:
         """It does not answer until `thaw`."""
@@ -89,8 +75,8 @@ class Process:
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
+        assert self.process is not None
+        self.process.send_signal(number)
 
 
 def apt_install(*packages: str) -> None:

@@ -7,22 +7,21 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import requests
 
+from harness.child_process import ChildProcess
 from harness.server import free_port
 
 PROGRAM = Path(__file__).with_name("stub_worker.py")
 
 
-class StubWorker:
+class StubWorker(ChildProcess):
     """`with StubWorker(name) as worker:` runs one in a process of its own."""
 
     def __init__(self, name: str, port: int | None = None) -> None:
         self.name, self.port = name, port or free_port()
-        self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> StubWorker:
         self.launch()
@@ -35,23 +34,9 @@ class StubWorker:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.kill_9()
-
     def launch(self) -> None:
         command = [sys.executable, str(PROGRAM), self.name, str(self.port)]
         self.process = subprocess.Popen(command)
-
-    def kill_9(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
 
     @property
     def url(self) -> str:

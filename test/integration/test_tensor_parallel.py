@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness.client import generate_all
-from harness.metrics import scrape, wait_for_disk
+from harness.metrics import Scrape, scrape, wait_for_disk
 from harness.prompts import PromptMaker
 from harness.server import ALWAYS_LOAD, FLOAT32, Server
 from support.models import (
@@ -113,13 +113,18 @@ def test_latents_that_both_ranks_have_are_kept_once(
     # A page for each 16 tokens of prompt and answer, on the host of both and on disk once: with the
     # 4 KiB in front of it that is all that was written.
     n_pages = 5 * ((300 + 8 - 1) // 16)
+    assert disk_tokens == n_pages * 16
+    assert_kept_once(metrics, n_pages, PAGE_BYTES, tmp_path / "disk")
+
+
+def assert_kept_once(metrics: Scrape, n_pages: int, page_bytes: int, disk: Path) -> None:
+    """On the host of both ranks, in the room of both, and on `disk` by one of them."""
     for rank in ("0", "1"):
         assert metrics.of(names.CAPACITY_TOKENS, tier="host", tp_rank=rank) == 2 * 60 * 16
         assert metrics.of(names.RESIDENT_TOKENS, tier="host", tp_rank=rank) == n_pages * 16
-    assert disk_tokens == n_pages * 16
     written = metrics.of(names.DISK_IO_BYTES, operation="write")
-    assert n_pages * PAGE_BYTES < written < 1.25 * n_pages * PAGE_BYTES
-    shards = [path.name for path in (tmp_path / "disk").iterdir() if path.is_dir()]
+    assert n_pages * page_bytes < written < 1.25 * n_pages * page_bytes
+    shards = [path.name for path in disk.iterdir() if path.is_dir()]
     assert shards == ["shard-0-of-1"]
 
 
@@ -163,14 +168,8 @@ def test_a_kv_head_that_both_ranks_have_is_kept_once(
     assert len({answer.output_ids for answer in plain}) == 5, "the model ignores its prompts"
 
     n_pages = 5 * ((300 + 8 - 1) // 16)
-    for rank in ("0", "1"):
-        assert metrics.of(names.CAPACITY_TOKENS, tier="host", tp_rank=rank) == 2 * 60 * 16
-        assert metrics.of(names.RESIDENT_TOKENS, tier="host", tp_rank=rank) == n_pages * 16
     assert disk_tokens == n_pages * 16
-    written = metrics.of(names.DISK_IO_BYTES, operation="write")
-    assert n_pages * HEAD_PAGE_BYTES < written < 1.25 * n_pages * HEAD_PAGE_BYTES
-    shards = [path.name for path in (tmp_path / "disk").iterdir() if path.is_dir()]
-    assert shards == ["shard-0-of-1"]
+    assert_kept_once(metrics, n_pages, HEAD_PAGE_BYTES, tmp_path / "disk")
 
 
 @pytest.mark.timeout(1200)

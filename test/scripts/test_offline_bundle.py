@@ -22,20 +22,13 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS / "lib"))
 
-from bundle import cli, install, jit, parts, trim  # noqa: E402
+from bundle import cli, install, jit, parts  # noqa: E402
 from bundle.errors import BundleError  # noqa: E402
 from bundle.packages import Requirement  # noqa: E402
 
+from support.wheels import wheel  # noqa: E402
+
 PART_BYTES = 64 << 10
-
-
-def wheel(folder: Path, name: str, files: dict[str, bytes], tag: str = "py3-none-any") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-1.0-{tag}.whl"
-    dist_info = f"{name}-1.0.dist-info"
-    about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode()
-    trim.write_wheel(path, dist_info, {**files, f"{dist_info}/METADATA": about})
-    return path
 
 
 def description(**changes: Any) -> dict[str, Any]:

@@ -20,14 +20,7 @@ from bundle.download import find_wheel, platforms  # noqa: E402
 from bundle.errors import BundleError  # noqa: E402
 from bundle.packages import Requirement  # noqa: E402
 
-
-def wheel(folder: Path, name: str, files: dict[str, bytes], tag: str = "py3-none-any") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-1.0-{tag}.whl"
-    dist_info = f"{name}-1.0.dist-info"
-    about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode()
-    trim.write_wheel(path, dist_info, {**files, f"{dist_info}/METADATA": about})
-    return path
+from support.wheels import wheel  # noqa: E402
 
 
 def test_what_nobody_loads_is_left_out() -> None:

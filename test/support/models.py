@@ -23,23 +23,15 @@ def copy_with_other_weights(model: Path, to: Path) -> Path:
 
 def tiny_model_for_two_ranks(model: Path, to: Path) -> Path:
     """Random weights, an even number of heads (the demo model has nine), `model`'s tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return _random_model(
-        model,
-        to,
-        LlamaConfig,
-        LlamaForCausalLM,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    return _tiny_llama(model, to, n_kv_heads=2)
 
 
 def tiny_model_with_one_kv_head(model: Path, to: Path) -> Path:
     """Random weights, four heads that attend to the same keys and values, `model`'s tokenizer."""
+    return _tiny_llama(model, to, n_kv_heads=1)
+
+
+def _tiny_llama(model: Path, to: Path, n_kv_heads: int) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return _random_model(
@@ -51,7 +43,7 @@ def tiny_model_with_one_kv_head(model: Path, to: Path) -> Path:
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=1,
+        num_key_value_heads=n_kv_heads,
     )
 
 

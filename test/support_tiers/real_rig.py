@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 
-from sgl_kernel_ext.formats import Format, Role
-from sgl_kernel_ext.ops import PagePool, layout_of
-from support_tiers.engine import N_LAYERS, Request
+from support_tiers.engine import Request
 from support_tiers.overlap_history import N_STEPS, PROMPTS, Overlap, sizes_of
 from support_tiers.real_streams import Machine, RealDevice
 from support_tiers.stream_double import Removed
 from support_tiers.stream_rig import StreamRig
 from support_tiers.tier_rig import Rig
-from tiered_kv.tiers.bus_paths import DmaPath, KernelPath
 from tiered_kv.tiers.device import Copying, LayerDone, byte_pages
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.stream_copier import StreamPageCopier
@@ -107,16 +104,7 @@ class RealRig(StreamRig):
         self.buffers = [buffer.to(machine.device) for buffer in self.buffers]
         self._pages = [DevicePages(buffer, self.page_size) for buffer in self.buffers]
         machine.pin(self.host.pages.ctypes.data, self.host.pages.nbytes)
-        roles = [Role.KEY, Role.VALUE] * N_LAYERS
-        layout = layout_of(Format.RAW, self.page_size, self.buffers, layers, roles)
-        pool = PagePool(self.buffers, layout)
-        kernel = KernelPath(pool, self.host.pages)
-
-        def path() -> DmaPath | KernelPath:
-            if self.path == "kernel":
-                return kernel
-            return DmaPath(pool, self.host.pages, block_bytes=2 * layout.page_bytes)
-
+        path = self._paths(layers)
         copier = RealCopier(path(), path(), self.device.copy_streams)
         copier.device = self.device
         return copier

@@ -4,6 +4,7 @@ launched and run later, while requests go on, end, and give their pages to other
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,11 @@ class StreamRig(Rig):
         self.context.hold_passes = lambda point: forward.wait(point, Wait.PASSES_FOR_LOAD)
 
     def _make_copier(self, layers: list[int]) -> Any:
+        path = self._paths(layers)
+        return StreamCopier(path(), path(), self.device.copy_streams)
+
+    def _paths(self, layers: list[int]) -> Callable[[], DmaPath | KernelPath]:
+        """Makes ways between the buffers and the host, of the kind that `path` names."""
         roles = [Role.KEY, Role.VALUE] * N_LAYERS
         layout = layout_of(Format.RAW, self.page_size, self.buffers, layers, roles)
         pool = PagePool(self.buffers, layout)
@@ -165,7 +171,7 @@ class StreamRig(Rig):
                 return kernel
             return DmaPath(pool, self.host.pages, block_bytes=2 * layout.page_bytes)
 
-        return StreamCopier(path(), path(), self.device.copy_streams)
+        return path
 
     def _launched(self) -> After:
         schedule, forward = (self.device.streams[name] for name in ("schedule", "forward"))

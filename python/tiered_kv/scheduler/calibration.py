@@ -44,6 +44,8 @@ DEVIATION_MIN = 0.1
 SECONDS_MIN, SECONDS_MAX = 1e-6, 1e4
 #: A pass counts as one kind if that kind makes up this share of its roofline.
 PURE_SHARE = 0.9
+#: Of passes that only decode, one in so many is to be observed: they resemble one another.
+DECODES_PER_OBSERVATION = 8
 #: What was learned of passes of both kinds is forgotten after so many prefills without one: where
 #: it speaks against them, nothing else would ever correct it.
 MIXED_FORGOTTEN = 200

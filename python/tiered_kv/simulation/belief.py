@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tiered_kv.scheduler.calibration import Calibrator
+from tiered_kv.scheduler.calibration import DECODES_PER_OBSERVATION, Calibrator
 from tiered_kv.simulation.execution import FloatArray
 from tiered_kv.simulation.links import EDGES
 from tiered_kv.simulation.settings import InstanceSettings
-
-#: Of passes that only decode, a server observes one in so many (`plugin/passes/step_times.py`).
-DECODES_PER_OBSERVATION = 8
 
 
 class Believed:

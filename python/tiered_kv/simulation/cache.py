@@ -270,7 +270,8 @@ class TieredCache:
         if self.reads is not None:
             rid = str(live.queued.request_id)
             live.prefetched_tokens = self.reads.loaded_tokens(rid) * self.block_tokens
-            live.shared_tokens = self.reads.came_from(rid, Tier.STORE) * self.block_tokens
+            shared_units = self.reads.loaded_tokens_from(rid, Tier.STORE)
+            live.shared_tokens = shared_units * self.block_tokens
             self.reads.release(rid)
 
     def poll(self) -> None:

@@ -250,20 +250,6 @@ class Reads(PrefetchPlanner):
                 for cut in self._cuts:
                     cut(op)
 
-    def came_from(self, rid: str, tier: Tier) -> int:
-        """Tokens that were brought to the host for a request from the store `tier`."""
-        ticket = self.tickets.get(rid)
-        if ticket is None or ticket.pinned is None or ticket.stored is None:
-            return 0
-        end = ticket.pinned.end
-        n_came, start = ticket.came_tokens, ticket.stored.first
-        for at, run_end in ticket.stored.ends:
-            if at is tier:
-                # What was loaded is the end of what is pinned.
-                return max(0, min(end, run_end) - max(start, end - n_came))
-            start = run_end
-        return 0
-
     def _look(self, now_s: float) -> None:  # noqa: ARG002
         self._looks_s = math.inf
         self.advance()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from types import ModuleType
 
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
@@ -19,13 +20,18 @@ KEY_VARIABLE = "TIERED_KV_STORE_KEY"
 
 
 def _address(option: str, text: str) -> str:
-    # Not for a server that has no store: nothing below is imported for one without the flag.
-    from tiered_kv.tiers.shared.address import check_client, parse_address
-
     if text.strip().lower() == NO_STORE:
         return text
-    check_client(option, parse_address(option, text))
+    addresses = _addresses()
+    addresses.check_client(option, addresses.parse_address(option, text))
     return text
+
+
+def _addresses() -> ModuleType:
+    """Imported late: a server without the flag imports no tier."""
+    from tiered_kv.tiers.shared import address
+
+    return address
 
 
 @dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)
@@ -88,11 +94,9 @@ class StoreArgs:
             for name in ("write", "key_file", "encrypt"):
                 field = f"tiered_kv_store_{name}"
                 if getattr(self, field) != type(self).__dataclass_fields__[field].default:
-                    from tiered_kv.tiers.shared.address import HOW
-
                     flag = "--" + field.replace("_", "-")
                     raise ConfigError(
-                        f"{flag} has no effect without {option}; name a store: {HOW}."
+                        f"{flag} has no effect without {option}; name a store: {_addresses().HOW}."
                     )
             return StoreConfig()
         _address(option, address)

@@ -6,13 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin.passes.launched import LaunchedPasses, chunks_of
-from tiered_kv.scheduler.calibration import StepObservation
+from tiered_kv.scheduler.calibration import DECODES_PER_OBSERVATION, StepObservation
 
 if TYPE_CHECKING:
     from tiered_kv.tiers.hierarchy import KVHierarchy
-
-#: Of passes that only decode, one in so many is observed: they resemble one another.
-DECODES_PER_OBSERVATION = 8
 
 
 class StepTimes(LaunchedPasses[StepObservation]):

@@ -16,9 +16,8 @@ from support_plugin.decode_requests import Kind, light_costs
 from support_plugin.told import Told, kind, turns
 from tiered_kv.api.slo import Slo
 from tiered_kv.api.terms import Terms
-from tiered_kv.plugin.passes.step_times import DECODES_PER_OBSERVATION
 from tiered_kv.plugin.queue.clock_tick import SharedClock
-from tiered_kv.scheduler.calibration import Calibrator
+from tiered_kv.scheduler.calibration import DECODES_PER_OBSERVATION, Calibrator
 from tiered_kv.scheduler.iteration_policy import IterationPlan, IterationState
 from tiered_kv.scheduler.plan import PrefillRoom
 from tiered_kv.scheduler.prefill_turns import TURN_SHARE

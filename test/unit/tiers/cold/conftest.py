@@ -11,6 +11,8 @@ import pytest
 
 from harness.stores import Mooncake, Process, valkey_server
 from support.engines import engine_or_skip
+from support_tiers.shared_blobs import SharedBlobs
+from support_tiers.tier_rig import Rig, new_disk
 from tiered_kv.tiers.shared.address import parse_address
 from tiered_kv.tiers.shared.blobs import Blobs
 from tiered_kv.tiers.shared.envelope import HEADER_BYTES
@@ -18,6 +20,17 @@ from tiered_kv.tiers.shared.envelope import HEADER_BYTES
 DEADLINE_S = 2.0
 #: Of the pages in test_conformance.py.
 HICACHE_BLOB_BYTES = HEADER_BYTES + 16 * 4 * 24
+
+
+@pytest.fixture
+def blobs() -> SharedBlobs:
+    return SharedBlobs()
+
+
+@pytest.fixture
+def rig(make_rig: Callable[..., Rig], blobs: SharedBlobs) -> Rig:
+    """A disk, and `blobs` below it."""
+    return make_rig(64, 32, new_disk(), remote=blobs)
 
 
 @pytest.fixture(scope="session")

@@ -7,16 +7,15 @@ refused or lost is offered again.
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Callable
 
 import pytest
 
 from support_tiers.shared_blobs import SharedBlobs
 from support_tiers.tier_rig import PAGE_SIZE, Rig, new_disk, on_disk, tokens_of
+from support_tiers.two_stores import far, lose_on_disk, n_blobs
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TreeKey
-from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.shared import object_store
 
 pytestmark = pytest.mark.timeout(60)
@@ -24,33 +23,6 @@ pytestmark = pytest.mark.timeout(60)
 MakeRig = Callable[..., Rig]
 PROMPT = tokens_of(*range(1, 9), tail=1)
 N_PAGES = 8
-
-
-@pytest.fixture
-def blobs() -> SharedBlobs:
-    return SharedBlobs()
-
-
-@pytest.fixture
-def rig(make_rig: MakeRig, blobs: SharedBlobs) -> Rig:
-    return make_rig(64, 32, new_disk(), remote=blobs)
-
-
-def far(rig: Rig) -> ColdTier:
-    return rig.hierarchy.colds[-1]
-
-
-def n_blobs(rig: Rig, tokens: array[int]) -> int:
-    """Leading pages of a prompt that the shared store has."""
-    hashes = rig.hashes(rig.hierarchy.root(), tokens)
-    return far(rig).last_store.lookup(hashes)
-
-
-def lose_on_disk(rig: Rig, tokens: array[int], pages: slice) -> None:
-    """As if the disk had given them up some time ago."""
-    namespace = rig.disk.namespace
-    for page_hash in rig.hashes(rig.hierarchy.root(), tokens)[pages]:
-        del namespace._store._pages[namespace.namespace_id, page_hash]
 
 
 @pytest.mark.parametrize("writes", ["value", "none"])

@@ -17,11 +17,11 @@ from support_tiers.costs import give_costs
 from support_tiers.ranks import Ranks
 from support_tiers.shared_blobs import SharedBlobs, lies
 from support_tiers.tier_rig import PAGE_SIZE, Rig, new_disk, on_disk, on_host, tokens_of
+from support_tiers.two_stores import far, lose_on_disk, n_blobs
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.residency import Residency
 from tiered_kv.tiers.cold.lookup import INLINE_LOOKUP_PAGES
-from tiered_kv.tiers.cold.tier import ColdTier
 from tiered_kv.tiers.in_memory import InMemoryStore
 from tiered_kv.tiers.shared.object_store import ObjectStore
 
@@ -31,33 +31,6 @@ MakeRig = Callable[..., Rig]
 PROMPT = tokens_of(*range(1, 9), tail=1)
 N_PAGES = 8
 RESIDENT, ABSENT = Residency.RESIDENT, Residency.ABSENT
-
-
-@pytest.fixture
-def blobs() -> SharedBlobs:
-    return SharedBlobs()
-
-
-@pytest.fixture
-def rig(make_rig: MakeRig, blobs: SharedBlobs) -> Rig:
-    return make_rig(64, 32, new_disk(), remote=blobs)
-
-
-def far(rig: Rig) -> ColdTier:
-    return rig.hierarchy.colds[-1]
-
-
-def n_blobs(rig: Rig, tokens: array[int]) -> int:
-    """Leading pages of a prompt that the shared store has."""
-    hashes = rig.hashes(rig.hierarchy.root(), tokens)
-    return far(rig).last_store.lookup(hashes)
-
-
-def lose_on_disk(rig: Rig, tokens: array[int], pages: slice) -> None:
-    """As if the disk had given them up some time ago."""
-    namespace = rig.disk.namespace
-    for page_hash in rig.hashes(rig.hierarchy.root(), tokens)[pages]:
-        del namespace._store._pages[namespace.namespace_id, page_hash]
 
 
 def test_what_is_computed_goes_to_both(rig: Rig) -> None:
