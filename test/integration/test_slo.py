@@ -51,7 +51,7 @@ def server(
     args += ["--tiered-kv-slo-classes", folder / "classes.toml", "--enable-metrics"]
     args += ["--enable-custom-logit-processor"]
     # SGLang logs whatever it answers with 400 because of a ValueError.
-    refusals = r"ERROR.*Error: (slo|hints)\."
+    refusals = r"ERROR.*Error: (slo|hints|nvext)\."
     with make_server("slo", *FLOAT32, *args, expected=[refusals]) as started:
         yield started
 
@@ -149,6 +149,46 @@ def test_headers_for_those_who_cannot_send_fields(client: OpenAI) -> None:
     )
     (report,) = reports_of(answer)
     assert report["slo"] == {"class": "chat", "ttft_ms": 30_000.0, "tbt_ms": 5_000.0}
+
+
+def test_words_of_others(client: OpenAI, server: Server, prompts: PromptMaker) -> None:
+    """Every word of docs/slo.md's table, as OpenAI's own client sends it."""
+    plain = client.chat.completions.create(messages=messages("words"), **GREEDY)
+    said: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"extra_body": {"session_id": "a", "priority": 3}}, {"session_id": "a"}),
+        ({"extra_body": {"program_id": "a"}}, {"session_id": "a"}),
+        ({"prompt_cache_key": "a"}, {"session_id": "a"}),
+        (
+            {"extra_body": {"nvext": {"agent_hints": {"osl": 8, "priority": 5}}}},
+            {"expected_output_tokens": 8, "priority": 5},
+        ),
+        (
+            {
+                "extra_headers": {
+                    "X-Dynamo-Session-ID": "a",
+                    "X-Dynamo-Parent-Session-ID": "b",
+                    "X-Dynamo-Session-Final": "true",
+                }
+            },
+            {"session_id": "a", "parent_session_id": "b", "session_final": True},
+        ),
+    ]
+    for sent, understood in said:
+        body = {**sent.get("extra_body", {}), "slo": REPORT}
+        asked = client.chat.completions.create(
+            messages=messages("words"), **{**sent, "extra_body": body}, **GREEDY
+        )
+        assert asked.choices[0].message.content == plain.choices[0].message.content
+        assert reports_of(asked)[0]["hints"] == understood
+    headers = {"x-slo-class": "chat", "x-slo-tpot-ms": "70", "x-slo-report": "true"}
+    timed = client.chat.completions.create(
+        messages=messages("words"), extra_headers=headers, **GREEDY
+    )
+    assert reports_of(timed)[0]["slo"]["tbt_ms"] == 70.0
+    prompt = prompts.tokens("words", 40)
+    native = generate(server, prompt, session_id="a", slo={**REPORT, "task_ms": 60_000})
+    assert native.meta_info["tiered_kv"]["hints"] == {"session_id": "a"}
+    assert native.meta_info["tiered_kv"]["slo"]["task_ms"] == 60_000.0
 
 
 def test_custom_params_of_openai_and_of_generate(
@@ -272,6 +312,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"slo": {"class": "gold"}}, BAD_CLASS),
     ({"hints": {"expected_output_tokens": 0.5}}, BAD_HINT),
 ]
+BAD_OSL = "nvext.agent_hints.osl must be a whole number from 1 to 10000000, not 0."
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -299,6 +340,16 @@ def test_mistakes_are_400_and_nothing_is_queued(
             create(**what, stream=stream, extra_body=fields, **GREEDY)  # type: ignore[operator]
         assert sentence in str(error.value)
     assert generate(server, prompt).cached_tokens == 0
+
+
+def test_a_mistake_in_anothers_words(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(
+            messages=messages("osl"),
+            extra_body={"nvext": {"agent_hints": {"osl": 0}}},
+            **GREEDY,
+        )
+    assert BAD_OSL in str(error.value)
 
 
 def test_a_mistake_in_a_header(server: Server, client: OpenAI) -> None:

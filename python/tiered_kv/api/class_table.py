@@ -12,14 +12,14 @@ NO_CLASS = "none"
 
 CLASS_NAME_LENGTH_MAX = 64
 CLASSES_MAX = 64
-_KEYS = ("ttft_ms", "tbt_ms", "max_wait_ms")
+_KEYS = ("ttft_ms", "tbt_ms", "max_wait_ms", "task_ms")
 _EXAMPLE = '{"chat": {"ttft_ms": 500, "tbt_ms": 50}, "batch": {"ttft_ms": 30000}}'
 
 
 def parse_classes(table: object) -> tuple[SloClass, ...]:
-    """The classes of a mapping from names to `ttft_ms`, `tbt_ms` and `max_wait_ms`, all optional.
+    """The classes of a mapping from names to `ttft_ms`, `tbt_ms`, `max_wait_ms` and `task_ms`.
 
-    Raises TermsError.
+    All four are optional. Raises TermsError.
     """
     if not isinstance(table, Mapping) or not table:
         raise TermsError(f"it must map names of classes to objectives, such as {_EXAMPLE}.")

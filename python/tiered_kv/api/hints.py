@@ -16,6 +16,14 @@ class Hints:
     for example because a tool runs meanwhile; None: not known."""
     next_call_probability: float = 1.0
     """How sure it is that there will be one, 0 to 1; 0 says that the KV may go at once."""
+    session_id: str | None = None
+    """The session (chain of reasoning and tool calls, "program") that the request is a call of."""
+    parent_session_id: str | None = None
+    """The session that started this one, as an agent starts another."""
+    session_final: bool = False
+    """Whether this is the session's last call."""
+    priority: int | None = None
+    """Larger is more important to the caller; None: not said."""
 
 
 NO_HINTS = Hints()

@@ -13,23 +13,30 @@ from tiered_kv.api.fields import Fields, TermsError, shortened
 from tiered_kv.api.hints import NO_HINTS, Hints
 from tiered_kv.api.slo import Slo, SloClasses
 from tiered_kv.api.terms import Terms
+from tiered_kv.api.words import HINTS, SLO, merged, said_in_body, said_in_header
 
-SLO = "slo"
-HINTS = "hints"
 KEYS = {
-    SLO: ("class", "ttft_ms", "tbt_ms", "tenant", "report"),
-    HINTS: ("expected_output_tokens", "next_call_in_s", "next_call_probability"),
+    SLO: ("class", "ttft_ms", "tbt_ms", "tpot_ms", "task_ms", "tenant", "report"),
+    HINTS: (
+        *("expected_output_tokens", "next_call_in_s", "next_call_probability"),
+        *("session_id", "parent_session_id", "session_final", "priority"),
+    ),
 }
 """The fields of a request that are ours, and what each takes."""
 
 OUTPUT_TOKENS_MAX = 10_000_000
 NEXT_CALL_S_MAX = 7 * 86_400
 TENANT_LENGTH_MAX = 64
+SESSION_LENGTH_MAX = 512
+PRIORITY_MAX = 2**31 - 1
 
 _EXAMPLES = {
     SLO: '{"class": "interactive", "ttft_ms": 500}',
     HINTS: '{"expected_output_tokens": 200}',
 }
+_MILLISECONDS = ("ttft_ms", "tbt_ms", "tpot_ms", "task_ms")
+_TEXTS = ("class", "tenant", "session_id", "parent_session_id")
+_FLAGS = ("report", "session_final")
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -45,14 +52,28 @@ def parse_terms(slo: object, hints: object, classes: SloClasses) -> Terms:
 
 
 def fields_in(body: Mapping[str, object], classes: SloClasses) -> dict[str, object]:
-    """Our fields out of a request's body, or of its `custom_params`: checked, and left as they are.
+    """Our fields out of what a request calls so, such as its `custom_params`: checked.
 
-    Raises TermsError.
+    They are left as they are, but for other names of the same thing. Raises TermsError.
     """
     found = {field: body[field] for field in KEYS if body.get(field) is not None}
     if found:
         parse_terms(found.get(SLO), found.get(HINTS), classes)
+    slo = found.get(SLO)
+    if isinstance(slo, Mapping) and "tpot_ms" in slo:
+        own = {key: value for key, value in slo.items() if key != "tpot_ms"}
+        if own.get("tbt_ms") is None:
+            own["tbt_ms"] = slo["tpot_ms"]
+        found[SLO] = own
     return found
+
+
+def fields_in_body(body: Mapping[str, object], classes: SloClasses) -> dict[str, object]:
+    """The same out of the body of an HTTP request, where others' words count as well."""
+    said = said_in_body(body)
+    _terms(said[SLO].fields(), said[HINTS].fields(), classes)
+    others = {field: one.values for field, one in said.items() if one.values}
+    return merged(others, fields_in(body, classes))
 
 
 def fields_in_headers(headers: Mapping[str, str], classes: SloClasses) -> dict[str, object]:
@@ -61,17 +82,27 @@ def fields_in_headers(headers: Mapping[str, str], classes: SloClasses) -> dict[s
     Names of headers are in lower case. Raises TermsError, which names the header.
     """
     sent: dict[str, dict[str, object]] = {field: {} for field in KEYS}
+    others: dict[str, dict[str, object]] = {field: {} for field in KEYS}
+    names: dict[str, str] = {}
     for header, text in headers.items():
+        word = said_in_header(header)
+        if word is not None:
+            others[word.field][word.key] = _typed(word.key, text.strip())
+            names[word.key] = header
+            continue
         for field, values in sent.items():
             prefix = _prefix(field)
             if header.startswith(prefix):
                 key = header.removeprefix(prefix).replace("-", "_")
                 values[key] = _typed(key, text.strip())
+    for field, values in sent.items():
+        Fields(values, _header_name(field)).refuse_unknown(KEYS[field])
+        for key in values:
+            names.pop(key, None)
+        sent[field] = {**others[field], **values}
     if not any(sent.values()):
         return {}
-    slo, hints = (Fields(sent[field], _header_name(field)) for field in KEYS)
-    slo.refuse_unknown(KEYS[SLO])
-    hints.refuse_unknown(KEYS[HINTS])
+    slo, hints = (Fields(sent[field], _header_name(field, names)) for field in KEYS)
     _terms(slo, hints, classes)
     return {field: values for field, values in sent.items() if values}
 
@@ -80,15 +111,16 @@ def _prefix(field: str) -> str:
     return f"x-{field}-"
 
 
-def _header_name(field: str) -> Callable[[str], str]:
-    return lambda key: _prefix(field) + key.replace("_", "-")
+def _header_name(field: str, others: Mapping[str, str] | None = None) -> Callable[[str], str]:
+    known = others or {}
+    return lambda key: known.get(key) or _prefix(field) + key.replace("_", "-")
 
 
 def _typed(key: str, text: str) -> object:
     """A header's text as JSON would have the value; the text itself if it would be refused."""
-    if key == "report":
+    if key in _FLAGS:
         return _TRUTHS.get(text.lower(), text)
-    if key in ("class", "tenant"):
+    if key in _TEXTS:
         return text
     try:
         return float(text)
@@ -121,12 +153,12 @@ def _slo(fields: Fields, classes: SloClasses) -> Slo:
         if found is None:
             raise fields.error("class", f"one of {', '.join(classes.names())}")
         slo = found.slo()
-    ttft_s, tbt_s = fields.seconds_of_ms("ttft_ms"), fields.seconds_of_ms("tbt_ms")
+    ttft_s, tbt_s, tpot_s, task_s = map(fields.seconds_of_ms, _MILLISECONDS)
     if ttft_s is not None:
         slo = replace(slo, ttft_s=ttft_s)
-    if tbt_s is not None:
-        slo = replace(slo, tbt_s=tbt_s)
-    return slo
+    if tbt_s is not None or tpot_s is not None:
+        slo = replace(slo, tbt_s=tpot_s if tbt_s is None else tbt_s)
+    return slo if task_s is None else replace(slo, task_s=task_s)
 
 
 def _hints(fields: Fields) -> Hints:
@@ -139,13 +171,19 @@ def _hints(fields: Fields) -> Hints:
         next_call_probability=(
             NO_HINTS.next_call_probability if probability is None else probability
         ),
+        session_id=_name(fields, "session_id", SESSION_LENGTH_MAX),
+        parent_session_id=_name(fields, "parent_session_id", SESSION_LENGTH_MAX),
+        session_final=fields.flag("session_final"),
+        priority=fields.whole("priority", -PRIORITY_MAX - 1, PRIORITY_MAX),
     )
 
 
 def _tenant(fields: Fields) -> str:
-    tenant = fields.values.get("tenant")
-    if tenant is None:
-        return ""
-    if not isinstance(tenant, str) or not 0 < len(tenant) <= TENANT_LENGTH_MAX:
-        raise fields.error("tenant", f"a name of 1 to {TENANT_LENGTH_MAX} characters")
-    return tenant
+    return _name(fields, "tenant", TENANT_LENGTH_MAX) or ""
+
+
+def _name(fields: Fields, key: str, longest: int) -> str | None:
+    name = fields.values.get(key)
+    if name is not None and (not isinstance(name, str) or not 0 < len(name) <= longest):
+        raise fields.error(key, f"a name of 1 to {longest} characters")
+    return name

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from tiered_kv.api.hints import NO_HINTS, Hints
 from tiered_kv.api.slo import NO_SLO, Slo
 
 NAMESPACE = "tiered_kv"
@@ -29,6 +30,8 @@ class RequestReport:
     """Seconds from the server's receipt of the request until it was admitted."""
     ttft_s: float | None = None
     """Seconds from the server's receipt of the request to its first token."""
+    hints: Hints = NO_HINTS
+    """What the caller said, as it was understood."""
 
     @property
     def ttft_slack_s(self) -> float | None:
@@ -41,14 +44,16 @@ class RequestReport:
         """The report as a response carries it: times in milliseconds, null if not known.
 
         `cached_tokens` is in the order of the prompt: a device run, a host run, a disk
-        run, a run from the store.
+        run, a run from the store. `hints` has those that were given.
         """
-        slo = self.slo
+        slo, given = self.slo, asdict(self.hints)
+        hints = {key: value for key, value in given.items() if value != getattr(NO_HINTS, key)}
         return {
             "slo": {
                 "class": slo.slo_class,
                 "ttft_ms": _milliseconds(slo.ttft_s),
                 "tbt_ms": _milliseconds(slo.tbt_s),
+                **({} if slo.task_s is None else {"task_ms": _milliseconds(slo.task_s)}),
             },
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": {
@@ -60,6 +65,7 @@ class RequestReport:
             "wait_ms": _milliseconds(self.wait_s),
             "ttft_ms": _milliseconds(self.ttft_s),
             "ttft_slack_ms": _milliseconds(self.ttft_slack_s),
+            **({"hints": hints} if hints else {}),
         }
 
 

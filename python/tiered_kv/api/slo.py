@@ -16,6 +16,8 @@ class Slo:
     """Seconds between two tokens."""
     max_wait_s: float | None = None
     """Seconds after which it is admitted before whatever arrived later; None: the policy's own."""
+    task_s: float | None = None
+    """Seconds from the first call of its session to the end of the last."""
 
 
 NO_SLO = Slo()
@@ -49,10 +51,12 @@ class SloClass:
     """Seconds between two tokens; None: no objective."""
     max_wait_s: float | None = None
     """See `Slo.max_wait_s`."""
+    task_s: float | None = None
+    """See `Slo.task_s`."""
 
     def slo(self) -> Slo:
         """The objective of a request that names this class and nothing else."""
-        return Slo(self.name, self.ttft_s, self.tbt_s, self.max_wait_s)
+        return Slo(self.name, self.ttft_s, self.tbt_s, self.max_wait_s, self.task_s)
 
 
 INTERACTIVE = SloClass("interactive", ttft_s=0.5, tbt_s=0.05)

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tiered_kv.api.fields import TermsError
-from tiered_kv.api.parse import SLO
+from tiered_kv.api.words import SLO, merged
 
 SLO_SOURCES = ("body", "headers", "none")
 TENANT_SOURCES = ("key", "headers", "body")
 
-_OBJECTIVES = ("class", "ttft_ms", "tbt_ms")
+_OBJECTIVES = ("class", "ttft_ms", "tbt_ms", "task_ms")
 _TENANT = "tenant"
 
 
@@ -60,7 +60,7 @@ class Trust:
         Its `slo` counts instead of the whole's, but where objectives are not for it to choose: then
         what it may still say is added to them.
         """
-        fields = {**whole, **own}
+        fields = merged(whole, own)
         inner, outer = own.get(SLO), whole.get(SLO)
         if self.slo_from != "body" and isinstance(inner, Mapping) and isinstance(outer, Mapping):
             fields[SLO] = {**outer, **inner}
@@ -74,7 +74,9 @@ class Trust:
             slo.pop(_TENANT, None)
         if tenant is not None:
             slo.setdefault(_TENANT, tenant)
-        for name, least in (("ttft_ms", self.least_ttft_ms), ("tbt_ms", self.least_tbt_ms)):
+        # A task ends no sooner than its first token comes.
+        limits = {"ttft_ms": self.least_ttft_ms, "task_ms": self.least_ttft_ms}
+        for name, least in {**limits, "tbt_ms": self.least_tbt_ms}.items():
             asked = slo.get(name)
             if least is not None and isinstance(asked, int | float):
                 slo[name] = max(asked, least)

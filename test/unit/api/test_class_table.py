@@ -26,10 +26,14 @@ EXAMPLE = '{"chat": {"ttft_ms": 500, "tbt_ms": 50}, "batch": {"ttft_ms": 30000}}
     [
         ([], f"it must map names of classes to objectives, such as {EXAMPLE}."),
         ({}, f"it must map names of classes to objectives, such as {EXAMPLE}."),
-        ({"a": 5}, "the class a must be an object with ttft_ms, tbt_ms, max_wait_ms, not 5."),
+        (
+            {"a": 5},
+            "the class a must be an object with ttft_ms, tbt_ms, max_wait_ms, task_ms, not 5.",
+        ),
         (
             {"a": {"ttft": 5}},
-            "a.ttft is not known; the known ones are: a.ttft_ms, a.tbt_ms, a.max_wait_ms.",
+            "a.ttft is not known; the known ones are: a.ttft_ms, a.tbt_ms, a.max_wait_ms, "
+            "a.task_ms.",
         ),
         (
             {"a": {"tbt_ms": -5}},

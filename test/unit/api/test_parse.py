@@ -42,6 +42,26 @@ def test_objectives_override_the_class() -> None:
     assert terms({"ttft_ms": 900, "tbt_ms": 90}).slo == Slo("standard", 0.9, 0.09)
 
 
+def test_tpot_is_tbt() -> None:
+    assert terms({"tpot_ms": 90}).slo == terms({"tbt_ms": 90}).slo
+    assert terms({"tpot_ms": 90, "tbt_ms": 80}).slo.tbt_s == 0.08
+    assert fields_in({"slo": {"class": "batch", "tpot_ms": 90}}, CLASSES) == {
+        "slo": {"class": "batch", "tbt_ms": 90}
+    }
+
+
+def test_a_task() -> None:
+    assert terms({"class": "batch", "task_ms": 90_000}).slo == Slo("batch", 30.0, task_s=90.0)
+    classes = SloClasses((SloClass("agent", task_s=60.0),), "agent")
+    assert parse_terms(None, None, classes).slo == Slo("agent", task_s=60.0)
+
+
+def test_a_session() -> None:
+    said = {"session_id": "a", "parent_session_id": "b", "session_final": True, "priority": -3}
+    found = terms(None, said).hints
+    assert found == Hints(session_id="a", parent_session_id="b", session_final=True, priority=-3)
+
+
 def test_the_bound_on_waiting_comes_from_the_class() -> None:
     classes = SloClasses((SloClass("patient", max_wait_s=60.0),), "patient")
     assert parse_terms({"ttft_ms": 500}, None, classes).slo == Slo("patient", 0.5, None, 60.0)
@@ -66,13 +86,12 @@ def test_tenant_and_report() -> None:
     assert (terms().tenant, terms().report) == ("", False)
 
 
+NAME = "a name of 1 to 512 characters"
 MS = "a number of milliseconds above 0, at most 86400000"
-SLO_KEYS = "slo.class, slo.ttft_ms, slo.tbt_ms, slo.tenant, slo.report"
+SLO_KEYS = ", ".join(f"slo.{key}" for key in KEYS["slo"])
 SLO_EXAMPLE = '{"class": "interactive", "ttft_ms": 500}'
-HINTS_KEYS = "hints.expected_output_tokens, hints.next_call_in_s, hints.next_call_probability"
-HINTS_HEADERS = (
-    "x-hints-expected-output-tokens, x-hints-next-call-in-s, x-hints-next-call-probability"
-)
+HINTS_KEYS = ", ".join(f"hints.{key}" for key in KEYS["hints"])
+HINTS_HEADERS = ", ".join(f"x-hints-{key.replace('_', '-')}" for key in KEYS["hints"])
 REFUSED: list[tuple[object, object, str]] = [
     ({"ttft_ms": -1}, None, f"slo.ttft_ms must be {MS}, not -1."),
     ({"ttft_ms": 0}, None, f"slo.ttft_ms must be {MS}, not 0."),
@@ -123,6 +142,8 @@ REFUSED: list[tuple[object, object, str]] = [
         {"next_call_probability": 1.1},
         "hints.next_call_probability must be a number from 0 to 1, not 1.1.",
     ),
+    (None, {"session_id": ""}, f"hints.session_id must be {NAME}, not ''."),
+    (None, {"session_id": 7}, f"hints.session_id must be {NAME}, not 7."),
     (
         None,
         {"turns": 3},

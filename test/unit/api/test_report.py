@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tiered_kv.api.hints import Hints
 from tiered_kv.api.report import RequestReport
 from tiered_kv.api.slo import Slo
 
@@ -33,3 +34,14 @@ def test_slack_at_the_first_token(
     ttft_slo_s: float | None, ttft_s: float | None, slack_s: float | None
 ) -> None:
     assert RequestReport(Slo(ttft_s=ttft_slo_s), ttft_s=ttft_s).ttft_slack_s == slack_s
+
+
+def test_hints_are_repeated_as_they_were_understood() -> None:
+    assert "hints" not in RequestReport().as_fields()
+    report = RequestReport(hints=Hints(7, session_id="a"))
+    assert report.as_fields()["hints"] == {"expected_output_tokens": 7, "session_id": "a"}
+
+
+def test_the_deadline_of_a_task() -> None:
+    slo = RequestReport(Slo("agent", task_s=60.0)).as_fields()["slo"]
+    assert slo == {"class": "agent", "ttft_ms": None, "tbt_ms": None, "task_ms": 60_000.0}

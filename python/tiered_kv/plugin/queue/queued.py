@@ -106,6 +106,7 @@ class QueuedRequests:
 
     def _make(self, req: Req) -> QueuedRequest:
         terms = Terms() if is_probe(req) else terms_of(req)
+        said = terms.hints.priority
         self._next_id += 1
         return QueuedRequest(
             request_id=self._next_id,
@@ -115,7 +116,7 @@ class QueuedRequests:
             prompt_tokens=len(req.origin_input_ids),
             max_new_tokens=req.sampling_params.max_new_tokens,
             slo=terms.slo,
-            priority=req.priority or 0,
+            priority=req.priority or 0 if said is None else said,
             tenant=terms.tenant,
             expected_output_tokens=terms.hints.expected_output_tokens,
         )

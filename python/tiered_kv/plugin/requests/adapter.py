@@ -17,10 +17,11 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from tiered_kv.api.fields import TermsError
-from tiered_kv.api.parse import HINTS, KEYS, SLO, fields_in, fields_in_headers, parse_terms
+from tiered_kv.api.parse import KEYS, fields_in, fields_in_body, fields_in_headers, parse_terms
 from tiered_kv.api.report import RequestReport
 from tiered_kv.api.slo import SloClasses
 from tiered_kv.api.trust import Trust, tenant_in
+from tiered_kv.api.words import HINTS, SLO, merged
 from tiered_kv.plugin.requests import guard, salts
 from tiered_kv.plugin.requests import reports as request_reports
 
@@ -62,7 +63,7 @@ def fields_of_http(
     trust.check_headers(said)
     own: dict[str, object] = {}
     if isinstance(body, Mapping):
-        own = fields_in(body, classes)
+        own = fields_in_body(body, classes)
         sampling = body.get("sampling_params")
         for holder in (body, *(sampling if isinstance(sampling, list) else (sampling,))):
             custom = holder.get(CUSTOM_PARAMS) if isinstance(holder, Mapping) else None
@@ -116,7 +117,7 @@ def lift_fields(
     salts.put_key(obj, request)
     obj.sampling_params = place(
         obj.sampling_params,
-        sent,
+        _with_session(obj, sent, classes),
         classes,
         manager.preferred_sampling_params,
         None if sent is None else trust,
@@ -146,14 +147,26 @@ def place(
     sent = sent or {}
     if trust is not None:
         fields = trust.laid_over(sent, fields, tenant_in(sent))
-    elif sent.keys() <= fields.keys():
-        return sampling
+    else:
+        said, fields = fields, merged(sent, fields)
+        if fields == said:
+            return sampling
     if trust is not None and not fields and not _names_ours(own):
         return sampling
     if own is None and preferred:
         own = preferred.get(CUSTOM_PARAMS)
     rest = {key: value for key, value in (own or {}).items() if key not in KEYS}
-    return {**(sampling or {}), CUSTOM_PARAMS: {**rest, **sent, **fields}}
+    return {**(sampling or {}), CUSTOM_PARAMS: {**rest, **fields}}
+
+
+def _with_session(
+    obj: Any, sent: Mapping[str, object] | None, classes: SloClasses
+) -> Mapping[str, object] | None:
+    """`sent`, and the session that SGLang's own field names. Raises TermsError."""
+    session_id = getattr(obj, "session_id", None)
+    if session_id is None:
+        return sent
+    return merged(fields_in({HINTS: {"session_id": session_id}}, classes), sent or {})
 
 
 def _names_ours(custom: object) -> bool:
@@ -237,6 +250,6 @@ def attach_terms(result: None, req: Any, *args: Any, **kwargs: Any) -> None:
         logger.warning("Tiered KV: request %s gets the default class: %s", req.rid, error)
         terms = parse_terms(None, None, _classes)
     req.tiered_kv_terms = terms
-    req.tiered_kv_report = RequestReport(terms.slo) if terms.report else None
+    req.tiered_kv_report = RequestReport(terms.slo, hints=terms.hints) if terms.report else None
     if terms.report:
         request_reports.expect(req)

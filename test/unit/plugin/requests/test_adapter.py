@@ -53,6 +53,28 @@ def test_body_counts_instead_of_headers_field_by_field() -> None:
     }
 
 
+def test_others_words_count_unless_ours_do() -> None:
+    headers = {"x-dynamo-session-id": "gateway's", "x-slo-tpot-ms": "40"}
+    body = {"nvext": {"agent_hints": {"osl": 8}}, "hints": {"priority": 1}}
+    assert fields_of_http(body, headers, DEFAULT_CLASSES, Trust()) == {
+        "slo": {"tbt_ms": 40.0},
+        "hints": {"session_id": "gateway's", "expected_output_tokens": 8, "priority": 1},
+    }
+    found = fields_of_http({**body, "session_id": "own"}, headers, DEFAULT_CLASSES, Trust())
+    assert found["hints"]["session_id"] == "own"  # type: ignore[index]
+
+
+def test_limits_hold_in_others_words() -> None:
+    limited = Trust(least_ttft_ms=100, least_tbt_ms=20)
+    body = {"slo": {"tpot_ms": 1, "task_ms": 1}}
+    assert fields_of_http(body, {}, DEFAULT_CLASSES, limited)["slo"] == {
+        "tbt_ms": 20,
+        "task_ms": 100,
+    }
+    with pytest.raises(TermsError, match="for callers to choose"):
+        fields_of_http({"slo": {"tpot_ms": 1}}, {}, DEFAULT_CLASSES, Trust(slo_from="headers"))
+
+
 def test_a_body_need_not_be_an_object() -> None:
     assert fields_of_http([1, 2], {}, DEFAULT_CLASSES, Trust()) == {}
     assert (
@@ -233,6 +255,17 @@ def test_fields_of_the_http_request_are_lifted() -> None:
     assert ask(Manager(), obj, request) == {
         "n": 1,
         "custom_params": {"slo": SLO, "hints": HINTS},
+    }
+
+
+def test_sglangs_own_field_names_a_session() -> None:
+    """As `sgl.Engine` has it, and what the HTTP request says instead."""
+    obj = GenerateReqInput(text="x", session_id="a")
+    assert ask(Manager(), obj) == {"custom_params": {"hints": {"session_id": "a"}}}
+    obj = GenerateReqInput(text="x", session_id="a")
+    request = http_request(tiered_kv={"hints": {"session_id": "b", "priority": 1}})
+    assert ask(Manager(), obj, request) == {
+        "custom_params": {"hints": {"session_id": "b", "priority": 1}}
     }
 
 
