@@ -15,7 +15,7 @@ from support_simulation.builders import (
 )
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.simulation.engine import Simulation
-from tiered_kv.simulation.settings import InstanceSettings
+from tiered_kv.simulation.settings import DiskSpec, InstanceSettings
 from tiered_kv.simulation.statistics import hit_tokens
 from tiered_kv.simulation.workload.generators.agents import Agents
 from tiered_kv.simulation.workload.request import RecordedWorkload, Workload
@@ -76,6 +76,28 @@ def test_without_hints_kvflow_is_lru() -> None:
         for eviction in ("lru", "kvflow")
     )
     assert lru == kvflow
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "hrrn", "slack"])
+def test_a_long_queue_finds_what_left_the_host_while_it_waited(policy: str) -> None:
+    """Whoever comes while its prefix is still to be computed finds no store that has it. By its
+    turn, device and host have given it up, and the disk has it."""
+    documents = [[1000 * (n + 1) + at for at in range(40)] for n in range(30)]
+    requests = [call(n, 0.001 * n, blocks, 2) for n, blocks in enumerate(documents)]
+    requests += [
+        call(n, 0.001 * n, [*documents[n - 30], 10**6 + n], 2, ttft_slo_s=1000.0)
+        for n in range(30, 60)
+    ]
+    workload = recorded(requests)
+    settings = server(
+        device_blocks=120,
+        host_blocks=400,
+        disk_blocks=5000,
+        disk=DiskSpec(read_bandwidth=60e9, write_bandwidth=60e9),
+        policy=policy,
+        chunk_tokens=2560,
+    )
+    assert found(workload, settings) >= 0.95 * unlimited(workload)
 
 
 def two_kinds_of_session() -> RecordedWorkload:

@@ -31,6 +31,7 @@ from tiered_kv.memory.ticket import (
     end_of_hole,
     is_coming,
     pages_on_host,
+    usable,
 )
 
 #: Pages held for waiting requests may take at most this share of the host pool: the rest keeps
@@ -117,6 +118,22 @@ class PrefetchPlanner:
         ticket.asked_s, ticket.ready_s = self._room.now_s, self._room.now_s + read_s
         self._new.append(ticket)
         self._look_up(ticket, anchor)
+
+    def request_again(self, rid: str, root: Node, prompt: array[int]) -> None:
+        """As `request`, of one that waits and of which less is cached than there was.
+
+        It came before a store had its prefix, or the host has given that up since. It is not kept
+        from running for it: patience runs from its arrival.
+        """
+        ticket = self._tickets.get(rid)
+        if ticket is not None:
+            if ticket.pinned is not None or not self.is_settled(rid):
+                return  # it stands in line, or what it holds cannot leave
+            self.release(rid)
+        path = self._forest.peek(root, prompt).path
+        anchor = (root, *path)[usable(path)[1]]
+        self.request(rid, anchor, prompt[anchor.end :])
+        self.give_up(rid)
 
     def _look_up(self, ticket: Ticket, anchor: Node) -> None:
         """Find out what the stores have of its prompt after `anchor`."""

@@ -60,6 +60,7 @@ class WaitingQueue:
         # By the name of the first page that they lack: whatever has that name continues them.
         self._lacking: dict[bytes, dict[int, QueuedRequest]] = {}
         self._next_page: dict[int, bytes] = {}
+        self._lost: dict[int, QueuedRequest] = {}
         forest.watch_splits(self._split)
 
     @property
@@ -85,7 +86,18 @@ class WaitingQueue:
     def remove(self, request: QueuedRequest) -> None:
         """`request` was admitted, or is gone."""
         del self._requests[request.request_id]
+        self._lost.pop(request.request_id, None)
         self._take_out(request)
+
+    def take_lost(self, request_ids: Iterable[int]) -> list[QueuedRequest]:
+        """Those of `request_ids` of which less is cached than there was, each once.
+
+        A store below may have what has left: worth another look for those whose turn is near.
+        """
+        if not self._lost:
+            return []
+        found = (self._lost.pop(request_id, None) for request_id in request_ids)
+        return [request for request in found if request is not None]
 
     def changed(self, nodes: Iterable[Node]) -> list[QueuedRequest]:
         """`nodes` were added or changed tier; returns the requests of which more or less is cached.
@@ -197,6 +209,8 @@ class WaitingQueue:
         host_tokens = max(0, min(host * self.tokens_per_unit, limit) - device_tokens)
         before = request.device_tokens, request.host_tokens
         request.device_tokens, request.host_tokens = device_tokens, host_tokens
+        if device_tokens + host_tokens < sum(before) and request.request_id in self._requests:
+            self._lost[request.request_id] = request
         return (device_tokens, host_tokens) != before
 
     def _name_of_page(self, request: QueuedRequest, node: Node, end: int) -> bytes | None:

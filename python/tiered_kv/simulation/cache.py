@@ -21,6 +21,7 @@ from tiered_kv.memory.loads import Loads
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.memory.read_order import Pages
 from tiered_kv.memory.ticket import usable
+from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import Arriving
 from tiered_kv.simulation.cache_policies.hicache import read_rules
 from tiered_kv.simulation.disk import SimulatedDisk
@@ -244,6 +245,11 @@ class TieredCache:
         _, n_usable = usable(path)
         anchor = path[n_usable - 1] if n_usable else self.root
         self.reads.request(str(live.queued.request_id), anchor, tokens[anchor.end :])
+
+    def prefetch_again(self, queued: QueuedRequest) -> None:
+        """The same for one that waits, of which something has left device and host since."""
+        if self.reads is not None:
+            self.reads.request_again(str(queued.request_id), self.root, queued.tokens)
 
     def arriving(self, request_id: int) -> Arriving | None:
         """What is on its way for a request, if it is to wait for that."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.plan import PLAN_LIMIT, AdmissionPlan
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
 from tiered_kv.scheduler.request_policy import ForecastingPolicy, SchedulerState
 from tiered_kv.scheduler.waiting import WaitingQueue
@@ -38,8 +38,6 @@ from tiered_kv.simulation.workload.request import Request
 
 #: An idle server whose memory is held by transfers looks again after this many seconds.
 RETRY_S = 1e-3
-#: Requests asked of the policy at first; more if all of them are admitted.
-PLAN_LIMIT = 16
 
 
 class Instance:
@@ -156,6 +154,8 @@ class Instance:
             self.policy.on_cached_change(changed, now_s)
         state = self._state(now_s)
         plan = self.policy.plan(state, PLAN_LIMIT)
+        for lost in self.waiting.take_lost(plan.order):
+            self.cache.prefetch_again(lost)
         if self._forecaster is not None:
             self.cache.forecast(self._forecaster.forecast(state))
         if plan.put_back_unfinished and unfinished is not None:

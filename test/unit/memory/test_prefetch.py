@@ -232,3 +232,43 @@ def test_behind_a_flush_the_pages_are_given_back(machine: Machine) -> None:
     machine.forest.clear()
     machine.planner.read_ended_behind_flush(1, 3)
     assert machine.alloc_host(N_HOST) is not None
+
+
+def test_who_lost_what_it_found_is_looked_up_again_and_not_kept_from_running() -> None:
+    machine = Machine(n_stored=0)
+    planner, prompt = machine.planner, array("q", [1, 2, 3])
+    machine.arrive("a", *prompt)
+    assert planner.tickets == {}, "no store had anything when it came"
+    machine.n_stored = 1000
+    planner.request_again("a", machine.root, prompt)
+    planner.advance()
+    assert machine.reads() == {1: 3}
+    assert planner.done("a"), "its patience runs from its arrival"
+    machine.came(1)
+    assert planner.loaded_tokens("a") == 3
+    assert machine.forest.evictable_tokens(Tier.HOST) == 0, "held until it runs"
+    planner.request_again("a", machine.root, prompt)
+    planner.advance()
+    assert machine.reads() == {}, "what it holds cannot leave"
+    planner.release("a")
+
+
+def test_who_was_looked_up_in_vain_is_looked_up_again() -> None:
+    machine = Machine(n_stored=1)
+    planner, prompt = machine.planner, array("q", [1, 2, 3])
+    machine.arrive("a", *prompt)
+    machine.came(1, 0)
+    machine.n_stored = 3
+    assert planner.is_settled("a")
+    pinned = planner.tickets["a"].pinned
+    planner.request_again("a", machine.root, prompt)
+    planner.advance()
+    assert (machine.reads() == {2: 3}) == (pinned is None)
+
+
+def test_who_stands_in_line_is_not_put_there_twice(machine: Machine) -> None:
+    machine.arrive("holder", *range(10, 20), urgency=0.0)
+    machine.arrive("late", *range(20, 27), urgency=3.0)
+    before = machine.planner.tickets["late"]
+    machine.planner.request_again("late", machine.root, array("q", range(20, 27)))
+    assert machine.planner.tickets["late"] is before

@@ -197,3 +197,19 @@ def test_it_always_says_what_a_fresh_match_would(steps: list[tuple[str, object]]
     for request in list(q.waiting):
         q.waiting.remove(request)
     assert not any((q.waiting._places, q.waiting._through, q.waiting._lacking))
+
+
+def test_who_lost_something_is_named_once_and_only_if_asked_for() -> None:
+    q = queue()
+    q.cache([1])
+    q.cache([1, 2])
+    loser, other, gone = q.arrive(0, [1, 2, 3]), q.arrive(1, [1, 7]), q.arrive(2, [1, 2, 4])
+    assert q.waiting.take_lost([0, 1, 2]) == []
+    node = loser.path[-1]
+    q.forest.evict(node, Tier.DEVICE)
+    q.waiting.changed([node])
+    assert q.waiting.take_lost([1]) == []
+    q.waiting.remove(gone)
+    assert q.waiting.take_lost([2, 0, 1]) == [loser]
+    assert q.waiting.take_lost([0, 1]) == []
+    assert other.device_tokens == BLOCK_TOKENS

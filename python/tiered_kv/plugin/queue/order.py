@@ -196,6 +196,7 @@ class RequestOrder:
         queue.look_up_changed()
         state = self._state = self._look(running_batch)
         plan = self._plan(state)
+        queue.fetch_again(plan.order)
         if plan.put_back_unfinished and state.can_put_back:
             self.put_back.take_out()
         plan = self._planned = self._limited(plan, state)
@@ -288,9 +289,8 @@ class RequestOrder:
 
     def _most_tokens(self) -> int:
         """Most prefill tokens of one batch, as configured."""
-        scheduler = self._scheduler
-        chunk_tokens: int | None = scheduler.chunked_prefill_size
-        most: int = scheduler.max_prefill_tokens
+        chunk_tokens: int | None = self._scheduler.chunked_prefill_size
+        most: int = self._scheduler.max_prefill_tokens
         return most if chunk_tokens is None else min(most, chunk_tokens)
 
     def _plan(self, state: SchedulerState) -> AdmissionPlan:

@@ -176,6 +176,12 @@ class QueuedRequests:
         """Bring what is cached of those who wait up to date."""
         self.lives.cached_changed(self._residency.take(), self._clock.now_s)
 
+    def fetch_again(self, request_ids: Iterable[int]) -> None:
+        """Of whoever of these has lost what was cached of it, a store may have it."""
+        for queued in self.waiting.take_lost(request_ids):
+            rid = self._reqs[queued.request_id].rid
+            self._hierarchy.prefetch.request_again(rid, queued.root, queued.tokens)
+
     def look_up_all(self) -> None:
         """The trees were emptied: nothing is cached of anybody."""
         self._residency.take()
