@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,46 +60,42 @@ CASES = (
 )
 
 
-def choices(options: argparse.Namespace) -> dict[str, tuple[WorkloadChoice, tuple[float, ...]]]:
-    """Workloads, and rates at which one server has `LOADS` times its work."""
+CAPACITY = {"mooncake": 0.629, "agents": 0.626}
+"""Rates of load 1: what `simulation_baselines.md` found for the best baseline on this server."""
+LOADS = (0.8, 1.2)
+
+
+def choices(options: argparse.Namespace) -> dict[str, WorkloadChoice]:
+    """Workloads by the name of their traffic, at their own rates."""
     found = {}
     if options.mooncake:
         spec = f"mooncake:{options.mooncake}"
-        choice = WorkloadChoice(spec=spec, limit=options.requests, spread_s=3.0)
-        found["mooncake"] = choice, tuple(0.324 * load for load in LOADS)
+        found["mooncake"] = WorkloadChoice(spec=spec, limit=options.requests, spread_s=3.0)
     if options.agents:
         spec = f"agent_sessions:{options.agents},arrivals=poisson:0.05"
-        choice = WorkloadChoice(spec=spec, limit=options.sessions, turns=12, pause=0.2)
-        found["agents"] = choice, tuple(0.492 * load for load in LOADS)
+        limit = options.sessions
+        found["agents"] = WorkloadChoice(spec=spec, limit=limit, turns=12, pause=0.2)
     return found
-
-
-LOADS = (0.8, 1.2)
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
     """All of them."""
     found = []
-    for traffic, (choice, rates) in choices(options).items():
-        for mix, slo_mix in MIXES.items():
-            for load, rate in zip(LOADS, rates, strict=True):
-                for policy in (*BELIEVERS, *OTHERS):
-                    for case in CASES if policy in BELIEVERS else (TRUTH,):
-                        labels = {
-                            "traffic": traffic,
-                            "mix": mix,
-                            "load": load,
-                            "policy": policy,
-                            "case": case.name,
-                        }
-                        found.append(
-                            Job(
-                                workload=replace(choice, rate=rate, slo_mix=slo_mix),
-                                settings=settings(policy, case),
-                                labels=labels,
-                                n_warm_up=options.warm_up,
-                            )
-                        )
+    known = choices(options).items()
+    for (traffic, choice), mix, load, policy in product(
+        known, options.mixes, options.loads, options.policies
+    ):
+        workload = replace(choice, rate=CAPACITY[traffic] * load, slo_mix=MIXES[mix])
+        for case in CASES if policy in BELIEVERS else (TRUTH,):
+            labels = {"traffic": traffic, "mix": mix, "load": load, "policy": policy}
+            found.append(
+                Job(
+                    workload=workload,
+                    settings=settings(policy, case),
+                    labels={**labels, "case": case.name},
+                    n_warm_up=options.warm_up,
+                )
+            )
     return found
 
 
@@ -130,6 +127,8 @@ def report(path: Path) -> Path:
                 for run in runs
                 if (run["labels"]["traffic"], run["labels"]["mix"]) == (traffic, mix)
             ]
+            if not some:
+                continue
             lines += [f"## {traffic}, {mix} objectives", ""]
             lines += [f"Objectives met, of {some[0]['n_requests']} requests.", ""]
             lines += [markdown(_columns(some), _rows(some)), ""]
@@ -174,7 +173,7 @@ def _kept(runs: Sequence[Run]) -> str:
     for learns in (False, True):
         worst = min(
             (by[load, "slack", case.name] / by[load, "slack", TRUTH.name], load, case.bias)
-            for load in LOADS
+            for load in sorted({load for load, _, _ in by})
             for case in CASES
             if case.learns == learns and case is not TRUTH and by[load, "slack", TRUTH.name]
         )
@@ -189,8 +188,8 @@ INTRODUCTION = f"""\
 Made by `python -m benchmark.simulation.belief --mooncake mooncake_conversation.jsonl --agents
 agent_sessions.jsonl`; how the simulator works, and what it leaves out, is in `docs/simulation.md`.
 
-- One H200 with Llama-3.1-8B, 256 GB of host memory, 4 TB of disk. Load 1 is the capacity that
-  `simulation_baselines.md` found.
+- One H200 with Llama-3.1-8B, 256 GB of host memory, 4 TB of disk. Load 1 is the capacity of the
+  best baseline in `simulation_baselines.md`. `--loads`, `--mixes` and `--policies` choose a part.
 - A belief of 0.7: prefill, decoding and links are believed to take 0.7 of what they do (the machine
   is 1.43 times slower than it is taken for). Passes vary by {NOISE:.0%}. `the truth` knows it,
   without noise. `hrrn` and `fcfs` order by nothing of the kind.
@@ -211,6 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "simulation_belief.json")
     parser.add_argument("--requests", type=int, default=800, help="of mooncake (default 800)")
     parser.add_argument("--sessions", type=int, default=40, help="of agents (default 40)")
+    parser.add_argument("--loads", type=float, nargs="+", default=LOADS, help="default 0.8 1.2")
+    parser.add_argument("--mixes", nargs="+", choices=MIXES, default=tuple(MIXES))
+    parser.add_argument("--policies", nargs="+", default=(*BELIEVERS, *OTHERS))
     parser.add_argument("--warm-up", type=int, default=100, help="not judged (default 100)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     options = parser.parse_args(arguments)

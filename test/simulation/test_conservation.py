@@ -16,7 +16,10 @@ from support_simulation.conservation import assert_conserved, watched
 from tiered_kv.simulation.engine import Simulation
 from tiered_kv.simulation.settings import DiskSpec
 
-POLICIES = ("fcfs", "lpm", "dfs-weight", "priority", "hrrn", "k-lpm", "edf", "niyama", "slack")
+POLICIES = (
+    *("fcfs", "lpm", "dfs-weight", "priority", "hrrn", "k-lpm", "edf", "niyama", "slack"),
+    *("plas", "program-fcfs", "pausing"),
+)
 CACHES = {
     "device": {},
     "host": {"host_blocks": 150},

@@ -19,7 +19,7 @@ import heapq
 import random
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from support_simulation.builders import BLOCK_TOKENS, cost_model
 from tiered_kv.api.slo import Slo
@@ -182,6 +182,8 @@ class Adversary:
             Slo("none"),
             Slo("patient", 1.0, None, max_wait_s=rand.choice((5.0, 50.0))),
         )[kind]
+        if rand.random() < 0.3:
+            slo = replace(slo, task_s=rand.choice((0.01, 5.0, 500.0)))
         request = QueuedRequest(
             request_id,
             self._now_s,
@@ -190,6 +192,9 @@ class Adversary:
             n_blocks * BLOCK_TOKENS + 1,
             64,
             slo=slo,
+            # Names that many share, names of nobody else, and none.
+            program=rand.choice(("", "1", "2", f"own {request_id}")),
+            parent_program=rand.choice(("", "1", f"own {request_id - 1}")),
             queued_s=self._now_s,
         )
         # Adapter 0 is none; most want one of those that are in use anyway, few a rare one.

@@ -148,6 +148,7 @@ class Queue:
         self.running: list[QueuedRequest] = []
         self.held: dict[int, Arriving] = {}
         self.turns = PrefillTurns()
+        self.available_tokens: int | None = None
 
     def cache(self, blocks: Sequence[int], tier: Tier = Tier.DEVICE) -> None:
         tokens = array("q", blocks)
@@ -161,6 +162,7 @@ class Queue:
         slo: Slo = NO_SLO,
         priority: int = 0,
         tokens: int | None = None,
+        program: str = "",
     ) -> QueuedRequest:
         request = QueuedRequest(
             request_id=request_id,
@@ -171,6 +173,7 @@ class Queue:
             max_new_tokens=100,
             slo=slo,
             priority=priority,
+            program=program,
             queued_s=self.now_s,
             processed_at_arrival=self.processed,
         )
@@ -197,6 +200,7 @@ class Queue:
             processed_prefill_tokens=self.processed,
             chunk_tokens=8192,
             costs=cost_model(),
+            available_tokens=self.available_tokens,
             turns=self.turns,
         )
 

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping
 
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.read_order import Urgency
+from tiered_kv.scheduler.program_names import ProgramNames
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import Arriving, RequestPolicy
 from tiered_kv.scheduler.waiting import WaitingQueue
@@ -68,8 +69,12 @@ NEXT: Mapping[Event, Mapping[Phase, Phase]] = {
 class RequestLives:
     """All requests of one scheduler; keeps its `WaitingQueue` and its policy in step."""
 
-    def __init__(self, waiting: WaitingQueue, policy: RequestPolicy) -> None:
+    def __init__(
+        self, waiting: WaitingQueue, policy: RequestPolicy, names: ProgramNames | None = None
+    ) -> None:
+        """names: infers programs that callers do not name; None: nobody does."""
         self.waiting = waiting
+        self._names = names
         self.held: dict[int, Arriving] = {}
         """Those who wait, by id, and do not start, because their pages are on their way."""
         self._policy = policy
@@ -108,6 +113,8 @@ class RequestLives:
         request.queued_s = now_s
         request.prefilled_tokens = 0
         self.waiting.add(request)
+        if self._names is not None:
+            self._names.arrived(request)
         self._policy.on_arrival(request, now_s)
         return True
 

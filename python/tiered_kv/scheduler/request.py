@@ -35,6 +35,12 @@ class QueuedRequest:
     """On whose behalf; tenants get the same."""
     expected_output_tokens: int | None = None
     """What the caller says about the length of the answer (`api.hints`)."""
+    program: str = ""
+    """The program that it is a call of (`program_names.py`); "": of none that is known."""
+    parent_program: str = ""
+    """The one that started that."""
+    is_last_call: bool = False
+    """Whether the caller says that it is the program's last."""
 
     # -- while it waits -----------------------------------------------------------------------
     queued_s: float = 0.0

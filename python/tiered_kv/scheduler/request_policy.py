@@ -198,6 +198,9 @@ for _name, _target in {
     "k-lpm": "k_lpm:OldestThenLongestPrefix",
     "edf": "edf:EarliestDeadlineFirst",
     "niyama": "niyama:Niyama",
+    "plas": "plas:LeastAttainedProgram",
+    "program-fcfs": "program_fcfs:FirstProgramFirst",
+    "pausing": "pausing:PausingPrograms",
     "slack": "slack:SlackPolicy",
 }.items():
     request_policies.register(_name, f"tiered_kv.scheduler.policies.{_target}")

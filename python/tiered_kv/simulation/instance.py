@@ -17,6 +17,7 @@ import numpy as np
 
 from tiered_kv.scheduler.plan import PLAN_LIMIT, AdmissionPlan
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
+from tiered_kv.scheduler.program_names import ProgramNames
 from tiered_kv.scheduler.request_policy import ForecastingPolicy, SchedulerState
 from tiered_kv.scheduler.waiting import WaitingQueue
 from tiered_kv.simulation.admission import Added, NewTokenRatio, PrefillAdder, PrefillBatch
@@ -73,7 +74,7 @@ class Instance:
         self._live: dict[int, LiveRequest] = {}
         self._running = batch = DecodeBatch(self.cache, is_cascade=settings.cascade)
         self._turns = turns = PrefillTurns()
-        self._believed = policies.believed
+        self._believed, self._names = policies.believed, ProgramNames(1)
         self._selection = selection_for(settings, batch, self._believed.costs, block_tokens, turns)
         self._unfinished: LiveRequest | None = None
         self._is_full = self._is_refused = self._is_busy = False
@@ -109,6 +110,7 @@ class Instance:
         self._live[request.request_id] = live
         self.cache.prefetch(live)
         self.waiting.add(queued)
+        self._names.arrived(queued)
         self.policy.on_arrival(queued, now_s)
         if self._selection is not None and self._selection.may_preempt(live):
             self._is_full = False
@@ -171,14 +173,8 @@ class Instance:
         if chunk_tokens <= n_mixed:
             self._is_refused = True
             return None
-        adder = PrefillAdder(
-            settings,
-            self.cache,
-            self._running.requests,
-            self._ratio.current,
-            chunk_tokens,
-            n_mixed,
-        )
+        running, ratio = self._running.requests, self._ratio.current
+        adder = PrefillAdder(settings, self.cache, running, ratio, chunk_tokens, n_mixed)
         if unfinished is not None:
             adder.add_unfinished(unfinished)
         if unfinished is None or adder.batch.unfinished is None:
@@ -373,6 +369,7 @@ class Instance:
         record.n_retractions, record.n_swaps = queued.n_retractions, live.n_swaps
         record_gaps(live)
         self.cache.commit(live, self._answers.blocks(live), queued.prefilled_tokens)
+        self._names.ended(queued, live.pinned)
         if self._listener is not None:
             self._listener.on_finish(live, self.cache.forest, now_s)
         self.cache.release(live)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from tiered_kv.api.slo import Slo
 from tiered_kv.forest.node import Node, Tokens
+from tiered_kv.scheduler.program_names import program_of
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.workload.request import Request, whole_blocks
@@ -22,6 +23,7 @@ class RequestRecord:
     slo_class: str
     ttft_slo_s: float | None
     tbt_slo_s: float | None
+    task_slo_s: float | None
     arrival_s: float
     input_tokens: int
     output_tokens: int
@@ -90,6 +92,7 @@ def new_record(request: Request) -> RequestRecord:
         slo_class=request.slo_class,
         ttft_slo_s=request.ttft_slo_s,
         tbt_slo_s=request.tbt_slo_s,
+        task_slo_s=request.task_slo_s,
         arrival_s=request.arrival_s,
         input_tokens=request.input_tokens,
         output_tokens=request.output_tokens,
@@ -123,11 +126,18 @@ def queued_request(
         tokens=whole_blocks(request, pool.block_tokens),
         prompt_tokens=request.input_tokens,
         max_new_tokens=max_new_tokens,
-        slo=Slo(request.slo_class, request.ttft_slo_s, request.tbt_slo_s),
+        slo=Slo(
+            request.slo_class, request.ttft_slo_s, request.tbt_slo_s, task_s=request.task_slo_s
+        ),
         priority=request.priority,
+        program=program_of("", _session(request) if settings.sessions_named else None),
         queued_s=now_s,
         processed_at_arrival=processed_tokens,
     )
+
+
+def _session(request: Request) -> str | None:
+    return None if request.session is None else str(request.session)
 
 
 class AnswerBlocks:

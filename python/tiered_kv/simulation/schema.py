@@ -64,6 +64,15 @@ _RUN = {
         "wait_s": {**_DISTRIBUTION, "description": "arrival to first admission"},
         "mean_tbt_s": {**_DISTRIBUTION, "description": "over requests, of each one's mean"},
         "p99_tbt_s": {**_DISTRIBUTION, "description": "over requests, of each one's 99th"},
+        "programs": {
+            "type": "object",
+            "description": "sessions of several calls, all answered",
+            "properties": {
+                "attainment": {**_MAYBE, "description": "of their own objective"},
+                "completion_s": _DISTRIBUTION,
+                "waited_s": _DISTRIBUTION,
+            },
+        },
         "hits": {
             "type": "object",
             "required": ["device", "host", "disk", "computed", "input"],

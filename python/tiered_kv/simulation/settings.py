@@ -160,6 +160,9 @@ class InstanceSettings:
     slack: SlackConfig = field(default_factory=SlackConfig)
     """Of the request policy slack."""
 
+    sessions_named: bool = True
+    """Whether clients name their sessions; if not, they are inferred from prompts."""
+
     iteration_policy: str = "all"
     """Name of an iteration policy: who decodes. all: everyone in every iteration, as SGLang."""
 

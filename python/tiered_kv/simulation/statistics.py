@@ -71,6 +71,7 @@ def summarize(
         "mean_tbt_s": distribution(record.mean_tbt_s for record in finished),
         "p99_tbt_s": distribution(record.p99_tbt_s for record in finished),
         "hits": hit_tokens(records),
+        "programs": program_times(records),
         "retracted_share": sum(r.n_retractions > 0 for r in records) / max(1, len(records)),
         "n_retractions": result.n_retractions,
         "n_swaps": result.n_swaps,
@@ -118,6 +119,33 @@ def hit_tokens(records: Sequence[RequestRecord]) -> dict[str, int]:
         tiers["shared"] = shared
     total = sum(record.input_tokens for record in admitted)
     return {**tiers, "computed": total - sum(tiers.values()), "input": total}
+
+
+def program_times(records: Sequence[RequestRecord]) -> dict[str, Any]:
+    """Of sessions of several calls: how long they took, and how long their callers waited for us.
+
+    `completion_s`: first arrival to last answer, pauses between calls included; `waited_s`: calls'
+    times from arrival to answer, together; `attainment`: the share of those with an objective that
+    met it. A session that was refused a call is in none of them.
+    """
+    calls: dict[int, list[RequestRecord]] = {}
+    for record in records:
+        if record.session is not None:
+            calls.setdefault(record.session, []).append(record)
+    completion, waited, in_time = [], [], []
+    for of_one in calls.values():
+        ends = [record.finish_s for record in of_one if record.finish_s is not None]
+        if len(of_one) == 1 or len(ends) < len(of_one):
+            continue
+        completion.append(max(ends) - min(record.arrival_s for record in of_one))
+        waited.append(sum(ends) - sum(record.arrival_s for record in of_one))
+        if (task_slo_s := of_one[0].task_slo_s) is not None:
+            in_time.append(completion[-1] <= task_slo_s)
+    return {
+        "attainment": sum(in_time) / len(in_time) if in_time else None,
+        "completion_s": _without_curve(distribution(completion)),
+        "waited_s": _without_curve(distribution(waited)),
+    }
 
 
 def _classes(records: Sequence[RequestRecord]) -> list[tuple[str, list[RequestRecord]]]:

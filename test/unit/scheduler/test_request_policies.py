@@ -13,7 +13,10 @@ from tiered_kv.scheduler.policies.niyama import Niyama
 from tiered_kv.scheduler.prefill_room import MIN_CHUNK_TOKENS
 from tiered_kv.scheduler.request_policy import request_policies
 
-NAMES = ("fcfs", "lpm", "dfs-weight", "priority", "hrrn", "k-lpm", "edf", "niyama")
+NAMES = (
+    *("fcfs", "lpm", "dfs-weight", "priority", "hrrn", "k-lpm", "edf", "niyama"),
+    *("plas", "program-fcfs", "pausing"),
+)
 TIGHT, LOOSE = Slo("interactive", 0.5, 0.05), Slo("batch", 30.0, None)
 
 

@@ -30,6 +30,7 @@ def record(ttft_s: float | None, mean_s: float | None, **more: float | None) -> 
         slo_class="interactive",
         ttft_slo_s=0.5,
         tbt_slo_s=0.05,
+        task_slo_s=None,
         arrival_s=10.0,
         input_tokens=100,
         output_tokens=10,

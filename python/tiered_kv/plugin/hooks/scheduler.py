@@ -57,7 +57,7 @@ def order_waiting_queue(result: None, scheduler: Any, *args: Any, **kwargs: Any)
         return
     if server_args.tiered_kv_policy == UPSTREAM_POLICY:
         return
-    from tiered_kv.plugin.queue.order import install
+    from tiered_kv.plugin.queue.install import install
 
     install(scheduler, server_args.tiered_kv_policy)
 

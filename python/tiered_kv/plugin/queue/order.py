@@ -7,7 +7,6 @@ in its order; afterwards it is whole again, in the order of arrival, for all els
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,14 +23,9 @@ from tiered_kv.plugin.upstream.current import cache_contract, request_kv
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.decode_room import DecodeRoom
 from tiered_kv.scheduler.plan import PLAN_LIMIT, AdmissionPlan
-from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
 from tiered_kv.scheduler.request import QueuedRequest
-from tiered_kv.scheduler.request_policy import (
-    RequestPolicy,
-    SchedulerState,
-    request_policies,
-)
+from tiered_kv.scheduler.request_policy import RequestPolicy, SchedulerState
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -40,8 +34,6 @@ if TYPE_CHECKING:
     from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
     from tiered_kv.plugin.cache.residency_log import ResidencyLog
     from tiered_kv.tiers.hierarchy import KVHierarchy
-
-logger = logging.getLogger(__name__)
 
 
 class PrefillSkipped(Exception):  # noqa: N818 - no error: a way out of SGLang's function
@@ -125,6 +117,7 @@ class RequestOrder:
         """`req` holds no KV any more; what it computed is in the tree down to `last`."""
         self.queue.released(req)
         if req.finished() and not is_aborted(req):
+            self.queue.ended(req, last)
             self.foretold.ended(req, last, self.clock.now_s)
 
     def emptied(self) -> None:
@@ -370,31 +363,3 @@ class RequestOrder:
     def before_mixing(self) -> None:
         """The prefill has its memory."""
         self._mixing.make_sure(self._running_batch)
-
-
-def install(scheduler: Any, policy_name: str) -> None:
-    """Put the policy of that name in charge of `scheduler`, which was just made."""
-    cache = scheduler.tree_cache
-    parts = cache.parts
-    if parts.cost_model is None:
-        logger.warning(
-            "Tiered KV: --schedule-policy %s orders the queue, since --tiered-kv-policy %s needs "
-            "the cost model that this model has none of.",
-            scheduler.server_args.schedule_policy,
-            policy_name,
-        )
-        return
-    order = RequestOrder(
-        scheduler,
-        request_policies.get(policy_name)(),
-        parts.hierarchy,
-        parts.cost_model,
-        parts.residency,
-        parts.metrics,
-        max_wait_s=SlackConfig().max_wait_s if policy_name == "slack" else None,
-    )
-    scheduler.tiered_kv_order = order
-    scheduler.policy.tiered_kv_order = order
-    cache.observer = order
-    clock_tick.attach(scheduler.request_receiver, order.clock)
-    logger.info("Tiered KV: the waiting queue is ordered by the policy %s.", policy_name)

@@ -27,6 +27,7 @@ from tiered_kv.plugin.requests.view import (
     terms_of,
 )
 from tiered_kv.scheduler.lifecycle import Event, RequestLives
+from tiered_kv.scheduler.program_names import ProgramNames, program_of
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import Arriving, RequestPolicy
 from tiered_kv.scheduler.waiting import WaitingQueue
@@ -34,6 +35,7 @@ from tiered_kv.scheduler.waiting import WaitingQueue
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+    from tiered_kv.forest.node import Node
     from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
     from tiered_kv.plugin.cache.residency_log import ResidencyLog
     from tiered_kv.plugin.queue.clock_tick import SharedClock
@@ -53,7 +55,9 @@ class QueuedRequests:
         metrics: MetricsRecorder,
         clock: SharedClock,
     ) -> None:
-        self.lives = RequestLives(WaitingQueue(hierarchy.context.forest), policy)
+        forest = hierarchy.context.forest
+        self.names = ProgramNames(forest.page_size)
+        self.lives = RequestLives(WaitingQueue(forest), policy, self.names)
         self.has_news = False
         """Somebody joined the queue, or may start now, since this was last set to False."""
         self.processed_prefill_tokens = 0
@@ -106,7 +110,7 @@ class QueuedRequests:
 
     def _make(self, req: Req) -> QueuedRequest:
         terms = Terms() if is_probe(req) else terms_of(req)
-        said = terms.hints.priority
+        hints, tenant = terms.hints, terms.tenant
         self._next_id += 1
         return QueuedRequest(
             request_id=self._next_id,
@@ -116,9 +120,12 @@ class QueuedRequests:
             prompt_tokens=len(req.origin_input_ids),
             max_new_tokens=req.sampling_params.max_new_tokens,
             slo=terms.slo,
-            priority=req.priority or 0 if said is None else said,
-            tenant=terms.tenant,
-            expected_output_tokens=terms.hints.expected_output_tokens,
+            priority=req.priority or 0 if hints.priority is None else hints.priority,
+            tenant=tenant,
+            expected_output_tokens=hints.expected_output_tokens,
+            program=program_of(tenant, hints.session_id),
+            parent_program=program_of(tenant, hints.parent_session_id),
+            is_last_call=hints.session_final,
         )
 
     # -- while they wait ----------------------------------------------------------------------
@@ -262,6 +269,12 @@ class QueuedRequests:
             self.lives.abort(queued, self._clock.now_s)
         else:
             self.lives.answer(queued, self._clock.now_s)
+
+    def ended(self, req: Req, last: Node) -> None:
+        """`req` has its answer, and what it computed is in the tree down to `last`."""
+        queued: QueuedRequest | None = getattr(req, QUEUED, None)
+        if queued is not None:
+            self.names.ended(queued, last)
 
     # -- time ---------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ from tiered_kv.scheduler.slack import (
     select_beside,
     select_in_time,
 )
+from tiered_kv.scheduler.tasks import Tasks
 from tiered_kv.scheduler.tenants import TenantShares
 
 #: Deadlines looked at to decide who can be in time; later ones follow by deadline.
@@ -66,6 +67,7 @@ class SlackPolicy:
         self._by_start = OrderedIds()
         """The same by latest start."""
         self._others = TenantShares()
+        self._tasks = Tasks()
         self._overdue = Overdue(config.overdue_share)
         self._in_turn: deque[int] = deque()
         """The overdue that could start at the last plan, by arrival."""
@@ -82,9 +84,10 @@ class SlackPolicy:
 
     # -- what happens -------------------------------------------------------------------------
 
-    def on_arrival(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
+    def on_arrival(self, request: QueuedRequest, now_s: float) -> None:
         """It is priced at the next plan, which knows the costs."""
         self._changed[request.request_id] = request
+        self._tasks.arrived(request, now_s)
         if self._config.gangs:
             self._gangs.add(request)
         if self._config.aging:
@@ -107,6 +110,7 @@ class SlackPolicy:
             self._in_turn.popleft()
             in_turn = self._is_their_turn
         self._leave(request_id)
+        self._tasks.admitted(request, now_s)
         if in_turn:
             self._protected.add(request_id)
         if self._config.aging:
@@ -115,14 +119,16 @@ class SlackPolicy:
         if self._config.gangs:
             self._gangs.lead(request, now_s + spent.takes_s(self._slowdown))
 
-    def on_finish(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
+    def on_finish(self, request: QueuedRequest, now_s: float) -> None:
         """One more length of an answer is known."""
+        self._tasks.ended(request, now_s)
         self._gangs.stop(request.request_id)
         self._protected.discard(request.request_id)
         self._memory.finished(request)
 
-    def on_abort(self, request: QueuedRequest, now_s: float) -> None:  # noqa: ARG002
+    def on_abort(self, request: QueuedRequest, now_s: float) -> None:
         """Whoever waited for what it computed is free."""
+        self._tasks.ended(request, now_s)
         self._leave(request.request_id)
         self._memory.forget(request.request_id)
 
@@ -222,13 +228,25 @@ class SlackPolicy:
         """Price what changed, and relegate those whose latest start has passed."""
         now_s = state.now_s
         for request_id, request in self._changed.items():
-            entry = Entry(request, price(request, state.costs), _due_s(request))
-            self._entries[request_id] = entry
+            priced, due_s = price(request, state.costs), _due_s(request)
+            inherited_s = self._inherited_s(request)
+            if inherited_s - priced.work_s >= now_s:
+                due_s = min(due_s, inherited_s)
+            entry = self._entries[request_id] = Entry(request, priced, due_s)
             self._put(request_id, entry, now_s)
         self._changed.clear()
         if self._by_start.first_key() < now_s:
             for request_id in self._by_start.below(now_s):
-                self._put(request_id, self._entries[request_id], now_s)
+                entry = self._entries[request_id]
+                # Its program's deadline may be lost, and its own not.
+                entry.deadline_s = _due_s(entry.request)
+                self._put(request_id, entry, now_s)
+
+    def _inherited_s(self, request: QueuedRequest) -> float:
+        """When its first token is due for its program's sake; infinity if it does not matter."""
+        if request.output_tokens:
+            return math.inf
+        return max(self._tasks.due_s(request), request.arrival_s + self._config.least_ttft_s)
 
     def _put(self, request_id: int, entry: Entry, now_s: float) -> None:
         latest_start_s = entry.deadline_s - entry.price.work_s
@@ -245,8 +263,14 @@ class SlackPolicy:
         if not self._config.slack:
             return entry.request.arrival_s
         work_s = entry.price.work_s
+        if self._config.programs == "service":
+            work_s += self._tasks.served_s(entry.request)
         if not self._config.aging:
             return work_s
+        if self._config.programs == "start":
+            return aged_key(
+                self._tasks.programs.of(entry.request).started_s, work_s, self._config.patience
+            )
         return aged_key(entry.request.arrival_s, work_s, self._config.patience)
 
     # -- who is in time -----------------------------------------------------------------------

@@ -14,11 +14,18 @@ class SlackConfig:
     max_wait_s: float = 300.0
     """Seconds after which a request is overdue, where its objective says nothing."""
 
+    least_ttft_s: float = 0.0
+    """No call inherits less time than this from its program's deadline: no client gets more hurry
+    by naming a task than by asking for a first token."""
+
     overdue_share: float = 0.25
     """Least share of the admitted work that goes to the overdue; 1: strictly before all others."""
 
     patience: float = 4.0
     """Without a deadline to meet, a request waits so many times the work it exceeds another by."""
+
+    programs: str = "none"
+    """Experimental."""
 
     gangs: bool = True
     """Whether requests that share a prefix go together, and wait for one to compute it."""
@@ -53,6 +60,7 @@ class SlackConfig:
     def __post_init__(self) -> None:
         for name, value, is_right in (
             ("max_wait_s", self.max_wait_s, self.max_wait_s > 0),
+            ("least_ttft_s", self.least_ttft_s, self.least_ttft_s >= 0),
             ("overdue_share", self.overdue_share, 0 < self.overdue_share <= 1),
             ("patience", self.patience, self.patience >= 0),
             ("pass_share", self.pass_share, self.pass_share > 0),

@@ -109,7 +109,7 @@ class AdaptedWorkload:
             slo = mix.slo_of(adapted, self._change.seed, self._unloaded_s)
             adapted.slo_class = slo.name
             adapted.ttft_slo_s = slo.ttft_s
-            adapted.tbt_slo_s = slo.tbt_s
+            adapted.tbt_slo_s, adapted.task_slo_s = slo.tbt_s, slo.task_s
             adapted.priority = mix.priority(mix.assign(request, self._change.seed))
         return adapted
 

@@ -43,6 +43,9 @@ class Request:
     tbt_slo_s: float | None
     """Longest acceptable time between tokens, seconds; None for no target."""
 
+    task_slo_s: float | None = None
+    """Longest acceptable time from the session's first call to its last answer; None for none."""
+
     priority: int = 0
     """A larger one is more urgent, as in SGLang."""
 

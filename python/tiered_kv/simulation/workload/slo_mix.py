@@ -65,8 +65,8 @@ def parse_slo_mix(text: str) -> SloMix:
 
     "chat:0.6:0.5:0.04,bulk:0.4:-:-" gives class `chat` 60% of the sessions, a TTFT target of 0.5 s
     and a TBT target of 40 ms, and class `bulk` no targets. "chat:0.6:0.5+3x:0.04" adds three times
-    what the prompt takes to compute alone to the TTFT target, so that each can be met. The shares
-    must sum to 1. Raises WorkloadError.
+    what the prompt takes to compute alone to the TTFT target, so that each can be met.
+    "agent:1:-:-:300" gives whole sessions 300 s. The shares must sum to 1. Raises WorkloadError.
     """
     classes: list[SloClass] = []
     shares: list[float] = []
@@ -79,9 +79,10 @@ def parse_slo_mix(text: str) -> SloMix:
                 f"There is no service class {name!r}; write {name}:SHARE:TTFT_S:TBT_S, or use one "
                 f"of {', '.join(DEFAULT_CLASSES.names())}."
             )
-        if not name or len(rest) not in {1, 3}:
+        if not name or len(rest) not in {1, 3, 4}:
             raise WorkloadError(
-                f"{part!r} is no part of a mix; write CLASS:SHARE or CLASS:SHARE:TTFT_S:TBT_S."
+                f"{part!r} is no part of a mix; write CLASS:SHARE or CLASS:SHARE:TTFT_S:TBT_S, "
+                "and :TASK_S after it for a target of whole sessions."
             )
         shares.append(_number(rest[0], part))
         if len(rest) == 1 and known is not None:
@@ -89,7 +90,8 @@ def parse_slo_mix(text: str) -> SloMix:
             multiples.append(0.0)
         else:
             ttft_s, multiple = _scaled_target(rest[1], part)
-            classes.append(SloClass(name, ttft_s, _target(rest[2], part)))
+            task_s = _target(rest[3], part) if len(rest) == 4 else None
+            classes.append(SloClass(name, ttft_s, _target(rest[2], part), task_s=task_s))
             multiples.append(multiple)
     if not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
         raise WorkloadError(f"The shares of a mix must sum to 1; those of {text!r} don't.")

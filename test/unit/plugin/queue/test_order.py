@@ -17,6 +17,7 @@ pytest.importorskip("sglang")
 
 from support_plugin.mini_scheduler import CHUNK, MiniScheduler, Spy, request, running, three
 from support_tiers.tier_rig import PAGE_SIZE, Rig, tokens_of
+from tiered_kv.api.trust import Trust
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.memory.demand import DemandForecast, Expectation
@@ -232,7 +233,9 @@ def just_made(rig: Rig, policy: str, *, costs: CostModel | None) -> Any:
         residency=ResidencyLog(rig.events),
         metrics=MetricsRecorder(),
     )
-    args = SimpleNamespace(tiered_kv=True, tiered_kv_policy=policy, schedule_policy="fcfs")
+    args = SimpleNamespace(
+        tiered_kv=True, tiered_kv_policy=policy, schedule_policy="fcfs", trust=Trust
+    )
     return SimpleNamespace(
         server_args=args,
         tree_cache=SimpleNamespace(parts=parts, observer=None),

@@ -18,9 +18,11 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from support_plugin import on_release
 from support_plugin.mini_scheduler import MiniScheduler, Spy, request, running, three
 from support_tiers.tier_rig import PAGE_SIZE, Rig, on_host, tokens_of
+from tiered_kv.api.hints import Hints
 from tiered_kv.api.slo import Slo
 from tiered_kv.api.terms import Terms
 from tiered_kv.memory.demand import DemandForecast, Expectation
+from tiered_kv.scheduler.program_names import program_of
 from tiered_kv.scheduler.request import QueuedRequest
 
 #: The scheduler in miniature asks for news within a prefill, and looks at full batches again, as
@@ -64,6 +66,50 @@ def test_what_becomes_cached_while_it_waits_is_seen(
     scheduler.step()
     assert (req.tiered_kv_queued.device_tokens, req.tiered_kv_queued.host_tokens) == (0, 8)
     assert other.tiered_kv_queued.cached_tokens == 0
+
+
+def test_who_lost_its_prefix_to_the_disk_gets_it_back_while_it_waits(
+    scheduler: MiniScheduler, rig: Rig
+) -> None:
+    """As in a long queue: what was cached when it came has left device and host by its turn."""
+    rig.serve(tokens_of(1, 2, 3))
+    rig.drain()
+    req = request("a", tokens_of(1, 2, 3, 9))
+    scheduler.arrive(req)
+    queue, queued = scheduler.tiered_kv_order.queue, req.tiered_kv_queued
+    rig.drop_from_device()
+    rig.drop_from_host()
+    queue.look_up_changed()
+    assert queued.cached_tokens == 0
+    queue.fetch_again([queued.request_id])
+    queue.hold_or_let_go()
+    assert queue.held == {}, "its patience runs from its arrival"
+    rig.drain()
+    queue.look_up_changed()
+    assert queued.host_tokens == 3 * PAGE_SIZE
+
+
+def test_the_program_is_named_by_caller_and_tenant_or_goes_on_from_another(
+    scheduler: MiniScheduler, rig: Rig
+) -> None:
+    queue = scheduler.tiered_kv_order.queue
+    hints = Hints(session_id="s", parent_session_id="p", session_final=True, priority=7)
+    named = request("a", tokens_of(1, 2))
+    named.tiered_kv_terms = Terms(hints=hints, tenant="t")
+    scheduler.arrive(named)
+    seen = named.tiered_kv_queued
+    assert (seen.program, seen.parent_program) == (program_of("t", "s"), program_of("t", "p"))
+    assert (seen.is_last_call, seen.priority) == (True, 7)
+
+    first = request("b", tokens_of(5, 6))
+    scheduler.arrive(first)
+    rig.serve(tokens_of(5, 6, 7))
+    queue.ended(first, rig.hierarchy.match(rig.hierarchy.root(), tokens_of(5, 6, 7)).last)
+    after, other = request("c", tokens_of(5, 6, 7, 8)), request("d", tokens_of(5, 9))
+    for req in (after, other):
+        scheduler.arrive(req)
+    assert after.tiered_kv_queued.program == first.tiered_kv_queued.program != ""
+    assert other.tiered_kv_queued.program != first.tiered_kv_queued.program
 
 
 def test_what_came_ahead_counts_for_the_tier_that_it_came_from(
