@@ -57,14 +57,22 @@ class Events:
     lost: dict[Tier, int] = field(default_factory=dict)
 
     def stored(self, node: Node, tier: Tier) -> None:
-        self.held.setdefault(tier, []).extend(node.page_hashes)
+        held = self.held.setdefault(tier, [])
+        # What a store had before is told again when it is read.
+        held += [name for name in node.page_hashes if tier <= Tier.HOST or name not in held]
 
     def removed(self, node: Node, tier: Tier) -> None:
         for page_hash in node.page_hashes:
-            self.held[tier].remove(page_hash)
+            # What a store gave up by itself may have been told before.
+            if tier <= Tier.HOST or page_hash in self.held.get(tier, ()):
+                self.held[tier].remove(page_hash)
 
     def dropped(self, page_hashes: Sequence[bytes], tier: Tier) -> None:
         self.gone += page_hashes
+        held = self.held.setdefault(tier, [])
+        for page_hash in page_hashes:
+            if page_hash in held:
+                held.remove(page_hash)
 
     def unwritten(self, target: Tier, n_pages: int) -> None:
         self.lost[target] = self.lost.get(target, 0) + n_pages

@@ -124,3 +124,10 @@ class RigChecks:
                 if node.state(tier) is Residency.RESIDENT
                 for page_hash in node.page_hashes
             ), f"the events about {tier.name} do not add up"
+        for cold in self.hierarchy.colds:
+            if cold.dropped.is_looking or cold.dropped._news != set():
+                continue  # nodes follow what it gave up in later polls
+            held = set(self.events.held.get(cold.tier, []))
+            for node in self.forest.nodes():
+                if node.state(cold.tier) is Residency.RESIDENT:
+                    assert held.issuperset(node.page_hashes), f"{node!r}: no event of {cold.name}"

@@ -106,7 +106,11 @@ class HostRoom(Protocol):
     def free_host(self, pages: Pages) -> None: ...
 
     def stored(self, nodes: Sequence[Node], tier: Tier) -> None:
-        """Is told of nodes that became readable in a tier."""
+        """Is told of nodes that became readable in a tier, or turned out to be."""
+        ...
+
+    def removed(self, node: Node, tier: Tier) -> None:
+        """Is told of a node that a store was thought to have."""
         ...
 
 

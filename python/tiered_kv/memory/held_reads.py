@@ -113,14 +113,18 @@ class HeldReads:
         under_way = self._over(op, n_done)
         waiters, cold = under_way.waiters, under_way.source
         nodes, lost = forest.finish_leading(op, Tier.HOST, n_done)
-        for node in nodes:
-            if node.state(cold.tier) is Residency.ABSENT and not is_cleared:
+        # Of those that another server wrote, or this one before a flush or its start, that is news.
+        found = [node for node in nodes if node.state(cold.tier) is Residency.ABSENT]
+        if not is_cleared:
+            for node in found:
                 forest.set_resident(node, cold.tier)
+            room.stored(found, cold.tier)
         for node, slots in lost:
             room.free_host(cast(Pages, slots))
             if waiters and node.state(cold.tier) is Residency.RESIDENT:
                 # So that it is written again when it is computed again.
                 forest.evict(node, cold.tier)
+                room.removed(node, cold.tier)
         n_read = sum(node.n_tokens for node in nodes)
         for ticket in waiters.values():
             del ticket.waiting_for[op]

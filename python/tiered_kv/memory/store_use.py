@@ -42,7 +42,7 @@ class DroppedPages:
         store: Callable[[], ForgetfulStore | None],
         told: Callable[[Sequence[PageHash]], None] = lambda _: None,
     ) -> None:
-        """store: None while it is away. told: is told what it gave up."""
+        """store: None while it is away. told: is told, once, which pages are not there any more."""
         self._forest = forest
         self._tier = tier
         self._store = store
@@ -83,6 +83,9 @@ class DroppedPages:
         for node, is_stored in zip(self._asked, are_stored, strict=True):
             if not is_stored:
                 forest.evict(node, self._tier)
+                # A node is there as a whole or not at all; and another rank may have lost it.
+                gone = self._gone or ()
+                self._told([name for name in node.page_hashes if name not in gone])
         if self._store() is None:
             return
         del self._unchecked[-CHECKED_NODES:]

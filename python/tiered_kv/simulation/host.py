@@ -68,8 +68,12 @@ class HostMemory:
     def free_host(self, pages: Pages) -> None:
         self._given_back.extend(pages.tolist())
 
-    def stored(self, nodes: Sequence[Node], tier: Tier) -> None:  # noqa: ARG002
-        self._changed(nodes)
+    def stored(self, nodes: Sequence[Node], tier: Tier) -> None:
+        if tier is Tier.HOST:
+            self._changed(nodes)
+
+    def removed(self, node: Node, tier: Tier) -> None:
+        """Nobody asks what a store has lost."""
 
     def _take(self, n: int) -> Pages:
         kept = max(0, len(self._given_back) - n)

@@ -213,3 +213,6 @@ class TierContext:
     def stored(self, nodes: Sequence[Node], tier: Tier) -> None:
         for node in nodes:
             self.listener.stored(node, tier)
+
+    def removed(self, node: Node, tier: Tier) -> None:
+        self.listener.removed(node, tier)

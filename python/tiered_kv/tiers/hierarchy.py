@@ -340,6 +340,7 @@ class KVHierarchy:
         for node in context.forest.nodes():
             if node.state(tier) is Residency.RESIDENT:
                 context.forest.evict(node, tier)
+                context.removed(node, tier)
 
     def queues(self) -> list[TransferQueue[Any]]:
         """All there are, each with a thread of its own."""

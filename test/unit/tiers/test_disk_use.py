@@ -186,6 +186,8 @@ def test_two_ranks_whose_disks_give_up_different_pages(ranks: Ranks) -> None:
     for _ in range(5):
         ranks.each(lambda rig: rig.hierarchy.poll())
     assert [disk_state(rig) for rig in ranks] == [{Residency.ABSENT}] * 2
+    # Either rank tells it, whoever lost which page.
+    assert not any(set(hashes) & set(rig.events.held[Tier.DISK]) for rig in ranks)
     ranks.serve(PROMPT)
     ranks.drain()
     assert [rig.stored_pages(PROMPT) for rig in ranks] == [4, 4]

@@ -253,6 +253,7 @@ def test_forgetting_the_disk(make_rig: MakeRig) -> None:
     store.clear()
     assert time.monotonic() - started < 1.0
     assert states(rig, Tier.DISK) == {Residency.ABSENT, Residency.WRITING_BACK}
+    assert not rig.events.held[Tier.DISK]
     rig.disk.writes.release()
     rig.drain()
     assert rig.stored_pages(written) == 0
