@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -73,9 +74,17 @@ def _duration(text: str) -> float:
     return seconds
 
 
+def _readable(text: str) -> str:
+    try:
+        Path(text).open("rb").close()
+    except OSError as error:
+        raise ConfigError(f"{text!r} cannot be read ({error.strerror}).") from None
+    return text
+
+
 _COMMON: dict[str, Callable[[str], Any]] = {"timeout": _duration, "drain": parse_seconds}
 _PARAMETERS: dict[str, dict[str, Callable[[str], Any]]] = {
-    VALKEY: _COMMON | {"ttl": _duration},
+    VALKEY: _COMMON | {"ttl": _duration, "ca": _readable},
     MOONCAKE: _COMMON
     | {
         "replicas": _count,
@@ -107,6 +116,10 @@ def parse_address(option: str, text: str) -> StoreAddress:
             f"{option} must not hold a password, since options are logged; put it into the "
             f"environment variable {PASSWORD_VARIABLE}."
         )
+    is_encrypted = url.scheme in ("valkeys", "rediss")
+    parameters = _parameters(option, url.query, engine)
+    if "ca" in parameters and not is_encrypted:
+        raise ConfigError(f"{option} has the parameter ca, which is of TLS: write valkeys://.")
     return StoreAddress(
         engine,
         text,
@@ -114,8 +127,8 @@ def parse_address(option: str, text: str) -> StoreAddress:
         port or _PORTS[engine],
         url.username or None,
         _database(option, url.path, engine),
-        url.scheme in ("valkeys", "rediss"),
-        parameters=_parameters(option, url.query, engine),
+        is_encrypted,
+        parameters=parameters,
     )
 
 

@@ -37,6 +37,9 @@ class ValkeyBlobs:
             username=address.user,
             password=os.environ.get(PASSWORD_VARIABLE) or None,
             ssl=address.is_encrypted,
+            # By default the client takes any certificate that some authority has signed.
+            ssl_check_hostname=True,
+            ssl_ca_certs=address.parameters.get("ca"),
             socket_timeout=deadline_s,
             socket_connect_timeout=deadline_s,
             socket_keepalive=True,

@@ -62,6 +62,8 @@ def test_backends_of_sglang() -> None:
         ("mooncake://m?replicas=0", "wrong parameter replicas"),
         ("valkey://kv?ttl=soon", "wrong parameter ttl: 'soon' is not a time"),
         ("valkey://kv?timeout=0s", "wrong parameter timeout"),
+        ("valkeys://kv?ca=/no/such.pem", "wrong parameter ca: '/no/such.pem' cannot be read"),
+        (f"valkey://kv?ca={__file__}", "write valkeys://"),
         ("hicache:", "names no backend"),
         ("hicache:nixl{plugin", "no JSON"),
     ],
