@@ -30,7 +30,7 @@ from tiered_kv.simulation.engine import Simulation
 from tiered_kv.simulation.first_turns import FirstTurns
 from tiered_kv.simulation.instance import Instance
 from tiered_kv.simulation.jobs import WorkloadChoice
-from tiered_kv.simulation.routers import ROUTINGS, make_router
+from tiered_kv.simulation.routers import ROUTINGS, everybody, make_router, one_for_another
 from tiered_kv.simulation.settings import GB, CacheSettings, InstanceSettings, SharedStoreSpec
 from tiered_kv.simulation.statistics import summarize
 from tiered_kv.simulation.workload.request import Request, Workload
@@ -39,6 +39,10 @@ from tiered_kv.simulation.workload.tiled import TiledWorkload
 SLO_MIX = "interactive:0.6:0.5:0.05,standard:0.3:2:0.1,batch:0.1:30:-"
 STORES = ("none", "value", "all")
 STORE_BYTES_PER_SERVER = 1000 * GB
+REPLACED_S = 10.0
+"""Where servers come and go: of 16, each is there for 160 seconds, half of the time."""
+RUN_S = 330.0
+"""What the longest traffic takes."""
 SHIFT_S = 30.0
 """The servers' shares of the workload start within so many seconds of each other."""
 
@@ -64,11 +68,17 @@ class Fleet:
     store: str
     length: float = 1.0
     """The part of the traffic's time that is simulated."""
+    load: float = 1.0
+    """The part of the traffic of each server."""
+    replaced_s: float = 0.0
+    """So often a server goes, and an empty one comes; 0: never."""
 
     @property
     def name(self) -> str:
         """Tells it from the others in a result file."""
-        return f"{self.traffic} {self.n_servers} {self.routing} {self.store} {self.length:g}"
+        name = f"{self.traffic} {self.n_servers} {self.routing} {self.store} {self.length:g}"
+        name += f" load {self.load:g}" if self.load != 1 else ""
+        return name + (f" replaced {self.replaced_s:g}" if self.replaced_s else "")
 
 
 def fleets(traffic: str) -> Iterator[Fleet]:
@@ -77,12 +87,16 @@ def fleets(traffic: str) -> Iterator[Fleet]:
         for routing in ROUTINGS:
             for store in STORES:
                 yield Fleet(traffic, n_servers, routing, store)
+    for routing in ("session", "cache-aware"):
+        for store in ("none", "value"):
+            yield Fleet(traffic, 16, routing, store, replaced_s=REPLACED_S)
+    # A request takes ten milliseconds of processor time: these are cut, so that they end.
     for routing in ("session", "random"):
         for store in ("none", "value"):
-            yield Fleet(traffic, 128, routing, store, length=0.5)
+            yield Fleet(traffic, 128, routing, store, length=0.25)
     for routing in ("session", "random"):
         for store in ("none", "value"):
-            yield Fleet(traffic, 1000, routing, store, length=0.15)
+            yield Fleet(traffic, 1000, routing, store, length=0.2, load=0.25)
 
 
 def traffics(options: argparse.Namespace) -> dict[str, Traffic]:
@@ -132,11 +146,15 @@ def run(fleet: Fleet, traffic: Traffic, seed: int = 0) -> dict[str, Any]:
     if choice.limit is not None:
         choice = replace(choice, limit=int(choice.limit * fleet.length))
     workload: Workload = TiledWorkload(
-        choice.open(), fleet.n_servers, SHIFT_S, share=traffic.share, seed=seed
+        choice.open(), fleet.n_servers, SHIFT_S, share=traffic.share * fleet.load, seed=seed
     )
     if traffic.turns is not None:
         workload = FirstTurns(workload, traffic.turns)
-    route, n_sent = make_router(fleet.routing, seed), Counter[int]()
+    n_instances, present = fleet.n_servers, everybody
+    if fleet.replaced_s:
+        n_instances += int(RUN_S / fleet.replaced_s)
+        present = one_for_another(fleet.replaced_s, fleet.n_servers)
+    route, n_sent = make_router(fleet.routing, seed, present), Counter[int]()
 
     def counted(request: Request, instances: Sequence[Instance]) -> int:
         server = route(request, instances)
@@ -147,7 +165,7 @@ def run(fleet: Fleet, traffic: Traffic, seed: int = 0) -> dict[str, Any]:
     simulation = Simulation(
         workload,
         settings(fleet),
-        n_instances=fleet.n_servers,
+        n_instances=n_instances,
         router=counted,
         seed=seed,
     )
@@ -162,6 +180,8 @@ def run(fleet: Fleet, traffic: Traffic, seed: int = 0) -> dict[str, Any]:
         "routing": fleet.routing,
         "store": fleet.store,
         "length": fleet.length,
+        "load": fleet.load,
+        "replaced_s": fleet.replaced_s,
         "cpu_s": time.process_time() - started,
         "stored_bytes": 0 if shared is None else len(shared) * block_bytes,
         "new_bytes": 0 if shared is None else shared.n_written * block_bytes,
@@ -208,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if fleet.name not in done
             and (options.servers is None or fleet.n_servers in options.servers)
         ]
-        todo.sort(key=lambda each: each[0].n_servers * each[0].length)
+        todo.sort(key=lambda each: each[0].n_servers * each[0].length * each[0].load)
         for fleet, traffic in tqdm(todo, desc="fleets", unit=" runs"):
             found = run(fleet, traffic)
             with options.out.open("a") as file:

@@ -27,8 +27,11 @@ data sheet says, links are pipes.
 - Traffic grows with the fleet: each server brings a sample of a tenth of the trace's
   conversations, with users of its own; what 1% of the prompts begin with is the same for all.
   `mooncake`: 18 minutes of the service at four times their pace. `agents`: the first 12 calls of
-  coding agents, pauses times 0.2. The largest fleets are simulated for a part of that time
-  (`time`), and find less, as their caches are young: compare runs of one size.
+  coding agents, pauses times 0.2. Large fleets are simulated for a part of that time (`time`),
+  and find less, as their caches are young; the largest with a part of the traffic (`load`), so that
+  nobody waits there: compare runs of one size.
+- `replaced`: so often the oldest server gets no more requests, and an empty one takes its place;
+  conversations that it had go on with others.
 - Hits are shares of all prompt tokens. Bytes through the network are per request.
 """
 
@@ -53,6 +56,8 @@ def _columns() -> list[Column]:
     return [
         ("servers", lambda run: f"{run['n_servers']:,}"),
         ("time", lambda run: f"{run['length']:g}"),
+        ("load", lambda run: f"{run.get('load', 1):g}"),
+        ("replaced", _replaced),
         ("routing", lambda run: run["routing"]),
         ("store", lambda run: run["store"]),
         ("requests", lambda run: f"{run['n_requests']:,}"),
@@ -67,6 +72,11 @@ def _columns() -> list[Column]:
         ("stored, TB", lambda run: f"{run['stored_bytes'] / 1e12:.2f}"),
         ("busiest server's requests, of the mean", lambda run: f"{run['busiest']:.2f}"),
     ]
+
+
+def _replaced(run: Run) -> str:
+    every_s = run.get("replaced_s", 0)
+    return f"one each {every_s:g} s" if every_s else "none"
 
 
 def _hits(run: Run) -> str:
@@ -85,14 +95,22 @@ def _megabytes(run: Run, link: str) -> str:
     return f"{run['links'].get(link, 0) / run['n_requests'] / 1e6:.0f}"
 
 
+def _fleet(run: Run) -> tuple[object, ...]:
+    """What a run has in common with those of other stores."""
+    return run["n_servers"], run["routing"], run["length"], run.get("replaced_s", 0)
+
+
 def _sentences(runs: Sequence[Run]) -> list[str]:
     """What the store changes for each routing, at each size."""
-    by = {(run["n_servers"], run["routing"], run["store"]): run for run in runs}
+    by = {(*_fleet(run), run["store"]): run for run in runs}
     lines = []
-    for (n_servers, routing, store), run in by.items():
-        before = by.get((n_servers, routing, "none"))
+    for run in runs:
+        before = by.get((*_fleet(run), "none"))
+        n_servers, routing, store = run["n_servers"], run["routing"], run["store"]
         if store == "none" or before is None:
             continue
+        if run.get("replaced_s"):
+            routing += ", servers replaced"
         goodput = run["goodput_rps"] / before["goodput_rps"]
         ttft = run["ttft_s"]["mean"] / before["ttft_s"]["mean"]
         lines.append(
@@ -114,9 +132,13 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         axes = figure.add_subplot(len(traffics), 1, row)
         some = sorted(
             (run for run in runs if run["traffic"] == traffic),
-            key=lambda run: (run["n_servers"], run["routing"]),
+            key=lambda run: (run["n_servers"], run.get("replaced_s", 0), run["routing"]),
         )
-        labels = [f"{run['n_servers']:,} {run['routing']}\n{run['store']}" for run in some]
+        labels = [
+            f"{run['n_servers']:,} {run['routing']}{' (replaced)' * bool(run.get('replaced_s'))}"
+            f"\n{run['store']}"
+            for run in some
+        ]
         bottom = [0.0] * len(some)
         for tier in tiers:
             shares = [100 * run["hits"].get(tier, 0) / run["hits"]["input"] for run in some]

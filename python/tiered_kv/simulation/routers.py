@@ -5,7 +5,7 @@ It sees prompts and who has how many requests, not what servers have cached: as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -24,31 +24,63 @@ BALANCE_REL = 1.5
 """and so many times as many: --balance-rel-threshold."""
 
 
-def make_router(name: str, seed: int = 0) -> Router:
+Present = Callable[[float, int], range]
+"""Which of so many servers, by index, get requests at a time."""
+
+
+def everybody(now_s: float, n_servers: int) -> range:  # noqa: ARG001
+    """All of them, always."""
+    return range(n_servers)
+
+
+def one_for_another(every_s: float, n_present: int) -> Present:
+    """The oldest of `n_present` servers goes each `every_s` seconds, and a new one comes.
+
+    Who goes gets no more requests, and finishes what it has.
+    """
+
+    def present(now_s: float, n_servers: int) -> range:
+        first = min(int(now_s / every_s), n_servers - n_present)
+        return range(first, first + n_present)
+
+    return present
+
+
+def make_router(name: str, seed: int = 0, present: Present = everybody) -> Router:
     """A new router. Raises ConfigError for an unknown name."""
     if name == "random":
         random = np.random.default_rng([seed, 17])
-        return lambda request, instances: int(random.integers(len(instances)))  # noqa: ARG005
+
+        def anywhere(request: Request, instances: Sequence[Instance]) -> int:
+            servers = present(request.arrival_s, len(instances))
+            return servers[int(random.integers(len(servers)))]
+
+        return anywhere
     if name == "session":
-        return SessionRouter()
+        return SessionRouter(present)
     if name == "cache-aware":
-        return CacheAwareRouter()
+        return CacheAwareRouter(present)
     raise ConfigError(f"There is no routing {name!r}; the known ones are {', '.join(ROUTINGS)}.")
 
 
 class SessionRouter:
-    """A conversation stays where it began: at the server that had the fewest requests then."""
+    """A conversation stays where it began: at the server that had the fewest requests then.
 
-    def __init__(self) -> None:
+    If that has gone it begins anew.
+    """
+
+    def __init__(self, present: Present = everybody) -> None:
+        self._present = present
         self._server_of: dict[int, int] = {}
 
     def __call__(self, request: Request, instances: Sequence[Instance]) -> int:
         """Its server, by index."""
+        servers = self._present(request.arrival_s, len(instances))
         if request.session is None:
-            return _idlest(instances)
+            return _idlest(instances, servers)
         server = self._server_of.get(request.session)
-        if server is None:
-            server = self._server_of[request.session] = _idlest(instances)
+        if server is None or server not in servers:
+            server = self._server_of[request.session] = _idlest(instances, servers)
         return server
 
 
@@ -58,7 +90,8 @@ class CacheAwareRouter:
     As smg's policy of that name, with one server remembered for each block.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, present: Present = everybody) -> None:
+        self._present = present
         self._server_of: dict[int, int] = {}
 
     def __call__(self, request: Request, instances: Sequence[Instance]) -> int:
@@ -69,22 +102,23 @@ class CacheAwareRouter:
         return server
 
     def _choose(self, request: Request, instances: Sequence[Instance]) -> int:
-        known = self._server_of
+        known, servers = self._server_of, self._present(request.arrival_s, len(instances))
         for n_known in range(len(request.blocks), 0, -1):
             server = known.get(request.blocks[n_known - 1])
-            if server is None:
+            if server is None or server not in servers:
                 continue
             if n_known < CACHE_THRESHOLD * len(request.blocks):
                 break
-            return _idlest(instances) if _is_imbalanced(instances) else server
-        return _idlest(instances)
+            is_swamped = _is_imbalanced(instances, servers)
+            return _idlest(instances, servers) if is_swamped else server
+        return _idlest(instances, servers)
 
 
-def _idlest(instances: Sequence[Instance]) -> int:
-    return min(range(len(instances)), key=lambda index: instances[index].n_open)
+def _idlest(instances: Sequence[Instance], servers: range) -> int:
+    return min(servers, key=lambda index: instances[index].n_open)
 
 
-def _is_imbalanced(instances: Sequence[Instance]) -> bool:
-    loads = [instance.n_open for instance in instances]
+def _is_imbalanced(instances: Sequence[Instance], servers: range) -> bool:
+    loads = [instances[index].n_open for index in servers]
     least, most = min(loads), max(loads)
     return most - least > BALANCE_ABS and most > BALANCE_REL * least

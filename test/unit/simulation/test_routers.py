@@ -10,7 +10,7 @@ import pytest
 
 from support_simulation.builders import call
 from tiered_kv.core.errors import ConfigError
-from tiered_kv.simulation.routers import BALANCE_ABS, make_router
+from tiered_kv.simulation.routers import BALANCE_ABS, ROUTINGS, make_router, one_for_another
 
 
 def servers(*open_requests: int) -> Any:
@@ -52,6 +52,23 @@ def test_random_routing_reaches_all_evenly_and_the_same_each_time() -> None:
     assert sent(1) == first
     assert sent(2) != first
     assert all(400 < first.count(server) < 600 for server in range(4))
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_who_has_gone_gets_nothing_more(name: str) -> None:
+    """Of three servers two are there; each ten seconds another takes the place of the oldest."""
+    route = make_router(name, present=one_for_another(10.0, 2))
+    sent = [route(call(n, n / 10, [n % 7], session=n % 7), servers(0, 0, 0)) for n in range(300)]
+    assert set(sent[:100]) == ({0, 1} if name == "random" else {0})
+    assert 0 not in sent[100:]
+    assert set(sent[100:]) == ({1, 2} if name == "random" else {1})
+
+
+def test_a_conversation_whose_server_has_gone_stays_with_the_next() -> None:
+    route = make_router("session", present=one_for_another(10.0, 2))
+    assert route(call(0, 9.0, [1], session=7), servers(0, 1, 1)) == 0
+    assert route(call(1, 10.0, [1, 2], session=7), servers(0, 2, 1)) == 2
+    assert route(call(2, 11.0, [1, 2, 3], session=7), servers(0, 1, 9)) == 2
 
 
 def test_an_unknown_routing_is_refused_by_name() -> None:
