@@ -51,11 +51,14 @@ SHIFT_S = 30.0
 class Traffic:
     """What each server's share of a workload is."""
 
+    name: str
     choice: WorkloadChoice
     share: float
     """Of the trace's conversations, how many each share has,"""
     turns: int | None = None
     """and so many calls of each."""
+    is_slow: bool = False
+    """Whether to simulate it takes long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,42 +84,48 @@ class Fleet:
         return name + (f" replaced {self.replaced_s:g}" if self.replaced_s else "")
 
 
-def fleets(traffic: str) -> Iterator[Fleet]:
-    """The runs for one kind of traffic, the small ones first."""
-    for n_servers in (2, 16):
-        for routing in ROUTINGS:
-            for store in STORES:
-                yield Fleet(traffic, n_servers, routing, store)
-    for routing in ("session", "cache-aware"):
-        for store in ("none", "value"):
-            yield Fleet(traffic, 16, routing, store, replaced_s=REPLACED_S)
-    # A request takes ten milliseconds of processor time: these are cut, so that they end.
-    for routing in ("session", "random"):
-        for store in ("none", "value"):
-            yield Fleet(traffic, 128, routing, store, length=0.25)
-    for routing in ("session", "random"):
-        for store in ("none", "value"):
-            yield Fleet(traffic, 1000, routing, store, length=0.2, load=0.25)
+def fleets(traffic: Traffic) -> Iterator[Fleet]:
+    """The runs for one kind of traffic.
+
+    A request takes 10 ms of processor time, one of an agent ten times as long: many servers are
+    simulated for a part of the time, or with a part of the load.
+    """
+    name = traffic.name
+    for routing in ROUTINGS:
+        for store in STORES:
+            yield Fleet(name, 2, routing, store)
+            if not traffic.is_slow:
+                yield Fleet(name, 16, routing, store)
+    for store in ("none", "value"):
+        for routing in ("session", "random"):
+            if traffic.is_slow:
+                yield Fleet(name, 16, routing, store)
+            yield Fleet(name, 128, routing, store, length=0.125 if traffic.is_slow else 0.25)
+            if not traffic.is_slow:
+                yield Fleet(name, 1000, routing, store, length=0.2, load=0.25)
+        yield Fleet(name, 16, "session", store, replaced_s=REPLACED_S)
+        if not traffic.is_slow:
+            yield Fleet(name, 16, "cache-aware", store, replaced_s=REPLACED_S)
 
 
-def traffics(options: argparse.Namespace) -> dict[str, Traffic]:
-    """By name; those whose traces were given."""
-    found = {}
+def traffics(options: argparse.Namespace) -> list[Traffic]:
+    """Those whose traces were given."""
+    found = []
     if options.mooncake:
         # 18 minutes of the service in 5: a tenth of its conversations keep one server busy.
         choice = WorkloadChoice(
             spec=f"mooncake:{options.mooncake}", limit=3600, spread_s=3.0, rate=4.0, slo_mix=SLO_MIX
         )
-        found["mooncake"] = Traffic(choice, share=0.1)
+        found.append(Traffic("mooncake", choice, share=0.1))
     if options.agents:
         choice = WorkloadChoice(
             spec=f"agent_sessions:{options.agents},arrivals=poisson:0.05",
-            limit=180,
+            limit=100,
             pause=0.2,
-            rate=4.0,
+            rate=6.0,
             slo_mix=SLO_MIX,
         )
-        found["agents"] = Traffic(choice, share=0.1, turns=12)
+        found.append(Traffic("agents", choice, share=0.1, turns=8, is_slow=True))
     return found
 
 
@@ -223,8 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.report:
         todo = [
             (fleet, traffic)
-            for name, traffic in traffics(options).items()
-            for fleet in fleets(name)
+            for traffic in traffics(options)
+            for fleet in fleets(traffic)
             if fleet.name not in done
             and (options.servers is None or fleet.n_servers in options.servers)
         ]

@@ -26,7 +26,7 @@ data sheet says, links are pipes.
   read (the server's default); `all`: everything computed.
 - Traffic grows with the fleet: each server brings a sample of a tenth of the trace's
   conversations, with users of its own; what 1% of the prompts begin with is the same for all.
-  `mooncake`: 18 minutes of the service at four times their pace. `agents`: the first 12 calls of
+  `mooncake`: 18 minutes of the service at four times their pace. `agents`: the first 8 calls of
   coding agents, pauses times 0.2. Large fleets are simulated for a part of that time (`time`),
   and find less, as their caches are young; the largest with a part of the traffic (`load`), so that
   nobody waits there: compare runs of one size.

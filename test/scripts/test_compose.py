@@ -103,3 +103,9 @@ def test_images_of_others_have_a_version() -> None:
     for name, service in services().items():
         if "build" not in service:
             assert re.search(r":v?\d+\.\d+", service["image"]), name
+
+
+def test_no_log_fills_the_disk() -> None:
+    """Docker's own default keeps all of it."""
+    for name, service in services().items():
+        assert {"max-size", "max-file"} <= set(service["logging"]["options"]), name

@@ -20,6 +20,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +172,14 @@ class Container:
 
     def cached_tokens(self, prompt: str) -> int:
         """Answers one chat: how many of the prompt's tokens were not computed."""
+        usage = self.usage(prompt, 4)
+        return int((usage["prompt_tokens_details"] or {}).get("cached_tokens", 0))
+
+    def usage(self, prompt: str, n_tokens: int) -> Any:
+        """Of a chat that is answered with `n_tokens`."""
         address = docker("port", self.name, "30000")
         body = {
-            "model": "demo", "max_tokens": 4, "temperature": 0,
+            "model": "demo", "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True,
             "messages": [{"role": "user", "content": prompt}],
         }  # fmt: skip
         request = urllib.request.Request(
@@ -183,8 +189,7 @@ class Container:
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=300) as answer:
-            usage = json.loads(answer.read())["usage"]
-        return int((usage["prompt_tokens_details"] or {}).get("cached_tokens", 0))
+            return json.loads(answer.read())["usage"]
 
 
 @pytest.fixture
@@ -218,7 +223,11 @@ def test_what_was_computed_survives_a_stop_and_a_kill(run: Callable[..., Contain
         assert server.cached_tokens(prompt) == 0
         assert server.cached_tokens(prompt) > 300
 
-        times["stop"] = server.stop()
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(server.usage, "And of those who do not.", 100)
+            time.sleep(1)
+            times["stop with a request"] = server.stop()
+            assert answer.result()["completion_tokens"] == 100
         assert server.state()["ExitCode"] == 0, server.logs()
         docker("start", server.name)
         times["second start"] = server.wait_healthy()
