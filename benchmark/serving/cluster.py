@@ -227,6 +227,9 @@ conversations of six turns, {concurrency} requests at a time, streamed. Each wor
 `{load_policy}`. By round: where the prompts' tokens came from; time to first token as the client
 sees it, what was tried again included; streams that had begun on the killed worker, which end with
 an error and are asked again by the client; requests that failed.
+
+A conversation stays with the worker that has it; the one that is added gets those that begin then,
+of which there are none here. Times are those of a machine that other programs used as well.
 """
 
 
