@@ -93,6 +93,40 @@ def test_selectors_meet_the_pods_they_are_for(overlay: str) -> None:
 
 
 @each_overlay
+def test_nobody_reaches_more_than_he_needs(overlay: str) -> None:
+    """Every pod has a policy. Of a worker only its HTTP port is reached, by the gateway and by who
+    scrapes it: the ports that Mooncake's client opens on all addresses are closed."""
+    allowed = {
+        (name, port["port"], who)
+        for _, name in PODS
+        for rule in manifest(overlay, "NetworkPolicy", name)["spec"]["ingress"]
+        for port in rule["ports"]
+        for who in (reached_by(source) for source in rule.get("from", [{}]))
+    }
+    assert allowed == {
+        ("worker", "http", "gateway"),
+        ("worker", "http", "monitoring"),
+        ("gateway", "http", "anybody"),
+        ("gateway", "metrics", "monitoring"),
+        ("store", "valkey", "worker"),
+    }
+    for kind, name in PODS:
+        assert manifest(overlay, "NetworkPolicy", name)["spec"]["policyTypes"] == ["Ingress"]
+        names = {port["name"] for port in container(overlay, kind, name)["ports"]}
+        assert {port for policy, port, _ in allowed if policy == name} <= names
+
+
+def reached_by(source: dict[str, Any]) -> str:
+    """The component or the namespace that a rule lets in."""
+    if "podSelector" in source:
+        labels = source["podSelector"]["matchLabels"]
+        return str(labels["app.kubernetes.io/component"])
+    if "namespaceSelector" in source:
+        return str(source["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"])
+    return "anybody"
+
+
+@each_overlay
 def test_no_probe_computes_anything(overlay: str) -> None:
     worker = container(overlay, "StatefulSet", "worker")
     environment = {e["name"]: e.get("value") for e in worker["env"]}
