@@ -100,12 +100,12 @@ def fleets(traffic: Traffic) -> Iterator[Fleet]:
         for routing in ("session", "random"):
             if traffic.is_slow:
                 yield Fleet(name, 16, routing, store)
-            yield Fleet(name, 128, routing, store, length=0.125 if traffic.is_slow else 0.25)
-            if not traffic.is_slow:
-                yield Fleet(name, 1000, routing, store, length=0.2, load=0.25)
-        yield Fleet(name, 16, "session", store, replaced_s=REPLACED_S)
+            else:
+                yield Fleet(name, 128, routing, store, length=0.125)
+                yield Fleet(name, 1000, routing, store, length=0.1, load=0.25)
         if not traffic.is_slow:
-            yield Fleet(name, 16, "cache-aware", store, replaced_s=REPLACED_S)
+            for routing in ("session", "cache-aware"):
+                yield Fleet(name, 16, routing, store, replaced_s=REPLACED_S)
 
 
 def traffics(options: argparse.Namespace) -> list[Traffic]:
@@ -237,7 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if fleet.name not in done
             and (options.servers is None or fleet.n_servers in options.servers)
         ]
-        todo.sort(key=lambda each: each[0].n_servers * each[0].length * each[0].load)
+        todo.sort(
+            key=lambda each: (each[1].is_slow, each[0].n_servers * each[0].length * each[0].load)
+        )
         for fleet, traffic in tqdm(todo, desc="fleets", unit=" runs"):
             found = run(fleet, traffic)
             with options.out.open("a") as file:
