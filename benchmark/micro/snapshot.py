@@ -258,7 +258,9 @@ def cache_of(talk: Conversations) -> Any:
     """What `Part` reads of the cache; the tiers' numbers are plain attributes there, too."""
     queue = SimpleNamespace(pages_in_flight=3, in_flight=1)
     formats = SimpleNamespace(page_bytes=8 << 20, slot_bytes=8 << 20)
-    disk = SimpleNamespace(capacity_bytes=1 << 40, fill=lambda: (100_000, False))
+    disk = SimpleNamespace(
+        capacity_bytes=1 << 40, stats=lambda: SimpleNamespace(pages=100_000, degraded=False)
+    )
     context = SimpleNamespace(
         forest=talk.forest,
         page_size=PAGE_SIZE,

@@ -123,10 +123,10 @@ class Part:
             (Tier.HOST, context.host.n_pages * page_size, None, ""),
         ]
         if disk is not None:
-            n_pages, is_degraded = disk.fill()
+            stats = disk.stats()
             most_pages = disk.capacity_bytes // context.page_format(Tier.DISK).slot_bytes
-            state = "takes no writes" if is_degraded else ""
-            rows.append((Tier.DISK, most_pages * page_size, n_pages * page_size, state))
+            state = "takes no writes" if stats.degraded else ""
+            rows.append((Tier.DISK, most_pages * page_size, stats.pages * page_size, state))
         link = None if cache.parts.store is None else cache.parts.store.link
         if link is not None:
             rows.append((Tier.STORE, 0, None, "does not answer" if link.is_degraded else ""))

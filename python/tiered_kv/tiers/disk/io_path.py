@@ -51,6 +51,10 @@ class PathPolicy(Protocol):
 
     def use_direct(self, reuse: Reuse) -> bool: ...
 
+    def last_direct(self, reuse: Reuse) -> bool:
+        """What `use_direct` said last, for whoever watches: it looks at nothing anew."""
+        ...
+
 
 class FixedPath:
     """Always the same path."""
@@ -60,6 +64,8 @@ class FixedPath:
 
     def use_direct(self, reuse: Reuse) -> bool:  # noqa: ARG002
         return self._direct
+
+    last_direct = use_direct
 
 
 class AdaptivePath:
@@ -74,6 +80,9 @@ class AdaptivePath:
 
     def use_direct(self, reuse: Reuse) -> bool:
         return reuse is not Reuse.SOON or not self._pressure.is_plentiful()
+
+    def last_direct(self, reuse: Reuse) -> bool:
+        return reuse is not Reuse.SOON or not self._pressure.was_plentiful()
 
 
 class IoPaths:
@@ -91,6 +100,10 @@ class IoPaths:
 
     def use_direct(self, reuse: Reuse) -> bool:
         return self.has_direct and self.policy.use_direct(reuse)
+
+    def last_direct(self, reuse: Reuse) -> bool:
+        """As `PathPolicy.last_direct`."""
+        return self.has_direct and self.policy.last_direct(reuse)
 
     def is_refusal(self, error: OSError) -> bool:
         """Is this what a file system says that has no direct I/O? Then there is none any more."""

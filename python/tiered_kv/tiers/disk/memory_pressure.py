@@ -104,6 +104,10 @@ class MemoryPressure:
                 self._lock.release()
         return self._is_plentiful
 
+    def was_plentiful(self) -> bool:
+        """The last answer, however old; the first time it is found out."""
+        return self.is_plentiful() if self._is_first else self._is_plentiful
+
     def _take_sample(self, now: float) -> None:
         sample = self._probe()
         stall_share = self._stall_share(sample, now - self._sampled_at)

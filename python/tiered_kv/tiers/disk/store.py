@@ -278,7 +278,7 @@ class DiskStore:
         return DiskNamespace(entries, self._operations)
 
     def stats(self) -> DiskStats:
-        """Never waits for the disk."""
+        """Never waits for the disk. Microseconds: the scheduler's thread asks once a second."""
         is_stalled = self._stalls.is_stalled()
         return DiskStats(
             pages=self._catalog.n_pages,
@@ -288,15 +288,11 @@ class DiskStore:
             segments=len(self._catalog.segments),
             degraded=self._gate.is_degraded or is_stalled,
             stalled=is_stalled,
-            direct_io=self._paths.use_direct(Reuse.LATER),
-            direct_io_soon=self._paths.use_direct(Reuse.SOON),
+            direct_io=self._paths.last_direct(Reuse.LATER),
+            direct_io_soon=self._paths.last_direct(Reuse.SOON),
             encrypted=self._is_encrypted,
             **self._counters.snapshot(),
         )
-
-    def fill(self) -> tuple[int, bool]:
-        """Pages stored, and whether writes pause, as `stats` says, but without a look at memory."""
-        return self._catalog.n_pages, self._gate.is_degraded or self._stalls.is_stalled()
 
     def namespaces(self) -> list[DiskNamespace]:
         """Every namespace that has pages."""

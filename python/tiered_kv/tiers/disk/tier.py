@@ -135,12 +135,6 @@ class DiskTier:
         totals = {name: getattr(stats, name) + n for name, n in counted.items()}
         return dataclasses.replace(stats, **totals)
 
-    def fill(self) -> tuple[int, bool]:
-        """As `DiskStore.fill`: microseconds, where `stats` may read files of the kernel's."""
-        with self._lock:
-            store = self._store
-        return (0, True) if store is None else store.fill()
-
     def clear(self) -> None:
         """Forget every page, at once; if the store cannot, the next begins by deleting them."""
         with self._lock:

@@ -46,6 +46,8 @@ class Memory:
     def is_plentiful(self) -> bool:
         return self.plentiful
 
+    was_plentiful = is_plentiful
+
 
 @pytest.fixture
 def memory() -> Memory:
@@ -90,6 +92,28 @@ def test_page_cache_needs_plenty_and_near_reuse(
     available_share: float, reuse: Reuse, is_direct: bool
 ) -> None:
     assert AdaptivePath(pressure(available_share)).use_direct(reuse) is is_direct
+
+
+def test_stats_look_at_memory_once(open_store: OpenStore) -> None:
+    """The scheduler's thread asks for them once a second, and reading what the kernel says of
+    memory takes milliseconds on a busy machine. So they say what the last I/O was told."""
+    looks: list[float] = []
+
+    def look() -> MemorySample:
+        looks.append(0.05 if looks else 0.5)
+        return MemorySample(looks[-1], None)
+
+    times = iter(range(100))
+    store = open_store()
+    if not store.stats().direct_io:
+        pytest.skip("no direct I/O on this file system")
+    policy = store._paths.policy = AdaptivePath(MemoryPressure(look, lambda: float(next(times))))
+    assert [store.stats().direct_io_soon for _ in range(3)] == [False] * 3
+    assert len(looks) == 1
+    assert policy.use_direct(Reuse.SOON)
+    assert len(looks) == 2
+    assert store.stats().direct_io_soon
+    assert len(looks) == 2
 
 
 @pytest.mark.parametrize("mode", list(IoMode))
