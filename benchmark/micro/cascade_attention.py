@@ -205,8 +205,9 @@ def main() -> None:
         numbers = list(results[-1].values())
         cells = [f"{n}" for n in numbers[:3]] + [f"{n:.3f}" for n in numbers[3:-1]]
         tqdm.write("  ".join(f"{cell:>10}" for cell in [*cells, f"{numbers[-1]:.1e}"]))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        # After every case: what was measured is kept if the rest fails.
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -45,10 +45,11 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "off": (*TIERED, "--tiered-kv-cascade", "off"),
     "on": (*TIERED, "--tiered-kv-cascade", "on"),
 }
-#: No warm-up: with dummy weights and no tokenizer there is nothing to say.
+#: No warm-up: with dummy weights and no tokenizer there is nothing to say. No graphs for prefill:
+#: what is timed is decoding.
 GPU_ARGS = ("--attention-backend", "flashinfer", "--sampling-backend", "pytorch",
             "--grammar-backend", "none", "--mm-feature-transport", "cpu",
-            "--skip-server-warmup")  # fmt: skip
+            "--skip-server-warmup", "--disable-prefill-cuda-graph")  # fmt: skip
 FIRST_TOKEN, LAST_TOKEN = 1000, 40000
 #: Tokens of context, over all rows and iterations, that a turn should about attend to.
 TURN_TOKENS = 150_000
@@ -58,21 +59,22 @@ ITERATIONS_MIN = 8
 GPU_ITERATIONS = 64
 
 
-def servers(options: argparse.Namespace, folder: Path) -> dict[str, Server]:
-    """All three, not started yet."""
+def servers(options: argparse.Namespace, logs: str) -> dict[str, Server]:
+    """All three, not started yet. logs: what the names of their logs begin with."""
     most = max(shared + rows * (options.own + GPU_ITERATIONS) for rows, shared in options.cases)
     common = [*(BASE_ARGS if options.device == "cpu" else GPU_ARGS), "--dtype", options.dtype]
     common += ["--page-size", "1", "--enable-metrics", "--max-total-tokens", str(2 * most)]
     common += ["--max-running-requests", str(max(64, *(rows for rows, _ in options.cases)))]
     if options.device == "cuda":
-        common += ["--cuda-graph-max-bs", str(max(rows for rows, _ in options.cases))]
+        sizes = sorted({1, *(rows for rows, _ in options.cases)})
+        common += ["--cuda-graph-bs-decode", *map(str, sizes)]
     if options.dummy:
         common += ["--load-format", "dummy", "--skip-tokenizer-init"]
     # Only the CPU platform: without it SGLang does not serve on a plain CPU.
     env = {"plain": {"SGLANG_PLUGINS": "tiered_kv_cpu"}}
     return {
         name: Server(
-            [*common, *flags], folder / f"{name}.log", options.model, env=env.get(name, {})
+            [*common, *flags], Path(f"{logs}{name}.log"), options.model, env=env.get(name, {})
         )
         for name, flags in SYSTEMS.items()
     }
@@ -129,7 +131,7 @@ def measure(
         "plain_by_on": ratio("plain", "on"),
         "off_by_on": ratio("off", "on"),
         "off_by_plain": ratio("off", "plain"),
-        "read_share": read / attended,
+        "read_share": read / max(attended, 1),
         "equal_answers": sum(theirs == ours for theirs, ours in pairs),
         "turns_ms": turns,
     }
@@ -192,6 +194,10 @@ def main() -> None:
     parser.add_argument("--own", type=int, default=64, help="tokens of each request's own")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--turns", type=int, default=3, help="measurements of each")
+    parser.add_argument(
+        "--logs", metavar="PREFIX",
+        help="keep the servers' logs, in files whose names begin so (default: they are lost)",
+    )  # fmt: skip
     parser.add_argument("--note", default="", help="a sentence on the machine, for the report")
     parser.add_argument("--out", type=Path, default=RESULTS / "cascade_cpu", metavar="NAME")
     options = parser.parse_args()
@@ -210,7 +216,9 @@ def main() -> None:
     )
     with (
         tempfile.TemporaryDirectory(prefix="cascade_") as folder,
-        servers_up(servers(options, Path(folder))) as up,
+        servers_up(
+            servers(options, options.logs or f"{folder}/"), at_once=options.device == "cuda"
+        ) as up,
     ):
         for n_rows, n_shared in tqdm(options.cases, desc="cases"):
             results.append(measure(up, options, n_rows, n_shared))

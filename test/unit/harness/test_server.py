@@ -172,6 +172,24 @@ def test_several_are_started_in_turn_and_all_stopped(make: Make) -> None:
     assert not any(map(group_alive, groups))
 
 
+def test_several_are_started_at_once_and_all_stopped(make: Make) -> None:
+    launched: list[int] = []
+    servers = {name: make(name=name) for name in ("first", "second")}
+
+    def note(_server: Server) -> None:
+        launched.append(sum(s.process is not None for s in servers.values()))
+
+    with servers_up(servers, note, at_once=True) as up:
+        assert up == servers
+        assert launched == [2, 2]
+        groups = [pid_of(server) for server in up.values()]
+    assert not any(map(group_alive, groups))
+    refused = {"first": make(name="first"), "second": make("--refuse", name="second")}
+    with pytest.raises(ServerError, match="before it was up"), servers_up(refused, at_once=True):
+        pass
+    assert all(server.process is None for server in refused.values())
+
+
 def test_if_one_of_several_fails_none_stays(make: Make) -> None:
     servers = {"first": make(name="first"), "second": make("--refuse", name="second")}
     groups: list[int] = []
