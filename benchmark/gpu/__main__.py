@@ -9,7 +9,8 @@ Steps come in the order of their worth: what torch and Triton alone can tell, wh
 fast it is. Each is a process of its own with a limit; the next comes whatever became of it. Each
 writes OUT/STEP.json as it goes and its output to OUT/STEP.log. OUT/check.json has all of them, with
 the logs of those that failed, and OUT/report.md the tables: these two are what to bring home. A
-later run with the same OUT goes on: first with what was never tried, then with what failed.
+later run with the same OUT goes on: first with what was never tried, then with what failed. What ran
+out of time has twice as long then.
 
 """
 
@@ -84,7 +85,9 @@ def run_all(
         if step is None:
             return tried
         tried.append(step.name)
-        limit_s = min(step.limit(is_small=is_small), max(left_s, 1.0))
+        was_late = found.get(step.name, {}).get("state") == record.LATE
+        limit_s = (2 if was_late else 1) * step.limit(is_small=is_small)
+        limit_s = min(limit_s, max(left_s, 1.0))
         began_s = time.monotonic()
         state = run_step(step, folder, device.type, limit_s, is_small=is_small)
         document = record.gather(folder, NAMES).get(step.name, {})

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmark.gpu import record, systems
 from benchmark.gpu.answers import (
+    AS_PLAIN,
     FRESH,
     STATES,
     STEP,
@@ -51,7 +52,10 @@ def measure(setting: Setting, notes: Record) -> dict[str, Any]:
         servers = {}
         for name, flags in variants.items():
             common = systems.common_flags(setting, sizes.page, sizes.device)
-            tiered = systems.tiered_flags(setting, sizes.host * sizes.token_bytes, disk / name)
+            tiered = systems.tiered_flags(
+                setting, sizes.host * sizes.token_bytes, disk / name, n_servers=len(variants)
+            )
+            tiered += AS_PLAIN
             servers[name] = systems.server_of(
                 "answers_more", name, setting, model, [*common, *tiered, *flags]
             )
@@ -67,8 +71,12 @@ def measure(setting: Setting, notes: Record) -> dict[str, Any]:
                 found.gang = together(server, questions.gang, sizes.gang_new)
                 found.strangers = together(server, questions.strangers, sizes.gang_new)
                 result[name] = asdict(found)
-                result[f"{name}_compared"] = compared(found, plain)
+                result[f"{name}_compared"] = compared(
+                    found, plain, rounds_alike=EAGER[0] not in server.args
+                )
                 result["wrong"][name] = result[f"{name}_compared"]["wrong"]
                 notes.so_far(result)
+            result["trouble"] = systems.trouble(up)
+            notes.so_far(result)
     check(result)
     return result

@@ -33,10 +33,12 @@ def kernel(setting: Setting, notes: Record) -> dict[str, Any]:
     small = ("--own", "16", "--turns", "2", "--threads", "1")
     for n_rows, shared in (((4,), (64,)),) if setting.is_small else CASES:
         own = small if setting.is_small else ("--own", "256", *LLAMA)
-        run(KERNEL, [*sizes(n_rows, shared), *own, "--json", str(out)])
-        rows += json.loads(out.read_text())
-        out.unlink()
-        notes.so_far({"rows": rows})
+        out.unlink(missing_ok=True)
+        try:
+            run(KERNEL, [*sizes(n_rows, shared), *own, "--json", str(out)])
+        finally:
+            rows += rows_in(out)
+            notes.so_far({"rows": rows})
     return {"rows": rows}
 
 
@@ -44,8 +46,11 @@ def server(setting: Setting, notes: Record) -> dict[str, Any]:
     """Rows of whole iterations of three servers that stay up together."""
     model = write_model(setting.folder / "cascade_model", setting.is_small)
     name = setting.folder / "cascade_server_rows"
+    out = name.with_suffix(".json")
+    out.unlink(missing_ok=True)
     notes.so_far({"rows": []})
     arguments = ["--model", str(model), "--dummy", "--out", str(name)]
+    arguments += ["--logs", str(setting.folder / "cascade_server_server_")]
     if setting.is_small:
         arguments += [*sizes((4,), (300,)), "--own", "8", "--turns", "1"]
     else:
@@ -53,9 +58,22 @@ def server(setting: Setting, notes: Record) -> dict[str, Any]:
         arguments += ["--cases", *pairs, "--own", "256"]
     if setting.on_gpu:
         arguments += ["--device", "cuda", "--dtype", "bfloat16"]
-    run(SERVER, arguments)
-    rows = json.loads(name.with_suffix(".json").read_text())
-    return {"rows": rows}
+    trouble = {}
+    try:
+        run(SERVER, arguments)
+    except RuntimeError as error:
+        # All rows are there: it was the servers' end that went wrong.
+        if len(rows_in(out)) < (1 if setting.is_small else len(SERVER_CASES)):
+            raise
+        trouble = {"one of the servers": [str(error)]}
+    finally:
+        notes.so_far({"rows": rows_in(out)})
+    return {"rows": rows_in(out), "trouble": trouble}
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    """What a benchmark has written by now: it may have been stopped."""
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def sizes(rows: Sequence[int], shared: Sequence[int]) -> list[str]:

@@ -19,7 +19,6 @@ from benchmark.gpu.record import Record
 from benchmark.gpu.setting import Setting
 from benchmark.simulation.probe import Answer, Probe
 from harness.server import Server
-from harness.servers import servers_up
 
 MODES = {"in turns": (), "mixed": ("--enable-mixed-chunk",)}
 
@@ -49,19 +48,19 @@ def measure(setting: Setting, notes: Record) -> dict[str, Any]:
     common = systems.common_flags(setting, 64 if setting.on_gpu else 16, 2 * n_tokens)
     common += systems.tiered_flags(setting, 1 << 30 if setting.on_gpu else 64 << 20, None)
     if setting.on_gpu:
-        common += ["--cuda-graph-max-bs", "64"]
+        common += ["--cuda-graph-max-bs-decode", "64"]
     servers = {
         name: systems.server_of("mixing", name.replace(" ", "_"), setting, model, [*common, *flags])
         for name, flags in MODES.items()
     }
     rows: list[dict[str, Any]] = []
-    with servers_up(servers) as up:
+    with systems.all_up(servers) as up:
         for turn, (name, server) in itertools.product(range(load.turns + 1), up.items()):
             row = {"mode": name, **one_turn(server, load, turn)}
             if turn:  # the first warms up
                 rows.append(row)
             notes.so_far({"load": asdict(load), "rows": rows})
-    return {"load": asdict(load), "rows": rows}
+        return {"load": asdict(load), "rows": rows, "trouble": systems.trouble(up)}
 
 
 def one_turn(server: Server, load: Load, seed: int) -> dict[str, float]:

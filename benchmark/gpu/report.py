@@ -37,6 +37,8 @@ def report(results: Results) -> str:
         except (KeyError, IndexError, TypeError, ValueError):
             # A step that was stopped has what it had come to.
             written = ["What there is makes no table yet: see its file."]
+        for server, trouble in found["result"].get("trouble", {}).items():
+            written = [*written, "", f"The log of {server} tells of trouble: {trouble[0]}"]
         lines += [f"## {name}\n", *written]
         if found["state"] != DONE:
             lines += ["", f"Not all of it: {found.get('reason', found['state'])}"]
@@ -229,6 +231,8 @@ def ttft(result: Mapping[str, Any]) -> list[str]:
     if "interference" in result:
         longer = percent(result["interference"]["longer_by"])
         lines += ["", f"While pages are written a token takes {longer} longer."]
+    if "gave_up" in result:
+        lines += ["", f"Not all of it: {result['gave_up']}"]
     return lines
 
 

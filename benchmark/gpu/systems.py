@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,12 +19,20 @@ import requests
 
 from benchmark.gpu.setting import Setting
 from harness.server import Server, ServerError
+from tiered_kv.tiers.memory_limits import available_bytes
 
 #: How SGLang says what its graphs took.
 CAPTURED = re.compile(
     r"Capture (.+?) CUDA graph end\..*?elapsed=([\d.]+) s.*?mem usage=([\d.-]+) GB"
 )
 LAUNCHER = (str(Path(__file__).with_name("launcher.py")),)
+#: SGLang captures some sixty sizes of prefill by default, for nothing that is asked here.
+PREFILL_GRAPHS = ("--cuda-graph-bs-prefill", "64", "256", "1024", "2304", "8192")
+#: Of what is free, this share is taken: of memory by all servers together, and of the disk.
+SHARE_MAX = 0.5
+DISK_BYTES = 40 * 10**9
+#: Lines of a log that tell of trouble, of each server.
+TROUBLE_MAX = 20
 
 LLAMA_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -77,18 +86,26 @@ def common_flags(setting: Setting, page_tokens: int, device_tokens: int) -> list
     flags += ["--mm-feature-transport", "cpu"]
     if setting.on_gpu:
         flags += ["--attention-backend", "flashinfer", "--chunked-prefill-size", "8192"]
-        return [*flags, "--cuda-graph-max-bs", "16"]
+        return [*flags, "--cuda-graph-max-bs-decode", "16", *PREFILL_GRAPHS]
     flags += ["--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"]
     return [*flags, "--sleep-on-idle", "--disable-overlap-schedule"]
 
 
-def tiered_flags(setting: Setting, host_bytes: int, disk: Path | None) -> list[str]:
+def tiered_flags(
+    setting: Setting, host_bytes: int, disk: Path | None, *, n_servers: int = 1
+) -> list[str]:
+    """n_servers: that share the machine's memory. A tier that does not fit is smaller."""
+    free = available_bytes()
+    if free is not None:
+        host_bytes = min(host_bytes, int(SHARE_MAX * free) // n_servers)
     flags = ["--tiered-kv", "--enable-metrics", "--tiered-kv-host-size", f"{host_bytes}B"]
     flags += ["--tiered-kv-disk-dir", "none" if disk is None else str(disk)]
     if disk is not None:
-        flags += ["--tiered-kv-disk-size", "40GB" if setting.on_gpu else "1GB"]
+        wanted = DISK_BYTES if setting.on_gpu else 10**9
+        free_disk = shutil.disk_usage(next(p for p in (disk, *disk.parents) if p.exists())).free
+        flags += ["--tiered-kv-disk-size", f"{min(wanted, int(SHARE_MAX * free_disk))}B"]
     if setting.is_small:
-        # So small a model computes sooner than anything can be loaded.
+        # So small a model computes sooner than anything can be loaded. (The last one given counts.)
         flags += ["--tiered-kv-load-policy", "always"]
     return flags
 
@@ -118,6 +135,13 @@ def server_of(
     return Server(list(args), log, model, env=dict(env or {}), launcher=LAUNCHER)
 
 
+def trouble(servers: Mapping[str, Server]) -> dict[str, list[str]]:
+    """What the logs tell of errors and leaks, by server: to be looked at; figures stand as they
+    are."""
+    found = {name: server.trouble()[:TROUBLE_MAX] for name, server in servers.items()}
+    return {name: lines for name, lines in found.items() if lines}
+
+
 def captures(server: Server) -> list[dict[str, Any]]:
     """What each capture of CUDA graphs took at the start."""
     return [
@@ -130,7 +154,7 @@ def captures(server: Server) -> list[dict[str, Any]]:
 def up_together(
     servers: Mapping[str, Server],
 ) -> Iterator[tuple[dict[str, Server], dict[str, str]]]:
-    """Starts all at once; those that are up, and why the others are not."""
+    """Starts all at once; those that are up, and why the others are not. Killed at the end."""
     with ExitStack() as stack:
         failed: dict[str, str] = {}
         up: dict[str, Server] = {}
@@ -149,10 +173,19 @@ def up_together(
 
 
 @contextlib.contextmanager
+def all_up(servers: Mapping[str, Server]) -> Iterator[dict[str, Server]]:
+    """As `up_together`. Raises RuntimeError unless all are up."""
+    with up_together(servers) as (up, failed):
+        if failed:
+            raise RuntimeError(
+                "; ".join(f"{name} did not start: {why}" for name, why in failed.items())
+            )
+        yield up
+
+
+@contextlib.contextmanager
 def emptied(folder: Path) -> Iterator[Path]:
     """A folder that is new, and gone afterwards: these are tens of gigabytes."""
-    import shutil
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

@@ -3,8 +3,9 @@
 Three systems, each a step of its own, same model and pools: plain SGLang, HiCache with its file
 backend, and --tiered-kv. Each answers the same questions: prompts it has never seen, again at once
 (KV on the device), again after others filled the device (host), again after a flush (disk). What
-has no such tier computes. Then several answers are decoded at once, for the time per output token;
-with --tiered-kv also while what was just computed is written to host and disk.
+has no such tier computes. Several answers are decoded at once, for the time per output token; with
+--tiered-kv also while what was just computed is written to host and disk. What takes a disk comes
+after what does not: nobody knows how slow it is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmark.gpu.record import Record
 from benchmark.gpu.setting import Setting
 from benchmark.simulation.probe import Answer, Probe
 from harness.metrics import wait_for_disk
-from harness.server import Server
+from harness.server import Server, ServerError
 
 FLUSH_TIMEOUT_S = 60.0
 #: Decodes that are timed while pages are written, and while none are, in turns.
@@ -42,6 +43,7 @@ class Sizes:
     token_bytes: int
     page_tokens: int
     n_decodes: int
+    decode_context: int
     decode_tokens: int
     repeats: int
 
@@ -58,6 +60,7 @@ LARGE_SIZES = Sizes(
     token_bytes=131072,
     page_tokens=64,
     n_decodes=8,
+    decode_context=2048,
     decode_tokens=128,
     repeats=2,
 )
@@ -69,6 +72,7 @@ SMALL_SIZES = Sizes(
     token_bytes=1024,
     page_tokens=16,
     n_decodes=2,
+    decode_context=64,
     decode_tokens=8,
     repeats=1,
 )
@@ -121,15 +125,32 @@ def measured(
         flags = systems.common_flags(setting, sizes.page_tokens, sizes.device_tokens)
         flags += system["args"]
         server = systems.server_of(step, name, setting, model, flags, system.get("env"))
-        with server:
+        with systems.all_up({name: server}):
             result["start_s"] = server.start_seconds
-            for sample in first_tokens(server, name, sizes):
-                result["samples"].append(asdict(sample))
-                notes.so_far(result)
-            result["decoding"][name] = output_tokens(server, sizes)
+
+            def note(samples: Iterator[Sample]) -> None:
+                for sample in samples:
+                    result["samples"].append(asdict(sample))
+                    notes.so_far(result)
+
+            questions = Questions(server, name, sizes)
+            note(questions.computed())
+            if name == "plain":
+                # It computes all that follows, too: what else there is to know comes first.
+                result["decoding"][name] = output_tokens(server, sizes)
+            note(questions.after_others())
+            if name != "plain":
+                result["decoding"][name] = output_tokens(server, sizes)
             notes.so_far(result)
-            if name == "tiered":
-                result["interference"] = interference(server, sizes)
+            try:
+                note(questions.after_a_flush())
+                for found in interference(server, sizes) if name == "tiered" else ():
+                    result["interference"] = found
+                    notes.so_far(result)
+            except ServerError as error:
+                # A slow disk: all else is known by now.
+                result["gave_up"] = str(error).splitlines()[0]
+            result["trouble"] = systems.trouble({name: server})
     return result
 
 
@@ -144,41 +165,53 @@ def system_of(setting: Setting, name: str, sizes: Sizes, disk: Path) -> dict[str
     )
 
 
-def first_tokens(server: Server, name: str, sizes: Sizes) -> Iterator[Sample]:
-    """Every length in every state.
+class Questions:
+    """Every length in every state, to be asked in the order of the methods.
 
     The device holds one prompt of the longest length, or one of each of the others. So a prompt of
     the longest length pushes out all others, whether it is computed or loaded.
     """
-    probe = Probe(server.url, seed=7)
-    *shorter, longest = sizes.lengths
-    prompts = {n: probe.tokens(n - 1) for n in sizes.lengths}
-    pusher = probe.tokens(longest - 1)
-    last_tokens = itertools.count(1)
 
-    def ask(state: str, n: int, prompt: list[int]) -> Sample:
-        return sample_of(name, state, n, probe.ask([*prompt, next(last_tokens)]))
+    def __init__(self, server: Server, name: str, sizes: Sizes) -> None:
+        self._server, self._name, self._sizes = server, name, sizes
+        self._probe = Probe(server.url, seed=7)
+        self._prompts: dict[int, list[int]] = {}
+        self._pusher = self._probe.tokens(sizes.lengths[-1] - 1)
+        self._last_tokens = itertools.count(1)
+        # Plain SGLang computes them all again: once says enough.
+        self._repeats = 1 if name == "plain" else sizes.repeats
 
-    def ask_all(state: str) -> Iterator[Sample]:
+    def computed(self) -> Iterator[Sample]:
+        """New, and again at once."""
+        sizes, (*shorter, longest) = self._sizes, self._sizes.lengths
+        warm_up(self._probe, sizes)
+        for n in (longest, *shorter):
+            # What is computed is written to disk: only short prompts are computed several times.
+            for _ in range(sizes.repeats if n <= sizes.short_tokens else 1):
+                self._prompts[n] = self._probe.tokens(n - 1)
+                yield self._ask(FRESH, n)
+                yield self._ask(DEVICE, n)
+
+    def after_others(self) -> Iterator[Sample]:
+        """When others have filled the device."""
+        for _ in range(self._repeats):
+            self._probe.ask([*self._pusher, next(self._last_tokens)])
+            yield from self._ask_all(HOST)
+
+    def after_a_flush(self) -> Iterator[Sample]:
+        """Raises ServerError if that takes too long."""
+        for _ in range(self._repeats):
+            flush(self._server)
+            yield from self._ask_all(DISK)
+
+    def _ask_all(self, state: str) -> Iterator[Sample]:
         # From long to short: the longest leaves room for what of the others comes after it.
-        for n in reversed(sizes.lengths):
-            yield ask(state, n, prompts[n])
+        for n in reversed(self._sizes.lengths):
+            yield self._ask(state, n)
 
-    warm_up(probe, sizes)
-    for n in (longest, *shorter):
-        # What is computed is written to disk: only short prompts are computed several times.
-        for _ in range(sizes.repeats if n <= sizes.short_tokens else 1):
-            prompts[n] = probe.tokens(n - 1)
-            yield ask(FRESH, n, prompts[n])
-            yield ask(DEVICE, n, prompts[n])
-    # Plain SGLang computes them all again: once says enough.
-    repeats = 1 if name == "plain" else sizes.repeats
-    for _ in range(repeats):
-        probe.ask([*pusher, next(last_tokens)])
-        yield from ask_all(HOST)
-    for _ in range(repeats):
-        flush(server)
-        yield from ask_all(DISK)
+    def _ask(self, state: str, n: int) -> Sample:
+        answer = self._probe.ask([*self._prompts[n], next(self._last_tokens)])
+        return sample_of(self._name, state, n, answer)
 
 
 def sample_of(system: str, state: str, n: int, answer: Answer) -> Sample:
@@ -198,7 +231,7 @@ def warm_up(probe: Probe, sizes: Sizes) -> None:
 def output_tokens(server: Server, sizes: Sizes) -> dict[str, float]:
     """Seconds per token of answers decoded together, and the 99th percentile of gaps."""
     probe = Probe(server.url, seed=8)
-    prompts = [probe.tokens(sizes.lengths[0]) for _ in range(sizes.n_decodes)]
+    prompts = [probe.tokens(sizes.decode_context) for _ in range(sizes.n_decodes)]
     with ThreadPoolExecutor(sizes.n_decodes) as pool:
         answers = list(pool.map(lambda prompt: probe.ask(prompt, sizes.decode_tokens), prompts))
     start_s = max(answer.first_s for answer in answers)
@@ -212,14 +245,16 @@ def output_tokens(server: Server, sizes: Sizes) -> dict[str, float]:
         "tpot_s": statistics.median(means),
         "tpot_p99_s": gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))],
         "n_decodes": sizes.n_decodes,
-        "context_tokens": sizes.lengths[0] + sizes.decode_tokens // 2,
+        "context_tokens": sizes.decode_context + sizes.decode_tokens // 2,
     }
 
 
-def interference(server: Server, sizes: Sizes) -> dict[str, Any]:
-    """Time per output token while a long prompt's pages are written, and while none are.
+def interference(server: Server, sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Time per output token while a long prompt's pages are written, and while none are; what is
+    known after each turn.
 
     The prompt is computed before; writing it to host and disk goes on while the answers come.
+    Raises ServerError where the disk is so slow that there is no quiet before a turn.
     """
     probe = Probe(server.url, seed=9)
     quiet: list[float] = []
@@ -229,5 +264,5 @@ def interference(server: Server, sizes: Sizes) -> dict[str, Any]:
         quiet.append(output_tokens(server, sizes)["tpot_s"])
         probe.ask(probe.tokens(sizes.lengths[-2]))
         busy.append(output_tokens(server, sizes)["tpot_s"])
-    share = statistics.median(b / q for b, q in zip(busy, quiet, strict=True)) - 1
-    return {"quiet_s": quiet, "busy_s": busy, "longer_by": share}
+        share = statistics.median(b / q for b, q in zip(busy, quiet, strict=True)) - 1
+        yield {"quiet_s": quiet, "busy_s": busy, "longer_by": share}

@@ -220,8 +220,38 @@ def test_a_step_that_hangs_is_ended_with_all_that_it_started(
     assert state == "out of time"
     assert time.monotonic() - began_s < 60
     assert document["reason"].startswith("stopped after ")
-    status = Path(f"/proc/{document['result']['child']}/status")
-    assert not status.exists() or "State:\tZ" in status.read_text()
+    deadline_s = time.monotonic() + 10
+    while is_alive(document["result"]["child"]):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def is_alive(process: int) -> bool:
+    """Neither gone nor waiting for its parent to look."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+    return re.search(r"State:\t[ZX]", status) is None
+
+
+def test_what_ran_out_of_time_has_twice_as_long_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+
+    def late(step: Step, folder: Path, device: str, limit_s: float, *, is_small: bool) -> str:
+        limits.append(limit_s)
+        notes = record.Record(folder / f"{step.name}.json", step.name, device, is_small)
+        return str(notes.write(record.LATE)["state"])
+
+    monkeypatch.setattr(check, "run_step", late)
+    monkeypatch.setattr(check, "NAMES", ("works",))
+    for _ in range(2):
+        check.run_all(
+            [made("works", 60)], tmp_path, torch.device("cpu"), 1000, is_small=False, again=False
+        )
+    assert limits == [60, 120]
 
 
 def test_what_is_there_is_kept_until_asked_for_again(
@@ -266,7 +296,7 @@ def test_full_sizes_are_refused_without_a_gpu(
 def test_every_system_gets_flags_that_the_server_has(
     tmp_path: Path, server_flags: set[str], device: str
 ) -> None:
-    from benchmark.gpu import answers_more, mixing
+    from benchmark.gpu import answers, answers_more, mixing
 
     setting = Setting(torch.device(device), device == "cpu", tmp_path)
     sizes = ttft.SMALL_SIZES
@@ -274,6 +304,7 @@ def test_every_system_gets_flags_that_the_server_has(
     for name in ("plain", "hicache", "tiered"):
         words += ttft.system_of(setting, name, sizes, tmp_path)["args"]
     words += [*answers_more.EAGER, *answers_more.CASCADE, *answers_more.MAKE_WAY]
+    words += answers.AS_PLAIN
     words += [flag for flags in mixing.MODES.values() for flag in flags]
     assert {word for word in words if word.startswith("--")} <= server_flags
 
@@ -309,5 +340,7 @@ def check_rehearsal(out: Path) -> None:
         assert sample["cached_tokens"] == 0
     assert len(result_of(out, "ttft_tiered")["interference"]["busy_s"]) == ttft.INTERFERENCE_TURNS
     assert {row["mode"] for row in result_of(out, "mixing")["rows"]} == {"in turns", "mixed"}
+    for step in WITH_SERVERS:
+        assert not result_of(out, step).get("trouble"), step
     (row,) = result_of(out, "cascade_server")["rows"]
     assert (row["rows"], row["equal_answers"]) == (4, 4)

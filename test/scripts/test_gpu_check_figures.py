@@ -158,6 +158,22 @@ def test_a_model_whose_answers_depend_on_nothing_says_nothing() -> None:
         answers.check({"wrong": {}, "failed": {}, "depends_on_prefix": False})
 
 
+def test_a_system_of_other_shapes_is_compared_with_its_own_device() -> None:
+    """Without graphs passes are not padded: each answer may go another way, and does so again."""
+    other = said()
+    own = [[1, 2, 9], [4, 5, 7]]
+    other.tokens = {answers.FRESH: own, **dict.fromkeys(answers.STATES[1:], own)}
+    found = answers.compared(other, PLAIN, rounds_alike=False)
+    assert found["wrong"] == []
+    assert found["equal"] == {answers.HOST: "2 of 2", answers.DISK: "2 of 2"}
+    other.tokens[answers.DISK] = [[1, 2, 9], [4, 5, 8]]
+    other.tokens[answers.DEVICE] = [[7, 2, 9], [8, 5, 7]]
+    wrong = answers.compared(other, PLAIN, rounds_alike=False)["wrong"]
+    assert [what.split(":")[0] for what in wrong] == [
+        "again", "2 answers differ, after others", "2 answers differ, after a flush",
+    ]  # fmt: skip
+
+
 # -- first tokens -----------------------------------------------------------------------------
 
 
@@ -202,7 +218,11 @@ def test_prompts_are_where_their_state_says(
     monkeypatch.setattr(ttft, "Probe", lambda _url, seed: cache)
     monkeypatch.setattr(ttft, "flush", cache.flush)
     server = SimpleNamespace(url="")
-    samples = list(ttft.first_tokens(server, "tiered", sizes))  # type: ignore[arg-type]
+    questions = ttft.Questions(server, "tiered", sizes)  # type: ignore[arg-type]
+    samples = [*questions.computed(), *questions.after_others()]
+    for _ in range(sizes.n_decodes):
+        cache.ask(cache.tokens(sizes.decode_context + sizes.decode_tokens))
+    samples += questions.after_a_flush()
     page = sizes.page_tokens
     tier_of = {ttft.DEVICE: "device", ttft.HOST: "host", ttft.DISK: "storage"}
     for sample in samples:
@@ -213,7 +233,8 @@ def test_prompts_are_where_their_state_says(
     kinds = {(sample.state, sample.tokens) for sample in samples}
     assert len(kinds) == 4 * len(sizes.lengths)
     # What is computed is written: it must fit the disk tier that the server is given.
-    assert cache.n_computed * sizes.token_bytes < 40e9
+    n_interfering = ttft.INTERFERENCE_TURNS * sizes.lengths[-2]
+    assert (cache.n_computed + n_interfering) * sizes.token_bytes < systems.DISK_BYTES
 
 
 def test_time_per_token_counts_pieces_of_two_tokens_as_two(
