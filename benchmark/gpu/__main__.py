@@ -9,8 +9,8 @@ Steps come in the order of their worth: what torch and Triton alone can tell, wh
 fast it is. Each is a process of its own with a limit; the next comes whatever became of it. Each
 writes OUT/STEP.json as it goes and its output to OUT/STEP.log. OUT/check.json has all of them, with
 the logs of those that failed, and OUT/report.md the tables: these two are what to bring home. A
-later run with the same OUT goes on: first with what was never tried, then with what failed. What ran
-out of time has twice as long then.
+later run with the same OUT goes on: first with what was never tried, then with what failed. What
+ran out of time has twice as long then.
 
 """
 

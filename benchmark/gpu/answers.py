@@ -6,8 +6,8 @@ again: what a prefix of the same bytes gives must be equal to the token, whereve
 Prompts that are asked together are batched otherwise on either side, and rounded otherwise: they
 are judged by how far plain SGLang agrees with itself, alone and together.
 
-What is stored is loaded, whatever computing it would take, and prompts come in the pieces that plain
-SGLang takes: one in two pieces is rounded otherwise than one in a piece.
+What is stored is loaded, whatever computing it would take, and prompts come in the pieces that
+plain SGLang takes: one in two pieces is rounded otherwise than one in a piece.
 """
 
 from __future__ import annotations
