@@ -12,6 +12,7 @@ plain SGLang takes: one in two pieces is rounded otherwise than one in a piece.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import requests
+
 from benchmark.gpu import systems
 from benchmark.gpu.record import Record
 from benchmark.gpu.setting import Setting
 from benchmark.simulation.probe import Probe
 from harness.metrics import wait_for_disk
-from harness.server import Server
+from harness.server import Server, ServerError
 
 FRESH, DEVICE, HOST, DISK = "new", "again", "after others", "after a flush"
 STATES = (FRESH, DEVICE, HOST, DISK)
@@ -109,6 +112,24 @@ def ask_states(
         found.tokens[state] = [tokens for tokens, _ in answers]
         found.by_tier[state] = [tiers for _, tiers in answers]
         yield
+
+
+def ask_gangs(server: Server, questions: Questions, found: Answers) -> None:
+    """One prefix alone and together; then strangers."""
+    n_new = questions.sizes.gang_new
+    found.gang_alone = [ask(server, prompt, n_new)[0] for prompt in questions.gang]
+    found.gang = together(server, questions.gang, n_new)
+    found.strangers = together(server, questions.strangers, n_new)
+
+
+@contextlib.contextmanager
+def gives_up(name: str, result: dict[str, Any]) -> Iterator[None]:
+    """A server that does not answer is what is wrong with it, and no reason to ask no other."""
+    try:
+        yield
+    except (ServerError, requests.RequestException) as error:
+        print(error, flush=True)
+        result["wrong"][name] = [f"did not answer: {str(error).splitlines()[0]}"]
 
 
 def ask(server: Server, prompt: Sequence[int], n_new: int) -> tuple[list[int], dict[str, int]]:
@@ -210,22 +231,18 @@ def measure(setting: Setting, notes: Record) -> dict[str, Any]:
             result["captures"] = {name: systems.captures(server) for name, server in up.items()}
             notes.so_far(result)
             for name, server in up.items():
-                found = Answers()
-                states = (FRESH, DEVICE) if name == "plain" else STATES
-                for _ in ask_states(server, questions, states, found):
+                found, states = Answers(), (FRESH, DEVICE) if name == "plain" else STATES
+                with gives_up(name, result):
+                    for _ in ask_states(server, questions, states, found):
+                        result[name] = asdict(found)
+                        notes.so_far(result)
+                    ask_gangs(server, questions, found)
                     result[name] = asdict(found)
-                    notes.so_far(result)
-                found.gang_alone = [
-                    ask(server, prompt, sizes.gang_new)[0] for prompt in questions.gang
-                ]
-                found.gang = together(server, questions.gang, sizes.gang_new)
-                found.strangers = together(server, questions.strangers, sizes.gang_new)
-                result[name] = asdict(found)
-                if name == "plain":
-                    result["depends_on_prefix"] = depends_on_prefix(found)
-                elif "plain" in result:
-                    result[f"{name}_compared"] = compared(found, result["plain"])
-                    result["wrong"][name] = result[f"{name}_compared"]["wrong"]
+                    if name == "plain":
+                        result["depends_on_prefix"] = depends_on_prefix(found)
+                    elif result.get("plain", {}).get("strangers"):
+                        result[f"{name}_compared"] = compared(found, result["plain"])
+                        result["wrong"][name] = result[f"{name}_compared"]["wrong"]
                 notes.so_far(result)
             result["trouble"] = systems.trouble(up)
             notes.so_far(result)

@@ -17,6 +17,7 @@ from benchmark.gpu.answers import (
     ask_states,
     check,
     compared,
+    gives_up,
     sizes_of,
     together,
 )
@@ -33,7 +34,7 @@ def measure(setting: Setting, notes: Record) -> dict[str, Any]:
     """All servers at once. Raises NotHereError before `answers` has plain SGLang's answers."""
     before = record.read(setting.folder / f"{STEP}.json") or {}
     plain = before.get("result", {}).get("plain")
-    if plain is None or not plain.get("gang"):
+    if plain is None or not plain.get("strangers"):
         raise NotHereError("plain SGLang's answers are missing: `answers` must come first")
     sizes, questions = sizes_of(setting), Questions(sizes_of(setting))
     model = systems.write_model(setting.folder / "model", setting.is_small)
@@ -66,15 +67,15 @@ def measure(setting: Setting, notes: Record) -> dict[str, Any]:
             for name, server in up.items():
                 found = Answers()
                 states = STATES if name == "eager" else STATES[: STATES.index(FRESH) + 1]
-                for _ in ask_states(server, questions, states, found):
-                    notes.so_far(result)
-                found.gang = together(server, questions.gang, sizes.gang_new)
-                found.strangers = together(server, questions.strangers, sizes.gang_new)
-                result[name] = asdict(found)
-                result[f"{name}_compared"] = compared(
-                    found, plain, rounds_alike=EAGER[0] not in server.args
-                )
-                result["wrong"][name] = result[f"{name}_compared"]["wrong"]
+                with gives_up(name, result):
+                    for _ in ask_states(server, questions, states, found):
+                        notes.so_far(result)
+                    found.gang = together(server, questions.gang, sizes.gang_new)
+                    found.strangers = together(server, questions.strangers, sizes.gang_new)
+                    result[name] = asdict(found)
+                    alike = EAGER[0] not in server.args
+                    result[f"{name}_compared"] = compared(found, plain, rounds_alike=alike)
+                    result["wrong"][name] = result[f"{name}_compared"]["wrong"]
                 notes.so_far(result)
             result["trouble"] = systems.trouble(up)
             notes.so_far(result)

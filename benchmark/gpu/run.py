@@ -47,6 +47,8 @@ def run_step(step: Step, folder: Path, device: str, limit_s: float, *, is_small:
 def environment() -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "test"), os.environ.get("PYTHONPATH", "")]
     return {
+        # Models are folders: nobody is to look for them, for minutes, where there is no network.
+        "HF_HUB_OFFLINE": "1",
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUNBUFFERED": "1",

@@ -29,7 +29,7 @@ LAUNCHER = (str(Path(__file__).with_name("launcher.py")),)
 #: SGLang captures some sixty sizes of prefill by default, for nothing that is asked here.
 PREFILL_GRAPHS = ("--cuda-graph-bs-prefill", "64", "256", "1024", "2304", "8192")
 #: Of what is free, this share is taken: of memory by all servers together, and of the disk.
-SHARE_MAX = 0.5
+SHARE_MAX, DISK_SHARE_MAX = 0.5, 0.8
 DISK_BYTES = 40 * 10**9
 #: Lines of a log that tell of trouble, of each server.
 TROUBLE_MAX = 20
@@ -103,7 +103,7 @@ def tiered_flags(
     if disk is not None:
         wanted = DISK_BYTES if setting.on_gpu else 10**9
         free_disk = shutil.disk_usage(next(p for p in (disk, *disk.parents) if p.exists())).free
-        flags += ["--tiered-kv-disk-size", f"{min(wanted, int(SHARE_MAX * free_disk))}B"]
+        flags += ["--tiered-kv-disk-size", f"{min(wanted, int(DISK_SHARE_MAX * free_disk))}B"]
     if setting.is_small:
         # So small a model computes sooner than anything can be loaded. (The last one given counts.)
         flags += ["--tiered-kv-load-policy", "always"]

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 
 from benchmark.gpu import answers, environment, report, systems, ttft
 from benchmark.simulation.probe import Answer
+from harness.server import ServerError
 
 # -- what is made of the figures --------------------------------------------------------------
 
@@ -156,6 +158,22 @@ def test_a_model_whose_answers_depend_on_nothing_says_nothing() -> None:
     assert not answers.depends_on_prefix(answers.Answers(tokens={answers.DEVICE: [[1], [1]]}))
     with pytest.raises(RuntimeError, match="do not depend on the prefix"):
         answers.check({"wrong": {}, "failed": {}, "depends_on_prefix": False})
+
+
+def test_a_server_that_does_not_answer_is_what_is_wrong_with_it() -> None:
+    result: dict[str, Any] = {"wrong": {}, "failed": {}}
+    for name, error in (
+        ("first", requests.ConnectionError("refused")), ("second", ServerError("busy\nits log")),
+    ):  # fmt: skip
+        with answers.gives_up(name, result):
+            raise error
+    assert result["wrong"] == {
+        "first": ["did not answer: refused"], "second": ["did not answer: busy"],
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="first: did not answer"):
+        answers.check(result)
+    with pytest.raises(KeyError), answers.gives_up("third", result):
+        raise KeyError("a fault of the check")
 
 
 def test_a_system_of_other_shapes_is_compared_with_its_own_device() -> None:

@@ -29,9 +29,11 @@ def say(name: str, start: float, what: str) -> None:
 
 
 def flashinfer_specs() -> list[tuple[str, Callable[[], Any]]]:
-    """What upstream's flashinfer backend and cascade attention use, quickest first.
+    """What upstream's flashinfer backend and cascade attention use, what gpu_check needs first.
 
-    Not sampling, the slowest to build: a bundle samples in PyTorch (`cli.SERVE_FLAGS`).
+    Its model has four query heads to a KV head: these decode by the kernels of prefill, and those
+    of decode are for models with fewer. Not sampling, the slowest to build: a bundle samples in
+    PyTorch (`cli.SERVE_FLAGS`).
     """
     import torch
     from flashinfer.jit.attention import gen_batch_decode_module, gen_batch_prefill_module
@@ -51,11 +53,11 @@ def flashinfer_specs() -> list[tuple[str, Callable[[], Any]]]:
     return [
         ("cascade", gen_cascade_module),
         ("page", gen_page_module),
-        ("batch decode", lambda: gen_batch_decode_module(**shape)),
         (
             "batch prefill, fa2",
             lambda: gen_batch_prefill_module(backend="fa2", use_fp16_qk_reduction=False, **shape),
         ),
+        ("batch decode", lambda: gen_batch_decode_module(**shape)),
     ]
 
 
