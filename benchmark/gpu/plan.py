@@ -8,6 +8,8 @@ from dataclasses import dataclass
 #: What can be known with torch and Triton alone; whether it serves; how fast it is.
 ALONE, SERVES, FIGURES = "alone", "serves", "figures"
 GROUPS = (ALONE, SERVES, FIGURES)
+#: Takes seconds where a bundle has brought the kernels.
+COMPILED = "compiled"
 #: Limits are those of a GPU; a CPU rehearses with others, since it starts servers in minutes.
 REHEARSAL_LIMIT_S = {ALONE: 90.0, SERVES: 600.0, FIGURES: 600.0}
 
@@ -39,6 +41,8 @@ STEPS: tuple[Step, ...] = (
          "beside matrix products"),
     Step("order", ALONE, 15, 8, "order:measure",
          "the order checker's histories on the device's own streams"),
+    Step(COMPILED, SERVES, 120, 15, "compiled:measure",
+         "kernels that servers would compile at their first start: brought, or built now"),
     Step("answers", SERVES, 80, 45, "answers:measure",
          "greedy answers of plain SGLang and of --tiered-kv: prefix on device, host, disk"),
     Step("answers_more", SERVES, 70, 45, "answers_more:measure",

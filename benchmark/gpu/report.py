@@ -155,6 +155,15 @@ def answers(result: Mapping[str, Any]) -> list[str]:
     return lines + [f"{name} did not start: {why}" for name, why in result["failed"].items()]
 
 
+def compiled(result: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [name, found["state"], f"{found['seconds']:.0f}"]
+        for name, found in result["modules"].items()
+    ]
+    lines = table(("module", "state", "seconds"), rows)
+    return lines + [f"{name} is not built: {why}" for name, why in result["failed"].items()]
+
+
 def mixing(result: Mapping[str, Any]) -> list[str]:
     names = ("tpot_s", "gap_p99_s", "gap_most_s", "ttft_s")
     modes = list(dict.fromkeys(row["mode"] for row in result["rows"]))
@@ -341,6 +350,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "kernels": kernels,
     "copies": copies,
     "order": order,
+    "compiled": compiled,
     "answers": answers,
     "answers_more": answers,
     "ttft_plain": ttft,

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import requests
+import torch
 
-from benchmark.gpu import answers, environment, report, systems, ttft
+from benchmark.gpu import answers, compiled, environment, report, systems, ttft
+from benchmark.gpu.setting import Setting
 from benchmark.simulation.probe import Answer
 from harness.server import ServerError
 
@@ -107,6 +109,38 @@ def test_the_dummy_model_is_llama_8b(tmp_path: Path) -> None:
     assert model.n_parameters == known.n_parameters
     assert model.kv_bytes_per_token == known.kv_bytes_per_token
     assert model.kv_bytes_per_token == ttft.LARGE_SIZES.token_bytes == answers.LARGE.token_bytes
+
+
+# -- kernels that servers compile ---------------------------------------------------------------
+
+
+def test_what_cannot_be_built_is_named_and_all_else_is_there(tmp_path: Path) -> None:
+    """As on a machine without nvcc that was brought one module of three."""
+
+    def spec(name: str, *, is_aot: bool, error: Exception | None = None) -> tuple[str, Any]:
+        def build_and_load() -> None:
+            if error is not None:
+                raise error
+
+        return name, lambda: SimpleNamespace(is_aot=is_aot, build_and_load=build_and_load)
+
+    no_compiler = RuntimeError("Could not find nvcc\nand a long command")
+    specs = [
+        spec("cascade", is_aot=True), spec("decode", is_aot=False),
+        spec("prefill", is_aot=False, error=no_compiler),
+    ]  # fmt: skip
+    setting = Setting(torch.device("cuda"), False, tmp_path)
+    made = {m.name: m for m in compiled.all_made(setting, specs, [("rope", lambda: None)])}
+    assert {name: m.state for name, m in made.items() if m.failed is None} == {
+        "cascade": "brought", "decode": "built", "rope": "loaded",
+    }  # fmt: skip
+    assert made["prefill"].failed == "RuntimeError: Could not find nvcc"
+    # Without a GPU it is only said what is there.
+    setting = Setting(torch.device("cpu"), True, tmp_path)
+    made = {m.name: m for m in compiled.all_made(setting, specs, [("rope", lambda: None)])}
+    assert {name: m.state for name, m in made.items()} == {
+        "cascade": "brought", "decode": "missing", "prefill": "missing",
+    }  # fmt: skip
 
 
 # -- answers ----------------------------------------------------------------------------------
