@@ -50,7 +50,13 @@ def installed(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=BROKEN.values(), ids=BROKEN)
+# Each starts processes that import torch or SGLang: one kind of damage is enough most of the time.
+@pytest.fixture(
+    params=[
+        pytest.param(broken, id=name, marks=[pytest.mark.long] if name != "half of it" else [])
+        for name, broken in BROKEN.items()
+    ]
+)
 def broken(installed: Path, request: pytest.FixtureRequest) -> tuple[dict[str, str], str]:
     """The environment of a process in which it is broken, and what of it a sentence should say."""
     code, said = request.param

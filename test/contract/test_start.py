@@ -65,10 +65,11 @@ if "--multiprocessing-fork" in sys.argv:
         ),
         (MODULE, RENAMED_TARGET, "Scheduler.__init___renamed cannot be hooked (AttributeError: "),
         (MODULE, BROKEN_PLUGIN, "cannot be used because registering it failed with ModuleNotFound"),
-        (
+        pytest.param(
             SERVE,
             WRONG_VERSION,
             "supports SGLang 0.5.17 and 0.5.23, but 0.5.16 is installed; install sglang==",
+            marks=pytest.mark.long,
         ),
     ],
     ids=["another release", "renamed target", "broken plugin", "another release, sglang serve"],
@@ -119,6 +120,7 @@ def test_a_hook_lost_in_the_scheduler_is_refused_by_the_scheduler(
     assert "Scheduler.__init__ is not in effect" in ended.stderr
 
 
+@pytest.mark.long
 def test_another_release_makes_the_engine_refuse(
     run_python: Any, shim: Any, tiny_model: str
 ) -> None:
@@ -243,7 +245,9 @@ print(json.dumps({
     [
         ("sglang.srt.managers.scheduler", {"SCHEDULER"}),
         ("sglang.srt.managers.detokenizer_manager", {"DETOKENIZER", "TOKENIZER"}),
-        ("sglang.srt.managers.multi_tokenizer_mixin", {"TOKENIZER"}),
+        pytest.param(
+            "sglang.srt.managers.multi_tokenizer_mixin", {"TOKENIZER"}, marks=pytest.mark.long
+        ),
     ],
 )
 def test_arguments_prepare_the_process_that_unpickles_them(
