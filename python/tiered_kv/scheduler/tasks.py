@@ -64,9 +64,9 @@ class Tasks:
             self._answer_s.add(now_s - request.first_token_s)
         self.programs.ended(request, now_s)
 
-    def served_s(self, request: QueuedRequest) -> float:
-        """Seconds that the calls of its program ran until now, on its longest path."""
-        return self.programs.of(request).served_s
+    def started_s(self, request: QueuedRequest) -> float:
+        """When the first call of its program arrived."""
+        return self.programs.of(request).started_s
 
     def due_s(self, request: QueuedRequest) -> float:
         """When its first token is due for its program to be in time; infinity: whenever."""

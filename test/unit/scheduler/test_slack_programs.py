@@ -58,6 +58,44 @@ def test_a_task_gives_no_more_hurry_than_the_operator_allows() -> None:
     assert q.order() == [1, 0]
 
 
+def test_programs_under_way_go_before_new_ones_where_no_deadline_decides() -> None:
+    q = queue()
+    run(q, 0, "old", 20.0)
+    q.arrive(1, blocks(1), program="new")
+    q.now_s += 1.0
+    q.arrive(2, blocks(2), program="old")
+    assert q.order() == [2, 1]
+    assert queue_without_programs() == [1, 2]
+
+
+def queue_without_programs() -> list[int]:
+    q = queue(programs=False)
+    run(q, 0, "old", 20.0)
+    q.arrive(1, blocks(1), program="new")
+    q.now_s += 1.0
+    q.arrive(2, blocks(2), program="old")
+    return q.order()
+
+
+def test_an_old_program_is_ahead_by_the_bound_on_waiting_at_most() -> None:
+    q = queue(max_wait_s=10.0)
+    run(q, 0, "old", 1000.0)
+    q.arrive(1, blocks(1), program="new")
+    q.now_s += 9.0
+    q.arrive(2, blocks(2), program="old")
+    assert q.order() == [2, 1]
+    q.admit(2)
+    q.now_s += 0.5
+    q.arrive(3, blocks(3, 1), program="old")
+    q.now_s += 0.4
+    assert q.order() == [3, 1], "it came 9.5 s after the other"
+    q.policy.on_abort(q.waiting.get(3), q.now_s)
+    q.waiting.remove(q.waiting.get(3))
+    q.now_s += 0.05
+    q.arrive(4, blocks(4), program="young")
+    assert q.order() == [1, 4]
+
+
 def test_a_new_name_is_no_way_past_another_tenant() -> None:
     """Programs order the calls of one tenant; between tenants what each was given decides."""
     q = queue()

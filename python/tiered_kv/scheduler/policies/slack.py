@@ -4,7 +4,8 @@
 2. Those who can be in time, by deadline (`slack.py`): as many as possible, not as they come.
 3. The overdue, if it was not their turn.
 4. Everyone else, by aged work: requests beyond hope of their deadline, and those without one. They
-   are relegated, not dropped (Niyama, arXiv 2503.22562).
+   are relegated, not dropped (Niyama, arXiv 2503.22562). Calls of one program count from its first
+   (`tasks.py`).
 
 Behind a request come those of its gang that its prefix, on the device now, makes cheap; and who
 would compute what another member is computing is kept back until that is done (`slack_order.py`).
@@ -260,18 +261,15 @@ class SlackPolicy:
         self._others.put(entry.request.tenant, request_id, self._aged_key(entry))
 
     def _aged_key(self, entry: Entry) -> float:
-        if not self._config.slack:
-            return entry.request.arrival_s
-        work_s = entry.price.work_s
-        if self._config.programs == "service":
-            work_s += self._tasks.served_s(entry.request)
-        if not self._config.aging:
+        config, request, work_s = self._config, entry.request, entry.price.work_s
+        if not config.slack:
+            return request.arrival_s
+        if not config.aging:
             return work_s
-        if self._config.programs == "start":
-            return aged_key(
-                self._tasks.programs.of(entry.request).started_s, work_s, self._config.patience
-            )
-        return aged_key(entry.request.arrival_s, work_s, self._config.patience)
+        since_s = request.arrival_s
+        if config.programs:
+            since_s = max(self._tasks.started_s(request), since_s - config.max_wait_s)
+        return aged_key(since_s, work_s, config.patience)
 
     # -- who is in time -----------------------------------------------------------------------
 

@@ -24,8 +24,9 @@ class SlackConfig:
     patience: float = 4.0
     """Without a deadline to meet, a request waits so many times the work it exceeds another by."""
 
-    programs: str = "none"
-    """Experimental."""
+    programs: bool = True
+    """Whether a call counts as having come with its program's first, by `max_wait_s` at most, where
+    no deadline decides."""
 
     gangs: bool = True
     """Whether requests that share a prefix go together, and wait for one to compute it."""
