@@ -59,6 +59,9 @@ def main() -> None:
     server_args = prepare_server_args(sys.argv[1:])
     for module in MODULES:
         importlib.import_module(module)
+    # Looks for the versions of packages that it relies on.
+    engine = importlib.import_module("sglang.srt.entrypoints.engine")
+    engine._set_envs_and_config(server_args)
     graphs = server_args.cuda_graph_config
     found = {
         "device": server_args.device,
