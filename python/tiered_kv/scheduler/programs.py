@@ -67,8 +67,8 @@ class Programs:
         return iter(self._by_name.values())
 
     def of(self, request: QueuedRequest) -> Program:
-        """The program of an open call. Raises KeyError for one that is not."""
-        return self._of[request.request_id]
+        """The program of a call; of one that is not open, one that nobody knows."""
+        return self._of.get(request.request_id) or Program(request.arrival_s)
 
     # -- what happens -------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ class Programs:
         since_s = self._running_since_s.pop(request.request_id, None)
         if since_s is None:
             return
-        program: Program | None = self._of[request.request_id]
+        program: Program | None = self.of(request)
         assert program is not None
         program.served_s += max(0.0, now_s - since_s)
         # Whoever started it waits for it: the path through it is one of its own.

@@ -72,6 +72,8 @@ def test_what_runs_twice_counts_twice() -> None:
     programs.ended(request, 11.0)
     assert next(iter(programs)).served_s == 3.0
     assert programs.ended(request, 12.0) is None
+    programs.admitted(request, 13.0)
+    assert programs.of(request).n_open == 0, "it is not known any more"
 
 
 def test_the_longest_path_counts_and_not_the_sum_of_branches() -> None:
