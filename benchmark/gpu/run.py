@@ -49,6 +49,8 @@ def environment() -> dict[str, str]:
     return {
         # Models are folders: nobody is to look for them, for minutes, where there is no network.
         "HF_HUB_OFFLINE": "1",
+        # As in a bundle: else prompts without a prefix take kernels that nobody has built.
+        "SGLANG_FLASHINFER_USE_PAGED": "1",
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUNBUFFERED": "1",
