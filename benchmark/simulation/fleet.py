@@ -102,7 +102,7 @@ def fleets(traffic: Traffic) -> Iterator[Fleet]:
                 yield Fleet(name, 16, routing, store)
             else:
                 yield Fleet(name, 128, routing, store, length=0.125)
-                yield Fleet(name, 1000, routing, store, length=0.1, load=0.25)
+                yield Fleet(name, 1000, routing, store, length=0.2, load=0.05)
         if not traffic.is_slow:
             for routing in ("session", "cache-aware"):
                 yield Fleet(name, 16, routing, store, replaced_s=REPLACED_S)
