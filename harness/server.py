@@ -31,7 +31,7 @@ FLOAT32 = ("--dtype", "float32")
 #: For tests that say which tier serves: what is stored is loaded, whatever computing would cost.
 ALWAYS_LOAD = ("--tiered-kv-load-policy", "always")
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 30.0
 
 #: Lines of a log that no test may cause, unless it says that it expects them.
