@@ -5,7 +5,8 @@ news that more is cached of two who wait, the plan (16 requests), the forecast i
 one admission. N stays the same throughout. Prompts are 2,000 tokens in pages of 64; three of four
 share their first half with others of their document; a third of it is cached. The classes are 60%
 interactive, 30% standard, 10% batch, and arrivals span the last 30 seconds, so that some can be in
-time and most cannot any more.
+time and most cannot any more. They are calls of 1,000 programs of 100 tenants; each third program
+has a deadline of its own.
 
 Times are microseconds of the thread's processor time, so that they show the code and not what else
 the machine was doing, less what reading that clock takes: median, 99th percentile and the longest.
@@ -30,7 +31,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ N_RUNNING = 128
 N_DOCUMENTS = 40
 SPAN_S = 30.0
 QUEUES = (100, 1_000, 10_000)
+N_PROGRAMS, N_TENANTS = 1_000, 100
 BUDGETS_US = {1_000: 1_000.0, 10_000: 5_000.0}
 CHECKED = "slack"
 SLOS = (Slo("interactive", 0.5, 0.05), Slo("standard", 2.0, 0.1), Slo("batch", 30.0, None))
@@ -117,6 +119,8 @@ class Server:
         begin = self.documents[index % N_DOCUMENTS] if index % 4 else self.tokens(1000)
         own = array("q", range(10**6 * (index + 1), 10**6 * (index + 1) + 1000))
         share = self.random.random()
+        slo = SLOS[0 if share < 0.6 else 1 if share < 0.9 else 2]
+        program = index % N_PROGRAMS
         return QueuedRequest(
             request_id=index,
             arrival_s=self.now_s,
@@ -124,7 +128,9 @@ class Server:
             tokens=begin + own,
             prompt_tokens=PROMPT_TOKENS,
             max_new_tokens=512,
-            slo=SLOS[0 if share < 0.6 else 1 if share < 0.9 else 2],
+            slo=slo if program % 3 else replace(slo, task_s=4 * SPAN_S),
+            tenant=str(program % N_TENANTS),
+            program=str(program),
             queued_s=self.now_s,
         )
 
@@ -245,6 +251,7 @@ def report(rows: list[Row], load: list[float]) -> str:
         ),
         f"load averages at the end: {', '.join(map(str, load))}: other work ran beside it.",
         f"Budgets of {CHECKED}, 99th percentile: 1,000 us at 1,000 waiting, 5,000 us at 10,000.",
+        f"Those who wait are calls of {N_PROGRAMS:,} programs of {N_TENANTS} tenants.",
         "As upstream's, lpm does not sort above 128 waiting: then it is fcfs.",
         "",
         "| policy | waiting | median | p99 | longest | first plan after all arrived at once |",

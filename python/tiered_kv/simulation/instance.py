@@ -156,8 +156,9 @@ class Instance:
             self.policy.on_cached_change(changed, now_s)
         state = self._state(now_s)
         plan = self.policy.plan(state, PLAN_LIMIT)
-        for lost in self.waiting.take_lost(plan.order):
-            self.cache.prefetch_again(lost)
+        if settings.cache.look_again:
+            for lost in self.waiting.take_lost(plan.order):
+                self.cache.prefetch_again(lost)
         if self._forecaster is not None:
             self.cache.forecast(self._forecaster.forecast(state))
         if plan.put_back_unfinished and unfinished is not None:

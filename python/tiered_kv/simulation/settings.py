@@ -100,6 +100,10 @@ class CacheSettings:
     """Whether pages in a farther tier are loaded: always, as HiCache does, or cost: as many as pay
     according to the cost model; or never."""
 
+    look_again: bool = True
+    """Whether disk and store are asked again, before its turn, for whoever has lost what was cached
+    of it while it waited; else on arrival only."""
+
     prefetch_threshold_tokens: int = 256
     """With HiCache's stop policies, shorter hits on disk are not fetched."""
 
