@@ -18,7 +18,7 @@ from tiered_kv.simulation.settings import DiskSpec
 
 POLICIES = (
     *("fcfs", "lpm", "dfs-weight", "priority", "hrrn", "k-lpm", "edf", "niyama", "slack"),
-    *("plas", "program-fcfs", "pausing"),
+    *("sliding-serve", "plas", "program-fcfs", "pausing"),
 )
 CACHES = {
     "device": {},

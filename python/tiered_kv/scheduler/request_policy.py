@@ -198,6 +198,7 @@ for _name, _target in {
     "k-lpm": "k_lpm:OldestThenLongestPrefix",
     "edf": "edf:EarliestDeadlineFirst",
     "niyama": "niyama:Niyama",
+    "sliding-serve": "sliding_serve:SlidingServe",
     "plas": "plas:LeastAttainedProgram",
     "program-fcfs": "program_fcfs:FirstProgramFirst",
     "pausing": "pausing:PausingPrograms",

@@ -15,7 +15,7 @@ from tiered_kv.scheduler.request_policy import request_policies
 
 NAMES = (
     *("fcfs", "lpm", "dfs-weight", "priority", "hrrn", "k-lpm", "edf", "niyama"),
-    *("plas", "program-fcfs", "pausing"),
+    *("sliding-serve", "plas", "program-fcfs", "pausing"),
 )
 TIGHT, LOOSE = Slo("interactive", 0.5, 0.05), Slo("batch", 30.0, None)
 
@@ -241,3 +241,42 @@ class TestNiyama:
             q.admit(request_id)
         q.arrive(1000, range(1000, 1200), slo=LOOSE)
         assert q.plan().prefill_tokens >= MIN_CHUNK_TOKENS + 300
+
+
+class TestSlidingServe:
+    def test_levels(self) -> None:
+        q = queue("sliding-serve")
+        q.arrive(0, [1, 2, 3], slo=Slo("far", 600.0))
+        q.arrive(1, [4], slo=Slo("far", 600.0))
+        q.arrive(2, [5], slo=Slo("hopeless", 1e-4))
+        q.arrive(3, [6, 7], slo=Slo("soon", 0.3))
+        assert q.order() == [3, 1, 0, 2], "at risk, shorter work, longer work, beyond hope"
+
+    def test_of_those_at_risk_as_many_as_possible_are_saved(self) -> None:
+        q = queue("sliding-serve")
+        one_s = q.state().costs.prefill_s(60 * BLOCK_TOKENS + 1)
+        q.arrive(0, range(1000, 1120), slo=Slo("tight", 2.3 * one_s))
+        for request_id in (1, 2):
+            blocks = range(10_000 * request_id, 10_000 * request_id + 60)
+            q.arrive(request_id, blocks, slo=Slo("tight", 2.5 * one_s))
+        assert q.order() == [1, 2, 0], "least slack alone would take the long one, and lose two"
+
+    def test_two_iterations_are_planned_together(self) -> None:
+        q = queue("sliding-serve")
+        running = q.arrive(0, range(40), slo=Slo("chat", 1.0, 0.1))
+        q.admit(0)
+        running.output_tokens, running.first_token_s = 3, 0.0
+        q.running.append(running)
+        q.now_s = 1.2
+        q.arrive(1, range(100_000, 100_600), slo=LOOSE)
+        tokens = q.plan().prefill_tokens
+        assert tokens is not None
+        costs, context = q.state().costs, running.prompt_tokens + running.output_tokens
+        first_s = costs.iteration_s(((tokens - 1, 0),), context, 1)
+        assert first_s <= 0.1 + 1e-9, "its token is due 100 ms from now"
+        assert tokens > MIN_CHUNK_TOKENS
+
+    def test_nothing_due_is_no_limit(self) -> None:
+        q = queue("sliding-serve")
+        q.arrive(0, [1], slo=LOOSE)
+        assert q.plan().prefill_tokens is None
