@@ -28,8 +28,8 @@ data sheet says, links are pipes.
   conversations, with users of its own; what 1% of the prompts begin with is the same for all.
   `mooncake`: 18 minutes of the service at four times their pace. `agents`: the first 8 calls of
   coding agents, pauses times 0.2. Large fleets are simulated for a part of that time (`time`),
-  and find less, as their caches are young; the largest with a part of the traffic (`load`), so that
-  nobody waits there: compare runs of one size.
+  and find less, as their caches are young; the largest with a part of the traffic (`load`), a few
+  requests a server, so that nobody waits there: compare runs of one size.
 - `replaced`: so often the oldest server gets no more requests, and an empty one takes its place;
   conversations that it had go on with others.
 - Hits are shares of all prompt tokens. Bytes through the network are per request.
