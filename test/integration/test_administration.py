@@ -129,7 +129,7 @@ class Site:
         return answer.status_code == 200
 
     def do_clear_the_disk(self) -> bool:
-        return self._post("/clear_hicache_storage_backend")
+        return self._post("/hicache/storage-backend/clear")
 
     def _post(self, path: str, body: Any = None) -> bool:
         return self.server.post(path, body, timeout_s=60).status_code == 200

@@ -66,7 +66,7 @@ def faulty(
         assert "disk_faults: the disk tier's system calls" in server.log_text()
         wait_for(lambda: scrape(server).of(names.DISK_DEGRADED) == 1.0)
         was_degraded = scrape(server).of(names.DISK_DEGRADED)
-        server.post("/clear_hicache_storage_backend").raise_for_status()
+        server.post("/hicache/storage-backend/clear").raise_for_status()
         wait_for(lambda: scrape(server).of(names.DISK_DEGRADED) == 0.0)
         yield FaultyServer(server, control, was_degraded)
 

@@ -122,14 +122,17 @@ def test_events_tell_salts_apart(
 ) -> None:
     prompt = prompts.tokens("events of salts", 40)
     kv_events.collect()
-    kv_events.parents.clear()
+    kv_events.blocks.clear()
     for salt in (None, "one", "two"):
         generate(three_tiers, prompt, 1, cache_salt=salt)
     kv_events.collect()
-    first = [key for key in kv_events.parents if key[1] == tuple(prompt[:16]) and key[2] == "GPU"]
-    assert len(first) == 3
-    assert len({parent for parent, *_ in first}) == 3
-    assert None in {parent for parent, *_ in first}
+    first = [
+        block["parent_block_hash"]
+        for block in kv_events.blocks
+        if block["token_ids"] == list(prompt[:16]) and block["medium"] == "GPU"
+    ]
+    assert len(first) == len(set(first)) == 3
+    assert None in first
 
 
 # -- adapters ----------------------------------------------------------------------------------

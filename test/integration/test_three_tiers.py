@@ -120,7 +120,7 @@ def test_after_the_disk_is_cleared_as_well_nothing_serves(
     prompt = prompts.tokens("clear", N_TOKENS)
     generate(three_tiers, prompt)
     empty_device_and_host(three_tiers)
-    cleared = three_tiers.post("/clear_hicache_storage_backend")
+    cleared = three_tiers.post("/hicache/storage-backend/clear")
     assert cleared.status_code == 200, cleared.text
     assert wait_for_disk(three_tiers) == 0
 

@@ -12,6 +12,16 @@ from typing import Any
 import msgspec
 import zmq
 
+#: Of arrays, after the name of their kind, in the order of SGLang's disaggregation/kv_events.py.
+FIELDS = {
+    "BlockStored": (
+        *("block_hashes", "parent_block_hash", "token_ids"),
+        *("block_size", "lora_id", "medium"),
+    ),
+    "BlockRemoved": ("block_hashes", "medium"),
+    "AllBlocksCleared": (),
+}
+
 
 class KvEventListener:
     """Block hashes stored and removed, by medium, in the order they were published."""
@@ -20,8 +30,8 @@ class KvEventListener:
         self.endpoint = f"ipc://{directory}/kv_events"
         self.stored: defaultdict[str, list[int]] = defaultdict(list)
         self.removed: defaultdict[str, list[int]] = defaultdict(list)
-        #: (parent's hash, tokens, medium) of what was stored: all that many routers go by.
-        self.parents: list[tuple[int | None, tuple[int, ...], str]] = []
+        #: Every `BlockStored` by its fields' names.
+        self.blocks: list[dict[str, Any]] = []
         self._socket = zmq.Context.instance().socket(zmq.SUB)
         self._socket.setsockopt_string(zmq.SUBSCRIBE, "")
         self._socket.connect(self.endpoint)
@@ -39,15 +49,17 @@ class KvEventListener:
             for event in events:
                 self._take(event)
 
-    def _take(self, event: list[Any]) -> None:
-        # Arrays tagged with the class name, fields in the order of SGLang's disaggregation/
-        # kv_events.py: BlockStored(hashes, parent, tokens, block size, LoRA id, medium).
-        kind, *fields = event
-        if kind == "BlockStored":
-            self.stored[fields[5]] += fields[0]
-            self.parents.append((fields[1], tuple(fields[2]), fields[5]))
-        elif kind == "BlockRemoved":
-            self.removed[fields[1]] += fields[0]
+    def _take(self, event: list[Any] | dict[str, Any]) -> None:
+        # SGLang 0.5.17 sends arrays that begin with the class's name, later releases maps.
+        if isinstance(event, list):
+            kind, *values = event
+            event = dict(zip(FIELDS[kind], values, strict=False), type=kind)
+        hashes, medium = event.get("block_hashes", []), event.get("medium", "")
+        if event["type"] == "BlockStored":
+            self.stored[medium] += hashes
+            self.blocks.append(event)
+        elif event["type"] == "BlockRemoved":
+            self.removed[medium] += hashes
 
     def wait_for(self, medium: str, n_stored: int, timeout_s: float = 20) -> None:
         deadline = time.monotonic() + timeout_s

@@ -287,7 +287,7 @@ class TieredPrefixCache(cache_contract.CacheContract):
         return self.parts.events.take()
 
     def clear_storage_backend(self) -> bool:
-        """Forgets what the disk holds (`/clear_hicache_storage_backend`); it is deleted behind.
+        """Forgets what the disk holds (`/hicache/storage-backend/clear`); it is deleted behind.
 
         What servers share is not one server's to delete.
         """
