@@ -31,7 +31,7 @@ from tiered_kv.plugin.cache.watched import Watched
 from tiered_kv.plugin.options.overlap import budget_share, rank_trace_file
 from tiered_kv.plugin.passes.pass_log import Pass, PassLog, draw_passes, pace_by_decodes
 from tiered_kv.plugin.passes.step_times import StepTimes
-from tiered_kv.plugin.upstream.current import arguments, hardware
+from tiered_kv.plugin.upstream.current import arguments, cache_contract, hardware
 from tiered_kv.scheduler.calibration import Calibrator
 from tiered_kv.scheduler.cost_model import CostModel, PlacementCosts
 from tiered_kv.tiers.cold.local_pages import LocalStore
@@ -101,7 +101,9 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         return namespace, on_disk + shared_stores(ctx, namespace, formats, store)
 
     namespace, stores = name_weights()
-    events = KvEvents(params.page_size, params.enable_kv_cache_events)
+    events = KvEvents(
+        params.page_size, params.enable_kv_cache_events, cache_contract.block_labels(params)
+    )
     residency = ResidencyLog(events)
     metrics = make_metrics(ctx)
     forest = Forest(params.page_size, tiers=tiers_in_use(store))

@@ -9,7 +9,7 @@ blocks carry a number made of its contents as `lora_id`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sglang.srt.disaggregation.kv_events import (
@@ -48,11 +48,20 @@ def adapter_number(key: TreeKey) -> int | None:
 
 
 class KvEvents:
-    """Collects events between two calls of `take`; does nothing unless enabled."""
+    """Collects events between two calls of `take`; does nothing unless enabled.
 
-    def __init__(self, page_size: int, enabled: bool) -> None:
+    labels: what else the release's `BlockStored` says of blocks of a tree, by the field's name.
+    """
+
+    def __init__(
+        self,
+        page_size: int,
+        enabled: bool,
+        labels: Callable[[TreeKey], Mapping[str, str]] = lambda _: {},
+    ) -> None:
         self._page_size = page_size
         self._enabled = enabled
+        self._labels = labels
         self._queue: list[Any] = []
 
     def take(self) -> list[Any]:
@@ -71,6 +80,7 @@ class KvEvents:
         parent_hash = None
         if not parent.is_root or is_salted(key):
             parent_hash = block_hash(parent.last_page_hash)
+        labels = self._labels(key)
         for i, page_hash in enumerate(node.page_hashes):
             page = node.tokens[i * self._page_size : (i + 1) * self._page_size]
             self._queue.append(
@@ -81,6 +91,7 @@ class KvEvents:
                     block_size=self._page_size,
                     lora_id=adapter_number(key),
                     medium=MEDIUM[tier],
+                    **labels,
                 )
             )
             parent_hash = block_hash(page_hash)

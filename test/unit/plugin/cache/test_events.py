@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from array import array
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
+from support_plugin import on_release
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import SHARED_TREE, TreeKey, namespace_hash, tree_hash
 from tiered_kv.plugin.cache.events import KvEvents, block_hash
+from tiered_kv.plugin.upstream.current import cache_contract
 
 PAGE = 4
 
@@ -33,11 +39,11 @@ def test_blocks_are_chained_pages_with_tokens_and_medium() -> None:
     assert -(2**63) <= block_hash(upper.page_hashes[0]) < 2**63
 
 
-def first_block(key: TreeKey) -> BlockStored:
+def first_block(key: TreeKey, *labels: Any) -> BlockStored:
     """Of one prompt of a page, in the tree of `key`."""
     forest = Forest(PAGE)
     root = forest.root(tree_hash(namespace_hash("m"), key), key)
-    events = KvEvents(PAGE, enabled=True)
+    events = KvEvents(PAGE, True, *labels)
     events.stored(forest.insert(root, array("q", range(PAGE)), range(PAGE)).last, Tier.DEVICE)
     (block,) = events.take()
     assert isinstance(block, BlockStored)
@@ -66,6 +72,18 @@ def test_blocks_tell_salts_and_adapters_apart() -> None:
     assert of_adapter.parent_block_hash is None
     assert of_adapter.lora_id is not None
     assert 0 <= of_adapter.lora_id < 2**63
+
+
+@pytest.mark.skipif(on_release.IS_0_5_17, reason="its events have no field for a name")
+def test_blocks_of_an_adapter_have_its_public_name() -> None:
+    """The scheduler notes names by requests, under what they have as extra key: our TreeKey."""
+    key = TreeKey(salt=b"a", adapter=bytes(32))
+    params = CacheInitParams(False, None, None, PAGE)
+    params.kv_event_lora_names.register(SimpleNamespace(lora_id="1", extra_key=key), "french")
+    labels = cache_contract.block_labels(params)
+    assert first_block(key, labels).lora_name == "french"
+    for other in (TreeKey(salt=b"a"), TreeKey(adapter=bytes(32)), SHARED_TREE):
+        assert first_block(other, labels).lora_name is None
 
 
 def test_removal_names_the_same_blocks() -> None:

@@ -6,16 +6,19 @@ The interface is the one that HiRadixCache offers (mem_cache/hiradix_cache.py).
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.node import Node
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
 #: Whether a scheduling pass asks for news (`check_hicache_events`) before it forms a prefill; else
 #: it does so as the first thing in that.
@@ -121,3 +124,8 @@ def _n_tokens(req: Req) -> int:
 def salt_of(key: Any) -> str | None:
     """The salt of a RadixKey, if it has one of its own."""
     return None
+
+
+def block_labels(params: CacheInitParams) -> Callable[[TreeKey], Mapping[str, str]]:
+    """Of the tree of some blocks, what their events say of it beside hashes: nothing."""
+    return lambda _: {}

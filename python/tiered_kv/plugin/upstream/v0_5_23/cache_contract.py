@@ -7,6 +7,7 @@ are told apart by their handles, and what RadixCache knows of them is `checkpoin
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +18,13 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
+from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.node import Node
 from tiered_kv.tiers.context import device_slots_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
 #: Whether a scheduling pass asks for news (`check_hicache_events`) before it forms a prefill; else
 #: it does so as the first thing in that.
@@ -142,3 +145,17 @@ def salt_of(key: Any) -> str | None:
     """The salt of a RadixKey, if it has one of its own."""
     salt: str | None = key.cache_salt
     return salt
+
+
+def block_labels(params: CacheInitParams) -> Callable[[TreeKey], Mapping[str, str]]:
+    """Of the tree of some blocks, what their events say of it beside hashes.
+
+    A router takes blocks of an adapter for those of the base model unless they have its name. The
+    scheduler keeps names by what requests have as `extra_key`, which is our TreeKey.
+    """
+
+    def labels(key: TreeKey) -> Mapping[str, str]:
+        name: str | None = params.kv_event_lora_names.get(key)
+        return {} if name is None else {"lora_name": name}
+
+    return labels
