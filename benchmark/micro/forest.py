@@ -12,14 +12,17 @@ tokens each (what turn after turn of a chat leaves behind):
 
 Times are in milliseconds: the best and the median of the repeats. The best is what the code costs;
 the median also shows what else the machine was doing. "SGLang" is the best time of upstream's
-RadixCache for the same thing in the same run, "ratio" is its best time over ours (larger is better
-for us). Upstream hashes no pages at insert, so there we do more. It has no split of its own.
+cache for the same thing in the same run, "ratio" is its best time over ours (larger is better for
+us). Upstream hashes no pages at insert, so there we do more. It has no split of its own. --upstream
+says which of its caches: `radix`, RadixCache, which 0.5.17 serves with; `rust` and `python`, the
+two cores of UnifiedRadixCache, which 0.5.23 serves with.
 
 The budgets, checked by --check on the best times: at page size 64 and 131072 tokens a match takes
 at most 3 ms, on one node or on a path, and an insert of all tokens at most 6 ms.
 
 Examples:
   python benchmark/micro/forest.py                      the full table (a minute or two)
+  python -m benchmark.micro.forest --upstream rust      beside SGLang 0.5.23
   python benchmark/micro/forest.py --check --no-upstream --tokens 131072 --page-sizes 64
                                                         the budgets only (seconds)
 """
@@ -27,6 +30,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import statistics
 import sys
@@ -43,6 +47,7 @@ from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 
 NODE_TOKENS = 64
+UPSTREAM = ("radix", "rust", "python")
 BUDGETS_MS = {
     ("match", "one node", 64, 131072): 3.0,
     ("match", "path", 64, 131072): 3.0,
@@ -170,6 +175,46 @@ class UpstreamRadixCache:
         }
 
 
+class UpstreamUnifiedCache:
+    """SGLang 0.5.23's `UnifiedRadixCache`; raises ImportError beside another release."""
+
+    def __init__(self, core: str) -> None:
+        import torch
+
+        from benchmark.micro.unified_tree import UnifiedTree
+
+        UnifiedTree(core, 1)
+        self._arange = torch.arange
+        self._new = functools.partial(UnifiedTree, core)
+
+    def operations(self, shape: str, page_size: int, n_tokens: int) -> dict[str, Operation]:
+        prompt = prompt_of(n_tokens + page_size)
+        slots = self._arange(n_tokens + page_size)
+        tree = self._new(page_size)
+        tree.insert(prompt[:n_tokens], slots[:n_tokens])
+        if shape == "path":
+            for end in range(n_tokens - NODE_TOKENS, 0, -NODE_TOKENS):
+                tree.match(prompt, end)
+        found = tree.match(prompt, n_tokens)
+        assert found.device_prefix_len == n_tokens
+
+        def insert_all() -> Prepared:
+            empty, key = self._new(page_size), prompt[:n_tokens]
+            return lambda: empty.insert(key, slots[:n_tokens])
+
+        def insert_one_page() -> Prepared:
+            if tree.match(prompt).device_prefix_len > n_tokens:
+                tree.evict(page_size)
+            return lambda: tree.insert(prompt, slots)
+
+        return {
+            "match": same(lambda: tree.match(prompt, n_tokens)),
+            "match + slots": same(lambda: tree.slots(tree.match(prompt, n_tokens))),
+            "insert": insert_one_page if shape == "path" else insert_all,
+            "pin": same(lambda: tree.pin(found)),
+        }
+
+
 def measure(operation: Operation, repeats: int, budget_s: float = 2.0) -> Measured:
     """Time `operation` up to `repeats` times, fewer (at least 3) once `budget_s` is used up."""
     times_ms: list[float] = []
@@ -189,18 +234,18 @@ def measure(operation: Operation, repeats: int, budget_s: float = 2.0) -> Measur
     return Measured(min(times_ms), statistics.median(times_ms))
 
 
-def load_upstream() -> UpstreamRadixCache | None:
+def load_upstream(which: str) -> UpstreamRadixCache | UpstreamUnifiedCache | None:
     print("Importing SGLang for comparison (takes some seconds; --no-upstream skips it).")
     try:
-        return UpstreamRadixCache()
+        return UpstreamRadixCache() if which == "radix" else UpstreamUnifiedCache(which)
     except ImportError as error:
-        print(f"SGLang is not installed ({error}): its columns stay empty.")
+        print(f"SGLang's cache is not there ({error}): its columns stay empty.")
         return None
 
 
 def run(arguments: argparse.Namespace) -> list[str]:
     """Print the table; returns the budgets that were broken, one sentence each."""
-    upstream = None if arguments.no_upstream else load_upstream()
+    upstream = None if arguments.no_upstream else load_upstream(arguments.upstream)
     broken = []
     print(
         f"{'page':>4} {'tokens':>7} {'shape':<8} {'operation':<13} "
@@ -253,6 +298,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=int, default=15, help="times each operation is timed (default: 15)"
     )
+    parser.add_argument("--upstream", choices=UPSTREAM, default="radix", help="SGLang's cache")
     parser.add_argument("--no-upstream", action="store_true", help="do not compare with SGLang")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a budget is broken")
     arguments = parser.parse_args()

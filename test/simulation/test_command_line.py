@@ -21,7 +21,7 @@ from tiered_kv.simulation.__main__ import main
 from tiered_kv.simulation.capacity import best_capacity, saturated_capacity
 from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_job
 from tiered_kv.simulation.measured_server import MeasuredServer
-from tiered_kv.simulation.policies import SIMULATED
+from tiered_kv.simulation.policies import SIMULATED, SIMULATED_ORDERS
 from tiered_kv.simulation.server_defaults import default_chunk_tokens
 
 CHAT = ["--workload", "chat", "--limit", "20"]
@@ -36,8 +36,8 @@ def test_help_names_policies_and_shows_examples(capsys: pytest.CaptureFixture[st
     assert "examples" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["run", "--help"])
-    shown = capsys.readouterr().out
-    for name in ("hrrn", "k-lpm", "niyama", *SIMULATED, "H200-141"):
+    shown = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+    for name in ("hrrn", "k-lpm", "niyama", *SIMULATED, *SIMULATED_ORDERS, "H200-141"):
         assert name in shown
 
 

@@ -14,11 +14,13 @@ import pytest
 from support_simulation.builders import BLOCK_TOKENS, call, random_requests, recorded, server
 from support_simulation.conservation import assert_conserved, watched
 from tiered_kv.simulation.engine import Simulation
+from tiered_kv.simulation.policies import SIMULATED_ORDERS
 from tiered_kv.simulation.settings import DiskSpec
 
 POLICIES = (
     *("fcfs", "lpm", "dfs-weight", "priority", "hrrn", "k-lpm", "edf", "niyama", "slack"),
     *("sliding-serve", "plas", "program-fcfs", "pausing"),
+    *SIMULATED_ORDERS,
 )
 CACHES = {
     "device": {},
@@ -35,6 +37,7 @@ CACHES = {
         "stop_policy": "patience",
     },
     "tlru": {"host_blocks": 150, "eviction": "tlru"},
+    "sglang-tlru": {"host_blocks": 150, "eviction": "sglang-tlru"},
     "hints": {"host_blocks": 150, "hints": True},
     "belady": {"host_blocks": 150, "eviction": "belady"},
     "kvflow": {"host_blocks": 150, "eviction": "kvflow"},

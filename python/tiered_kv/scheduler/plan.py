@@ -59,6 +59,10 @@ class AdmissionPlan:
     """Whether nobody may pass the first: if it cannot start now, for want of whatever it is (room,
     the weights of its adapter), nobody is admitted, so that those who run make way for it."""
 
+    unfinished_at_most: int | None = None
+    """Most tokens of the prompt that was begun, so that others can be computed in its pass; None:
+    as many as fit. A baseline's; only the simulator carries it out."""
+
     put_back_unfinished: bool = False
     """Whether the prompt that was begun goes back to the queue instead of on. What is computed of
     it stays in the cache, so whole pages are not lost. Only if `SchedulerState.can_put_back`."""

@@ -96,12 +96,15 @@ class PrefillAdder:
     def _memory_left(self) -> int:
         return self._cache.available_tokens - self._reserved
 
-    def add_unfinished(self, live: LiveRequest) -> None:
-        """The next chunk of a prompt that was begun; it goes on whatever memory says."""
+    def add_unfinished(self, live: LiveRequest, at_most: int | None = None) -> None:
+        """The next chunk of a prompt that was begun; it goes on whatever memory says.
+
+        at_most: tokens, so that others fit beside it.
+        """
         left = min(self._chunk_left, self._memory_left)
         if left <= 0:
             left = self._chunk_left
-        self._add(live, left, 0.0)
+        self._add(live, left if at_most is None else min(left, at_most), 0.0)
 
     def add(self, live: LiveRequest) -> Added:
         """Admit `live` if memory and budget allow."""
@@ -123,7 +126,9 @@ class PrefillAdder:
         prefix = cache.load_back(live, prefix)
         queued.prefilled_tokens = cached = prefix.n_units * cache.block_tokens
         new_tokens = kv_tokens - cached
-        if new_tokens > self._chunk_left and self._chunk_left < self._page:
+        is_second = self.batch.unfinished is not None  # the loop keeps track of one
+        least_left = new_tokens if is_second else self._page
+        if new_tokens > self._chunk_left and self._chunk_left < least_left:
             queued.prefilled_tokens = 0
             cache.release(live)
             return Added.NO_BUDGET

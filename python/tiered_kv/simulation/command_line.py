@@ -17,7 +17,7 @@ from tiered_kv.scheduler.iteration_policy import iteration_policies
 from tiered_kv.scheduler.request_policy import request_policies
 from tiered_kv.simulation.jobs import Job, WorkloadChoice
 from tiered_kv.simulation.measured_server import read_measured_server
-from tiered_kv.simulation.policies import SIMULATED
+from tiered_kv.simulation.policies import SIMULATED, SIMULATED_ORDERS, request_order
 from tiered_kv.simulation.server_defaults import (
     default_cascade,
     default_chunk_tokens,
@@ -55,11 +55,8 @@ def add_simulation_arguments(parser: argparse.ArgumentParser, *, as_server: bool
         "policy slack; three tiers, a host of twice the device's KV pool and a disk of 32 GB; "
         "--load-policy cost --stop-policy patience; SGLang's chunk for the device",
     )
-    server.add_argument(
-        "--policy",
-        default="fcfs",
-        help=f"order of waiting requests: {', '.join(request_policies.names())}",
-    )
+    orders = ", ".join([*request_policies.names(), *SIMULATED_ORDERS])
+    server.add_argument("--policy", default="fcfs", help=f"order of waiting requests: {orders}")
     _add_iteration_arguments(server)
     server.add_argument("--chunk", type=int, default=8192, help="prefill tokens per iteration")
     server.add_argument("--max-running", type=int, default=256, help="requests decoding at once")
@@ -203,7 +200,7 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
         raise ConfigError(f"The limit of new tokens is a number or exact, not {limit!r}.")
     if arguments.eviction not in SIMULATED:
         eviction_policies.get(arguments.eviction)
-    request_policies.get(arguments.policy)
+    request_order(arguments.policy)
     iteration_policies.get(arguments.iteration_policy)
     device = find_device(arguments.device)
     chunk, cascade = arguments.chunk, arguments.cascade

@@ -177,8 +177,8 @@ class Instance:
         running, ratio = self._running.requests, self._ratio.current
         adder = PrefillAdder(settings, self.cache, running, ratio, chunk_tokens, n_mixed)
         if unfinished is not None:
-            adder.add_unfinished(unfinished)
-        if unfinished is None or adder.batch.unfinished is None:
+            adder.add_unfinished(unfinished, plan.unfinished_at_most)
+        if adder.batch.unfinished is None or plan.unfinished_at_most is not None:
             self._admit(adder, plan, now_s)
         batch = adder.batch
         batch.is_mixed = is_mixed

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from tiered_kv.core.config import STORE_WRITES, MemoryConfig
+from tiered_kv.memory.eviction import OrderFactory
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.scheduler.cost_model import PlacementCosts
 from tiered_kv.scheduler.policies.slack import SlackPolicy
@@ -20,13 +22,20 @@ from tiered_kv.simulation.cache_policies.farthest_use import (
 )
 from tiered_kv.simulation.cache_policies.hints import HintedManager, Hints
 from tiered_kv.simulation.cache_policies.kvflow import WorkflowKnowledge
+from tiered_kv.simulation.cache_policies.sglang_tails import BUDGET_TOKENS, SglangTails
 from tiered_kv.simulation.cache_policies.tail_optimized import NEXT_PROMPT_TOKENS, TailsFirst
 from tiered_kv.simulation.cache_policies.whole_leaves import WholeLeafManager
 from tiered_kv.simulation.settings import InstanceSettings
+from tiered_kv.simulation.upstream_orders import HighestResponseRatio, ShortestPrefillFirst
 from tiered_kv.simulation.workload.request import Workload
 
-SIMULATED = ("belady", "kvflow", "tlru")
+SIMULATED = ("belady", "kvflow", "tlru", "sglang-tlru")
 """Policies of eviction that only the simulator has."""
+SIMULATED_ORDERS: Mapping[str, Callable[[], RequestPolicy]] = {
+    "sglang-hrrn": HighestResponseRatio,
+    "shortest-prefill-first": ShortestPrefillFirst,
+}
+"""Orders of waiting requests that only the simulator has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +54,14 @@ def make_policies(workload: Workload, settings: InstanceSettings) -> Policies:
     return Policies(_request_policy(settings), believed, *_memory(workload, settings, believed))
 
 
+def request_order(name: str) -> Callable[[], RequestPolicy]:
+    """The server's or the simulator's own. Raises ConfigError for a name that is not known."""
+    return SIMULATED_ORDERS.get(name) or request_policies.get(name)
+
+
 def _request_policy(settings: InstanceSettings) -> RequestPolicy:
     """By name; the one that has options gets them."""
-    make = request_policies.get(settings.policy)
+    make = request_order(settings.policy)
     return SlackPolicy(settings.slack) if make is SlackPolicy else make()
 
 
@@ -69,14 +83,17 @@ def _memory(
     if name in {"belady", "kvflow"}:
         foresight: Foresight = Clairvoyance(workload) if name == "belady" else WorkflowKnowledge()
         return lambda forest: ForesightManager(forest, config, foresight, costs), foresight
-    make_order = None
+    make_order: OrderFactory | None = None
+    next_prompt = -(-NEXT_PROMPT_TOKENS // workload.block_tokens)
     if name == "tlru":
-        next_prompt = -(-NEXT_PROMPT_TOKENS // workload.block_tokens)
         make_order = partial(TailsFirst, costs=costs, next_prompt=next_prompt)
+    elif name == "sglang-tlru":
+        budget = BUDGET_TOKENS // workload.block_tokens
+        make_order = partial(SglangTails, next_prompt=next_prompt, budget=budget)
     if cache.hints:
         hints = Hints()
         make = partial(HintedManager, hints=hints, make_order=make_order)
         return lambda forest: make(forest, config, costs), hints
-    if cache.whole_leaves:
+    if cache.whole_leaves or name == "sglang-tlru":
         return lambda forest: WholeLeafManager(forest, config, costs, make_order=make_order), None
     return lambda forest: MemoryManager(forest, config, costs, make_order=make_order), None

@@ -8,6 +8,7 @@ or a conversation would be walked down to nothing.
 
 SGLang gives the budget and Q as numbers of tokens; here the budget is seconds by the cost model, as
 a service states it. SGLang takes whole leaves; here a leaf is split where the budget falls.
+`sglang_tails.py` is SGLang's way.
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ class TailsFirst:
 
     _SLACK = 64
 
-    def __init__(self, forest: Forest, tier: Tier, costs: Costs, next_prompt: int) -> None:
-        """next_prompt: what it is expected to add, in tokens of the forest."""
+    def __init__(
+        self, forest: Forest, tier: Tier, costs: Costs, next_prompt: int, budget: float = BUDGET_S
+    ) -> None:
+        """next_prompt: what it is expected to add, in tokens of the forest; budget: what the next
+        prefill may cost, by `costs`."""
         self._forest = forest
         self._tier = tier
         self._costs = costs
         self._next_prompt = next_prompt
+        self._budget = budget
         self._new = NewLeaves(forest, tier)
         self._safe: list[tuple[int, int]] = []
         self._others: list[tuple[int, int]] = []
@@ -58,9 +63,8 @@ class TailsFirst:
                 self.add(node)
 
     def add(self, node: Node) -> None:
-        heap = (
-            self._safe if self._is_safe(node, node.end - self._forest.page_size) else self._others
-        )
+        self._depths.setdefault(node.node_id, self.depth(node))
+        heap = self._safe if self._is_tail(node) else self._others
         heapq.heappush(heap, (node.last_access, node.node_id))
 
     def put_back(self, victims: Iterable[Node]) -> None:
@@ -79,16 +83,27 @@ class TailsFirst:
                     self.add(node)
                 elif heap is self._others:
                     return node
-                elif self._is_safe(node, node.end - self._forest.page_size):
+                elif self._is_tail(node):
                     return self._tail(node)
                 else:
                     self.add(node)
         return None
 
+    def _is_tail(self, node: Node) -> bool:
+        """Whether a part of it may go."""
+        return self._is_safe(node, node.end - self._forest.page_size)
+
+    def depth(self, node: Node) -> int:
+        """The greatest that a branch through it had, in tokens."""
+        known = self._depths.get(node.node_id)
+        if known is None:  # the upper part of a node that was split has all branches that it had
+            known = max(map(self.depth, node.children.values()), default=node.end)
+        return known
+
     def _is_safe(self, node: Node, kept: int) -> bool:
         """Whether the next prompt can be computed in time from token `kept` on."""
-        depth = self._depths.get(node.node_id, node.end)
-        return self._costs.recompute_s(max(0, kept), depth + self._next_prompt) <= BUDGET_S
+        n_tokens = self.depth(node) + self._next_prompt
+        return self._costs.recompute_s(max(0, kept), n_tokens) <= self._budget
 
     def _tail(self, node: Node) -> Node:
         """The part of a leaf that may go: all of it, or what is left below a cut."""
@@ -102,13 +117,13 @@ class TailsFirst:
                 low = middle + 1
         if low:
             upper = self._forest.split(node, low)[0]
-            self._depths[upper.node_id] = self._depths.get(node.node_id, node.end)
+            self._depths[upper.node_id] = self.depth(node)
         return node
 
     def _see(self, node: Node) -> None:
         """A branch may have grown: whoever is above is as deep as its deepest branch."""
-        depth = max(self._depths.get(node.node_id, 0), node.end)
-        at: Node | None = node
-        while at is not None and not at.is_root and self._depths.get(at.node_id, 0) < depth:
-            self._depths[at.node_id] = depth
+        depth = self._depths[node.node_id] = self.depth(node)
+        at = node.parent
+        while at is not None and not at.is_root:
+            depth = self._depths[at.node_id] = max(self.depth(at), depth)
             at = at.parent
