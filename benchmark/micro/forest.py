@@ -184,6 +184,7 @@ class UpstreamUnifiedCache:
         from benchmark.micro.unified_tree import UnifiedTree
 
         UnifiedTree(core, 1)
+        torch.set_num_threads(1)  # on a busy machine, copies would wait for their threads
         self._arange = torch.arange
         self._new = functools.partial(UnifiedTree, core)
 

@@ -171,6 +171,37 @@ def test_the_release_of_sglang_that_is_wanted_is_installed(host: Host) -> None:
     assert "SGLang 0.5.18 is not supported: choose one of 0.5.17 0.5.23." in refusal(host.ensure())
 
 
+def test_both_releases_are_tested_each_in_an_environment_of_its_own(host: Host) -> None:
+    host.python("3.12")
+    program = ["bash", str(LIBRARY.parents[1] / "test"), "--both", "-m", "not server"]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            program, env=host.environment, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    result = run()
+    assert result.returncode == 0, result.stderr
+    installs = [call.split(" --editable")[0] for call in host.installs() if "sglang==" in call]
+    pythons = [host.venv / "bin" / "python", host.root / "venv-0.5.23" / "bin" / "python"]
+    assert [call.split("--python ")[1] for call in installs] == [
+        f"{pythons[0]} sglang==0.5.17",
+        f"{pythons[1]} sglang==0.5.23",
+    ]
+    calls = host.calls_file.read_text().splitlines()
+    tests = [call.partition("-m pytest ")[2] for call in calls if "-m pytest " in call]
+    assert tests[0] == "-m not server"
+    assert tests[1].split()[1:] == [
+        "test/contract",
+        *(f"test/integration/test_{n}.py" for n in ("three_tiers", "restarts", "policies")),
+    ]
+    assert len(tests) == 2
+    host.environment["TIERED_KV_PYTHON"] = str(pythons[0])
+    refused = run()
+    assert refused.returncode == 1
+    assert "unset TIERED_KV_PYTHON" in refused.stderr
+
+
 def test_uv_on_path_is_not_installed_again(host: Host) -> None:
     host.python("3.12")
     host.uv_on_path()
