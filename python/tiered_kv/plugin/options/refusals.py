@@ -111,6 +111,7 @@ HICACHE_OPTIONS = (
     "hicache_storage_backend",
     "hicache_storage_backend_extra_config",
     "hicache_storage_prefetch_policy",
+    *arguments.MORE_HICACHE_OPTIONS,
 )
 """Options of SGLang's own hierarchical cache, which would silently do nothing."""
 

@@ -135,6 +135,8 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
         # We build no pool by these two; this pair passes SGLang's checks on every device.
         self.hicache_io_backend = "direct"
         self.hicache_mem_layout = "layer_first"
+        for name, value in arguments.NO_HOST_POOLS.items():
+            setattr(self, name, value)
 
 
 ServerArgs: Any = arguments.server_args_class(OwnArgs, __name__)

@@ -83,6 +83,9 @@ class Arguments:
     hicache_storage_backend: str | None = None
     hicache_storage_backend_extra_config: str | None = None
     hicache_storage_prefetch_policy: str = "timeout"
+    hicache_host_memory_fraction: float | None = 0.8
+    hicache_storage_prefetch_retry_poll_interval: float = 0.0
+    hicache_storage_prefetch_retry_max_attempts: int = 0
 
 
 REFUSED: dict[str, Any] = {
@@ -136,6 +139,9 @@ if not on_release.IS_0_5_17:
         "prefill_only_disable_kv_cache": True,
         "attn_dp_size": 2,
         "prefill_decode_interval": 2,
+        "hicache_host_memory_fraction": 0.5,
+        "hicache_storage_prefetch_retry_poll_interval": 7.0,
+        "hicache_storage_prefetch_retry_max_attempts": 7,
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,24 @@ def test_what_is_decided_is_read_beside_what_was_given(model: str) -> None:
     assert arguments.attention_backends(args) == ("torch_native", "torch_native")
     assert args.to_config().host.size_bytes == 64_000_000
     args.resolve_once()
+
+
+def test_sglang_measures_no_room_for_host_pools_of_its_own(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would refuse to start where less than the 10 GiB that it leaves free are there."""
+    from sglang.srt.mem_cache import hicache_auto_size
+
+    args = parse(model, "--tiered-kv", "--tiered-kv-host-size", "64MB")
+    args.resolve_once()
+    fraction = arguments.resolved(args).hicache_host_memory_fraction
+    monkeypatch.setattr(
+        hicache_auto_size,
+        "get_memory",
+        lambda: SimpleNamespace(hicache_host_memory_fraction=fraction, hicache_ratio=2.0),
+    )
+    with hicache_auto_size.auto_size_hicache(None, None, enabled=True):
+        pass
 
 
 def test_without_the_flag_it_resolves_as_sglangs(model: str) -> None:

@@ -14,6 +14,10 @@ _STOCK: tuple[Any] = (upstream.ServerArgs,)
 #: What is refused together with `--tiered-kv` on this release alone: (subject, whether it is
 #: there, what to do), of arguments as the user gave them and as SGLang resolved them.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = ()
+#: Options of its own hierarchical cache that other releases lack.
+MORE_HICACHE_OPTIONS: tuple[str, ...] = ()
+#: What has SGLang measure no room for host pools, which we don't have: fields and their values.
+NO_HOST_POOLS: dict[str, object] = {}
 #: Switches of SGLang's environment that choose another cache.
 OTHER_CACHES = ("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "SGLANG_ENABLE_UNIFIED_RADIX_TREE")
 #: Switches that choose a front end which our requests' fields do not pass.

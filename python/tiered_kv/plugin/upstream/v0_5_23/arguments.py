@@ -49,6 +49,16 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "give --prefill-decode-interval 0",
     ),
 )
+#: Options of its own hierarchical cache that other releases lack.
+MORE_HICACHE_OPTIONS = (
+    "hicache_host_memory_fraction",
+    "hicache_storage_prefetch_retry_poll_interval",
+    "hicache_storage_prefetch_retry_max_attempts",
+)
+#: What has SGLang measure no room for host pools, which we don't have: fields and their values. It
+#: would refuse to start where less than 10 GiB of memory are free, and beside pools that it does
+#: not know (mem_cache/hicache_auto_size.py).
+NO_HOST_POOLS: dict[str, object] = {"hicache_host_memory_fraction": None}
 #: Switches of SGLang's environment that choose another cache.
 OTHER_CACHES: tuple[str, ...] = ()
 #: Switches that choose a front end which our requests' fields do not pass.

@@ -110,6 +110,8 @@ ADDED = (
         f"{SRT}.server_args.ServerArgs",
         "smg_grpc_mode grpc_mode grpc_port enable_unified_cache_external_linker "
         "hicache_host_memory_mode prefill_only_disable_kv_cache attn_dp_size "
+        "hicache_host_memory_fraction hicache_storage_prefetch_retry_poll_interval "
+        "hicache_storage_prefetch_retry_max_attempts "
         "prefill_decode_interval",
         f"{_ARGUMENTS} options.refusals",
     ),
