@@ -189,7 +189,8 @@ Made by `python -m benchmark.simulation.belief --mooncake mooncake_conversation.
 agent_sessions.jsonl`; how the simulator works, and what it leaves out, is in `docs/simulation.md`.
 
 - One H200 with Llama-3.1-8B, 256 GB of host memory, 4 TB of disk. Load 1 is the capacity of the
-  best baseline in `simulation_baselines.md`. `--loads`, `--mixes` and `--policies` choose a part.
+  best baseline in `simulation_baselines.md`. `--loads`, `--mixes` and `--policies` choose a part;
+  what is not below was not simulated.
 - A belief of 0.7: prefill, decoding and links are believed to take 0.7 of what they do (the machine
   is 1.43 times slower than it is taken for). Passes vary by {NOISE:.0%}. `the truth` knows it,
   without noise. `hrrn` and `fcfs` order by nothing of the kind.

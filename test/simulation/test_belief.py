@@ -11,6 +11,7 @@ from support_simulation.builders import BLOCK_TOKENS, call, random_requests, ser
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.simulation.settings import Belief, InstanceSettings
+from tiered_kv.simulation.statistics import meets_slo
 
 BIASES = (0.7, 1.4)
 
@@ -66,3 +67,21 @@ def test_the_truth_is_untouched_by_what_is_believed(bias: float) -> None:
 def test_a_belief_without_a_factor_is_refused() -> None:
     with pytest.raises(ConfigError, match="a factor over 0"):
         Belief(prefill=0.0)
+
+
+@pytest.mark.long
+def test_who_learns_keeps_nine_tenths_of_what_the_truth_gives() -> None:
+    """After 100 requests, with passes that vary by 10%, beyond what the server bears."""
+    requests = random_requests(11, 500, rate=60.0)
+
+    def met(belief: Belief) -> float:
+        noise = 0.0 if belief == Belief() else 0.1
+        result, _ = simulate(requests, replace(believing(belief), noise=noise))
+        judged = result.records[100:]
+        return sum(meets_slo(record) for record in judged) / len(judged)
+
+    with_truth = met(Belief())
+    assert 0.2 < with_truth < 0.95, "else there is nothing to lose"
+    for bias in BIASES:
+        kept = met(Belief(prefill=bias, decode=bias, links=bias, learns=True)) / with_truth
+        assert kept >= 0.9, (bias, kept)
