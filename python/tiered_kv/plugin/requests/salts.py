@@ -98,9 +98,17 @@ def key_of_body(body: object) -> Keys | None:
 
 
 def forget_unknown(body: object) -> None:
-    """Takes the salt out of where SGLang would stumble over it: it makes `parameters` arguments."""
-    if isinstance(body, dict) and isinstance(body.get("parameters"), dict):
+    """Takes out what SGLang would stumble over, once the key is known.
+
+    It makes `parameters` arguments, and has a field for lists, but not for prompts without a salt.
+    """
+    if not isinstance(body, dict):
+        return
+    if isinstance(body.get("parameters"), dict):
         body["parameters"].pop(SALT, None)
+    for field in FIELDS:
+        if isinstance(body.get(field), list) and None in body[field]:
+            del body[field]
 
 
 def _found(body: Mapping[str, object], field: str) -> object:

@@ -265,6 +265,18 @@ def test_a_stock_server_joins_them_as_ever() -> None:
     assert computed(chat, OFF) == "abc"
 
 
+def test_lists_with_gaps_are_taken_out_once_the_key_is_known() -> None:
+    body = {"text": ["x", "y"], "cache_salt": ["a", None], "extra_key": [None, "k"], "n": 1}
+    keys = key_of_body(body)
+    salts.forget_unknown(body)
+    assert body == {"text": ["x", "y"], "n": 1}
+    assert keys == [key_of("a", None), key_of(None, "k")]
+    for kept in ({"cache_salt": ["a", "b"]}, {"cache_salt": "a"}, {"extra_key": "k"}):
+        before = dict(kept)
+        salts.forget_unknown(kept)
+        assert kept == before
+
+
 # -- a salt in a field of its own -----------------------------------------------------------------
 
 
