@@ -50,6 +50,7 @@ from tiered_kv.tiers.timeline import TimelineFile
 from tiered_kv.tiers.transfer import Collective, SingleRank
 
 if TYPE_CHECKING:
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
 
     from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
@@ -101,9 +102,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         return namespace, on_disk + shared_stores(ctx, namespace, formats, store)
 
     namespace, stores = name_weights()
-    events = KvEvents(
-        params.page_size, params.enable_kv_cache_events, cache_contract.block_labels(params)
-    )
+    events = make_events(params)
     residency = ResidencyLog(events)
     metrics = make_metrics(ctx)
     forest = Forest(params.page_size, tiers=tiers_in_use(store))
@@ -144,6 +143,12 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         cost_model=cost_model,
         watched=make_watched(ctx, forest),
     )
+
+
+def make_events(params: CacheInitParams) -> KvEvents:
+    """What routers are told, if anybody asked for it."""
+    labels = cache_contract.block_labels(params)
+    return KvEvents(params.page_size, params.enable_kv_cache_events, labels)
 
 
 def hold_passes(ctx: TreeCacheBuildContext) -> Callable[[Point], None]:
