@@ -91,6 +91,7 @@ def test_two_ranks_share_with_others_what_they_computed(
         events.collect()
         events.stored.clear()
         from_store = generate_all(server, asked, concurrency=1)
+        events.wait_for("EXTERNAL", N_PAGES)
         events.collect()
         found = {medium: set(hashes) for medium, hashes in events.stored.items()}
 
