@@ -33,7 +33,7 @@ from support.injection import injected
 from support.models import tiny_model_for_two_ranks
 from tiered_kv.metrics import names
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.server, pytest.mark.apart, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 LONG_ROUNDS = int(os.environ.get("TIERED_KV_ADMINISTRATION_ROUNDS", "100"))
 #: An update waits for the requests under way, by SGLang's own rule. The machine may be busy.

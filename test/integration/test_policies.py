@@ -27,7 +27,7 @@ from support.workload import differences, mixed_requests, serve
 from tiered_kv.metrics import names
 from tiered_kv.scheduler.request_policy import request_policies
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.server, pytest.mark.apart, pytest.mark.timeout(600)]
 
 N_SEATS = 4
 #: Enough for several seconds; the seats are given up by an abort.

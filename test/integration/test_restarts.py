@@ -23,7 +23,7 @@ from support.damage import damage_index, damage_segments
 from support.models import copy_with_other_weights
 from support.oracle import Oracle
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.server, pytest.mark.apart, pytest.mark.slow, pytest.mark.timeout(600)]
 
 N_TOKENS = 400
 N_REUSABLE = 384
