@@ -167,7 +167,10 @@ def _inspect(options: argparse.Namespace) -> int:
     def inspect(shard: Path) -> int:
         report = format_report(shard, inspect_directory(shard))
         if shard in orphans:
-            report += "left by a server with another --tp-size: the next start and `gc` delete it\n"
+            report += (
+                "left by a server with another --tp-size or --dp-size: the next start and `gc` "
+                "delete it\n"
+            )
         sys.stdout.write(report)
         return 0
 

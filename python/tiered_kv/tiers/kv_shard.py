@@ -53,6 +53,12 @@ class KVShard:
         """Of this rank among the holders."""
         return self.holders.index(self.rank)
 
+    def of_replica(self, index: int, n_replicas: int) -> KVShard:
+        """The same shard in one of several replicas, each of which has stores of its own."""
+        return replace(
+            self, store=index * self.n_stores + self.store, n_stores=n_replicas * self.n_stores
+        )
+
     def apart(self) -> KVShard:
         """The same shard, kept by this rank for itself."""
         alone = KVShard.alone(self.rank, self.n_ranks, self.n_machines)

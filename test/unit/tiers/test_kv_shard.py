@@ -75,3 +75,18 @@ def test_apart_the_name_stays_and_nothing_is_shared() -> None:
     assert [shard.name for shard in shards] == [kv_shard(rank, 4, 2).name for rank in range(4)]
     assert [(s.holders, s.store, s.n_stores) for s in shards] == [((r,), r, 4) for r in range(4)]
     assert KVShard.alone(3, 4).name == "KV shard 3 of 4"
+
+
+@pytest.mark.parametrize("n_kv_heads", [MLA, 2, 8])
+def test_replicas_have_the_same_shards_in_stores_of_their_own(n_kv_heads: int | None) -> None:
+    of_one = [kv_shard(rank, 4, n_kv_heads) for rank in range(4)]
+    of_two = [[shard.of_replica(index, 2) for shard in of_one] for index in range(2)]
+    for shards in of_two:
+        assert [s.name for s in shards] == [s.name for s in of_one]
+        assert [s.holders for s in shards] == [s.holders for s in of_one]
+        assert [s.is_first for s in shards] == [s.is_first for s in of_one]
+    stores = [{s.store for s in shards} for shards in of_two]
+    assert not stores[0] & stores[1]
+    assert stores[0] | stores[1] == set(range(2 * of_one[0].n_stores))
+    assert {s.n_stores_here for shards in of_two for s in shards} == {2 * of_one[0].n_stores}
+    assert of_one[0].of_replica(0, 1) == of_one[0]

@@ -16,7 +16,7 @@ from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.plugin.cache import adapters, fingerprint, weight_updates
 from tiered_kv.plugin.cache.costs import build_cost_model
 from tiered_kv.plugin.cache.device_copier import make_copier
-from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
+from tiered_kv.plugin.cache.device_pool import DeviceBuffers, EngineAllocator, buffers_of
 from tiered_kv.plugin.cache.disk import open_disk
 from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.formats import TierFormats, tier_formats
@@ -24,6 +24,7 @@ from tiered_kv.plugin.cache.host import host_bytes, open_host
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder, PrometheusRecorder
 from tiered_kv.plugin.cache.parts import CacheParts, HostReport, RankMinimum
 from tiered_kv.plugin.cache.pass_streams import launched_so_far, pass_holder
+from tiered_kv.plugin.cache.replicas import Replica, replica_of
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.cache.shards import shard_of
 from tiered_kv.plugin.cache.store import SharedStore, open_store
@@ -81,18 +82,13 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     formats = tier_formats(config, device)
     on_cpu = device.buffers[0].device.type == "cpu"
 
-    args, collective = ctx.server_args, make_collective(ctx)
-    # The ranks of one machine: they are spread evenly.
-    outcome = arguments.resolved(args)
-    n_ranks = max(1, ctx.tp_size // outcome.nnodes)
-    rank_bytes = host_bytes(config, device.n_bytes, formats.host, n_ranks, collective)
-    shard = shard_of(ctx, pool)
-    host, shard = open_host(formats.host, rank_bytes, shard, collective, pins=not on_cpu)
+    args, collective, replica = ctx.server_args, make_collective(ctx), replica_of(ctx)
+    host, shard = host_of(ctx, device, formats, collective, replica)
     copier = make_copier(formats, device, host, args.tiered_kv_copy_path)
     if host.is_shared:
         copier = PartCopier(copier, shard.place, len(shard.holders))
-    timeline = open_timeline(args, ctx.tp_rank, copier)
-    disk = open_disk(config, shard, collective)
+    timeline = open_timeline(args, replica.process(ctx.tp_rank), copier)
+    disk = open_disk(config, shard, collective, replica.server)
     has_disk = config.disk.directory is not None
     store = open_store(config.store, shard, host, formats.disk.page_bytes)
 
@@ -104,7 +100,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     namespace, stores = name_weights()
     events = make_events(params)
     residency = ResidencyLog(events)
-    metrics = make_metrics(ctx)
+    metrics = make_metrics(ctx, replica)
     forest = Forest(params.page_size, tiers=tiers_in_use(store))
     cost_model = build_cost_model(ctx, pool, formats.host)
     costs = None if cost_model is None else placement_costs(cost_model, formats)
@@ -141,7 +137,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
         pass_log=make_pass_log(context, cost_model, synchronous=on_cpu),
         residency=residency,
         cost_model=cost_model,
-        watched=make_watched(ctx, forest),
+        watched=make_watched(args, replica.process(ctx.tp_rank), forest),
     )
 
 
@@ -151,15 +147,36 @@ def make_events(params: CacheInitParams) -> KvEvents:
     return KvEvents(params.page_size, params.enable_kv_cache_events, labels)
 
 
+def host_of(
+    ctx: TreeCacheBuildContext,
+    device: DeviceBuffers,
+    formats: TierFormats,
+    collective: Collective,
+    replica: Replica,
+) -> tuple[HostPool, KVShard]:
+    """This rank's host pool, and the shard that is kept there and below. Raises ConfigError."""
+    # The ranks of one machine: they are spread evenly.
+    n_machines = arguments.resolved(ctx.server_args).nnodes
+    n_ranks = max(1, ctx.tp_size * replica.n_replicas // n_machines)
+    config: TieredKVConfig = ctx.server_args.to_config()
+    rank_bytes = host_bytes(
+        config, device.n_bytes, formats.host, n_ranks, collective, replica.first_word
+    )
+    shard = shard_of(ctx, ctx.params.token_to_kv_pool_allocator.get_kvcache())
+    pins = device.buffers[0].device.type != "cpu"
+    host, shard = open_host(formats.host, rank_bytes, shard, collective, pins=pins)
+    return host, shard.of_replica(replica.index, replica.n_replicas)
+
+
 def hold_passes(ctx: TreeCacheBuildContext) -> Callable[[Point], None]:
     """Makes forward passes that are launched from now on wait for a point."""
     overlaps = not arguments.resolved(ctx.server_args).disable_overlap_schedule
     return pass_holder(ctx.tp_worker.model_runner.forward_stream, overlaps=overlaps)
 
 
-def make_watched(ctx: TreeCacheBuildContext, forest: Forest) -> Watched | None:
-    """One rank answers who looks; what it keeps for that decides nothing."""
-    is_watched = ctx.server_args.tiered_kv_view == "on" and ctx.tp_rank == 0
+def make_watched(server_args: Any, process: int, forest: Forest) -> Watched | None:
+    """One rank of all answers who looks; what it keeps for that decides nothing."""
+    is_watched = server_args.tiered_kv_view == "on" and process == 0
     return Watched(forest) if is_watched else None
 
 
@@ -175,9 +192,9 @@ def placement_costs(cost_model: CostModel, formats: TierFormats) -> PlacementCos
     )
 
 
-def open_timeline(server_args: Any, tp_rank: int, copier: PageCopier) -> TimelineFile | None:
+def open_timeline(server_args: Any, process: int, copier: PageCopier) -> TimelineFile | None:
     """Raises ConfigError if the file cannot be written."""
-    path = rank_trace_file(server_args, tp_rank)
+    path = rank_trace_file(server_args, process)
     if path is None:
         return None
     logger.info("Tiered KV: a timeline goes to %s; open it in ui.perfetto.dev.", path)
@@ -276,12 +293,15 @@ def make_collective(ctx: TreeCacheBuildContext) -> Collective:
     return SingleRank() if ctx.tp_size == 1 or group is None else RankMinimum(group)
 
 
-def make_metrics(ctx: TreeCacheBuildContext) -> MetricsRecorder:
+def make_metrics(ctx: TreeCacheBuildContext, replica: Replica) -> MetricsRecorder:
     if not ctx.params.enable_metrics:
         return MetricsRecorder()
     outcome = arguments.resolved(ctx.server_args)
     served_name = outcome.served_model_name or outcome.model_path
-    return PrometheusRecorder({"model_name": served_name, "tp_rank": str(ctx.tp_rank)})
+    labels = {"model_name": served_name, "tp_rank": str(ctx.tp_rank)}
+    if replica.is_one_of_many:  # as SGLang's own
+        labels["dp_rank"] = str(replica.index)
+    return PrometheusRecorder(labels)
 
 
 def log_formats(formats: TierFormats) -> None:

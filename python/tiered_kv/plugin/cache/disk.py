@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 
 from tiered_kv.core.config import TieredKVConfig
@@ -14,13 +13,14 @@ from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.kv_shard import KVShard
 from tiered_kv.tiers.transfer import Collective
 
-_SERVER_BITS = 62
 
-
-def open_disk(config: TieredKVConfig, shard: KVShard, collective: Collective) -> DiskTier | None:
+def open_disk(
+    config: TieredKVConfig, shard: KVShard, collective: Collective, server: int
+) -> DiskTier | None:
     """The shard's part of the disk tier, or None on a rank for which another reads and writes it.
 
-    Every rank must make the call. Raises DiskTierError for misuse; a disk at fault is not.
+    server: what this server's processes on this machine have in common, and no other server. Every
+    rank must make the call. Raises DiskTierError for misuse; a disk at fault is not.
     """
     disk = config.disk
     if disk.directory is None:
@@ -39,8 +39,8 @@ def open_disk(config: TieredKVConfig, shard: KVShard, collective: Collective) ->
             access=access,
         )
 
-    # What this server's ranks have in common, and no other server.
-    (server,) = collective.minimum([secrets.randbits(_SERVER_BITS)])
+    # On several machines each was given another.
+    (server,) = collective.minimum([server])
     if not shard.is_first:
         return None
     opener = ShardOpener(

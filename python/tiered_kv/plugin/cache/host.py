@@ -57,8 +57,11 @@ def host_bytes(
     page_format: PageFormat,
     n_ranks: int,
     collective: Collective,
+    first_word: Callable[[int], int] = lambda value: value,
 ) -> int:
     """The size of this rank's host pool; n_ranks: on this machine.
+
+    first_word: what the first to ask gave, of ranks of this machine that the collective lacks.
 
     Every rank must call it, and gets the same. Raises ConfigError if the machine does not have what
     was asked for by its size.
@@ -66,6 +69,7 @@ def host_bytes(
     free = available_bytes()
     # Before any rank takes something: else the last to look would see what the others left.
     (agreed,) = collective.minimum([-1 if free is None else free])
+    agreed = first_word(agreed)
     wished = int(config.host.ratio * device_bytes)
     size = host_size(
         named_bytes=config.host.size_bytes,

@@ -117,9 +117,9 @@ def budget_share(server_args: Any, *, on_cpu: bool) -> float | None:
     return (BUDGET_DEFAULT if value == "auto" else float(value)) / 100
 
 
-def rank_trace_file(server_args: Any, tp_rank: int) -> Path | None:
-    """Where this rank's timeline goes, if there is to be one."""
+def rank_trace_file(server_args: Any, process: int) -> Path | None:
+    """Where the timeline of the server's rank `process` goes, if there is to be one."""
     if server_args.tiered_kv_trace_file is None:
         return None
     path = Path(server_args.tiered_kv_trace_file)
-    return path if tp_rank == 0 else path.with_name(f"{path.stem}-rank{tp_rank}{path.suffix}")
+    return path if process == 0 else path.with_name(f"{path.stem}-rank{process}{path.suffix}")

@@ -86,7 +86,8 @@ class SnapshotSource:
         for part in PARTS:
             ask = manager.get_internal_state_communicator
             answers = await ask(GetInternalStateReq(rid=part))
-            raw |= answers[0].internal_state.get(PART_KEY, {})
+            for answer in answers:  # one of each replica, the first of which has something to say
+                raw |= answer.internal_state.get(PART_KEY, {})
         self._taken_s = time.monotonic()
         if not raw:
             self._shaped = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -33,6 +34,10 @@ _MIXED_IN: tuple[Any, ...] = (
     *(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, WatchingArgs),
 )
 """In the order of the help."""
+
+# No field: nobody chooses it, and it says nothing to who reads the arguments.
+_SERVER_NUMBER = "_tiered_kv_server_number"
+_SERVER_BITS = 62
 
 
 def _flag(field_name: str) -> str:
@@ -65,6 +70,12 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
         NS("memory"),
     ] = False
 
+    @property
+    def server_number(self) -> int:
+        """What all processes of this server have in common, and no other server."""
+        number: int = vars(self)[_SERVER_NUMBER]
+        return number
+
     def resolve_with(self, resolve: Callable[[], None]) -> None:
         """`resolve`, SGLang's own, among ours.
 
@@ -75,6 +86,7 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
             resolve()
             return
         process_carrier.prepare_main_process()
+        vars(self)[_SERVER_NUMBER] = secrets.randbits(_SERVER_BITS)
         refusals.check_server_args(self)
         self.resolve_policies()
         self.resolve_callers()

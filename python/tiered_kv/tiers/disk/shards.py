@@ -175,7 +175,7 @@ def delete_other_layouts(directory: Path, n_shards: int) -> None:
             logger.warning("Disk tier: %s cannot be deleted (%s).", shard.path, error)
     if names:
         logger.warning(
-            "Disk tier %s: deleted %s (%s), left by a server with another --tp-size.",
+            "Disk tier %s: deleted %s (%s), left by a server with another --tp-size or --dp-size.",
             directory,
             ", ".join(names),
             format_bytes(n_bytes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +28,15 @@ ALONE = KVShard.alone(0, 1)
 def open_one(tmp_path: Path) -> Iterator[Open]:
     tiers: list[DiskTier] = []
 
-    def open_it(shard: KVShard = ALONE, collective: object = None, **options: object) -> DiskTier:
+    def open_it(
+        shard: KVShard = ALONE,
+        collective: object = None,
+        server: int | None = None,
+        **options: object,
+    ) -> DiskTier:
         disk = DiskConfig(directory=tmp_path / "kv", size_bytes=SIZE_BYTES, **options)  # type: ignore[arg-type]
-        tier = open_disk(TieredKVConfig(disk=disk), shard, collective or SingleRank())  # type: ignore[arg-type]
+        server = secrets.randbits(62) if server is None else server
+        tier = open_disk(TieredKVConfig(disk=disk), shard, collective or SingleRank(), server)  # type: ignore[arg-type]
         assert tier is not None
         tiers.append(tier)
         return tier
@@ -46,7 +53,7 @@ def store_a_page(tier: DiskTier) -> None:
 
 def test_no_directory_no_tier() -> None:
     config = TieredKVConfig(disk=DiskConfig(directory=None))
-    assert open_disk(config, ALONE, SingleRank()) is None
+    assert open_disk(config, ALONE, SingleRank(), 1) is None
 
 
 def test_the_ranks_of_a_server_share_the_directory(open_one: Open, tmp_path: Path) -> None:
@@ -76,7 +83,7 @@ def test_ranks_with_the_same_kv_have_one_store_of_the_whole_size(
     opened: dict[int, DiskTier | None] = {}
 
     def open_rank(rank: int) -> None:
-        opened[rank] = open_disk(config, kv_shard(rank, 4, None), barrier.rank(rank))
+        opened[rank] = open_disk(config, kv_shard(rank, 4, None), barrier.rank(rank), 1 + rank)
 
     threads = [threading.Thread(target=open_rank, args=(rank,)) for rank in range(4)]
     for thread in threads:
@@ -93,6 +100,19 @@ def test_ranks_with_the_same_kv_have_one_store_of_the_whole_size(
     again = open_one(kv_shard(0, 1, None))
     assert again.stats().pages == 1
     assert [path.name for path in (tmp_path / "kv").iterdir() if path.is_dir()] == ["shard-0-of-1"]
+
+
+def test_replicas_share_the_directory_and_the_size(open_one: Open, tmp_path: Path) -> None:
+    """They have no group in common; the number of their server tells that they are one."""
+    tiers = [open_one(ALONE.of_replica(index, 2), server=5) for index in range(2)]
+    for tier in tiers:
+        assert tier.capacity_bytes == SIZE_BYTES // 2
+        store_a_page(tier)
+        assert tier.stats().pages == 1
+    names = sorted(path.name for path in (tmp_path / "kv").iterdir() if path.is_dir())
+    assert names == ["shard-0-of-2", "shard-1-of-2"]
+    with pytest.raises(DiskTierError, match="is in use by process"):
+        open_one(ALONE.of_replica(0, 2), server=6)
 
 
 def test_another_server_is_refused(open_one: Open) -> None:

@@ -38,13 +38,20 @@ ARGS = {
 class Manager:
     """What of SGLang's TokenizerManager is used; `take` makes what the scheduler notes."""
 
-    def __init__(self, take: Callable[[str], dict[str, Any] | None], **args: Any) -> None:
+    def __init__(
+        self,
+        take: Callable[[str], dict[str, Any] | None],
+        silent: tuple[bool, ...] = (False,),
+        **args: Any,
+    ) -> None:
+        """silent: of each replica, in the order in which they answer, whether it keeps nothing."""
         self.server_args = SimpleNamespace(**{**ARGS, **args})
         self.tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
         self.asked = 0
         self.delay_s = 0.0
         self._take = take
-        self.get_internal_state_communicator: Any = FanOutCommunicator(self._send, 1)
+        self._silent = silent
+        self.get_internal_state_communicator: Any = FanOutCommunicator(self._send, len(silent))
 
     def auto_create_handle_loop(self) -> None:
         pass
@@ -56,10 +63,11 @@ class Manager:
 
     def _answer(self, part: str) -> None:
         raw = self._take(part)
-        state = {} if raw is None else {PART_KEY: raw}
-        self.get_internal_state_communicator.handle_recv(
-            GetInternalStateReqOutput(internal_state=state)
-        )
+        for is_silent in self._silent:
+            state = {} if raw is None or is_silent else {PART_KEY: raw}
+            self.get_internal_state_communicator.handle_recv(
+                GetInternalStateReqOutput(internal_state=state)
+            )
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +107,12 @@ async def _get(app: FastAPI, path: str = PATH, **headers: str) -> httpx.Response
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         return await client.get(path, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+
+@pytest.mark.parametrize("silent", [(False, True), (True, False)], ids=str)
+def test_one_of_several_replicas_has_something_to_say(serve: Any, silent: Any) -> None:
+    app, _ = serve(silent=silent)
+    assert get(app).json()["model"] == "demo"
 
 
 def test_a_snapshot(serve: Any) -> None:

@@ -199,6 +199,12 @@ def test_copies_and_pickles_keep_everything(model: str) -> None:
     assert (replaced.random_seed, replaced.to_config()) == (7, args.to_config())
 
 
+def test_a_server_has_a_number_that_its_processes_are_told_and_no_other_has(model: str) -> None:
+    args, others = parse(model, "--tiered-kv"), parse(model, "--tiered-kv")
+    assert pickle.loads(pickle.dumps(args)).server_number == args.server_number
+    assert args.server_number != others.server_number
+
+
 def test_server_info_can_show_it(model: str) -> None:
     from sglang.srt.utils.msgspec_utils import msgspec_to_builtins
 
@@ -298,7 +304,7 @@ def test_no_option_of_sglangs_is_shadowed_or_abbreviated_differently() -> None:
         (["--tiered-kv-host-size", "8GB"], "--tiered-kv-host-size has no effect without"),
         (["--tiered-kv-clear-disk"], "--tiered-kv-clear-disk has no effect without --tiered-kv"),
         (["--tiered-kv", "--disable-radix-cache"], "does not support --disable-radix-cache"),
-        (["--tiered-kv", "--dp-size", "2"], "does not support --dp-size above 1"),
+        (["--tiered-kv", "--pp-size", "2"], "does not support --pp-size above 1"),
         (["--tiered-kv", "--hicache-storage-backend", "file"], "belongs to SGLang's own"),
         (["--tiered-kv", "--page-size", "0"], "does not support a --page-size below 1"),
         (["--tiered-kv", "--chunked-prefill-size", "100"], "no multiple of the page size"),

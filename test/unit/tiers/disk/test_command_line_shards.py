@@ -59,7 +59,7 @@ def test_inspect_shows_every_shard(of_two_ranks: Path, capsys: pytest.CaptureFix
         ("shard-0-of-1", "7"), ("shard-0-of-2", "10"), ("shard-1-of-2", "11"),
     ]  # fmt: skip
     first, *others = table.split("directory  ")[1:]
-    assert "left by a server with another --tp-size" in first
+    assert "left by a server with another --tp-size or --dp-size" in first
     assert not any("left by" in other for other in others)
 
 

@@ -40,6 +40,11 @@ def mla_kv_pool(*args: Any, index_head_dim: None = None, **kwargs: Any) -> Any:
     return MLATokenToKVPool(*args, **kwargs)
 
 
+def replica_index(tp_worker: Any) -> int:
+    """Which of the data-parallel replicas this process belongs to."""
+    return int(tp_worker.ps.dp_rank or 0)
+
+
 def weights_of(tp_worker: Any) -> object:
     """What tells the weights of this rank from others in the process."""
     return tp_worker

@@ -66,7 +66,8 @@ ARGUMENTS = (
         "hicache_storage_backend hicache_storage_backend_extra_config "
         "hicache_storage_prefetch_policy device chunked_prefill_size model_path served_model_name "
         "cuda_graph_config disable_overlap_schedule",
-        "start.server_args options.policies options.refusals start.unavailable cache.build",
+        "start.server_args options.policies options.refusals start.unavailable "
+        "cache.build cache.replicas",
     ),
     function(
         f"{SRT}.server_args.ServerArgs.add_cli_args",

@@ -151,6 +151,12 @@ POOLS = (
     object_(
         f"{SRT}.managers.tp_worker.TpModelWorker", "model_runner", "cache.build decode.selection"
     ),
+    object_(f"{SRT}.managers.tp_worker.TpModelWorker", "ps", "upstream.v0_5_17.hardware"),
+    object_(
+        f"{SRT}.distributed.parallel_state_wrapper.ParallelState",
+        "dp_rank",
+        "upstream.v0_5_17.hardware",
+    ),
     object_(
         f"{SRT}.model_executor.model_runner.ModelRunner",
         "model forward_stream lora_manager",

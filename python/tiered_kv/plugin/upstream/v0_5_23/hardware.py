@@ -17,6 +17,11 @@ class PlainPlatform:
     """
 
 
+def replica_index(tp_worker: Any) -> int:
+    """Which of the data-parallel replicas this process belongs to: there is one, see REFUSED."""
+    return 0
+
+
 def weights_of(tp_worker: Any) -> object:
     """What tells the weights of this rank from others in the process."""
     return tp_worker.model_runner

@@ -48,6 +48,7 @@ GONE = frozenset(
         f"{_PLATFORM}.get_paged_allocator_cls",
         *(_PAGED, f"{_PAGED}.alloc_extend", f"{_PAGED}.alloc_decode"),
         f"{_PAGED}.merge_and_sort_free",
+        f"{SRT}.distributed.parallel_state_wrapper.ParallelState",
     }
 )
 #: Whole modules of SGLang's that are not used here: HiRadixCache is gone, and cascade attention
@@ -63,6 +64,7 @@ LOST = {
     _REQ: "prefix_indices extend_range req_pool_idx kv_committed_len",
     f"{MEM}.base_prefix_cache.MatchResult": "device_indices",
     f"{MEM}.base_prefix_cache.InsertParams": "chunked",
+    f"{_MANAGERS}.tp_worker.TpModelWorker": "ps",
 }
 
 #: Functions with other parameters.

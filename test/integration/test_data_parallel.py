@@ -1,0 +1,76 @@
+"""Two data-parallel replicas: each with a tree, host memory and a shard of the disk of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness.client import Answer, generate_all
+from harness.metrics import scrape, wait_for_disk
+from harness.prompts import PromptMaker
+from harness.server import ALWAYS_LOAD, FLOAT32, Server
+from support.models import tiny_model_for_two_ranks
+from support.workload import differences, mixed_requests, serve
+from tiered_kv.metrics import names
+
+pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(1200)]
+
+POOL = ("--page-size", 16, "--max-total-tokens", 1024, "--chunked-prefill-size", 128)
+N_TOKENS = 300
+N_REUSABLE = 288
+
+
+def test_replicas_answer_as_one_server_does_from_tiers_of_their_own(
+    make_server: Callable[..., Server], demo_model: Path, prompts: PromptMaker, tmp_path: Path
+) -> None:
+    model = tiny_model_for_two_ranks(demo_model, tmp_path / "model")
+    asked = [prompts.tokens(f"replicas {i}", N_TOKENS) for i in range(5)]
+    load = mixed_requests(prompts, 60, seed=5)
+    only_platform = {"SGLANG_PLUGINS": "tiered_kv_cpu"}
+    with make_server("dp_plain", *FLOAT32, *POOL, model=model, env=only_platform) as plain:
+        truths = [answer.output_ids for answer in generate_all(plain, asked, concurrency=1)]
+        alone = serve(plain, [one.alone(f"alone {i}") for i, one in enumerate(load)], 4)
+    assert len(set(truths)) == 5, "the model ignores its prompts"
+
+    args = [*FLOAT32, *POOL, "--dp-size", 2, "--tiered-kv", *ALWAYS_LOAD]
+    # 2,048 tokens for each.
+    args += ["--tiered-kv-host-size", "8388608B", "--tiered-kv-disk-dir", tmp_path / "disk"]
+    args += ["--tiered-kv-disk-size", "400MB", "--tiered-kv-debug-integrity", "--enable-metrics"]
+
+    def ask(server: Server, replica: int, these: list[list[int]]) -> list[Answer]:
+        return generate_all(server, these, concurrency=1, routed_dp_rank=replica)
+
+    with make_server("dp", *args, model=model) as server:
+        computed = ask(server, 0, asked)
+        from_host = ask(server, 0, asked[:2])
+        by_the_other = ask(server, 1, asked[:2])
+        wait_for_disk(server)
+        on_disk = scrape(server)
+        assert server.get("/tiered_kv/snapshot").status_code == 200
+        server.flush_cache()
+        from_disk = ask(server, 0, asked)
+        others_disk = ask(server, 1, asked[:3])
+        answers = serve(server, load, concurrency=16)
+        wait_for_disk(server)
+    with make_server("dp_again", *args, model=model) as server:
+        after_restart = ask(server, 0, asked)
+
+    for some in (computed, from_host, by_the_other, from_disk, others_disk, after_restart):
+        assert [answer.output_ids for answer in some] == truths[: len(some)]
+    assert not differences(answers, [truth.output_ids for truth in alone])
+    assert [answer.cached_tokens for answer in computed] == [0] * 5
+    assert [answer.host for answer in from_host] == [N_REUSABLE] * 2
+    assert [answer.cached_tokens for answer in by_the_other] == [0] * 2
+    assert [answer.disk for answer in from_disk] == [N_REUSABLE] * 5
+    assert [answer.disk for answer in others_disk] == [N_REUSABLE, N_REUSABLE, 0]
+    assert [answer.disk for answer in after_restart] == [N_REUSABLE] * 5
+
+    pages = [(N_TOKENS + 8 - 1) // 16 * n for n in (5, 2)]
+    for replica, n_pages in enumerate(pages):
+        here = {"dp_rank": str(replica)}
+        assert on_disk.of(names.RESIDENT_TOKENS, tier="disk", **here) == n_pages * 16
+        assert on_disk.of(names.CAPACITY_TOKENS, tier="host", **here) == 2048
+    shards = sorted(path.name for path in (tmp_path / "disk").iterdir() if path.is_dir())
+    assert shards == ["shard-0-of-2", "shard-1-of-2"]
