@@ -28,9 +28,36 @@ WITH_SERVERS = (
 )  # fmt: skip
 
 
-def gpu_check(out: Path, *arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+#: Makes a process one that has the bundle's first part, torch, Triton and what these require.
+ONLY_THE_FIRST_PART = """
+import re, sys
+from importlib import metadata
+
+THERE = re.compile(r"nvidia-.*|cuda-.*|torch|triton|filelock|fsspec|jinja2|markupsafe|mpmath"
+                   r"|networkx|setuptools|sympy|typing-extensions|numpy|tqdm|xxhash"
+                   r"|sglang-tiered-kv")
+
+class OnlyTheFirstPart:
+    def __init__(self):
+        self.missing = {
+            name for name, brings in metadata.packages_distributions().items()
+            if not any(THERE.fullmatch(re.sub(r"[-_.]+", "-", one.lower())) for one in brings)
+        }
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, OnlyTheFirstPart())
+"""
+
+
+def gpu_check(
+    out: Path, *arguments: str, timeout: float = 200, **more: str
+) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
+        **more,
         "TIERED_KV_PYTHON": sys.executable,
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
@@ -47,9 +74,16 @@ def gpu_check(out: Path, *arguments: str, timeout: float = 200) -> subprocess.Co
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The steps without a server, played once: their folder, and what was printed."""
-    out = tmp_path_factory.mktemp("gpu_check") / "out"
-    result = gpu_check(out, "--rehearse", "--steps", *CHEAP, timeout=500)
+    """The steps without a server, played once: their folder, and what was printed. The first group
+    has nothing but the bundle's first part."""
+    folder = tmp_path_factory.mktemp("gpu_check")
+    (folder / "sitecustomize.py").write_text(ONLY_THE_FIRST_PART)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    out = folder / "out"
+    alone, more = CHEAP
+    result = gpu_check(out, "--rehearse", "--steps", alone, timeout=500, PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+    result = gpu_check(out, "--rehearse", "--steps", more, timeout=500)
     assert result.returncode == 0, result.stderr
     return out, result.stdout
 

@@ -59,7 +59,6 @@ from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.page_store import PageStore, StoreTraits
 from tiered_kv.tiers.replicas import PartCopier, StoreOfAnother
 from tiered_kv.tiers.shared.link import StoreLink
-from tiered_kv.tiers.shared.object_store import ObjectStore
 from tiered_kv.tiers.transfer import Collective, SingleRank, TransferQueue
 
 #: How long a transfer is held back from a call that must wait for it.
@@ -155,6 +154,9 @@ class Rig(RigChecks, RigRequests):
             page_format = self.copier.page_format
             traits = StoreTraits(Tier.STORE, page_format, knows_locally=False, is_shared=True)
             name = hashlib.sha256(self.namespace + bytes([self.shard])).digest()
+            # Here, as envelopes need `cryptography`, which the order check on a GPU does without.
+            from tiered_kv.tiers.shared.object_store import ObjectStore
+
             stores.append(ObjectStore(StoreLink(self.remote), name, traits))
         return tuple(stores)
 
