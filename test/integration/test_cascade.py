@@ -66,8 +66,9 @@ def test_four_gangs_of_four(
     truths = oracle.all_output_ids([(prompt, NEW_TOKENS) for prompt in asked + equals])
     assert [answer.output_ids for answer in answers + said] == truths
     # All sixteen together would read 4 x (shared + 4 x own) of 16 x (shared + own) tokens: 0.27
-    # of 2,048 shared, 0.29 of 1,024.
-    assert share < 0.45
+    # of 2,048 shared, 0.29 of 1,024. On a busy machine they start and end further apart; with two
+    # of the four gangs alone it would be 0.64.
+    assert share < 0.6
 
 
 @pytest.mark.long
