@@ -87,6 +87,27 @@ def tiny_mla_model(model: Path, to: Path) -> Path:
     )
 
 
+def tiny_window_model(model: Path, to: Path) -> Path:
+    """Random weights in the shape of Gemma 3: three layers of four look back 64 tokens only."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return _random_model(
+        model,
+        to,
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=64,
+        sliding_window_pattern=4,
+    )
+
+
 def _random_model(model: Path, to: Path, config: Any, architecture: Any, **shape: Any) -> Path:
     """`architecture`, of transformers, with random weights in this shape, `model`'s tokenizer."""
     import torch

@@ -141,9 +141,10 @@ RESOLVED_RULES: tuple[Rule, ...] = (
 
 MODEL_RULES: tuple[Rule, ...] = (
     Rule(
+        # Options let SGLang have no pool for windows: `windows.py`.
         lambda ctx: ctx.is_hybrid_swa,
-        "models with sliding-window attention layers",
-        "start without --tiered-kv, or with --disable-hybrid-swa-memory",
+        "models whose sliding-window layers need a pool of their own",
+        "start without --tiered-kv",
     ),
     Rule(
         lambda ctx: ctx.is_hybrid_ssm,

@@ -20,7 +20,7 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.plugin.options import cascade as cascade_option
-from tiered_kv.plugin.options import refusals, values
+from tiered_kv.plugin.options import refusals, values, windows
 from tiered_kv.plugin.options.callers import CallerArgs
 from tiered_kv.plugin.options.overlap import OverlapArgs
 from tiered_kv.plugin.options.policies import SCHEDULE_POLICY_DEFAULT, PolicyArgs
@@ -94,6 +94,7 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
         self.resolve_tiers()
         self.resolve_overlap()
         self._select_cache()
+        windows.have_one_pool(self)
         try:
             resolve()
         except ValueError as error:
@@ -102,6 +103,7 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
             raise
         outcome = arguments.resolved(self)
         refusals.check_resolved(outcome)
+        windows.check_resolved(self)
         cascade_option.check_resolved(self)
 
     def arrived(self) -> None:

@@ -65,9 +65,19 @@ ARGUMENTS = (
         "schedule_policy kv_canary hicache_size hicache_ratio hicache_write_policy "
         "hicache_storage_backend hicache_storage_backend_extra_config "
         "hicache_storage_prefetch_policy device chunked_prefill_size model_path served_model_name "
-        "cuda_graph_config disable_overlap_schedule",
-        "start.server_args options.policies options.refusals start.unavailable "
+        "cuda_graph_config disable_overlap_schedule disable_hybrid_swa_memory",
+        "start.server_args options.policies options.refusals options.windows start.unavailable "
         "cache.build cache.replicas",
+    ),
+    function(
+        f"{SRT}.configs.model_config.is_hybrid_swa_model",
+        "model_architectures hf_text_config",
+        "options.windows",
+    ),
+    object_(
+        f"{SRT}.configs.model_config.ModelConfig",
+        "hf_config hf_text_config is_hybrid_swa_compress has_asymmetric_kv",
+        "options.windows",
     ),
     function(
         f"{SRT}.server_args.ServerArgs.add_cli_args",
