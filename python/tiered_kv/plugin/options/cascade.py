@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.plugin.options import refusals
 from tiered_kv.plugin.upstream.current import arguments, hardware
 
 MODES = ("auto", "on", "off")
@@ -47,7 +48,7 @@ def why_not(server_args: Any) -> str | None:
 
 def check_resolved(server_args: Any) -> None:
     """Raise ConfigError if cascade attention was asked for and cannot be had."""
-    if server_args.tiered_kv_cascade != "on" or server_args.model_path.lower() in ("none", "dummy"):
+    if server_args.tiered_kv_cascade != "on" or not refusals.names_a_model(server_args):
         return
     reason = why_not(server_args)
     if reason is not None:

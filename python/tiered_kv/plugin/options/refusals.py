@@ -226,9 +226,13 @@ def check_one_orders_the_queue(server_args: Any) -> None:
 def check_resolved(server_args: Any) -> None:
     """Raise ConfigError if what SGLang made of the options does not go with `--tiered-kv`."""
     _refuse_first(SERVER_ARGS_RULES, server_args)
-    # A model path of "dummy" ends SGLang's resolution before there is anything to check.
-    if server_args.model_path.lower() not in ("none", "dummy"):
+    if names_a_model(server_args):
         _refuse_first(RESOLVED_RULES, server_args)
+
+
+def names_a_model(server_args: Any) -> bool:
+    """A path of "dummy" does not: it ends SGLang's resolution before there is anything to check."""
+    return server_args.model_path.lower() not in ("none", "dummy")
 
 
 def check_model(ctx: Any) -> None:

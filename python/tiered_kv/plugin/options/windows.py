@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.plugin.options import refusals
 from tiered_kv.plugin.upstream.current import arguments
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def have_one_pool(server_args: Any) -> None:
 
 def check_resolved(server_args: Any) -> None:
     """Say what that costs. Raise ConfigError for a model whose layers cannot share a pool."""
-    if server_args.model_path.lower() in ("none", "dummy"):
+    if not refusals.names_a_model(server_args):
         return
     model_config = arguments.model_config(server_args)
     if not has_pool_of_its_own(model_config):
