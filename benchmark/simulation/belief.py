@@ -24,6 +24,7 @@ from tiered_kv.core.model_spec import find_model
 from tiered_kv.simulation import schema
 from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_jobs
 from tiered_kv.simulation.settings import GB, Belief, CacheSettings, InstanceSettings
+from tiered_kv.simulation.statistics import without_curves
 from tiered_kv.simulation.tables import Column, Run, markdown, percent, seconds
 
 BELIEVERS = ("slack", "niyama", "edf")
@@ -203,32 +204,39 @@ agent_sessions.jsonl`; how the simulator works, and what it leaves out, is in `d
 """
 
 
+def add_traffic(parser: argparse.ArgumentParser, n_requests: int) -> None:
+    """The options that `choices` takes."""
+    parser.add_argument("--mooncake", type=Path, help="path of mooncake_conversation.jsonl")
+    parser.add_argument("--agents", type=Path, help="path of agent_sessions.jsonl")
+    help_ = f"of mooncake (default {n_requests})"
+    parser.add_argument("--requests", type=int, default=n_requests, help=help_)
+    parser.add_argument("--sessions", type=int, default=40, help="of agents (default 40)")
+
+
+def simulated(todo: Sequence[Job], what: str, n_workers: int = 1) -> list[dict[str, Any]]:
+    """The results of `todo` without curves, behind a progress bar that says `what`."""
+    with tqdm(desc=what, total=len(todo), unit=" runs") as bar:
+
+        def advance() -> None:
+            bar.update(1)
+
+        runs = run_jobs(todo, n_workers=n_workers, progress=advance)
+    return [without_curves(run) for run in runs]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Simulate, write the result file and the report."""
     parser = parser_of("benchmark.simulation.belief", __doc__)
-    parser.add_argument("--mooncake", type=Path, help="path of mooncake_conversation.jsonl")
-    parser.add_argument("--agents", type=Path, help="path of agent_sessions.jsonl")
+    add_traffic(parser, n_requests=800)
     parser.add_argument("--out", type=Path, default=RESULTS / "simulation_belief.json")
-    parser.add_argument("--requests", type=int, default=800, help="of mooncake (default 800)")
-    parser.add_argument("--sessions", type=int, default=40, help="of agents (default 40)")
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS, help="default 0.8 1.2")
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=tuple(MIXES))
     parser.add_argument("--policies", nargs="+", default=(*BELIEVERS, *OTHERS))
     parser.add_argument("--warm-up", type=int, default=100, help="not judged (default 100)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     options = parser.parse_args(arguments)
-    todo = jobs(options)
-    with tqdm(desc="beliefs", total=len(todo), unit=" runs") as bar:
-        runs = run_jobs(todo, n_workers=options.workers, progress=lambda: _advance(bar))
-    for run in runs:
-        for name in ("ttft_s", "wait_s", "mean_tbt_s", "p99_tbt_s"):
-            run[name]["cdf"] = []
-    schema.write_results(options.out, runs)
+    schema.write_results(options.out, simulated(jobs(options), "beliefs", options.workers))
     print(report(options.out))
-
-
-def _advance(bar: tqdm) -> None:
-    bar.update(1)
 
 
 if __name__ == "__main__":

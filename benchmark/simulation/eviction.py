@@ -35,6 +35,7 @@ from tiered_kv.core.model_spec import find_model
 from tiered_kv.simulation import schema
 from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_job
 from tiered_kv.simulation.settings import CacheSettings, InstanceSettings
+from tiered_kv.simulation.statistics import without_curves
 from tiered_kv.simulation.tables import Run
 
 SLO_MIX = "interactive:0.6:0.5:0.05,standard:0.3:2:0.1,batch:0.1:30:-"
@@ -134,9 +135,7 @@ def labelled(job: Job, name: str, **changes: object) -> Job:
 
 def slim(run: Run) -> Run:
     """`run` without curves and classes, which the report leaves out and which fill the file."""
-    empty: dict[str, list[float]] = {"cdf": []}
-    figures = ("ttft_s", "wait_s", "mean_tbt_s", "p99_tbt_s")
-    return {**run, "classes": {}, **{figure: {**run[figure], **empty} for figure in figures}}
+    return {**without_curves(run), "classes": {}}
 
 
 def commit() -> str:

@@ -13,15 +13,20 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from benchmark.command_line import RESULTS, parser_of
-from benchmark.simulation.belief import CAPACITY, MIXES, TRUTH, choices, settings
+from benchmark.simulation.belief import (
+    CAPACITY,
+    MIXES,
+    TRUTH,
+    add_traffic,
+    choices,
+    settings,
+    simulated,
+)
 from tiered_kv.simulation import schema
 from tiered_kv.simulation.hit_bound import chain, in_order, infinite_hits
-from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_jobs
+from tiered_kv.simulation.jobs import Job, WorkloadChoice
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.tables import Column, Run, markdown, percent, seconds
 
@@ -112,29 +117,14 @@ simulator works, and what it leaves out, is in `docs/simulation.md`.
 def main(arguments: Sequence[str] | None = None) -> None:
     """Simulate, write the result file and the report."""
     parser = parser_of("benchmark.simulation.hits", __doc__)
-    parser.add_argument("--mooncake", type=Path, help="path of mooncake_conversation.jsonl")
-    parser.add_argument("--agents", type=Path, help="path of agent_sessions.jsonl")
+    add_traffic(parser, n_requests=1000)
     parser.add_argument("--out", type=Path, default=RESULTS / "simulation_hits.json")
-    parser.add_argument("--requests", type=int, default=1000, help="of mooncake (default 1000)")
-    parser.add_argument("--sessions", type=int, default=40, help="of agents (default 40)")
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS)
     parser.add_argument("--policies", nargs="+", default=POLICIES)
     parser.add_argument("--once", nargs="*", default=POLICIES, help="those run without as well")
     options = parser.parse_args(arguments)
-    todo = jobs(options)
-    with tqdm(desc="hits", total=len(todo), unit=" runs") as bar:
-        runs = run_jobs(todo, progress=lambda: _advance(bar))
-    schema.write_results(options.out, [_without_curves(run) for run in runs])
+    schema.write_results(options.out, simulated(jobs(options), "hits"))
     print(report(options.out))
-
-
-def _without_curves(run: dict[str, Any]) -> dict[str, Any]:
-    names = ("ttft_s", "wait_s", "mean_tbt_s", "p99_tbt_s")
-    return {**run, **{name: {**run[name], "cdf": []} for name in names}}
-
-
-def _advance(bar: tqdm) -> None:
-    bar.update(1)
 
 
 if __name__ == "__main__":

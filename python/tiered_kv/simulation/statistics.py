@@ -102,6 +102,12 @@ def distribution(values: Iterable[float | None]) -> dict[str, Any]:
     }
 
 
+def without_curves(run: dict[str, Any]) -> dict[str, Any]:
+    """A summary without the curves of its distributions, for results that are not plotted."""
+    names = ("ttft_s", "wait_s", "mean_tbt_s", "p99_tbt_s")
+    return {**run, **{name: _without_curve(run[name]) for name in names}}
+
+
 def _without_curve(figures: dict[str, Any]) -> dict[str, Any]:
     """A distribution per class and run would be most of a result file."""
     return {**figures, "cdf": []}
