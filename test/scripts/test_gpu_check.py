@@ -18,6 +18,7 @@ from benchmark.gpu import __main__ as check
 from benchmark.gpu import plan, record, report, run, systems, ttft
 from benchmark.gpu.plan import ALONE, FIGURES, STEPS, Step, next_step
 from benchmark.gpu.setting import Setting
+from support.first_part import SITECUSTOMIZE
 
 ROOT = Path(__file__).parents[2]
 #: What no server is needed for: played in every run of the tests.
@@ -26,30 +27,6 @@ WITH_SERVERS = (
     "compiled", "answers", "answers_more", "ttft_plain", "ttft_tiered", "ttft_hicache", "mixing",
     "cascade_server", "ttft_more",
 )  # fmt: skip
-
-
-#: Makes a process one that has the bundle's first part, torch, Triton and what these require.
-ONLY_THE_FIRST_PART = """
-import re, sys
-from importlib import metadata
-
-THERE = re.compile(r"nvidia-.*|cuda-.*|torch|triton|filelock|fsspec|jinja2|markupsafe|mpmath"
-                   r"|networkx|setuptools|sympy|typing-extensions|numpy|tqdm|xxhash"
-                   r"|sglang-tiered-kv")
-
-class OnlyTheFirstPart:
-    def __init__(self):
-        self.missing = {
-            name for name, brings in metadata.packages_distributions().items()
-            if not any(THERE.fullmatch(re.sub(r"[-_.]+", "-", one.lower())) for one in brings)
-        }
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.missing:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, OnlyTheFirstPart())
-"""
 
 
 def gpu_check(
@@ -77,7 +54,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The steps without a server, played once: their folder, and what was printed. The first group
     has nothing but the bundle's first part."""
     folder = tmp_path_factory.mktemp("gpu_check")
-    (folder / "sitecustomize.py").write_text(ONLY_THE_FIRST_PART)
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     out = folder / "out"
     alone, more = CHEAP

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,16 +20,14 @@ from typing import Any
 import pytest
 
 from benchmark.gpu.plan import ALONE, STEPS
+from support.first_part import HOST, others
 
 ROOT = Path(__file__).parents[2]
 PART_BYTES_MAX, PARTS_MAX = 60 << 20, 3
 SMALL_FILES = ("SHA256SUMS", "bundle.json", "install")
 PINNED = ("torch==2.11.0", "triton==3.6.0")
 #: What torch and Triton may bring along, and what an environment has to begin with.
-REQUIRED = re.compile(
-    r"nvidia-.*|cuda-.*|torch|triton|filelock|fsspec|jinja2|markupsafe|mpmath|networkx|setuptools"
-    r"|sympy|typing-extensions|pip|wheel"
-)
+REQUIRED = rf"{HOST}|pip|wheel"
 
 pytestmark = [pytest.mark.long, pytest.mark.server, pytest.mark.timeout(7200)]
 
@@ -81,9 +78,7 @@ def test_from_three_parts_beside_torch_and_triton_alone(
         "import importlib.metadata as m; print(*(d.metadata['Name'] for d in m.distributions()))"
     )
     has = run(python, "-c", listed, env=environment, cwd=tmp_path).stdout.lower().split()
-    # Packages write their names with hyphens, underscores or dots, and mean the same.
-    has = [re.sub(r"[-_.]+", "-", name) for name in has]
-    assert [name for name in has if not REQUIRED.fullmatch(name)] == []
+    assert others(has, REQUIRED) == []
     parts = sorted(path for path in bundle.iterdir() if path.name not in SMALL_FILES)
     assert 0 < len(parts) <= PARTS_MAX
     assert all(path.stat().st_size <= PART_BYTES_MAX for path in parts)
