@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -80,10 +81,22 @@ class SloClasses:
         """The class of that name, or None if there is none."""
         return next((c for c in self.classes if c.name == name), None)
 
+    def least_urgent(self) -> str | None:
+        """The class with the latest first token: work that nobody waits for has it.
+
+        None if the table is empty.
+        """
+        latest = max(self.classes, key=_ttft_s, default=None)
+        return None if latest is None else latest.name
+
     def default_slo(self) -> Slo:
         """The objective of a request that asks for nothing."""
         found = None if self.default is None else self.find(self.default)
         return NO_SLO if found is None else found.slo()
+
+
+def _ttft_s(slo_class: SloClass) -> float:
+    return math.inf if slo_class.ttft_s is None else slo_class.ttft_s
 
 
 DEFAULT_CLASSES = SloClasses()

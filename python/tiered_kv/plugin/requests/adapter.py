@@ -22,6 +22,7 @@ from tiered_kv.api.report import RequestReport
 from tiered_kv.api.slo import SloClasses
 from tiered_kv.api.trust import Trust, tenant_in
 from tiered_kv.api.words import HINTS, SLO, merged
+from tiered_kv.plugin.prompts.inner import AHEAD_KEY
 from tiered_kv.plugin.requests import guard, salts
 from tiered_kv.plugin.requests import reports as request_reports
 
@@ -73,6 +74,13 @@ def fields_of_http(
     return trust.laid_over(said, own, trust.tenant(headers, said))
 
 
+def without_hurry(fields: Mapping[str, object], classes: SloClasses) -> dict[str, object]:
+    """`fields` of a request that nobody waits for, and that is no call of a session."""
+    tenant, least = tenant_in(fields), classes.least_urgent()
+    slo = {"class": least} if least is not None else {}
+    return {SLO: slo | ({"tenant": tenant} if tenant is not None else {})}
+
+
 async def check_http_request(original: Callable[..., Any], request: Any) -> Any:
     """AROUND `ORJSONRequest.json`, which FastAPI calls for every JSON body before the route runs.
 
@@ -89,7 +97,9 @@ async def check_http_request(original: Callable[..., Any], request: Any) -> Any:
         try:
             guard.refuse_internal_fields(body)
             trust = state.tokenizer_manager.server_args.trust()
-            request.scope[SCOPE_KEY] = fields_of_http(body, request.headers, classes, trust)
+            fields = fields_of_http(body, request.headers, classes, trust)
+            is_ahead = request.scope.get(AHEAD_KEY, False)
+            request.scope[SCOPE_KEY] = without_hurry(fields, classes) if is_ahead else fields
             request.scope[salts.SCOPE_KEY] = salts.key_of_body(body)
             salts.forget_unknown(body)
         except ValueError as error:

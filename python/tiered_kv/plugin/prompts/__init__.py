@@ -1,0 +1,1 @@
+"""Prompts that arrive in pieces, for the HTTP server (`api/pieces.py`)."""
