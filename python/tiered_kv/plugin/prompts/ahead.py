@@ -16,7 +16,8 @@ from typing import Any
 from starlette.types import Scope
 
 from tiered_kv.api.pieces import Prompt
-from tiered_kv.plugin.prompts.inner import AHEAD_KEY, answer_of
+from tiered_kv.plugin.prompts.inner import answer_of
+from tiered_kv.plugin.requests.adapter import AHEAD_KEY
 
 logger = logging.getLogger(__name__)
 

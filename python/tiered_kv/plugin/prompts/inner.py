@@ -9,9 +9,6 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-AHEAD_KEY = "tiered_kv_ahead"
-"""In the ASGI scope of a request that nobody waits for."""
-
 REPLICA = "routed_dp_rank"
 """The field of a body that names the data-parallel replica,"""
 _REPLICA_HEADER = b"x-data-parallel-rank"

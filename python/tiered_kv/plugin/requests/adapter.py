@@ -22,7 +22,6 @@ from tiered_kv.api.report import RequestReport
 from tiered_kv.api.slo import SloClasses
 from tiered_kv.api.trust import Trust, tenant_in
 from tiered_kv.api.words import HINTS, SLO, merged
-from tiered_kv.plugin.prompts.inner import AHEAD_KEY
 from tiered_kv.plugin.requests import guard, salts
 from tiered_kv.plugin.requests import reports as request_reports
 
@@ -33,6 +32,9 @@ SCOPE_KEY = "tiered_kv"
 
 RECEIVED_KEY = "tiered_kv_received_s"
 """Under which the time waits there at which the server had read the body."""
+
+AHEAD_KEY = "tiered_kv_ahead"
+"""There in the scope of a request that nobody waits for."""
 
 CUSTOM_PARAMS = "custom_params"
 _REQ_KEY = "__req__"

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from tiered_kv.plugin.prompts import endpoint
 from tiered_kv.plugin.prompts.endpoint import PATH
-from tiered_kv.plugin.prompts.inner import AHEAD_KEY
+from tiered_kv.plugin.requests.adapter import AHEAD_KEY
 
 PAGE_TOKENS = 16
 LONG = "word " * 40
