@@ -163,6 +163,8 @@ class Queue:
         priority: int = 0,
         tokens: int | None = None,
         program: str = "",
+        parent_program: str = "",
+        branches: int = 1,
     ) -> QueuedRequest:
         request = QueuedRequest(
             request_id=request_id,
@@ -174,6 +176,8 @@ class Queue:
             slo=slo,
             priority=priority,
             program=program,
+            parent_program=parent_program,
+            branches=branches,
             queued_s=self.now_s,
             processed_at_arrival=self.processed,
         )

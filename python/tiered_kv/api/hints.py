@@ -20,6 +20,8 @@ class Hints:
     """The session (chain of reasoning and tool calls, "program") that the request is a call of."""
     parent_session_id: str | None = None
     """The session that started this one, as an agent starts another."""
+    branches: int = 1
+    """How many sessions that one starts at the same time, this one included."""
     session_final: bool = False
     """Whether this is the session's last call."""
     priority: int | None = None

@@ -19,7 +19,7 @@ KEYS = {
     SLO: ("class", "ttft_ms", "tbt_ms", "tpot_ms", "task_ms", "tenant", "report"),
     HINTS: (
         *("expected_output_tokens", "next_call_in_s", "next_call_probability"),
-        *("session_id", "parent_session_id", "session_final", "priority"),
+        *("session_id", "parent_session_id", "branches", "session_final", "priority"),
     ),
 }
 """The fields of a request that are ours, and what each takes."""
@@ -28,6 +28,7 @@ OUTPUT_TOKENS_MAX = 10_000_000
 NEXT_CALL_S_MAX = 7 * 86_400
 TENANT_LENGTH_MAX = 64
 SESSION_LENGTH_MAX = 512
+BRANCHES_MAX = 1024
 PRIORITY_MAX = 2**31 - 1
 
 _EXAMPLES = {
@@ -173,6 +174,7 @@ def _hints(fields: Fields) -> Hints:
         ),
         session_id=_name(fields, "session_id", SESSION_LENGTH_MAX),
         parent_session_id=_name(fields, "parent_session_id", SESSION_LENGTH_MAX),
+        branches=fields.whole("branches", 1, BRANCHES_MAX) or NO_HINTS.branches,
         session_final=fields.flag("session_final"),
         priority=fields.whole("priority", -PRIORITY_MAX - 1, PRIORITY_MAX),
     )

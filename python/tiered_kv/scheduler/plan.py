@@ -63,6 +63,10 @@ class AdmissionPlan:
     """Most tokens of the prompt that was begun, so that others can be computed in its pass; None:
     as many as fit. A baseline's; only the simulator carries it out."""
 
+    is_forming: bool = False
+    """Whether some wait for the rest of their gang (`forming.py`): it is no mistake then if `order`
+    is empty and nobody runs."""
+
     put_back_unfinished: bool = False
     """Whether the prompt that was begun goes back to the queue instead of on. What is computed of
     it stays in the cache, so whole pages are not lost. Only if `SchedulerState.can_put_back`."""

@@ -39,6 +39,8 @@ class QueuedRequest:
     """The program that it is a call of (`program_names.py`); "": of none that is known."""
     parent_program: str = ""
     """The one that started that."""
+    branches: int = 1
+    """How many calls its parent program makes at once, this one included."""
     is_last_call: bool = False
     """Whether the caller says that it is the program's last."""
 

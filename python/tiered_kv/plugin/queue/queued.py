@@ -125,6 +125,7 @@ class QueuedRequests:
             expected_output_tokens=hints.expected_output_tokens,
             program=program_of(tenant, hints.session_id),
             parent_program=program_of(tenant, hints.parent_session_id),
+            branches=hints.branches,
             is_last_call=hints.session_final,
         )
 

@@ -28,6 +28,7 @@ from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.memory.read_order import Urgency
 from tiered_kv.scheduler.aging import Overdue, aged_key
 from tiered_kv.scheduler.everyone_decodes import EveryoneDecodes
+from tiered_kv.scheduler.forming import Forming
 from tiered_kv.scheduler.gang import Gangs
 from tiered_kv.scheduler.memory_forecast import MemoryForecast
 from tiered_kv.scheduler.ordered import OrderedIds
@@ -76,6 +77,7 @@ class SlackPolicy:
         self._protected: set[int] = set()
         """Those admitted in their turn: their prompts are put back for nobody."""
         self._gangs = Gangs()
+        self._forming = Forming()
         self._memory = MemoryForecast(config.length_quantile, config.memory_margin)
         self._slowdown = 1.0
         self._now_s = 0.0
@@ -91,6 +93,7 @@ class SlackPolicy:
         self._tasks.arrived(request, now_s)
         if self._config.gangs:
             self._gangs.add(request)
+            self._forming.arrived(request, now_s)
         if self._config.aging:
             self._overdue.add(request.request_id, request.arrival_s, self._max_wait_s(request))
 
@@ -145,6 +148,7 @@ class SlackPolicy:
         self._overdue.remove(request_id)
         self._protected.discard(request_id)
         self._gangs.remove(request_id)
+        self._forming.left(request_id)
 
     # -- the plan -----------------------------------------------------------------------------
 
@@ -152,6 +156,7 @@ class SlackPolicy:
         """See `RequestPolicy.plan`."""
         self._now_s = state.now_s
         self._waits_on.clear()
+        self._forming.expire(state.now_s)
         self._take_in(state)
         everyone = EveryoneDecodes(state, self._config)
         self._slowdown = everyone.slowdown
@@ -180,6 +185,7 @@ class SlackPolicy:
             admit_at_most=self._admit_at_most(state, first),
             first_or_none=self._is_their_turn and bool(self._in_turn),
             put_back_unfinished=is_put_back,
+            is_forming=bool(self._forming),
         )
 
     def forecast(self, state: SchedulerState) -> DemandForecast:  # noqa: ARG002
@@ -290,7 +296,9 @@ class SlackPolicy:
         ]
 
     def _is_to_wait(self, state: SchedulerState, request_id: int) -> bool:
-        """Whether it is held and does better to wait for its pages than to be computed now."""
+        """Whether it waits for the rest of its gang, or for its pages, as it does better to."""
+        if request_id in self._forming:
+            return True
         arriving = state.held.get(request_id)
         if arriving is None:
             return False

@@ -40,7 +40,7 @@ class Queue:
     lengths: OutputLengths
     slowdown: float
     is_to_wait: Callable[[int], bool]
-    """Whether it is held and does better to wait for its pages."""
+    """Whether it does better to wait, for its pages or for the rest of its gang."""
 
 
 class GangOrder:
