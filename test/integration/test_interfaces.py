@@ -202,6 +202,8 @@ def test_a_session_goes_on_where_it_was(
 def test_a_program_with_fork(three_tiers: Server) -> None:
     import sglang as sgl
 
+    from tiered_kv.frontend.endpoint import ProgramEndpoint
+
     # The function's parameter must be called `s`: SGLang's own rule.
     @sgl.function
     def two_endings(s: Any, beginning: str) -> None:
@@ -218,6 +220,37 @@ def test_a_program_with_fork(three_tiers: Server) -> None:
 
     assert first == second
     assert len(first) > len(beginning) + 10
+
+    evict(three_tiers)
+    programs = ProgramEndpoint(three_tiers.url, slo={"report": True})
+    state = two_endings.run(beginning=beginning, backend=programs)
+    assert state.text() == first
+
+
+def test_branches_of_a_fork_are_computed_in_one_pass(three_tiers: Server) -> None:
+    """What they share is short enough for each to compute it; together is what is sooner."""
+    import sglang as sgl
+
+    from tiered_kv.frontend.endpoint import ProgramEndpoint
+
+    reports: list[dict[str, Any]] = []
+
+    @sgl.function
+    def branching(s: Any) -> None:
+        s += "A story. " + story("branching", 3)
+        forks = s.fork(4)
+        forks += lambda i: f" Ending {i}:" + sgl.gen("ending", max_tokens=2, temperature=0)
+        for i in range(4):
+            said = forks[i].get_meta_info("ending")["tiered_kv"]
+            reports.append(said)
+
+    three_tiers.flush_cache()
+    branching.run(backend=ProgramEndpoint(three_tiers.url, slo={"report": True}))
+
+    assert len({report["hints"]["parent_session_id"] for report in reports}) == 1
+    assert [report["hints"]["branches"] for report in reports] == [4] * 4
+    # Alone, the first of them would have computed what the others then find.
+    assert [report["cached_tokens"]["device"] for report in reports] == [0] * 4
 
 
 def test_an_abort_storm_leaves_nothing_behind(

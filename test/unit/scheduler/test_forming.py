@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,3 +100,19 @@ def test_the_policy_admits_nobody_of_a_gang_that_is_incomplete() -> None:
     plan = q.plan()
     assert sorted(plan.order) == [0, 1, 2, 3]
     assert not plan.is_forming
+
+
+@pytest.mark.parametrize(("shared", "first"), [(4, 1), (0, 3)])
+def test_what_they_share_is_computed_once_if_that_is_sooner(shared: int, first: int) -> None:
+    q = queue(share_min_tokens=100_000)
+    prefix = blocks(99, shared)
+    for i in range(3):
+        q.arrive(i, [*prefix, *blocks(i, 1)], parent_program="p", branches=3)
+    assert len(q.order()) == first
+
+
+def test_who_shares_as_much_without_having_said_so_is_not_kept_back() -> None:
+    q = queue(share_min_tokens=100_000)
+    for i in range(3):
+        q.arrive(i, [*blocks(99, 4), *blocks(i, 1)])
+    assert len(q.order()) == 3

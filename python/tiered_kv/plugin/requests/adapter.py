@@ -22,7 +22,7 @@ from tiered_kv.api.report import RequestReport
 from tiered_kv.api.slo import SloClasses
 from tiered_kv.api.trust import Trust, tenant_in
 from tiered_kv.api.words import HINTS, SLO, merged
-from tiered_kv.plugin.requests import guard, salts
+from tiered_kv.plugin.requests import guard, salts, spans
 from tiered_kv.plugin.requests import reports as request_reports
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ async def check_http_request(original: Callable[..., Any], request: Any) -> Any:
             request.scope[SCOPE_KEY] = without_hurry(fields, classes) if is_ahead else fields
             request.scope[salts.SCOPE_KEY] = salts.key_of_body(body)
             salts.forget_unknown(body)
+            spans.put_in_order(body, request.scope, request.scope[SCOPE_KEY])
         except ValueError as error:
             raise HTTPException(status_code=400, detail=str(error)) from None
     return body
@@ -135,7 +136,9 @@ def lift_fields(
         None if sent is None else trust,
     )
     answers = original(manager, obj, request)
-    return request_reports.unfold(answers, obj) if asks_report(obj, None) else answers
+    if not asks_report(obj, request):
+        return answers
+    return request_reports.unfold(answers, obj, scope.get(spans.SCOPE_KEY))
 
 
 def place(
@@ -186,8 +189,10 @@ def _names_ours(custom: object) -> bool:
 
 
 def asks_report(obj: Any, request: Any) -> bool:
-    """Whether a `GenerateReqInput` that is not lifted yet will ask for a report."""
+    """Whether a `GenerateReqInput` asks for a report, or has texts whose order is told in one."""
     scope = getattr(request, "scope", None) or {}
+    if spans.SCOPE_KEY in scope:
+        return True
     slo = (scope.get(SCOPE_KEY) or {}).get(SLO)
     sampling = obj.sampling_params
     items = sampling if isinstance(sampling, list) else [sampling]

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from tiered_kv.api.report import NAMESPACE, RequestReport
+from tiered_kv.api.spans import Orders
 from tiered_kv.plugin.requests.view import store_tokens
 
 #: Requests in this scheduler that asked for a report. Weak: aborted ones are forgotten by everyone.
@@ -74,9 +75,12 @@ def tell_stores_apart(details: Any, streamer: Any, req: Any) -> None:
 # -- the tokenizer manager -----------------------------------------------------------------------
 
 
-async def unfold(answers: AsyncGenerator[Any, None], obj: Any) -> AsyncGenerator[Any, None]:
+async def unfold(
+    answers: AsyncGenerator[Any, None], obj: Any, span_order: Orders | None = None
+) -> AsyncGenerator[Any, None]:
     """The answers of `generate_request`, the last ones with the report in `meta_info`.
 
+    span_order: the order of texts that commute, if there are any: for the report.
     `obj.tiered_kv_reports` collects them by index, for whoever builds another response of them.
     """
     obj.tiered_kv_reports = {}
@@ -84,7 +88,7 @@ async def unfold(answers: AsyncGenerator[Any, None], obj: Any) -> AsyncGenerator
         async for answer in answers:
             several = answer if isinstance(answer, list) else [answer]
             for position, one in enumerate(several):
-                report = _moved_to_meta_info(one["meta_info"])
+                report = _moved_to_meta_info(one["meta_info"], span_order)
                 if report is not None:
                     obj.tiered_kv_reports[one.get("index", position)] = report
             yield answer
@@ -92,10 +96,16 @@ async def unfold(answers: AsyncGenerator[Any, None], obj: Any) -> AsyncGenerator
         await answers.aclose()
 
 
-def _moved_to_meta_info(meta_info: dict[str, Any]) -> dict[str, Any] | None:
+def _moved_to_meta_info(
+    meta_info: dict[str, Any], span_order: Orders | None
+) -> dict[str, Any] | None:
     reason = meta_info.get("finish_reason")
-    if not isinstance(reason, dict) or NAMESPACE not in reason:
+    if not isinstance(reason, dict):
         return None
-    report: dict[str, Any] = json.loads(reason.pop(NAMESPACE))
+    report: dict[str, Any] = json.loads(reason.pop(NAMESPACE, "{}"))
+    if span_order is not None:
+        report["span_order"] = span_order
+    if not report:
+        return None
     meta_info[NAMESPACE] = report
     return report

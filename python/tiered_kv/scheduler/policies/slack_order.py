@@ -95,10 +95,23 @@ class GangOrder:
         request = self._queue.entries[request_id].request
         unit = self._state.waiting.tokens_per_unit
         shared = self._queue.gangs.computed_by_others(request_id, self._chosen) * unit
-        if shared - request.cached_tokens >= self._config.share_min_tokens:
+        if self._is_worth_waiting_for(request, shared - request.cached_tokens):
             return False
         self._chosen.update(self._queue.gangs.path(request_id))
         return True
+
+    def _is_worth_waiting_for(self, request: QueuedRequest, tokens: int) -> bool:
+        """Whether `tokens` that another one computes are enough for `request` to be kept back.
+
+        Of branches that came together it is known how many do so, at the price of one more pass.
+        """
+        if tokens >= self._config.share_min_tokens:
+            return True
+        if tokens <= 0 or request.branches < 2:
+            return False
+        costs = self._state.costs
+        saved_s = (request.branches - 1) * costs.marginal_prefill_s(tokens, request.cached_tokens)
+        return saved_s > costs.iteration_s(((1, 0),), 0, 0)
 
     def _followers(self, request_id: int) -> list[int]:
         """Members of its gang that are cheap while its prefix is on the device, cheapest first."""
