@@ -110,7 +110,6 @@ class Case:
 
 CASES = (
     Case("tree of thought", tree_of_thought, 1),
-    Case("tree of thought", tree_of_thought, 3),
     Case("map-reduce", map_reduce, 1),
     Case("map-reduce", map_reduce, 3),
     Case("agent with tools", agent, 6),
@@ -198,7 +197,7 @@ def main() -> None:
     parser = parser_of("benchmark.serving.programs", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--turns", type=int, default=5, help="measurements of each")
-    parser.add_argument("--device-tokens", type=int, default=4096, help="room for KV on the device")
+    parser.add_argument("--device-tokens", type=int, default=2048, help="room for KV on the device")
     parser.add_argument("--only", help="cases whose name has this in it")
     parser.add_argument("--note", default="", help="a sentence on the machine, for the report")
     parser.add_argument("--out", type=Path, default=RESULTS / "programs_cpu", metavar="NAME")
