@@ -2,8 +2,8 @@
 
 Two servers with the same model stay up: plain SGLang, and --tiered-kv. Each question is asked of
 plain SGLang and of --tiered-kv with its documents as they come, and of --tiered-kv with documents
-that commute (docs/slo.md), in turns, because few machines keep their speed. The first questions of a
-case fill the caches and are not counted. What was answered to documents that commute is compared
+that commute (docs/slo.md), in turns, because few machines keep their speed. The first questions of
+a case fill the caches and are not counted. What was answered to documents that commute is compared
 with what plain SGLang says to the same documents in the order that was told. Writes NAME.json and
 NAME.md.
 

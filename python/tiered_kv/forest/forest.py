@@ -158,6 +158,17 @@ class Forest(Trees):
         self._settle(node, tier, state, slots)
         self._transfers.add(op, tier, node)
 
+    def let_go(self, last: Node) -> list[Node]:
+        """Whoever used the path to `last` says that it will not: what no other prompt goes through
+        was used longest ago from now on. Returns those nodes, from `last` up."""
+        given_up: list[Node] = []
+        node = last
+        while node.parent is not None and len(node.children) <= bool(given_up):
+            node.last_access = 0
+            given_up.append(node)
+            node = node.parent
+        return given_up
+
     def mark_ahead(self, node: Node, tier: Tier) -> None:
         """`node`, present in `tier`, is there in expectation of a request; see `take_ahead`."""
         self._require_known(node)

@@ -52,6 +52,12 @@ class Eviction:
             kept.expect(node_ids)
             self._orders[tier] = kept if kept.is_active else kept.order
 
+    def let_go(self, last: Node) -> None:
+        """What only the prompt that ends at `last` goes through goes first, in every tier."""
+        nodes = self._forest.let_go(last)
+        for kept in self._filters.values():
+            kept.order.put_back(nodes)
+
     def victims(self, tier: Tier, n_pages: int) -> list[Node]:
         """Nodes to evict from `tier`, which together have at least `n_pages` if possible.
 

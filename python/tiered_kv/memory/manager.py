@@ -96,6 +96,10 @@ class MemoryManager:
         uses = 1.0 + min(node.hits, 8)
         return uses * self._costs.recompute_s(node.start, node.end) / node.n_tokens
 
+    def on_last_use(self, last: Node) -> None:
+        """Nobody will go on from `last`, as whoever came so far says."""
+        self._eviction.let_go(last)
+
     def on_pressure(self, tier: Tier, n_pages: int) -> list[Drop]:
         """Drops that free `n_pages` pages of `tier`, or all that can be freed if that is less.
 

@@ -186,6 +186,10 @@ class KVHierarchy:
             freed += self.context.evict_device(n_tokens - freed)
         return freed
 
+    def last_use(self, last: Node) -> None:
+        """Nobody will go on from `last`, as whoever came so far says."""
+        self.context.manager.on_last_use(last)
+
     def forecast(self, forecast: DemandForecast) -> None:
         """What is expected to be needed is protected, and brought nearer into room that is free."""
         context = self.context

@@ -139,3 +139,29 @@ def test_a_call_costs_what_it_evicts_not_what_there_is(
 def evict(forest: Forest, nodes: Iterable[Node]) -> None:
     for node in nodes:
         forest.evict(node, DEVICE)
+
+
+def test_what_is_not_used_again_goes_first_up_to_what_others_go_through(
+    forest: Forest, root: Node
+) -> None:
+    policy = Eviction(forest, LeastRecent)
+    old = add(forest, root, 1)
+    shared = add(forest, root, 2)
+    prompt = add(forest, root, 2, 3)
+    answer = add(forest, root, 2, 3, 4)
+    sibling = add(forest, root, 2, 5)
+    assert policy.victims(DEVICE, 1) == [old]
+    policy.let_go(prompt)
+    assert policy.victims(DEVICE, 1) == [old], "somebody goes on from there"
+    policy.let_go(answer)
+    assert policy.victims(DEVICE, 99) == [answer, prompt, old, sibling, shared]
+    use(forest, root, 2, 3, 4)
+    assert policy.victims(DEVICE, 99)[0] == old
+
+
+def test_a_whole_path_that_nobody_shares_goes(forest: Forest, root: Node) -> None:
+    policy = Eviction(forest, LeastRecent)
+    old, first = add(forest, root, 1), add(forest, root, 2)
+    last = add(forest, root, 2, 3)
+    policy.let_go(last)
+    assert policy.victims(DEVICE, 99) == [last, first, old]

@@ -60,6 +60,8 @@ class Foretold:
     def ended(self, req: Req, last: Node, now_s: float) -> None:
         """`req` has its answer, and what it computed is in the tree down to `last`."""
         hints = terms_of(req).hints
+        if hints.next_call_probability <= 0.0 and not last.is_root:
+            self._hierarchy.last_use(last)
         if hints.next_call_in_s is None or last.is_root:
             return
         self.calls.announce(last.node_id, now_s, hints.next_call_in_s, hints.next_call_probability)

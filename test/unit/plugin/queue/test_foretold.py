@@ -17,6 +17,7 @@ from support_plugin.mini_scheduler import MiniScheduler, request
 from support_tiers.tier_rig import PAGE_SIZE, Rig, on_host, tokens_of
 from tiered_kv.api.hints import Hints
 from tiered_kv.api.terms import Terms
+from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TreeKey
 from tiered_kv.memory.manager import LOAD_AHEAD_S
 from tiered_kv.plugin.queue.foretold import FETCH_AHEAD_S, REFRESH_S
@@ -194,3 +195,17 @@ def test_on_the_scheduler_s_loop_an_answer_announces_where_it_ended(args: Any) -
     loop.run(lambda: not loop.is_at_rest)
     assert not calls
     loop.close()
+
+
+@pytest.mark.parametrize(("hints", "is_let_go"), [((0.0, 0.0), True), ((0.0, 1.0), False)])
+def test_who_says_that_no_call_follows_lets_its_pages_go(
+    scheduler: MiniScheduler, rig: Rig, hints: tuple[float, ...], is_let_go: bool
+) -> None:
+    rig.serve(PROMPT)
+    rig.serve(tokens_of(7))
+    announce(scheduler, rig, *hints)
+    rig.drain()
+    context = rig.hierarchy.context
+    (drop,) = context.manager.on_pressure(Tier.DEVICE, 1)
+    last = rig.hierarchy.match(rig.hierarchy.root(), PROMPT).last
+    assert (drop.node_id == last.node_id) is is_let_go
