@@ -89,6 +89,19 @@ def test_every_field_of_the_body_arrives(
     assert {name: received["body"].get(name) for name in sent} == sent
 
 
+def test_marks_of_what_commutes_arrive_on_generate_alone(
+    gateway: Gateway, workers: dict[str, StubWorker]
+) -> None:
+    """When this fails because they do in messages, docs/cluster.md and docs/slo.md may say so."""
+    part = {"type": "text", "text": "A document."}
+    marked = {**part, "commutes": True}
+    chat = {"model": "demo", "messages": [{"role": "user", "content": [marked]}]}
+    (message,) = last_received(workers, gateway.post(CHAT, chat))["body"]["messages"]
+    assert message["content"] == [part]
+    spans = {"model": "demo", "spans": ["Read ", marked]}
+    assert last_received(workers, gateway.post("/generate", spans))["body"] == spans
+
+
 @pytest.mark.parametrize("path", ROUTES)
 def test_which_headers_arrive(path: str, gateway: Gateway, workers: dict[str, StubWorker]) -> None:
     """Neither objectives nor hints. When this fails because some do, docs/cluster.md may say so."""
