@@ -99,7 +99,11 @@ def test_marks_of_what_commutes_arrive_on_generate_alone(
     (message,) = last_received(workers, gateway.post(CHAT, chat))["body"]["messages"]
     assert message["content"] == [part]
     spans = {"model": "demo", "spans": ["Read ", marked]}
-    assert last_received(workers, gateway.post("/generate", spans))["body"] == spans
+    body = last_received(workers, gateway.post("/generate", spans))["body"]
+    assert {name: body.get(name) for name in spans} == spans
+    # `spans` are the prompt: what would be one beside them is refused.
+    assert body.get("text") is None
+    assert body.get("input_ids") is None
 
 
 @pytest.mark.parametrize("path", ROUTES)
