@@ -39,7 +39,7 @@ TIERED = ("--tiered-kv", "--tiered-kv-disk-dir", "none", "--page-size", "16")
 SYSTEMS = {
     "plain": "plain SGLang",
     "requests": "--tiered-kv, SGLang's RuntimeEndpoint",
-    "programs": "--tiered-kv, ProgramEndpoint",
+    "programs": "--tiered-kv, ProgramEndpoint, class batch",
 }
 WORDS = [
     *("amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "harbor", "island"),
@@ -219,7 +219,7 @@ def main() -> None:
             systems = {
                 "plain": (plain, sgl.RuntimeEndpoint(plain.url)),
                 "requests": (tiered, sgl.RuntimeEndpoint(tiered.url)),
-                "programs": (tiered, ProgramEndpoint(tiered.url)),
+                "programs": (tiered, ProgramEndpoint(tiered.url, slo={"class": "batch"})),
             }
             with tqdm(total=len(cases) * (options.turns + 1), desc="turns") as bar:
                 for case in cases:
