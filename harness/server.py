@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -73,12 +73,25 @@ def bypass_proxies() -> None:
 bypass_proxies()
 
 
+def _outside(lines: Iterable[str], passages: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Those of `lines` that are not between the texts of a passage."""
+    end = None
+    for line in lines:
+        if end is None:
+            end = next((last for first, last in passages if first in line), None)
+            if end is None:
+                yield line
+        elif end in line:
+            end = None
+
+
 @dataclass
 class Server:
     """`with Server(args, log) as server:` starts it, waits until it answers, and stops it.
 
     args: the server's flags, without model path, host and port. env: added to this process's
-    environment. expected: regular expressions for log lines that look like trouble but are wanted.
+    environment. expected: regular expressions for log lines that look like trouble but are wanted;
+    passages: texts between whose lines, the two included, nothing is trouble.
     """
 
     args: Sequence[str]
@@ -87,6 +100,7 @@ class Server:
     env: Mapping[str, str] = field(default_factory=dict)
     launcher: Sequence[str] = LAUNCH_SERVER
     expected: Sequence[str] = ()
+    passages: Sequence[tuple[str, str]] = ()
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
     start_seconds: float = 0.0
@@ -252,7 +266,7 @@ class Server:
         """Log lines that tell of an error, a leak or a traceback and are not `expected`."""
         return [
             line
-            for line in self.messages()
+            for line in _outside(self.messages(), self.passages)
             if TROUBLE.search(line) and not any(re.search(e, line) for e in self.expected)
         ]
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tiered_kv.forest.forest import Forest
+from tiered_kv.forest.inputs import token_ids
 from tiered_kv.forest.largest import LargestPrefixes
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.demand import Expectation
@@ -68,7 +69,7 @@ def prefix_rows(
                 records[0].pins,
                 node.page_hashes[-1][:NAME_BYTES],
                 [record.state._value_ for record in records],
-                node.tokens[:text_tokens].tolist() if text_tokens else (),
+                token_ids(node.tokens[:text_tokens]) if text_tokens else (),
             )
         )
     return rows

@@ -20,6 +20,7 @@ from sglang.srt.disaggregation.kv_events import (
 )
 
 from tiered_kv.core.ids import Tier
+from tiered_kv.forest.inputs import token_ids
 from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.node import Node
 
@@ -87,7 +88,7 @@ class KvEvents:
                 BlockStored(
                     block_hashes=[block_hash(page_hash)],
                     parent_block_hash=parent_hash,
-                    token_ids=page.tolist(),
+                    token_ids=token_ids(page),
                     block_size=self._page_size,
                     lora_id=adapter_number(key),
                     medium=MEDIUM[tier],

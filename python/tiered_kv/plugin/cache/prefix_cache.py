@@ -26,12 +26,14 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 
 from tiered_kv.core.ids import Tier
+from tiered_kv.forest.inputs import PromptKey
 from tiered_kv.forest.key import TreeKey
 from tiered_kv.forest.node import Node
 from tiered_kv.plugin.cache.observer import NoObserver, RequestObserver
 from tiered_kv.plugin.cache.weight_names import WeightNames
+from tiered_kv.plugin.requests.inputs import as_named
 from tiered_kv.plugin.requests.salts import root_key
-from tiered_kv.plugin.requests.view import is_named_by_tokens, is_probe, note_store_tokens
+from tiered_kv.plugin.requests.view import is_named, is_probe, note_store_tokens
 from tiered_kv.plugin.upstream.current import cache_contract
 from tiered_kv.tiers.context import device_slots_of
 from tiered_kv.tiers.hierarchy import KVHierarchy
@@ -76,6 +78,8 @@ class TieredPrefixCache(cache_contract.CacheContract):
         self.saved_tokens = 0
         # Where what was inserted last ended in the tree.
         self.last_inserted = self.root_node
+        # What names the prompt that was looked up last.
+        self._last_key: PromptKey | TreeKey | str | None = None
         # What would be loaded for the request that is being admitted, and where it ends.
         self._planned: tuple[Node, Load] | None = None
         self.weights = WeightNames(parts.hierarchy, parts.name_weights)
@@ -88,8 +92,9 @@ class TieredPrefixCache(cache_contract.CacheContract):
         if not self.weights.is_named:
             self.look_at_weights()
         key = params.key
+        self._last_key = key.extra_key
         hierarchy = self.hierarchy
-        prefix = hierarchy.match(self._root_of(key), key.token_ids, key.limit)
+        prefix = hierarchy.match(self._root_of(key), self._named(key), key.limit)
         return self.match_result(
             [device_slots_of(node) for node in prefix.device],
             prefix.last_device,
@@ -99,13 +104,16 @@ class TieredPrefixCache(cache_contract.CacheContract):
 
     def touch_prefix(self, key: Any) -> None:
         """Somebody who waits is going to want this prefix: it counts as used now."""
-        self.hierarchy.match(self._root_of(key), key.token_ids, key.limit)
+        self.hierarchy.match(self._root_of(key), self._named(key), key.limit)
+
+    def _named(self, key: Any) -> array[int]:
+        return as_named(key.token_ids, key.extra_key, self.page_size)
 
     def _root_of(self, key: Any) -> Node:
         return self.hierarchy.root(root_key(key.extra_key, cache_contract.salt_of(key)))
 
-    def root_node_handle(self, extra_key: TreeKey | None = None) -> Node:
-        return self.hierarchy.root(extra_key)
+    def root_node_handle(self, extra_key: PromptKey | TreeKey | None = None) -> Node:
+        return self.hierarchy.root(root_key(extra_key))
 
     def is_root(self, node: Node) -> bool:
         return node.is_root
@@ -166,7 +174,10 @@ class TieredPrefixCache(cache_contract.CacheContract):
         return self.hierarchy.load_back.start()
 
     def prefetch(self, rid: str, last_host_node: Node, new_input_tokens: array[int]) -> None:
-        self.hierarchy.prefetch.request(rid, last_host_node, new_input_tokens)
+        """new_input_tokens: those behind `last_host_node` of the prompt that was matched last."""
+        begin = last_host_node.end
+        tokens = as_named(new_input_tokens, self._last_key, self.page_size, begin)
+        self.hierarchy.prefetch.request(rid, last_host_node, tokens)
 
     def is_prefetched(self, rid: str) -> bool:
         return self.hierarchy.prefetch.done(rid)
@@ -183,12 +194,12 @@ class TieredPrefixCache(cache_contract.CacheContract):
         key, slots = params.key, params.value
         assert key is not None
         assert slots is not None
-        result = self.hierarchy.insert(self._root_of(key), key.token_ids, slots)
+        result = self.hierarchy.insert(self._root_of(key), self._named(key), slots)
         self.last_inserted = result.last
         return InsertResult(prefix_len=result.resident_tokens, last_device_node=result.last)
 
     def is_to_be_cached(self, req: Req) -> bool:
-        return is_named_by_tokens(req)
+        return is_named(req)
 
     def goes_on(self, req: Req, *, has_token: bool) -> None:
         """A chunk of the prompt of `req` was computed, or all of it: then it has a token."""
@@ -273,6 +284,7 @@ class TieredPrefixCache(cache_contract.CacheContract):
         self.nothing = torch.empty((0,), dtype=torch.int64, device=self.device)
         if self._hierarchy is not None:
             self._hierarchy.flush()
+            cache_contract.forget_encoded()
             self.weights.emptied()
             self.root_node = self._hierarchy.root()
             self.parts.events.cleared()
@@ -280,6 +292,7 @@ class TieredPrefixCache(cache_contract.CacheContract):
 
     def look_at_weights(self) -> None:
         """The weights may have changed, and something is about to be computed with them."""
+        cache_contract.forget_encoded()
         self.weights.look()
         self.root_node = self.hierarchy.root()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin.queue.again import Why, has_room, queue_again
-from tiered_kv.plugin.requests.view import is_named_by_tokens
+from tiered_kv.plugin.requests.view import is_named
 from tiered_kv.plugin.upstream.current import request_kv
 from tiered_kv.scheduler.iteration_swap import SWAPS_MAX
 
@@ -25,7 +25,7 @@ _N_SWAPS = "tiered_kv_n_swaps"
 
 def keep_kv(req: Req, tree_cache: Any) -> None:
     """Gives up everything on the device that `req` holds; its whole pages become cache."""
-    if is_named_by_tokens(req):
+    if is_named(req):
         request_kv.keep(req, tree_cache)
     else:
         request_kv.give_back(req, tree_cache)
@@ -71,7 +71,7 @@ def can_swap(req: Req) -> bool:
         and not req.return_hidden_states
         and req.multimodal_inputs is None
         and req.session is None
-        and is_named_by_tokens(req)
+        and is_named(req)
         and getattr(req, _N_SWAPS, 0) < SWAPS_MAX
     )
 

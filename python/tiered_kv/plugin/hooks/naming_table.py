@@ -21,6 +21,20 @@ NAMING_HOOKS = (
         process=Process.SCHEDULER,
         why="a request whose key spells an adapter's id would share that adapter's KV",
     ),
+    Hook(
+        target="sglang.srt.managers.schedule_batch.MultimodalDataItem.set_pad_value",
+        kind="around",
+        function="tiered_kv.plugin.requests.inputs:set_pad_value",
+        process=Process.SCHEDULER,
+        why="pictures whose placeholders are alike would share KV",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
+        kind="before",
+        function="tiered_kv.plugin.requests.inputs:name_inputs",
+        process=Process.SCHEDULER,
+        why="prompts with pictures would not be cached",
+    ),
     *(
         Hook(
             target=f"sglang.srt.managers.scheduler.Scheduler.{method}",

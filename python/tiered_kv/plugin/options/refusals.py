@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.forest.inputs import LEAST_PAGE_TOKENS
 from tiered_kv.plugin.options import values as option_values
 from tiered_kv.plugin.upstream.current import arguments
 
@@ -139,6 +140,11 @@ RESOLVED_RULES: tuple[Rule, ...] = (
     ),
 )
 
+
+def _inputs_have_names(ctx: Any) -> bool:
+    return set(ctx.model_config.hf_config.architectures) <= set(arguments.MULTIMODAL_MODELS)
+
+
 MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         # Options let SGLang have no pool for windows: `windows.py`.
@@ -157,9 +163,14 @@ MODEL_RULES: tuple[Rule, ...] = (
         "start without --tiered-kv",
     ),
     Rule(
-        lambda ctx: ctx.model_config.is_multimodal,
-        "multimodal models, whose prompts are not told apart by their tokens",
-        "start without --tiered-kv",
+        lambda ctx: ctx.model_config.is_multimodal and not _inputs_have_names(ctx),
+        "this multimodal model on this release of SGLang",
+        "see docs/models.md for those it serves, or start without --tiered-kv",
+    ),
+    Rule(
+        lambda ctx: ctx.model_config.is_multimodal and ctx.params.page_size < LEAST_PAGE_TOKENS,
+        f"multimodal models with a --page-size below {LEAST_PAGE_TOKENS}",
+        "leave it out for 64",
     ),
     Rule(
         lambda ctx: ctx.model_config.is_encoder_decoder,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.memory.manager import LOAD_AHEAD_PROBABILITY, LOAD_AHEAD_S
+from tiered_kv.plugin.requests.salts import root_key
 from tiered_kv.plugin.requests.view import terms_of
 from tiered_kv.scheduler.next_calls import NextCalls
 from tiered_kv.scheduler.request import QueuedRequest
@@ -66,7 +67,7 @@ class Foretold:
             return
         self.calls.announce(last.node_id, now_s, hints.next_call_in_s, hints.next_call_probability)
         if hints.next_call_probability >= LOAD_AHEAD_PROBABILITY:
-            self.prompts.remember(last, req.extra_key)
+            self.prompts.remember(last, root_key(req.extra_key))
         self._refresh(now_s)
 
     def admitted(self, requests: Iterable[QueuedRequest]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin.queue.again import Why, queue_again
-from tiered_kv.plugin.requests.view import is_named_by_tokens
+from tiered_kv.plugin.requests.view import is_named
 from tiered_kv.plugin.upstream.current import request_kv
 
 if TYPE_CHECKING:
@@ -34,10 +34,7 @@ class PutBack:
         """
         req = self._scheduler.chunked_req
         return (
-            req is not None
-            and not req.return_logprob
-            and req.to_finish is None
-            and is_named_by_tokens(req)
+            req is not None and not req.return_logprob and req.to_finish is None and is_named(req)
         )
 
     def take_out(self) -> None:

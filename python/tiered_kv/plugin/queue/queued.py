@@ -17,10 +17,12 @@ from tiered_kv.api.terms import Terms
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TOKEN_TYPECODE
 from tiered_kv.memory.read_order import Urgency
+from tiered_kv.plugin.requests.inputs import as_named
+from tiered_kv.plugin.requests.salts import root_key
 from tiered_kv.plugin.requests.view import (
     QUEUED,
     is_aborted,
-    is_named_by_tokens,
+    is_named,
     is_probe,
     queued_of,
     report_of,
@@ -93,7 +95,7 @@ class QueuedRequests:
         queued.n_retractions = req.retraction_count
         queued.output_tokens = len(req.output_ids)
         if queued.tokens and queued.output_tokens:
-            queued.tokens = req.origin_input_ids + req.output_ids
+            queued.tokens = self._named(req)
         queued.processed_at_arrival = self.processed_prefill_tokens
         self._residency.is_wanted = True
         self._reqs[queued.request_id] = req
@@ -115,8 +117,8 @@ class QueuedRequests:
         return QueuedRequest(
             request_id=self._next_id,
             arrival_s=self._clock.arrival_s(req.rid),
-            root=self._hierarchy.root(req.extra_key),
-            tokens=req.origin_input_ids if is_named_by_tokens(req) else _NO_TOKENS,
+            root=self._hierarchy.root(root_key(req.extra_key)),
+            tokens=self._named(req) if is_named(req) else _NO_TOKENS,
             prompt_tokens=len(req.origin_input_ids),
             max_new_tokens=req.sampling_params.max_new_tokens,
             slo=terms.slo,
@@ -128,6 +130,13 @@ class QueuedRequests:
             branches=hints.branches,
             is_last_call=hints.session_final,
         )
+
+    def _named(self, req: Req) -> array[int]:
+        """The tokens that it has until now, as they name pages."""
+        tokens = req.origin_input_ids
+        if req.output_ids:
+            tokens = tokens + req.output_ids
+        return as_named(tokens, req.extra_key, self._hierarchy.context.forest.page_size)
 
     # -- while they wait ----------------------------------------------------------------------
 
@@ -194,7 +203,7 @@ class QueuedRequests:
         """The trees were emptied: nothing is cached of anybody."""
         self._residency.take()
         root = self._hierarchy.root
-        roots = {request_id: root(req.extra_key) for request_id, req in self._reqs.items()}
+        roots = {i: root(root_key(req.extra_key)) for i, req in self._reqs.items()}
         self.lives.moved(roots, self._clock.now_s)
 
     def wait_over_bound_s(self, bound_s: float | None) -> float:

@@ -56,6 +56,34 @@ async def _read_client_later(result: Any) -> Any:
         raise _told(error) from error
 
 
+#: What SGLang and transformers say of pictures that cannot be read, or are too few or too many.
+PICTURE_FAULTS = (RuntimeError, StopIteration)
+
+
+def read_pictures(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """AROUND a function that reads pictures, films or sounds; as `read_client`."""
+    try:
+        result = original(*args, **kwargs)
+    except PICTURE_FAULTS as error:
+        raise _unread(error) from error
+    return _read_pictures_later(result) if inspect.isawaitable(result) else result
+
+
+async def _read_pictures_later(result: Any) -> Any:
+    try:
+        return await result
+    except PICTURE_FAULTS as error:
+        raise _unread(error) from error
+
+
+def _unread(error: Exception) -> ValueError:
+    what = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return ValueError(
+        f"pictures, films or sounds cannot be read ({what[:300]}); check them, and that there are "
+        "as many as the prompt has places for."
+    )
+
+
 # -- routes that answer no error themselves -------------------------------------------------------
 
 GENERATING_ROUTES = frozenset(
@@ -133,7 +161,7 @@ def check_tokenized(
     """
     tokenized = read_client(original, manager, obj, *args, **kwargs)
     vocabulary = manager.model_config.vocab_size
-    if tokenized.input_ids is not None and tokenized.mm_inputs is None:
+    if tokenized.input_ids is not None:
         check_prompt(tokenized.input_ids, vocabulary)
     check_sampling(tokenized.sampling_params, vocabulary)
     check_labels(getattr(obj, "custom_labels", None), manager.server_args)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from tiered_kv.api.fields import TermsError
+from tiered_kv.forest.inputs import PromptKey
 from tiered_kv.forest.key import TreeKey, namespace_hash
 
 SALT, EXTRA_KEY = FIELDS = ("cache_salt", "extra_key")
@@ -67,11 +68,13 @@ def salted(salt: bytes | None, apart: str | None) -> bytes | None:
     return _name(apart) if salt is None else namespace_hash(salt, apart)
 
 
-def root_key(key: TreeKey | str | None, apart: str | None) -> TreeKey | None:
+def root_key(key: PromptKey | TreeKey | str | None, apart: str | None = None) -> TreeKey | None:
     """The tree of a lookup: `key` of a request that was named, else what it says and `apart`.
 
     apart: a salt in a field of its own, which the name of a request has in it.
     """
+    if isinstance(key, PromptKey):
+        return key.tree
     if isinstance(key, TreeKey) or (key is None and not apart):
         return key
     salt, extra_key = parts_of(key)

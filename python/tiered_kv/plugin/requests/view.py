@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tiered_kv.api.report import RequestReport
 from tiered_kv.api.terms import Terms
+from tiered_kv.forest.inputs import PromptKey
 from tiered_kv.scheduler.request import QueuedRequest
 
 if TYPE_CHECKING:
@@ -62,10 +63,12 @@ def is_probe(req: Req) -> bool:
     return req.rid.startswith(HEALTH_CHECK_RID_PREFIX)
 
 
-def is_named_by_tokens(req: Req) -> bool:
-    """Whether a prompt's KV depends on its token ids alone, so that they may name it.
+def is_named(req: Req) -> bool:
+    """Whether a prompt's KV depends on its token ids alone, and on inputs that have a name.
 
     Embeddings given by the client override those of the tokens. Upstream does not match such
     prompts, but inserts what they computed; on disk that would outlive the request's own error.
     """
-    return req.positional_embed_overrides is None and req.input_embeds is None
+    if req.positional_embed_overrides is not None or req.input_embeds is not None:
+        return False
+    return req.multimodal_inputs is None or isinstance(req.extra_key, PromptKey)

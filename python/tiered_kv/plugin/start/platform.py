@@ -137,6 +137,8 @@ class TieredKVCpuPlatform(hardware.PlainPlatform, CpuDeviceMixin, SRTPlatform):
         if server_args.grammar_backend is None:
             # Upstream's default, xgrammar, allocates pinned memory, which needs a GPU.
             server_args.grammar_backend = "llguidance"
+        # Upstream has transformers' fast processors of images compute on a GPU.
+        server_args.disable_fast_image_processor = True
         choose_dtype(server_args)
         if server_args.tp_size > 1:
             # Ranks talk over gloo. Upstream takes the NCCL library that comes with torch for a

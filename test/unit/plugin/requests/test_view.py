@@ -6,15 +6,23 @@ from types import SimpleNamespace
 
 import pytest
 
-from tiered_kv.plugin.requests.view import is_named_by_tokens
+from tiered_kv.forest.inputs import PromptKey
+from tiered_kv.forest.key import TreeKey
+from tiered_kv.plugin.requests.view import is_named
 
 
 @pytest.mark.parametrize(
-    ("overrides", "embeds", "named"),
-    [(None, None, True), (object(), None, False), (None, [[0.0]], False)],
+    ("fields", "named"),
+    [
+        ({}, True),
+        ({"positional_embed_overrides": object()}, False),
+        ({"input_embeds": [[0.0]]}, False),
+        ({"multimodal_inputs": object()}, False),
+        ({"multimodal_inputs": object(), "extra_key": TreeKey()}, False),
+        ({"multimodal_inputs": object(), "extra_key": PromptKey(TreeKey(), ())}, True),
+    ],
+    ids=str,
 )
-def test_only_prompts_made_of_tokens_alone_are_cached(
-    overrides: object, embeds: object, named: bool
-) -> None:
-    req = SimpleNamespace(positional_embed_overrides=overrides, input_embeds=embeds)
-    assert is_named_by_tokens(req) is named
+def test_only_prompts_that_have_names_are_cached(fields: dict[str, object], named: bool) -> None:
+    absent = {"positional_embed_overrides": None, "input_embeds": None, "multimodal_inputs": None}
+    assert is_named(SimpleNamespace(**{"extra_key": None, **absent, **fields})) is named

@@ -20,6 +20,14 @@ MORE_HICACHE_OPTIONS: tuple[str, ...] = ()
 NO_HOST_POOLS: dict[str, object] = {}
 #: Switches of SGLang's environment that choose another cache.
 OTHER_CACHES = ("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "SGLANG_ENABLE_UNIFIED_RADIX_TREE")
+#: Multimodal models that were looked at: text, pictures and films are attended to causally in all
+#: layers, so that KV depends on what is before it alone; placeholders lie where the items say.
+MULTIMODAL_MODELS = (
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+)
 #: Switches that choose a front end which our requests' fields do not pass.
 OTHER_FRONT_ENDS: tuple[str, ...] = ()
 

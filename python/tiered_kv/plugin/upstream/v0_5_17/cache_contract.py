@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.managers import mm_utils
 from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
@@ -124,6 +125,12 @@ def _n_tokens(req: Req) -> int:
 def salt_of(key: Any) -> str | None:
     """The salt of a RadixKey, if it has one of its own."""
     return None
+
+
+def forget_encoded() -> None:
+    """Weights may have changed: what is kept of the encoder's outputs is of others."""
+    if mm_utils.embedding_cache is not None:
+        mm_utils.embedding_cache.clear()
 
 
 def block_labels(params: CacheInitParams) -> Callable[[TreeKey], Mapping[str, str]]:

@@ -196,6 +196,26 @@ ADAPTERS = (
         for name in ("LoadLoRAAdapter", "LoadLoRAAdapterFromTensors", "UnloadLoRAAdapter")
     ),
     object_(f"{SRT}.managers.schedule_batch.Req", "extra_key lora_id", "cache.adapters"),
+    object_(
+        f"{SRT}.managers.schedule_batch.Req",
+        "extra_key multimodal_inputs origin_input_ids",
+        "requests.inputs requests.view",
+    ),
+    object_(
+        f"{SRT}.managers.schedule_batch.MultimodalInputs",
+        "mm_items mrope_positions",
+        "requests.inputs",
+    ),
+    object_(
+        f"{SRT}.managers.schedule_batch.MultimodalDataItem",
+        "modality format feature precomputed_embeddings model_specific_data offsets hash pad_value",
+        "requests.inputs",
+    ),
+    *methods(
+        f"{SRT}.managers.schedule_batch.MultimodalDataItem", "requests.inputs", set_pad_value=""
+    ),
+    object_(f"{SRT}.managers.schedule_batch.MM_PAD_SHIFT_VALUE", "", "requests.inputs"),
+    object_(f"{SRT}.managers.mm_utils.embedding_cache", "", "upstream.v0_5_17.cache_contract"),
 )
 
 REQUESTS_AND_EVENTS = (

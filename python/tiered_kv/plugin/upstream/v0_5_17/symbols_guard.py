@@ -21,6 +21,14 @@ GUARD = (
         _tokenize_one_request="obj",
         _create_tokenized_object="obj input_text input_ids input_embeds mm_inputs token_type_ids",
     ),
+    *(
+        object_(
+            f"{SRT}.multimodal.processors.base_processor.BaseMultimodalProcessor.{method}",
+            "",
+            "requests.guard",
+        )
+        for method in ("load_mm_data", "process_and_combine_mm_data")
+    ),
     object_(
         f"{SRT}.managers.tokenizer_manager.TokenizerManager.score_request", "", "requests.guard"
     ),

@@ -147,6 +147,10 @@ def salt_of(key: Any) -> str | None:
     return salt
 
 
+def forget_encoded() -> None:
+    """Weights may have changed; no model with an encoder is served on this release."""
+
+
 def block_labels(params: CacheInitParams) -> Callable[[TreeKey], Mapping[str, str]]:
     """Of the tree of some blocks, what their events say of it beside hashes.
 

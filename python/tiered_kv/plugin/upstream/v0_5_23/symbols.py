@@ -33,6 +33,8 @@ GONE = frozenset(
     {
         f"{_SCHEDULER}._can_schedule_lora_req",
         f"{_MANAGERS}.schedule_batch.release_req",
+        f"{_MANAGERS}.schedule_batch.MultimodalDataItem.set_pad_value",
+        f"{_MANAGERS}.mm_utils.embedding_cache",
         f"{_REQ}._refresh_fill_ids",
         f"{_REQ}.set_extend_range",
         f"{_REQ}.effective_kv_committed_len",
