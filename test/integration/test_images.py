@@ -29,7 +29,7 @@ POOL = ("--page-size", PAGE, "--max-total-tokens", 1024, "--chunked-prefill-size
 #: A picture of 64 tokens begins on the seventh page, and the 128th token of a chunk is in it.
 BEFORE = "It was seen from far away. " * 15
 PROMPT = BEFORE + PICTURE + " What is it, and what is it not? " * 10
-SHARED, WHOLE = 96, 256
+SHARED, WHOLE = 96, 224
 RETRACTED = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "10"}
 
 
