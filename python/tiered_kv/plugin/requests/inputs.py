@@ -51,9 +51,9 @@ def digest_of(item: MultimodalDataItem) -> bytes:
 def _pieces(value: object) -> Iterator[bytes | memoryview]:
     """The bytes of `value`, with type and length in front: other values have other bytes."""
     if isinstance(value, torch.Tensor):
-        data = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        flat = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
         yield f"tensor {value.dtype} {tuple(value.shape)} ".encode()
-        yield data.data
+        yield flat.numpy().data
     elif isinstance(value, np.ndarray) and value.dtype != object:
         yield f"array {value.dtype.str} {value.shape} ".encode()
         yield np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
@@ -66,10 +66,9 @@ def _pieces(value: object) -> Iterator[bytes | memoryview]:
         for key in sorted(value, key=repr):
             yield from _pieces(key)
             yield from _pieces(value[key])
-    elif isinstance(value, bytes):
-        yield f"bytes {len(value)} ".encode() + value
-    elif isinstance(value, str):
-        yield from _pieces(value.encode("utf-8", "surrogatepass"))
+    elif isinstance(value, bytes | str):
+        data = value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
+        yield f"{type(value).__name__} {len(data)} ".encode() + data
     elif isinstance(value, enum.Enum):
         yield from _pieces(f"{type(value).__name__}.{value.name}")
     elif value is None or isinstance(value, bool | int | float | np.generic):
