@@ -1,7 +1,7 @@
-"""Pictures: KV from every tier gives the answers of plain SGLang, and none is taken for another.
+"""Images: KV from every tier gives the answers of plain SGLang, and none is taken for another.
 
 A small random model in the shape of Qwen2.5-VL. The prompts are the same text: what tells
-them apart is the picture.
+them apart is the image.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from harness.metrics import wait_for_disk
 from harness.server import ALWAYS_LOAD, FLOAT32, Server
 from support import vision_models
 from support.injection import injected
-from support.vision_models import NO_FFMPEG, PICTURE, picture
+from support.vision_models import IMAGE, NO_FFMPEG, image
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(1800)]
 
 PAGE = 16
 POOL = ("--page-size", PAGE, "--max-total-tokens", 1024, "--chunked-prefill-size", 128)
-#: A picture of 64 tokens begins on the seventh page, and the 128th token of a chunk is in it.
+#: An image of 64 tokens begins on the seventh page, and the 128th token of a chunk is in it.
 BEFORE = "It was seen from far away. " * 15
-PROMPT = BEFORE + PICTURE + " What is it, and what is it not? " * 10
+PROMPT = BEFORE + IMAGE + " What is it, and what is it not? " * 10
 SHARED, WHOLE = 96, 224
 RETRACTED = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "10"}
 
 
 def ask(server: Server, seed: int, **extra: Any) -> Answer:
-    return generate(server, PROMPT, image_data=[picture(seed, 8, 8)], **extra)
+    return generate(server, PROMPT, image_data=[image(seed, 8, 8)], **extra)
 
 
 def ask_all(server: Server, seeds: range, concurrency: int = 1) -> list[Answer]:
@@ -42,14 +42,14 @@ def ask_all(server: Server, seeds: range, concurrency: int = 1) -> list[Answer]:
 
 
 class Chat:
-    """Two turns, each with a picture; both servers are told the same answer to the first."""
+    """Two turns, each with an image; both servers are told the same answer to the first."""
 
     def __init__(self) -> None:
         self.messages = [self._says(f"{BEFORE} And this?", 21)]
 
     @staticmethod
     def _says(text: str, seed: int) -> dict[str, Any]:
-        parts = [{"type": "image_url", "image_url": {"url": picture(seed, 8, 8)}}]
+        parts = [{"type": "image_url", "image_url": {"url": image(seed, 8, 8)}}]
         return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
     def goes_on(self) -> None:
@@ -68,14 +68,14 @@ class Chat:
 
 
 def load(n: int, seed: int) -> list[dict[str, Any]]:
-    """Bodies of requests with one or two of four pictures, and some with none."""
+    """Bodies of requests with one or two of four images, and some with none."""
     rng = random.Random(seed)
     bodies = []
     for i in range(n):
-        pictures = [rng.randrange(31, 35) for _ in range(rng.choice((0, 1, 1, 2)))]
-        text = BEFORE[: rng.randrange(len(BEFORE))] + PICTURE * len(pictures) + f" Number {i}?"
-        images = {"image_data": [picture(one, 8, 8) for one in pictures]} if pictures else {}
-        bodies.append(request_body(text, rng.randrange(8, 40), **images))
+        images = [image(rng.randrange(31, 35), 8, 8) for _ in range(rng.choice((0, 1, 1, 2)))]
+        text = BEFORE[: rng.randrange(len(BEFORE))] + IMAGE * len(images) + f" Number {i}?"
+        sent = {"image_data": images} if images else {}
+        bodies.append(request_body(text, rng.randrange(8, 40), **sent))
     return bodies
 
 
@@ -89,22 +89,22 @@ def answers_of(server: Server, bodies: list[dict[str, Any]], concurrency: int) -
 
 
 def give_up(server: Server, seed: int) -> None:
-    """A client that goes away while its picture is prefilled, or soon after."""
-    body = request_body(PROMPT + f" {seed}", 200, image_data=[picture(seed, 8, 8)])
+    """A client that goes away while its image is prefilled, or soon after."""
+    body = request_body(PROMPT + f" {seed}", 200, image_data=[image(seed, 8, 8)])
     with contextlib.suppress(requests.RequestException):
         requests.post(f"{server.url}/generate", json=body, timeout=0.1 + seed % 5 * 0.1)
 
 
 def send_wrong_ones(server: Server) -> None:
-    """What is wrong with pictures is answered with 400, and the server goes on."""
-    good, junk = picture(1), "data:image/png;base64,AAAA"
+    """What is wrong with images is answered with 400, and the server goes on."""
+    good, junk = image(1), "data:image/png;base64,AAAA"
     written_out = [[0.0] * 128] * 16
     wrong: list[tuple[str, list[object]]] = [
-        (PICTURE, [junk]),
-        (PICTURE, ["no picture"]),
-        (PICTURE, [{"format": "precomputed_embedding", "feature": written_out}]),
-        (PICTURE * 2, [good]),
-        (PICTURE + "<|image_pad|>", [good]),
+        (IMAGE, [junk]),
+        (IMAGE, ["no image"]),
+        (IMAGE, [{"format": "precomputed_embedding", "feature": written_out}]),
+        (IMAGE * 2, [good]),
+        (IMAGE + "<|image_pad|>", [good]),
     ]
     for text, images in wrong:
         response = post_generate(server, request_body(text, 4, image_data=images))
@@ -112,7 +112,7 @@ def send_wrong_ones(server: Server) -> None:
         assert generate(server, "And now?", 4).finish_reason == "length"
 
 
-def test_pictures_from_every_tier(
+def test_images_from_every_tier(
     make_server: Callable[..., Server], demo_model: Path, tmp_path: Path
 ) -> None:
     model = vision_models.tiny_qwen2_5_vl(demo_model, tmp_path / "model")
@@ -129,7 +129,7 @@ def test_pictures_from_every_tier(
         first = chat.ask(plain)
         chat.goes_on()
         second = chat.ask(plain)
-    assert len(set(truths)) == 5, "the model ignores its pictures"
+    assert len(set(truths)) == 5, "the model ignores its images"
 
     args += ["--tiered-kv", *ALWAYS_LOAD, "--tiered-kv-host-size", "4MB", "--enable-metrics"]
     args += ["--tiered-kv-disk-dir", tmp_path / "disk", "--tiered-kv-disk-size", "300MB"]
@@ -168,7 +168,7 @@ def test_pictures_from_every_tier(
     assert [from_device.output_ids, from_host.output_ids] == [truths[4], truths[0]]
     assert [answer.output_ids for answer in from_disk] == truths
     assert answer == second[0]
-    assert n_cached >= first[1] // PAGE * PAGE, "the second turn computed the first one's picture"
+    assert n_cached >= first[1] // PAGE * PAGE, "the second turn computed the first one's image"
     for answers in (under_load, again):
         assert [one.output_ids for one in answers] == [one.output_ids for one in alone]
         assert sum(one.meta_info["num_retractions"] for one in answers) > 0

@@ -1,4 +1,4 @@
-"""Small random models that see, in the shapes of Qwen2-VL and its successors, and pictures."""
+"""Small random models that see, in the shapes of Qwen2-VL and its successors, and images."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-#: The tokens that Qwen's processors know pictures and films by.
+#: The tokens that Qwen's processors know images and videos by.
 TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
-FILM = "<|vision_start|><|video_pad|><|vision_end|>"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 #: What the import of SGLang's other processors says where FFmpeg is not installed.
 NO_FFMPEG = (
     (
@@ -29,7 +29,7 @@ _CHAT = (
     "{% if message.content is string %}{{ message.content }}"
     "{% else %}{% for part in message.content %}"
     "{% if part.type == 'text' %}{{ part.text }}"
-    f"{{% elif part.type == 'video' %}}{FILM}{{% else %}}{PICTURE}{{% endif %}}"
+    f"{{% elif part.type == 'video' %}}{VIDEO}{{% else %}}{IMAGE}{{% endif %}}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -47,7 +47,7 @@ _ROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [4, 6, 
 
 
 def tiny_qwen2_5_vl(model: Path, to: Path) -> Path:
-    """Random weights in the shape of Qwen2.5-VL; `model`'s tokenizer, and tokens for pictures."""
+    """Random weights in the shape of Qwen2.5-VL; `model`'s tokenizer, and tokens for images."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4}
@@ -91,8 +91,8 @@ def _random_weights(to: Path, config: Any, architecture: Any) -> Path:
     return to
 
 
-def picture(seed: int, rows: int = 4, columns: int = 4) -> str:
-    """A random picture of rows * columns tokens, as the address that requests carry it in."""
+def image(seed: int, rows: int = 4, columns: int = 4) -> str:
+    """A random image of rows * columns tokens, as the address that requests carry it in."""
     from PIL import Image
 
     size = (rows * MERGED, columns * MERGED, 3)

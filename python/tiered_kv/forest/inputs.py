@@ -1,8 +1,8 @@
-"""Pictures and the like in a prompt: what stands behind its placeholders is in its pages' names.
+"""Images and the like in a prompt: what stands behind its placeholders is in its pages' names.
 
-A page's tokens say which picture is in it only as far as the engine's placeholders do, which are
-short hashes. So the page in which a picture begins carries a digest of it. KV of what comes before
-in that page is named by it as well; pages before it are as without the picture, and those behind it
+A page's tokens say which image is in it only as far as the engine's placeholders do, which are
+short hashes. So the page in which an image begins carries a digest of it. KV of what comes before
+in that page is named by it as well; pages before it are as without the image, and those behind it
 lie below it in the tree, and in its chain of hashes.
 
 The digest takes the upper halves of a page's first words, as token ids need the lower ones only.
@@ -30,7 +30,7 @@ LEAST_PAGE_TOKENS = -(-(8 * DIGEST_BYTES + 1) // _BITS)
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One picture, film or sound of a prompt.
+    """One image, video or audio of a prompt.
 
     start: the position of its first placeholder. digest: `DIGEST_BYTES`, equal only if the KV that
     comes of it is.

@@ -1,4 +1,4 @@
-"""Pictures in the names of pages.
+"""Images in the names of pages.
 
 Guarantee: prompts share exactly the pages before the first place at which their tokens or what
 stands behind them differ, however alike their placeholders are.
@@ -15,7 +15,7 @@ from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.inputs import LEAST_PAGE_TOKENS, TOKEN_LIMIT, Input, named, token_ids
 from tiered_kv.forest.key import namespace_hash, page_hashes
 
-#: The highest placeholder that SGLang has, and the one that all pictures here have.
+#: The highest placeholder that SGLang has, and the one that all images here have.
 PLACEHOLDER = 1_000_000 + (1 << 30) - 1
 ROOT = namespace_hash("test")
 
@@ -28,7 +28,7 @@ def hashes(tokens: array[int], inputs: list[Input], page_size: int) -> list[byte
     return page_hashes(ROOT, named(tokens, inputs, page_size), page_size)
 
 
-#: A prompt as parts: a text of so many tokens, or a picture of (its name, its tokens).
+#: A prompt as parts: a text of so many tokens, or an image of (its name, its tokens).
 PARTS = st.lists(
     st.one_of(st.integers(1, 40), st.tuples(st.sampled_from("abc"), st.integers(1, 40))),
     min_size=1,
@@ -74,7 +74,7 @@ def test_prompts_share_the_pages_before_their_first_difference(
     assert found[0][:shared] == found[1][:shared]
 
 
-def test_a_tree_finds_a_prompts_own_picture_only() -> None:
+def test_a_tree_finds_a_prompts_own_image_only() -> None:
     forest = Forest(page_size=16)
     root = forest.root(ROOT)
     tokens = array("q", [*range(40), *[PLACEHOLDER] * 64, *range(40)])
@@ -86,7 +86,7 @@ def test_a_tree_finds_a_prompts_own_picture_only() -> None:
     forest.check_integrity(deep=True)
 
 
-def test_a_turn_with_another_picture_goes_on_from_the_first() -> None:
+def test_a_turn_with_another_image_goes_on_from_the_first() -> None:
     tokens = array("q", [*range(40), *[PLACEHOLDER] * 64, *range(40)])
     first = [Input(40, digest("one"))]
     longer = tokens + array("q", [*range(40), *[PLACEHOLDER] * 64])
@@ -97,7 +97,7 @@ def test_a_turn_with_another_picture_goes_on_from_the_first() -> None:
     assert not {*hashes(longer, second, 16)[2:]} & {*hashes(longer, swapped, 16)[2:]}
 
 
-def test_a_picture_is_where_it_is() -> None:
+def test_an_image_is_where_it_is() -> None:
     tokens = array("q", [PLACEHOLDER] * 16)
     names = [named(tokens, [Input(at, digest("one"))], 16) for at in range(16)]
     assert len({word.tobytes() for word in names}) == 16

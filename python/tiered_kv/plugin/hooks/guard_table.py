@@ -17,19 +17,19 @@ _READERS = (
     (f"{_OPENAI}completions.OpenAIServingCompletion._convert_to_internal_request", "HTTP_SERVER"),
 )
 
-#: Where pictures are read, in threads of its own: an end of an iterator cannot leave a thread.
-_PICTURE_READERS = ("load_mm_data", "process_and_combine_mm_data")
+#: Where images are read, in threads of its own: an end of an iterator cannot leave a thread.
+_IMAGE_READERS = ("load_mm_data", "process_and_combine_mm_data")
 
 GUARD_HOOKS = (
     *(
         Hook(
             target=f"sglang.srt.multimodal.processors.base_processor.BaseMultimodalProcessor.{method}",
             kind="around",
-            function=f"{_GUARD}:read_pictures",
+            function=f"{_GUARD}:read_images",
             process=Process.TOKENIZER,
-            why="pictures that are more or less than their places would get a 500, or no answer",
+            why="images that are more or less than their places would get a 500, or no answer",
         )
-        for method in _PICTURE_READERS
+        for method in _IMAGE_READERS
     ),
     *(
         Hook(

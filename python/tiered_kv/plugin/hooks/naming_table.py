@@ -26,14 +26,14 @@ NAMING_HOOKS = (
         kind="around",
         function="tiered_kv.plugin.requests.inputs:set_pad_value",
         process=Process.SCHEDULER,
-        why="pictures whose placeholders are alike would share KV",
+        why="images whose placeholders are alike would share KV",
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
         kind="before",
         function="tiered_kv.plugin.requests.inputs:name_inputs",
         process=Process.SCHEDULER,
-        why="prompts with pictures would not be cached",
+        why="prompts with images would not be cached",
     ),
     *(
         Hook(

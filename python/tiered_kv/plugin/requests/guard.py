@@ -56,30 +56,30 @@ async def _read_client_later(result: Any) -> Any:
         raise _told(error) from error
 
 
-#: What SGLang and transformers say of pictures that cannot be read, or are too few or too many.
-PICTURE_FAULTS = (RuntimeError, StopIteration)
+#: What SGLang and transformers say of images that cannot be read, or are too few or too many.
+IMAGE_FAULTS = (RuntimeError, StopIteration)
 
 
-def read_pictures(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """AROUND a function that reads pictures, films or sounds; as `read_client`."""
+def read_images(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """AROUND a function that reads images, videos or audio; as `read_client`."""
     try:
         result = original(*args, **kwargs)
-    except PICTURE_FAULTS as error:
+    except IMAGE_FAULTS as error:
         raise _unread(error) from error
-    return _read_pictures_later(result) if inspect.isawaitable(result) else result
+    return _read_images_later(result) if inspect.isawaitable(result) else result
 
 
-async def _read_pictures_later(result: Any) -> Any:
+async def _read_images_later(result: Any) -> Any:
     try:
         return await result
-    except PICTURE_FAULTS as error:
+    except IMAGE_FAULTS as error:
         raise _unread(error) from error
 
 
 def _unread(error: Exception) -> ValueError:
     what = f"{type(error).__name__}: {error}".removesuffix(": ")
     return ValueError(
-        f"pictures, films or sounds cannot be read ({what[:300]}); check them, and that there are "
+        f"images, videos or audio cannot be read ({what[:300]}); check them, and that there are "
         "as many as the prompt has places for."
     )
 

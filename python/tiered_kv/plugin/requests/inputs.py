@@ -1,4 +1,4 @@
-"""Names of pictures, films and sounds, by all that their KV comes of.
+"""Names of images, videos and audio, by all that their KV comes of.
 
 SGLang tells them apart by 64 bits of a hash over pixels, without their shape, or by what a client
 calls their hash; 30 of these bits stand in for their tokens. So each is named here by SHA-256 over
@@ -80,7 +80,7 @@ def _pieces(value: object) -> Iterator[bytes | memoryview]:
 def inputs_of(given: MultimodalInputs, tokens: np.ndarray) -> tuple[Input, ...] | None:
     """What names the pages of a prompt of these tokens, placeholders filled in; None: nothing can.
 
-    Placeholders must lie where the items say: elsewhere KV would come of a picture, and its page
+    Placeholders must lie where the items say: elsewhere KV would come of an image, and its page
     would not be named by it.
     """
     from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
@@ -126,7 +126,7 @@ def set_pad_value(original: Callable[..., None], item: MultimodalDataItem) -> No
 
     for features in (item.feature, item.precomputed_embeddings):
         if _is_written_out(features):
-            raise ValueError("features of pictures, films and sounds must be tensors.")
+            raise ValueError("features of images, videos and audio must be tensors.")
     try:
         digest = digest_of(item)
     except TypeError as error:

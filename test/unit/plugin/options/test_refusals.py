@@ -235,14 +235,24 @@ def test_buffers_with_less_memory_than_addresses(monkeypatch: pytest.MonkeyPatch
     refusals.check_server_args(Arguments(device="cpu"))
 
 
+VISION = list(arguments.MULTIMODAL_MODELS)
+
+
 def build_context(**facts: Any) -> SimpleNamespace:
     """A TreeCacheBuildContext's facts about a plain causal model, changed by `facts`."""
     model = {"is_multimodal": False, "is_encoder_decoder": False, "is_generation": True}
     context = {"is_hybrid_swa": False, "is_hybrid_ssm": False, "is_dsa": False}
     context["disable_radix_cache"] = False
+    architectures = facts.pop("architectures", ["LlamaForCausalLM"])
+    page_size = facts.pop("page_size", 64)
     for name, value in facts.items():
         (model if name in model else context)[name] = value
-    return SimpleNamespace(**context, model_config=SimpleNamespace(**model))
+    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=architectures), **model)
+    params = SimpleNamespace(
+        page_size=page_size,
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: "a pool"),
+    )
+    return SimpleNamespace(**context, model_config=config, params=params)
 
 
 @pytest.mark.parametrize(
@@ -252,16 +262,31 @@ def build_context(**facts: Any) -> SimpleNamespace:
         {"is_hybrid_ssm": True},
         {"is_dsa": True},
         {"disable_radix_cache": True},
-        {"is_multimodal": True},
+        {"is_multimodal": True, "architectures": ["Gemma3ForConditionalGeneration"]},
+        {"is_multimodal": True, "architectures": [*VISION, "Another"]},
+        {"is_multimodal": True, "architectures": VISION, "page_size": 8},
         {"is_encoder_decoder": True},
         {"is_generation": False},
     ],
     ids=str,
 )
-def test_unsupported_models_are_refused(fact: dict[str, bool]) -> None:
+def test_unsupported_models_are_refused(fact: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as error:
         refusals.check_model(build_context(**fact))
     one_sentence(error)
+
+
+@pytest.mark.parametrize("page_size", [9, 16, 64])
+def test_models_whose_images_have_names_are_served(
+    monkeypatch: pytest.MonkeyPatch, page_size: int
+) -> None:
+    if not VISION:
+        pytest.skip("no such model is served on this release")
+    seen: list[object] = []
+    monkeypatch.setattr(refusals, "check_kv_pool", seen.append)
+    facts = {"is_multimodal": True, "architectures": VISION[:1], "page_size": page_size}
+    refusals.check_model(build_context(**facts))
+    assert seen == ["a pool"]
 
 
 def new_pool(cls: type, **attributes: Any) -> Any:

@@ -53,6 +53,31 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
     assert raised.value is error
 
 
+@pytest.mark.parametrize("error", [StopIteration(), RuntimeError("no such image")], ids=repr)
+def test_images_that_cannot_be_read_are_the_callers_fault(error: Exception) -> None:
+    """SGLang reads them in a thread, from which an end of an iterator never comes back."""
+
+    def reader() -> None:
+        raise error
+
+    async def later() -> None:
+        await asyncio.sleep(0)
+        raise RuntimeError("no such image")
+
+    with pytest.raises(ValueError, match="images, videos or audio cannot be read"):
+        guard.read_images(reader)
+    with pytest.raises(ValueError, match="no such image"):
+        asyncio.run(guard.read_images(later))
+
+
+def test_images_that_can_be_read_are_passed_on() -> None:
+    async def later(value: int) -> int:
+        return value
+
+    assert guard.read_images(lambda value: value, 3) == 3
+    assert asyncio.run(guard.read_images(later, 3)) == 3
+
+
 def test_what_can_be_read_is_passed_on() -> None:
     async def later(value: int) -> int:
         return value

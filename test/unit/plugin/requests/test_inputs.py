@@ -1,4 +1,4 @@
-"""Names of pictures: by all that the model is given of them, whatever a client calls them."""
+"""Names of images: by all that the model is given of them, whatever a client calls them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STOCK: Callable[..., None] = MultimodalDataItem.set_pad_value
 
 
 def item(**changes: Any) -> MultimodalDataItem:
-    """A picture of eight by eight patches, on the tokens 20 to 35."""
+    """An image of eight by eight patches, on the tokens 20 to 35."""
     pixels = torch.arange(64 * 12, dtype=torch.float32).reshape(64, 12)
     fields: dict[str, Any] = {"modality": Modality.IMAGE, "offsets": [(20, 35)], "feature": pixels}
     fields["model_specific_data"] = {"image_grid_thw": torch.tensor([[1, 8, 8]])}
@@ -72,11 +72,11 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS.keys())
-def test_whatever_differs_is_another_picture(changes: dict[str, Any]) -> None:
+def test_whatever_differs_is_another_image(changes: dict[str, Any]) -> None:
     assert arrived(item(**changes)).hash != arrived(item()).hash
 
 
-def test_equal_pictures_are_one_wherever_they_are() -> None:
+def test_equal_images_are_one_wherever_they_are() -> None:
     elsewhere = arrived(item(offsets=[(40, 55)]))
     assert elsewhere.hash == arrived(item()).hash
     assert elsewhere.pad_value == arrived(item()).pad_value
@@ -86,7 +86,7 @@ def test_equal_pictures_are_one_wherever_they_are() -> None:
 
 
 def test_sglangs_own_hash_takes_shapes_for_one() -> None:
-    """Why it is not used: black pictures of as many patches are equal bytes."""
+    """Why it is not used: black images of as many patches are equal bytes."""
     shapes = [[1, 8, 8], [1, 4, 16]]
     black = [
         item(feature=BLACK, model_specific_data={"image_grid_thw": torch.tensor([shape])})
@@ -99,7 +99,7 @@ def test_sglangs_own_hash_takes_shapes_for_one() -> None:
     assert arrived(fresh[0]).hash != arrived(fresh[1]).hash
 
 
-def test_what_a_client_calls_a_picture_is_not_its_name() -> None:
+def test_what_a_client_calls_a_image_is_not_its_name() -> None:
     called = [item(feature=item().feature + i) for i in range(2)]
     for one in called:
         one.set_hash(1234)
@@ -120,7 +120,7 @@ def test_names_go_with_salts() -> None:
 
 
 def test_positions_count() -> None:
-    """Of a film they depend on its seconds per frame, which are in no item."""
+    """Of a video they depend on its seconds per frame, which are in no item."""
     req = request(arrived(item()))
     req.multimodal_inputs.mrope_positions = torch.arange(64).expand(3, 64) * 2
     assert key_of(req) != key_of(request(arrived(item())))

@@ -20,7 +20,7 @@ MORE_HICACHE_OPTIONS: tuple[str, ...] = ()
 NO_HOST_POOLS: dict[str, object] = {}
 #: Switches of SGLang's environment that choose another cache.
 OTHER_CACHES = ("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "SGLANG_ENABLE_UNIFIED_RADIX_TREE")
-#: Multimodal models that were looked at: text, pictures and films are attended to causally in all
+#: Multimodal models that were looked at: text, images and videos are attended to causally in all
 #: layers, so that KV depends on what is before it alone; placeholders lie where the items say.
 MULTIMODAL_MODELS = (
     "Qwen2VLForConditionalGeneration",
