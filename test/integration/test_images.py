@@ -1,7 +1,7 @@
 """Images: KV from every tier gives the answers of plain SGLang, and none is taken for another.
 
-Small random models in the shapes of Qwen2-VL, Qwen2.5-VL and Qwen3-VL. The prompts are the same text: what tells
-them apart is the image.
+Small random models in the shapes of Qwen2-VL, Qwen2.5-VL and Qwen3-VL. The prompts are the same
+text: what tells them apart is the image.
 """
 
 from __future__ import annotations
