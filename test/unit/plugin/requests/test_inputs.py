@@ -23,6 +23,11 @@ from sglang.srt.managers.schedule_batch import (
 from tiered_kv.forest.inputs import PromptKey
 from tiered_kv.forest.key import SHARED_TREE, TreeKey
 from tiered_kv.plugin.requests import inputs
+from tiered_kv.plugin.upstream.current import arguments
+
+pytestmark = pytest.mark.skipif(
+    not arguments.MULTIMODAL_MODELS, reason="no multimodal model is served on this release"
+)
 
 SCHEDULER = SimpleNamespace(server_args=SimpleNamespace(tiered_kv=True))
 STOCK: Callable[..., None] = MultimodalDataItem.set_pad_value
@@ -99,7 +104,7 @@ def test_sglangs_own_hash_takes_shapes_for_one() -> None:
     assert arrived(fresh[0]).hash != arrived(fresh[1]).hash
 
 
-def test_what_a_client_calls_a_image_is_not_its_name() -> None:
+def test_what_a_client_calls_an_image_is_not_its_name() -> None:
     called = [item(feature=item().feature + i) for i in range(2)]
     for one in called:
         one.set_hash(1234)
