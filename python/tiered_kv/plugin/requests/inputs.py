@@ -134,7 +134,11 @@ def set_pad_value(original: Callable[..., None], item: MultimodalDataItem) -> No
         logger.warning("Tiered KV: KV of an input is not kept (%s).", error)
     else:
         item.__dict__[_DIGEST] = digest
-        item.hash = int.from_bytes(digest, "little")
+        name = int.from_bytes(digest, "little")
+        if item.pad_value is None:
+            item.set_hash(name)
+        else:  # it stands in the prompt already
+            item.hash = name
     original(item)
     if not MM_PAD_SHIFT_VALUE <= item.pad_value < TOKEN_LIMIT:
         raise ValueError(f"pad_value {item.pad_value} is not for clients to set; leave it out.")

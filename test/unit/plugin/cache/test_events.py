@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from support_plugin import on_release
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
+from tiered_kv.forest.inputs import Input, named
 from tiered_kv.forest.key import SHARED_TREE, TreeKey, namespace_hash, tree_hash
 from tiered_kv.plugin.cache.events import KvEvents, block_hash
 from tiered_kv.plugin.upstream.current import cache_contract
@@ -72,6 +73,19 @@ def test_blocks_tell_salts_and_adapters_apart() -> None:
     assert of_adapter.parent_block_hash is None
     assert of_adapter.lora_id is not None
     assert 0 <= of_adapter.lora_id < 2**63
+
+
+def test_blocks_with_images_have_the_engines_tokens() -> None:
+    """Placeholders, as SGLang's own events have them, and not the words that name the page."""
+    tokens = array("q", [7, 8, *[2_000_000] * 14])
+    forest, events = Forest(16), KvEvents(16, enabled=True)
+    root = forest.root(namespace_hash("m"))
+    for digest in (bytes(32), bytes([1] * 32)):
+        words = named(tokens, [Input(2, digest)], 16)
+        events.stored(forest.insert(root, words, range(16)).last, Tier.DEVICE)
+    first, second = events.take()
+    assert first.token_ids == second.token_ids == tokens.tolist()
+    assert first.block_hashes != second.block_hashes
 
 
 @pytest.mark.skipif(on_release.IS_0_5_17, reason="its events have no field for a name")

@@ -212,7 +212,10 @@ ADAPTERS = (
         "requests.inputs",
     ),
     *methods(
-        f"{SRT}.managers.schedule_batch.MultimodalDataItem", "requests.inputs", set_pad_value=""
+        f"{SRT}.managers.schedule_batch.MultimodalDataItem",
+        "requests.inputs",
+        set_pad_value="",
+        set_hash="hash_value",
     ),
     object_(f"{SRT}.managers.schedule_batch.MM_PAD_SHIFT_VALUE", "", "requests.inputs"),
     object_(f"{SRT}.managers.mm_utils.embedding_cache", "", "upstream.v0_5_17.cache_contract"),
