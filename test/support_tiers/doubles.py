@@ -173,6 +173,9 @@ class FaultyDisk:
     def touch(self, hashes: Iterable[bytes]) -> None:
         self.namespace.touch(hashes)
 
+    def drop_pages(self, hashes: Sequence[bytes]) -> int:
+        return int(self.namespace.drop_pages(hashes))
+
     def drain_dropped(self) -> list[bytes] | None:
         dropped: list[bytes] | None = self.namespace.drain_dropped()
         return dropped

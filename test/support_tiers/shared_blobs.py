@@ -66,6 +66,11 @@ class SharedBlobs:
                     self.blobs[key] = b"".join(pieces)
         return taken
 
+    def remove(self, keys: Sequence[str]) -> int:
+        self.writes.pass_through()
+        with self._lock:
+            return sum(self.blobs.pop(key, None) is not None for key in keys)
+
     def close(self) -> None:
         pass
 

@@ -1,4 +1,4 @@
-"""Eviction: an order of leaves by policy, and the forecast as a filter before it."""
+"""Eviction: an order of leaves by policy, and forecast and keeps as filters before it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.memory.forecast_filter import ForecastFilter, soonest
+from tiered_kv.memory.keep_filter import KeepFilter
+from tiered_kv.memory.keeps import Keeps
 from tiered_kv.memory.leaf_walk import EvictionOrder, find_victims
 
 OrderFactory: TypeAlias = Callable[[Forest, Tier], EvictionOrder]
@@ -31,8 +33,9 @@ class Eviction:
         make_order: OrderFactory,
         *,
         protect_expected: bool = True,
+        keeps: Keeps | None = None,
     ) -> None:
-        """Without `protect_expected` forecasts change nothing."""
+        """Without `protect_expected` forecasts change nothing. keeps: what is not to go at all."""
         self._forest = forest
         self._protect_expected = protect_expected
         self._filters = {
@@ -41,6 +44,10 @@ class Eviction:
         # What decides now: without a forecast nobody pays for the filter.
         self._orders: dict[Tier, EvictionOrder] = {
             tier: found.order for tier, found in self._filters.items()
+        }
+        self._keep_filters = {
+            tier: KeepFilter(forest, tier, Keeps() if keeps is None else keeps, order)
+            for tier, order in self._orders.items()
         }
 
     def on_forecast(self, forecast: DemandForecast) -> None:
@@ -51,6 +58,7 @@ class Eviction:
         for tier, kept in self._filters.items():
             kept.expect(node_ids)
             self._orders[tier] = kept if kept.is_active else kept.order
+            self._keep_filters[tier].order = self._orders[tier]
 
     def let_go(self, last: Node) -> None:
         """What only the prompt that ends at `last` goes through goes first, in every tier."""
@@ -65,4 +73,6 @@ class Eviction:
         one once those before it are gone. The last one is needed: without it there would be less
         than `n_pages`. Nothing in the forest is changed.
         """
-        return find_victims(self._forest, tier, self._orders[tier], n_pages)
+        kept = self._keep_filters[tier]
+        order = kept if kept.is_active else self._orders[tier]
+        return find_victims(self._forest, tier, order, n_pages)

@@ -19,6 +19,7 @@ from tiered_kv.memory.actions import Drop, Load, WriteBack
 from tiered_kv.memory.costs import Costs, EqualCosts
 from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.memory.eviction import Eviction, OrderFactory, eviction_policies
+from tiered_kv.memory.keeps import Keeps
 from tiered_kv.memory.load_policy import LoadPolicy, LoadQuestion, pages_to_load
 from tiered_kv.memory.store_value import StoreWrites, is_worth_sharing
 
@@ -47,10 +48,12 @@ class MemoryManager:
         self._forest = forest
         self._costs = costs if costs is not None else EqualCosts()
         self._known_costs = costs
+        self.keeps = Keeps()
         self._eviction = Eviction(
             forest,
             make_order or eviction_policies.get(config.eviction_policy),
             protect_expected=config.protect_expected,
+            keeps=self.keeps,
         )
         self._load_policy = LoadPolicy(config.load_policy)
         self._store_writes = StoreWrites(config.store_writes)
@@ -111,6 +114,9 @@ class MemoryManager:
         if victims and surplus > 0:
             # The lower half stays the same object, so the victim is now the part that must go.
             self._forest.split(victims[-1], surplus)
+        if self.keeps:
+            for node in victims:
+                self.keeps.gave_way(tier, node.last_page_hash, node.n_pages)
         return [Drop(node.node_id, tier) for node in victims]
 
     # -- upwards ------------------------------------------------------------------------------

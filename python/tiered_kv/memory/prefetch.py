@@ -46,9 +46,7 @@ READS_MAX = 256
 class PrefetchPlanner:
     """Tickets by request id; the scheduler's thread asks `done(rid)` before it admits.
 
-    sources: where to look, the nearest first. n_host_pages: of the host's pool. pages_per_unit: of
-    the server's, in what is one page here.
-    """
+    sources: where to look, the nearest first. pages_per_unit: of the server's, in one page here."""
 
     def __init__(
         self,
@@ -308,6 +306,8 @@ class PrefetchPlanner:
         """How many of `n_pages` pages in a store, from token `start` of its prompt on, to read."""
         if cold.is_away:  # put away since the request came
             return 0
+        if ticket.at_any_cost:
+            return n_pages
         ask = partial(
             self._room.manager.pages_from,
             cold.tier,

@@ -30,6 +30,8 @@ class Ticket:
     """Its place among all tickets that there were."""
     is_ahead: bool
     """Whether the request is only expected."""
+    at_any_cost: bool = False
+    """Whether its pages are read even if computing them is sooner: somebody has ordered it."""
     is_looked_up: bool = False
     unknown_tokens: int = 0
     """While it is looked up: those that a store may have."""

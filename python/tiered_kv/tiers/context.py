@@ -179,8 +179,7 @@ class TierContext:
     def evict_host(self, n_pages: int) -> None:
         """Frees host slots, as far as they may go, in the order that the policy says."""
         for drop in self.manager.on_pressure(Tier.HOST, n_pages):
-            node = self.forest.node(drop.node_id)
-            self.host.free(cast(PageIds, self._evict(node, Tier.HOST)))
+            self.give_up(self.forest.node(drop.node_id), Tier.HOST)
 
     def evict_device(self, n_tokens: int) -> int:
         """Frees device slots in the order that the policy says; returns the tokens freed."""
@@ -191,6 +190,14 @@ class TierContext:
             self.allocator.free(slots)
             freed += len(slots)
         return freed
+
+    def give_up(self, node: Node, tier: Tier) -> None:
+        """Frees a node's slots on DEVICE or HOST. It must be evictable there (`Forest.evict`)."""
+        slots = self._evict(node, tier)
+        if tier is Tier.DEVICE:
+            self.allocator.free(cast(DeviceSlots, slots).tensor)
+        else:
+            self.host.free(cast(PageIds, slots))
 
     def _evict(self, node: Node, tier: Tier) -> object:
         parent = node.parent

@@ -126,6 +126,9 @@ class EncodedDisk:
     def touch(self, hashes: Iterable[bytes]) -> None:
         self._disk.touch(hashes)
 
+    def drop_pages(self, hashes: Sequence[bytes]) -> int:
+        return self._disk.drop_pages(hashes)
+
     def drain_dropped(self) -> list[bytes] | None:
         return self._disk.drain_dropped()
 
@@ -157,6 +160,7 @@ class EncodedStore:
         self.known = store.known
         self.lookup = store.lookup
         self.touch = store.touch
+        self.drop = store.drop
         self.drain_dropped = store.drain_dropped
 
     def put(self, hashes: Sequence[PageHash], buffers: Sequence[memoryview]) -> int:

@@ -38,6 +38,8 @@ from tiered_kv.tiers.write_back import WriteBack
 
 #: How long `drain` goes on copying to the host what had to wait for room there.
 DRAIN_S = 2.0
+#: While anything is kept, ranks agree on the time once in so many polls.
+KEEPS_LOOK_POLLS = 16
 #: Longest rest of an idle loop, in seconds: what a request that comes then may wait longer.
 REST_S = 0.001
 
@@ -88,6 +90,7 @@ class KVHierarchy:
         self.load_back = LoadBack(context)
         self.prefetch = Prefetch(context, self.colds)
         self._namespace = namespace
+        self._n_polls = 0
         finish: dict[TransferQueue[Any], Finish] = {
             self.write_back.to_host: self.write_back.host_written,
             self.load_back.queue: self.load_back.loaded,
@@ -210,8 +213,13 @@ class KVHierarchy:
         is_looking = any(cold.dropped.is_looking for cold in self.colds)
         wants_time = self.prefetch.wants_time or self.load_back.wants_time
         wants_time |= any(cold.writes.wants_time for cold in self.colds)
+        keeps = self.context.manager.keeps
+        if keeps:
+            self._n_polls += 1
+            wants_time |= self._n_polls % KEEPS_LOOK_POLLS == 0
         if self.progress.is_busy or is_looking or wants_time:
             self._advance()
+        keeps.end(self.context.now_s)
         if self.load_back.has_failed:
             self._give_up_failed_loads()
         self.load_back.close_failed()

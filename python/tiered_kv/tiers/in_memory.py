@@ -46,6 +46,10 @@ class InMemoryNamespace:
         for page_hash in hashes:
             self._store.get(self.namespace_id, page_hash)
 
+    def drop_pages(self, hashes: Sequence[bytes]) -> int:
+        """Forget pages; returns how many there were."""
+        return sum(self._store.drop(self.namespace_id, page_hash) for page_hash in hashes)
+
     def drain_dropped(self) -> list[bytes] | None:
         """Pages given up since the last call; None if all were."""
         dropped, self._dropped = self._dropped, []
@@ -168,6 +172,15 @@ class InMemoryStore:
                 return None
             self._pages.move_to_end(key)
             return self._pages[key]
+
+    def drop(self, namespace_id: bytes, page_hash: bytes) -> bool:
+        """True if the page was stored and is no more."""
+        with self._lock:
+            page = self._pages.pop((namespace_id, page_hash), None)
+            if page is not None:
+                self._bytes_used -= round_up(len(page))
+                self._namespaces[namespace_id].note_dropped(page_hash)
+            return page is not None
 
     def put(self, namespace_id: bytes, page_hash: bytes, page: bytes) -> bool:
         """True if the page was not stored before and is now."""

@@ -64,6 +64,11 @@ class PageStore(Protocol):
         """Pages are used in a nearer tier: they are not to be the first to go."""
         ...
 
+    def drop(self, hashes: Sequence[PageHash], /) -> int:
+        """Forgets pages, of a shared store those that this server has written, as far as it
+        remembers; returns how many there were."""
+        ...
+
     def drain_dropped(self) -> list[PageHash] | None:
         """Pages that are there no more, since the last call, as far as it knows.
 

@@ -94,5 +94,8 @@ class StoreOfAnother:
     def touch(self, hashes: Iterable[PageHash]) -> None:
         pass
 
+    def drop(self, hashes: Sequence[PageHash]) -> int:
+        return len(hashes)
+
     def drain_dropped(self) -> list[PageHash]:
         return []

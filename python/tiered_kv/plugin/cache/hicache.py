@@ -192,6 +192,16 @@ class HiCacheBlobs:
         values = [self._pool.kv_buffer[row] for row in rows]
         return [bool(backend.batch_set(keys, values))] * len(keys)
 
+    def remove(self, keys: Sequence[str]) -> int:
+        """What a backend cannot delete stays."""
+        backend = self._backend()
+        delete = getattr(backend, "delete", None)
+        if delete is None:
+            return 0
+        for key in keys:
+            delete(key)
+        return len(keys)
+
     def close(self) -> None:
         close = getattr(self._made, "close", None)
         if close is not None:

@@ -25,6 +25,8 @@ class LocalPages(Protocol):
 
     def read_pages(self, hashes: Sequence[bytes], buffers: Sequence[memoryview], /) -> int: ...
 
+    def drop_pages(self, hashes: Sequence[bytes], /) -> int: ...
+
     def drain_dropped(self) -> list[bytes] | None: ...
 
 
@@ -51,6 +53,9 @@ class LocalStore:
 
     def touch(self, hashes: Iterable[PageHash]) -> None:
         self.pages.touch(hashes)
+
+    def drop(self, hashes: Sequence[PageHash]) -> int:
+        return self.pages.drop_pages(hashes)
 
     def drain_dropped(self) -> list[PageHash] | None:
         return self.pages.drain_dropped()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import sqlite3
 import threading
 import time
 import weakref
@@ -344,6 +345,15 @@ class TierNamespace:
         bound = self._bound
         if bound is not None:
             bound.touch(hashes)
+
+    def drop_pages(self, hashes: Sequence[bytes]) -> int:
+        """What cannot be taken out of the index comes back with the next start; returns 0 then."""
+        bound = self._bound
+        try:
+            return 0 if bound is None else bound.drop_pages(hashes)
+        except sqlite3.Error as error:
+            logger.warning("Disk tier: pages that were dropped may come back: %s.", error)
+            return 0
 
     def drain_dropped(self) -> list[bytes] | None:
         if self._has_lost_all:

@@ -215,6 +215,11 @@ class MooncakeBlobs:
             _raise_if(failed)
         return [code == 0 for code in codes]
 
+    def remove(self, keys: Sequence[str]) -> int:
+        codes = self._connected().batch_remove([_PREFIX + key for key in keys], True)
+        _raise_if([code for code in codes if code in _NO_MASTER])
+        return sum(code == 0 for code in codes)
+
 
 def _pointers(blobs: Sequence[Pieces]) -> tuple[list[list[int]], list[list[int]]]:
     pointers = [

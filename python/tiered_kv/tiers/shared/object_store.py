@@ -25,6 +25,8 @@ BAD_MAX = 4096
 TOUCH_AGAIN_S = 30.0
 #: So many pages are remembered to have been touched.
 TOUCHED_MAX = 65536
+#: So many pages are remembered to have been written by this server: those it may delete.
+WRITTEN_MAX = 262144
 #: So many pages that have gone are remembered until somebody listens.
 DROPPED_MAX = 65536
 
@@ -57,6 +59,8 @@ class ObjectStore:
         # Names of blobs that are not what they should be.
         self._bad: dict[str, None] = {}
         self._dropped: list[PageHash] = []
+        # Those that this server stored; those of long ago are forgotten first.
+        self._written: dict[PageHash, None] = {}
         # When pages were touched.
         self._touched: dict[PageHash, float] = {}
         self._pages_per_call = max(1, CALL_BYTES // self._blob_bytes)
@@ -115,6 +119,18 @@ class ObjectStore:
         for name in gone:
             del touched[name]
 
+    def drop(self, hashes: Sequence[PageHash]) -> int:
+        """What other servers wrote is not this one's to delete."""
+        own = [page_hash for page_hash in hashes if page_hash in self._written]
+        keys = self._keys(own)
+        n_removed = self._link.write(lambda: self._link.blobs.remove(keys)) if keys else 0
+        if n_removed is None:
+            return 0
+        for page_hash in own:
+            self._written.pop(page_hash, None)
+            self._touched.pop(page_hash, None)
+        return n_removed
+
     def drain_dropped(self) -> list[PageHash]:
         dropped, self._dropped = self._dropped, []
         return dropped
@@ -168,6 +184,7 @@ class ObjectStore:
                 are_there[n] = is_stored
                 if is_stored:
                     self._bad.pop(key, None)
+                    self._note_written(hashes[n])
         return _leading(are_there)
 
     @property
@@ -201,6 +218,11 @@ class ObjectStore:
         self._bad[key] = None
         if len(self._bad) > BAD_MAX:
             del self._bad[next(iter(self._bad))]
+
+    def _note_written(self, page_hash: PageHash) -> None:
+        self._written[page_hash] = None
+        if len(self._written) > WRITTEN_MAX:
+            del self._written[next(iter(self._written))]
 
     def _keys(self, hashes: Sequence[PageHash]) -> list[str]:
         return [self._envelope.name(page_hash).hex() for page_hash in hashes]

@@ -100,6 +100,9 @@ class ValkeyBlobs:
             raise _meant(errors[0])
         return [not isinstance(answer, Exception) for answer in answers]
 
+    def remove(self, keys: Sequence[str]) -> int:
+        return int(self._client.unlink(*(_PREFIX + key for key in keys)))
+
     def close(self) -> None:
         self._client.close()
 

@@ -1,0 +1,1 @@
+"""What administrators do to single prompts: look, bring nearer, keep, move down, forget."""
