@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 from tiered_kv.core.ids import PageHash, Tier
 
+#: Where something can be kept.
+KEEP_TIERS = (Tier.HOST, Tier.DISK)
 #: Pages that are looked at in one call when keeps end: a moment of the scheduler's thread.
 ENDED_PAGES = 512
 
@@ -44,7 +46,7 @@ class Keeps:
     """Kept pages by tier. O(1) for each page, and O(log grants) to end one."""
 
     def __init__(self) -> None:
-        self._kept = {Tier.HOST: _Kept(), Tier.DISK: _Kept()}
+        self._kept = {tier: _Kept() for tier in KEEP_TIERS}
         # (end, number, tier, tenant, pages), the next to end first.
         self._ends: list[tuple[float, int, Tier, str, tuple[PageHash, ...]]] = []
         self._numbers = itertools.count()

@@ -216,6 +216,27 @@ MADE_WAY = Metric(
     "Times that a running request went back to the queue, with its KV, for one that waited.",
 )
 
+ORDERS = Metric(
+    "sglang:tiered_kv_control_total",
+    Kind.COUNTER,
+    ("action",),
+    "Orders of administrators about single prompts, by action (inspect, prefetch, keep, demote, "
+    "drop).",
+)
+KEPT_TOKENS = Metric(
+    "sglang:tiered_kv_kept_tokens",
+    Kind.GAUGE,
+    ("tier", "tenant"),
+    "Tokens that administrators keep in this tier for a while, for this tenant; those of more than "
+    "16 tenants together as others.",
+)
+KEEPS_GIVEN_UP = Metric(
+    "sglang:tiered_kv_keeps_given_up_tokens_total",
+    Kind.COUNTER,
+    ("tier",),
+    "Tokens that were kept in this tier and left it all the same, as nothing else was left.",
+)
+
 OF_THE_STORE = (STORE_DEGRADED, STORE_CALLS, STORE_CALL_SECONDS, STORE_BAD_PAGES)
 """Those that only a server with a shared store has."""
 
@@ -246,4 +267,7 @@ ALL: tuple[Metric, ...] = (
     DECODE_READ_TOKENS,
     PARTIAL_DECODES,
     MADE_WAY,
+    ORDERS,
+    KEPT_TOKENS,
+    KEEPS_GIVEN_UP,
 )

@@ -164,7 +164,19 @@ def name_tree(result: None, req: Any, *args: Any, **kwargs: Any) -> None:
     if req.extra_key is None and not apart:
         return
     # SGLang has appended the adapter's id.
-    salt, extra_key = parts_of((req.extra_key or "").removesuffix(req.lora_id or ""))
-    salt = salted(salt, apart)
-    adapter = SHARED_TREE if req.lora_id is None else _names.key_of(req.lora_id)
-    req.extra_key = replace(adapter, salt=salt, extra_key=extra_key)
+    own = (req.extra_key or "").removesuffix(req.lora_id or "")
+    req.extra_key = tree_key(own, req.lora_id, apart)
+
+
+def tree_key(own: str | None, lora_id: str | None, apart: str | None = None) -> TreeKey | None:
+    """The tree of a request that says `own` (`requests/salts.py`), with an adapter or without.
+
+    apart: see `root_key`. None: the tree of those that name nothing.
+    """
+    if not (own or lora_id or apart):
+        return None
+    salt, extra_key = parts_of(own)
+    adapter = SHARED_TREE
+    if lora_id is not None:
+        adapter = _unnamed() if _names is None else _names.key_of(lora_id)
+    return replace(adapter, salt=salted(salt, apart), extra_key=extra_key)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.api.slo import objectives_met
 from tiered_kv.core.ids import Tier
+from tiered_kv.memory.keeps import KEEP_TIERS, Keeps
 from tiered_kv.metrics import names
 from tiered_kv.metrics.names import Kind, Metric
 from tiered_kv.plugin.requests.view import store_tokens
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 #: Gauges change with every page; scrapes come every few seconds.
 REFRESH_S = 1.0
+#: So many tenants have a label of their own; names are the callers' inventions.
+TENANTS_MAX = 16
+OTHER_TENANTS = "others"
 
 
 class MetricsRecorder:
@@ -61,6 +66,9 @@ class MetricsRecorder:
 
     def made_way(self) -> None:
         """Somebody who ran waits again, for another."""
+
+    def ordered(self, action: str) -> None:
+        """An administrator's order begins."""
 
     def refresh(
         self,
@@ -106,6 +114,8 @@ class PrometheusRecorder(MetricsRecorder):
         self._refreshed_at = 0.0
         # What the counters of disk and store said last.
         self._totals: dict[tuple[str, ...], float] = {}
+        # Labels of tenants by name.
+        self._tenants: dict[Tier, dict[str, str]] = {}
 
     def _of(self, metric: Metric, **labels: str) -> Any:
         return self._metrics[metric.name].labels(**self._labels, **labels)
@@ -168,6 +178,9 @@ class PrometheusRecorder(MetricsRecorder):
     def made_way(self) -> None:
         self._made_way.inc()
 
+    def ordered(self, action: str) -> None:
+        self._of(names.ORDERS, action=action).inc()
+
     def refresh(
         self,
         hierarchy: KVHierarchy,
@@ -203,6 +216,7 @@ class PrometheusRecorder(MetricsRecorder):
         ):
             for tier, n_tokens in values.items():
                 self._of(metric, tier=tier.name.lower()).set(n_tokens)
+        self._refresh_keeps(context.manager.keeps, page_size)
         write_back = hierarchy.write_back
         queues: list[tuple[Tier, Tier, TransferQueue[Any]]] = [
             (Tier.DEVICE, Tier.HOST, write_back.to_host),
@@ -216,6 +230,23 @@ class PrometheusRecorder(MetricsRecorder):
         self._of(names.DEFERRED_NODES).set(write_back.n_deferred)
         self._of(names.WRITE_BACK_LIMIT).set(context.pacer.bytes_per_s)
         return True
+
+    def _refresh_keeps(self, keeps: Keeps, page_size: int) -> None:
+        for tier in KEEP_TIERS:
+            # Those that kept something before, too: it may be nothing now.
+            tenants = self._tenants.setdefault(tier, {})
+            n_pages = Counter(dict.fromkeys(tenants.values(), 0))
+            if len(tenants) == TENANTS_MAX:
+                n_pages[OTHER_TENANTS] = 0
+            for tenant, n in keeps.tenants(tier).items():
+                if tenant not in tenants and len(tenants) < TENANTS_MAX:
+                    tenants[tenant] = tenant
+                n_pages[tenants.get(tenant, OTHER_TENANTS)] += n
+            for label, n in n_pages.items():
+                kept = self._of(names.KEPT_TOKENS, tier=tier.name.lower(), tenant=label)
+                kept.set(n * page_size)
+        for tier, n in keeps.given_up_pages.items():
+            self._count_up(names.KEEPS_GIVEN_UP, n * page_size, tier=tier.name.lower())
 
     def _refresh_store(self, store: StoreLink) -> None:
         self._of(names.STORE_DEGRADED).set(int(store.is_degraded))

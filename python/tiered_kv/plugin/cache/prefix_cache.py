@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from tiered_kv.memory.actions import Load
     from tiered_kv.plugin.cache.parts import CacheParts
+    from tiered_kv.tiers.control.control import CacheControl
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class TieredPrefixCache(cache_contract.CacheContract):
         self._last_key: PromptKey | TreeKey | str | None = None
         # What would be loaded for the request that is being admitted, and where it ends.
         self._planned: tuple[Node, Load] | None = None
+        # Once an administrator has given an order.
+        self.control: CacheControl | None = None
         self.weights = WeightNames(parts.hierarchy, parts.name_weights)
         self._checked_at = 0.0
 
@@ -258,6 +261,8 @@ class TieredPrefixCache(cache_contract.CacheContract):
         self.observer.polled()
         if self.parts.watched is not None:
             self.parts.watched.polled()
+        if self.control is not None:
+            self.control.polled()
         self._refresh_metrics()
 
     def keep_up(self) -> None:

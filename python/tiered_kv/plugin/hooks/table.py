@@ -277,9 +277,9 @@ SHARED_HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.get_internal_state",
         kind="around",
-        function="tiered_kv.plugin.snapshots.collect:answer",
+        function="tiered_kv.plugin.control.desk:answer",
         process=Process.SCHEDULER,
-        why="/tiered_kv/snapshot would have nothing to show",
+        why="/tiered_kv/snapshot would have nothing to show, and /tiered_kv/cache nobody to tell",
     ),
     *GUARD_HOOKS,
     *NAMING_HOOKS,

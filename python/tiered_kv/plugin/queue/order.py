@@ -8,17 +8,19 @@ in its order; afterwards it is whole again, in the order of arrival, for all els
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tiered_kv.memory.stored_pages import prompt_of
 from tiered_kv.plugin.queue import again, clock_tick
 from tiered_kv.plugin.queue.foretold import Foretold
 from tiered_kv.plugin.queue.mixing import Mixing
 from tiered_kv.plugin.queue.put_back import PutBack
 from tiered_kv.plugin.queue.queued import QueuedRequests
 from tiered_kv.plugin.queue.whole_queue import show_whole_queue
-from tiered_kv.plugin.requests.view import QUEUED, is_aborted, queued_of
+from tiered_kv.plugin.requests.view import QUEUED, is_aborted, queued_of, terms_of
 from tiered_kv.plugin.upstream.current import cache_contract, request_kv
 from tiered_kv.scheduler.cost_model import CostModel
 from tiered_kv.scheduler.decode_room import DecodeRoom
@@ -26,6 +28,7 @@ from tiered_kv.scheduler.plan import PLAN_LIMIT, AdmissionPlan
 from tiered_kv.scheduler.prefill_turns import PrefillTurns
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import RequestPolicy, SchedulerState
+from tiered_kv.scheduler.session_prompts import SessionPrompt, SessionPrompts
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -59,6 +62,7 @@ class RequestOrder:
         )
         self.queue = QueuedRequests(hierarchy, policy, residency, metrics, self.clock)
         self.foretold = Foretold(hierarchy, policy)
+        self.sessions = SessionPrompts()
         self.clock.also_wanted(lambda: self.foretold.is_due(time.perf_counter()))
         self.room: DecodeRoom[ScheduleBatch] | None = None
         """Set if an iteration policy chooses who decodes: it knows what room that leaves."""
@@ -118,7 +122,16 @@ class RequestOrder:
         self.queue.released(req)
         if req.finished() and not is_aborted(req):
             self.queue.ended(req, last)
+            self._remember(req, last)
             self.foretold.ended(req, last, self.clock.now_s)
+
+    def _remember(self, req: Req, last: Node) -> None:
+        """What a session that its caller names has had, for administrators to name it by."""
+        session = terms_of(req).hints.session_id
+        if session is not None and not last.is_root:
+            _, tokens = prompt_of(last, array("q"))
+            prompt = SessionPrompt(req.extra_key, tokens)
+            self.sessions.ended(session, terms_of(req).tenant, prompt)
 
     def emptied(self) -> None:
         """Nothing is cached any more."""

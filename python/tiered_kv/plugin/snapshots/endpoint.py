@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -29,16 +30,24 @@ FRESH_S = 0.25
 #: How long a caller waits for one: a forward pass on a CPU takes seconds.
 PATIENCE_S = 10.0
 
-OFF = (
-    f"This server shows no snapshots; start it with --admin-api-key, or with {OPTION} on if all "
-    "who reach it may see what is cached and who waits."
+
+@dataclass(frozen=True, slots=True)
+class Sentences:
+    """What those are told who are not answered: where nobody is, without a key, from a page."""
+
+    off: str
+    no_key: str
+    browser: str
+
+
+SENTENCES = Sentences(
+    off=f"This server shows no snapshots; start it with --admin-api-key, or with {OPTION} on if "
+    "all who reach it may see what is cached and who waits.",
+    no_key="Snapshots are for administrators; send the server's --admin-api-key (its --api-key if "
+    "it has no other) as a bearer token.",
+    browser="Snapshots are not for other sites' pages; look at them through python -m "
+    "tiered_kv.view.",
 )
-NO_KEY = (
-    "Snapshots are for administrators; send the server's --admin-api-key (its --api-key if it has "
-    "no other) as a bearer token."
-)
-BROWSER = "Snapshots are not for other sites' pages; look at them through python -m tiered_kv.view."
-NO_PARAMETERS = "/tiered_kv/snapshot takes no parameters; leave them out."
 NOT_YET = "The server is still starting; ask again."
 BUSY = (
     f"The scheduler has not answered within {PATIENCE_S:.0f} s: it computes a long forward pass, "
@@ -134,23 +143,25 @@ async def _snapshot(request: Request) -> dict[str, Any]:
     return await source.latest()
 
 
-def check(request: Request, server_args: Any) -> None:
-    """Raise Refusal unless this request may have a snapshot."""
+def check(
+    request: Request, server_args: Any, *, path: str = PATH, sentences: Sentences = SENTENCES
+) -> None:
+    """Raise Refusal unless this request, to `path`, is an administrator's."""
     if not getattr(server_args, "tiered_kv", False) or server_args.tiered_kv_view != "on":
-        raise Refusal(HTTPStatus.FORBIDDEN, OFF)
+        raise Refusal(HTTPStatus.FORBIDDEN, sentences.off)
     # SGLang allows every origin, and a browser's user may reach what its pages' authors may not.
     if request.headers.get("origin") or request.headers.get("sec-fetch-site") == "cross-site":
-        raise Refusal(HTTPStatus.FORBIDDEN, BROWSER)
+        raise Refusal(HTTPStatus.FORBIDDEN, sentences.browser)
     # Checked here as well as by SGLang, which does not with several tokenizer workers.
     decision = decide_request_auth(
         method=request.method,
-        path=PATH,
+        path=path,
         authorization_header=request.headers.get("authorization"),
         api_key=server_args.api_key,
         admin_api_key=server_args.admin_api_key,
         auth_level=AuthLevel.ADMIN_OPTIONAL,
     )
     if not decision.allowed:
-        raise Refusal(HTTPStatus(decision.error_status_code), NO_KEY)
+        raise Refusal(HTTPStatus(decision.error_status_code), sentences.no_key)
     if request.query_params:
-        raise Refusal(HTTPStatus.BAD_REQUEST, NO_PARAMETERS)
+        raise Refusal(HTTPStatus.BAD_REQUEST, f"{path} takes no parameters; leave them out.")

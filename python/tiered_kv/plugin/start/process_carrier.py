@@ -57,12 +57,14 @@ def prepare_child_process() -> None:
 def _set_up_routes() -> None:
     from sglang.srt.entrypoints import http_server
 
+    from tiered_kv.plugin.control import endpoint as orders
     from tiered_kv.plugin.prompts import endpoint as prompts
     from tiered_kv.plugin.requests import guard
     from tiered_kv.plugin.snapshots import endpoint as snapshots
 
     snapshots.add_route(http_server.app)
     prompts.add_routes(http_server.app)
+    orders.add_route(http_server.app)
     guard.answer_with_400(http_server.app)
 
 

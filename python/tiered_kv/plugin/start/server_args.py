@@ -22,6 +22,7 @@ from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.plugin.options import cascade as cascade_option
 from tiered_kv.plugin.options import refusals, values, windows
 from tiered_kv.plugin.options.callers import CallerArgs
+from tiered_kv.plugin.options.control import ControlArgs
 from tiered_kv.plugin.options.overlap import OverlapArgs
 from tiered_kv.plugin.options.policies import SCHEDULE_POLICY_DEFAULT, PolicyArgs
 from tiered_kv.plugin.options.store import StoreArgs
@@ -31,7 +32,7 @@ from tiered_kv.plugin.start import process_carrier
 from tiered_kv.plugin.upstream.current import arguments
 
 _MIXED_IN: tuple[Any, ...] = (
-    *(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, WatchingArgs),
+    *(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, WatchingArgs, ControlArgs),
 )
 """In the order of the help."""
 
@@ -48,7 +49,7 @@ def _flag(field_name: str) -> str:
 # `add_own_cli_args` adds them to a group of their own. Without a constructor, because SGLang's
 # class brings one for all fields.
 @dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)
-class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, WatchingArgs):
+class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, WatchingArgs, ControlArgs):
     """Our arguments, and what is done with SGLang's: mixed into SGLang's class."""
 
     if TYPE_CHECKING:  # SGLang's
@@ -91,6 +92,7 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
         self.resolve_policies()
         self.resolve_callers()
         self.resolve_watching()
+        self.resolve_control()
         self.resolve_tiers()
         self.resolve_overlap()
         self._select_cache()

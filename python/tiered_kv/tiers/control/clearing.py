@@ -14,6 +14,7 @@ from typing import Any
 from tiered_kv.core.ids import PageHash, Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
+from tiered_kv.memory.keeps import KEEP_TIERS
 from tiered_kv.tiers.control.means import (
     CALL_PAGES,
     ROUND_EVICTIONS,
@@ -115,7 +116,7 @@ def drop(means: Means, prompts: Sequence[Prompt]) -> Rounds[dict[str, Any]]:
     names += part.rest
     keeps = means.hierarchy.context.manager.keeps
     for at in range(0, len(names), CALL_PAGES):
-        for tier in (Tier.HOST, Tier.DISK):
+        for tier in KEEP_TIERS:
             keeps.release(tier, names[at : at + CALL_PAGES])
         yield False
     answer = {tier.name.lower(): done[tier.name] for tier in _NEAR}

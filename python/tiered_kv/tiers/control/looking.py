@@ -10,6 +10,7 @@ from typing import Any
 from tiered_kv.core.ids import PageHash, Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
+from tiered_kv.memory.keeps import KEEP_TIERS
 from tiered_kv.tiers.control.means import ROUND_NODES, Means, Prompt, Rounds, names_of
 
 #: Nodes below a prompt that are counted: more are said to be at least as many.
@@ -77,7 +78,7 @@ def _count(means: Means, seen: _Seen, node: Node, n_tokens: int) -> None:
     if all(record.state is not Residency.RESIDENT for record in node.records):
         seen.tokens["nowhere"] += n_tokens
     keeps = means.hierarchy.context.manager.keeps
-    for tier in (Tier.HOST, Tier.DISK):
+    for tier in KEEP_TIERS:
         for name in names_of(node, n_tokens, means.page_size) if keeps else ():
             until_s = keeps.until_s(tier, name)
             if until_s is not None:

@@ -1,0 +1,1 @@
+"""Orders of administrators about the KV of a prompt: taken over HTTP, carried out in schedulers."""
