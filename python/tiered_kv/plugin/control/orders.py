@@ -52,13 +52,14 @@ class Orders:
     def __init__(self, manager: Any) -> None:
         self._manager = manager
         self._turn = asyncio.Lock()
-        self._n_waiting = 0
+        self._n_open = 0
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def carry_out(self, order: CacheOrder, subject: Subject) -> dict[str, Any]:
         """What was done. Raises Refusal."""
-        if self._n_waiting > WAITING_MAX:
+        if self._n_open > WAITING_MAX:
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, TOO_MANY)
+        self._n_open += 1
         # Not cancelled with its caller: it is to be ended on all ranks.
         task = asyncio.create_task(self._in_turn(order, subject))
         self._tasks.add(task)
@@ -69,12 +70,11 @@ class Orders:
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, BUSY) from None
 
     async def _in_turn(self, order: CacheOrder, subject: Subject) -> dict[str, Any]:
-        self._n_waiting += 1
         try:
             async with self._turn:
                 return await self._carry_out(order, subject)
         finally:
-            self._n_waiting -= 1
+            self._n_open -= 1
 
     async def _carry_out(self, order: CacheOrder, subject: Subject) -> dict[str, Any]:
         name, tokens = uuid.uuid4().hex, subject.tokens

@@ -23,7 +23,7 @@ from tiered_kv.plugin.upstream.v0_5_17.symbols_snapshots import SNAPSHOTS
 
 _OPTIONS = (
     "start.server_args options.tiers options.store options.policies options.overlap "
-    "options.callers options.watching"
+    "options.callers options.control options.watching"
 )
 _ARGUMENTS = "upstream.v0_5_17.arguments"
 _OUTPUT = "sglang.srt.managers.scheduler_components.output_streamer"
