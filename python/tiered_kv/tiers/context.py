@@ -179,27 +179,21 @@ class TierContext:
     def evict_host(self, n_pages: int) -> None:
         """Frees host slots, as far as they may go, in the order that the policy says."""
         for drop in self.manager.on_pressure(Tier.HOST, n_pages):
-            self.give_up(self.forest.node(drop.node_id), Tier.HOST)
+            node = self.forest.node(drop.node_id)
+            self.host.free(cast(PageIds, self.take_out(node, Tier.HOST)))
 
     def evict_device(self, n_tokens: int) -> int:
         """Frees device slots in the order that the policy says; returns the tokens freed."""
         freed = 0
         for drop in self.manager.on_pressure(Tier.DEVICE, -(-n_tokens // self.page_size)):
             node = self.forest.node(drop.node_id)
-            slots = cast(DeviceSlots, self._evict(node, Tier.DEVICE)).tensor
+            slots = cast(DeviceSlots, self.take_out(node, Tier.DEVICE)).tensor
             self.allocator.free(slots)
             freed += len(slots)
         return freed
 
-    def give_up(self, node: Node, tier: Tier) -> None:
-        """Frees a node's slots on DEVICE or HOST. It must be evictable there (`Forest.evict`)."""
-        slots = self._evict(node, tier)
-        if tier is Tier.DEVICE:
-            self.allocator.free(cast(DeviceSlots, slots).tensor)
-        else:
-            self.host.free(cast(PageIds, slots))
-
-    def _evict(self, node: Node, tier: Tier) -> object:
+    def take_out(self, node: Node, tier: Tier) -> object:
+        """The slots that an evictable node (`Forest.evict`) had on DEVICE or HOST, to be freed."""
         parent = node.parent
         assert parent is not None
         slots = self.forest.evict(node, tier)

@@ -63,10 +63,15 @@ def _to_device(means: Means, prompt: Prompt) -> Rounds[int]:
         started.append(node)
         yield True
     is_late = False
-    while not is_late and any(node.state(Tier.DEVICE) is Residency.LOADING for node in started):
+    while not is_late and any(_is_loading(means, node) for node in started):
         is_late = yield True
     there = [node for node in started if node.state(Tier.DEVICE) is Residency.RESIDENT]
     return sum(node.n_tokens for node in there)
+
+
+def _is_loading(means: Means, node: Node) -> bool:
+    is_there = node in means.hierarchy.context.forest  # not after a flush
+    return is_there and node.state(Tier.DEVICE) is Residency.LOADING
 
 
 def keep(
@@ -122,8 +127,7 @@ def _near(path: Sequence[tuple[Node, int]]) -> list[Node]:
 def _on_disk(means: Means, hashes: list[PageHash]) -> Rounds[list[PageHash]]:
     """The leading ones that the disk has."""
     cold = means.cold(Tier.DISK)
-    n_there = 0
-    if cold is not None and hashes:
-        (n_there,) = means.minimum([cold.known(hashes) or 0])
-        yield False
+    if cold is None:
+        return []
+    n_there = yield from means.count_known(cold, hashes)
     return hashes[:n_there]

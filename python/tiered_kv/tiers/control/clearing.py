@@ -7,9 +7,11 @@ it that nobody else goes on from. What a request or a transfer uses stays as it 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from tiered_kv.core.ids import PageHash, Tier
 from tiered_kv.forest.node import Node
@@ -19,11 +21,14 @@ from tiered_kv.tiers.control.means import (
     CALL_PAGES,
     ROUND_EVICTIONS,
     ROUND_NODES,
+    ROUND_PAGES,
     Means,
     Prompt,
     Rounds,
 )
+from tiered_kv.tiers.device import DeviceSlots
 from tiered_kv.tiers.page_store import PageStore
+from tiered_kv.tiers.slots import PageIds
 
 _NEAR = (Tier.DEVICE, Tier.HOST)
 
@@ -39,10 +44,16 @@ class _Part:
 
     def __init__(self, means: Means) -> None:
         self._means = means
-        self.starts: dict[Node, int] = {}
+        self.lowest_first: list[Node] = []
+        self._starts: dict[Node, int] = {}
         self._tops: dict[Node, None] = {}
         self.rest: list[PageHash] = []
         """Pages of the prompts that are not in the forest."""
+
+    @property
+    def shared_tokens(self) -> int:
+        """Of the prompts, those that others go on from."""
+        return sum(node.n_tokens for node in self._tops if node not in self._starts)
 
     def take(self, prompt: Prompt) -> Rounds[None]:
         """Takes in a prompt and what goes on from it."""
@@ -53,53 +64,102 @@ class _Part:
         found: list[Node] = []
         while below:
             node = below.pop()
-            found.append(node)
-            below += node.children.values()
+            if node not in self._starts:
+                found.append(node)
+                self._starts[node] = node.start
+                below += node.children.values()
             if len(found) % ROUND_NODES == 0:
                 yield False
-        self._add(reversed(found))
-        while nodes and set(nodes[-1].children.values()) <= self.starts.keys():
-            self._add([nodes.pop()])
+        self.lowest_first += reversed(found)
+        while nodes and all(child in self._starts for child in nodes[-1].children.values()):
+            node = nodes.pop()
+            if node not in self._starts:
+                self._starts[node] = node.start
+                self.lowest_first.append(node)
         self._tops.update(dict.fromkeys(nodes))
 
-    @property
-    def shared_tokens(self) -> int:
-        """Of the prompts, those that others go on from."""
-        return sum(node.n_tokens for node in self._tops if node not in self.starts)
-
-    def _add(self, nodes: Any) -> None:
-        for node in nodes:
-            self.starts.setdefault(node, node.start)
-
-    def lowest_first(self, node: Node) -> list[Node]:
+    def pieces_of(self, node: Node) -> list[Node]:
         """`node` and what was split off above it, as far as they are still in the forest."""
-        found: list[Node] = []
+        pieces: list[Node] = []
         at: Node | None = node
-        start = self.starts[node]
-        while at is not None and at.parent is not None and at.end > start:
-            found.append(at)
+        while at is not None and at.parent is not None and at.end > self._starts[node]:
+            pieces.append(at)
             at = at.parent
-        return found
+        return pieces
+
+
+class _Clearing:
+    """Takes nodes out of tiers; what they held on the device is free at the end of the round."""
+
+    def __init__(self, means: Means) -> None:
+        self._hierarchy = means.hierarchy
+        self._slots: list[torch.Tensor] = []
+        self.done: Counter[Tier] = Counter()
+        self.names: list[PageHash] = []
+        """Pages that were forgotten."""
+
+    def move(self, target: Tier, node: Node) -> str:
+        """ "" once it is in no tier nearer than `target`; else what is in the way."""
+        for tier in _NEAR:
+            if tier >= target or node.parent is None:
+                break
+            record = node.records[tier]
+            if record.state is Residency.ABSENT:
+                continue
+            farther = [cold.tier for cold in self._hierarchy.colds]
+            if tier is Tier.DEVICE:
+                farther = [Tier.HOST]
+            if all(node.state(one) is not Residency.RESIDENT for one in farther):
+                return _UNWRITTEN
+            if record.state is not Residency.RESIDENT or record.pins or record.children_present:
+                return _in_the_way(node)
+            self._take_out(node, tier)
+        return ""
+
+    def forget(self, node: Node) -> str:
+        """ "" once it is gone; else what is in the way."""
+        if node.children or any(record.pins or record.op is not None for record in node.records):
+            return _in_the_way(node)
+        self.names += node.page_hashes
+        forest = self._hierarchy.context.forest
+        for tier in sorted(forest.tiers, reverse=True):
+            if node.parent is None or node.state(tier) is not Residency.RESIDENT:
+                continue
+            if tier in _NEAR:
+                self._take_out(node, tier)
+            else:  # Its pages are told by the store, once they are gone.
+                forest.evict(node, tier)
+        return ""
+
+    def _take_out(self, node: Node, tier: Tier) -> None:
+        context, n_tokens = self._hierarchy.context, node.n_tokens
+        slots = context.take_out(node, tier)
+        if tier is Tier.DEVICE:
+            self._slots.append(cast(DeviceSlots, slots).tensor)
+        else:
+            context.free_host(cast(PageIds, slots))
+        self.done[tier] += n_tokens
+
+    def end_round(self) -> None:
+        """Frees what was taken out: at once, as each call costs the engine's allocator the same."""
+        if self._slots:
+            self._hierarchy.context.allocator.free(torch.cat(self._slots))
+            self._slots.clear()
 
 
 def demote(means: Means, prompts: Sequence[Prompt], target: Tier) -> Rounds[dict[str, Any]]:
     """Takes them out of the tiers nearer than `target`, once a farther one has them."""
     part = yield from _part_of(means, prompts)
-    pending = dict.fromkeys(part.starts)
-    done: Counter[str] = Counter()
-    write_back = means.hierarchy.write_back
-    is_late = False
-    for n, node in enumerate(list(pending)):
+    write_back, clearing = means.hierarchy.write_back, _Clearing(means)
+    for n, node in enumerate(part.lowest_first):
         write_back.inserted([node])
         if target > Tier.HOST:
             write_back.resident_on_host([node])
         if n % ROUND_EVICTIONS == ROUND_EVICTIONS - 1:
-            is_late = yield False
-    left = yield from _until_done(
-        means, pending, part, partial(_move, means, target, done), is_late
-    )
+            yield False
+    left = yield from _until_done(means, part, clearing, partial(clearing.move, target))
     return {
-        "done": {tier.name.lower(): done[tier.name] for tier in _NEAR if tier < target},
+        "done": {tier.name.lower(): clearing.done[tier] for tier in _NEAR if tier < target},
         "in_use": left[_IN_USE],
         "unwritten": left[_UNWRITTEN],
         "shared": part.shared_tokens,
@@ -109,17 +169,14 @@ def demote(means: Means, prompts: Sequence[Prompt], target: Tier) -> Rounds[dict
 def drop(means: Means, prompts: Sequence[Prompt]) -> Rounds[dict[str, Any]]:
     """Forgets them in all tiers, and keeps of them."""
     part = yield from _part_of(means, prompts)
-    done: Counter[str] = Counter()
-    names: list[PageHash] = []
-    pending = dict.fromkeys(part.starts)
-    left = yield from _until_done(means, pending, part, partial(_forget, means, done, names), False)
-    names += part.rest
-    keeps = means.hierarchy.context.manager.keeps
-    for at in range(0, len(names), CALL_PAGES):
+    clearing = _Clearing(means)
+    left = yield from _until_done(means, part, clearing, clearing.forget)
+    names, keeps = clearing.names + part.rest, means.hierarchy.context.manager.keeps
+    for at in range(0, len(names), ROUND_PAGES):
         for tier in KEEP_TIERS:
-            keeps.release(tier, names[at : at + CALL_PAGES])
+            keeps.release(tier, names[at : at + ROUND_PAGES])
         yield False
-    answer = {tier.name.lower(): done[tier.name] for tier in _NEAR}
+    answer = {tier.name.lower(): clearing.done[tier] for tier in _NEAR}
     for cold in means.hierarchy.colds:
         if not cold.is_away:
             n_pages = yield from means.in_background(partial(_drop_all, cold.last_store, names))
@@ -142,28 +199,32 @@ def _part_of(means: Means, prompts: Sequence[Prompt]) -> Rounds[_Part]:
 
 
 def _until_done(
-    means: Means, pending: dict[Node, None], part: _Part, step: Any, is_late: bool
+    means: Means, part: _Part, clearing: _Clearing, step: Callable[[Node], str]
 ) -> Rounds[Counter[str]]:
     """Does `step` with each node, lowest first, again while it waits for a transfer.
 
     Returns the tokens of those with which it could not be done, by why.
     """
+    todo, hierarchy, is_late = part.lowest_first, means.hierarchy, False
     while True:
         left: Counter[str] = Counter()
+        again: list[Node] = []
         n = 0
-        for node in list(pending):
+        for node in todo:
             before = left.total()
-            for at in part.lowest_first(node):
+            for at in part.pieces_of(node):
                 n += 1
                 n_tokens = at.n_tokens
                 if why := step(at):
                     left[why] += n_tokens
-            if left.total() == before:
-                del pending[node]
+            if left.total() > before:
+                again.append(node)
             if n >= ROUND_EVICTIONS:
                 n = 0
+                clearing.end_round()
                 is_late = (yield False) or is_late
-        hierarchy = means.hierarchy
+        clearing.end_round()
+        todo = again
         is_moving = hierarchy.progress.is_busy or hierarchy.write_back.n_deferred
         if is_late or not is_moving or not (left[_UNDER_WAY] or left[_UNWRITTEN]):
             left[_IN_USE] += left[_UNDER_WAY]
@@ -171,46 +232,6 @@ def _until_done(
         is_late = yield True
 
 
-def _move(means: Means, target: Tier, done: Counter[str], node: Node) -> str:
-    """ "" once it is in no tier nearer than `target`; else what is in the way."""
-    for tier in _NEAR:
-        if tier >= target or node.parent is None:
-            break
-        record = node.records[tier]
-        if record.state is Residency.ABSENT:
-            continue
-        if tier is Tier.DEVICE:
-            is_below = node.state(Tier.HOST) is Residency.RESIDENT
-        else:
-            colds = means.hierarchy.colds
-            is_below = any(node.state(cold.tier) is Residency.RESIDENT for cold in colds)
-        if not is_below:
-            return _UNWRITTEN
-        if record.state is not Residency.RESIDENT or record.pins or record.children_present:
-            return _in_the_way(node)
-        n_tokens = node.n_tokens
-        means.hierarchy.context.give_up(node, tier)
-        done[tier.name] += n_tokens
-    return ""
-
-
 def _in_the_way(node: Node) -> str:
     is_moving = any(record.op is not None for record in node.records)
     return _UNDER_WAY if is_moving else _IN_USE
-
-
-def _forget(means: Means, done: Counter[str], names: list[PageHash], node: Node) -> str:
-    """ "" once it is gone."""
-    context = means.hierarchy.context
-    if node.children or any(record.pins or record.op is not None for record in node.records):
-        return _in_the_way(node)
-    names += node.page_hashes
-    n_tokens = node.n_tokens
-    for tier in sorted(context.forest.tiers, reverse=True):
-        if node.parent is not None and node.state(tier) is Residency.RESIDENT:
-            if tier in _NEAR:
-                done[tier.name] += n_tokens
-                context.give_up(node, tier)
-            else:  # Its pages are told by the store, once they are gone.
-                context.forest.evict(node, tier)
-    return ""

@@ -11,7 +11,7 @@ from tiered_kv.core.ids import PageHash, Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.residency import Residency
 from tiered_kv.memory.keeps import KEEP_TIERS
-from tiered_kv.tiers.control.means import ROUND_NODES, Means, Prompt, Rounds, names_of
+from tiered_kv.tiers.control.means import ROUND_NODES, ROUND_PAGES, Means, Prompt, Rounds, names_of
 
 #: Nodes below a prompt that are counted: more are said to be at least as many.
 BELOW_NODES = 4096
@@ -106,7 +106,7 @@ def _count_stored(
         if cold.is_away or not hashes:
             continue
         if cold.traits.knows_locally:
-            (n_there,) = means.minimum([cold.known(rest) or 0]) if rest else (0,)
+            n_there = yield from means.count_known(cold, rest)
             seen.tokens[cold.name] += n_there * size
             at = max(at, n_there)
             continue
@@ -117,8 +117,10 @@ def _count_stored(
         at = max(at, n_leading)
     seen.tokens["nowhere"] += (len(rest) - at) * size
     keeps = means.hierarchy.context.manager.keeps
-    for name in rest if keeps else ():
+    for n, name in enumerate(rest if keeps else ()):
         until_s = keeps.until_s(Tier.DISK, name)
+        if n % ROUND_PAGES == ROUND_PAGES - 1:
+            yield False
         if until_s is not None:
             _count_kept(means, seen, Tier.DISK, until_s)
 

@@ -27,7 +27,7 @@ time is up. Rounds end after so many pages and nodes, never by the clock: ranks 
 
 #: What is looked at, hashed, granted or given up in one round: a moment of the scheduler's thread.
 ROUND_NODES = 128
-ROUND_PAGES = 256
+ROUND_PAGES = 128
 ROUND_EVICTIONS = 16
 #: Pages of one tier that keeps may cover, however large it is: each costs some hundred bytes.
 KEPT_PAGES_MAX = 65536
@@ -110,6 +110,18 @@ class Means:
             parent = hashes[-1]
             yield False
         return hashes
+
+    def count_known(self, cold: ColdTier, hashes: Sequence[PageHash]) -> Rounds[int]:
+        """How many of the leading pages a store has, on every rank, that knows without asking."""
+        n_there = 0
+        for at in range(0, len(hashes), ROUND_PAGES):
+            part = hashes[at : at + ROUND_PAGES]
+            (n_known,) = self.minimum([cold.known(part) or 0])
+            n_there += n_known
+            if n_known < len(part):
+                break
+            yield False
+        return n_there
 
     def in_background(self, call: Callable[[], int]) -> Rounds[int | None]:
         """What `call` says, which may wait for a store; None if time is up before, on any rank."""
