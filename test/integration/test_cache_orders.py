@@ -176,7 +176,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(three_tiers: Server) -> None:
         ({"action": "inspect", "token_ids": [1] * 100_000}, "token_ids must be"),
         ({"action": "inspect", "messages": [{"role": 7}]}, "cannot be made a prompt of"),
         ({"action": "inspect", "text": "\ud800"}, "cannot be made a prompt of"),
-        ({"action": "inspect", "text": "x", "lora_path": "none"}, "--enable-lora"),
+        ({"action": "inspect", "text": "x", "lora_path": "none"}, "names no adapter"),
     ):
         answer = three_tiers.post("/tiered_kv/cache", body)
         assert answer.status_code == 400, (body, answer.text)

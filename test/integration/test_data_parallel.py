@@ -54,9 +54,22 @@ def test_replicas_answer_as_one_server_does_from_tiers_of_their_own(
         others_disk = ask(server, 1, asked[:3])
         answers = serve(server, load, concurrency=16)
         wait_for_disk(server)
+        server.flush_cache()
+        near = [
+            server.post("/tiered_kv/cache", {"action": action, "token_ids": asked[0]}).json()
+            for action in ("prefetch", "drop")
+        ]
+        dropped = [ask(server, replica, asked[:1])[0] for replica in (0, 1)]
+        wait_for_disk(server)
     with make_server("dp_again", *args, model=model) as server:
         after_restart = ask(server, 0, asked)
 
+    # Both replicas carry an order out.
+    assert near[0]["replicas"] == 2
+    assert near[0]["done"]["host"] == 2 * N_REUSABLE
+    assert near[1]["done"]["host"] == 2 * N_REUSABLE
+    assert [answer.cached_tokens for answer in dropped] == [0, 0]
+    assert [answer.output_ids for answer in dropped] == [truths[0]] * 2
     for some in (computed, from_host, by_the_other, from_disk, others_disk, after_restart):
         assert [answer.output_ids for answer in some] == truths[: len(some)]
     assert not differences(answers, [truth.output_ids for truth in alone])

@@ -50,6 +50,16 @@ def test_two_ranks_stay_in_step(
             body = {"model_path": str(path)}
             assert server.post("/update_weights_from_disk", body).status_code == status
         after_updates = generate_all(server, asked, concurrency=3)
+        ordered = [
+            server.post("/tiered_kv/cache", {"token_ids": asked[0], **order}).json()
+            for order in (
+                {"action": "demote"},
+                {"action": "prefetch", "tier": "device"},
+                {"action": "keep", "seconds": 600},
+                {"action": "drop"},
+            )
+        ]
+        after_orders = generate_all(server, asked[:2], concurrency=1)
 
         load = mixed_requests(prompts, 80, seed=3)
         answers = serve(server, load, concurrency=16)
@@ -60,6 +70,14 @@ def test_two_ranks_stay_in_step(
     # What is next in the queue may be on the device ahead of its turn, where there is room.
     assert all(answer.disk > 288 // 2 for answer in from_disk)
     assert all(answer.disk > 288 // 2 for answer in after_updates)
+    demoted, near, kept, dropped = ordered
+    assert (demoted["tiers"]["device"], demoted["tiers"]["disk"]) == (0, 288)
+    assert near["tiers"]["device"] == 288
+    assert kept["done"] == {"host": 288, "disk": 288}
+    assert (dropped["nowhere"], dropped["kept"]) == (288, {})
+    assert after_orders[0].cached_tokens == 0
+    assert after_orders[1].cached_tokens == 288
+    assert [a.output_ids for a in after_orders] == [a.output_ids for a in computed[:2]]
     given = [answer.output_ids for answer in (*from_host, *from_disk, *after_updates)]
     assert given == [answer.output_ids for answer in (*computed[:2], *computed, *computed)]
     assert len({answer.output_ids for answer in computed}) == 5, "the model ignores its prompts"

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from tiered_kv.api.cache_order import TIERS
 from tiered_kv.api.slo import objectives_met
 from tiered_kv.core.ids import Tier
 from tiered_kv.memory.keeps import KEEP_TIERS, Keeps
@@ -111,11 +112,14 @@ class PrometheusRecorder(MetricsRecorder):
         self._failed_loads = self._of(names.FAILED_LOADS)
         for target in (Tier.HOST, Tier.DISK):
             self.unwritten(target, 0)
+            self._of(names.KEEPS_GIVEN_UP, tier=target.name.lower())
+        for action in TIERS:
+            self._of(names.ORDERS, action=action)
         self._refreshed_at = 0.0
         # What the counters of disk and store said last.
         self._totals: dict[tuple[str, ...], float] = {}
-        # Labels of tenants by name.
-        self._tenants: dict[Tier, dict[str, str]] = {}
+        # Tenants who have a label of their own; "" is whoever orders for none.
+        self._tenants: dict[Tier, dict[str, None]] = {tier: {"": None} for tier in KEEP_TIERS}
 
     def _of(self, metric: Metric, **labels: str) -> Any:
         return self._metrics[metric.name].labels(**self._labels, **labels)
@@ -234,17 +238,17 @@ class PrometheusRecorder(MetricsRecorder):
     def _refresh_keeps(self, keeps: Keeps, page_size: int) -> None:
         for tier in KEEP_TIERS:
             # Those that kept something before, too: it may be nothing now.
-            tenants = self._tenants.setdefault(tier, {})
-            n_pages = Counter(dict.fromkeys(tenants.values(), 0))
+            tenants = self._tenants[tier]
+            n_pages = Counter(dict.fromkeys(tenants, 0))
             if len(tenants) == TENANTS_MAX:
                 n_pages[OTHER_TENANTS] = 0
             for tenant, n in keeps.tenants(tier).items():
-                if tenant not in tenants and len(tenants) < TENANTS_MAX:
-                    tenants[tenant] = tenant
-                n_pages[tenants.get(tenant, OTHER_TENANTS)] += n
-            for label, n in n_pages.items():
-                kept = self._of(names.KEPT_TOKENS, tier=tier.name.lower(), tenant=label)
-                kept.set(n * page_size)
+                if len(tenants) < TENANTS_MAX:
+                    tenants[tenant] = None
+                n_pages[tenant if tenant in tenants else OTHER_TENANTS] += n
+            for tenant, n in n_pages.items():
+                labels = {"tier": tier.name.lower(), "tenant": tenant}
+                self._of(names.KEPT_TOKENS, **labels).set(n * page_size)
         for tier, n in keeps.given_up_pages.items():
             self._count_up(names.KEEPS_GIVEN_UP, n * page_size, tier=tier.name.lower())
 

@@ -30,7 +30,6 @@ SENTENCES = Sentences(
 )
 TOO_LARGE = f"The body has more than {BODY_MAX >> 20} MiB; no prompt is so long."
 NO_JSON = 'The body must be JSON such as {"action": "inspect", "text": "..."}.'
-NO_ADAPTERS = "lora_path goes with a server that has --enable-lora; leave it out."
 
 _orders: dict[int, Orders] = {}
 """By the tokenizer manager's id: there is one in a process."""
@@ -88,8 +87,6 @@ async def _adapter(order: CacheOrder, manager: Any) -> str | None:
     """SGLang's id of the adapter that the order names; it is to be released."""
     if order.lora_path is None:
         return None
-    if not manager.server_args.enable_lora:
-        raise TermsError(NO_ADAPTERS)
     try:
         lora_id: str = await manager.lora_registry.acquire(order.lora_path)
     except ValueError:

@@ -26,7 +26,7 @@ async def tokens_of(order: CacheOrder, manager: Any, chat: Any, raw_request: Any
         try:
             text = order.text
             if order.messages is not None:
-                text, ids = _of_messages(order, manager, chat, raw_request)
+                text, ids = _of_messages(order, chat, raw_request)
             if ids is None:
                 ids, _ = await manager._tokenize_texts(text)
         except TermsError:
@@ -43,14 +43,12 @@ async def tokens_of(order: CacheOrder, manager: Any, chat: Any, raw_request: Any
 
 
 def _of_messages(
-    order: CacheOrder, manager: Any, chat: Any, raw_request: Any
+    order: CacheOrder, chat: Any, raw_request: Any
 ) -> tuple[str | None, list[int] | None]:
     """The text or the tokens that the chat route makes of them."""
     from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 
-    request = ChatCompletionRequest(
-        model=manager.server_args.served_model_name, messages=order.messages, **order.chat
-    )
+    request = ChatCompletionRequest(messages=order.messages, **order.chat)
     adapted, _ = chat._convert_to_internal_request(request, raw_request)
     if any((adapted.image_data, adapted.audio_data, adapted.video_data)):
         raise TermsError(IMAGES)

@@ -14,8 +14,14 @@ from support_tiers.shared_blobs import SharedBlobs
 from tiered_kv.api.slo import Slo
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
+from tiered_kv.memory.keeps import KeepBounds, Keeps
 from tiered_kv.metrics import names
-from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder, PrometheusRecorder
+from tiered_kv.plugin.cache.metrics_adapter import (
+    OTHER_TENANTS,
+    TENANTS_MAX,
+    MetricsRecorder,
+    PrometheusRecorder,
+)
 from tiered_kv.plugin.requests.reports import tell_stores_apart
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.tiers.disk.io_path import IoMode
@@ -182,6 +188,39 @@ def test_hits_and_calls_of_the_shared_store(
     assert registry.get_sample_value(names.STORE_CALLS.name, came) == 1
     assert registry.get_sample_value(names.STORE_BAD_PAGES.name, LABELS) == 1
     assert registry.get_sample_value(names.STORE_DEGRADED.name, LABELS) == 1
+
+
+def test_what_is_kept_by_tenant_of_whom_few_have_a_label(
+    registry: prometheus_client.CollectorRegistry,
+) -> None:
+    recorder, keeps = PrometheusRecorder(LABELS), Keeps()
+    for n in range(40):
+        page = bytes([n]) * 32
+        keeps.grant(Tier.HOST, f"tenant {n}", [page], 1.0 + n, KeepBounds(100, 100))
+        recorder._refresh_keeps(keeps, 16)
+    keeps.gave_way(Tier.HOST, page, 1)
+    recorder._refresh_keeps(keeps, 16)
+    samples = [
+        sample
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == names.KEPT_TOKENS.name and sample.labels["tier"] == "host"
+    ]
+    assert len(samples) == TENANTS_MAX + 1
+    assert sum(sample.value for sample in samples) == 40 * 16
+    by_tenant = {sample.labels["tenant"]: sample.value for sample in samples}
+    assert (by_tenant["tenant 3"], by_tenant[""]) == (16, 0)
+    assert by_tenant[OTHER_TENANTS] == (40 - TENANTS_MAX + 1) * 16
+    given_up = {**LABELS, "tier": "host"}
+    assert registry.get_sample_value(names.KEEPS_GIVEN_UP.name, given_up) == 16
+    for _ in range(40):
+        keeps.end(100.0)
+    recorder._refresh_keeps(keeps, 16)
+    kept = {**LABELS, "tier": "host", "tenant": "tenant 3"}
+    assert registry.get_sample_value(names.KEPT_TOKENS.name, kept) == 0
+    recorder.ordered("drop")
+    orders = {**LABELS, "action": "drop"}
+    assert registry.get_sample_value(names.ORDERS.name, orders) == 1
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("sglang")
 
 from fastapi import FastAPI
+from sglang.srt.lora.lora_registry import LoRARegistry
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import GetInternalStateReq
 
@@ -36,7 +37,6 @@ ARGS = {
     "tiered_kv_keep_share": 50.0,
     "api_key": None,
     "admin_api_key": None,
-    "enable_lora": False,
     "served_model_name": "demo",
 }
 
@@ -65,6 +65,7 @@ class Manager:
     def __init__(self, **args: Any) -> None:
         self.server_args = SimpleNamespace(**{**ARGS, **args})
         self.tokenizer: Any = object()
+        self.lora_registry = LoRARegistry()
         self.context_len = 1000
         self.schedulers = [Scheduler(self.server_args) for _ in range(2)]
         self.asked = 0
@@ -208,7 +209,7 @@ def test_who_may(serve: Any, args: dict[str, Any], headers: dict[str, str], stat
         (b'{"action": "inspect", "text": "x"}', "cannot be made a prompt of"),
         (b'{"action": "inspect", "messages": [1]}', "cannot be made a prompt of"),
         (b'{"action": "inspect", "text": "[' + b"1," * 1000 + b'1]"}', "has 1001 tokens"),
-        (b'{"action": "inspect", "text": "[]", "lora_path": "l"}', "--enable-lora"),
+        (b'{"action": "inspect", "text": "[]", "lora_path": "l"}', "names no adapter"),
     ],
 )
 def test_hostile_bodies(serve: Any, body: bytes, sentence: str) -> None:

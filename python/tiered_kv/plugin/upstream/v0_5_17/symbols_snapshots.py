@@ -74,7 +74,7 @@ SNAPSHOTS = (
     object_(f"{SRT}.utils.auth.decide_request_auth", "", _ENDPOINT),
     object_(
         f"{SRT}.server_args.ServerArgs",
-        "host api_key admin_api_key served_model_name enable_lora",
-        f"options.watching {_ENDPOINT} {_CACHE_ENDPOINT} {_PROMPTS}",
+        "host api_key admin_api_key served_model_name",
+        f"options.watching {_ENDPOINT}",
     ),
 )
