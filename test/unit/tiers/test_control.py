@@ -22,6 +22,8 @@ pytestmark = pytest.mark.timeout(60)
 
 MakeRig = Callable[..., Rig]
 PROMPT = tokens_of(1, 2, 3, 4, tail=1)
+#: What LONGER goes on from.
+PREFIX = tokens_of(1, 2, 3, 4)
 LONGER = tokens_of(1, 2, 3, 4, 5, 6)
 OTHER = tokens_of(1, 2, 8, 9)
 INSPECT = Order("inspect")
@@ -57,9 +59,10 @@ def test_inspect_says_where_the_pages_lie(make_rig: MakeRig) -> None:
     rig.serve(LONGER)
     rig.drain()
     before = [node.last_access for node in rig.forest.nodes()]
-    found = carry_out(rig, INSPECT, PROMPT)
+    found = carry_out(rig, INSPECT, PREFIX)
     assert found["tiers"] == tiers(4, 4, 4)
     assert found["below"] == 8
+    assert carry_out(rig, INSPECT, PROMPT)["below"] == 0, "its last token is another"
     assert [node.last_access for node in rig.forest.nodes()] == before, "looking is no use"
 
 
@@ -71,7 +74,7 @@ def test_inspect_says_who_uses_it_and_when_it_is_expected(make_rig: MakeRig) -> 
     control = control_of(rig)
     last = rig.forest.nodes()[-1]
     control.means.next_use = lambda: {last.node_id: Expectation(7.0, 0.9)}
-    found = carry_out(rig, INSPECT, PROMPT, control=control)
+    found = carry_out(rig, INSPECT, PREFIX, control=control)
     assert found["in_use"] == 16
     assert (found["next_use_s"], found["next_use_probability"]) == (7.0, 0.9)
 
@@ -228,7 +231,7 @@ def test_demote_writes_first_and_loses_nothing(make_rig: MakeRig) -> None:
 def test_demote_to_the_host_leaves_it_there(make_rig: MakeRig) -> None:
     rig = make_rig(disk=new_disk())
     rig.serve(LONGER)
-    outcome = carry_out(rig, Order("demote", Tier.HOST), PROMPT)
+    outcome = carry_out(rig, Order("demote", Tier.HOST), PREFIX)
     assert outcome["done"] == {"device": 24}
     assert rig.usable(LONGER) == (0, 6)
 
@@ -249,13 +252,13 @@ def test_who_runs_goes_on_undisturbed(make_rig: MakeRig, action: str) -> None:
     rig.drain()
     request = rig.admit(LONGER, run=False)
     assert request is not None
-    outcome = carry_out(rig, Order(action, Tier.DISK), PROMPT)
+    outcome = carry_out(rig, Order(action, Tier.DISK), PREFIX)
     assert outcome["in_use"] == 16
     assert outcome["done"]["device"] == 8, "what somebody else went on with is no more"
     assert rig.forward(request)
     rig.finish(request)
     rig.drain()
-    assert carry_out(rig, Order(action, Tier.DISK), PROMPT)["in_use"] == 0
+    assert carry_out(rig, Order(action, Tier.DISK), PREFIX)["in_use"] == 0
     assert rig.usable(LONGER) == (0, 0)
     rig.check_idle()
 
@@ -273,6 +276,17 @@ def test_what_others_go_on_from_stays(make_rig: MakeRig) -> None:
     rig.check_idle()
 
 
+def test_what_goes_on_with_another_token_is_no_part_of_a_prompt(make_rig: MakeRig) -> None:
+    rig = make_rig(disk=new_disk())
+    rig.serve(LONGER)
+    rig.serve(tokens_of(1, 2, 3, 4, 9))
+    five_thousand = PREFIX + LONGER[16:18]
+    outcome = carry_out(rig, Order("drop"), five_thousand)
+    assert outcome["done"]["device"] == 8
+    assert outcome["shared"] == 16
+    assert rig.usable(tokens_of(1, 2, 3, 4, 9)) == (5, 0)
+
+
 # -- drop ---------------------------------------------------------------------------------------
 
 
@@ -283,7 +297,7 @@ def test_drop_forgets_in_all_tiers(make_rig: MakeRig, where: Callable[..., None]
         rig.serve(LONGER)
     else:
         where(rig, LONGER)
-    asked = LONGER if where is on_disk else PROMPT
+    asked = LONGER if where is on_disk else PREFIX
     outcome = carry_out(rig, Order("drop"), asked)
     assert outcome["done"]["disk"] == 24
     assert outcome["nowhere"] == len(asked) // 4 * 4

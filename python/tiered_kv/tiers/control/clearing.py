@@ -60,7 +60,7 @@ class _Part:
         path, is_whole = self._means.path(prompt, cuts=True)
         self.rest += yield from self._means.rest_hashes(prompt, path)
         nodes = [node for node, _ in path]
-        below = list(nodes[-1].children.values()) if nodes and is_whole else []
+        below = prompt.children_of(nodes[-1]) if nodes and is_whole else []
         found: list[Node] = []
         while below:
             node = below.pop()

@@ -60,7 +60,7 @@ def inspect(means: Means, prompts: Sequence[Prompt]) -> Rounds[dict[str, Any]]:
         ]
         yield from _count_stored(means, seen, hashes + rest, n_known, sum(in_store))
         if is_whole and last is not None:
-            yield from _count_below(means, seen, last, path[-1][1])
+            yield from _count_below(means, seen, prompt, last, path[-1][1])
     return _answer(means, seen, prompts)
 
 
@@ -125,10 +125,18 @@ def _count_stored(
             _count_kept(means, seen, Tier.DISK, until_s)
 
 
-def _count_below(means: Means, seen: _Seen, last: Node, n_tokens: int) -> Rounds[None]:
-    """What goes on from the end of a prompt, of whose last node `n_tokens` are its own."""
-    unseen, n = list(last.children.values()), 0
-    seen.tokens["below"] += last.n_tokens - n_tokens
+def _count_below(
+    means: Means, seen: _Seen, prompt: Prompt, last: Node, n_tokens: int
+) -> Rounds[None]:
+    """What goes on from a prompt, to which the first `n_tokens` of its last node belong."""
+    if n_tokens == last.n_tokens:
+        unseen = prompt.children_of(last)
+    elif prompt.goes_on_with(last.tokens[n_tokens:]):
+        unseen = list(last.children.values())
+        seen.tokens["below"] += last.n_tokens - n_tokens
+    else:
+        return
+    n = 0
     while unseen and n < BELOW_NODES:
         node = unseen.pop()
         n += 1

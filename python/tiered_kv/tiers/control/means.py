@@ -42,12 +42,25 @@ class Prompt:
     root: Node
     tokens: array[int]
     """Its whole pages."""
-    n_tokens: int
-    """Those that fill no page included."""
+    tail: array[int]
+    """Its last tokens, which fill no page."""
 
     @classmethod
     def of(cls, root: Node, tokens: array[int], page_size: int) -> Prompt:
-        return cls(root, tokens[: whole_pages(tokens, page_size, None)], len(tokens))
+        n_whole = whole_pages(tokens, page_size, None)
+        return cls(root, tokens[:n_whole], tokens[n_whole:])
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens) + len(self.tail)
+
+    def goes_on_with(self, tokens: array[int]) -> bool:
+        """Whether a run of pages after its whole pages is one after the prompt itself."""
+        return tokens[: len(self.tail)] == self.tail
+
+    def children_of(self, last: Node) -> list[Node]:
+        """What goes on from it, where its whole pages end with `last`."""
+        return [child for child in last.children.values() if self.goes_on_with(child.tokens)]
 
 
 @dataclass(slots=True)
