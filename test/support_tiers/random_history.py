@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable
 
 from support_tiers.doubles import Faults, FaultyDisk
+from support_tiers.orders import control_of, prompts_of
 from support_tiers.shared_blobs import lies
 from support_tiers.tier_rig import Request, Rig, tokens_of
 from tiered_kv.core.ids import Tier
@@ -20,6 +21,7 @@ from tiered_kv.forest.key import TreeKey, namespace_hash
 from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.memory.read_order import Urgency
 from tiered_kv.scheduler.calibration import StepObservation
+from tiered_kv.tiers.control.control import OPEN_MAX, Order
 
 #: A tenant, and an adapter that has no name by its contents.
 TENANT = TreeKey(salt=b"tenant")
@@ -70,7 +72,11 @@ class History:
             (0.3, self._hang),
             (0.6, self._work_again),
             (0.5, self._others_use_it),
+            (0.5, self._order),
+            (2, self._go_on_with_orders),
         ]
+        self.control = control_of(rig)
+        self.orders: list[str] = []
         self.n_weights = 0
 
     def step(self) -> None:
@@ -89,6 +95,8 @@ class History:
             self.rig.finish(request)
         for rid in list(self.waiting):
             self.rig.hierarchy.prefetch.release(rid)
+        for name in self.orders:
+            self.control.end(name)
         self.rig.drain()
         self.rig.check_idle()
         if self.rig.disk is not None:
@@ -105,6 +113,41 @@ class History:
 
     def _request(self) -> Request | None:
         return self.rng.choice(self.rig.requests) if self.rig.requests else None
+
+    # -- an administrator ---------------------------------------------------------------------
+
+    def _order(self) -> str:
+        if len(self.orders) == OPEN_MAX:
+            return "order: enough are open"
+        action, tier = self.rng.choice(
+            [
+                ("inspect", Tier.HOST),
+                ("prefetch", Tier.HOST),
+                ("prefetch", Tier.DEVICE),
+                ("keep", Tier.HOST),
+                ("keep", Tier.DISK),
+                ("demote", Tier.DISK),
+                ("demote", Tier.HOST),
+                ("drop", Tier.HOST),
+            ]
+        )
+        order = Order(action, tier, self.rng.choice(("", "a")), self.rng.choice((0.0, 0.1, 9.0)))
+        prompt, key = self._prompt()
+        name = f"{len(self.log)}"
+        self.control.begin(name, order, prompts_of(self.rig, prompt, key=key))
+        self.orders.append(name)
+        return f"order {name}: {order}"
+
+    def _go_on_with_orders(self) -> str:
+        outcomes = []
+        for name in list(self.orders):
+            is_late = self.rng.random() < 0.1
+            outcome, _ = self.control.go_on(name, is_late=is_late)
+            if outcome is not None:
+                self.control.end(name)
+                self.orders.remove(name)
+                outcomes.append(f"{name}: {outcome}")
+        return f"orders that are done: {outcomes}"
 
     # -- steps --------------------------------------------------------------------------------
 
