@@ -152,9 +152,10 @@ def demote(means: Means, prompts: Sequence[Prompt], target: Tier) -> Rounds[dict
     part = yield from _part_of(means, prompts)
     write_back, clearing = means.hierarchy.write_back, _Clearing(means)
     for n, node in enumerate(part.lowest_first):
-        write_back.inserted([node])
+        pieces = part.pieces_of(node)
+        write_back.inserted(pieces)
         if target > Tier.HOST:
-            write_back.resident_on_host([node])
+            write_back.resident_on_host(pieces)
         if n % ROUND_EVICTIONS == ROUND_EVICTIONS - 1:
             yield False
     left = yield from _until_done(means, part, clearing, partial(clearing.move, target))
