@@ -88,7 +88,7 @@ def test_a_prompt_that_somebody_runs_with(
     three_tiers: Server, oracle: Oracle, prompts: PromptMaker
 ) -> None:
     shared = prompts.tokens("shared", 160)
-    running, quiet = ([*shared, *prompts.tokens(name, 160)] for name in ("runs", "is quiet"))
+    running, quiet = ((*shared, *prompts.tokens(name, 160)) for name in ("runs", "is quiet"))
     truths = [oracle.output_ids(running, 96), oracle.output_ids(quiet)]
     generate(three_tiers, quiet)
     with ThreadPoolExecutor(1) as thread:
