@@ -138,7 +138,9 @@ FRONT_ENDS = (
         "requests.salts",
     ),
     function(f"{SRT}.entrypoints.http_server.ORJSONRequest.json", "self", "requests.adapter"),
-    function(f"{SRT}.entrypoints.http_server.get_global_state", "", "requests.adapter"),
+    function(
+        f"{SRT}.entrypoints.http_server.get_global_state", "", "requests.adapter prompts.endpoint"
+    ),
     object_(f"{SRT}.entrypoints.engine.Engine.generate", "", "requests.adapter"),
     object_(f"{SRT}.entrypoints.engine.Engine.async_generate", "", "requests.adapter"),
     *methods(
