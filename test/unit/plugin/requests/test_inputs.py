@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from array import array
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -30,7 +31,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 SCHEDULER = SimpleNamespace(server_args=SimpleNamespace(tiered_kv=True))
-STOCK: Callable[..., None] = MultimodalDataItem.set_pad_value
+#: Another test may have installed the hooks.
+STOCK: Callable[..., None] = inspect.unwrap(MultimodalDataItem.set_pad_value)
 
 
 def item(**changes: Any) -> MultimodalDataItem:
