@@ -332,3 +332,32 @@ def test_writes_that_fail_leave_reads_alone(blobs: SharedBlobs, clock: Clock) ->
     assert get(store, 1) == [page(1)]
     clock.now_s += 1.0
     assert put(store, 2) == 1
+
+
+# -- forgetting --------------------------------------------------------------------------------
+
+
+def test_pages_that_are_dropped_are_there_no_more(
+    store: PageStore, request: pytest.FixtureRequest
+) -> None:
+    assert put(store, 1, 2, 3, 4) == 4
+    n_dropped = store.drop(hashes(2, 4, 5))
+    if "hicache" in request.node.name and not n_dropped:
+        pytest.skip("a backend that deletes nothing")
+    assert n_dropped >= 2
+    assert store.lookup(hashes(1, 2)) == 1
+    assert store.lookup(hashes(4)) == 0
+    assert get(store, 3) == [page(3)]
+    assert store.drop(hashes(2, 4)) == 0
+    assert put(store, 1, 2, 3, 4) == 4, "they are stored again"
+    assert get(store, 1, 2, 3, 4) == [page(n) for n in (1, 2, 3, 4)]
+
+
+def test_a_server_drops_what_it_wrote_itself(make_store: MakeStore) -> None:
+    first, second = make_store(NAMESPACE), make_store(NAMESPACE)
+    if not first.traits.is_shared:
+        pytest.skip("one server's alone")
+    assert put(first, 1, 2) == 2
+    assert put(second, 1, 2) == 2
+    assert second.drop(hashes(1, 2)) == 0
+    assert get(first, 1, 2) == [page(1), page(2)]
