@@ -20,6 +20,7 @@ from tiered_kv.plugin.queue.mixing import Mixing
 from tiered_kv.plugin.queue.put_back import PutBack
 from tiered_kv.plugin.queue.queued import QueuedRequests
 from tiered_kv.plugin.queue.whole_queue import show_whole_queue
+from tiered_kv.plugin.requests.salts import root_key
 from tiered_kv.plugin.requests.view import QUEUED, is_aborted, queued_of, terms_of
 from tiered_kv.plugin.upstream.current import cache_contract, request_kv
 from tiered_kv.scheduler.cost_model import CostModel
@@ -130,7 +131,7 @@ class RequestOrder:
         session = terms_of(req).hints.session_id
         if session is not None and not last.is_root:
             _, tokens = prompt_of(last, array("q"))
-            prompt = SessionPrompt(req.extra_key, tokens)
+            prompt = SessionPrompt(root_key(req.extra_key), tokens)
             self.sessions.ended(session, terms_of(req).tenant, prompt)
 
     def emptied(self) -> None:
