@@ -136,7 +136,6 @@ if not on_release.IS_0_5_17:
         "enable_unified_cache_external_linker": True,
         "hicache_host_memory_mode": "buffer_only",
         "prefill_only_disable_kv_cache": True,
-        "dp_size": 2,
         "attn_dp_size": 2,
         "prefill_decode_interval": 2,
         "hicache_host_memory_fraction": 0.5,

@@ -41,8 +41,6 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda a: a.prefill_only_disable_kv_cache,
         "drop it or --tiered-kv",
     ),
-    # Not tried here yet.
-    ("--dp-size above 1", lambda a: a.dp_size > 1, "drop it or --tiered-kv"),
     ("--attn-dp-size above 1", lambda a: a.attn_dp_size > 1, "drop it or --tiered-kv"),
     # A prefill that SGLang puts off would be one that a policy has planned.
     (

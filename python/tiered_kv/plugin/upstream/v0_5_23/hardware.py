@@ -18,8 +18,10 @@ class PlainPlatform:
 
 
 def replica_index(tp_worker: Any) -> int:
-    """Which of the data-parallel replicas this process belongs to: there is one, see REFUSED."""
-    return 0
+    """Which of the data-parallel replicas this process belongs to: the process itself was told."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().dp_rank or 0)
 
 
 def weights_of(tp_worker: Any) -> object:

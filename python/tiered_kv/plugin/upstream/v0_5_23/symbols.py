@@ -119,6 +119,7 @@ ADDED = (
         "prefill_decode_interval",
         f"{_ARGUMENTS} options.refusals",
     ),
+    function(f"{SRT}.runtime_context.get_parallel", "", "upstream.v0_5_23.hardware"),
     object_(f"{SRT}.environ.envs", "SGLANG_RUST_SERVER SGLANG_GRPC_PORT", "options.refusals"),
     function(
         f"{SRT}.arg_groups.overrides.resolution_result", "server_args field default", _ARGUMENTS
