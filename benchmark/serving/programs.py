@@ -112,7 +112,7 @@ CASES = (
     Case("tree of thought", tree_of_thought, 1),
     Case("map-reduce", map_reduce, 1),
     Case("map-reduce", map_reduce, 3),
-    Case("agent with tools", agent, 6),
+    Case("agent with tools", agent, 5),
 )
 
 
