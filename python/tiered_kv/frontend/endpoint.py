@@ -67,7 +67,8 @@ class ProgramEndpoint(RuntimeEndpoint):
         self._slo = dict(slo) if slo else None
         self._pauses = Pauses()
         self._branches: weakref.WeakKeyDictionary[Any, Branch] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
+        # A chain may end where garbage is collected: in the thread that has the lock, too.
+        self._lock = threading.RLock()
 
     # -- what a program does -------------------------------------------------------------------
 

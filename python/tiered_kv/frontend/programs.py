@@ -44,7 +44,8 @@ class Pauses:
     def __init__(self, n_max: int = PLACES_MAX) -> None:
         self._n_max = n_max
         self._seen: dict[Hashable, _Seen] = {}
-        self._lock = threading.Lock()
+        # A chain may end where garbage is collected: in the thread that has the lock, too.
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._seen)
