@@ -81,6 +81,11 @@ class Gangs:
         """Whether others may wait for it."""
         return request_id in self._leaders
 
+    @property
+    def has_leaders(self) -> bool:
+        """Whether anybody computes what others may wait for."""
+        return bool(self._leaders)
+
     def node_of(self, request_id: int) -> TrieNode | None:
         """Where its gang branches off; None if it has nothing in common with anybody.
 

@@ -63,9 +63,10 @@ class AdmissionPlan:
     """Most tokens of the prompt that was begun, so that others can be computed in its pass; None:
     as many as fit. A baseline's; only the simulator carries it out."""
 
-    is_forming: bool = False
-    """Whether some wait for the rest of their gang (`forming.py`): it is no mistake then if `order`
-    is empty and nobody runs."""
+    waits_for_gangs: bool = False
+    """Whether some wait for the rest of their gang (`forming.py`), or for what one of it computes in
+    a pass whose result is not there yet: if `order` is empty then and nobody runs, that is meant
+    and will not last."""
 
     put_back_unfinished: bool = False
     """Whether the prompt that was begun goes back to the queue instead of on. What is computed of

@@ -95,11 +95,11 @@ def test_the_policy_admits_nobody_of_a_gang_that_is_incomplete() -> None:
     q.arrive(2, blocks(2, 1))
     plan = q.plan()
     assert plan.order == (2,)
-    assert plan.is_forming
+    assert plan.waits_for_gangs
     q.arrive(3, blocks(3, 1), parent_program="p", branches=3)
     plan = q.plan()
     assert sorted(plan.order) == [0, 1, 2, 3]
-    assert not plan.is_forming
+    assert not plan.waits_for_gangs
 
 
 @pytest.mark.parametrize(("shared", "first"), [(4, 1), (0, 3)])
@@ -109,6 +109,20 @@ def test_what_they_share_is_computed_once_if_that_is_sooner(shared: int, first: 
     for i in range(3):
         q.arrive(i, [*prefix, *blocks(i, 1)], parent_program="p", branches=3)
     assert len(q.order()) == first
+
+
+def test_nobody_overtakes_the_one_that_computes_for_all() -> None:
+    """While its pass is under way nobody runs, and the others are kept back all the same."""
+    q = queue(share_min_tokens=100_000)
+    for i in range(3):
+        q.arrive(i, [*blocks(99, 4), *blocks(i, 1)], parent_program="p", branches=3)
+    (leader,) = q.order()
+    q.admit(leader)
+    plan = q.plan()
+    assert plan.order == ()
+    assert plan.waits_for_gangs
+    q.now_s = 1000.0
+    assert len(q.order()) > 0
 
 
 def test_who_shares_as_much_without_having_said_so_is_not_kept_back() -> None:

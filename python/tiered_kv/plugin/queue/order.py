@@ -328,7 +328,7 @@ class RequestOrder:
     def _offer(self, plan: AdmissionPlan, state: SchedulerState) -> tuple[int, ...]:
         order = plan.order[: plan.admit_at_most]
         goes_on = state.unfinished is not None and not plan.put_back_unfinished
-        if not order and not state.running and not goes_on and not plan.is_forming:
+        if not order and not state.running and not goes_on and not plan.waits_for_gangs:
             # Nothing runs that a request could wait for: a policy that is too careful would hang.
             return tuple(request.request_id for request in state.candidates()[:1])
         return order

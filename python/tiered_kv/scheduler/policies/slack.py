@@ -185,7 +185,7 @@ class SlackPolicy:
             admit_at_most=self._admit_at_most(state, first),
             first_or_none=self._is_their_turn and bool(self._in_turn),
             put_back_unfinished=is_put_back,
-            is_forming=bool(self._forming),
+            waits_for_gangs=bool(self._forming) or self._gangs.has_leaders,
         )
 
     def forecast(self, state: SchedulerState) -> DemandForecast:  # noqa: ARG002
