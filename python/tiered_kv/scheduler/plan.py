@@ -65,8 +65,8 @@ class AdmissionPlan:
 
     waits_for_gangs: bool = False
     """Whether some wait for the rest of their gang (`forming.py`), or for what one of it computes in
-    a pass whose result is not there yet: if `order` is empty then and nobody runs, that is meant
-    and will not last."""
+    a pass that is under way: it is meant, and will not last, if `order` is empty then and nobody
+    runs."""
 
     put_back_unfinished: bool = False
     """Whether the prompt that was begun goes back to the queue instead of on. What is computed of
