@@ -84,6 +84,7 @@ def test_a_quiet_prompt(three_tiers: Server, oracle: Oracle, prompts: PromptMake
     assert scrape(three_tiers).of(names.ORDERS) == before + 9
 
 
+@pytest.mark.long
 def test_a_prompt_that_somebody_runs_with(
     three_tiers: Server, oracle: Oracle, prompts: PromptMaker
 ) -> None:
@@ -111,6 +112,7 @@ def test_a_prompt_that_somebody_runs_with(
     assert again[0].cached_tokens <= 160, "what only it had is forgotten"
 
 
+@pytest.mark.long
 def test_what_is_kept_stays(three_tiers: Server, oracle: Oracle, prompts: PromptMaker) -> None:
     kept, other = (prompts.tokens(name, N_TOKENS) for name in ("kept", "not kept"))
     generate_all(three_tiers, [kept, other], concurrency=1)
