@@ -64,8 +64,8 @@ class AdmissionPlan:
     as many as fit. A baseline's; only the simulator carries it out."""
 
     waits_for_gangs: bool = False
-    """Whether some wait for the rest of their gang (`forming.py`), or for what one of it computes in
-    a pass that is under way: it is meant, and will not last, if `order` is empty then and nobody
+    """Whether some wait for the rest of their gang (`forming.py`), or for what one of it computes
+    in a pass that is under way: it is meant, and will not last, if `order` is empty then and nobody
     runs."""
 
     put_back_unfinished: bool = False
