@@ -1,6 +1,6 @@
 """Images: KV from every tier gives the answers of plain SGLang, and none is taken for another.
 
-Small random models in the shapes of Qwen2-VL, Qwen2.5-VL and Qwen3-VL. The prompts are the same
+A small random model in the shape of Qwen2.5-VL. The prompts are the same
 text: what tells them apart is the image.
 """
 
@@ -18,9 +18,8 @@ import requests
 from harness.client import Answer, generate, in_parallel, post_generate, request_body
 from harness.metrics import wait_for_disk
 from harness.server import ALWAYS_LOAD, FLOAT32, Server
-from support import vision_models
 from support.injection import injected
-from support.vision_models import IMAGE, NO_FFMPEG, image
+from support.vision_models import IMAGE, NO_FFMPEG, image, tiny_qwen2_5_vl
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -112,11 +111,10 @@ def send_wrong_ones(server: Server) -> None:
         assert generate(server, "And now?", 4).finish_reason == "length"
 
 
-@pytest.mark.parametrize("shape", ["qwen2_5_vl", "qwen3_vl", "qwen2_vl"])
 def test_images_from_every_tier(
-    make_server: Callable[..., Server], demo_model: Path, tmp_path: Path, shape: str
+    make_server: Callable[..., Server], demo_model: Path, tmp_path: Path
 ) -> None:
-    model = getattr(vision_models, f"tiny_{shape}")(demo_model, tmp_path / "model")
+    model = tiny_qwen2_5_vl(demo_model, tmp_path / "model")
     fields = {"model": model, "passages": NO_FFMPEG}
     # What SGLang compiles takes minutes on two cores, and computes the same.
     uncompiled = {"TORCHDYNAMO_DISABLE": "1"}
@@ -124,7 +122,7 @@ def test_images_from_every_tier(
     bodies = load(24, seed=3)
     chat = Chat()
     only_platform = {**uncompiled, "SGLANG_PLUGINS": "tiered_kv_cpu"}
-    with make_server(f"{shape}_plain", *args, **fields, env=only_platform) as plain:
+    with make_server("images_plain", *args, **fields, env=only_platform) as plain:
         truths = [answer.output_ids for answer in ask_all(plain, range(5))]
         alone = answers_of(plain, bodies, 1)
         first = chat.ask(plain)
@@ -137,7 +135,7 @@ def test_images_from_every_tier(
     args += ["--tiered-kv-debug-integrity"]
     env = {**uncompiled, **RETRACTED}
     refusals = [r"http_server\] Error"]
-    with make_server(shape, *args, **fields, env=env, expected=refusals) as server:
+    with make_server("images", *args, **fields, env=env, expected=refusals) as server:
         computed = ask_all(server, range(5))
         from_device = ask(server, 4)
         from_host = ask(server, 0)
@@ -155,7 +153,7 @@ def test_images_from_every_tier(
         again = answers_of(server, bodies, 8)
         wait_for_disk(server)
     wrong = {**uncompiled, **injected("corrupt_host")}
-    with make_server(f"{shape}_wrong", *args, **fields, env=wrong) as server:
+    with make_server("images_wrong", *args, **fields, env=wrong) as server:
         after_restart = ask_all(server, range(5))
 
     assert [answer.cached_tokens for answer in computed] == [0] + [SHARED] * 4

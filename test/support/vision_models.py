@@ -1,4 +1,4 @@
-"""Small random models that see, in the shapes of Qwen2-VL and its successors, and images."""
+"""A small random model that sees, in the shape of Qwen2.5-VL, and images."""
 
 from __future__ import annotations
 
@@ -55,31 +55,6 @@ def tiny_qwen2_5_vl(model: Path, to: Path) -> Path:
     ids = _copy_tokenizer(model, to)
     config = Qwen2_5_VLConfig(text_config=_text(model), vision_config=vision, **ids)
     return _random_weights(to, config, Qwen2_5_VLForConditionalGeneration)
-
-
-def tiny_qwen2_vl(model: Path, to: Path) -> Path:
-    """As `tiny_qwen2_5_vl`, in the shape of Qwen2-VL."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    vision = {"depth": 2, "embed_dim": 64, "mlp_ratio": 2, "num_heads": 4, "hidden_size": 128}
-    vision |= {"initializer_range": 0.1}
-    ids = _copy_tokenizer(model, to)
-    config = Qwen2VLConfig(text_config=_text(model), vision_config=vision, **ids)
-    return _random_weights(to, config, Qwen2VLForConditionalGeneration)
-
-
-def tiny_qwen3_vl(model: Path, to: Path) -> Path:
-    """As `tiny_qwen2_5_vl`, in the shape of Qwen3-VL: two layers get images of their own."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    vision = {"depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4}
-    vision |= {"out_hidden_size": 128, "deepstack_visual_indexes": [0, 1], "patch_size": PATCH}
-    vision |= {"num_position_embeddings": 256, "initializer_range": 0.1}
-    text = {**_text(model), "head_dim": 32}
-    text["rope_parameters"] = {**_ROPE, "mrope_interleaved": True}
-    ids = _copy_tokenizer(model, to)
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
-    return _random_weights(to, config, Qwen3VLForConditionalGeneration)
 
 
 def _text(model: Path) -> dict[str, Any]:
