@@ -15,6 +15,7 @@ import torch
 
 from tiered_kv.plugin.start import platform as platform_adapter
 from tiered_kv.plugin.start.platform import TieredKVCpuPlatform, activate, requested_device
+from tiered_kv.plugin.upstream.current import arguments
 
 CLASS_NAME = "tiered_kv.plugin.start.platform.TieredKVCpuPlatform"
 
@@ -94,6 +95,12 @@ def test_not_chosen_beside_an_add_on_that_is_not_imported_yet(
 )
 def test_requested_device(arguments: list[str], device: str | None) -> None:
     assert requested_device(arguments) == device
+
+
+@pytest.fixture(autouse=True)
+def models_of_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each release has a way of its own to the model; here the arguments have it."""
+    monkeypatch.setattr(arguments, "model_config", lambda args: args.get_model_config())
 
 
 def server_args(**given: object) -> SimpleNamespace:
@@ -213,11 +220,13 @@ from sglang.srt.plugins import load_plugins
 
 load_plugins()
 from sglang.srt.server_args import prepare_server_args
+from tiered_kv.plugin.upstream.current import arguments
 
 for units, *flags in json.loads(sys.argv[2]):
     args = prepare_server_args(["--model-path", sys.argv[1], "--device", "cpu", *flags])
-    dtypes = args.get_model_config().dtype, ModelConfig.from_server_args(args).dtype
-    print("found:", args.dtype, *dtypes)
+    getattr(args, "resolve_once", lambda: None)()  # as 0.5.23 does when the engine starts
+    dtypes = arguments.model_config(args).dtype, ModelConfig.from_server_args(args).dtype
+    print("found:", arguments.resolved(args).dtype, *dtypes)
 """
 
 
