@@ -20,7 +20,7 @@ from tiered_kv.memory.costs import Costs, EqualCosts
 from tiered_kv.memory.demand import DemandForecast
 from tiered_kv.memory.eviction import Eviction, OrderFactory, eviction_policies
 from tiered_kv.memory.keeps import Keeps
-from tiered_kv.memory.load_policy import LoadPolicy, LoadQuestion, pages_to_load
+from tiered_kv.memory.load_policy import TOLERANCE, LoadPolicy, LoadQuestion, pages_to_load
 from tiered_kv.memory.store_value import StoreWrites, is_worth_sharing
 
 #: What is expected later than this, or is less probable, is not loaded ahead.
@@ -151,6 +151,30 @@ class MemoryManager:
         )
         wanted = self._leading(run, n_pages)
         return Load(tuple(wanted), Tier.HOST, Tier.DEVICE) if wanted else None
+
+    def on_whole_match(
+        self, match: Match, *, start: int, prompt_tokens: int | None, queued_bytes: int
+    ) -> Load | None:
+        """As `on_match`, but all of the run or nothing: between there is no state to go on from.
+
+        start: from where on the prompt is computed if nothing is loaded, in tokens.
+        """
+        run = _host_run(match.path)
+        if not run or self._load_policy is LoadPolicy.NEVER:
+            return None
+        costs, n_tokens = self._costs, sum(node.n_tokens for node in run)
+        load_s = costs.load_s(
+            Tier.HOST,
+            Tier.DEVICE,
+            int(n_tokens * costs.bytes_per_token(Tier.HOST)),
+            queued_bytes,
+        )
+        end = max(prompt_tokens or 0, match.n_tokens)
+        rest_s = costs.recompute_s(match.n_tokens, end)
+        is_worth = max(load_s, rest_s) <= costs.recompute_s(start, end) * (1.0 + TOLERANCE)
+        if self._load_policy is LoadPolicy.COST and not is_worth:
+            return None
+        return Load(tuple(node.node_id for node in run), Tier.HOST, Tier.DEVICE)
 
     def pages_from(
         self,

@@ -96,6 +96,21 @@ class LoadBack:
         action = self.plan(last, prompt_tokens)
         return None if action is None else self.carry_out(action)
 
+    def load_whole(
+        self, last: Node, prompt_tokens: int | None, start: int
+    ) -> tuple[torch.Tensor, Node] | None:
+        """As `load`, but all or nothing; start: whence is computed if nothing is loaded."""
+        context, match = self._context, match_of(last)
+        if match is None or self._decide.is_waiting(context.now_s):
+            return None
+        action = context.manager.on_whole_match(
+            match,
+            start=start,
+            prompt_tokens=prompt_tokens,
+            queued_bytes=self._pages_ahead * context.copier.page_format.page_bytes,
+        )
+        return None if action is None else self.carry_out(action)
+
     def plan(self, last: Node, prompt_tokens: int | None = None) -> Load | None:
         """What `load` would take to the device now, if there was room; None: nothing."""
         context = self._context

@@ -27,6 +27,13 @@ from tiered_kv.plugin.cache.pass_streams import launched_so_far, pass_holder
 from tiered_kv.plugin.cache.replicas import Replica, replica_of
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.cache.shards import shard_of
+from tiered_kv.plugin.cache.state_pool import (
+    STATES_SHARE,
+    FullLayersGate,
+    described,
+    kv_pool_of,
+    open_states,
+)
 from tiered_kv.plugin.cache.store import SharedStore, open_store
 from tiered_kv.plugin.cache.watched import Watched
 from tiered_kv.plugin.options.overlap import budget_share, rank_trace_file
@@ -64,9 +71,15 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
 
     parts = build_parts(ctx)
-    cache = TieredPrefixCache(ctx.params, parts)
     gate = parts.hierarchy.load_back.gate
-    ctx.params.token_to_kv_pool_allocator.get_kvcache().register_layer_transfer_counter(gate)
+    pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
+    cache: TieredPrefixCache
+    if ctx.is_hybrid_ssm:
+        cache = build_hybrid(ctx, parts)
+        pool.register_layer_transfer_counter(FullLayersGate(gate, pool))
+    else:
+        cache = TieredPrefixCache(ctx.params, parts)
+        pool.register_layer_transfer_counter(gate)
     ctx.tp_worker.register_hicache_layer_transfer_counter(gate)
     weight_updates.track(cache, hardware.weights_of(ctx.tp_worker))
     lora_manager = getattr(ctx.tp_worker.model_runner, "lora_manager", None)
@@ -74,10 +87,33 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     return cache
 
 
+def build_hybrid(ctx: TreeCacheBuildContext, parts: CacheParts) -> TieredPrefixCache:
+    """The cache of a model with recurrent state, beside pages of which its checkpoints lie."""
+    from tiered_kv.plugin.cache.hybrid_cache import HybridPrefixCache
+
+    params = ctx.params
+    host_bytes = parts.hierarchy.context.host.pages.nbytes
+    disk = parts.disk_store if are_named(ctx, "on disk") else None
+    interval = arguments.resolved(ctx.server_args).mamba_track_interval
+    states = open_states(
+        params.req_to_token_pool,
+        int(host_bytes * STATES_SHARE / (1 - STATES_SHARE)),
+        params.page_size,
+        disk,
+        pins=params.req_to_token_pool.device != "cpu",
+    )
+    # Pages end there.
+    interval = -(-interval // params.page_size) * params.page_size
+    cache = HybridPrefixCache(params, parts, states, interval)
+    # Where SGLang hands out slots for states (hooks/recurrent.py).
+    params.req_to_token_pool.tiered_kv_cache = cache
+    return cache
+
+
 def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     config: TieredKVConfig = ctx.server_args.to_config()
     params, allocator = ctx.params, ctx.params.token_to_kv_pool_allocator
-    pool = allocator.get_kvcache()
+    pool = kv_pool_of(allocator.get_kvcache())
     device = buffers_of(pool)
     formats = tier_formats(config, device)
     on_cpu = device.buffers[0].device.type == "cpu"
@@ -162,7 +198,9 @@ def host_of(
     rank_bytes = host_bytes(
         config, device.n_bytes, formats.host, n_ranks, collective, replica.first_word
     )
-    shard = shard_of(ctx, ctx.params.token_to_kv_pool_allocator.get_kvcache())
+    if ctx.is_hybrid_ssm:
+        rank_bytes -= int(rank_bytes * STATES_SHARE)
+    shard = shard_of(ctx, kv_pool_of(ctx.params.token_to_kv_pool_allocator.get_kvcache()))
     pins = device.buffers[0].device.type != "cpu"
     host, shard = open_host(formats.host, rank_bytes, shard, collective, pins=pins)
     return host, shard.of_replica(replica.index, replica.n_replicas)
@@ -240,6 +278,9 @@ def name_namespace(
         shard=shard.name,
         release=sglang_release,
     )
+    if ctx.is_hybrid_ssm:
+        # KV is computed from states, which are rounded to what keeps them.
+        parts["recurrent state"] = described(ctx.params.req_to_token_pool.mamba_pool)
     namespace = fingerprint.namespace_of(parts)
     logger.info(
         "Tiered KV: named the weights in %.2f s; the namespace is %s, of %s.",
@@ -263,7 +304,7 @@ def disk_stores(
         return ()
     if disk is None:
         return (StoreOfAnother(StoreTraits(Tier.DISK, formats.disk)),)
-    pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
+    pool = kv_pool_of(ctx.params.token_to_kv_pool_allocator.get_kvcache())
     description = f"{ctx.server_args.model_path} {pool.dtype} page {formats.disk.page_size}"
     if formats.disk_layout is not None and formats.disk.is_lossy:
         description += f" as {formats.disk_layout.format}"

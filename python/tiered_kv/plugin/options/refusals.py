@@ -153,9 +153,9 @@ MODEL_RULES: tuple[Rule, ...] = (
         "start without --tiered-kv",
     ),
     Rule(
-        lambda ctx: ctx.is_hybrid_ssm,
-        "models with state-space (Mamba) or linear-attention layers",
-        "start without --tiered-kv",
+        lambda ctx: ctx.is_hybrid_ssm and not arguments.TAKES_RECURRENT_STATE,
+        "models with state-space (Mamba) or linear-attention layers on this release of SGLang",
+        "start without --tiered-kv, or install 0.5.17",
     ),
     Rule(
         lambda ctx: ctx.is_dsa,
@@ -252,7 +252,9 @@ def check_model(ctx: Any) -> None:
     `ctx` is SGLang's `TreeCacheBuildContext`.
     """
     _refuse_first(MODEL_RULES, ctx)
-    check_kv_pool(ctx.params.token_to_kv_pool_allocator.get_kvcache())
+    pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
+    # Of a hybrid model, that of the layers with attention.
+    check_kv_pool(getattr(pool, "full_kv_pool", pool))
 
 
 def check_kv_pool(pool: Any) -> None:

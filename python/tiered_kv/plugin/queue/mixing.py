@@ -36,6 +36,9 @@ class Mixing:
 
     def is_possible(self, running_batch: ScheduleBatch, available_tokens: int) -> bool:
         """As far as it does not depend on who is admitted."""
+        if self._scheduler.tree_cache.supports_mamba():
+            # States of those who decode are looked at in passes that decode alone.
+            return False
         if not running_batch.reqs:
             return True
         if self._scheduler.chunked_prefill_size is None or self._was_missed:

@@ -20,7 +20,7 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.plugin.options import cascade as cascade_option
-from tiered_kv.plugin.options import refusals, values, windows
+from tiered_kv.plugin.options import recurrent, refusals, values, windows
 from tiered_kv.plugin.options.callers import CallerArgs
 from tiered_kv.plugin.options.control import ControlArgs
 from tiered_kv.plugin.options.overlap import OverlapArgs
@@ -97,6 +97,7 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
         self.resolve_overlap()
         self._select_cache()
         windows.have_one_pool(self)
+        recurrent.choose_strategy(self)
         try:
             resolve()
         except ValueError as error:
@@ -106,6 +107,7 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
         outcome = arguments.resolved(self)
         refusals.check_resolved(outcome)
         windows.check_resolved(self)
+        recurrent.check_resolved(self)
         cascade_option.check_resolved(self)
 
     def arrived(self) -> None:

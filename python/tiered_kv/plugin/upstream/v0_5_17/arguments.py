@@ -30,6 +30,8 @@ MULTIMODAL_MODELS = (
 )
 #: Switches that choose a front end which our requests' fields do not pass.
 OTHER_FRONT_ENDS: tuple[str, ...] = ()
+#: Whether models with recurrent state are served.
+TAKES_RECURRENT_STATE = True
 
 
 def server_args_class(own: Any, module: str) -> Any:
@@ -42,6 +44,13 @@ def server_args_class(own: Any, module: str) -> Any:
 
     def resolve(self: Any) -> None:
         self.resolve_with(lambda: stock.__post_init__(self))
+
+    def validate_no_buffer(self: Any, view: Any, model_arch: str) -> None:
+        """For recurrent state SGLang's tree wants pages of one token, ours does not."""
+        if self.tiered_kv:
+            self.disable_overlap_schedule = True
+        else:
+            stock._validate_mamba_no_buffer(self, view, model_arch)
 
     def unpickle(self: Any, state: dict[str, Any]) -> None:
         # Not by setattr: resolved arguments are read-only.
@@ -67,6 +76,7 @@ def server_args_class(own: Any, module: str) -> Any:
         "__doc__": "SGLang's arguments and ours.",
         "__post_init__": resolve,
         "__setstate__": unpickle,
+        "_validate_mamba_no_buffer": validate_no_buffer,
         "add_cli_args": staticmethod(add_cli_args),
         "from_cli_args": classmethod(from_cli_args),
     }

@@ -65,6 +65,8 @@ OTHER_CACHES: tuple[str, ...] = ()
 MULTIMODAL_MODELS: tuple[str, ...] = ()
 #: Switches that choose a front end which our requests' fields do not pass.
 OTHER_FRONT_ENDS = ("SGLANG_RUST_SERVER", "SGLANG_GRPC_PORT")
+#: Whether models with recurrent state are served.
+TAKES_RECURRENT_STATE = False
 
 _FROM_COMMAND_LINE = "_tiered_kv_from_command_line"
 

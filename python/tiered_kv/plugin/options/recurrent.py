@@ -1,0 +1,95 @@
+"""Models some of whose layers have recurrent state (Mamba, linear attention, short convolutions).
+
+SGLang keeps their states in a pool of its own, and checkpoints of them in its tree. Here those lie
+on the host and on the disk (docs/adr/0028-recurrent-state.md), which has been tried for the plain
+case only: all else is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.plugin.options import cascade, decode
+from tiered_kv.plugin.upstream.current import arguments
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+STRATEGY = "no_buffer"
+"""Of SGLang's ways to take states for its tree the one that leaves them where the last pass did."""
+
+#: Of resolved arguments: (what is not supported, whether it is there).
+RULES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+    ("--tp-size above 1", lambda a: a.tp_size > 1),
+    ("--dp-size above 1", lambda a: a.dp_size > 1),
+    ("--enable-mixed-chunk", lambda a: a.enable_mixed_chunk),
+    ("--chunked-prefill-size -1", lambda a: a.chunked_prefill_size <= 0),
+    ("--enable-linear-replayssm", lambda a: a.enable_linear_replayssm),
+    ("--enable-int8-mamba-checkpoint", lambda a: a.enable_int8_mamba_checkpoint),
+    (
+        "--mamba-radix-cache-strategy other than no_buffer",
+        lambda a: a.mamba_radix_cache_strategy != STRATEGY,
+    ),
+    ("--tiered-kv-store", lambda a: a.tiered_kv_store is not None),
+    (
+        "--tiered-kv-host-format and --tiered-kv-disk-format",
+        lambda a: (
+            a.tiered_kv_host_format != "raw" or a.tiered_kv_disk_format not in ("same", "raw")
+        ),
+    ),
+    (decode.OPTION, lambda a: a.tiered_kv_iteration_policy != decode.EVERYONE),
+    (f"{cascade.OPTION} on", lambda a: a.tiered_kv_cascade == "on"),
+)
+
+
+def choose_strategy(server_args: Any) -> None:
+    """Before SGLang resolves: how states are taken; means nothing to models without them."""
+    if arguments.TAKES_RECURRENT_STATE and server_args.mamba_radix_cache_strategy == AUTO:
+        server_args.mamba_radix_cache_strategy = STRATEGY
+
+
+def check_resolved(server_args: Any) -> None:
+    """Raise ConfigError for what does not go with recurrent state; switch off what need not be."""
+    if not arguments.TAKES_RECURRENT_STATE or not server_args.uses_mamba_radix_cache:
+        return
+    for option, applies in RULES:
+        if applies(server_args):
+            raise ConfigError(
+                "--tiered-kv does not support, for models with recurrent state (Mamba, linear "
+                f"attention), {option}; drop one of both."
+            )
+    server_args.tiered_kv_cascade = "off"
+    logger.info(
+        "Tiered KV: this model has recurrent state: scheduling does not overlap with passes "
+        "(--disable-overlap-schedule), and there is no cascade attention."
+    )
+
+
+def check_model(ctx: Any) -> None:
+    """Raise ConfigError for pools that keep states as nobody here knows.
+
+    `ctx` is SGLang's `TreeCacheBuildContext`.
+    """
+    if not ctx.is_hybrid_ssm:
+        return
+    from sglang.srt.mem_cache.memory_pool import (
+        HybridLinearKVPool,
+        HybridReqToTokenPool,
+        MambaPool,
+    )
+
+    req_to_token_pool = ctx.params.req_to_token_pool
+    pools = (
+        (req_to_token_pool, HybridReqToTokenPool),
+        (getattr(req_to_token_pool, "mamba_pool", None), MambaPool),
+        (ctx.params.token_to_kv_pool_allocator.get_kvcache(), HybridLinearKVPool),
+    )
+    for pool, known in pools:
+        if type(pool) is not known:
+            raise ConfigError(
+                f"--tiered-kv does not know the pool {type(pool).__name__} of this model's "
+                "recurrent state; start without --tiered-kv."
+            )

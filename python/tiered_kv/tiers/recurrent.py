@@ -1,0 +1,243 @@
+"""Checkpoints of recurrent state: taken on the device, kept on the host, written to the disk.
+
+The device has the states of running requests only. A checkpoint is a copy of one on the host, and
+a request that goes on from it gets a copy of that: nobody ever writes into one. The scheduler's
+thread copies; a thread of its own reads and writes the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tiered_kv.core.errors import IntegrityError
+from tiered_kv.core.ids import PageHash
+from tiered_kv.forest.node import Node
+from tiered_kv.memory.checkpoints import Boundary, Checkpoints, boundaries, deepest
+from tiered_kv.tiers.state_store import StateLayout, StateStore
+from tiered_kv.tiers.transfer import Completion, TransferQueue
+
+#: States that may wait to be written: each keeps a slot from being used for another.
+WRITES_MAX = 4
+
+
+class StateCopier(Protocol):
+    """Copies one state between a slot of the engine's pool and `n_bytes` of memory.
+
+    Called by the thread that launches passes: what it launched before counts as done.
+    """
+
+    n_bytes: int
+
+    def save(self, device_slot: Any, memory: npt.NDArray[np.uint8]) -> None: ...
+
+    def restore(self, memory: npt.NDArray[np.uint8], device_slot: Any) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StateJob:
+    """One checkpoint on its way to the disk, or from it for the request `reader`."""
+
+    name: PageHash
+    slot: int
+    reader: str | None = None
+    n_pages: int = 1
+
+
+@dataclass(slots=True)
+class Wish:
+    """Of a request that waits: whether a read is under way for it, and what could not be read."""
+
+    is_reading: bool = False
+    missing: set[PageHash] = field(default_factory=set)
+
+
+class RecurrentStates:
+    """slots: uint8 array of shape (checkpoints, layout.slot_bytes); store: None without a disk."""
+
+    def __init__(
+        self,
+        copier: StateCopier,
+        layout: StateLayout,
+        slots: npt.NDArray[np.uint8],
+        store: StateStore | None,
+        page_size: int,
+    ) -> None:
+        self.table = Checkpoints(len(slots))
+        self.copier = copier
+        self.layout = layout
+        self._slots = slots
+        self._store = store
+        self._page_size = page_size
+        self._unnamed: dict[str, tuple[int, int]] = {}
+        """By request: its last state at the end of a page that is not in the tree yet."""
+        self._held: dict[str, dict[int, int]] = {}
+        """By request: slots that it may be given in this pass, by tokens."""
+        self._wishes: dict[str, Wish] = {}
+        self._queue: TransferQueue[StateJob] = TransferQueue("states", self._run)
+        self._n_writes = 0
+        self.n_damaged = 0
+        """Checkpoints that the disk said it had and could not give back."""
+
+    # -- taking them --------------------------------------------------------------------------
+
+    def take(self, name: PageHash, device_slot: Any, *, is_lasting: bool) -> None:
+        """The state in `device_slot` is that of the page `name`; is_lasting: for the disk, too."""
+        if name in self.table:
+            self.table.use(name)
+            return
+        slot = self.table.reserve()
+        if slot is not None:
+            self._save(device_slot, slot)
+            self._keep(slot, name, is_lasting=is_lasting)
+
+    def note(self, rid: str, n_tokens: int, device_slot: Any) -> None:
+        """`rid` has produced tokens up to the end of a page; only its last such state is kept."""
+        _, slot = self._unnamed.pop(rid, (0, self.table.reserve()))
+        if slot is not None:
+            self._save(device_slot, slot)
+            self._unnamed[rid] = n_tokens, slot
+
+    def name_noted(self, rid: str, path: Sequence[Node], *, is_lasting: bool) -> None:
+        """The pages of `rid` are in the tree, along `path`: and so is the state noted last."""
+        noted = self._unnamed.pop(rid, None)
+        if noted is None:
+            return
+        n_tokens, slot = noted
+        at = next(boundaries(path, n_tokens, self._page_size), None)
+        if at is None or at.n_tokens != n_tokens:
+            self.table.give_back(slot)
+        else:
+            self._keep(slot, at.name, is_lasting=is_lasting)
+
+    def forget_noted(self, rid: str) -> None:
+        if rid in self._unnamed:
+            self.table.give_back(self._unnamed.pop(rid)[1])
+
+    def _save(self, device_slot: Any, slot: int) -> None:
+        self.copier.save(device_slot, self._slots[slot][: self.layout.n_bytes])
+
+    def _keep(self, slot: int, name: PageHash, *, is_lasting: bool) -> None:
+        is_new = self.table.keep(slot, name)
+        if is_new and is_lasting and self._store is not None and self._n_writes < WRITES_MAX:
+            self.table.hold(slot)
+            self._n_writes += 1
+            self._queue.submit(StateJob(name, slot))
+
+    # -- giving copies of them ----------------------------------------------------------------
+
+    def deepest(self, path: Sequence[Node], end: int) -> Boundary | None:
+        """The last place before `end` where a request along `path` can go on now."""
+        return deepest(path, end, self._page_size, self.table.__contains__)
+
+    def promise(self, rid: str, places: Sequence[Boundary]) -> None:
+        """Keeps these for `rid`, which is looked at for admission, until the pass is formed."""
+        self._let_go(rid)
+        held = self._held[rid] = {}
+        for place in places:
+            slot = held[place.n_tokens] = self.table.use(place.name)
+            self.table.hold(slot)
+
+    def give(self, rid: str, n_tokens: int, device_slot: Any) -> None:
+        """`rid` is admitted with `n_tokens` cached: its own slot gets a copy of that state."""
+        slot = self._held.get(rid, {}).get(n_tokens)
+        if slot is None:
+            raise IntegrityError(
+                f"Request {rid} goes on after {n_tokens} tokens, and no state is kept of them."
+            )
+        self.copier.restore(self._slots[slot][: self.layout.n_bytes], device_slot)
+
+    def end_promises(self) -> None:
+        """A pass is being formed anew: everybody is looked at again."""
+        for rid in list(self._held):
+            self._let_go(rid)
+
+    def _let_go(self, rid: str) -> None:
+        for slot in self._held.pop(rid, {}).values():
+            self.table.let_go(slot)
+
+    # -- the disk -----------------------------------------------------------------------------
+
+    def wish(self, rid: str) -> None:
+        """`rid` waits to be admitted: what the disk has for it is to be on the host by then."""
+        if self._store is not None:
+            self._wishes[rid] = Wish()
+
+    def is_wished(self, rid: str) -> bool:
+        return rid in self._wishes
+
+    def forget_wish(self, rid: str) -> None:
+        self._wishes.pop(rid, None)
+
+    def has_come(self, rid: str, path: Sequence[Node], end: int) -> bool:
+        """Whether the deepest checkpoint for `rid` that can be had is on the host.
+
+        path: its pages on device and host, as far as `end`. Starts to read what is only on disk; a
+        checkpoint that turns out to be damaged is passed over for the next.
+        """
+        wish = self._wishes.get(rid)
+        if wish is None or self._store is None:
+            return True
+        if wish.is_reading:
+            return False
+        for place in boundaries(path, end, self._page_size):
+            if place.name in self.table:
+                break
+            if place.name in wish.missing or place.name not in self._store:
+                continue
+            slot = self.table.reserve()
+            if slot is None:
+                break
+            wish.is_reading = True
+            self._queue.submit(StateJob(place.name, slot, rid))
+            return False
+        del self._wishes[rid]
+        return True
+
+    def poll(self) -> None:
+        """Takes up what has been read and written."""
+        for completion in self._queue.acknowledge(self._queue.n_ready):
+            self._over(completion)
+
+    def _over(self, completion: Completion[StateJob]) -> None:
+        job = completion.job
+        if job.reader is None:
+            self._n_writes -= 1
+            self.table.let_go(job.slot)
+            return
+        wish = self._wishes.get(job.reader)
+        if wish is not None:
+            wish.is_reading = False
+        if completion.n_done:
+            self.table.keep(job.slot, job.name)
+            return
+        self.n_damaged += 1
+        self.table.give_back(job.slot)
+        if wish is not None:
+            wish.missing.add(job.name)
+
+    def _run(self, job: StateJob) -> int:
+        assert self._store is not None
+        memory = self._slots[job.slot]
+        if job.reader is not None:
+            return int(self._store.get(job.name, memory))
+        self._store.put(job.name, memory)
+        return 1
+
+    # -- all of them --------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Empties the host; what is under way to or from the disk arrives."""
+        self.end_promises()
+        for rid in list(self._unnamed):
+            self.forget_noted(rid)
+        self.table.clear()
+
+    def close(self, timeout_s: float) -> None:
+        """Lets what is to be written reach the disk, as far as the time allows."""
+        self._queue.wait(timeout_s)
+        self._queue.close()
