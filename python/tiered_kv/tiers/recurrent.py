@@ -21,6 +21,8 @@ from tiered_kv.memory.checkpoints import Boundary, Checkpoints, boundaries, deep
 from tiered_kv.tiers.state_store import StateLayout, StateStore
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 
+#: Of the host tier's bytes, what is for checkpoints where a model has recurrent state.
+STATES_SHARE = 0.25
 #: States that may wait to be written: each keeps a slot from being used for another.
 WRITES_MAX = 4
 

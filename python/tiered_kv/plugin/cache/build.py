@@ -16,7 +16,12 @@ from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.plugin.cache import adapters, fingerprint, weight_updates
 from tiered_kv.plugin.cache.costs import build_cost_model
 from tiered_kv.plugin.cache.device_copier import make_copier
-from tiered_kv.plugin.cache.device_pool import DeviceBuffers, EngineAllocator, buffers_of
+from tiered_kv.plugin.cache.device_pool import (
+    DeviceBuffers,
+    EngineAllocator,
+    buffers_of,
+    kv_pool_of,
+)
 from tiered_kv.plugin.cache.disk import open_disk
 from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.formats import TierFormats, tier_formats
@@ -27,13 +32,6 @@ from tiered_kv.plugin.cache.pass_streams import launched_so_far, pass_holder
 from tiered_kv.plugin.cache.replicas import Replica, replica_of
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.cache.shards import shard_of
-from tiered_kv.plugin.cache.state_pool import (
-    STATES_SHARE,
-    FullLayersGate,
-    described,
-    kv_pool_of,
-    open_states,
-)
 from tiered_kv.plugin.cache.store import SharedStore, open_store
 from tiered_kv.plugin.cache.watched import Watched
 from tiered_kv.plugin.options.overlap import budget_share, rank_trace_file
@@ -52,6 +50,7 @@ from tiered_kv.tiers.interference import InterferenceBudget
 from tiered_kv.tiers.kv_shard import KVShard
 from tiered_kv.tiers.pacing import WriteBackPacer
 from tiered_kv.tiers.page_store import PageStore, StoreTraits
+from tiered_kv.tiers.recurrent import STATES_SHARE
 from tiered_kv.tiers.replicas import PartCopier, StoreOfAnother
 from tiered_kv.tiers.streams import Point
 from tiered_kv.tiers.timeline import TimelineFile
@@ -75,8 +74,9 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
     cache: TieredPrefixCache
     if ctx.is_hybrid_ssm:
-        cache = build_hybrid(ctx, parts)
-        pool.register_layer_transfer_counter(FullLayersGate(gate, pool))
+        from tiered_kv.plugin.cache.build_hybrid import build_hybrid
+
+        cache = build_hybrid(ctx, parts, is_named=are_named(ctx, "on disk"))
     else:
         cache = TieredPrefixCache(ctx.params, parts)
         pool.register_layer_transfer_counter(gate)
@@ -84,29 +84,6 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     weight_updates.track(cache, hardware.weights_of(ctx.tp_worker))
     lora_manager = getattr(ctx.tp_worker.model_runner, "lora_manager", None)
     adapters.track(adapters.AdapterNames(lora_manager, make_collective(ctx)))
-    return cache
-
-
-def build_hybrid(ctx: TreeCacheBuildContext, parts: CacheParts) -> TieredPrefixCache:
-    """The cache of a model with recurrent state, beside pages of which its checkpoints lie."""
-    from tiered_kv.plugin.cache.hybrid_cache import HybridPrefixCache
-
-    params = ctx.params
-    host_bytes = parts.hierarchy.context.host.pages.nbytes
-    disk = parts.disk_store if are_named(ctx, "on disk") else None
-    interval = arguments.resolved(ctx.server_args).mamba_track_interval
-    states = open_states(
-        params.req_to_token_pool,
-        int(host_bytes * STATES_SHARE / (1 - STATES_SHARE)),
-        params.page_size,
-        disk,
-        pins=params.req_to_token_pool.device != "cpu",
-    )
-    # Pages end there.
-    interval = -(-interval // params.page_size) * params.page_size
-    cache = HybridPrefixCache(params, parts, states, interval)
-    # Where SGLang hands out slots for states (hooks/recurrent.py).
-    params.req_to_token_pool.tiered_kv_cache = cache
     return cache
 
 
@@ -280,6 +257,8 @@ def name_namespace(
     )
     if ctx.is_hybrid_ssm:
         # KV is computed from states, which are rounded to what keeps them.
+        from tiered_kv.plugin.cache.state_pool import described
+
         parts["recurrent state"] = described(ctx.params.req_to_token_pool.mamba_pool)
     namespace = fingerprint.namespace_of(parts)
     logger.info(

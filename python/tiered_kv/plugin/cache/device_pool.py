@@ -28,6 +28,11 @@ class DeviceBuffers:
         return sum(buffer.nbytes for buffer in self.buffers)
 
 
+def kv_pool_of(pool: Any) -> Any:
+    """The pool that has the rows of KV: of a hybrid model that of its layers with attention."""
+    return getattr(pool, "full_kv_pool", pool)
+
+
 def buffers_of(pool: Any) -> DeviceBuffers:
     """The buffers of an MHA/GQA or MLA pool, layer by layer (mem_cache/memory_pool.py).
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,20 +15,13 @@ from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.host_memory import map_private
 from tiered_kv.tiers.layer_gate import LayerGate
 from tiered_kv.tiers.pinned_memory import register_for_dma
-from tiered_kv.tiers.recurrent import RecurrentStates
+from tiered_kv.tiers.recurrent import STATES_SHARE, RecurrentStates
 from tiered_kv.tiers.state_store import StateLayout, StateStore
 
 logger = logging.getLogger(__name__)
 
-#: Of the host tier's bytes, what is for checkpoints where a model has recurrent state.
-STATES_SHARE = 0.25
 #: Fewer checkpoints than this are no cache.
 STATES_MIN = 4
-
-
-def kv_pool_of(pool: Any) -> Any:
-    """The pool that has the rows of KV: of a hybrid model that of its layers with attention."""
-    return pool.full_kv_pool if isinstance(pool, HybridLinearKVPool) else pool
 
 
 class FullLayersGate:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from tiered_kv.plugin.upstream.symbol import MEM, SRT, Symbol, function, methods, object_
 from tiered_kv.plugin.upstream.v0_5_17 import symbols as v0_5_17
+from tiered_kv.plugin.upstream.v0_5_17.symbols_recurrent import RECURRENT
 
 _MANAGERS = f"{SRT}.managers"
 _REQ = f"{_MANAGERS}.schedule_batch.Req"
@@ -58,7 +59,10 @@ GONE = frozenset(
 MODULES_GONE = (f"{MEM}.hiradix_cache", _FLASHINFER)
 
 #: Modules of ours that are not loaded on this release.
-UNUSED_MODULES = ("attention.flashinfer",)
+UNUSED_MODULES = (
+    *("attention.flashinfer", "cache.build_hybrid", "cache.hybrid_cache", "cache.state_pool"),
+    *("hooks.recurrent", "options.recurrent"),
+)
 
 #: Attributes that are not there, or not used.
 LOST = {
@@ -196,7 +200,7 @@ ADDED = (
 def _of_this_release() -> Iterator[Symbol]:
     for symbol in v0_5_17.SYMBOLS:
         name = symbol.name
-        if name in GONE or name.startswith(MODULES_GONE):
+        if name in GONE or name.startswith(MODULES_GONE) or symbol in RECURRENT:
             continue
         lost = LOST.get(name, "").split()
         parameters = PARAMETERS.get(name)
