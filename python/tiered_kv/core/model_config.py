@@ -18,6 +18,7 @@ from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.model_experts import Experts, read_experts
 from tiered_kv.core.model_kv import HEAD_DIM, HEADS, HIDDEN, KVLayers, kv_heads, read_kv_layers
 from tiered_kv.core.model_layers import refuse_states
+from tiered_kv.core.model_state import state_bytes
 
 # fmt: off
 _UNGATED_MLP = frozenset(
@@ -67,6 +68,7 @@ class Shape:
     kv_layers: tuple[KVLayers, ...]
     without_kv: tuple[str, ...]
     """Kinds of the layers that keep no KV, one word each."""
+    state_bytes: int = 0
     uneven: str = ""
     """The field by which layers differ in what is counted from one of them; empty if none does."""
     experts: Experts | None = None
@@ -174,6 +176,7 @@ def read_shape(config: Mapping[str, Any], name: str) -> Shape:
         qkv_bias=bool(config.get("attention_bias", model_type in _QKV_BIAS)),
         kv_layers=kv_layers,
         without_kv=without_kv,
+        state_bytes=state_bytes(reader, without_kv),
         uneven=_uneven(config),
         experts=experts,
         **latent,

@@ -78,6 +78,10 @@ class ModelSpec:
     kinds_without_kv: tuple[str, ...] = ()
     """What the layers are that don't attend, one word each: `mamba`, `linear_attention`."""
 
+    state_bytes: int = 0
+    """Of their recurrent state, in all layers, as SGLang keeps it by default: what a checkpoint
+    takes. 0 if there is none, or it isn't known."""
+
     def __post_init__(self) -> None:
         positive = (
             "n_layers hidden_size intermediate_size n_heads n_kv_heads head_dim vocab_size "
@@ -220,6 +224,7 @@ class ModelSpec:
             tied_embeddings=shape.tied_embeddings,
             kv_layers=shape.kv_layers,
             kinds_without_kv=shape.without_kv,
+            state_bytes=shape.state_bytes,
         )
 
 

@@ -41,10 +41,11 @@ def facts(model: ModelSpec, device: DeviceSpec, note: str = "") -> str:
         )
     if model.kinds_without_kv:
         kinds = ", ".join(sorted(set(model.kinds_without_kv)))
-        said.append(
-            f"{len(model.kinds_without_kv)} of {model.n_layers} layers ({kinds}) keep no KV; the "
-            "state that some keep for each request is not counted."
-        )
+        state = "the state that some keep for each request is not counted."
+        if model.state_bytes:
+            state = f"a checkpoint of their state takes {model.state_bytes / 1024:,.1f} KiB more."
+        n_without = len(model.kinds_without_kv)
+        said.append(f"{n_without} of {model.n_layers} layers ({kinds}) keep no KV; {state}")
     if model.n_kv_layers < model.n_attention_layers:
         said.append(
             f"{model.n_attention_layers - model.n_kv_layers} of {model.n_attention_layers} layers "

@@ -40,6 +40,8 @@ def why_not(server_args: Any) -> str | None:
     if outcome.enable_deterministic_inference:
         # Results depend, in their last bits, on who shares a batch.
         return "--enable-deterministic-inference"
+    if getattr(outcome, "uses_mamba_radix_cache", False):
+        return "a model with recurrent state (Mamba, linear attention)"
     if outcome.enable_torch_compile:
         # Groups change from batch to batch.
         return "--enable-torch-compile"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tiered_kv.core.errors import ConfigError
-from tiered_kv.plugin.options import cascade, decode
+from tiered_kv.plugin.options import decode
 from tiered_kv.plugin.upstream.current import arguments
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ RULES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
         ),
     ),
     (decode.OPTION, lambda a: a.tiered_kv_iteration_policy != decode.EVERYONE),
-    (f"{cascade.OPTION} on", lambda a: a.tiered_kv_cascade == "on"),
 )
 
 
@@ -52,7 +51,7 @@ def choose_strategy(server_args: Any) -> None:
 
 
 def check_resolved(server_args: Any) -> None:
-    """Raise ConfigError for what does not go with recurrent state; switch off what need not be."""
+    """Raise ConfigError for what does not go with recurrent state."""
     if not arguments.TAKES_RECURRENT_STATE or not server_args.uses_mamba_radix_cache:
         return
     for option, applies in RULES:
@@ -61,7 +60,6 @@ def check_resolved(server_args: Any) -> None:
                 "--tiered-kv does not support, for models with recurrent state (Mamba, linear "
                 f"attention), {option}; drop one of both."
             )
-    server_args.tiered_kv_cascade = "off"
     logger.info(
         "Tiered KV: this model has recurrent state: scheduling does not overlap with passes "
         "(--disable-overlap-schedule), and there is no cascade attention."
