@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import pytest
 
@@ -256,3 +257,55 @@ def test_what_was_used_more_and_lies_deeper_is_written_first(forest: Forest, roo
     before = manager.write_value(shallow)
     forest.match(root, PROMPT[:4])
     assert manager.write_value(shallow) > before
+
+
+# -- all of a run or nothing ------------------------------------------------------------------
+
+
+class _SecondsPerToken:
+    """A tenth of a second for a loaded token of 1 byte, and `compute_s` for a computed one."""
+
+    def __init__(self, compute_s: float) -> None:
+        self._compute_s = compute_s
+
+    def bytes_per_token(self, tier: Tier) -> float:
+        return 1.0
+
+    def load_s(self, source: Tier, target: Tier, n_bytes: int, queued_bytes: int = 0) -> float:
+        return 0.1 * (n_bytes + queued_bytes)
+
+    def recompute_s(self, start: int, end: int) -> float:
+        return self._compute_s * (end - start)
+
+
+@pytest.mark.parametrize(
+    ("policy", "compute_s", "queued_bytes", "is_loaded"),
+    [
+        ("always", 0.001, 10**6, True),
+        ("never", 1000.0, 0, False),
+        ("cost", 0.2, 0, True),
+        ("cost", 0.05, 0, False),
+        ("cost", 0.2, 100, False),
+    ],
+)
+def test_a_run_is_loaded_whole_or_not_at_all(
+    forest: Forest,
+    root: Node,
+    path: list[Node],
+    policy: str,
+    compute_s: float,
+    queued_bytes: int,
+    is_loaded: bool,
+) -> None:
+    for node in path[:0:-1]:
+        forest.set_resident(node, HOST, list(range(node.n_pages)))
+        forest.evict(node, DEVICE)
+    costs: Any = _SecondsPerToken(compute_s)
+    manager = MemoryManager(forest, MemoryConfig(load_policy=policy), costs)
+    match = forest.match(root, PROMPT)
+    # Its state on the device is that at the very beginning: all of it would be computed.
+    action = manager.on_whole_match(
+        match, start=0, prompt_tokens=len(PROMPT), queued_bytes=queued_bytes
+    )
+    whole = Load((path[1].node_id, path[2].node_id), HOST, DEVICE)
+    assert action == (whole if is_loaded else None)

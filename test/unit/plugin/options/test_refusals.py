@@ -269,7 +269,11 @@ def build_context(**facts: Any) -> SimpleNamespace:
     ],
     ids=str,
 )
-def test_unsupported_models_are_refused(fact: dict[str, Any]) -> None:
+def test_unsupported_models_are_refused(
+    fact: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a release on which they are.
+    monkeypatch.setattr(arguments, "TAKES_RECURRENT_STATE", False)
     with pytest.raises(ConfigError) as error:
         refusals.check_model(build_context(**fact))
     one_sentence(error)

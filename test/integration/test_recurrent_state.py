@@ -1,0 +1,125 @@
+"""Recurrent state: answers from every tier are those of plain SGLang (docs/models.md).
+
+A small random model some of whose layers are short convolutions. SGLang's Triton kernels run in
+Triton's interpreter here, so prompts are few. The last two servers find their checkpoints damaged:
+one on disk, which must not show in any answer; one on its way to the device, which must, or the
+comparisons would say nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from harness.client import generate_all
+from harness.metrics import wait_for_disk
+from harness.prompts import PromptMaker
+from harness.server import ALWAYS_LOAD, FLOAT32, Server
+from support import models
+from support.damage import damage_segments
+from support.injection import injected
+from support.workload import differences, mixed_requests, serve
+from support_plugin import on_release
+
+pytestmark = [
+    *(pytest.mark.server, pytest.mark.long, pytest.mark.timeout(2400)),
+    pytest.mark.skipif(not on_release.IS_0_5_17, reason="served on 0.5.17 alone"),
+]
+
+ENVIRONMENT = {
+    "TRITON_INTERPRET": "1",
+    # What SGLang compiles besides takes minutes on two cores, and computes the same.
+    "TORCHDYNAMO_DISABLE": "1",
+    # As the model: else cutting a prompt rounds what a convolution looks back to.
+    "SGLANG_MAMBA_CONV_DTYPE": "float32",
+}
+POOL = ("--max-total-tokens", 1024, "--chunked-prefill-size", 128, "--max-mamba-cache-size", 48)
+#: Its own tree wants pages of one token on a CPU.
+PLAIN = (
+    "--page-size",
+    1,
+    "--mamba-radix-cache-strategy",
+    "no_buffer",
+    "--disable-overlap-schedule",
+)
+#: An answer leaves a checkpoint every 16 tokens, a prompt where that saves as many.
+CHECKPOINTS = ("--page-size", 16, "--mamba-track-interval", 16)
+N_TOKENS = 300
+N_REUSABLE = 288
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[Path, Path], Path]
+
+
+CASES = (Case("short_convolution", models.tiny_short_convolution_model),)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_tier_gives_the_answers_of_plain_sglang(
+    make_server: Callable[..., Server],
+    demo_model: Path,
+    prompts: PromptMaker,
+    tmp_path: Path,
+    case: Case,
+) -> None:
+    model = case.make(demo_model, tmp_path / "model")
+    asked = [prompts.tokens(f"models {i}", N_TOKENS) for i in range(5)]
+    load = mixed_requests(prompts, 40, seed=7)
+    only_platform = {**ENVIRONMENT, "SGLANG_PLUGINS": "tiered_kv_cpu"}
+    plain_args = (*FLOAT32, *POOL, *PLAIN)
+    with make_server(f"{case.name}_plain", *plain_args, model=model, env=only_platform) as plain:
+        truths = [answer.output_ids for answer in generate_all(plain, asked, concurrency=1)]
+        alone = serve(plain, [one.alone(f"alone {i}") for i, one in enumerate(load)], 4)
+    assert len(set(truths)) == 5, "the model ignores its prompts"
+
+    args = [*FLOAT32, *POOL, *CHECKPOINTS, "--tiered-kv", *ALWAYS_LOAD]
+    args += ["--tiered-kv-host-size", "4MB", "--enable-metrics"]
+    args += ["--tiered-kv-disk-dir", tmp_path / "disk", "--tiered-kv-disk-size", "300MB"]
+    watched = [*args, "--tiered-kv-debug-integrity"]
+    with make_server(case.name, *watched, model=model, env=ENVIRONMENT) as server:
+        computed = generate_all(server, asked, concurrency=1)
+        from_device = generate_all(server, asked[-1:], concurrency=1)
+        from_host = generate_all(server, asked[:2], concurrency=1)
+        wait_for_disk(server)
+        server.flush_cache()
+        from_disk = generate_all(server, asked, concurrency=1)
+        answers = serve(server, load, concurrency=12)
+        again = generate_all(server, asked, concurrency=5)
+        wait_for_disk(server)
+    with make_server(f"{case.name}_restarted", *watched, model=model, env=ENVIRONMENT) as server:
+        after_restart = generate_all(server, asked, concurrency=1)
+    wrong = {**ENVIRONMENT, **injected("corrupt_states")}
+    with make_server(f"{case.name}_wrong", *args, model=model, env=wrong) as server:
+        with_wrong_states = generate_all(server, asked, concurrency=1)
+    assert damage_segments(tmp_path / "disk")
+    with make_server(f"{case.name}_damaged", *watched, model=model, env=ENVIRONMENT) as server:
+        damaged = generate_all(server, asked, concurrency=1)
+
+    assert [answer.cached_tokens for answer in computed] == [0] * 5
+    assert [answer.device for answer in from_device] == [N_REUSABLE]
+    assert [answer.host for answer in from_host] == [N_REUSABLE] * 2
+    for from_cold in (from_disk, after_restart, with_wrong_states):
+        assert [answer.disk for answer in from_cold] == [N_REUSABLE] * 5
+    assert sum(answer.disk for answer in damaged) < N_REUSABLE * 5
+    for some, true in (
+        (computed, truths),
+        (from_device, truths[-1:]),
+        (from_host, truths[:2]),
+        (from_disk, truths),
+        (again, truths),
+        (after_restart, truths),
+        (damaged, truths),
+    ):
+        assert [answer.output_ids for answer in some] == true
+    assert not differences(answers, [truth.output_ids for truth in alone])
+    assert any(answer is not None and answer.cached_tokens for answer in answers)
+    # A small model may say the same of a wrong state, but not five times.
+    assert any(
+        answer.output_ids != true for answer, true in zip(with_wrong_states, truths, strict=True)
+    ), "a wrong state does not show in the answers"

@@ -1,0 +1,69 @@
+"""What goes with recurrent state, and what is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
+
+from support_plugin import on_release
+from tiered_kv.core.errors import ConfigError
+from tiered_kv.plugin.options import recurrent
+
+pytestmark = pytest.mark.skipif(
+    not on_release.IS_0_5_17, reason="such models are served on 0.5.17 alone"
+)
+
+
+def arguments(**changes: Any) -> Any:
+    given = {
+        "uses_mamba_radix_cache": True, "tp_size": 1, "dp_size": 1, "enable_mixed_chunk": False,
+        "chunked_prefill_size": 2048, "enable_linear_replayssm": False,
+        "enable_int8_mamba_checkpoint": False, "mamba_radix_cache_strategy": "auto",
+        "tiered_kv_store": None, "tiered_kv_host_format": "raw", "tiered_kv_disk_format": "same",
+        "tiered_kv_iteration_policy": "all",
+    }  # fmt: skip
+    args = SimpleNamespace(**{**given, **changes})
+    recurrent.choose_strategy(args)
+    return args
+
+
+def test_the_plain_case_is_served(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        recurrent.check_resolved(arguments())
+    assert "scheduling does not overlap with passes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tp_size": 2},
+        {"dp_size": 2},
+        {"enable_mixed_chunk": True},
+        {"chunked_prefill_size": -1},
+        {"enable_linear_replayssm": True},
+        {"enable_int8_mamba_checkpoint": True},
+        {"mamba_radix_cache_strategy": "extra_buffer"},
+        {"tiered_kv_store": "valkey://somewhere:1"},
+        {"tiered_kv_host_format": "fp8"},
+        {"tiered_kv_disk_format": "int4"},
+        {"tiered_kv_iteration_policy": "slack"},
+    ],
+    ids=str,
+)
+def test_what_was_not_tried_is_refused_but_for_other_models(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^--tiered-kv does not support, for models with rec"):
+        recurrent.check_resolved(arguments(**changes))
+    recurrent.check_resolved(arguments(**changes, uses_mamba_radix_cache=False))
+
+
+def test_a_pool_that_nobody_knows_is_refused() -> None:
+    pool = SimpleNamespace(mamba_pool=None)
+    allocator = SimpleNamespace(get_kvcache=lambda: None)
+    params = SimpleNamespace(req_to_token_pool=pool, token_to_kv_pool_allocator=allocator)
+    recurrent.check_model(SimpleNamespace(is_hybrid_ssm=False, params=params))
+    with pytest.raises(ConfigError, match="does not know the pool SimpleNamespace of this model's"):
+        recurrent.check_model(SimpleNamespace(is_hybrid_ssm=True, params=params))
