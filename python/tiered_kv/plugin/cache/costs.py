@@ -10,6 +10,7 @@ import torch
 from tiered_kv.core.device_spec import DeviceSpec, find_device, preset_for
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
+from tiered_kv.core.model_config import Shape, read_shape
 from tiered_kv.core.model_spec import ModelSpec
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
 from tiered_kv.tiers.page_format import PageFormat
@@ -42,9 +43,13 @@ def build_cost_model(
     hf_config = ctx.model_config.hf_config
     dtype: torch.dtype = ctx.tp_worker.model_runner.model_config.dtype
     try:
-        model = ModelSpec.from_hf_config(
-            _as_published(hf_config.to_dict(), ctx.model_config.head_dim),
-            name=str(ctx.server_args.model_path),
+        config = _as_published(hf_config.to_dict(), ctx.model_config.head_dim)
+        shape = read_shape(config, str(ctx.server_args.model_path))
+        # A config.json does not say how large layers with recurrent state are.
+        counts = count(ctx.tp_worker.model_runner.model, shape) if ctx.is_hybrid_ssm else {}
+        model = ModelSpec.of_shape(
+            shape,
+            **counts,
             weight_bytes_per_parameter=float(dtype.itemsize),
             kv_bytes_per_element=float(pool.dtype.itemsize),
         )
@@ -71,6 +76,19 @@ def build_cost_model(
         },
         host_bytes_per_token=page_format.token_bytes,
     )
+
+
+def count(model: torch.nn.Module, shape: Shape) -> dict[str, int]:
+    """How many parameters a model in memory has, on one rank, and how many a token uses."""
+    total = in_experts = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        in_experts += parameter.numel() if ".experts." in name else 0
+    idle_share = 1.0 - shape.experts.n_active / shape.experts.n_experts if shape.experts else 0.0
+    return {
+        "n_parameters": total,
+        "n_active_parameters": total - round(in_experts * idle_share),
+    }
 
 
 def _as_published(config: dict[str, Any], head_dim: int) -> dict[str, Any]:
