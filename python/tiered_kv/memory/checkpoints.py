@@ -39,9 +39,14 @@ def boundaries(path: Sequence[Node], end: int, page_size: int) -> Iterator[Bound
 def deepest(
     path: Sequence[Node], end: int, page_size: int, is_there: Callable[[PageHash], bool]
 ) -> Boundary | None:
-    """Where a prompt goes on that may go on anywhere down to `end`, of what is there; or None."""
-    found = (one for one in boundaries(path, end, page_size) if is_there(one.name))
-    return next(found, None)
+    """The first of `boundaries` that is there; or None."""
+    # Without one it looks at every page of a prompt.
+    for node in reversed(path):
+        hashes = node.page_hashes
+        for place in range((min(end, node.end) - node.start) // page_size, 0, -1):
+            if is_there(hashes[place - 1]):
+                return Boundary(node.start + place * page_size, hashes[place - 1])
+    return None
 
 
 class Checkpoints:
@@ -67,6 +72,10 @@ class Checkpoints:
 
     def __contains__(self, name: PageHash) -> bool:
         return name in self._kept
+
+    def deepest(self, path: Sequence[Node], end: int, page_size: int) -> Boundary | None:
+        """Where a prompt goes on that may go on at any page of `path` down to `end`; or None."""
+        return deepest(path, end, page_size, self._kept.__contains__)
 
     def reserve(self) -> int | None:
         """A slot to be filled, then kept or given back; None if all are in use."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tiered_kv.core.errors import IntegrityError
 from tiered_kv.core.ids import PageHash
 from tiered_kv.forest.node import Node
-from tiered_kv.memory.checkpoints import Boundary, Checkpoints, boundaries, deepest
+from tiered_kv.memory.checkpoints import Boundary, Checkpoints, boundaries
 from tiered_kv.tiers.state_store import StateLayout, StateStore
 from tiered_kv.tiers.transfer import Completion, TransferQueue
 
@@ -134,7 +134,7 @@ class RecurrentStates:
 
     def deepest(self, path: Sequence[Node], end: int) -> Boundary | None:
         """The last place before `end` where a request along `path` can go on now."""
-        return deepest(path, end, self._page_size, self.table.__contains__)
+        return self.table.deepest(path, end, self._page_size)
 
     def promise(self, rid: str, places: Sequence[Boundary]) -> None:
         """Keeps these for `rid`, which is looked at for admission, until the pass is formed."""
@@ -237,6 +237,7 @@ class RecurrentStates:
         self.end_promises()
         for rid in list(self._unnamed):
             self.forget_noted(rid)
+        self._wishes.clear()
         self.table.clear()
 
     def close(self, timeout_s: float) -> None:

@@ -180,7 +180,8 @@ class HybridPrefixCache(TieredPrefixCache):
     def is_prefetched(self, rid: str) -> bool:
         if not super().is_prefetched(rid):
             return False
-        if not self.states.is_wished(rid):
+        # While weights change, what the disk has is of others.
+        if not self.states.is_wished(rid) or not self.weights.is_named:
             return True
         root, tokens = self._prompts[rid]
         path, _, end = self._usable(root, tokens, None)

@@ -61,7 +61,7 @@ def _chunk_to_stop(cache: Any, adder: Any, req: Any, start: int) -> int | None:
     Returns what room the pass had before, or None if nothing was changed.
     """
     stop, room = cache.stop_before(req, start), adder.rem_chunk_tokens
-    if stop is None or stop - start > room:
+    if stop is None or room is None or stop - start > room:
         return None
     adder.rem_chunk_tokens = stop - start
     return int(room)

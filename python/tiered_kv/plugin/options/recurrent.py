@@ -27,6 +27,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--dp-size above 1", lambda a: a.dp_size > 1),
     ("--enable-mixed-chunk", lambda a: a.enable_mixed_chunk),
     ("--chunked-prefill-size -1", lambda a: a.chunked_prefill_size <= 0),
+    # It cuts prompts at places of its own.
+    ("--enable-deterministic-inference", lambda a: a.enable_deterministic_inference),
     ("--enable-linear-replayssm", lambda a: a.enable_linear_replayssm),
     ("--enable-int8-mamba-checkpoint", lambda a: a.enable_int8_mamba_checkpoint),
     (
@@ -73,6 +75,12 @@ def check_model(ctx: Any) -> None:
     """
     if not ctx.is_hybrid_ssm:
         return
+    outcome = arguments.resolved(ctx.server_args)
+    if not outcome.uses_mamba_radix_cache or not outcome.disable_overlap_schedule:
+        raise ConfigError(
+            "--tiered-kv does not support this model with recurrent state, which SGLang itself "
+            "has no prefix cache for; start without --tiered-kv."
+        )
     from sglang.srt.mem_cache.memory_pool import (
         HybridLinearKVPool,
         HybridReqToTokenPool,

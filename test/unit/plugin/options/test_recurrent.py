@@ -24,7 +24,7 @@ def arguments(**changes: Any) -> Any:
         "chunked_prefill_size": 2048, "enable_linear_replayssm": False,
         "enable_int8_mamba_checkpoint": False, "mamba_radix_cache_strategy": "auto",
         "tiered_kv_store": None, "tiered_kv_host_format": "raw", "tiered_kv_disk_format": "same",
-        "tiered_kv_iteration_policy": "all",
+        "tiered_kv_iteration_policy": "all", "enable_deterministic_inference": False,
     }  # fmt: skip
     args = SimpleNamespace(**{**given, **changes})
     recurrent.choose_strategy(args)
@@ -43,6 +43,7 @@ def test_the_plain_case_is_served(caplog: pytest.LogCaptureFixture) -> None:
         {"tp_size": 2},
         {"dp_size": 2},
         {"enable_mixed_chunk": True},
+        {"enable_deterministic_inference": True},
         {"chunked_prefill_size": -1},
         {"enable_linear_replayssm": True},
         {"enable_int8_mamba_checkpoint": True},
@@ -64,6 +65,12 @@ def test_a_pool_that_nobody_knows_is_refused() -> None:
     pool = SimpleNamespace(mamba_pool=None)
     allocator = SimpleNamespace(get_kvcache=lambda: None)
     params = SimpleNamespace(req_to_token_pool=pool, token_to_kv_pool_allocator=allocator)
-    recurrent.check_model(SimpleNamespace(is_hybrid_ssm=False, params=params))
+    args = arguments(disable_overlap_schedule=True)
+    ctx = SimpleNamespace(is_hybrid_ssm=False, params=params, server_args=args)
+    recurrent.check_model(ctx)
+    ctx.is_hybrid_ssm = True
     with pytest.raises(ConfigError, match="does not know the pool SimpleNamespace of this model's"):
-        recurrent.check_model(SimpleNamespace(is_hybrid_ssm=True, params=params))
+        recurrent.check_model(ctx)
+    args.disable_overlap_schedule = False
+    with pytest.raises(ConfigError, match="SGLang itself has no prefix cache for"):
+        recurrent.check_model(ctx)

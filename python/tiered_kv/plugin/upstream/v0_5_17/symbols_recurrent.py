@@ -78,7 +78,7 @@ RECURRENT = (
         f"{SRT}.server_args.ServerArgs",
         "mamba_radix_cache_strategy mamba_track_interval uses_mamba_radix_cache "
         "enable_linear_replayssm enable_int8_mamba_checkpoint enable_mixed_chunk tp_size dp_size "
-        "chunked_prefill_size",
+        "chunked_prefill_size enable_deterministic_inference disable_overlap_schedule",
         "options.recurrent cache.build_hybrid",
     ),
     function(
