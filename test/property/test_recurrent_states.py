@@ -132,7 +132,7 @@ class Machine:
         slot = self.n_requests
         self.copier.slots[slot] = 0
         if place is not None:
-            states.promise(rid, [place])
+            states.promise(rid, {place})
             if chunk_pages == 5:
                 self.want_all_room()
             states.give(rid, start, slot)

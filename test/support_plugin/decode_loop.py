@@ -33,6 +33,7 @@ from support_plugin.serving_parts import PretendDisk, serving_parts
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import find_model
+from tiered_kv.plugin.cache.parts import CacheParts
 from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
 from tiered_kv.plugin.decode import selection as decode_selection
 from tiered_kv.plugin.decode.selection import DecodeSelection
@@ -125,14 +126,14 @@ class DecodeLoop(upstream.Scheduler):
         self.token_to_kv_pool_allocator = on_release.paged_allocator()(
             n_tokens, page_size, torch.float32, "cpu", pool, need_sort=False
         )
-        self.req_to_token_pool = ReqToTokenPool(max_running, 1024, "cpu", False)
+        self.req_to_token_pool = self.make_rows(max_running)
         params = CacheInitParams(
             disable=False,
             req_to_token_pool=self.req_to_token_pool,
             token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
             page_size=page_size,
         )
-        self.tp_worker = self.model_worker = KvModel(pool, self.req_to_token_pool, overlap=overlap)
+        self.tp_worker = self.model_worker = self.make_model(pool, overlap)
         parts = serving_parts(
             pool,
             self.token_to_kv_pool_allocator,
@@ -141,7 +142,7 @@ class DecodeLoop(upstream.Scheduler):
             disk,
             lambda: self.tp_worker.version,
         )
-        self.tree_cache = TieredPrefixCache(params, parts)
+        self.tree_cache = self.make_cache(params, parts, disk)
         gate = parts.hierarchy.load_back.gate
         pool.register_layer_transfer_counter(gate)
         self.tp_worker.register_hicache_layer_transfer_counter(gate)
@@ -154,6 +155,19 @@ class DecodeLoop(upstream.Scheduler):
         self.init_overlap()
         self.now_s = 1.0
         self.clock = SharedClock(wanted=lambda: True, on_tick=lambda: None)
+
+    # -- what a loop for models of another kind has in their places -----------------------------
+
+    def make_rows(self, max_running: int) -> Any:
+        return ReqToTokenPool(max_running, 1024, "cpu", False)
+
+    def make_model(self, pool: Any, overlap: bool) -> KvModel:
+        return KvModel(pool, self.req_to_token_pool, overlap=overlap)
+
+    def make_cache(
+        self, params: CacheInitParams, parts: CacheParts, disk: PretendDisk | None
+    ) -> TieredPrefixCache:
+        return TieredPrefixCache(params, parts)
 
     def _set_switches(self, args: Any, *, overlap: bool, page_size: int, max_running: int) -> None:
         self.server_args = args

@@ -7,7 +7,7 @@ thread copies; a thread of its own reads and writes the disk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -99,7 +99,8 @@ class RecurrentStates:
 
     def note(self, rid: str, n_tokens: int, device_slot: Any) -> None:
         """`rid` has produced tokens up to the end of a page; only its last such state is kept."""
-        _, slot = self._unnamed.pop(rid, (0, self.table.reserve()))
+        noted = self._unnamed.get(rid)
+        slot = self.table.reserve() if noted is None else noted[1]
         if slot is not None:
             self._save(device_slot, slot)
             self._unnamed[rid] = n_tokens, slot
@@ -136,7 +137,7 @@ class RecurrentStates:
         """The last place before `end` where a request along `path` can go on now."""
         return self.table.deepest(path, end, self._page_size)
 
-    def promise(self, rid: str, places: Sequence[Boundary]) -> None:
+    def promise(self, rid: str, places: Set[Boundary]) -> None:
         """Keeps these for `rid`, which is looked at for admission, until the pass is formed."""
         self._let_go(rid)
         held = self._held[rid] = {}

@@ -68,7 +68,7 @@ class HybridPrefixCache(TieredPrefixCache):
         on_device = place
         if place is not None and place.n_tokens > device_end:
             on_device = self.states.deepest(path, device_end)
-        self.states.promise(req.rid, [one for one in (place, on_device) if one is not None])
+        self.states.promise(req.rid, {one for one in (place, on_device) if one is not None})
         first = hierarchy.match(root, key.token_ids, _tokens(on_device))
         if on_device == place:
             last = first.last_device
