@@ -2,8 +2,8 @@
 
 Method: requests arrive at random under every request policy, on pools that are too small, with room
 for few checkpoints. Chance puts prompts back, evicts from device and host, has SGLang retract,
-aborts, pauses with retraction, empties the cache, has the disk fail for a while and damages what it
-has.
+aborts, pauses with retraction, empties the cache, has the disk fail for a while, and copies to the
+device as well.
 Guarantee: in every pass the state of each request is that of its own tokens (`HybridModel`); every
 answer is what a loop without a cache says; at the end no state is held.
 """
@@ -107,6 +107,16 @@ class History:
             self._disk.reads.error = None if self._disk.reads.error else OSError("on purpose")
         if dice.random() < 0.01:
             table.clear()
+        if dice.random() < 0.01:
+            self._fail_next_load(hierarchy.context.copier)
+
+    def _fail_next_load(self, copier: Any) -> None:
+        def fail(*args: Any) -> None:
+            del copier.to_device
+            self.counts["failed load"] += 1
+            raise OSError("on purpose")
+
+        copier.to_device = fail
 
     def _abort(self, rid: str) -> None:
         self.aborted.add(rid)
@@ -123,6 +133,7 @@ def run(loop: HybridLoop, oracle: Oracle, disk: PretendDisk | None, number: int)
             loop.run(lambda: next(rest, None) is not None)
     finally:
         scheduler.TEST_RETRACT = False
+        vars(loop.tree_cache.hierarchy.context.copier).pop("to_device", None)
         if disk is not None:
             disk.release()
     loop.check_nothing_is_held()
@@ -167,6 +178,7 @@ def run_all(args: Any, n_histories: int) -> None:
     print(totals)
     for what in ("aborted", "retracted", "paused", "put back", "device", "host", "disk", "seeded"):
         assert totals[what] > n_histories // 20, totals
+    assert totals["failed load"]
 
 
 def test_every_state_is_that_of_its_own_tokens(args: Any) -> None:
