@@ -94,7 +94,9 @@ class MiniScheduler:
         self.lora_drainer = lora_drainer
         self.prefill_delayer = prefill_delayer
         self.lacks_adapter: set[str] = set()
-        self.tree_cache = SimpleNamespace(evictable_size=lambda: 0, saved_tokens=0)
+        self.tree_cache = SimpleNamespace(
+            evictable_size=lambda: 0, saved_tokens=0, supports_mamba=lambda: False
+        )
         self.has_decode_memory = True
         self.running_batch = SimpleNamespace(
             reqs=[],
