@@ -82,8 +82,6 @@ class RecurrentStates:
         self._wishes: dict[str, Wish] = {}
         self._queue: TransferQueue[StateJob] = TransferQueue("states", self._run)
         self._n_writes = 0
-        self.n_damaged = 0
-        """Checkpoints that the disk said it had and could not give back."""
 
     # -- taking them --------------------------------------------------------------------------
 
@@ -218,7 +216,6 @@ class RecurrentStates:
         if completion.n_done:
             self.table.keep(job.slot, job.name)
             return
-        self.n_damaged += 1
         self.table.give_back(job.slot)
         if wish is not None:
             wish.missing.add(job.name)

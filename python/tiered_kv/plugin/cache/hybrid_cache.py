@@ -61,19 +61,20 @@ class HybridPrefixCache(TieredPrefixCache):
         if not self.weights.is_named:
             self.look_at_weights()
         key, hierarchy = params.key, self.hierarchy
-        root = self._root_of(key)
-        path, device_end, end = self._usable(root, key.token_ids, key.limit)
+        self._last_key = key.extra_key
+        root, tokens = self._root_of(key), self._named(key)
+        path, device_end, end = self._usable(root, tokens, key.limit)
         setattr(req, _PARTING, path[-1].end if path else 0)
         place = self.states.deepest(path, end)
         on_device = place
         if place is not None and place.n_tokens > device_end:
             on_device = self.states.deepest(path, device_end)
         self.states.promise(req.rid, {one for one in (place, on_device) if one is not None})
-        first = hierarchy.match(root, key.token_ids, _tokens(on_device))
+        first = hierarchy.match(root, tokens, _tokens(on_device))
         if on_device == place:
             last = first.last_device
         else:
-            last = hierarchy.match(root, key.token_ids, _tokens(place)).last
+            last = hierarchy.match(root, tokens, _tokens(place)).last
         return self.match_result(
             [device_slots_of(node) for node in first.device],
             first.last_device,
@@ -174,6 +175,7 @@ class HybridPrefixCache(TieredPrefixCache):
         tokens = array("q")
         for node in list(path_up(last_host_node))[::-1]:
             tokens.extend(node.tokens)
+        # Of names, too: no such model has inputs beside tokens.
         tokens.extend(new_input_tokens)
         self._prompts[rid] = last_host_node.root, tokens
 

@@ -87,6 +87,11 @@ def check_model(ctx: Any) -> None:
         MambaPool,
     )
 
+    if ctx.model_config.is_multimodal:
+        raise ConfigError(
+            "--tiered-kv does not support models with recurrent state that take images; start "
+            "without --tiered-kv."
+        )
     req_to_token_pool = ctx.params.req_to_token_pool
     pools = (
         (req_to_token_pool, HybridReqToTokenPool),

@@ -52,6 +52,7 @@ class Scheduler:
         )
         parts = SimpleNamespace(metrics=MetricsRecorder(), disk_store=None, has_disk=True)
         self.tree_cache = SimpleNamespace(
+            supports_mamba=lambda: False,
             hierarchy=self.rig.hierarchy,
             parts=parts,
             weights=SimpleNamespace(is_named=True),
@@ -244,6 +245,14 @@ def test_weights_without_a_name(serve: Any) -> None:
     app, manager = serve()
     manager.schedulers[1].tree_cache.weights.is_named = False
     assert post(app, about(PROMPT)).status_code == 409
+
+
+def test_checkpoints_of_recurrent_state_are_beyond_orders(serve: Any) -> None:
+    app, manager = serve()
+    for scheduler in manager.schedulers:
+        scheduler.tree_cache.supports_mamba = lambda: True
+    response = post(app, about(PROMPT, "drop"))
+    assert (response.status_code, response.json()["error"]) == (409, desk.NO_STATES)
 
 
 def test_what_takes_too_long_is_left(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,10 +66,14 @@ def test_a_pool_that_nobody_knows_is_refused() -> None:
     allocator = SimpleNamespace(get_kvcache=lambda: None)
     params = SimpleNamespace(req_to_token_pool=pool, token_to_kv_pool_allocator=allocator)
     args = arguments(disable_overlap_schedule=True)
-    ctx = SimpleNamespace(is_hybrid_ssm=False, params=params, server_args=args)
+    model = SimpleNamespace(is_multimodal=False)
+    ctx = SimpleNamespace(is_hybrid_ssm=False, params=params, server_args=args, model_config=model)
     recurrent.check_model(ctx)
     ctx.is_hybrid_ssm = True
     with pytest.raises(ConfigError, match="does not know the pool SimpleNamespace of this model's"):
+        recurrent.check_model(ctx)
+    model.is_multimodal = True
+    with pytest.raises(ConfigError, match="recurrent state that take images"):
         recurrent.check_model(ctx)
     args.disable_overlap_schedule = False
     with pytest.raises(ConfigError, match="SGLang itself has no prefix cache for"):
