@@ -127,40 +127,6 @@ def tiny_short_convolution_model(model: Path, to: Path) -> Path:
     )
 
 
-def tiny_delta_net_model(model: Path, to: Path) -> Path:
-    """Random weights in the shape of Qwen3-Next: every other layer is a gated delta net."""
-    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
-
-    n_layers = 4
-    _random_model(
-        model,
-        to,
-        Qwen3NextConfig,
-        Qwen3NextForCausalLM,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=n_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        layer_types=["linear_attention", "full_attention"] * (n_layers // 2),
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        # No layer of experts.
-        mlp_only_layers=list(range(n_layers)),
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        shared_expert_intermediate_size=64,
-    )
-    config = json.loads((to / "config.json").read_text())
-    # The word that SGLang reads for the types of layers.
-    (to / "config.json").write_text(json.dumps({**config, "full_attention_interval": 2}))
-    return to
-
-
 def _random_model(model: Path, to: Path, config: Any, architecture: Any, **shape: Any) -> Path:
     """`architecture`, of transformers, with random weights in this shape, `model`'s tokenizer."""
     import torch
