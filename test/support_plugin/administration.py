@@ -156,7 +156,7 @@ def versions_on_disk(disk: PretendDisk) -> dict[int, set[float]]:
     """By the version of the weights that names pages: whose KV is in them."""
     names = {namespace_hash("the KV model", str(version)): version for version in range(1000)}
     found: dict[int, set[float]] = {}
-    for (namespace, _), page in disk.store._pages.items():
+    for (namespace, _), page in disk.store._pages.copy().items():  # others write meanwhile
         values = torch.frombuffer(bytearray(page), dtype=torch.float32).reshape(2, -1, 2)[1]
         found.setdefault(names[namespace], set()).update(values[:, 0].tolist())
     return found
