@@ -140,11 +140,12 @@ class TieredKVCpuPlatform(hardware.PlainPlatform, CpuDeviceMixin, SRTPlatform):
         # Upstream has transformers' fast processors of images compute on a GPU.
         server_args.disable_fast_image_processor = True
         choose_dtype(server_args)
-        if server_args.tp_size > 1:
+        n_shares = hardware.core_shares(server_args)
+        if n_shares > 1:
             # Ranks talk over gloo. Upstream takes the NCCL library that comes with torch for a
             # sign of GPUs and opens it on this device; one that cannot be loaded is left alone.
             os.environ.setdefault("SGLANG_NCCL_SO_PATH", "no NCCL on a CPU")
-            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_by_rank(server_args.tp_size))
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_by_rank(n_shares))
 
     def get_device(self, device_id: int = 0) -> str:
         """A string, because `ServerArgs` takes `--device` from here when it isn't given."""

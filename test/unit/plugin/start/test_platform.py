@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from support_plugin import on_release
 from tiered_kv.plugin.start import platform as platform_adapter
 from tiered_kv.plugin.start.platform import TieredKVCpuPlatform, activate, requested_device
 from tiered_kv.plugin.upstream.current import arguments
@@ -110,6 +111,7 @@ def server_args(**given: object) -> SimpleNamespace:
         "mem_fraction_static": None,
         "grammar_backend": None,
         "tp_size": 1,
+        "dp_size": 1,
         "dtype": "auto",
         "get_model_config": lambda: SimpleNamespace(dtype=torch.bfloat16, quantization=None),
     }
@@ -308,6 +310,11 @@ def test_ranks_get_cores_of_their_own_and_no_nccl(monkeypatch: pytest.MonkeyPatc
     TieredKVCpuPlatform().apply_server_args_defaults(server_args(tp_size=2))
     assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "0,1|2,5"
     assert not Path(os.environ["SGLANG_NCCL_SO_PATH"]).exists()
+
+    monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND")
+    TieredKVCpuPlatform().apply_server_args_defaults(server_args(tp_size=2, dp_size=2))
+    shares = "0,1|2,5" if on_release.IS_0_5_17 else "0|1|2|5"
+    assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == shares
 
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "7|5")
     TieredKVCpuPlatform().apply_server_args_defaults(server_args(tp_size=2))

@@ -40,6 +40,11 @@ def mla_kv_pool(*args: Any, index_head_dim: None = None, **kwargs: Any) -> Any:
     return MLATokenToKVPool(*args, **kwargs)
 
 
+def core_shares(server_args: Any) -> int:
+    """Among how many the cores are shared out: the ranks of one replica; replicas have the same."""
+    return int(server_args.tp_size)
+
+
 def replica_index(tp_worker: Any) -> int:
     """Which of the data-parallel replicas this process belongs to."""
     return int(tp_worker.ps.dp_rank or 0)

@@ -17,6 +17,11 @@ class PlainPlatform:
     """
 
 
+def core_shares(server_args: Any) -> int:
+    """Among how many the cores are shared out: all ranks of all replicas."""
+    return int(server_args.tp_size * server_args.dp_size)
+
+
 def replica_index(tp_worker: Any) -> int:
     """Which of the data-parallel replicas this process belongs to: the process itself was told."""
     from sglang.srt.runtime_context import get_parallel
