@@ -54,9 +54,9 @@ def test_all_but_the_last_piece_is_there_already(
 ) -> None:
     prompt = list(prompts.tokens("in pieces", 300))
     pieces = Pieces(three_tiers, {"input_ids": prompt[:100], "sampling_params": SAMPLING})
-    pieces.wait_for(100)
+    pieces.wait_for(96)
     pieces.add(input_ids=prompt[100:260])
-    pieces.wait_for(260)
+    pieces.wait_for(256)
 
     answer = Answer.of(pieces.finish(input_ids=prompt[260:]))
 
@@ -69,10 +69,10 @@ def test_what_comes_before_a_replacement_survives_it(
 ) -> None:
     first, second = prompts.tokens("replaced", 260), prompts.tokens("instead", 120)
     pieces = Pieces(three_tiers, {"input_ids": first, "sampling_params": SAMPLING})
-    pieces.wait_for(260)
+    pieces.wait_for(256)
     told = pieces.add(**{"input_ids": second, "from": 160})
     assert told["tokens"] == 280
-    pieces.wait_for(280)
+    pieces.wait_for(272)
 
     answer = Answer.of(pieces.finish())
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.types import Scope
 
-from tiered_kv.api.pieces import Prompt
+from tiered_kv.api.pieces import TOKEN_BYTES, Prompt
 from tiered_kv.plugin.prompts.inner import answer_of
 from tiered_kv.plugin.requests.adapter import AHEAD_KEY
 
@@ -38,8 +38,9 @@ _OF_ANSWERS = (
 class Ahead:
     """The prefill of one prompt: one request at a time, the newest pieces in each."""
 
-    def __init__(self, prompt: Prompt, manager: Any) -> None:
+    def __init__(self, prompt: Prompt, manager: Any, page_size: int) -> None:
         self._prompt = prompt
+        self._page_size = page_size
         self._manager = manager
         self._task: asyncio.Task[None] | None = None
         self._rid = ""
@@ -49,17 +50,25 @@ class Ahead:
         self.refused: str | None = None
         """Why the prompt so far is none that the route takes."""
 
-    def go_on(self, scope: Scope, least_bytes: int) -> None:
-        """Something came. scope: of who sent it; least_bytes: less is left for the next time."""
-        prompt = self._prompt
-        if prompt.n_bytes - self._asked_bytes < least_bytes or self._is_busy():
+    def go_on(self, scope: Scope) -> None:
+        """Something came. scope: of who sent it. Less than a page is left for the next time."""
+        n_new = self._prompt.n_bytes - self._asked_bytes
+        if n_new < self._page_size * TOKEN_BYTES or self._is_busy():
             return
-        self._task = asyncio.create_task(self._prefill(scope, least_bytes))
+        self._task = asyncio.create_task(self._prefill(scope))
 
     def replaced(self) -> None:
         """What is being prefilled is not the prompt's beginning any more."""
         self.stop()
         self._asked_bytes = 0
+
+    def leave(self) -> None:
+        """The whole is asked for: nothing more is asked here, and what is under way goes on.
+
+        The policy has the whole wait for a pass that computes its beginning, and overtake one that
+        has not begun.
+        """
+        self._task = None
 
     def stop(self) -> None:
         """Whatever is computed by then stays in the cache."""
@@ -70,12 +79,16 @@ class Ahead:
     def _is_busy(self) -> bool:
         return self._task is not None and not self._task.done()
 
-    async def _prefill(self, scope: Scope, least_bytes: int) -> None:
+    async def _prefill(self, scope: Scope) -> None:
         prompt, version = self._prompt, self._prompt.version
         self._asked_bytes = prompt.n_bytes
         self._rid = f"tiered-kv-prompt-{secrets.token_hex(16)}"
         body = {key: value for key, value in prompt.request({}).items() if key not in _OF_ANSWERS}
         one_token = _ONE_TOKEN.get(prompt.form.field, _OF_GENERATE)
+        if prompt.form.unit == "tokens":
+            # What is on a page that is not full would be computed again.
+            whole = len(prompt.content) // self._page_size * self._page_size
+            body[prompt.form.field] = prompt.content[: whole or len(prompt.content)]
         body |= {**one_token, "rid": self._rid}
         try:
             status, answer = await answer_of(scope, prompt.form.path, body, **{AHEAD_KEY: True})
@@ -90,7 +103,7 @@ class Ahead:
             self.refused = _sentence(answer) or f"the route answered with status {status}."
         self._task = None
         if prompt.version != version:
-            self.go_on(scope, least_bytes)
+            self.go_on(scope)
 
 
 def _prompt_tokens(answer: Any) -> int:

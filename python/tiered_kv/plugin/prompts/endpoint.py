@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from tiered_kv.api.pieces import IDLE_S, TOKEN_BYTES, Book, PieceError, Prompt
+from tiered_kv.api.pieces import IDLE_S, Book, PieceError, Prompt
 from tiered_kv.plugin.prompts.ahead import Ahead
 from tiered_kv.plugin.prompts.inner import REPLICA, Forwarded
 
@@ -40,7 +40,7 @@ class Prompts:
         self._ahead: dict[str, Ahead] = {}
         self._replicas = manager.server_args.dp_size
         self._n_opened = 0
-        self._least_bytes = manager.server_args.page_size * TOKEN_BYTES
+        self._page_size = manager.server_args.page_size
 
     def open(self, request: Request, body: object) -> Prompt:
         prompt = self._book.open(_owner(request), body, time.monotonic())
@@ -49,7 +49,7 @@ class Prompts:
             prompt.rest.setdefault(REPLICA, self._n_opened % self._replicas)
             self._n_opened += 1
         self._sweep()
-        self._ahead[prompt.prompt_id] = Ahead(prompt, self._manager)
+        self._ahead[prompt.prompt_id] = Ahead(prompt, self._manager, self._page_size)
         self._go_on(request, prompt)
         return prompt
 
@@ -62,7 +62,7 @@ class Prompts:
 
     def finish(self, request: Request, prompt_id: str, body: object) -> tuple[str, dict[str, Any]]:
         found = self._book.finish(_owner(request), prompt_id, body, time.monotonic())
-        self._ahead.pop(prompt_id).stop()
+        self._ahead.pop(prompt_id).leave()
         return found
 
     def find(self, request: Request, prompt_id: str) -> Prompt:
@@ -85,7 +85,7 @@ class Prompts:
         }
 
     def _go_on(self, request: Request, prompt: Prompt) -> None:
-        self._ahead[prompt.prompt_id].go_on(request.scope, self._least_bytes)
+        self._ahead[prompt.prompt_id].go_on(request.scope)
 
     def _sweep(self) -> None:
         """Of prompts that the book has forgotten."""

@@ -188,21 +188,48 @@ def test_what_was_replaced_is_not_prefilled_further(monkeypatch: pytest.MonkeyPa
     assert [one["text"] for one in server.ahead] == [LONG, LONG[:5] + LONG.upper()]
 
 
-@pytest.mark.parametrize("how", ["finish", "delete"])
-def test_prefill_ends_with_the_prompt(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_of_a_prompt_that_is_deleted_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     async def play(server: Server, client: httpx.AsyncClient) -> None:
         server.may_answer.clear()
         url = await opened(client, {"text": LONG})
         await settled()
-        if how == "finish":
-            await client.post(f"{url}/finish")
-        else:
-            assert (await client.delete(url)).status_code == 204
+        assert (await client.delete(url)).status_code == 204
         server.may_answer.set()
         await settled()
 
     server = played(monkeypatch, play)
     assert server.manager.aborted == [server.ahead[0]["rid"]]
+
+
+def test_nothing_is_prefilled_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is under way then computes what the whole begins with."""
+
+    async def play(server: Server, client: httpx.AsyncClient) -> None:
+        server.may_answer.clear()
+        url = await opened(client, {"text": LONG})
+        await settled()
+        await client.patch(url, json={"text": LONG})
+        await client.post(f"{url}/finish", json={"text": LONG})
+        server.may_answer.set()
+        await settled()
+
+    server = played(monkeypatch, play)
+    assert server.manager.aborted == []
+    assert [one["text"] for one in server.ahead] == [LONG]
+    assert [body["text"] for _, body, _ in server.asked] == [LONG * 3]
+
+
+def test_of_token_ids_whole_pages_are_prefilled(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(server: Server, client: httpx.AsyncClient) -> None:
+        url = await opened(client, {"input_ids": [7] * 40})
+        await settled()
+        await client.patch(url, json={"input_ids": [8] * 30})
+        await settled()
+        await client.post(f"{url}/finish")
+
+    server = played(monkeypatch, play)
+    assert [len(one["input_ids"]) for one in server.ahead] == [32, 64]
+    assert len(server.asked[0][1]["input_ids"]) == 70
 
 
 def test_what_the_route_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
