@@ -17,7 +17,7 @@ from support_tiers.tier_rig import Rig, new_disk
 pytestmark = pytest.mark.timeout(120)
 
 N_HISTORIES = max(2, int(os.environ.get("TIERED_KV_PROPERTY_EXAMPLES", "12")) // 6)
-N_STEPS = 100
+N_STEPS = 200
 LONGEST_DELAY_S = 0.002
 # (device pages, host pages): a tight host, a tight device.
 SIZES = [(40, 14), (20, 40)]
