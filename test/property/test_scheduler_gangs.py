@@ -31,6 +31,7 @@ class Naive:
     def __init__(self) -> None:
         self.waiting: dict[int, tuple[int, list[int]]] = {}
         self.leading: dict[int, tuple[int, list[int], float]] = {}
+        self.of_last_pass: set[int] = set()
 
     def shared(self, a: tuple[int, list[int]], b: tuple[int, list[int]]) -> int:
         if a[0] != b[0]:
@@ -78,6 +79,7 @@ class History:
             request_id = sorted(naive.waiting)[at % len(naive.waiting)]
             until_s = self.now_s + at
             naive.leading[request_id] = (*naive.waiting.pop(request_id), until_s)
+            naive.of_last_pass.add(request_id)
             self.gangs.lead(self.requests[request_id], until_s)
         elif kind == "leave" and (known := sorted({*naive.waiting, *naive.leading})):
             request_id = known[at % len(known)]
@@ -91,8 +93,9 @@ class History:
             self.gangs.add(self.requests[request_id])
         elif kind == "expire":
             for request_id, (_, _, until_s) in list(naive.leading.items()):
-                if until_s <= self.now_s:
+                if until_s <= self.now_s and request_id not in naive.of_last_pass:
                     del naive.leading[request_id]
+            naive.of_last_pass.clear()
             self.gangs.expire(self.now_s)
 
     def check(self) -> None:

@@ -28,6 +28,8 @@ class Gangs:
         self._leaders: dict[int, QueuedRequest] = {}
         self._produced: dict[int, int] = {}
         self._ends: list[tuple[float, int]] = []
+        self._of_last_pass: set[int] = set()
+        """Who began or went on since it was last asked who expires."""
 
     def __len__(self) -> int:
         return len(self._trie)
@@ -59,6 +61,7 @@ class Gangs:
         """Its prefill is predicted to last until `until_s` now; nothing if it does not lead."""
         if request_id in self._leaders:
             self._until_s[request_id] = until_s
+            self._of_last_pass.add(request_id)
             heapq.heappush(self._ends, (until_s, request_id))
 
     def stop(self, request_id: int) -> None:
@@ -68,14 +71,27 @@ class Gangs:
             self._trie.stop(request_id)
 
     def expire(self, now_s: float) -> None:
-        """Those whose prefill is over, or should be, compute for nobody any more."""
+        """Those whose prefill is over, or should be, compute for nobody any more.
+
+        A pass that takes longer than predicted is not over before its results are taken, and where
+        scheduling overlaps with passes, that is after the next one is planned: what was computed in
+        the last one would be computed again. So nobody expires right behind it.
+        """
         for request_id, request in list(self._leaders.items()):
             if request.output_tokens > self._produced[request_id]:
                 self.stop(request_id)
+        not_yet, self._of_last_pass = self._of_last_pass, set()
+        kept = []
         while self._ends and self._ends[0][0] <= now_s:
             until_s, request_id = heapq.heappop(self._ends)
-            if self._until_s.get(request_id) == until_s:
+            if self._until_s.get(request_id) != until_s:
+                continue
+            if request_id in not_yet:
+                kept.append((until_s, request_id))
+            else:
                 self.stop(request_id)
+        for end in kept:
+            heapq.heappush(self._ends, end)
 
     def is_leading(self, request_id: int) -> bool:
         """Whether others may wait for it."""

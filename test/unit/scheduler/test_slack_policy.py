@@ -191,6 +191,16 @@ class TestGangs:
         q.now_s += 1.1 * cost_model().prefill_s(len(SHARED) * BLOCK_TOKENS + BLOCK_TOKENS + 1)
         assert q.order() == [1]
 
+    def test_they_wait_for_the_last_pass_however_long_it_took(self) -> None:
+        """Its results may be taken only after the next one was planned."""
+        q = queue()
+        self.gang(q, 2)
+        q.order()
+        q.admit(0)
+        q.now_s += 60.0
+        assert q.order() == []
+        assert q.order() == [1]
+
     @pytest.mark.parametrize("how", ["aborted", "retracted", "finished"])
     def test_they_are_free_when_it_is_gone(self, how: str) -> None:
         q = queue()
