@@ -159,8 +159,8 @@ def report(options: argparse.Namespace, samples: Sequence[Sample]) -> str:
 
     about = (
         f"{options.prompt_tokens:,} tokens in {options.documents} documents and a question of "
-        f"{QUESTION_TOKENS} tokens; to retrieve them takes {options.retrieval:g} times as long as "
-        f"to prefill them. {options.turns} turns, medians; ratios are those within a turn. TTFT is "
+        f"{QUESTION_TOKENS} tokens; to retrieve them takes {options.retrieval:g} of the time that "
+        f"prefill takes. {options.turns} turns, medians; ratios are those within a turn. TTFT is "
         "counted from when the last document is there. Each answer is the one to the same prompt "
         "computed anew."
     )
