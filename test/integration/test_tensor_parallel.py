@@ -73,7 +73,9 @@ def test_two_ranks_stay_in_step(
     demoted, near, kept, dropped = ordered
     assert (demoted["tiers"]["device"], demoted["tiers"]["disk"]) == (0, 288)
     assert near["tiers"]["device"] == 288
-    assert kept["done"] == {"host": 288, "disk": 288}
+    # A tenant may keep an eighth of the host's 2,048 tokens.
+    assert kept["done"] == {"host": 256, "disk": 288}
+    assert kept["beyond_bounds"]
     assert (dropped["nowhere"], dropped["kept"]) == (288, {})
     assert after_orders[0].cached_tokens == 0
     assert after_orders[1].cached_tokens == 288
