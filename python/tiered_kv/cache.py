@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
+from tiered_kv.administration import key_of, text_of, url_of
 from tiered_kv.api.cache_order import TIERS
 from tiered_kv.core.errors import ConfigError, TieredKVError
 
@@ -56,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Give one order; returns the exit status (0 done, 2 not)."""
     options = parser().parse_args(arguments)
     try:
-        done = send(options.url, _body(options), _key(options))
+        key = key_of("--admin-key-file", options.admin_key_file, KEY_VARIABLE)
+        done = send(options.url, _body(options), key)
     except TieredKVError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_ERROR
@@ -117,7 +117,7 @@ def _body(options: argparse.Namespace) -> dict[str, Any]:
         "extra_key": options.extra_key,
     }
     if options.file is not None:
-        body["text"] = _read("--file", options.file)
+        body["text"] = text_of("--file", options.file)
     if options.token_ids is not None:
         body["token_ids"] = _read_json("--token-ids", options.token_ids)
     if options.messages is not None:
@@ -130,29 +130,11 @@ def _body(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def _read(option: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{option} {path} cannot be read: {error}.") from None
-
-
 def _read_json(option: str, path: Path) -> Any:
     try:
-        return json.loads(_read(option, path))
+        return json.loads(text_of(option, path))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{option} {path} is no JSON: {error}.") from None
-
-
-def _key(options: argparse.Namespace) -> str | None:
-    if options.admin_key_file is None:
-        return os.environ.get(KEY_VARIABLE) or None
-    key = _read("--admin-key-file", options.admin_key_file).strip()
-    if not key or not key.isascii() or not key.isprintable():
-        raise ConfigError(
-            f"--admin-key-file {options.admin_key_file} must hold one key and nothing else."
-        )
-    return key
 
 
 class NotDoneError(TieredKVError):
@@ -169,10 +151,7 @@ def send(
 
     transport: in place of the network, for tests.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--url must be like http://127.0.0.1:30000, not {url!r}.")
-    url = url.rstrip("/")
+    url = url_of(url)
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
         with httpx.Client(headers=headers, timeout=TIMEOUT_S, transport=transport) as client:

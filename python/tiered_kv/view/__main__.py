@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import ipaddress
 import json
-import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
+from tiered_kv.administration import key_of
 from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.view.hub import Hub
 from tiered_kv.view.page import make_page
@@ -100,22 +100,11 @@ def _source(options: argparse.Namespace) -> Source:
     if not 0.01 <= options.speed <= 1000:
         raise ConfigError(f"--speed must be from 0.01 to 1000, not {options.speed:g}.")
     if options.replay is None:
-        return Server(options.url, _key(options.key_file), every_s=options.every)
+        key = key_of("--key-file", options.key_file, KEY_VARIABLE)
+        return Server(options.url, key, every_s=options.every)
     if options.record is not None:
         raise ConfigError("--record and --replay exclude each other; drop one of them.")
     return Replay(options.replay, speed=options.speed)
-
-
-def _key(key_file: Path | None) -> str | None:
-    if key_file is None:
-        return os.environ.get(KEY_VARIABLE) or None
-    try:
-        key = key_file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--key-file {key_file} cannot be read: {error}.") from None
-    if not key or not key.isascii() or not key.isprintable():
-        raise ConfigError(f"--key-file {key_file} must hold one key and nothing else.")
-    return key
 
 
 def _once(source: Source, *, as_json: bool) -> int:

@@ -7,11 +7,11 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import httpx
 
-from tiered_kv.core.errors import ConfigError, TieredKVError
+from tiered_kv.administration import url_of
+from tiered_kv.core.errors import TieredKVError
 from tiered_kv.snapshot.schema import VERSION
 from tiered_kv.view.recording import read_recording
 
@@ -47,10 +47,7 @@ class Server:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """transport: in place of the network, for tests."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"--url must be like http://127.0.0.1:30000, not {url!r}.")
-        self.url = url.rstrip("/")
+        self.url = url_of(url)
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._every_s = every_s
         self._transport = transport
