@@ -100,6 +100,8 @@ class Book:
     _prompts: OrderedDict[str, Prompt] = field(default_factory=OrderedDict)
     """What was not touched for longest is first."""
     _n_bytes: int = 0
+    _held: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """By owner: how many prompts are open, and what they hold."""
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -113,14 +115,14 @@ class Book:
         form, piece, rest = found
         if FROM in rest:
             raise PieceError(f"{FROM} goes with a prompt that is open; leave it out.")
-        if sum(prompt.owner == owner for prompt in self._prompts.values()) >= PROMPTS_EACH_MAX:
+        if self._held.get(owner, (0, 0))[0] >= PROMPTS_EACH_MAX:
             raise PieceError(
                 f"{PROMPTS_EACH_MAX} of your prompts are open, which is as many as one caller may "
                 "have; finish or delete some.",
                 HTTPStatus.TOO_MANY_REQUESTS,
             )
         prompt = Prompt(secrets.token_urlsafe(18), owner, form, piece, rest, now_s)
-        self._account(prompt, _n_bytes(prompt.request({})))
+        self._account(prompt, _n_bytes(prompt.request({})), n_opened=1)
         self._prompts[prompt.prompt_id] = prompt
         return prompt
 
@@ -168,7 +170,7 @@ class Book:
 
     def drop(self, prompt: Prompt) -> None:
         if self._prompts.pop(prompt.prompt_id, None) is not None:
-            self._n_bytes -= prompt.n_bytes
+            self._hold(prompt.owner, -1, -prompt.n_bytes)
 
     def ids(self) -> set[str]:
         return set(self._prompts)
@@ -195,26 +197,30 @@ class Book:
             raise
         prompt.version += 1
 
-    def _account(self, prompt: Prompt, n_bytes: int) -> None:
+    def _account(self, prompt: Prompt, n_bytes: int, n_opened: int = 0) -> None:
         """`prompt` takes so many. Raises PieceError, and changes nothing, if that is too much."""
-        mine = sum(
-            other.n_bytes
-            for other in self._prompts.values()
-            if other.owner == prompt.owner and other is not prompt
-        )
-        if mine + n_bytes > BYTES_EACH_MAX:
+        more = n_bytes - prompt.n_bytes
+        if self._held.get(prompt.owner, (0, 0))[1] + more > BYTES_EACH_MAX:
             raise PieceError(
                 f"your open prompts would hold more than {BYTES_EACH_MAX >> 20} MiB; finish or "
                 "delete some.",
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             )
-        if self._n_bytes - prompt.n_bytes + n_bytes > BYTES_MAX:
+        if self._n_bytes + more > BYTES_MAX:
             raise PieceError(
                 "the server's memory for open prompts is full; send this one whole, or later.",
                 HTTPStatus.SERVICE_UNAVAILABLE,
             )
-        self._n_bytes += n_bytes - prompt.n_bytes
+        self._hold(prompt.owner, n_opened, more)
         prompt.n_bytes = n_bytes
+
+    def _hold(self, owner: str, n_prompts: int, n_bytes: int) -> None:
+        """The owner has so many more of both."""
+        self._n_bytes += n_bytes
+        had = self._held.pop(owner, (0, 0))
+        has = had[0] + n_prompts, had[1] + n_bytes
+        if has[0]:
+            self._held[owner] = has
 
 
 def _n_bytes(value: object) -> int:
