@@ -15,7 +15,7 @@ from tiered_kv.api.fields import TermsError
 from tiered_kv.plugin.control.orders import Orders, Subject
 from tiered_kv.plugin.control.prompts import tokens_of
 from tiered_kv.plugin.options.watching import OPTION
-from tiered_kv.plugin.snapshots.endpoint import NOT_YET, Refusal, Sentences, check
+from tiered_kv.plugin.snapshots.endpoint import Refusal, Sentences, check, manager_here
 
 PATH = "/tiered_kv/cache"
 #: Enough for a prompt of a million tokens.
@@ -55,12 +55,7 @@ async def answer(request: Request) -> JSONResponse:
 
 
 async def _carry_out(request: Request) -> dict[str, Any]:
-    from sglang.srt.entrypoints.http_server import get_global_state
-
-    state = get_global_state()
-    if state is None:
-        raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, NOT_YET)
-    manager = state.tokenizer_manager
+    manager = manager_here()
     args = manager.server_args
     check(request, args, path=PATH, sentences=SENTENCES)
     order = parse_order(

@@ -130,17 +130,22 @@ async def answer(request: Request) -> JSONResponse:
 
 
 async def _snapshot(request: Request) -> dict[str, Any]:
-    from sglang.srt.entrypoints.http_server import get_global_state
-
-    state = get_global_state()
-    if state is None:
-        raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, NOT_YET)
-    manager = state.tokenizer_manager
+    manager = manager_here()
     check(request, manager.server_args)
     source = _sources.get(id(manager))
     if source is None:
         source = _sources[id(manager)] = SnapshotSource(manager)
     return await source.latest()
+
+
+def manager_here() -> Any:
+    """This process' tokenizer manager. Raises Refusal while there is none."""
+    from sglang.srt.entrypoints.http_server import get_global_state
+
+    state = get_global_state()
+    if state is None:
+        raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, NOT_YET)
+    return state.tokenizer_manager
 
 
 def check(

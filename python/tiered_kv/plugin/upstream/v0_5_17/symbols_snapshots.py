@@ -66,9 +66,7 @@ SNAPSHOTS = (
         "self send fan_out mode",
         _ENDPOINT,
     ),
-    function(
-        f"{SRT}.entrypoints.http_server.get_global_state", "", f"{_ENDPOINT} {_CACHE_ENDPOINT}"
-    ),
+    function(f"{SRT}.entrypoints.http_server.get_global_state", "", _ENDPOINT),
     object_(f"{SRT}.utils.auth.AuthLevel", "ADMIN_OPTIONAL", f"{_ENDPOINT} {_CACHE_ENDPOINT}"),
     function(f"{SRT}.utils.auth.auth_level", "level", f"{_ENDPOINT} {_CACHE_ENDPOINT}"),
     object_(f"{SRT}.utils.auth.decide_request_auth", "", _ENDPOINT),
