@@ -31,6 +31,7 @@ import sglang as sgl
 from tqdm import tqdm
 
 from benchmark.command_line import RESULTS, parser_of
+from benchmark.serving.systems import plain_and_tiered
 from harness.server import BASE_ARGS, Server
 from harness.servers import servers_up
 from tiered_kv.frontend.endpoint import ProgramEndpoint, pause
@@ -206,14 +207,7 @@ def main() -> None:
     common = [*BASE_ARGS, "--dtype", "float32", "--max-total-tokens", str(options.device_tokens)]
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="programs_") as folder:
-        servers = {
-            # Only the CPU platform: without it SGLang does not serve on a plain CPU.
-            "plain": Server(
-                common, Path(folder) / "plain.log", options.model,
-                env={"SGLANG_PLUGINS": "tiered_kv_cpu"},
-            ),
-            "tiered": Server([*common, *TIERED], Path(folder) / "tiered.log", options.model),
-        }  # fmt: skip
+        servers = plain_and_tiered(options.model, common, TIERED, Path(folder))
         with servers_up(servers) as up:
             plain, tiered = up["plain"], up["tiered"]
             systems = {

@@ -28,6 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmark.command_line import RESULTS, parser_of
+from benchmark.serving.systems import plain_and_tiered
 from harness.prompts import story
 from harness.server import BASE_ARGS, Server
 from harness.servers import servers_up
@@ -170,14 +171,7 @@ def main() -> None:
     common = [*BASE_ARGS, "--dtype", "float32", "--max-total-tokens", "16384"]
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="spans_") as folder:
-        servers = {
-            # Only the CPU platform: without it SGLang does not serve on a plain CPU.
-            "plain": Server(
-                common, Path(folder) / "plain.log", options.model,
-                env={"SGLANG_PLUGINS": "tiered_kv_cpu"},
-            ),
-            "tiered": Server([*common, *TIERED], Path(folder) / "tiered.log", options.model),
-        }  # fmt: skip
+        servers = plain_and_tiered(options.model, common, TIERED, Path(folder))
         with servers_up(servers) as up:
             for case in CASES:
                 results.append(measure(case, up, options))

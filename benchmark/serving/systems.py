@@ -126,3 +126,15 @@ def attention_per_linear(model: ModelSpec) -> float:
     q, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
     matrices = model.hidden_size * (2 * q + 2 * kv + 3 * model.intermediate_size)
     return 4 * q / (2 * matrices)
+
+
+def plain_and_tiered(
+    model: Path, common: Sequence[str], tiered: Sequence[str], logs: Path
+) -> dict[str, Server]:
+    """Plain SGLang, and a server that has `tiered` as well; not started. Flags, and a folder."""
+    # Only the CPU platform: without it SGLang does not serve on a plain CPU.
+    only_platform = {"SGLANG_PLUGINS": "tiered_kv_cpu"}
+    return {
+        "plain": Server(common, logs / "plain.log", model, env=only_platform),
+        "tiered": Server([*common, *tiered], logs / "tiered.log", model),
+    }

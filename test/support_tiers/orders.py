@@ -7,11 +7,23 @@ from array import array
 from typing import Any
 
 from support_tiers.doubles import PATIENCE_S
-from support_tiers.tier_rig import Rig
+from support_tiers.tier_rig import Rig, tokens_of
 from tiered_kv.forest.key import TreeKey
 from tiered_kv.tiers.control.control import CacheControl, Order
 from tiered_kv.tiers.control.means import Means, Prompt
 from tiered_kv.tiers.disk.io_pool import DaemonThreads
+
+PROMPT = tokens_of(1, 2, 3, 4, tail=1)
+#: What LONGER goes on from.
+PREFIX = tokens_of(1, 2, 3, 4)
+LONGER = tokens_of(1, 2, 3, 4, 5, 6)
+OTHER = tokens_of(1, 2, 8, 9)
+INSPECT = Order("inspect")
+
+
+def tiers(device: int, host: int, disk: int) -> dict[str, int]:
+    """Of pages of four tokens."""
+    return {"device": 4 * device, "host": 4 * host, "disk": 4 * disk}
 
 
 def control_of(rig: Rig, *, disk_pages: int = 1000, share: float = 1.0) -> CacheControl:

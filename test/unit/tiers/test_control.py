@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from support_tiers.orders import carry_out, control_of, prompts_of
+from support_tiers.orders import (
+    INSPECT,
+    LONGER,
+    PREFIX,
+    PROMPT,
+    carry_out,
+    control_of,
+    prompts_of,
+    tiers,
+)
 from support_tiers.ranks import Ranks
 from support_tiers.tier_rig import Rig, new_disk, on_disk, on_host, tokens_of
 from tiered_kv.core.ids import Tier
@@ -20,17 +29,6 @@ from tiered_kv.tiers.disk.store import DiskStore
 pytestmark = pytest.mark.timeout(60)
 
 MakeRig = Callable[..., Rig]
-PROMPT = tokens_of(1, 2, 3, 4, tail=1)
-#: What LONGER goes on from.
-PREFIX = tokens_of(1, 2, 3, 4)
-LONGER = tokens_of(1, 2, 3, 4, 5, 6)
-OTHER = tokens_of(1, 2, 8, 9)
-INSPECT = Order("inspect")
-
-
-def tiers(device: int, host: int, disk: int) -> dict[str, int]:
-    """Of pages of four tokens."""
-    return {"device": 4 * device, "host": 4 * host, "disk": 4 * disk}
 
 
 # -- inspect ------------------------------------------------------------------------------------
