@@ -49,6 +49,7 @@ case "$*" in
     "-m venv "*)
         has venv && mkdir -p "${*: -1}/bin" && cp "$0" "${*: -1}/bin/python" ;;
     *get_demo_model*) echo made >>"$CALLS" ;;
+    "-m pytest "*) [[ -z ${FAILS:-} || $* != *"$FAILS"* ]] ;;
 esac
 """
 #: Makes environments of an interpreter that it is given; PYTHONS is what it can get by itself.
@@ -133,6 +134,11 @@ class Host:
         calls = self.calls_file.read_text().splitlines()
         return [call for call in calls if any(name in call for name in wanted)]
 
+    def tests(self) -> list[str]:
+        """What pytest was told, but for what it is told each time."""
+        calls = self.calls_file.read_text().splitlines()
+        return [call.partition(" --durations=15 ")[2] for call in calls if "-m pytest " in call]
+
 
 @pytest.fixture
 def host(tmp_path: Path) -> Host:
@@ -171,35 +177,56 @@ def test_the_release_of_sglang_that_is_wanted_is_installed(host: Host) -> None:
     assert "SGLang 0.5.18 is not supported: choose one of 0.5.17 0.5.23." in refusal(host.ensure())
 
 
+def run_both(host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(LIBRARY.parents[1] / "test"), "--both", *arguments],
+        env=host.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 def test_both_releases_are_tested_each_in_an_environment_of_its_own(host: Host) -> None:
     host.python("3.12")
-    program = ["bash", str(LIBRARY.parents[1] / "test"), "--both", "-m", "not server"]
-
-    def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            program, env=host.environment, capture_output=True, text=True, timeout=60, check=False
-        )
-
-    result = run()
+    result = run_both(host, "-m", "not server")
     assert result.returncode == 0, result.stderr
     installs = [call.split(" --editable")[0] for call in host.installs() if "sglang==" in call]
     pythons = [host.venv / "bin" / "python", host.root / "venv-0.5.23" / "bin" / "python"]
-    assert [call.split("--python ")[1] for call in installs] == [
+    assert {call.split("--python ")[1] for call in installs} == {
         f"{pythons[0]} sglang==0.5.17",
         f"{pythons[1]} sglang==0.5.23",
-    ]
-    calls = host.calls_file.read_text().splitlines()
-    tests = [call.partition("-m pytest ")[2] for call in calls if "-m pytest " in call]
-    assert tests[0] == "-m not server"
-    assert tests[1].split()[1:] == [
-        "test/contract",
-        *(f"test/integration/test_{n}.py" for n in ("three_tiers", "restarts", "policies")),
-    ]
-    assert len(tests) == 2
+    }
+    assert host.tests() == ["-m not server"] * 2
     host.environment["TIERED_KV_PYTHON"] = str(pythons[0])
-    refused = run()
+    refused = run_both(host)
     assert refused.returncode == 1
     assert "unset TIERED_KV_PYTHON" in refused.stderr
+
+
+def test_of_the_other_release_a_part_is_tested(host: Host) -> None:
+    host.python("3.12")
+    result = run_both(host)
+    assert result.returncode == 0, result.stderr
+    first, second, *rest = host.tests()
+    assert {first, second} == {"-m server and not apart and not long", "-m not server and not long"}
+    assert [text for text in rest if text.startswith("-m")] == ["-m server and apart and not long"]
+    files = " ".join(text for text in rest if not text.startswith("-m")).split()
+    assert "test/integration/test_three_tiers.py" in files
+    assert all((LIBRARY.parents[2] / name).exists() for name in files)
+    assert "others_contracts| passed after " in result.stdout
+
+
+@pytest.mark.parametrize("part", ["not server and not long", "test/contract"])
+def test_what_fails_fails_the_run_and_the_rest_is_tested(host: Host, part: str) -> None:
+    host.python("3.12")
+    host.environment["FAILS"] = part
+    result = run_both(host)
+    assert result.returncode == 1
+    assert "failed: pytest" in result.stderr
+    assert result.stdout.count("| FAILED after ") == 1
+    assert len(host.tests()) == 6
 
 
 def test_uv_on_path_is_not_installed_again(host: Host) -> None:

@@ -6,6 +6,11 @@ from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
+
+from tiered_kv.core.ids import Tier
+from tiered_kv.plugin.upstream.current import hardware
 from tiered_kv.plugin.upstream.installed import installed
 
 #: Attributes of 0.5.23's `Scheduler` for what does not take part.
@@ -21,6 +26,11 @@ _NONE = """
 
 IS_0_5_17 = installed() == "0.5.17"
 
+reads_shared_kv_on_gpus = pytest.mark.skipif(
+    "cuda" not in hardware.CASCADE_BACKENDS,
+    reason="no cascade attention through FlashInfer on this release: docs/releases.md",
+)
+
 
 def paged_allocator() -> Any:
     """The class of allocator that the CPU platform uses."""
@@ -31,6 +41,41 @@ def paged_allocator() -> Any:
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
     return PagedTokenToKVPoolAllocator
+
+
+def attention_backends(name: str | None) -> dict[str, Any]:
+    """What arguments have of their attention backend."""
+    if IS_0_5_17:
+        return {"get_attention_backends": lambda: (name, name)}
+    return {"prefill_attention_backend": name, "decode_attention_backend": name}
+
+
+def move_prefix(req: Any) -> None:
+    """Have a request's prefix lie in other slots, as after it made way and came back."""
+    if IS_0_5_17:
+        req.prefix_indices = req.prefix_indices.clone()
+    else:
+        record = req.last_node.records[Tier.DEVICE]
+        record.slots = torch.arange(req.last_node.n_tokens)
+
+
+def resolve(args: Any) -> Any:
+    """`args`, resolved: 0.5.17's are from the start, 0.5.23's when the engine starts."""
+    getattr(args, "resolve_once", lambda: None)()
+    return args
+
+
+def qkv_projection(n_kv_heads: int, n_ranks: int, **sizes: Any) -> Any:
+    """SGLang's projection of one of `n_ranks` ranks."""
+    from sglang.srt.layers.linear import QKVParallelLinear
+
+    sizes |= {"total_num_kv_heads": n_kv_heads, "bias": False}
+    if IS_0_5_17:
+        return QKVParallelLinear(**sizes, tp_rank=0, tp_size=n_ranks)
+    from sglang.srt.runtime_context import get_parallel
+
+    with get_parallel().override(tp_size=n_ranks, tp_rank=0):
+        return QKVParallelLinear(**sizes)
 
 
 def publish(args: Any) -> None:

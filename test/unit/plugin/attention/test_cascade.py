@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from support_plugin import on_release
 from tiered_kv.attention.payoff import AttentionShape, CascadeDevice
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.forest.node import Node
@@ -131,7 +132,7 @@ def test_a_change_makes_a_new_plan(planner: CascadePlanner, change: str) -> None
     elif change == "deepens":
         batch.reqs[0].last_node = batch.reqs[1].last_node = DOCUMENT
     elif change == "comes back":
-        batch.reqs[1].prefix_indices = torch.arange(3)
+        on_release.move_prefix(batch.reqs[1])
     else:
         batch.reqs[2] = Request(SYSTEM)
         lengths[2] = 1100
@@ -214,7 +215,7 @@ def model_runner(mode: str = "auto", **fields: Any) -> Any:
         tp_size=2,
         enable_deterministic_inference=False,
         enable_torch_compile=False,
-        get_attention_backends=lambda: ("torch_native", "torch_native"),
+        **on_release.attention_backends("torch_native"),
     )
     config = SimpleNamespace(
         num_attention_heads=16,

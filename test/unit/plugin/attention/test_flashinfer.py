@@ -17,12 +17,15 @@ from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 
 from support_attention.batches import Batch, draw_batch, in_float64, worst_error
 from support_attention.flashinfer import PagedDecode, PagedPrefill, merge_in_place
+from support_plugin import on_release
 from tiered_kv.attention.flashinfer_runner import FlashInferLevels
 from tiered_kv.attention.plan import CascadePlan
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.attention import flashinfer as cascade_flashinfer
 from tiered_kv.plugin.attention.cascade import PlannedBatch
 from tiered_kv.plugin.attention.flashinfer import CascadeFlashInferBackend
+
+pytestmark = on_release.reads_shared_kv_on_gpus
 
 
 class Updater:

@@ -17,11 +17,14 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.runner.shape_key import ShapeKey
 
 from support_attention.batches import Batch, draw_batch, in_float64, worst_error
+from support_plugin import on_release
 from support_plugin.graph_runner import SIZES, Rig
 from tiered_kv.attention.flashinfer_graph import fits_graph
 from tiered_kv.attention.plan import CascadePlan, Group, Level
 from tiered_kv.plugin.attention import graphs as cascade_graphs
 from tiered_kv.plugin.attention.cascade import PlannedBatch
+
+pytestmark = on_release.reads_shared_kv_on_gpus
 
 
 def drawn(seed: int, n_levels: int) -> tuple[Batch, CascadePlan]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.layers.linear import QKVParallelLinear
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
+from support_plugin import on_release
 from tiered_kv.plugin.cache.shards import shard_of
 from tiered_kv.tiers.kv_shard import KVShard, kv_shard
 
@@ -24,7 +24,9 @@ class Layer(torch.nn.Module):
         self.qkv = (
             torch.nn.Linear(32, 32)
             if is_own
-            else QKVParallelLinear(32, 16, 8, n_kv_heads, bias=False, tp_rank=0, tp_size=n_ranks)
+            else on_release.qkv_projection(
+                n_kv_heads, n_ranks, hidden_size=32, head_size=16, total_num_heads=8
+            )
         )
 
 

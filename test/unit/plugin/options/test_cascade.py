@@ -10,8 +10,11 @@ import pytest
 from sglang.srt.plugins import load_plugins
 
 from support.tiny_llama import write_config
+from support_plugin import on_release
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.options import cascade as cascade_option
+
+ON_GPUS = cascade_option.BACKENDS.get("cuda", "torch_native")
 
 
 def server_args(mode: str, **fields: Any) -> Any:
@@ -24,9 +27,7 @@ def server_args(mode: str, **fields: Any) -> Any:
         "device": "cpu",
         "enable_deterministic_inference": False,
         "enable_torch_compile": False,
-        "get_attention_backends": lambda: (backend, backend),
-        "prefill_attention_backend": backend,
-        "decode_attention_backend": backend,
+        **on_release.attention_backends(backend),
     }
     return SimpleNamespace(**values | fields)
 
@@ -49,7 +50,7 @@ def test_other_values_are_refused() -> None:
     [
         ("auto", "cpu", True),
         ("auto", "cuda", False),
-        ("on", "cuda", True),
+        pytest.param("on", "cuda", True, marks=on_release.reads_shared_kv_on_gpus),
         ("off", "cpu", False),
     ],
 )
@@ -62,7 +63,7 @@ def test_auto_is_where_it_was_measured(mode: str, device: str, wanted: bool) -> 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"device": "cuda", "backend": "fa3"}, "backend fa3, only with flashinfer"),
+        ({"device": "cuda", "backend": "fa3"}, f"backend fa3, only with {ON_GPUS}"),
         ({"backend": "intel_amx"}, "backend intel_amx, only with torch_native"),
         ({"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
         ({"enable_torch_compile": True}, "--enable-torch-compile"),
@@ -95,7 +96,9 @@ def parse(model: str, *argv: str) -> Any:
     load_plugins()
     from sglang.srt.server_args import prepare_server_args
 
-    return prepare_server_args(["--model-path", model, "--device", "cpu", *argv])
+    return on_release.resolve(
+        prepare_server_args(["--model-path", model, "--device", "cpu", *argv])
+    )
 
 
 @pytest.mark.parametrize(

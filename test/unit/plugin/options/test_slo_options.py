@@ -15,6 +15,7 @@ pytest.importorskip("sglang")
 from sglang.srt.plugins import load_plugins  # noqa: E402
 
 from support.tiny_llama import write_config  # noqa: E402
+from support_plugin import on_release  # noqa: E402
 from tiered_kv.api.slo import DEFAULT_CLASSES, SloClass, SloClasses  # noqa: E402
 from tiered_kv.core.errors import ConfigError  # noqa: E402
 from tiered_kv.plugin.options.values import slo_table  # noqa: E402
@@ -30,12 +31,14 @@ TOML = "[chat]\nttft_ms = 500\ntbt_ms = 50\n\n[bulk]\nmax_wait_ms = 600000\n"
 
 
 def serve(tmp_path: Path, **options: Any) -> ServerArgs:
-    return ServerArgs(
-        model_path=write_config(tmp_path),
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        tiered_kv=True,
-        tiered_kv_disk_dir="none",
-        **options,
+    return on_release.resolve(
+        ServerArgs(
+            model_path=write_config(tmp_path),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            tiered_kv=True,
+            tiered_kv_disk_dir="none",
+            **options,
+        )
     )
 
 

@@ -34,6 +34,7 @@ class Manager(TokenizerManager):
         self.seen: dict[str, int] = {}
         self.rid_to_state: dict[str, Any] = {}
         self.streamed: dict[str, bool] = {}
+        self.enable_trace = False
 
     async def _tokenize_one_request(self, obj: Any) -> Any:
         return SimpleNamespace(
@@ -50,13 +51,20 @@ class Manager(TokenizerManager):
         return False
 
     def _init_child_req_state(self, logical_rid: str, obj: Any, request: Any = None) -> None:
+        self._init_req_state(obj)
+
+    def _init_req_state(self, obj: Any, request: Any = None) -> None:
         self.rid_to_state[obj.rid] = SimpleNamespace(time_stats=None)
 
     def _remove_req_state(self, rid: str, lifecycle_id: Any = None) -> Any:
         return self.rid_to_state.pop(rid, None)
 
-    def _send_one_request(self, tokenized_obj: Any) -> None:
+    def _send_one_request(self, tokenized_obj: Any) -> asyncio.Future[None]:
+        """Waited for or not, as the release does."""
         self.streamed[tokenized_obj.rid] = tokenized_obj.stream
+        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        sent.set_result(None)
+        return sent
 
     async def wait_one(self, obj: Any, request: Any = None) -> AsyncGenerator[Any, None]:
         found = self.seen.get(obj.text, 0)

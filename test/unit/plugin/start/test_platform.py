@@ -226,7 +226,7 @@ from tiered_kv.plugin.upstream.current import arguments
 
 for units, *flags in json.loads(sys.argv[2]):
     args = prepare_server_args(["--model-path", sys.argv[1], "--device", "cpu", *flags])
-    getattr(args, "resolve_once", lambda: None)()  # as 0.5.23 does when the engine starts
+    on_release.resolve(args)
     dtypes = arguments.model_config(args).dtype, ModelConfig.from_server_args(args).dtype
     print("found:", arguments.resolved(args).dtype, *dtypes)
 """
