@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
 
@@ -40,12 +40,14 @@ class TreeKey:
     adapter: a name of the contents of the LoRA adapter; None for the base model.
     is_lasting: whether the parts mean the same after a restart. If not (an adapter whose contents
     have no name), pages of the tree stay above the disk.
+    salt_text: the salt in words, where somebody may be told it; None otherwise. Names nothing.
     """
 
     salt: bytes | None = None
     extra_key: bytes | None = None
     adapter: bytes | None = None
     is_lasting: bool = True
+    salt_text: str | None = field(default=None, compare=False)
 
 
 #: The tree of requests that name neither a salt nor a key, with the base model.

@@ -179,4 +179,4 @@ def tree_key(own: str | None, lora_id: str | None, apart: str | None = None) -> 
     adapter = SHARED_TREE
     if lora_id is not None:
         adapter = _unnamed() if _names is None else _names.key_of(lora_id)
-    return replace(adapter, salt=salted(salt, apart), extra_key=extra_key)
+    return replace(adapter, salt=salted(salt, apart), extra_key=extra_key, salt_text=apart)

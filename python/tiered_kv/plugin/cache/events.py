@@ -78,10 +78,11 @@ class KvEvents:
         if not self._enabled or parent is None:  # it left the forest meanwhile
             return
         key = parent.root.tree_key
-        parent_hash = None
-        if not parent.is_root or is_salted(key):
-            parent_hash = block_hash(parent.last_page_hash)
         labels = self._labels(key)
+        parent_hash = None
+        # Who is told the salt tells the trees apart by that, and finds nothing below their hashes.
+        if not parent.is_root or (is_salted(key) and "cache_salt" not in labels):
+            parent_hash = block_hash(parent.last_page_hash)
         for i, page_hash in enumerate(node.page_hashes):
             page = node.tokens[i * self._page_size : (i + 1) * self._page_size]
             self._queue.append(

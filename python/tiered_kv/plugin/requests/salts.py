@@ -25,13 +25,18 @@ SCOPE_KEY = "tiered_kv_tree"
 _INNER = ("parameters", "options")
 #: Where routes have their prompt or prompts.
 _PROMPTS = ("prompt", "text", "input_ids", "input_embeds", "instances")
+#: Characters of a salt that routers are told in words: the scheduler keeps them for each tree.
+SALT_TEXT_MAX = 256
 _KEY = re.compile(r"tiered-kv:([0-9a-f]{64}|-):([0-9a-f]{64}|-)")
 
 
 class Key(str):
     """The text of one salt and one extra key. A type, so that no client can send one."""
 
-    __slots__ = ()
+    __slots__ = ("salt",)
+
+    salt: str | None
+    """The salt in words, unless it is a long one."""
 
 
 Keys: TypeAlias = "Key | list[Key | None]"
@@ -43,7 +48,9 @@ def key_of(salt: str | None, extra_key: str | None) -> Key | None:
     if not salt and not extra_key:
         return None
     names = (_name(part) for part in (salt, extra_key))
-    return Key("tiered-kv:" + ":".join("-" if name is None else name.hex() for name in names))
+    key = Key("tiered-kv:" + ":".join("-" if name is None else name.hex() for name in names))
+    key.salt = salt if salt and len(salt) <= SALT_TEXT_MAX else None
+    return key
 
 
 def parts_of(text: str | None) -> tuple[bytes | None, bytes | None]:
@@ -62,10 +69,14 @@ def parts_of(text: str | None) -> tuple[bytes | None, bytes | None]:
 
 
 def salted(salt: bytes | None, apart: str | None) -> bytes | None:
-    """The name of a salt that came in a key's text, of one that came beside it, or of both."""
+    """The name of a salt that came in a key's text, of one that came beside it, or of both.
+
+    Beside a key that names it, it is the same one in words.
+    """
     if not apart:
         return salt
-    return _name(apart) if salt is None else namespace_hash(salt, apart)
+    name = _name(apart)
+    return name if salt is None or salt == name else namespace_hash(salt, apart)
 
 
 def root_key(key: PromptKey | TreeKey | str | None, apart: str | None = None) -> TreeKey | None:
@@ -178,22 +189,28 @@ def put_key(obj: Any, request: Any) -> None:
     """Gives a `GenerateReqInput` that is not normalised yet its key as SGLang carries it.
 
     What the HTTP body said counts; without one, `extra_key` as the route or the engine's user set
-    it, and the salt, where SGLang has a field for it. Raises TermsError.
+    it, and the salt, where SGLang has a field for it; there it goes on in words as well. Raises
+    TermsError.
     """
     scope = getattr(request, "scope", None)
     keys: Keys | None = scope.get(SCOPE_KEY) if isinstance(scope, dict) else None
-    salt = getattr(obj, SALT, None)
     if keys is None:
-        own = obj.extra_key
+        own, salt = obj.extra_key, getattr(obj, SALT, None)
         keys = own if _is_key(own) else keys_of(salt, own, n_prompts_of(_prompts_of(obj)))
-    if salt is not None:
-        setattr(obj, SALT, None)  # it is in the key now
+    if hasattr(obj, SALT):
+        setattr(obj, SALT, _in_words(keys))
     # Plain text: SGLang's message encoder takes no other.
-    obj.extra_key = list(map(_plain, keys)) if isinstance(keys, list) else _plain(keys)
+    if isinstance(keys, list):
+        obj.extra_key = ["" if key is None else str(key) for key in keys]
+    else:
+        obj.extra_key = None if keys is None else str(keys)
 
 
-def _plain(key: Key | None) -> str | None:
-    return None if key is None else str(key)
+def _in_words(keys: Keys | None) -> str | list[str] | None:
+    """The salts of `keys`, for SGLang's field of them; lists are of texts only, as there."""
+    if isinstance(keys, list):
+        return ["" if key is None else key.salt or "" for key in keys]
+    return None if keys is None else keys.salt
 
 
 def _prompts_of(request: Any) -> dict[str, object]:

@@ -100,6 +100,26 @@ def test_blocks_of_an_adapter_have_its_public_name() -> None:
         assert first_block(other, labels).lora_name is None
 
 
+@pytest.mark.skipif(on_release.IS_0_5_17, reason="its events have no field for a salt")
+def test_events_for_dynamo_say_salts_in_words() -> None:
+    """It hashes them itself, and looks for a salted prompt's first block where all begin."""
+    salted = TreeKey(salt=b"a", salt_text="alice")
+    keyed = TreeKey(salt=b"a", extra_key=b"b", salt_text="alice")
+    params = CacheInitParams(False, None, None, PAGE)
+    plain = cache_contract.block_labels(params)
+    assert first_block(salted, plain).cache_salt is None
+    params.dynamo_kv_event_format = True
+    labels = cache_contract.block_labels(params)
+    told = first_block(salted, labels)
+    assert (told.cache_salt, told.parent_block_hash) == ("alice", None)
+    assert told.block_hashes == first_block(salted, plain).block_hashes
+    # It knows no extra keys: those blocks stay where it finds none.
+    for key in (keyed, TreeKey(salt=b"a")):
+        untold = first_block(key, labels)
+        assert untold.cache_salt is None
+        assert untold.parent_block_hash == first_block(key, plain).parent_block_hash is not None
+
+
 def test_removal_names_the_same_blocks() -> None:
     forest = Forest(PAGE)
     node = forest.insert(forest.root(namespace_hash("m")), array("q", range(8)), range(8)).last

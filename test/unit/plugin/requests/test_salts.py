@@ -178,7 +178,7 @@ def test_a_key_without_a_body_is_one_part() -> None:
     assert lifted(GenerateReqInput(text="x", extra_key="k")) == key_of(None, "k")
     assert lifted(GenerateReqInput(text=["x", "y"], extra_key=["k", ""])) == [
         key_of(None, "k"),
-        None,
+        "",
     ]
     with pytest.raises(ValueError, match="not a list"):
         lifted(GenerateReqInput(text="x", extra_key=["k"]))
@@ -301,11 +301,28 @@ def test_the_name_of_a_request_has_its_salt_in_it_already() -> None:
     assert salts.root_key(named, "s") is named
 
 
-def test_a_field_for_the_salt_is_emptied_into_the_key() -> None:
+def test_a_field_for_the_salt_is_named_in_the_key_and_goes_on_in_words() -> None:
     obj = SimpleNamespace(text="x", extra_key="k", cache_salt="s")
     put_key(obj, None)
-    assert (obj.extra_key, obj.cache_salt) == (key_of("s", "k"), None)
+    assert (obj.extra_key, obj.cache_salt) == (key_of("s", "k"), "s")
+    assert salts.root_key(obj.extra_key, obj.cache_salt) == salts.root_key(key_of("s", "k"))
     lifted = SimpleNamespace(text="x", extra_key=None, cache_salt="client's")
     scope = {salts.SCOPE_KEY: key_of("said", None)}
     put_key(lifted, SimpleNamespace(scope=scope))
-    assert (lifted.extra_key, lifted.cache_salt) == (key_of("said", None), None)
+    assert (lifted.extra_key, lifted.cache_salt) == (key_of("said", None), "said")
+
+
+def test_a_long_salt_is_named_and_not_told() -> None:
+    long = "s" * (salts.SALT_TEXT_MAX + 1)
+    obj = SimpleNamespace(text=["x", "y", "z"], extra_key=None, cache_salt=[long, "s", ""])
+    put_key(obj, None)
+    assert obj.extra_key == [key_of(long, None), key_of("s", None), ""]
+    assert obj.cache_salt == ["", "s", ""]
+
+
+@pytest.mark.skipif(JOINS, reason="this release of SGLang has no field for salts")
+def test_sglang_takes_the_salts_of_a_batch_in_words() -> None:
+    obj = GenerateReqInput(text=["x", "y"], cache_salt=["s", ""], sampling_params={"n": 2})
+    lifted(obj)
+    obj.normalize_batch_and_arguments()
+    assert [obj[i].cache_salt for i in range(4)] == ["s", None] * 2

@@ -155,11 +155,15 @@ def block_labels(params: CacheInitParams) -> Callable[[TreeKey], Mapping[str, st
     """Of the tree of some blocks, what their events say of it beside hashes.
 
     A router takes blocks of an adapter for those of the base model unless they have its name. The
-    scheduler keeps names by what requests have as `extra_key`, which is our TreeKey.
+    scheduler keeps names by what requests have as `extra_key`, which is our TreeKey. Routers that
+    events are in the format of Dynamo for hash salts themselves, and know of no extra keys.
     """
 
     def labels(key: TreeKey) -> Mapping[str, str]:
         name: str | None = params.kv_event_lora_names.get(key)
-        return {} if name is None else {"lora_name": name}
+        said = {} if name is None else {"lora_name": name}
+        if params.dynamo_kv_event_format and key.salt_text and key.extra_key is None:
+            said["cache_salt"] = key.salt_text
+        return said
 
     return labels

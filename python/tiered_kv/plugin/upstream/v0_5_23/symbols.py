@@ -164,9 +164,13 @@ ADDED = (
     ),
     object_(f"{MEM}.radix_cache.RadixKey", "cache_salt", _CONTRACT),
     object_(f"{MEM}.base_prefix_cache.CacheRequestHandle", "rid attempt_id", _CONTRACT),
-    object_(f"{MEM}.cache_init_params.CacheInitParams", "kv_event_lora_names", _CONTRACT),
+    object_(
+        f"{MEM}.cache_init_params.CacheInitParams",
+        "kv_event_lora_names dynamo_kv_event_format",
+        _CONTRACT,
+    ),
     function(f"{MEM}.events.KvEventLoraNames.get", "self extra_key", _CONTRACT),
-    object_(f"{SRT}.disaggregation.kv_events.BlockStored", "lora_name", _CONTRACT),
+    object_(f"{SRT}.disaggregation.kv_events.BlockStored", "lora_name cache_salt", _CONTRACT),
     object_(f"{MEM}.base_prefix_cache.MatchResult", "device_prefix_len", _CONTRACT),
     *methods(
         f"{MEM}.unified_radix_cache.UnifiedRadixCache",
