@@ -32,6 +32,7 @@ from support import trainer
 from support.injection import injected
 from support.models import tiny_model_for_two_ranks
 from tiered_kv.metrics import names
+from tiered_kv.plugin.upstream.installed import installed
 
 pytestmark = [pytest.mark.server, pytest.mark.apart, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -198,7 +199,15 @@ class Site:
         assert now.of(names.DISK_DEGRADED) == 0
 
 
-WHATS = sorted(name.removeprefix("do_") for name in vars(Site) if name.startswith("do_"))
+#: Plain SGLang 0.5.23 waits for CUDA when memory is released, also on a CPU (docs/releases.md).
+NOT_HERE = (
+    set()
+    if installed() == "0.5.17" or torch.cuda.is_available()
+    else {"release_and_resume", "release_in_a_pause"}
+)
+WHATS = sorted(
+    {name.removeprefix("do_") for name in vars(Site) if name.startswith("do_")} - NOT_HERE
+)
 
 
 @pytest.fixture(scope="module")
