@@ -10,13 +10,17 @@ has a deadline of its own.
 
 Times are microseconds of the thread's processor time, so that they show the code and not what else
 the machine was doing, less what reading that clock takes: median, 99th percentile and the longest.
-`burst` is the first plan after all
-N arrived in one instant. The budgets of the policy slack, checked by --check, hold for the 99th
-percentile: 1,000 us with 1,000 waiting, 5,000 us with 10,000.
+`burst` is the first plan after all N arrived in one instant. The budgets of the policy slack,
+checked by --check, hold for the 99th percentile: 1,000 us with 1,000 waiting, 5,000 us with 10,000.
+
+A policy called sglang:NAME is SGLang 0.5.23's own: one `SchedulePolicy.calc_priority` over the same
+queue and its own prefix cache with the same documents in it. That is less than a decision of ours,
+which hears of arrivals and admissions as well; who is admitted is found out later, by both.
 
 Examples:
-  python benchmark/micro/scheduler.py --check                   the table, and status 1 if over
-  python benchmark/micro/scheduler.py --out benchmark/results   with result file and plot
+  python -m benchmark.micro.scheduler --check                   the table, and status 1 if over
+  python -m benchmark.micro.scheduler --out benchmark/results   with result file and plot
+  python -m benchmark.micro.scheduler --policies slack,sglang:lpm
 """
 
 from __future__ import annotations
@@ -26,23 +30,26 @@ import gc
 import json
 import os
 import platform
-import random
 import sys
-import time
-from array import array
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from tiered_kv.api.slo import Slo
+from benchmark.micro.scheduler_load import (
+    N_PROGRAMS,
+    N_TENANTS,
+    PAGE_SIZE,
+    PROMPT_TOKENS,
+    SPAN_S,
+    Traffic,
+    timed,
+)
+from benchmark.micro.upstream_order import PREFIX, UpstreamServer
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import find_model
-from tiered_kv.forest.forest import Forest
-from tiered_kv.forest.key import namespace_hash
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
 from tiered_kv.scheduler.plan import PLAN_LIMIT
 from tiered_kv.scheduler.request import QueuedRequest
@@ -53,16 +60,12 @@ from tiered_kv.scheduler.request_policy import (
 )
 from tiered_kv.scheduler.waiting import WaitingQueue
 
-PAGE_SIZE = 64
-PROMPT_TOKENS = 2000
 N_RUNNING = 128
-N_DOCUMENTS = 40
-SPAN_S = 30.0
 QUEUES = (100, 1_000, 10_000)
-N_PROGRAMS, N_TENANTS = 1_000, 100
 BUDGETS_US = {1_000: 1_000.0, 10_000: 5_000.0}
 CHECKED = "slack"
-SLOS = (Slo("interactive", 0.5, 0.05), Slo("standard", 2.0, 0.1), Slo("batch", 30.0, None))
+WARM_UP, DECISIONS_MIN = 10, 30
+ROW_US = 20e6  # of decisions: those that take a second each are fewer
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Row:
 
     policy: str
     n_waiting: int
+    n_decisions: int
     median_us: float
     p99_us: float
     longest_us: float
@@ -78,14 +82,14 @@ class Row:
 
     def __str__(self) -> str:
         times = (self.median_us, self.p99_us, self.longest_us, self.burst_us)
-        return f"{self.policy:<12}{self.n_waiting:>8}" + "".join(f"{t:>12.1f}" for t in times)
+        return f"{self.policy:<30}{self.n_waiting:>8}" + "".join(f"{t:>12.1f}" for t in times)
 
 
 class Server:
     """A queue that stays equally long, and a policy that is told of it."""
 
     def __init__(self, policy: str, n_waiting: int) -> None:
-        self.random = random.Random(1)
+        self.traffic = traffic = Traffic()
         self.policy = request_policies.get(policy)()
         edge = EdgeCost(50e9, 1e-5)
         self.costs = CostModel(
@@ -93,73 +97,49 @@ class Server:
             find_device("H200-141"),
             {(Tier.HOST, Tier.DEVICE): edge, (Tier.DEVICE, Tier.HOST): edge},
         )
-        self.forest = Forest(PAGE_SIZE, tiers=(Tier.DEVICE, Tier.HOST, Tier.DISK))
-        self.root = self.forest.root(namespace_hash("scheduler"))
-        self.waiting = WaitingQueue(self.forest)
-        self.documents = [self.tokens(PROMPT_TOKENS // 2) for _ in range(N_DOCUMENTS)]
-        for document in self.documents[: N_DOCUMENTS // 3]:
+        self.waiting = WaitingQueue(traffic.forest)
+        for document in traffic.cached_documents:
             pages = range(len(document) // PAGE_SIZE)
-            self.forest.insert(self.root, document, pages)
-        self.now_s = 0.0
-        self.n_arrived = 0
+            traffic.forest.insert(traffic.root, document, pages)
         for index in range(n_waiting):
-            self.now_s = SPAN_S * index / n_waiting
-            self.arrive()
+            traffic.now_s = SPAN_S * index / n_waiting
+            self._arrive()
         self.step_s = SPAN_S / n_waiting
-        self.running = [self.request() for _ in range(N_RUNNING)]
+        self.running = [traffic.request() for _ in range(N_RUNNING)]
         for request in self.running:
-            request.first_token_s, request.output_tokens = self.now_s, 1
+            request.first_token_s, request.output_tokens = traffic.now_s, 1
 
-    def tokens(self, n: int) -> array[int]:
-        return array("q", (self.random.randrange(100_000) for _ in range(n)))
-
-    def request(self) -> QueuedRequest:
-        index = self.n_arrived
-        self.n_arrived += 1
-        begin = self.documents[index % N_DOCUMENTS] if index % 4 else self.tokens(1000)
-        own = array("q", range(10**6 * (index + 1), 10**6 * (index + 1) + 1000))
-        share = self.random.random()
-        slo = SLOS[0 if share < 0.6 else 1 if share < 0.9 else 2]
-        program = index % N_PROGRAMS
-        return QueuedRequest(
-            request_id=index,
-            arrival_s=self.now_s,
-            root=self.root,
-            tokens=begin + own,
-            prompt_tokens=PROMPT_TOKENS,
-            max_new_tokens=512,
-            slo=slo if program % 3 else replace(slo, task_s=4 * SPAN_S),
-            tenant=str(program % N_TENANTS),
-            program=str(program),
-            queued_s=self.now_s,
-        )
-
-    def arrive(self) -> None:
+    def _arrive(self) -> None:
         """A request joins the queue; the policy is told."""
-        request = self.request()
+        request = self.traffic.request()
         self.waiting.add(request)
-        self.policy.on_arrival(request, self.now_s)
+        self.policy.on_arrival(request, self.traffic.now_s)
 
-    def state(self) -> SchedulerState:
+    def _state(self) -> SchedulerState:
         return SchedulerState(
-            now_s=self.now_s,
+            now_s=self.traffic.now_s,
             waiting=self.waiting,
             held={},
             running=self.running,
             decode_context_tokens=N_RUNNING * PROMPT_TOKENS,
-            processed_prefill_tokens=self.n_arrived * 1000,
+            processed_prefill_tokens=self.traffic.processed_tokens,
             chunk_tokens=8192,
             costs=self.costs,
             available_tokens=400_000,
         )
 
+    def burst(self) -> float:
+        """Microseconds of the first plan after all arrived."""
+        return timed(lambda: self.policy.plan(self._state(), PLAN_LIMIT))
+
     def decision(self) -> float:
         """One step; returns microseconds of what the policy did."""
-        self.now_s += self.step_s
-        new = self.request()
+        traffic = self.traffic
+        traffic.now_s += self.step_s
+        new = traffic.request()
         self.waiting.add(new)
-        changed = self.random.sample(list(self.waiting.requests), 2)
-        state, policy, now_s = self.state(), self.policy, self.now_s
+        changed = traffic.random.sample(list(self.waiting.requests), 2)
+        state, policy, now_s = self._state(), self.policy, traffic.now_s
         news = [self.waiting.get(request_id) for request_id in changed]
 
         def decide() -> None:
@@ -188,30 +168,23 @@ class Server:
         return microseconds
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Microseconds of this thread's processor time."""
-    started = time.thread_time_ns()
-    call()
-    return (time.thread_time_ns() - started) / 1e3
-
-
 def _nothing() -> None:
     """What it takes to read the clock twice."""
 
 
 def measure(policy: str, n_waiting: int, n_decisions: int) -> Row:
-    """One row of the table."""
-    server = Server(policy, n_waiting)
+    """One row of the table; raises ImportError if SGLang has no such order here."""
+    server = (UpstreamServer if policy.startswith(PREFIX) else Server)(policy, n_waiting)
     gc.collect()
     gc.freeze()
-    burst_us = timed(lambda: server.policy.plan(server.state(), PLAN_LIMIT))
-    for _ in range(10):
-        server.decision()
+    burst_us = server.burst()
+    usual_us = float(np.median([server.decision() for _ in range(WARM_UP)]))
+    n_decisions = min(n_decisions, max(DECISIONS_MIN, int(ROW_US / max(usual_us, 1.0))))
     clock_us = float(np.median([timed(_nothing) for _ in range(200)]))
     times = [max(0.0, server.decision() - clock_us) for _ in range(n_decisions)]
     gc.unfreeze()
     median, p99 = np.quantile(times, (0.5, 0.99))
-    return Row(policy, n_waiting, float(median), float(p99), max(times), burst_us)
+    return Row(policy, n_waiting, n_decisions, float(median), float(p99), max(times), burst_us)
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -273,7 +246,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="status 1 if a budget is broken")
     parser.add_argument("--out", type=Path, help="write scheduler_cost.json, .md and .png there")
     options = parser.parse_args()
-    print(f"{'policy':<12}{'waiting':>8}{'median':>12}{'p99':>12}{'longest':>12}{'burst':>12}")
+    print(f"{'policy':<30}{'waiting':>8}{'median':>12}{'p99':>12}{'longest':>12}{'burst':>12}")
     rows: list[Row] = []
     todo = [(policy, n) for policy in options.policies.split(",") for n in QUEUES]
     for policy, n_waiting in tqdm(todo, unit=" rows", leave=False):

@@ -11,6 +11,7 @@ Takes every flag of `sglang.launch_server`; sets the only I/O backend and layout
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from typing import Any
@@ -42,21 +43,12 @@ def patch_host_pools() -> None:
     for module in (mha, mla):
         module.transfer_kv_direct = copy_tokens
     original = base.HostKVCache.__init__
+    signature = inspect.signature(original)
 
-    def init_unpinned(
-        self: Any,
-        device_pool: Any,
-        host_to_device_ratio: float,
-        host_size: int,
-        page_size: int,
-        layout: str,
-        pin_memory: bool,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        del pin_memory
-        ratio_and_size = (host_to_device_ratio, host_size, page_size, layout)
-        original(self, device_pool, *ratio_and_size, False, *args, **kwargs)
+    def init_unpinned(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        given.arguments["pin_memory"] = False
+        original(*given.args, **given.kwargs)
 
     base.HostKVCache.__init__ = init_unpinned
 
