@@ -32,6 +32,7 @@ import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -217,24 +218,27 @@ def report(rows: list[Row], load: list[float]) -> str:
     lines = [
         "# What a request-level decision costs",
         "",
-        "Made by `python benchmark/micro/scheduler.py --out benchmark/results`; its `--help` says",
-        (
-            "what a decision is. Microseconds of the thread's processor time on one of "
-            f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()};"
-        ),
-        f"load averages at the end: {', '.join(map(str, load))}: other work ran beside it.",
+        "`python -m benchmark.micro.scheduler --help` says what a decision is. Microseconds of the",
+        f"thread's processor time on one of {os.cpu_count()} cores ({platform.machine()}), Python",
+        f"{platform.python_version()}, SGLang {version('sglang')}; load averages at the end:",
+        f"{', '.join(map(str, load))}: other work ran beside it.",
         f"Budgets of {CHECKED}, 99th percentile: 1,000 us at 1,000 waiting, 5,000 us at 10,000.",
         f"Those who wait are calls of {N_PROGRAMS:,} programs of {N_TENANTS} tenants.",
-        "As upstream's, lpm does not sort above 128 waiting: then it is fcfs.",
+        f"Names with {PREFIX} are SGLang's own code, one `calc_priority`; the others are ours.",
+        "Above 128 waiting its lpm and hrrn do not sort (nor does our lpm): then they are fcfs, whose",
+        "longest decisions are those in which it keeps the prefixes of 128 who wait fresh.",
         "",
-        "| policy | waiting | median | p99 | longest | first plan after all arrived at once |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| policy | waiting | decisions | median | p99 | longest | first plan after all arrived |",
+        "|" + " --- |" * 7,
     ]
     for row in rows:
         times = (row.median_us, row.p99_us, row.longest_us, row.burst_us)
-        cells = [row.policy, f"{row.n_waiting:,}", *(f"{us:,.0f}" for us in times)]
+        counts = [f"{row.n_waiting:,}", f"{row.n_decisions:,}"]
+        cells = [row.policy, *counts, *(f"{us:,.0f}" for us in times)]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "![cost](scheduler_cost.png)", ""])
+    command = "    python -m benchmark.micro.scheduler --out benchmark/results --policies \\"
+    policies = f"        {','.join(dict.fromkeys(row.policy for row in rows))}"
+    return "\n".join([*lines, "", "![cost](scheduler_cost.png)", "", command, policies, ""])
 
 
 def main() -> None:

@@ -64,7 +64,9 @@ def _limit(sizes: Sizes, _disk: Path) -> list[object]:
 
 def _hicache(sizes: Sizes, _disk: Path) -> list[object]:
     ratio = sizes.host / sizes.device
-    return [*_device(sizes.device), "--enable-hierarchical-cache", "--hicache-ratio", ratio]
+    written = ["--hicache-write-policy", "write_through"]
+    hicache = ["--enable-hierarchical-cache", "--hicache-ratio", ratio, *written]
+    return [*_device(sizes.device), *hicache]
 
 
 def _hicache_file(policy: str) -> Callable[[Sizes, Path], list[object]]:
