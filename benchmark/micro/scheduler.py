@@ -225,7 +225,7 @@ def report(rows: list[Row], load: list[float]) -> str:
         f"Budgets of {CHECKED}, 99th percentile: 1,000 us at 1,000 waiting, 5,000 us at 10,000.",
         f"Those who wait are calls of {N_PROGRAMS:,} programs of {N_TENANTS} tenants.",
         f"Names with {PREFIX} are SGLang's own code, one `calc_priority`; the others are ours.",
-        "Above 128 waiting its lpm and hrrn do not sort, nor does our lpm: then they are fcfs, whose",
+        "Above 128 waiting its lpm and hrrn do not sort, nor does our lpm: they are fcfs, whose",
         "longest decisions are those in which it keeps the prefixes of 128 who wait fresh.",
         "",
         "| policy | waiting | decisions | median | p99 | longest | first plan after all arrived |",
