@@ -3,9 +3,12 @@
     python benchmark/serving/hicache_on_cpu.py --model-path ... --device cpu \
         --enable-hierarchical-cache --hicache-ratio 2 [--hicache-storage-backend file ...]
 
-SGLang 0.5.17 needs three things changed for that, all in its scheduler process and none in this
-project's product: host pools must not ask for pinned memory, the copy functions of sgl_kernel must
-exist without CUDA, and the fixed 10 GiB that every host pool leaves free must be smaller.
+SGLang 0.5.17 and 0.5.23 need three things changed for that, all in the scheduler process and none
+in this project's product: host pools must not ask for pinned memory (0.5.23 as it is ends there:
+"Found no NVIDIA driver on your system", from `_cuda_host_register`), the copy function of
+sgl_kernel must exist without CUDA, and the fixed 10 GiB that every host pool leaves free must be
+smaller. Its trees, its queues of transfers and its files are as they are. Streams do nothing
+on a CPU, so copies between the pools are made at once, by the scheduler's thread.
 Takes every flag of `sglang.launch_server`; sets the only I/O backend and layout that can work.
 """
 
