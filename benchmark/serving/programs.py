@@ -179,6 +179,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def report(options: argparse.Namespace, results: Sequence[dict[str, Any]]) -> str:
     what = "; ".join(f"{name}: {text}" for name, text in SYSTEMS.items())
+    only = f" --only {' '.join(options.only)}" if options.only else ""
     return f"""# Programs in SGLang's frontend language
 
 Seconds until a program has ended, in the mean of those that run at once; medians of {options.turns}
@@ -190,7 +191,7 @@ equal: programs that wrote the same on plain SGLang and as programs.
 {table(results)}
 
     python -m benchmark.serving.programs --turns {options.turns} \\
-        --device-tokens {options.device_tokens}
+        --device-tokens {options.device_tokens}{only}
 """
 
 
@@ -199,11 +200,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--turns", type=int, default=5, help="measurements of each")
     parser.add_argument("--device-tokens", type=int, default=2048, help="room for KV on the device")
-    parser.add_argument("--only", help="cases whose name has this in it")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="cases whose name has one of these in it"
+    )
     parser.add_argument("--note", default="", help="a sentence on the machine, for the report")
     parser.add_argument("--out", type=Path, default=RESULTS / "programs_cpu", metavar="NAME")
     options = parser.parse_args()
-    cases = [case for case in CASES if not options.only or options.only in case.name]
+    only = options.only or [""]
+    cases = [case for case in CASES if any(text in case.name for text in only)]
     common = [*BASE_ARGS, "--dtype", "float32", "--max-total-tokens", str(options.device_tokens)]
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="programs_") as folder:
