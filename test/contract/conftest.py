@@ -16,12 +16,10 @@ Shim = Callable[[str], dict[str, str]]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def tiny_model(tmp_path: Path) -> str:
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Llama's configuration, for `--load-format dummy`."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    return write_config(folder)
+    return write_config(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -38,15 +36,16 @@ def shim(tmp_path: Path) -> Shim:
     return write
 
 
-@pytest.fixture
-def run_python(tmp_path: Path) -> Run:
+@pytest.fixture(scope="session")
+def run_python(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs `python *argv` in a process of its own; output is text."""
 
     def run(
         *argv: str, env: dict[str, str] | None = None, timeout_s: float = 300
     ) -> subprocess.CompletedProcess[str]:
         # XDG_CACHE_HOME: the disk tier's default directory; the user's own is not for tests.
-        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **(env or {})}
+        cache = str(tmp_path_factory.mktemp("cache"))
+        environment = {**os.environ, "XDG_CACHE_HOME": cache, **(env or {})}
         return subprocess.run(
             [sys.executable, *argv],
             capture_output=True,

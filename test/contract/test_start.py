@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sglang")
+
+from support_plugin import on_release  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -84,11 +87,19 @@ def test_refused_before_anything_starts(
         "--tiered-kv",
         env=shim(beneath),
     )
-    last = ended.stderr.strip().splitlines()[-1]
+    said = refusal(ended)
+    assert said.startswith("sglang serve: error: --tiered-kv ")
+    assert sentence in said
+
+
+def refusal(ended: CompletedProcess[str]) -> str:
+    """What a start that was refused says last, but for SGLang's log of having ended."""
     assert ended.returncode == 2, ended.stderr
-    assert last.startswith("sglang serve: error: --tiered-kv ")
-    assert sentence in last
     assert "Traceback" not in ended.stderr
+    lines = ended.stderr.strip().splitlines()
+    if "kill_process_tree called" in lines[-1]:
+        lines.pop()
+    return lines[-1]
 
 
 def test_a_user_without_a_name_and_a_home_is_asked_for_the_disks_directory(
@@ -100,13 +111,12 @@ def test_a_user_without_a_name_and_a_home_is_asked_for_the_disks_directory(
         "--tiered-kv",
         env={**shim(NOBODY), "TMPDIR": str(tmp_path)},
     )
-    assert ended.returncode == 2, ended.stderr
-    assert "Traceback" not in ended.stderr
-    last = ended.stderr.strip().splitlines()[-1]
-    assert last.startswith("sglang serve: error: --tiered-kv-disk-dir has no default because this")
+    said = refusal(ended)
+    assert said.startswith("sglang serve: error: --tiered-kv-disk-dir has no default because this")
 
 
-def test_a_hook_lost_in_the_scheduler_is_refused_by_the_scheduler(
+@pytest.mark.long
+def test_a_server_whose_scheduler_lost_a_hook_ends(
     run_python: Any, shim: Any, tiny_model: str
 ) -> None:
     ended = run_python(
@@ -115,6 +125,10 @@ def test_a_hook_lost_in_the_scheduler_is_refused_by_the_scheduler(
         *("--tiered-kv", "--tiered-kv-host-size", "64MB", "--port", "0"),
         env=shim(LOST_HOOK),
     )
+    assert_refused_for_the_hook(ended)
+
+
+def assert_refused_for_the_hook(ended: CompletedProcess[str]) -> None:
     assert ended.returncode != 0
     assert "UpstreamError: --tiered-kv refuses to start because its hook on " in ended.stderr
     assert "Scheduler.__init__ is not in effect" in ended.stderr
@@ -154,8 +168,7 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.server_args import prepare_server_args
 args = prepare_server_args(["--model-path", sys.argv[1], "--device", sys.argv[2]])
-early = [name for name in sys.modules if name.startswith(
-    ("sglang.srt.managers.scheduler", "sglang.srt.mem_cache", "sglang.srt.entrypoints"))]
+early = [name for name in sys.modules if name.startswith("sglang.")]
 ours = sorted(n for n in sys.modules if n.startswith("tiered_kv."))
 import sglang.srt.managers.scheduler
 import sglang.srt.managers.scheduler_components.weight_updater
@@ -181,10 +194,20 @@ print(json.dumps({
 """
 
 
-def test_without_the_flag_nothing_of_sglang_is_patched(run_python: Any, tiny_model: str) -> None:
-    ended = run_python("-c", STOCK, tiny_model, DEVICE, env={"SGLANG_PLUGINS": "tiered_kv"})
+def found_by(run_python: Any, code: str, tiny_model: str) -> Any:
+    ended = run_python("-c", code, tiny_model, DEVICE, env={"SGLANG_PLUGINS": "tiered_kv"})
     assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout.splitlines()[-1])
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def stock(run_python: Any, tiny_model: str) -> Any:
+    """What is there in a process that loaded plugins and has no `--tiered-kv`."""
+    return found_by(run_python, STOCK, tiny_model)
+
+
+def test_without_the_flag_nothing_of_sglang_is_patched(stock: Any) -> None:
+    found = stock
     assert found["hooked_by_us"] == ["sglang.srt.server_args.ServerArgs"]
     assert found["wrapped"] == []
     assert "tiered_kv" not in found["backends"]
@@ -193,27 +216,18 @@ def test_without_the_flag_nothing_of_sglang_is_patched(run_python: Any, tiny_mod
     assert not [name for name in found["ours"] if name.startswith("tiered_kv.tiers")]
 
 
-EARLY_WITHOUT_US = """
+WITHOUT_PLUGINS = """
 import json, sys
 from sglang.srt.server_args import prepare_server_args
 args = prepare_server_args(["--model-path", sys.argv[1], "--device", sys.argv[2]])
 print(json.dumps(sorted(n for n in sys.modules if n.startswith("sglang."))))
 """
-EARLY_WITH_US = EARLY_WITHOUT_US.replace(
-    "from sglang.srt.server_args",
-    "from sglang.srt.plugins import load_plugins\nload_plugins()\nfrom sglang.srt.server_args",
-)
 
 
 def test_without_the_flag_no_module_of_sglang_is_loaded_earlier(
-    run_python: Any, tiny_model: str
+    run_python: Any, tiny_model: str, stock: Any
 ) -> None:
-    def loaded(code: str) -> set[str]:
-        ended = run_python("-c", code, tiny_model, DEVICE, env={"SGLANG_PLUGINS": "tiered_kv"})
-        assert ended.returncode == 0, ended.stderr
-        return set(json.loads(ended.stdout.splitlines()[-1]))
-
-    more = loaded(EARLY_WITH_US) - loaded(EARLY_WITHOUT_US)
+    more = set(stock["early"]) - set(found_by(run_python, WITHOUT_PLUGINS, tiny_model))
     assert not [name for name in more if not name.startswith("sglang.srt.plugins")]
 
 
@@ -240,6 +254,41 @@ print(json.dumps({
 """
 
 
+# What a scheduler does before it makes its cache, and how it asks for ours.
+MAKE_CACHE = """
+import pickle, sys
+import sglang.srt.managers.scheduler
+from pathlib import Path
+args = pickle.loads(Path(sys.argv[1]).read_bytes())
+from sglang.srt.mem_cache.registry import get_radix_cache_factory
+get_radix_cache_factory("tiered_kv")(None)
+"""
+
+
+@pytest.fixture
+def pickled(tmp_path: Path, tiny_model: str) -> str:
+    """A file of the arguments that a server's processes are given."""
+    from tiered_kv.plugin.start.server_args import ServerArgs
+
+    args = ServerArgs(
+        model_path=tiny_model,
+        device=DEVICE,
+        tiered_kv=True,
+        tiered_kv_host_size="1GB",
+        tiered_kv_disk_dir=str(tmp_path / "disk"),
+    )
+    file = tmp_path / "arguments"
+    file.write_bytes(pickle.dumps(on_release.resolve(args)))
+    return str(file)
+
+
+def test_a_hook_lost_in_the_scheduler_is_refused_by_the_scheduler(
+    run_python: Any, shim: Any, pickled: str
+) -> None:
+    ended = run_python("-c", MAKE_CACHE, pickled, "--multiprocessing-fork", env=shim(LOST_HOOK))
+    assert_refused_for_the_hook(ended)
+
+
 @pytest.mark.parametrize(
     ("module", "processes"),
     [
@@ -251,20 +300,9 @@ print(json.dumps({
     ],
 )
 def test_arguments_prepare_the_process_that_unpickles_them(
-    run_python: Any, tmp_path: Path, tiny_model: str, module: str, processes: set[str]
+    run_python: Any, pickled: str, module: str, processes: set[str]
 ) -> None:
-    from tiered_kv.plugin.start.server_args import ServerArgs
-
-    args = ServerArgs(
-        model_path=tiny_model,
-        device=DEVICE,
-        tiered_kv=True,
-        tiered_kv_host_size="1GB",
-        tiered_kv_disk_dir=str(tmp_path / "disk"),
-    )
-    pickled = tmp_path / "arguments"
-    pickled.write_bytes(pickle.dumps(args))
-    ended = run_python("-c", UNPICKLE, module, str(pickled))
+    ended = run_python("-c", UNPICKLE, module, pickled)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout.splitlines()[-1])
     assert found["class"] == "tiered_kv.plugin.start.server_args"

@@ -141,7 +141,10 @@ class Administrator:
 
     def release_memory(self) -> bool:
         """Whether the memory of the KV cache is gone: what lies there then is overwritten."""
-        self._updater.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=["kv_cache"]))
+        with on_release.no_device_to_wait_for():
+            self._updater.release_memory_occupation(
+                ReleaseMemoryOccupationReqInput(tags=["kv_cache"])
+            )
         if "kv_cache" not in self._updater.offload_tags:
             return False
         for buffer in self._loop.token_to_kv_pool_allocator.get_kvcache().get_kv_buffer(0):
@@ -149,7 +152,10 @@ class Administrator:
         return True
 
     def resume_memory(self) -> None:
-        self._updater.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=["kv_cache"]))
+        with on_release.no_device_to_wait_for():
+            self._updater.resume_memory_occupation(
+                ResumeMemoryOccupationReqInput(tags=["kv_cache"])
+            )
 
 
 def versions_on_disk(disk: PretendDisk) -> dict[int, set[float]]:

@@ -13,9 +13,6 @@ import pytest
 pytest.importorskip("sglang")
 
 
-import torch
-
-from support_plugin import on_release
 from support_plugin.administration import (
     N_REUSABLE,
     OTHER,
@@ -32,11 +29,6 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.forest.residency import Residency
 
 MakeLoop = Callable[..., DecodeLoop]
-
-needs_a_device_to_wait_for = pytest.mark.skipif(
-    not on_release.IS_0_5_17 and not torch.cuda.is_available(),
-    reason="plain 0.5.23 waits for CUDA when memory is released, also on a CPU: docs/releases.md",
-)
 
 # -- flush ---------------------------------------------------------------------------------------
 
@@ -139,7 +131,6 @@ def test_nobody_sleeps_on_transfers(
 # -- memory --------------------------------------------------------------------------------------
 
 
-@needs_a_device_to_wait_for
 def test_memory_that_goes_and_comes(
     make_loop: MakeLoop, disk: PretendDisk, answers: Callable[[Kind], list[int]]
 ) -> None:
@@ -159,7 +150,6 @@ def test_memory_that_goes_and_comes(
     assert versions_on_disk(disk) == {1: {1.0}}
 
 
-@needs_a_device_to_wait_for
 def test_memory_that_goes_while_requests_are_paused(
     make_loop: MakeLoop, answers: Callable[[Kind], list[int]]
 ) -> None:
