@@ -19,6 +19,7 @@ from support.adapters import write_adapter
 from support.injection import injected
 from support.kv_events import KvEventListener
 from tiered_kv.metrics import names
+from tiered_kv.plugin.upstream.installed import installed
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
@@ -131,12 +132,17 @@ def test_events_tell_salts_apart(
         generate(three_tiers, prompt, 1, cache_salt=salt)
     kv_events.collect()
     first = [
-        block["parent_block_hash"]
+        block
         for block in kv_events.blocks
         if block["token_ids"] == list(prompt[:16]) and block["medium"] == "GPU"
     ]
-    assert len(first) == len(set(first)) == 3
-    assert None in first
+    # By these routers tell trees apart; salts are said where events are for Dynamo's.
+    trees = [(block["parent_block_hash"], block.get("cache_salt")) for block in first]
+    assert len(trees) == len(set(trees)) == 3
+    assert (None, None) in trees
+    assert len({tuple(block["block_hashes"]) for block in first}) == 3
+    if installed() != "0.5.17":
+        assert set(trees) == {(None, None), (None, "one"), (None, "two")}
 
 
 # -- adapters ----------------------------------------------------------------------------------

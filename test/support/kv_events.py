@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 import zmq
 
+from tiered_kv.plugin.upstream.installed import installed
+
 #: Of arrays, after the name of their kind, in the order of SGLang's disaggregation/kv_events.py.
 FIELDS = {
     "BlockStored": (
@@ -39,6 +41,8 @@ class KvEventListener:
     @property
     def server_args(self) -> tuple[str, str]:
         config = {"publisher": "zmq", "topic": "kv", "endpoint": self.endpoint}
+        if installed() != "0.5.17":  # which has no other format
+            config["format"] = "dynamo"
         return ("--kv-events-config", json.dumps(config))
 
     def collect(self, quiet_s: float = 1.5) -> None:
