@@ -20,6 +20,9 @@ from tiered_kv.api.fields import TermsError, shortened
 IDLE_S = 600.0
 """A prompt that nothing was sent of for so long is forgotten."""
 PROMPTS_EACH_MAX = 256
+"""As many prompts may be open of one caller,"""
+PROMPTS_MAX = 8192
+"""and of all: without keys, one may pretend to be many."""
 BYTES_EACH_MAX = 64 << 20
 """What the open prompts of one caller may hold, as JSON,"""
 BYTES_MAX = 256 << 20
@@ -115,6 +118,12 @@ class Book:
         form, piece, rest = found
         if FROM in rest:
             raise PieceError(f"{FROM} goes with a prompt that is open; leave it out.")
+        if len(self._prompts) >= PROMPTS_MAX:
+            raise PieceError(
+                f"{PROMPTS_MAX} prompts are open, which is as many as the server keeps; send this "
+                "one whole, or later.",
+                HTTPStatus.SERVICE_UNAVAILABLE,
+            )
         if self._held.get(owner, (0, 0))[0] >= PROMPTS_EACH_MAX:
             raise PieceError(
                 f"{PROMPTS_EACH_MAX} of your prompts are open, which is as many as one caller may "

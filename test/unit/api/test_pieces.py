@@ -127,6 +127,15 @@ def test_one_caller_has_a_share_of_the_prompts() -> None:
     book.open("you", {"text": "a"}, 0.0)
 
 
+def test_all_callers_have_so_many_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PROMPTS_MAX", 3)
+    book = Book()
+    first, *_ = (book.open(f"caller {n}", {"text": "a"}, 0.0) for n in range(3))
+    assert refused(book.open, "another", {"text": "a"}, 0.0)[0] == HTTPStatus.SERVICE_UNAVAILABLE
+    book.drop(first)
+    book.open("another", {"text": "a"}, 0.0)
+
+
 def test_one_caller_has_a_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "BYTES_EACH_MAX", 1000)
     monkeypatch.setattr(pieces, "BYTES_MAX", 1500)
