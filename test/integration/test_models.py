@@ -1,7 +1,7 @@
 """What models are made of: KV from every tier gives the answers of plain SGLang (docs/models.md).
 
-Small random models in the shapes of real ones. The last server of each has a fault on purpose:
-what it loads is wrong, and so must its answers be, or the comparisons would say nothing.
+Small random models in the shapes of real ones. The last servers of each have a fault on purpose:
+what they load is wrong, and so must their answers be, or the comparisons would say nothing.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ N_REUSABLE = 288
 
 @dataclass(frozen=True)
 class Case:
-    """make: writes the model, given the demo model. args: of every server of it."""
+    """make: writes the model, given the demo model. args: of every server of it. faults: on
+    purpose, of the servers that are to answer wrongly."""
 
     name: str
     make: Callable[[Path, Path], Path]
     args: tuple[object, ...] = ()
+    faults: tuple[str, ...] = ("corrupt_host",)
 
 
 CASES = (
-    Case("window", models.tiny_window_model),
+    Case("window", models.tiny_window_model, faults=("corrupt_windows", "corrupt_host")),
     Case("fp8_e4m3", models.tiny_model_for_two_ranks, ("--kv-cache-dtype", "fp8_e4m3")),
     Case("fp8_e5m2", models.tiny_model_for_two_ranks, ("--kv-cache-dtype", "fp8_e5m2")),
 )
@@ -75,24 +77,29 @@ def test_every_tier_gives_the_answers_of_plain_sglang(
         from_disk = generate_all(server, asked, concurrency=1)
         answers = serve(server, load, concurrency=16)
         wait_for_disk(server)
-    wrong = {**uncompiled, **injected("corrupt_host")}
-    with make_server(f"{case.name}_wrong", *args, model=model, env=wrong) as server:
+    with make_server(f"{case.name}_again", *args, watch, model=model, env=uncompiled) as server:
         after_restart = generate_all(server, asked, concurrency=1)
+    wrong_answers = []
+    for fault in case.faults:
+        wrong = {**uncompiled, **injected(fault)}
+        with make_server(fault, *args, model=model, env=wrong) as server:
+            wrong_answers.append(generate_all(server, asked, concurrency=1))
 
     assert [answer.cached_tokens for answer in computed] == [0] * 5
     assert [answer.device for answer in from_device] == [N_REUSABLE]
     assert [answer.host for answer in from_host] == [N_REUSABLE] * 2
-    for from_cold in (from_disk, after_restart):
+    for from_cold in (from_disk, after_restart, *wrong_answers):
         assert [answer.disk for answer in from_cold] == [N_REUSABLE] * 5
     for some, true in (
         (computed, truths),
         (from_device, truths[-1:]),
         (from_host, truths[:2]),
         (from_disk, truths),
+        (after_restart, truths),
     ):
         assert [answer.output_ids for answer in some] == true
     assert not differences(answers, [truth.output_ids for truth in alone])
     # A small model may say the same of wrong KV, but not five times.
-    assert any(
-        answer.output_ids != true for answer, true in zip(after_restart, truths, strict=True)
-    ), "wrong KV does not show in the answers"
+    for wrong_ones in wrong_answers:
+        said = [answer.output_ids for answer in wrong_ones]
+        assert said != truths, "wrong KV does not show in the answers"

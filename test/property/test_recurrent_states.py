@@ -95,19 +95,19 @@ class Machine:
         self.states = RecurrentStates(self.copier, layout, slots, store, PAGE)
         self.n_requests = 0
 
-    def path(self, tokens: array[int]) -> tuple[list[Node], int]:
+    def path(self, tokens: array[int]) -> tuple[list[Node], int, int]:
         found = self.forest.peek(self.root, tokens, len(tokens) - 1)
         path = list(found.path)
         if found.partial is not None:
             path.append(self.forest.split(found.partial, found.common // PAGE)[0])
-        n_usable = usable(path)[1]
-        return path, path[n_usable - 1].end if n_usable else 0
+        ends = [0, *(node.end for node in path)]
+        n_device, n_usable = usable(path)
+        return path, ends[n_device], ends[n_usable]
 
     def wait_for_disk(self, rid: str, tokens: array[int]) -> None:
         self.states.wish(rid)
         for _ in range(100):
-            path, end = self.path(tokens)
-            if self.states.has_come(rid, path, end):
+            if self.states.has_come(rid, *self.path(tokens)):
                 return
             self.states._queue.wait()
             self.states.poll()
@@ -118,9 +118,8 @@ class Machine:
         self.n_requests += 1
         self.wait_for_disk(rid, tokens)
         states.end_promises()
-        path, end = self.path(tokens)
-        place = states.deepest(path, end)
-        start = 0 if place is None else place.n_tokens
+        path, device, end = self.path(tokens)
+        _, start = states.promise(rid, path, device, end)
         names = {name for node in path for name in node.page_hashes if name in states.table}
         best = [
             node.start + PAGE * (at + 1)
@@ -131,8 +130,7 @@ class Machine:
         assert start == max(best, default=0)
         slot = self.n_requests
         self.copier.slots[slot] = 0
-        if place is not None:
-            states.promise(rid, {place})
+        if start:
             if chunk_pages == 5:
                 self.want_all_room()
             states.give(rid, start, slot)

@@ -33,6 +33,7 @@ from support_plugin.serving_parts import PretendDisk, serving_parts
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.ids import Tier
 from tiered_kv.core.model_spec import find_model
+from tiered_kv.plugin.cache.device_pool import DeviceBuffers
 from tiered_kv.plugin.cache.parts import CacheParts
 from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
 from tiered_kv.plugin.decode import selection as decode_selection
@@ -121,7 +122,14 @@ class DecodeLoop(upstream.Scheduler):
         self.finished: dict[str, Req] = {}
         n_tokens = n_pages * page_size
         pool = MHATokenToKVPool(
-            n_tokens, page_size, torch.float32, 1, 2, 1, "cpu", enable_memory_saver=False
+            n_tokens,
+            page_size,
+            torch.float32,
+            1,
+            2,
+            self.n_layers,
+            "cpu",
+            enable_memory_saver=False,
         )
         self.token_to_kv_pool_allocator = on_release.paged_allocator()(
             n_tokens, page_size, torch.float32, "cpu", pool, need_sort=False
@@ -141,6 +149,7 @@ class DecodeLoop(upstream.Scheduler):
             n_host_pages,
             disk,
             lambda: self.tp_worker.version,
+            self.paged_part(pool),
         )
         self.tree_cache = self.make_cache(params, parts, disk)
         gate = parts.hierarchy.load_back.gate
@@ -157,6 +166,12 @@ class DecodeLoop(upstream.Scheduler):
         self.clock = SharedClock(wanted=lambda: True, on_tick=lambda: None)
 
     # -- what a loop for models of another kind has in their places -----------------------------
+
+    n_layers = 1
+
+    def paged_part(self, pool: Any) -> DeviceBuffers | None:
+        """What pages consist of; None: of all layers."""
+        return None
 
     def make_rows(self, max_running: int) -> Any:
         return ReqToTokenPool(max_running, 1024, "cpu", False)

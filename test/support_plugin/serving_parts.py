@@ -10,7 +10,7 @@ from tiered_kv.core.config import MemoryConfig
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.memory.manager import MemoryManager
-from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of
+from tiered_kv.plugin.cache.device_pool import DeviceBuffers, EngineAllocator, buffers_of
 from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.metrics_adapter import MetricsRecorder
 from tiered_kv.plugin.cache.parts import CacheParts, HostReport
@@ -54,9 +54,11 @@ def serving_parts(
     n_host_pages: int,
     disk: PretendDisk | None,
     version: Callable[[], int],
+    device: DeviceBuffers | None = None,
 ) -> CacheParts:
-    """The tiers over SGLang's pool. version: that of the weights in use."""
-    device = buffers_of(pool)
+    """The tiers over SGLang's pool. version: that of the weights in use. device: what of the pool
+    the pages consist of, None: all."""
+    device = device or buffers_of(pool)
     page_format = buffer_format(page_size, device.layers, device.buffers)
     host = HostPool(page_format, n_host_pages * page_format.slot_bytes)
     forest = Forest(page_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -89,6 +89,16 @@ class Epoch:
     """Of cold stores."""
 
 
+class Beside(Protocol):
+    """Keeps state of pages on the device that is no row of the forest's."""
+
+    def loading(self, nodes: Iterable[Node]) -> None:
+        """`nodes` are about to be copied to the device."""
+
+    def removed(self, node: Node) -> None:
+        """`node` has left the device."""
+
+
 class _Silent:
     def stored(self, node: Node, tier: Tier) -> None:
         pass
@@ -121,6 +131,7 @@ class TierContext:
     evicted: called with a node that left a tier, and its parent then.
     timeline: where what the tiers do is drawn, if it is to be.
     pacer: holds back what is written while requests decode.
+    beside: whoever keeps more of pages on the device than the forest does.
     moved_bytes: what was transferred so far, by (source, target).
     """
 
@@ -139,6 +150,7 @@ class TierContext:
     now_s: float = 0.0
     epoch: Epoch = field(default_factory=Epoch)
     evicted: Callable[[Node, Node, Tier], None] | None = None
+    beside: Beside | None = None
     timeline: TimelineFile | None = None
     pacer: WriteBackPacer = field(default_factory=WriteBackPacer)
     moved_bytes: dict[tuple[Tier, Tier], int] = field(default_factory=dict)
@@ -198,6 +210,8 @@ class TierContext:
         assert parent is not None
         slots = self.forest.evict(node, tier)
         self.listener.removed(node, tier)
+        if self.beside is not None and tier is Tier.DEVICE:
+            self.beside.removed(node)
         if self.evicted is not None:
             self.evicted(node, parent, tier)
         return slots

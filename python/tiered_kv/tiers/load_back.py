@@ -100,16 +100,20 @@ class LoadBack:
         self, last: Node, prompt_tokens: int | None, start: int
     ) -> tuple[torch.Tensor, Node] | None:
         """As `load`, but all or nothing; start: whence is computed if nothing is loaded."""
+        action = self.plan_whole(last, prompt_tokens, start)
+        return None if action is None else self.carry_out(action)
+
+    def plan_whole(self, last: Node, prompt_tokens: int | None, start: int) -> Load | None:
+        """What `load_whole` would take to the device now, if there was room; None: nothing."""
         context, match = self._context, match_of(last)
         if match is None or self._decide.is_waiting(context.now_s):
             return None
-        action = context.manager.on_whole_match(
+        return context.manager.on_whole_match(
             match,
             start=start,
             prompt_tokens=prompt_tokens,
             queued_bytes=self._pages_ahead * context.copier.page_format.page_bytes,
         )
-        return None if action is None else self.carry_out(action)
 
     def plan(self, last: Node, prompt_tokens: int | None = None) -> Load | None:
         """What `load` would take to the device now, if there was room; None: nothing."""
@@ -142,6 +146,8 @@ class LoadBack:
             context.forest.unpin(last, Tier.HOST)
             return None
         self._decide.begun(context.now_s)
+        if context.beside is not None:
+            context.beside.loading(nodes)
         op = context.next_op()
         at = 0
         for node in nodes:

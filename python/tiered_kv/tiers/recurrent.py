@@ -7,7 +7,7 @@ thread copies; a thread of its own reads and writes the disk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -59,7 +59,10 @@ class Wish:
 
 
 class RecurrentStates:
-    """slots: uint8 array of shape (checkpoints, layout.slot_bytes); store: None without a disk."""
+    """What `tiers.places.Places` says, and more.
+
+    slots: uint8 array of shape (checkpoints, layout.slot_bytes); store: None without a disk.
+    """
 
     def __init__(
         self,
@@ -131,17 +134,21 @@ class RecurrentStates:
 
     # -- giving copies of them ----------------------------------------------------------------
 
-    def deepest(self, path: Sequence[Node], end: int) -> Boundary | None:
-        """The last place before `end` where a request along `path` can go on now."""
-        return self.table.deepest(path, end, self._page_size)
-
-    def promise(self, rid: str, places: Set[Boundary]) -> None:
-        """Keeps these for `rid`, which is looked at for admission, until the pass is formed."""
+    def promise(self, rid: str, path: Sequence[Node], device: int, usable: int) -> tuple[int, int]:
+        """See `Places.promise`."""
         self._let_go(rid)
+        place = on_device = self.table.deepest(path, usable, self._page_size)
+        if place is not None and place.n_tokens > device:
+            on_device = self.table.deepest(path, device, self._page_size)
         held = self._held[rid] = {}
-        for place in places:
-            slot = held[place.n_tokens] = self.table.use(place.name)
+        for one in {one for one in (place, on_device) if one is not None}:
+            slot = held[one.n_tokens] = self.table.use(one.name)
             self.table.hold(slot)
+        return _tokens(on_device), _tokens(place)
+
+    def bring(self, last: Node) -> bool:
+        """See `Places.bring`: a request gets its state with its slot (`give`)."""
+        return True
 
     def give(self, rid: str, n_tokens: int, device_slot: Any) -> None:
         """`rid` is admitted with `n_tokens` cached: its own slot gets a copy of that state."""
@@ -153,7 +160,6 @@ class RecurrentStates:
         self.copier.restore(self._slots[slot][: self.layout.n_bytes], device_slot)
 
     def end_promises(self) -> None:
-        """A pass is being formed anew: everybody is looked at again."""
         for rid in list(self._held):
             self._let_go(rid)
 
@@ -164,7 +170,6 @@ class RecurrentStates:
     # -- the disk -----------------------------------------------------------------------------
 
     def wish(self, rid: str) -> None:
-        """`rid` waits to be admitted: what the disk has for it is to be on the host by then."""
         if self._store is not None:
             self._wishes[rid] = Wish()
 
@@ -174,18 +179,14 @@ class RecurrentStates:
     def forget_wish(self, rid: str) -> None:
         self._wishes.pop(rid, None)
 
-    def has_come(self, rid: str, path: Sequence[Node], end: int) -> bool:
-        """Whether the deepest checkpoint for `rid` that can be had is on the host.
-
-        path: its pages on device and host, as far as `end`. Starts to read what is only on disk; a
-        checkpoint that turns out to be damaged is passed over for the next.
-        """
+    def has_come(self, rid: str, path: Sequence[Node], device: int, usable: int) -> bool:
+        """See `Places.has_come`; a damaged checkpoint is passed over for the one before."""
         wish = self._wishes.get(rid)
         if wish is None or self._store is None:
             return True
         if wish.is_reading:
             return False
-        for place in boundaries(path, end, self._page_size):
+        for place in boundaries(path, usable, self._page_size):
             if place.name in self.table:
                 break
             if place.name in wish.missing or place.name not in self._store:
@@ -200,7 +201,7 @@ class RecurrentStates:
         return True
 
     def poll(self) -> None:
-        """Takes up what has been read and written."""
+        """See `Places.poll`."""
         for completion in self._queue.acknowledge(self._queue.n_ready):
             self._over(completion)
 
@@ -231,14 +232,20 @@ class RecurrentStates:
     # -- all of them --------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Empties the host; what is under way to or from the disk arrives."""
         self.end_promises()
         for rid in list(self._unnamed):
             self.forget_noted(rid)
         self._wishes.clear()
         self.table.clear()
 
+    def check_integrity(self) -> None:
+        """Raises IntegrityError."""
+        self.table.check_integrity()
+
     def close(self, timeout_s: float) -> None:
-        """Lets what is to be written reach the disk, as far as the time allows."""
         self._queue.wait(timeout_s)
         self._queue.close()
+
+
+def _tokens(place: Boundary | None) -> int:
+    return 0 if place is None else place.n_tokens

@@ -14,14 +14,10 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.plugin.cache import adapters, fingerprint, weight_updates
+from tiered_kv.plugin.cache.build_windows import WindowLayers, build_windows, window_layers
 from tiered_kv.plugin.cache.costs import build_cost_model
 from tiered_kv.plugin.cache.device_copier import make_copier
-from tiered_kv.plugin.cache.device_pool import (
-    DeviceBuffers,
-    EngineAllocator,
-    buffers_of,
-    kv_pool_of,
-)
+from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of, kv_pool_of
 from tiered_kv.plugin.cache.disk import open_disk
 from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.formats import TierFormats, tier_formats
@@ -69,7 +65,8 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     """Raises ConfigError or DiskTierError, one sentence each, if a tier cannot be set up."""
     from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
 
-    parts = build_parts(ctx)
+    windows = window_layers(ctx)
+    parts = build_parts(ctx, windows)
     gate = parts.hierarchy.load_back.gate
     pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
     cache: TieredPrefixCache
@@ -77,6 +74,8 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
         from tiered_kv.plugin.cache.build_hybrid import build_hybrid
 
         cache = build_hybrid(ctx, parts, is_named=are_named(ctx, "on disk"))
+    elif windows is not None:
+        cache = build_windows(ctx, parts, windows, is_named=are_named(ctx, "on disk"))
     else:
         cache = TieredPrefixCache(ctx.params, parts)
         pool.register_layer_transfer_counter(gate)
@@ -87,16 +86,16 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     return cache
 
 
-def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
+def build_parts(ctx: TreeCacheBuildContext, windows: WindowLayers | None = None) -> CacheParts:
     config: TieredKVConfig = ctx.server_args.to_config()
     params, allocator = ctx.params, ctx.params.token_to_kv_pool_allocator
     pool = kv_pool_of(allocator.get_kvcache())
-    device = buffers_of(pool)
+    device = buffers_of(pool) if windows is None else windows.rest
     formats = tier_formats(config, device)
     on_cpu = device.buffers[0].device.type == "cpu"
 
     args, collective, replica = ctx.server_args, make_collective(ctx), replica_of(ctx)
-    host, shard = host_of(ctx, device, formats, collective, replica)
+    host, shard = host_of(ctx, formats, collective, replica, windows)
     copier = make_copier(formats, device, host, args.tiered_kv_copy_path)
     if host.is_shared:
         copier = PartCopier(copier, shard.place, len(shard.holders))
@@ -106,7 +105,7 @@ def build_parts(ctx: TreeCacheBuildContext) -> CacheParts:
     store = open_store(config.store, shard, host, formats.disk.page_bytes)
 
     def name_weights() -> tuple[bytes, tuple[PageStore, ...]]:
-        namespace = name_namespace(ctx, pool, formats, shard)
+        namespace = name_namespace(ctx, pool, formats, shard, windows)
         on_disk = disk_stores(ctx, namespace, formats, disk) if has_disk else ()
         return namespace, on_disk + shared_stores(ctx, namespace, formats, store)
 
@@ -162,22 +161,24 @@ def make_events(params: CacheInitParams) -> KvEvents:
 
 def host_of(
     ctx: TreeCacheBuildContext,
-    device: DeviceBuffers,
     formats: TierFormats,
     collective: Collective,
     replica: Replica,
+    windows: WindowLayers | None,
 ) -> tuple[HostPool, KVShard]:
     """This rank's host pool, and the shard that is kept there and below. Raises ConfigError."""
     # The ranks of one machine: they are spread evenly.
     n_machines = arguments.resolved(ctx.server_args).nnodes
     n_ranks = max(1, ctx.tp_size * replica.n_replicas // n_machines)
     config: TieredKVConfig = ctx.server_args.to_config()
+    pool = kv_pool_of(ctx.params.token_to_kv_pool_allocator.get_kvcache())
+    device = buffers_of(pool)
     rank_bytes = host_bytes(
         config, device.n_bytes, formats.host, n_ranks, collective, replica.first_word
     )
-    if ctx.is_hybrid_ssm:
-        rank_bytes -= int(rank_bytes * STATES_SHARE)
-    shard = shard_of(ctx, kv_pool_of(ctx.params.token_to_kv_pool_allocator.get_kvcache()))
+    apart = STATES_SHARE if ctx.is_hybrid_ssm else 0.0 if windows is None else windows.share
+    rank_bytes -= int(rank_bytes * apart)
+    shard = shard_of(ctx, pool)
     pins = device.buffers[0].device.type != "cpu"
     host, shard = open_host(formats.host, rank_bytes, shard, collective, pins=pins)
     return host, shard.of_replica(replica.index, replica.n_replicas)
@@ -233,7 +234,11 @@ def make_pass_log(
 
 
 def name_namespace(
-    ctx: TreeCacheBuildContext, pool: Any, formats: TierFormats, shard: KVShard
+    ctx: TreeCacheBuildContext,
+    pool: Any,
+    formats: TierFormats,
+    shard: KVShard,
+    windows: WindowLayers | None = None,
 ) -> bytes:
     """The namespace of KV computed from now on.
 
@@ -260,6 +265,8 @@ def name_namespace(
         from tiered_kv.plugin.cache.state_pool import described
 
         parts["recurrent state"] = described(ctx.params.req_to_token_pool.mamba_pool)
+    if windows is not None:
+        parts["layers apart"] = str(windows.layers)
     namespace = fingerprint.namespace_of(parts)
     logger.info(
         "Tiered KV: named the weights in %.2f s; the namespace is %s, of %s.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -58,6 +60,24 @@ def buffers_of(pool: Any) -> DeviceBuffers:
         f"--tiered-kv does not know the KV pool {type(pool).__name__} of this model; start without "
         "--tiered-kv."
     )
+
+
+def split_layers(
+    device: DeviceBuffers, apart: Collection[int]
+) -> tuple[DeviceBuffers, DeviceBuffers]:
+    """(The buffers of the other layers, those of the layers `apart`), each counted from 0."""
+    parts = []
+    for is_apart in (False, True):
+        kept = [(layer in apart) is is_apart for layer in device.layers]
+        places = {layer: n for n, layer in enumerate(dict.fromkeys(compress(device.layers, kept)))}
+        parts.append(
+            DeviceBuffers(
+                tuple(places[layer] for layer in compress(device.layers, kept)),
+                tuple(compress(device.buffers, kept)),
+                tuple(compress(device.is_key, kept)),
+            )
+        )
+    return parts[0], parts[1]
 
 
 class EngineAllocator:

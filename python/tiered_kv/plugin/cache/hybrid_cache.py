@@ -9,22 +9,14 @@ that a state is what the last pass made of it whenever this is called.
 
 from __future__ import annotations
 
-from array import array
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import (
-    EvictParams,
-    EvictResult,
-    MatchPrefixParams,
-    MatchResult,
-)
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
 
 from tiered_kv.forest.node import Node
-from tiered_kv.memory.checkpoints import Boundary
-from tiered_kv.memory.ticket import path_up, usable
-from tiered_kv.plugin.cache.prefix_cache import WRITE_OUT_TIMEOUT_S, TieredPrefixCache
-from tiered_kv.tiers.context import device_slots_of
+from tiered_kv.memory.ticket import path_up
+from tiered_kv.plugin.cache.placed_cache import PlacedPrefixCache
 from tiered_kv.tiers.recurrent import RecurrentStates
 
 if TYPE_CHECKING:
@@ -37,80 +29,18 @@ if TYPE_CHECKING:
 _PARTING = "tiered_kv_parting"
 
 
-class HybridPrefixCache(TieredPrefixCache):
+class HybridPrefixCache(PlacedPrefixCache):
     """interval: tokens between checkpoints within a prompt, at least; whole pages."""
 
     def __init__(
         self, params: CacheInitParams, parts: CacheParts, states: RecurrentStates, interval: int
     ) -> None:
-        self._states: RecurrentStates | None = None
-        super().__init__(params, parts)
-        self.states = self._states = states
+        super().__init__(params, parts, states)
+        self.states = states
         self.interval = interval
-        self._admitting: Req | None = None
-        self._prompts: dict[str, tuple[Node, array[int]]] = {}
-        """Of those who wait for a checkpoint on disk: their tree, and their whole prompt."""
 
-    # -- lookup -------------------------------------------------------------------------------
-
-    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        """As far as a state can be had, if it is for a request; else all that there is."""
-        req = params.req
-        if req is None:
-            return super().match_prefix(params)
-        if not self.weights.is_named:
-            self.look_at_weights()
-        key, hierarchy = params.key, self.hierarchy
-        self._last_key = key.extra_key
-        root, tokens = self._root_of(key), self._named(key)
-        path, device_end, end = self._usable(root, tokens, key.limit)
+    def looked_up(self, req: Req, path: list[Node]) -> None:
         setattr(req, _PARTING, path[-1].end if path else 0)
-        place = self.states.deepest(path, end)
-        on_device = place
-        if place is not None and place.n_tokens > device_end:
-            on_device = self.states.deepest(path, device_end)
-        self.states.promise(req.rid, {one for one in (place, on_device) if one is not None})
-        first = hierarchy.match(root, tokens, _tokens(on_device))
-        if on_device == place:
-            last = first.last_device
-        else:
-            last = hierarchy.match(root, tokens, _tokens(place)).last
-        return self.match_result(
-            [device_slots_of(node) for node in first.device],
-            first.last_device,
-            last,
-            _tokens(place) - _tokens(on_device),
-        )
-
-    def _usable(
-        self, root: Node, tokens: array[int], limit: int | None
-    ) -> tuple[list[Node], int, int]:
-        """(The path of a prompt, where what the device has of it ends, and the host), in tokens.
-
-        A node in which the prompt ends is split, so that the path is the prompt's.
-        """
-        found = self.hierarchy.context.forest.peek(root, tokens, limit)
-        path = list(found.path)
-        if found.partial is not None:
-            n_pages = found.common // self.page_size
-            path.append(self.hierarchy.context.forest.split(found.partial, n_pages)[0])
-        n_device, n_usable = usable(path)
-        ends = [0, *(node.end for node in path)]
-        return path, ends[n_device], ends[n_usable]
-
-    def note_loading(self, req: Req) -> None:
-        super().note_loading(req)
-        self._admitting = req
-
-    def load_back(self, last: Node, n_tokens: int | None) -> tuple[torch.Tensor, Node]:
-        """All that ends at `last` and is not the request's yet, or nothing: a part has no state."""
-        req = self._admitting
-        assert req is not None, "SGLang loads for a request"
-        start = len(req.prefix_indices)
-        if self.hierarchy.load_back.load_whole(last, n_tokens, start) is None:
-            return self.nothing, req.last_node
-        own = [device_slots_of(node) for node in path_up(last) if node.start >= start]
-        return torch.cat(own[::-1]), last
 
     # -- states -------------------------------------------------------------------------------
 
@@ -160,39 +90,12 @@ class HybridPrefixCache(TieredPrefixCache):
 
     def _take(self, req: Req, last: Node, n_tokens: int) -> None:
         """`req` has a state after `n_tokens`, and its pages are in the tree down to `last`."""
-        is_lasting = self.weights.is_named and last.root.tree_key.is_lasting
+        is_lasting = self.is_lasting(last)
         path = list(path_up(last))[::-1]
         self.states.name_noted(req.rid, path, is_lasting=is_lasting)
         if n_tokens and n_tokens == last.end:
             slot = int(req.mamba_pool_idx)
             self.states.take(last.last_page_hash, slot, is_lasting=is_lasting)
-
-    # -- the disk -----------------------------------------------------------------------------
-
-    def prefetch(self, rid: str, last_host_node: Node, new_input_tokens: array[int]) -> None:
-        super().prefetch(rid, last_host_node, new_input_tokens)
-        self.states.wish(rid)
-        tokens = array("q")
-        for node in list(path_up(last_host_node))[::-1]:
-            tokens.extend(node.tokens)
-        # Of names, too: no such model has inputs beside tokens.
-        tokens.extend(new_input_tokens)
-        self._prompts[rid] = last_host_node.root, tokens
-
-    def is_prefetched(self, rid: str) -> bool:
-        if not super().is_prefetched(rid):
-            return False
-        # While weights change, what the disk has is of others.
-        if not self.states.is_wished(rid) or not self.weights.is_named:
-            return True
-        root, tokens = self._prompts[rid]
-        path, _, end = self._usable(root, tokens, None)
-        return self.states.has_come(rid, path, end)
-
-    def release_prefetch(self, rid: str) -> None:
-        super().release_prefetch(rid)
-        self.states.forget_wish(rid)
-        self._prompts.pop(rid, None)
 
     # -- what SGLang counts, and evicts ------------------------------------------------------
 
@@ -217,28 +120,3 @@ class HybridPrefixCache(TieredPrefixCache):
 
     def sanity_check(self) -> None:
         """Called by an idle scheduler; `check_integrity` is called besides where it is wanted."""
-
-    # -- administration -----------------------------------------------------------------------
-
-    def check_hicache_events(self) -> None:
-        self.states.end_promises()
-        self.states.poll()
-        super().check_hicache_events()
-
-    def reset(self) -> None:
-        super().reset()
-        if self._states is not None:
-            self._states.flush()
-            self._prompts.clear()
-
-    def check_integrity(self) -> None:
-        super().check_integrity()
-        self.states.table.check_integrity()
-
-    def release_host_resources(self) -> None:
-        self.states.close(WRITE_OUT_TIMEOUT_S)
-        super().release_host_resources()
-
-
-def _tokens(place: Boundary | None) -> int:
-    return 0 if place is None else place.n_tokens

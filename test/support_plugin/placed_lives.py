@@ -1,0 +1,133 @@
+"""What happens to requests whose prefixes end at places (`tiers/places.py`), on SGLang's own loop.
+
+Requests arrive at random under every request policy, on pools that are too small. Chance puts
+prompts back, evicts from device and host, has SGLang retract, aborts, pauses with retraction,
+empties the cache, has the disk fail for a while, and copies to the device as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+from typing import Any
+
+from sglang.srt.environ import envs
+from sglang.srt.managers import scheduler
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    ContinueGenerationReqInput,
+    PauseGenerationReqInput,
+)
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+
+from support_plugin.decode_loop import DecodeLoop, PretendDisk
+from support_plugin.decode_requests import Kind, Oracle, kinds, light_costs
+from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.request_policy import SchedulerState, request_policies
+
+TURNS_MAX = 4000
+#: What must have happened often enough in all histories.
+HAPPENED = ("aborted", "retracted", "paused", "put back", "device", "host", "disk")
+
+
+class History:
+    """What happens on a loop that may be warm from others."""
+
+    def __init__(self, loop: DecodeLoop, disk: PretendDisk | None, number: int) -> None:
+        self.loop, self._disk, self._dice = loop, disk, random.Random(number)
+        policies = request_policies.names()
+        loop.govern(policies[number % len(policies)], "all", light_costs())
+        self._plan = loop.tiered_kv_order._plan
+        loop.tiered_kv_order._plan = self._planned
+        chosen = self._dice.sample(kinds(), self._dice.randint(2, 10))
+        self._coming = [(f"{number}-{i}.", kind) for i, kind in enumerate(chosen)]
+        self.reqs: dict[str, tuple[Kind, Req]] = {}
+        self.aborted: set[str] = set()
+        self.counts: Counter[str] = Counter()
+        self._turns = iter(range(TURNS_MAX))
+
+    def _planned(self, state: SchedulerState) -> AdmissionPlan:
+        plan = self._plan(state)
+        if state.can_put_back and plan.order and self._dice.random() < 0.2:
+            self.counts["put back"] += 1
+            plan = dataclasses.replace(plan, put_back_unfinished=True)
+        return plan
+
+    def turn(self) -> bool:
+        assert next(self._turns, None) is not None, "it never ends"
+        dice, loop = self._dice, self.loop
+        if loop._engine_paused:
+            if dice.random() < 0.5:
+                loop.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
+            return True
+        if self._coming and dice.random() < 0.4:
+            rid, kind = self._coming.pop()
+            self.reqs[rid] = kind, kind.request(rid)
+            loop.arrive(self.reqs[rid][1])
+        if dice.random() < 0.04 and self.reqs:
+            self._abort(dice.choice(list(self.reqs)))
+        if dice.random() < 0.02:
+            loop.pause_generation(PauseGenerationReqInput(mode="retract"))
+            self.counts["paused"] += 1
+        self._trouble()
+        return bool(self._coming) or loop._engine_paused or not loop.is_at_rest
+
+    def _trouble(self) -> None:
+        dice, hierarchy = self._dice, self.loop.tree_cache.hierarchy
+        if dice.random() < 0.1:
+            hierarchy.evict_device(dice.randint(1, 40))
+        if dice.random() < 0.05:
+            hierarchy.context.evict_host(dice.randint(1, 20))
+        table = self.loop.tree_cache.places.table
+        if dice.random() < 0.05 and (slot := table.reserve()) is not None:
+            table.give_back(slot)
+        if self._disk is not None and dice.random() < 0.02:
+            self._disk.reads.error = None if self._disk.reads.error else OSError("on purpose")
+        if dice.random() < 0.01:
+            table.clear()
+        if dice.random() < 0.01:
+            self._fail_next_load(hierarchy.context.copier)
+
+    def _fail_next_load(self, copier: Any) -> None:
+        def fail(*args: Any) -> None:
+            del copier.to_device
+            self.counts["failed load"] += 1
+            raise OSError("on purpose")
+
+        copier.to_device = fail
+
+    def _abort(self, rid: str) -> None:
+        self.aborted.add(rid)
+        self.loop.abort_request(AbortReq(rid=rid))
+
+
+def run(loop: DecodeLoop, oracle: Oracle, disk: PretendDisk | None, number: int) -> Counter[str]:
+    history = History(loop, disk, number)
+    scheduler.TEST_RETRACT = number % 4 == 0
+    rest = iter(range(3))
+    try:
+        with envs.SGLANG_REQ_WAITING_TIMEOUT.override(1000.0):
+            loop.run(history.turn)
+            loop.run(lambda: next(rest, None) is not None)
+    finally:
+        scheduler.TEST_RETRACT = False
+        vars(loop.tree_cache.hierarchy.context.copier).pop("to_device", None)
+        if disk is not None:
+            disk.release()
+    loop.check_nothing_is_held()
+    for rid, (kind, req) in history.reqs.items():
+        said, expected = list(req.output_ids), oracle.answer(kind)
+        if isinstance(req.finished_reason, FINISH_ABORT) or not req.finished():
+            assert rid in history.aborted, f"history {number}: {rid} has no answer"
+            expected = expected[: len(said)]
+            history.counts["aborted"] += 1
+        assert said == expected, f"history {number}, request {rid}: {kind}"
+        history.counts["retracted"] += req.retraction_count
+        history.counts["device"] += req.cached_tokens_device
+        history.counts["host"] += req.cached_tokens_host
+        history.counts["disk"] += req.cached_tokens_storage
+    if number % 3 == 0:
+        loop.tree_cache.reset()
+        loop.token_to_kv_pool_allocator.clear()
+    return history.counts
