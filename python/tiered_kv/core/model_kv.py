@@ -18,6 +18,18 @@ HEAD_DIM = ("head_dim", "attention_head_dim", "kv_channels")
 
 _INDEX_SCALE_BLOCK = 128
 
+#: Prompts are cut into chunks of so many tokens on GPUs, unless somebody says otherwise.
+CHUNK_TOKENS = 8192
+_SHARE_MIN = 1 / 16
+
+
+def share_apart(window_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> float:
+    """For how many of a prompt's tokens the host has room for the KV of sliding layers, as a share.
+
+    Two windows for each chunk: where a prompt is cut, and where others part from it.
+    """
+    return min(1.0, max(_SHARE_MIN, 2 * window_tokens / chunk_tokens))
+
 
 @dataclass(frozen=True, slots=True)
 class KVLayers:
@@ -30,6 +42,8 @@ class KVLayers:
     """Parts of these that tensor-parallel ranks may share out; 1 for a latent."""
     window_tokens: int = 0
     """How far they look back; 0 if to the beginning."""
+    is_sliding: bool = False
+    """Whether each token looks back so far, and below the device the last window is enough."""
     other_bytes: int = 0
     """Bytes per token and layer in a format of their own, whatever the KV cache's."""
 
@@ -41,6 +55,8 @@ class KVLayers:
             kv_elements=self.kv_elements // self.kv_heads * heads,
             kv_heads=heads,
             other_bytes=self.other_bytes * n_ranks,
+            # Several ranks keep all of it.
+            is_sliding=self.is_sliding and n_ranks == 1,
         )
 
 
@@ -54,6 +70,8 @@ def read_kv_layers(
     """
     kinds = read_kinds(reader, n_layers)
     window = window_tokens(reader)
+    # Chunks of attention begin at places of their own.
+    is_sliding = not reader.config.get("attention_chunk_size")
     own = _keeps_its_own(reader, n_layers)
     elements = _Elements(reader, n_layers, mla_elements)
     index_bytes = _index_bytes(reader, is_latent=mla_elements > 0)
@@ -67,12 +85,16 @@ def read_kv_layers(
                     kv_elements=heads * per_head if own[index] else 0,
                     kv_heads=max(1, heads),
                     window_tokens=window if kind == WINDOW else 0,
+                    is_sliding=is_sliding and kind == WINDOW and window > 0,
                     other_bytes=index_bytes,
                 )
             )
     if not any(layer.kv_elements for layer in layers):
         raise reader.error("shares the KV of its layers so that none keeps any; correct it")
     loops = max(1, reader.take("loop_num"))
+    if all(layer.is_sliding or not layer.kv_elements for layer in layers):
+        # There is nothing that they could be kept apart from.
+        layers = [replace(layer, is_sliding=False) for layer in layers]
     groups = tuple(replace(one, n_layers=n * loops) for one, n in Counter(layers).items())
     return groups, tuple(kind for kind in kinds if not keeps_kv(kind))
 

@@ -13,15 +13,15 @@ from typing import Any
 
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.model_config import Shape, read_shape
-from tiered_kv.core.model_kv import KVLayers
+from tiered_kv.core.model_kv import KVLayers, share_apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """One decoder model: enough to count bytes and FLOPs.
 
-    Layers that look back a window only are counted as if they looked back to the beginning: for
-    such models KV figures are upper bounds (`window_kv_bytes_per_token` says by how much). The
+    On the device, layers that look back a window only are counted as if they looked back to the
+    beginning (`window_kv_bytes_per_token` says how much that is). The
     state that layers without KV keep per request is not counted.
     """
 
@@ -132,6 +132,23 @@ class ModelSpec:
         )
 
     @property
+    def stored_kv_bytes_per_token(self) -> float:
+        """Bytes that a token takes on the host and below, on average over long prompts."""
+        return sum(
+            self._bytes_per_token(layers)
+            * (share_apart(layers.window_tokens) if layers.is_sliding else 1.0)
+            for layers in self.attending
+        )
+
+    def loaded_kv_bytes(self, n_tokens: int) -> float:
+        """Bytes that are copied to the device for a prefix of `n_tokens`."""
+        return sum(
+            self._bytes_per_token(layers)
+            * (min(n_tokens, layers.window_tokens) if layers.is_sliding else n_tokens)
+            for layers in self.attending
+        )
+
+    @property
     def kv_bytes_per_token_layer(self) -> float:
         """The same in one layer, on average over those that keep any."""
         return self.kv_bytes_per_token / self.n_kv_layers
@@ -143,6 +160,11 @@ class ModelSpec:
         latents of MLA, are kept by several ranks then.
         """
         return replace(self, kv_layers=tuple(layers.on_group(n_ranks) for layers in self.attending))
+
+    def with_layers_alike(self) -> ModelSpec:
+        """The model on a server that keeps layers with a window like all others."""
+        alike = tuple(replace(layers, is_sliding=False) for layers in self.attending)
+        return replace(self, kv_layers=alike)
 
     def _bytes_per_token(self, layers: KVLayers) -> float:
         per_layer = layers.kv_elements * self.kv_bytes_per_element + layers.other_bytes

@@ -158,7 +158,9 @@ def _print_plan(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, Any
     cost = _cost_model(chosen, loaded, device)
     kv_bytes = device.memory_bytes * chosen.mem_fraction - _weight_bytes(chosen, model)
     farther = {Tier.HOST: parse_bytes(chosen.host), Tier.DISK: parse_bytes(chosen.disk)}
-    capacities = tier_capacities(model, kv_bytes, farther, chosen.context, stored=loaded)
+    # What several ranks have is kept once, but windows are not kept apart then.
+    stored = model if device.n_devices == 1 else loaded.with_layers_alike()
+    capacities = tier_capacities(model, kv_bytes, farther, chosen.context, stored=stored)
     lengths = doubling(min(1024, chosen.context), chosen.context)
     hits = [
         hit_cost(cost, tier, chosen.context, chosen.new, max(chosen.context, 1 << 20))

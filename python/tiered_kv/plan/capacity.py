@@ -107,8 +107,10 @@ def tier_capacities(
     sizes = {Tier.DEVICE: int(device_kv_bytes), **farther_bytes}
     capacities = []
     for tier in sorted(sizes):
-        kept = model if tier is Tier.DEVICE or stored is None else stored
-        tokens = int(sizes[tier] // kept.kv_bytes_per_token)
+        per_token = model.kv_bytes_per_token
+        if tier is not Tier.DEVICE:
+            per_token = (stored or model).stored_kv_bytes_per_token
+        tokens = int(sizes[tier] // per_token)
         capacities.append(TierCapacity(tier, sizes[tier], tokens, tokens // context_tokens))
     return capacities
 

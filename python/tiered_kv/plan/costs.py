@@ -74,7 +74,7 @@ def _pays(cost: CostModel, tier: Tier, prefix_tokens: int, new_tokens: int) -> b
 
 
 def _load_s(cost: CostModel, tier: Tier, tokens: int) -> float:
-    n_bytes = int(tokens * cost.model.kv_bytes_per_token)
+    n_bytes = int(cost.model.loaded_kv_bytes(tokens))
     return cost.load_s(tier, Tier.DEVICE, n_bytes)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from tiered_kv.core.device_spec import DeviceSpec
 from tiered_kv.core.ids import Tier
+from tiered_kv.core.model_kv import CHUNK_TOKENS
 from tiered_kv.core.model_spec import ModelSpec
 from tiered_kv.plan.capacity import ContextMemory, TierCapacity
 from tiered_kv.plan.costs import DecodeSplit, HitCost, LongContextCost
@@ -51,17 +52,33 @@ def facts(model: ModelSpec, device: DeviceSpec, note: str = "") -> str:
             f"{model.n_attention_layers - model.n_kv_layers} of {model.n_attention_layers} layers "
             "that attend read the KV of others."
         )
-    said += [
-        f"{layers.n_layers} layers look back {layers.window_tokens:,} tokens only, but are counted "
-        "as if they kept all."
-        for layers in model.attending
-        if layers.window_tokens and layers.kv_elements
-    ]
+    said += _windows(model, device.n_devices)
+    said.append(f"Times are predictions of a roofline ({device.source}).")
+    return " ".join(said)
+
+
+def _windows(model: ModelSpec, n_devices: int) -> list[str]:
+    """What is counted of layers that look back a window only."""
+    said = []
+    for layers in model.attending:
+        if layers.window_tokens and layers.kv_elements:
+            one = (
+                f"{layers.n_layers} layers look back {layers.window_tokens:,} tokens only, but are "
+                "counted as if they kept all"
+            )
+            if layers.is_sliding and n_devices == 1:
+                one += " on the device; a load brings their last window"
+            said.append(one + ".")
     if model.window_kv_bytes_per_token:
         beyond = (model.kv_bytes_per_token - model.window_kv_bytes_per_token) / 1024
         said.append(f"A server that drops what their windows passed keeps {beyond:.1f} KiB beyond.")
-    said.append(f"Times are predictions of a roofline ({device.source}).")
-    return " ".join(said)
+        stored = model.stored_kv_bytes_per_token / 1024
+        if n_devices == 1 and stored < model.kv_bytes_per_token / 1024:
+            said.append(
+                f"Host and disk keep {stored:.1f} KiB per token of long prompts: two windows for "
+                f"each chunk of {CHUNK_TOKENS:,} tokens."
+            )
+    return said
 
 
 def _active(model: ModelSpec) -> str:

@@ -9,7 +9,7 @@ from typing import Protocol, cast
 
 import torch
 
-from tiered_kv.core.ids import Tier
+from tiered_kv.core.ids import PageHash, Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.forest.node import Node
 from tiered_kv.forest.results import Match
@@ -90,13 +90,19 @@ class Epoch:
 
 
 class Beside(Protocol):
-    """Keeps state of pages on the device that is no row of the forest's."""
+    """Keeps more of pages than the forest does."""
 
     def loading(self, nodes: Iterable[Node]) -> None:
         """`nodes` are about to be copied to the device."""
 
     def removed(self, node: Node) -> None:
         """`node` has left the device."""
+
+    def forget(self, names: Sequence[PageHash]) -> None:
+        """The host is not to have anything of these pages."""
+
+    def drop_stored(self, names: Sequence[PageHash]) -> int:
+        """Nor the disk; called on a thread of its own. Returns how many it had."""
 
 
 class _Silent:
@@ -131,7 +137,7 @@ class TierContext:
     evicted: called with a node that left a tier, and its parent then.
     timeline: where what the tiers do is drawn, if it is to be.
     pacer: holds back what is written while requests decode.
-    beside: whoever keeps more of pages on the device than the forest does.
+    beside: whoever keeps more of pages than the forest does.
     moved_bytes: what was transferred so far, by (source, target).
     """
 

@@ -148,6 +148,7 @@ class RecurrentStates:
 
     def bring(self, last: Node) -> bool:
         """See `Places.bring`: a request gets its state with its slot (`give`)."""
+        del last
         return True
 
     def give(self, rid: str, n_tokens: int, device_slot: Any) -> None:
@@ -181,6 +182,7 @@ class RecurrentStates:
 
     def has_come(self, rid: str, path: Sequence[Node], device: int, usable: int) -> bool:
         """See `Places.has_come`; a damaged checkpoint is passed over for the one before."""
+        del device  # It has no states but those of requests.
         wish = self._wishes.get(rid)
         if wish is None or self._store is None:
             return True

@@ -1,4 +1,4 @@
-"""KV of layers with a window, between the host and the disk: records beside those of other pages."""
+"""KV of layers with a window, between host and disk: records beside those of other pages."""
 
 from __future__ import annotations
 
@@ -101,6 +101,10 @@ class WindowFiles:
         if self._store is not None:
             self._unwritten[name] = None
 
+    def take_back(self, name: PageHash) -> None:
+        """It is not to be written any more."""
+        self._unwritten.pop(name, None)
+
     def _write(self, store: LocalPages) -> None:
         """The next few that the disk lacks, one lot at a time."""
         names: list[PageHash] = []
@@ -155,6 +159,10 @@ class WindowFiles:
             return self._store.read_pages(job.names, views)
         self._store.write_pages(job.names, views)
         return job.n_pages
+
+    def drop(self, names: Sequence[PageHash]) -> int:
+        """The disk is to have them no more; on a thread of its own. Returns how many it had."""
+        return 0 if self._store is None else self._store.drop_pages(names)
 
     def forget(self) -> None:
         """Nobody waits, and what was to be written is not; what is under way arrives."""

@@ -337,6 +337,19 @@ class WindowPages:
         window = range(max(0, end - self.n_back), end)
         return self._files.has_come(rid, [names[n] for n in window if not is_near(n)])
 
+    # -- orders -------------------------------------------------------------------------------
+
+    def forget(self, names: Sequence[PageHash]) -> None:
+        """See `Beside.forget`."""
+        for name in names:
+            self._files.take_back(name)
+            if name in self.table:
+                self.table.drop(name)
+
+    def drop_stored(self, names: Sequence[PageHash]) -> int:
+        """See `Beside.drop_stored`."""
+        return self._files.drop(names)
+
     # -- all of them --------------------------------------------------------------------------
 
     def poll(self) -> None:

@@ -14,6 +14,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from tiered_kv.core.config import TieredKVConfig
 from tiered_kv.core.errors import ConfigError
+from tiered_kv.core.model_kv import share_apart
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.memory.windows import pages_back
 from tiered_kv.plugin.cache.device_copier import make_copier
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Of what the host could keep of a window, at least so many pages for each page of other layers.
-SHARE_MIN = 1 / 16
-
 
 @dataclass(frozen=True, slots=True)
 class WindowLayers:
@@ -62,9 +60,11 @@ def window_layers(ctx: TreeCacheBuildContext) -> WindowLayers | None:
     looks_back = layers_that_look_back(ctx.tp_worker.model_runner.model)
     if not looks_back or type(pool) is not MHATokenToKVPool:
         return None
-    whole = _why_whole(ctx)
-    if whole is not None:
-        logger.info("Tiered KV: layers with a window keep all of their KV in all tiers: %s.", whole)
+    reason = _why_whole(ctx)
+    if reason is not None:
+        logger.info(
+            "Tiered KV: layers with a window keep all of their KV in all tiers: %s.", reason
+        )
         return None
     device = buffers_of(pool)
     apart = {layer - pool.start_layer: window for layer, window in looks_back.items()}
@@ -74,9 +74,9 @@ def window_layers(ctx: TreeCacheBuildContext) -> WindowLayers | None:
     page_size = ctx.params.page_size
     n_back = pages_back(max(apart.values()), page_size)
     chunk = arguments.resolved(ctx.server_args).chunked_prefill_size
-    # Two windows for each chunk of a prompt: where it is cut, and where others part from it.
-    per_page = min(1.0, 2 * n_back * page_size / chunk) if chunk and chunk > 0 else SHARE_MIN
-    weight = max(per_page, SHARE_MIN) * theirs.n_bytes
+    longest = ctx.model_config.context_len
+    weight = share_apart(n_back * page_size, chunk if chunk and chunk > 0 else longest)
+    weight *= theirs.n_bytes
     share = weight / (weight + rest.n_bytes)
     return WindowLayers(tuple(sorted(apart)), rest, theirs, n_back, share)
 

@@ -36,6 +36,8 @@ class PlacedPrefixCache(TieredPrefixCache):
         super().__init__(params, parts)
         self.places = self._places = places
         self._admitting: Req | None = None
+        self._promised: tuple[Node, Load | None, int] | None = None
+        """Of who is being admitted: where its load would end, what that is, and whence it begins."""
         self._prompts: dict[str, tuple[Node, array[int]]] = {}
         """Of those who wait for what a place needs of the disk: their tree, and the prompt."""
 
@@ -98,6 +100,25 @@ class PlacedPrefixCache(TieredPrefixCache):
         action = self.hierarchy.load_back.plan_whole(last, n_tokens, start)
         if not self._is_loaded(last, action):
             return self.nothing, req.last_node
+        return self._slots(last, start), last
+
+    def plan_load(self, last: Node, n_tokens: int, start: int) -> tuple[int, Node]:
+        action = None
+        if last.slots(Tier.DEVICE) is None:
+            action = self.hierarchy.load_back.plan_whole(last, n_tokens, start)
+            if action is None:
+                self._promised = None
+                return 0, _at(last, start)
+        self._promised = last, action, start
+        return last.end - start, last
+
+    def carry_out_load(self, last: Node) -> tuple[torch.Tensor, Node]:
+        promised, self._promised = self._promised, None
+        if promised is None or promised[0] is not last:
+            return self.nothing, self._device_part(last)
+        _, action, start = promised
+        if not self._is_loaded(last, action):
+            return self.nothing, _at(last, start)
         return self._slots(last, start), last
 
     def _is_loaded(self, last: Node, action: Load | None) -> bool:
@@ -164,3 +185,11 @@ class PlacedPrefixCache(TieredPrefixCache):
     def is_lasting(self, last: Node) -> bool:
         """Whether what belongs to the path to `last` may go to the disk."""
         return self.weights.is_named and last.root.tree_key.is_lasting
+
+
+def _at(last: Node, end: int) -> Node:
+    """The node on the way to `last` that ends after `end` tokens."""
+    while last.end > end:
+        assert last.parent is not None
+        last = last.parent
+    return last

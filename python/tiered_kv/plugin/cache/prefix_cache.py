@@ -144,8 +144,12 @@ class TieredPrefixCache(cache_contract.CacheContract):
         loaded = self.hierarchy.load_back.load(last, n_tokens)
         return loaded or (self.nothing, self._device_part(last))
 
-    def plan_load(self, last: Node, n_tokens: int) -> tuple[int, Node]:
-        """What `load_back` would bring for whoever is admitted now: (tokens, last node)."""
+    def plan_load(self, last: Node, n_tokens: int, start: int) -> tuple[int, Node]:
+        """What `load_back` would bring for whoever is admitted now: (tokens, last node).
+
+        start: so many tokens of its prompt are on the device.
+        """
+        del start
         action = self.hierarchy.load_back.plan(last, n_tokens)
         if action is None:
             self._planned = None
@@ -200,6 +204,9 @@ class TieredPrefixCache(cache_contract.CacheContract):
         result = self.hierarchy.insert(self._root_of(key), self._named(key), slots)
         self.last_inserted = result.last
         return InsertResult(prefix_len=result.resident_tokens, last_device_node=result.last)
+
+    def note_own(self, start: int) -> None:
+        """The request whose KV is inserted next has computed it from token `start` on."""
 
     def is_to_be_cached(self, req: Req) -> bool:
         return is_named(req)

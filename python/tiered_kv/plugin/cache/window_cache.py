@@ -22,7 +22,6 @@ from tiered_kv.tiers.progress import SETTLE_TIMEOUT_S
 from tiered_kv.tiers.windows import WindowPages
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
     from tiered_kv.plugin.cache.parts import CacheParts
@@ -43,15 +42,8 @@ class WindowPrefixCache(PlacedPrefixCache):
             self.windows.settle(SETTLE_TIMEOUT_S)
         return super().evict(params)
 
-    def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
-        self._own = req.cache_protected_len
-        super().cache_unfinished_req(req, chunked)
-
-    def cache_finished_req(
-        self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int
-    ) -> None:
-        self._own = req.cache_protected_len
-        super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
+    def note_own(self, start: int) -> None:
+        self._own = start
 
     def insert(self, params: InsertParams) -> InsertResult:
         result = super().insert(params)

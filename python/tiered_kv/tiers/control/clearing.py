@@ -172,16 +172,20 @@ def drop(means: Means, prompts: Sequence[Prompt]) -> Rounds[dict[str, Any]]:
     part = yield from _part_of(means, prompts)
     clearing = _Clearing(means)
     left = yield from _until_done(means, part, clearing, clearing.forget)
-    names, keeps = clearing.names + part.rest, means.hierarchy.context.manager.keeps
+    context, names = means.hierarchy.context, clearing.names + part.rest
     for at in range(0, len(names), ROUND_PAGES):
         for tier in KEEP_TIERS:
-            keeps.release(tier, names[at : at + ROUND_PAGES])
+            context.manager.keeps.release(tier, names[at : at + ROUND_PAGES])
+        if context.beside is not None:
+            context.beside.forget(names[at : at + ROUND_PAGES])
         yield False
     answer = {tier.name.lower(): clearing.done[tier] for tier in _NEAR}
     for cold in means.hierarchy.colds:
         if not cold.is_away:
             n_pages = yield from means.in_background(partial(_drop_all, cold.last_store, names))
             answer[cold.name] = (n_pages or 0) * means.page_size
+    if context.beside is not None:
+        yield from means.in_background(partial(context.beside.drop_stored, names))
     return {"done": answer, "in_use": left[_IN_USE], "shared": part.shared_tokens}
 
 

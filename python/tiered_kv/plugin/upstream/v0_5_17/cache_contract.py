@@ -33,7 +33,7 @@ class CacheContract(RadixCache):
     """Inherits the accounting of requests' KV from RadixCache, and knows no tree.
 
     A subclass has `note_loading`, `load_back`, `prefetch`, `is_prefetched`, `prefetched_tokens`,
-    `release_prefetch`, `goes_on`, `is_ending`, `is_to_be_cached` and `has_ended`.
+    `release_prefetch`, `goes_on`, `is_ending`, `is_to_be_cached`, `note_own` and `has_ended`.
     """
 
     # Read by the scheduler (managers/scheduler.py: _prefetch_kvcache).
@@ -105,12 +105,14 @@ class CacheContract(RadixCache):
     ) -> None:
         self.is_ending(req, is_counted=is_insert)
         is_insert = is_insert and self.is_to_be_cached(req)
+        self.note_own(req.cache_protected_len)
         super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
         self.has_ended(req, self.last_inserted)
 
     def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
         self.goes_on(req, has_token=not chunked)
         if self.is_to_be_cached(req):
+            self.note_own(req.cache_protected_len)
             super().cache_unfinished_req(req, chunked)
             return
         # The request goes on with slots of its own, as upstream's ChunkCache does it.

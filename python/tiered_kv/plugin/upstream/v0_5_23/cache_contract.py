@@ -38,8 +38,8 @@ class CacheContract(RadixCache):
     """Inherits the accounting of requests' KV from RadixCache, and knows no tree.
 
     A subclass has `note_loading`, `plan_load`, `carry_out_load`, `prefetch`, `is_prefetched`,
-    `prefetched_tokens`, `release_prefetch`, `goes_on`, `is_ending`, `is_to_be_cached`, `has_ended`
-    and `nothing`.
+    `prefetched_tokens`, `release_prefetch`, `goes_on`, `is_ending`, `is_to_be_cached`, `note_own`,
+    `has_ended` and `nothing`.
     """
 
     # Read by the scheduler (managers/scheduler.py: _prefetch_kvcache).
@@ -84,7 +84,9 @@ class CacheContract(RadixCache):
         """
         if req.host_hit_length:
             n_tokens = len(req.origin_input_ids) + len(req.output_ids)
-            req.host_hit_length, req.best_match_node = self.plan_load(req.best_match_node, n_tokens)
+            req.host_hit_length, req.best_match_node = self.plan_load(
+                req.best_match_node, n_tokens, req.prefix_len
+            )
 
     def init_load_back(self, params: InitLoadBackParams) -> tuple[int, Node]:
         """Brings what was promised of a prefix's host part to the device, or nothing.
@@ -131,6 +133,7 @@ class CacheContract(RadixCache):
             # The array is brought up to date when the next pass is prepared, not at a token.
             self.goes_on(req, has_token=req.extend_end == len(req.full_untruncated_fill_ids))
         if self.is_to_be_cached(req):
+            self.note_own(req.kv.cache_protected_len)
             super().checkpoint(req, up_to=up_to)
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
