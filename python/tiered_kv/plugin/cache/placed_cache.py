@@ -37,7 +37,7 @@ class PlacedPrefixCache(TieredPrefixCache):
         self.places = self._places = places
         self._admitting: Req | None = None
         self._promised: tuple[Node, Load | None, int] | None = None
-        """Of who is being admitted: where its load would end, what that is, and whence it begins."""
+        """Of who is being admitted: where its load would end, what it is, and whence it begins."""
         self._prompts: dict[str, tuple[Node, array[int]]] = {}
         """Of those who wait for what a place needs of the disk: their tree, and the prompt."""
 
