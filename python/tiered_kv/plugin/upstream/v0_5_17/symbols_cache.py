@@ -74,7 +74,8 @@ CACHE_INTERFACE = (
         object_(
             f"{MEM}.base_prefix_cache.{name}",
             fields,
-            "cache.prefix_cache upstream.v0_5_17.cache_contract",
+            "cache.prefix_cache upstream.v0_5_17.cache_contract cache.placed_cache "
+            "cache.window_cache",
         )
         for name, fields in {
             "MatchPrefixParams": "key cow_mamba req",
@@ -96,8 +97,9 @@ POOLS = (
     object_(
         f"{MEM}.memory_pool.MHATokenToKVPool",
         "k_buffer v_buffer kv_cache_layout is_quantized_kv_cache quant_method dtype store_dtype "
-        "size register_layer_transfer_counter",
-        "cache.device_pool cache.build options.refusals upstream.v0_5_17.hardware",
+        "size register_layer_transfer_counter layer_num start_layer",
+        "cache.device_pool cache.build cache.build_windows options.refusals "
+        "upstream.v0_5_17.hardware",
     ),
     object_(
         f"{MEM}.memory_pool.MLATokenToKVPool",
@@ -105,7 +107,11 @@ POOLS = (
         "cache.device_pool cache.build cache.shards options.refusals upstream.v0_5_17.hardware",
     ),
     object_(f"{SRT}.layers.linear.QKVParallelLinear", "num_kv_head_replicas", "cache.shards"),
-    object_(f"{SRT}.layers.radix_attention.RadixAttention", "", "cache.shards"),
+    object_(
+        f"{SRT}.layers.radix_attention.RadixAttention",
+        "layer_id sliding_window_size",
+        "cache.shards cache.build_windows",
+    ),
     object_(
         f"{MEM}.hicache_storage.HiCacheStorageConfig",
         "tp_rank tp_size pp_rank pp_size attn_cp_rank attn_cp_size is_mla_model "

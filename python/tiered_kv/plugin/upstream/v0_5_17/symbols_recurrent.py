@@ -11,8 +11,6 @@ RECURRENT = (
     *(
         object_(f"{MEM}.base_prefix_cache.{name}", fields, _CACHE)
         for name, fields in {
-            "MatchPrefixParams": "key req",
-            "MatchResult": "device_indices",
             "EvictParams": "num_tokens",
             "EvictResult": "num_tokens_evicted",
         }.items()
