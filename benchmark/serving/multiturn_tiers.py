@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -148,22 +148,25 @@ def restart(up: Mapping[str, Server], load: Load) -> None:
         warm_up(server.url, load)
 
 
-def measure(options: argparse.Namespace, up: Mapping[str, Server], load: Load) -> list[Found]:
-    """All second turns, in the order in which they came."""
+def measure(
+    options: argparse.Namespace, up: Mapping[str, Server], load: Load
+) -> Iterator[list[Found]]:
+    """The second turns of one place after the other."""
     waiting = {place: talks(options, place) for place in PLACES}
     n_asks = 2 * sum(map(len, waiting.values())) * len(up)
     with tqdm(total=n_asks, desc="requests", unit="req") as bar:
         clients = Clients(up, options.seed, bar)
         for place in ("disk", "restart", "host"):
             clients.ask(waiting[place])
-        found = []
+        right_away = []
         for talk in waiting["device"]:
             clients.ask([talk])
-            found += clients.ask([talk])
-        found += clients.ask(waiting["host"])
-        found += clients.ask(waiting["disk"])
+            right_away += clients.ask([talk])
+        yield right_away
+        yield clients.ask(waiting["host"])
+        yield clients.ask(waiting["disk"])
         restart(up, load)
-        return found + clients.ask(waiting["restart"])
+        yield clients.ask(waiting["restart"])
 
 
 def row(found: Sequence[Found], load: str, place: str, system: str) -> dict[str, Any]:
@@ -209,11 +212,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write(options: argparse.Namespace, sizes: Sizes, found: Sequence[Found]) -> str:
-    """Returns the report."""
+    """What has been measured so far; returns the report."""
     rows = [
         row(found, load, place, system)
         for load in LOADS
         for place in PLACES
+        if any(each.place == place for each in found)
         for system in options.systems
     ]
     what = "\n".join(f"- {name}: {SYSTEMS[name].what}" for name in options.systems)
@@ -278,15 +282,21 @@ def main() -> int:
         scratch = stack.enter_context(
             tempfile.TemporaryDirectory(prefix="tiered_kv_bench_", dir=options.scratch)
         )
-        found = servers(options, sizes, Path(scratch), logs)
         up = stack.enter_context(
             servers_up(
-                found, lambda server: warm_up(server.url, load), at_once=options.start_at_once
+                servers(options, sizes, Path(scratch), logs),
+                lambda server: warm_up(server.url, load),
+                at_once=options.start_at_once,
             )
         )
         for server in up.values():
             server.flush_cache()
-        print(write(options, sizes, measure(options, up, load)))
+        measured: list[Found] = []
+        for found in measure(options, up, load):
+            # After every place: what was measured is kept if the rest fails.
+            measured += found
+            report = write(options, sizes, measured)
+        print(report)
     return 0
 
 
