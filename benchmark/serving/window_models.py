@@ -188,7 +188,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
 SGLang {version("sglang")}; {machine}; a random model of {LAYERS} layers, of which all but {n_full}
 look back {options.window} tokens; {options.prompts} prompts of {options.tokens:,} tokens in chunks
 of {CHUNK}; float32: {LAYERS * layer_kib} KiB of KV per token in all layers,
-{n_full * layer_kib} KiB in those without a window. *plain / it*: the median of the same prompt's times. {options.note}
+{n_full * layer_kib} KiB in those without a window. *plain / it*: the median of the same prompt's
+times. {options.note}
 
 {what}
 
