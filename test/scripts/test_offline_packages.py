@@ -92,6 +92,8 @@ def test_the_requirements_are_of_the_release_that_is_pinned() -> None:
     environment = (SCRIPTS / "lib" / "environment.sh").read_text()
     assert f"SGLANG_DEFAULT={pins['sglang']}\n" in environment
     assert not {"torch", "triton"} & set(pins)
+    if metadata.version("sglang") != pins["sglang"]:
+        pytest.skip("what that release needs is known beside it alone")
     needed = "\n".join(metadata.requires("sglang") or [])
     exact = {
         packages.normalized(name): version
