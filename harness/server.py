@@ -32,7 +32,8 @@ FLOAT32 = ("--dtype", "float32")
 ALWAYS_LOAD = ("--tiered-kv-load-policy", "always")
 
 START_TIMEOUT_S = 600.0
-#: SGLang 0.5.23 looks for a SIGTERM every 5 s and gives its schedulers 15 s to end by themselves.
+#: SGLang looks for a SIGTERM every 5 s, and gives its schedulers 15 s to end by themselves; 0.5.23
+#: then closes its HTTP server before the process ends.
 STOP_TIMEOUT_S = 60.0
 
 #: Lines of a log that no test may cause, unless it says that it expects them.
