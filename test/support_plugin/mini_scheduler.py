@@ -82,6 +82,7 @@ class MiniScheduler:
         self.chunked_req: Req | None = None
         self._pending_chunked_abort_req: Req | None = None
         self.max_queued_requests: int | None = None
+        self.disaggregation_mode = None
         self.has_queue_room = True
         self.sent: list[Any] = []
         tokenizer = SimpleNamespace(send_output=lambda answer, req: self.sent.append(answer))

@@ -83,6 +83,8 @@ class TieredPrefixCache(cache_contract.CacheContract):
         self._last_key: PromptKey | TreeKey | str | None = None
         # What would be loaded for the request that is being admitted, and where it ends.
         self._planned: tuple[Node, Load] | None = None
+        # Whether the pass that was formed last reads KV that may still be on its way.
+        self.pass_awaits_loads = False
         # Once an administrator has given an order.
         self.control: CacheControl | None = None
         self.weights = WeightNames(parts.hierarchy, parts.name_weights)
@@ -178,7 +180,9 @@ class TieredPrefixCache(cache_contract.CacheContract):
         return node.slots(Tier.DEVICE) is not None
 
     def ready_to_load_host_cache(self) -> int:
-        return self.hierarchy.load_back.start()
+        index = self.hierarchy.load_back.start()
+        self.pass_awaits_loads = index >= 0
+        return index
 
     def prefetch(self, rid: str, last_host_node: Node, new_input_tokens: array[int]) -> None:
         """new_input_tokens: those behind `last_host_node` of the prompt that was matched last."""

@@ -58,8 +58,6 @@ SERVER_ARGS_RULES: tuple[Rule, ...] = (
     _option("--enable-prefill-cp", lambda a: a.enable_prefill_cp),
     _option("--dwdp-size above 1", lambda a: a.dwdp_size > 1),
     _option("--elastic-ep-backend", lambda a: a.elastic_ep_backend not in (None, "none")),
-    # Prefill and decode hand KV over by paths that know nothing of our tree.
-    _option("--disaggregation-mode", lambda a: a.disaggregation_mode != "null"),
     _option("--enable-pdmux", lambda a: a.enable_pdmux),
     _option("--encoder-only", lambda a: a.encoder_only),
     _option("--language-only", lambda a: a.language_only),
@@ -145,7 +143,17 @@ def _inputs_have_names(ctx: Any) -> bool:
     return set(ctx.model_config.hf_config.architectures) <= set(arguments.MULTIMODAL_MODELS)
 
 
+def _hands_kv_over(ctx: Any) -> bool:
+    return bool(ctx.server_args.disaggregation_mode != "null")
+
+
 MODEL_RULES: tuple[Rule, ...] = (
+    # Their state goes with the KV, or their inputs' names do not: neither was tried.
+    Rule(
+        lambda ctx: _hands_kv_over(ctx) and (ctx.is_hybrid_ssm or ctx.model_config.is_multimodal),
+        "--disaggregation-mode for multimodal models, or models with recurrent state",
+        "drop --disaggregation-mode, or start without --tiered-kv",
+    ),
     Rule(
         # Options let SGLang have no pool for windows: `windows.py`.
         lambda ctx: ctx.is_hybrid_swa,

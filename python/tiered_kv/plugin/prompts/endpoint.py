@@ -29,6 +29,10 @@ SEVERAL = (
     "Prompts in pieces need --tokenizer-worker-num 1: each worker has prompts of its own, and it "
     "is chance which one a piece reaches."
 )
+HANDED_OVER = (
+    "Prompts in pieces need a server without --disaggregation-mode, which does all of a request; "
+    "send the prompt whole."
+)
 
 
 class Prompts:
@@ -195,6 +199,8 @@ def _prompts_here() -> Prompts:
         raise PieceError(OFF, HTTPStatus.NOT_FOUND)
     if manager.server_args.tokenizer_worker_num > 1:
         raise PieceError(SEVERAL, HTTPStatus.NOT_IMPLEMENTED)
+    if manager.server_args.disaggregation_mode != "null":
+        raise PieceError(HANDED_OVER, HTTPStatus.NOT_IMPLEMENTED)
     if manager not in _prompts:
         _prompts[manager] = Prompts(manager)
     return _prompts[manager]

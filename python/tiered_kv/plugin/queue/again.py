@@ -12,13 +12,15 @@ admitted again, if nothing was computed for it before | the same | no |
 
 All of them go through `Scheduler._add_request_to_queue`: that asks the disk for what has left the
 host meanwhile, starts the clock of SGLANG_REQ_WAITING_TIMEOUT anew, and is where the queue's order
-hears of them.
+hears of them. On a prefill server a decode server would be asked again; see there.
 """
 
 from __future__ import annotations
 
 import enum
 from typing import TYPE_CHECKING, Any
+
+from tiered_kv.plugin.queue.prefill_server import is_prefill_server, wait_again
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -44,7 +46,10 @@ def queue_again(scheduler: Any, req: Req, why: Why) -> None:
         _count_anew(req)
     if why is Why.SWAPPED:
         scheduler.tree_cache.parts.metrics.made_way()
-    scheduler._add_request_to_queue(req)
+    if is_prefill_server(scheduler):
+        wait_again(scheduler, req)
+    else:
+        scheduler._add_request_to_queue(req)
 
 
 def _count_anew(req: Req) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tiered_kv.plugin.cache.idle import cache_of
 from tiered_kv.plugin.queue.again import Why, queue_again
+from tiered_kv.plugin.queue.prefill_server import end_unsent, is_partly_sent
 from tiered_kv.plugin.upstream.current import request_kv
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,16 @@ def after_run_batch(result: Any, scheduler: Any, batch: Any, *args: Any, **kwarg
         request_kv.give_back(req, cache)
     cache.hierarchy.leave_failed_loads()
     cache.parts.metrics.failed_load()
-    if scheduler.chunked_req in reqs:
+    unfinished = scheduler.chunked_req
+    if unfinished in reqs:
         scheduler.chunked_req = None
     scheduler.running_batch.batch_is_full = False
     for req in reqs:
-        # SGLang skips the pass's result for whoever waits again.
-        queue_again(scheduler, req, Why.NOT_LOADED)
+        if is_partly_sent(scheduler, req):
+            end_unsent(scheduler, req, req.inflight_middle_chunks - (req is unfinished))
+        else:
+            # SGLang skips the pass's result for whoever waits again.
+            queue_again(scheduler, req, Why.NOT_LOADED)
 
 
 def _give_back_what_the_pass_took(req: Any, cache: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.plugin.queue.again import Why, queue_again
+from tiered_kv.plugin.queue.prefill_server import is_prefill_server
 from tiered_kv.plugin.requests.view import is_named
 from tiered_kv.plugin.upstream.current import request_kv
 
@@ -30,8 +31,11 @@ class PutBack:
     def can_put_back(self) -> bool:
         """Whether the prompt under way could be begun again at the page where it stopped.
 
-        Log-probabilities of its tokens are given chunk by chunk, and would be lost.
+        Log-probabilities of its tokens are given chunk by chunk, and would be lost. On a prefill
+        server its KV is on its way to where it decodes.
         """
+        if is_prefill_server(self._scheduler):
+            return False
         req = self._scheduler.chunked_req
         return (
             req is not None and not req.return_logprob and req.to_finish is None and is_named(req)

@@ -140,6 +140,8 @@ class TieredKVCpuPlatform(hardware.PlainPlatform, CpuDeviceMixin, SRTPlatform):
         # Upstream has transformers' fast processors of images compute on a GPU.
         server_args.disable_fast_image_processor = True
         choose_dtype(server_args)
+        # A prefill server waits with a CUDA event for what it sends ahead of a pass.
+        os.environ.setdefault("SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX", "0")
         n_shares = hardware.core_shares(server_args)
         if n_shares > 1:
             # Ranks talk over gloo. Upstream takes the NCCL library that comes with torch for a

@@ -20,7 +20,7 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.plugin.options import cascade as cascade_option
-from tiered_kv.plugin.options import recurrent, refusals, values, windows
+from tiered_kv.plugin.options import disaggregation, recurrent, refusals, values, windows
 from tiered_kv.plugin.options.callers import CallerArgs
 from tiered_kv.plugin.options.control import ControlArgs
 from tiered_kv.plugin.options.overlap import OverlapArgs
@@ -89,6 +89,7 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
         process_carrier.prepare_main_process()
         vars(self)[_SERVER_NUMBER] = secrets.randbits(_SERVER_BITS)
         refusals.check_server_args(self)
+        disaggregation.check(self)
         self.resolve_policies()
         self.resolve_callers()
         self.resolve_watching()

@@ -34,6 +34,7 @@ class Manager:
 
     def __init__(self, **args: Any) -> None:
         args = {"tiered_kv": True, "tokenizer_worker_num": 1, "dp_size": 1, **args}
+        args = {"disaggregation_mode": "null", **args}
         self.server_args = SimpleNamespace(page_size=PAGE_TOKENS, **args)
         self.aborted: list[str] = []
 

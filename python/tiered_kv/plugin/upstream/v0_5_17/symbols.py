@@ -16,6 +16,7 @@ from tiered_kv.plugin.upstream.v0_5_17.symbols_cache import (
     POOLS,
     REQUESTS_AND_EVENTS,
 )
+from tiered_kv.plugin.upstream.v0_5_17.symbols_disaggregation import DISAGGREGATION
 from tiered_kv.plugin.upstream.v0_5_17.symbols_guard import GUARD
 from tiered_kv.plugin.upstream.v0_5_17.symbols_platform import CPU_PLATFORM
 from tiered_kv.plugin.upstream.v0_5_17.symbols_recurrent import RECURRENT
@@ -201,4 +202,5 @@ SYMBOLS: tuple[Symbol, ...] = (
     *GUARD,
     *SNAPSHOTS,
     *RECURRENT,
+    *DISAGGREGATION,
 )

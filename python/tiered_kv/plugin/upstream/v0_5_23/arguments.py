@@ -42,6 +42,17 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "drop it or --tiered-kv",
     ),
     ("--attn-dp-size above 1", lambda a: a.attn_dp_size > 1, "drop it or --tiered-kv"),
+    # Prompts that are computed before a decode server has room for them.
+    (
+        "--disaggregation-decode-allocation-policy prefill_complete",
+        lambda a: a.disaggregation_decode_allocation_policy != "early",
+        "drop it or --tiered-kv",
+    ),
+    (
+        "--enable-pd-role-switch",
+        lambda a: a.enable_pd_role_switch,
+        "drop --enable-pd-role-switch or --tiered-kv",
+    ),
     # A prefill that SGLang puts off would be one that a policy has planned.
     (
         "--prefill-decode-interval",

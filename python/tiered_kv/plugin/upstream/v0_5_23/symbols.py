@@ -13,6 +13,7 @@ from tiered_kv.plugin.upstream.v0_5_17 import symbols as v0_5_17
 from tiered_kv.plugin.upstream.v0_5_17.symbols_recurrent import RECURRENT
 
 _MANAGERS = f"{SRT}.managers"
+_PREFILL = f"{SRT}.disaggregation.prefill"
 _REQ = f"{_MANAGERS}.schedule_batch.Req"
 _BATCH = f"{_MANAGERS}.schedule_batch.ScheduleBatch"
 _SCHEDULER = f"{_MANAGERS}.scheduler.Scheduler"
@@ -41,6 +42,7 @@ GONE = frozenset(
         f"{_REQ}.effective_kv_committed_len",
         f"{MEM}.common.maybe_cache_unfinished_req",
         f"{_OPENAI}._compute_extra_key",
+        f"{_PREFILL}.SchedulerDisaggregationPrefillMixin.maybe_send_cached_prefix_chunk",
         *(f"{_WORKER}.update_weights_from_{k}" for k in ("disk", "distributed", "tensor", "ipc")),
         *(f"{MEM}.radix_cache.RadixCache.{name}" for name in _RADIX_METHODS_GONE),
         f"{SRT}.server_args.ServerArgs.__post_init__",
@@ -88,6 +90,7 @@ PARAMETERS = {
     f"{_BATCH}.filter_batch": "self reqs_to_exclude keep_indices",
     f"{_BATCH}.retract_decode": "self",
     f"{_BATCH}.release_req": "self idx remaing_req_count offload_kv",
+    f"{_PREFILL}.PrefillBootstrapQueue.pop_bootstrapped": "self",
     f"{_UPDATER}.flush_cache_after_weight_update": "self recv_req success message",
     f"{_MANAGERS}.tokenizer_manager.TokenizerManager._handle_batch_request": (
         "self obj request request_states"
@@ -120,7 +123,7 @@ ADDED = (
         "hicache_host_memory_mode prefill_only_disable_kv_cache attn_dp_size "
         "hicache_host_memory_fraction hicache_storage_prefetch_retry_poll_interval "
         "hicache_storage_prefetch_retry_max_attempts "
-        "prefill_decode_interval",
+        "prefill_decode_interval disaggregation_decode_allocation_policy enable_pd_role_switch",
         f"{_ARGUMENTS} options.refusals",
     ),
     function(f"{SRT}.runtime_context.get_parallel", "", "upstream.v0_5_23.hardware"),
