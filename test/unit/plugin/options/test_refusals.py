@@ -247,6 +247,7 @@ def build_context(**facts: Any) -> SimpleNamespace:
     context["disable_radix_cache"] = False
     architectures = facts.pop("architectures", ["LlamaForCausalLM"])
     page_size = facts.pop("page_size", 64)
+    args = SimpleNamespace(disaggregation_mode=facts.pop("disaggregation_mode", "null"))
     for name, value in facts.items():
         (model if name in model else context)[name] = value
     config = SimpleNamespace(hf_config=SimpleNamespace(architectures=architectures), **model)
@@ -254,7 +255,7 @@ def build_context(**facts: Any) -> SimpleNamespace:
         page_size=page_size,
         token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: "a pool"),
     )
-    return SimpleNamespace(**context, model_config=config, params=params)
+    return SimpleNamespace(**context, model_config=config, params=params, server_args=args)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +268,7 @@ def build_context(**facts: Any) -> SimpleNamespace:
         {"is_multimodal": True, "architectures": ["Gemma3ForConditionalGeneration"]},
         {"is_multimodal": True, "architectures": [*VISION, "Another"]},
         {"is_multimodal": True, "architectures": VISION, "page_size": 8},
+        {"is_multimodal": True, "architectures": VISION, "disaggregation_mode": "prefill"},
         {"is_encoder_decoder": True},
         {"is_generation": False},
     ],

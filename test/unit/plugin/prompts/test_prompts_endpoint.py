@@ -34,7 +34,7 @@ class Manager:
 
     def __init__(self, **args: Any) -> None:
         args = {"tiered_kv": True, "tokenizer_worker_num": 1, "dp_size": 1, **args}
-        args = {"disaggregation_mode": "null", **args}
+        args.setdefault("disaggregation_mode", "null")
         self.server_args = SimpleNamespace(page_size=PAGE_TOKENS, **args)
         self.aborted: list[str] = []
 
@@ -273,7 +273,11 @@ def test_a_body_that_is_no_object_is_400(content: bytes, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("args", "status", "word"),
-    [({"tiered_kv": False}, 404, "--tiered-kv"), ({"tokenizer_worker_num": 2}, 501, "worker")],
+    [
+        ({"tiered_kv": False}, 404, "--tiered-kv"),
+        ({"tokenizer_worker_num": 2}, 501, "worker"),
+        ({"disaggregation_mode": "prefill"}, 501, "--disaggregation-mode"),
+    ],
 )
 def test_a_server_that_cannot_says_so(
     args: dict[str, Any], status: int, word: str, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""SGLang's own loop of a prefill server with our order, tiers that fail, and decode servers that wait.
+"""SGLang's own loop of a prefill server with our order, loads that fail, decode servers that wait.
 
 Guarantee: everyone is known to the order from when a decode server has room, nothing is sent twice
 or before it is there, and whatever fails, nothing is held in the end.
@@ -31,9 +31,7 @@ MakeLoop = Callable[..., PrefillLoop]
 
 
 @pytest.fixture
-def make_prefill(
-    args: Any, overlap: bool, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[MakeLoop]:
+def make_prefill(args: Any, overlap: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLoop]:
     made: list[PrefillLoop] = []
 
     def make(**options: Any) -> PrefillLoop:

@@ -118,12 +118,15 @@ def server_args(**given: object) -> SimpleNamespace:
     return SimpleNamespace(**(values | given))
 
 
-def test_defaults_are_what_a_plain_cpu_can_do() -> None:
+def test_defaults_are_what_a_plain_cpu_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent_ahead = "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"
+    monkeypatch.delenv(sent_ahead, raising=False)
     args = server_args()
     TieredKVCpuPlatform().apply_server_args_defaults(args)
     assert args.attention_backend == "torch_native"
     assert args.grammar_backend == "llguidance"
     assert args.max_total_tokens == 65_536
+    assert os.environ[sent_ahead] == "0"
 
 
 @pytest.mark.parametrize(

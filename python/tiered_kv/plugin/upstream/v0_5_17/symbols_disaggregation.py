@@ -9,7 +9,7 @@ _UTILS = f"{SRT}.disaggregation.utils"
 _USER = "queue.prefill_server"
 
 DISAGGREGATION = (
-    object_(f"{_UTILS}.DisaggregationMode", "PREFILL DECODE", _USER),
+    object_(f"{_UTILS}.DisaggregationMode", "PREFILL", _USER),
     function(f"{_UTILS}.prepare_abort", "req error_message status_code", _USER),
     function(f"{_PREFILL}.maybe_release_metadata_buffer", "req allocator", _USER),
     function(
