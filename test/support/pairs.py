@@ -15,7 +15,7 @@ from harness.stores import mooncake_environment
 
 #: KV goes from one to the other over TCP. What a prefill server sends ahead of a pass needs CUDA.
 TCP = ("--disaggregation-transfer-backend", "mooncake_tcp")
-LOOPBACK = {"SGLANG_HOST_IP": "127.0.0.1", "HOST_IP": "127.0.0.1"}
+LOOPBACK = {"SGLANG_HOST_IP": "127.0.0.1"}
 
 _rooms = itertools.count(1)
 
@@ -28,12 +28,12 @@ class Pair:
     ) -> None:
         self._make, self._name, self._args, self._fields = make, name, args, fields
         self._env = {**mooncake_environment(), **LOOPBACK}
-        self._port = free_port()
+        self.bootstrap_port = free_port()
 
     def prefill(self, *args: object, **env: str) -> Server:
         """A server that is not started yet."""
         mode = ["--disaggregation-mode", "prefill", *TCP]
-        mode += ["--disaggregation-bootstrap-port", self._port]
+        mode += ["--disaggregation-bootstrap-port", self.bootstrap_port]
         return self._server("prefill", *mode, *args, **env)
 
     def decode(self, *args: object, **env: str) -> Server:
@@ -46,7 +46,7 @@ class Pair:
 
     def body(self, prompt: Sequence[int], max_new_tokens: int, **extra: Any) -> dict[str, Any]:
         """Of a request that both servers get."""
-        place = {"bootstrap_host": "127.0.0.1", "bootstrap_port": self._port}
+        place = {"bootstrap_host": "127.0.0.1", "bootstrap_port": self.bootstrap_port}
         place["bootstrap_room"] = next(_rooms)
         return request_body(prompt, max_new_tokens, **place, **extra)
 

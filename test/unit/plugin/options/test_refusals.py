@@ -50,8 +50,6 @@ class Arguments:
     speculative_algorithm: str | None = None
     decoupled_spec_role: str = "null"
     disaggregation_mode: str = "null"
-    disaggregation_decode_allocation_policy: str = "early"
-    enable_pd_role_switch: bool = False
     elastic_ep_backend: str | None = None
     dllm_algorithm: str | None = None
     kv_canary: str = "none"
@@ -139,8 +137,7 @@ if not on_release.IS_0_5_17:
         "prefill_only_disable_kv_cache": True,
         "attn_dp_size": 2,
         "prefill_decode_interval": 2,
-        "disaggregation_decode_allocation_policy": "prefill_complete",
-        "enable_pd_role_switch": True,
+        "disaggregation_mode": "prefill",
         "hicache_host_memory_fraction": 0.5,
         "hicache_storage_prefetch_retry_poll_interval": 7.0,
         "hicache_storage_prefetch_retry_max_attempts": 7,

@@ -15,11 +15,14 @@ pytest.importorskip("sglang")
 
 from sglang.srt.disaggregation.base import KVPoll
 
+from support_plugin import on_release
 from support_plugin.decode_requests import Kind, light_costs
 from support_plugin.prefill_loop import PrefillLoop
 from tiered_kv.plugin.queue.prefill_server import NOT_LOADED
 from tiered_kv.scheduler.lifecycle import Phase
 from unit.plugin.queue.test_failed_loads import fail_loads, on_host
+
+pytestmark = pytest.mark.skipif(not on_release.IS_0_5_17, reason="refused: docs/releases.md")
 
 GREEDY = {"ignore_eos": True}
 PROMPT = Kind(family=2, seed=0, n_own=20, max_new_tokens=1, sampling=GREEDY)

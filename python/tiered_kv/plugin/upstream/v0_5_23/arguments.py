@@ -42,16 +42,11 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "drop it or --tiered-kv",
     ),
     ("--attn-dp-size above 1", lambda a: a.attn_dp_size > 1, "drop it or --tiered-kv"),
-    # Prompts that are computed before a decode server has room for them.
+    # Plain SGLang's needs CUDA on this release: it could not be tried.
     (
-        "--disaggregation-decode-allocation-policy prefill_complete",
-        lambda a: a.disaggregation_decode_allocation_policy != "early",
-        "drop it or --tiered-kv",
-    ),
-    (
-        "--enable-pd-role-switch",
-        lambda a: a.enable_pd_role_switch,
-        "drop --enable-pd-role-switch or --tiered-kv",
+        "--disaggregation-mode on this release of SGLang",
+        lambda a: a.disaggregation_mode != "null",
+        "drop it, or install 0.5.17",
     ),
     # A prefill that SGLang puts off would be one that a policy has planned.
     (

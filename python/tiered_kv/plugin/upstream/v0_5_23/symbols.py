@@ -123,7 +123,7 @@ ADDED = (
         "hicache_host_memory_mode prefill_only_disable_kv_cache attn_dp_size "
         "hicache_host_memory_fraction hicache_storage_prefetch_retry_poll_interval "
         "hicache_storage_prefetch_retry_max_attempts "
-        "prefill_decode_interval disaggregation_decode_allocation_policy enable_pd_role_switch",
+        "prefill_decode_interval",
         f"{_ARGUMENTS} options.refusals",
     ),
     function(f"{SRT}.runtime_context.get_parallel", "", "upstream.v0_5_23.hardware"),
