@@ -166,7 +166,7 @@ def test_callers_that_go_away(servers: Servers) -> None:
     servers.ask([5, 6, 7])
 
 
-def test_a_decode_server_that_is_killed(servers: Servers) -> None:
+def test_what_a_decode_server_takes_with_it_and_what_a_restart_leaves(servers: Servers) -> None:
     threads = [servers.begin(which, 200) for which in (8, 9, 10, 11)]
     time.sleep(0.7)
     servers.decode.kill_9()
@@ -175,16 +175,11 @@ def test_a_decode_server_that_is_killed(servers: Servers) -> None:
     servers.settle()
     assert servers.prefill.get("/health").status_code == 200
     wait_for_disk(servers.prefill)
-    servers.decode.start()
+    stopped_at = time.monotonic()
+    servers.prefill.stop()
+    assert time.monotonic() - stopped_at < 12, "it was killed"
+    both_up(servers.prefill, servers.decode)
     servers.found.clear()
-    servers.ask([8, 9, 10, 11])
-    assert all(sum(tokens) == N_REUSABLE for tokens in servers.found[0])
-
-
-def test_a_prefill_server_that_is_restarted(servers: Servers) -> None:
-    wait_for_disk(servers.prefill)
-    servers.prefill.restart()
-    servers.found.clear()
-    servers.ask(range(5))
-    assert servers.found[0] == [(0, 0, N_REUSABLE)] * 5
+    servers.ask(range(12))
+    assert servers.found[0] == [(0, 0, N_REUSABLE)] * 12
     servers.settle()

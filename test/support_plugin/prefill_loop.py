@@ -121,13 +121,18 @@ class PrefillLoop(DecodeLoop):
         )
         patch.setenv("SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX", "0")
 
+    def turn(self) -> None:
+        """SGLang's loop, which has no end."""
+        if self.enable_overlap:
+            self.event_loop_overlap_disagg_prefill()
+        else:
+            self.event_loop_normal_disagg_prefill()
+
     def event_loop_overlap(self) -> None:
         with contextlib.suppress(_Over):
-            self.event_loop_overlap_disagg_prefill()
+            self.turn()
 
-    def event_loop_normal(self) -> None:
-        with contextlib.suppress(_Over):
-            self.event_loop_normal_disagg_prefill()
+    event_loop_normal = event_loop_overlap
 
     def _receive(self, local_reqs: list[Any] | None = None) -> list[Any]:
         received = super()._receive(local_reqs)

@@ -7,6 +7,7 @@ KV, until that has arrived. The order is told of it when it joins the waiting qu
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -89,4 +90,20 @@ def send_cached_prefix(
     """
     cache = cache_of(scheduler)
     if cache is None or not cache.pass_awaits_loads:
+        original(scheduler, *args, **kwargs)
+
+
+class _Over(Exception):  # noqa: N818 - no error: the way out of a loop that has none
+    """The server shuts down."""
+
+
+def end_loop(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `Scheduler.handle_shutdown`: 0.5.17's loop of a prefill server does not look."""
+    if cache_of(scheduler) is not None and is_prefill_server(scheduler):
+        raise _Over
+
+
+def run_loop(original: Callable[..., None], scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND `Scheduler.run_event_loop`."""
+    with contextlib.suppress(_Over):
         original(scheduler, *args, **kwargs)

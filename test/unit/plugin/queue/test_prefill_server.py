@@ -18,6 +18,7 @@ from sglang.srt.disaggregation.base import KVPoll
 from support_plugin import on_release
 from support_plugin.decode_requests import Kind, light_costs
 from support_plugin.prefill_loop import PrefillLoop
+from tiered_kv.plugin.queue import prefill_server
 from tiered_kv.plugin.queue.prefill_server import NOT_LOADED
 from tiered_kv.scheduler.lifecycle import Phase
 from unit.plugin.queue.test_failed_loads import fail_loads, on_host
@@ -165,3 +166,15 @@ def test_nothing_is_sent_ahead_of_a_pass_that_waits_for_loads(make_prefill: Make
     on_host(loop, PROMPT)
     loop.serve(PROMPT.request("b"))
     assert loop.tree_cache.pass_awaits_loads
+
+
+def test_a_shutdown_ends_the_loop(make_prefill: MakeLoop) -> None:
+    loop = make_prefill()
+
+    def shut_down() -> bool:
+        loop.handle_shutdown(None)
+        return True
+
+    loop.script = shut_down
+    prefill_server.run_loop(PrefillLoop.turn, loop)
+    assert loop.gracefully_exit

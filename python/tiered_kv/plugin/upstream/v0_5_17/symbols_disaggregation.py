@@ -24,6 +24,12 @@ DISAGGREGATION = (
         process_batch_result_disagg_prefill="batch result",
         maybe_send_cached_prefix_chunk="req",
     ),
+    *methods(
+        f"{SRT}.managers.scheduler.Scheduler",
+        _USER,
+        handle_shutdown="recv_req",
+        run_event_loop="",
+    ),
     object_(
         f"{SRT}.managers.scheduler.Scheduler",
         "disaggregation_mode req_to_metadata_buffer_idx_allocator output_streamer",

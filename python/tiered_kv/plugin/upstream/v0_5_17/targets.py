@@ -14,6 +14,18 @@ MORE: tuple[tuple[str, str, str, str], ...] = (
         "tiered_kv.plugin.queue.prefill_server:send_cached_prefix",
         "KV that is still on its way from the host would be sent as it is",
     ),
+    *(
+        (
+            f"sglang.srt.managers.scheduler.Scheduler.{method}",
+            kind,
+            f"tiered_kv.plugin.queue.prefill_server:{function}",
+            "SIGTERM would kill prefill servers, and pages on their way to the disk would be lost",
+        )
+        for method, kind, function in (
+            ("handle_shutdown", "after", "end_loop"),
+            ("run_event_loop", "around", "run_loop"),
+        )
+    ),
     (
         "sglang.srt.mem_cache.memory_pool.HybridReqToTokenPool.alloc",
         "after",
