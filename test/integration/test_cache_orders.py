@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from harness.prompts import PromptMaker, story
 from harness.server import Server
 from support.oracle import Oracle
 from tiered_kv.metrics import names
+from tiered_kv.scheduler.pauses import LEAST
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
@@ -167,6 +169,33 @@ def test_chats_sessions_and_salts_from_the_command_line(
     unknown = cache("drop", "--session", "nobody's")
     assert unknown.returncode == 2
     assert unknown.stderr.startswith("No session of that name is remembered")
+
+
+def test_a_call_that_nobody_announced_is_prepared_for(
+    three_tiers: Server, oracle: Oracle, prompts: PromptMaker
+) -> None:
+    """Programs that came back soon after a tool was named teach when the next one comes."""
+
+    def call(session: str, prompt: tuple[int, ...]) -> Answer:
+        hints = {"session_id": session, "tool": "clock"}
+        return generate(three_tiers, prompt, hints=hints)
+
+    for _ in range(2):
+        for number in range(LEAST):
+            call(f"lesson {number}", prompts.tokens(f"lesson {number}", 32))
+    prompt = prompts.tokens("agent", N_TOKENS)
+    answers = [call("agent", prompt)]
+    wait_for_disk(three_tiers)
+    assert order(three_tiers, "inspect", token_ids=prompt)["next_use_s"] is not None
+    demoted = order(three_tiers, "demote", token_ids=prompt, tier="host")
+    assert demoted["tiers"]["host"] == N_TOKENS
+    until_s = time.monotonic() + 10.0
+    while order(three_tiers, "inspect", token_ids=prompt)["tiers"]["device"] < N_TOKENS:
+        assert time.monotonic() < until_s, "nothing brought it back"
+        time.sleep(0.2)
+    answers.append(call("agent", prompt))
+    assert answers[1].cached_tokens == N_REUSABLE
+    assert [answer.output_ids for answer in answers] == [oracle.output_ids(prompt)] * 2
 
 
 def test_what_cannot_be_is_refused_in_one_sentence(three_tiers: Server) -> None:

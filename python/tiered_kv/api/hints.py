@@ -24,6 +24,8 @@ class Hints:
     """How many sessions that one starts at the same time, this one included."""
     session_final: bool = False
     """Whether this is the session's last call."""
+    tool: str | None = None
+    """The tool whose result the request brings, as the caller calls it."""
     priority: int | None = None
     """Larger is more important to the caller; None: not said."""
 

@@ -13,13 +13,20 @@ from tiered_kv.api.fields import Fields, TermsError, shortened
 from tiered_kv.api.hints import NO_HINTS, Hints
 from tiered_kv.api.slo import Slo, SloClasses
 from tiered_kv.api.terms import Terms
-from tiered_kv.api.words import HINTS, SLO, merged, said_in_body, said_in_header
+from tiered_kv.api.words import (
+    HINTS,
+    SLO,
+    TOOL_LENGTH_MAX,
+    merged,
+    said_in_body,
+    said_in_header,
+)
 
 KEYS = {
     SLO: ("class", "ttft_ms", "tbt_ms", "tpot_ms", "task_ms", "tenant", "report"),
     HINTS: (
         *("expected_output_tokens", "next_call_in_s", "next_call_probability"),
-        *("session_id", "parent_session_id", "branches", "session_final", "priority"),
+        *("session_id", "parent_session_id", "branches", "session_final", "tool", "priority"),
     ),
 }
 """The fields of a request that are ours, and what each takes."""
@@ -36,7 +43,7 @@ _EXAMPLES = {
     HINTS: '{"expected_output_tokens": 200}',
 }
 _MILLISECONDS = ("ttft_ms", "tbt_ms", "tpot_ms", "task_ms")
-_TEXTS = ("class", "tenant", "session_id", "parent_session_id")
+_TEXTS = ("class", "tenant", "session_id", "parent_session_id", "tool")
 _FLAGS = ("report", "session_final")
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -176,6 +183,7 @@ def _hints(fields: Fields) -> Hints:
         parent_session_id=_name(fields, "parent_session_id", SESSION_LENGTH_MAX),
         branches=fields.whole("branches", 1, BRANCHES_MAX) or NO_HINTS.branches,
         session_final=fields.flag("session_final"),
+        tool=_name(fields, "tool", TOOL_LENGTH_MAX),
         priority=fields.whole("priority", -PRIORITY_MAX - 1, PRIORITY_MAX),
     )
 

@@ -14,6 +14,8 @@ from tiered_kv.api.fields import Fields
 
 SLO = "slo"
 HINTS = "hints"
+#: Of a tool's name; OpenAI's are no longer.
+TOOL_LENGTH_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,32 @@ def said_in_body(body: Mapping[str, object]) -> dict[str, Said]:
         for key in word.path:
             value = value.get(key) if isinstance(value, Mapping) else None
         _take(found, word, value)
+    tool = _tool_of(body.get("messages"))
+    if tool is not None:
+        _take(found, Word(("messages",), HINTS, "tool"), tool)
     return found
+
+
+def _tool_of(messages: object) -> str | None:
+    """Whose result OpenAI's `messages` end with: the tool that was called last before it.
+
+    They are SGLang's to check; what is not as it should be, or too long, says nothing.
+    """
+    if not isinstance(messages, list) or not messages:
+        return None
+    for message in reversed(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role == "tool":
+            continue
+        if role != "assistant" or message is messages[-1]:
+            return None
+        calls = message.get("tool_calls")
+        call = calls[-1] if isinstance(calls, list) and calls else None
+        function = call.get("function") if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        is_name = isinstance(name, str) and 0 < len(name) <= TOOL_LENGTH_MAX
+        return name if is_name else None
+    return None
 
 
 def said_in_header(header: str) -> Word | None:

@@ -30,6 +30,11 @@ class _Call:
     probability: float
 
 
+def gone_after_s(in_s: float) -> float:
+    """How long a call is expected that was to come in so many seconds."""
+    return in_s + max(in_s, GRACE_S)
+
+
 class NextCalls:
     """Announced calls by the node after which they go on. Times are of one clock."""
 
@@ -49,8 +54,7 @@ class NextCalls:
             return
         if len(self._calls) >= CALLS_MAX:
             del self._calls[next(iter(self._calls))]
-        due_s = now_s + in_s
-        self._calls[node_id] = _Call(due_s, due_s + max(in_s, GRACE_S), probability)
+        self._calls[node_id] = _Call(now_s + in_s, now_s + gone_after_s(in_s), probability)
 
     def came(self, node_ids: Iterable[int]) -> None:
         """A request goes on after these nodes: it is there, and need not be expected."""
@@ -62,13 +66,18 @@ class NextCalls:
         self._calls[end_id] = self._calls.pop(node_id)
 
     def expected(self, now_s: float) -> dict[int, Expectation]:
-        """The soonest ones, by node; forgets those that did not come."""
+        """The soonest ones, by node; forgets those that did not come.
+
+        One that is late is expected to take as long again as it is late.
+        """
         for node_id in [i for i, call in self._calls.items() if call.gone_s < now_s]:
             del self._calls[node_id]
         soonest = heapq.nsmallest(
-            FORETOLD_MAX, self._calls.items(), key=lambda item: (item[1].due_s, item[0])
+            FORETOLD_MAX,
+            self._calls.items(),
+            key=lambda item: (abs(item[1].due_s - now_s), item[0]),
         )
         return {
-            node_id: Expectation(max(0.0, call.due_s - now_s), call.probability)
+            node_id: Expectation(abs(call.due_s - now_s), call.probability)
             for node_id, call in soonest
         }

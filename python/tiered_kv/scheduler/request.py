@@ -43,6 +43,8 @@ class QueuedRequest:
     """How many calls its parent program makes at once, this one included."""
     is_last_call: bool = False
     """Whether the caller says that it is the program's last."""
+    tool: str = ""
+    """The tool whose result it brings, as the caller calls it; "": not known."""
 
     # -- while it waits -----------------------------------------------------------------------
     queued_s: float = 0.0

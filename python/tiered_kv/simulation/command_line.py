@@ -170,6 +170,11 @@ def _add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         help="clients say when their session's next call will come, and the server forecasts it",
     )
     cache.add_argument(
+        "--learn-pauses",
+        action="store_true",
+        help="the server learns how long sessions pause between calls, and forecasts the next ones",
+    )
+    cache.add_argument(
         "--whole-leaves",
         action="store_true",
         help="evict whole leaves of the prefix tree, as plain SGLang does, not only as much as is "
@@ -230,6 +235,7 @@ def job_from(arguments: argparse.Namespace, **labels: Any) -> Job:
             eviction=arguments.eviction,
             protect_expected=arguments.forecast_filter,
             hints=arguments.hints,
+            learn_pauses=arguments.learn_pauses,
             whole_leaves=arguments.whole_leaves,
             stop_policy=arguments.stop_policy,
             load_policy=arguments.load_policy,

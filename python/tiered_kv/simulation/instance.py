@@ -111,6 +111,8 @@ class Instance:
         self.cache.prefetch(live)
         self.waiting.add(queued)
         self._names.arrived(queued)
+        if self._listener is not None:
+            self._listener.on_arrival(live, now_s)
         self.policy.on_arrival(queued, now_s)
         if self._selection is not None and self._selection.may_preempt(live):
             self._is_full = False

@@ -110,6 +110,7 @@ def run_job(
             "eviction": cache.eviction,
             "protect_expected": cache.protect_expected,
             "hints": cache.hints,
+            "learn_pauses": cache.learn_pauses,
             "whole_leaves": cache.whole_leaves,
             "stop_policy": cache.stop_policy,
             "load_policy": cache.load_policy,

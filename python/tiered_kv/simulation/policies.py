@@ -90,8 +90,8 @@ def _memory(
     elif name == "sglang-tlru":
         budget = BUDGET_TOKENS // workload.block_tokens
         make_order = partial(SglangTails, next_prompt=next_prompt, budget=budget)
-    if cache.hints:
-        hints = Hints()
+    if cache.hints or cache.learn_pauses:
+        hints = Hints(are_said=cache.hints, are_learned=cache.learn_pauses)
         make = partial(HintedManager, hints=hints, make_order=make_order)
         return lambda forest: make(forest, config, costs), hints
     if cache.whole_leaves or name == "sglang-tlru":

@@ -35,6 +35,7 @@ def server_defaults() -> dict[str, Any]:
         "max_running": MAX_RUNNING,
         "cascade": None,
         "learn": True,
+        "learn_pauses": True,
     }
 
 

@@ -88,6 +88,9 @@ class CacheSettings:
     """Whether clients say with a request when their session's next call will come
     (`Request.next_use_hint_s`), which the server forecasts."""
 
+    learn_pauses: bool = False
+    """Whether the pauses that clients do not tell of are learned, and forecast."""
+
     whole_leaves: bool = False
     """Whether a leaf is evicted as a whole, as plain SGLang does; the server's own manager
     keeps the head of the last one."""

@@ -44,6 +44,36 @@ def test_bodies(body: dict[str, Any], understood: Hints) -> None:
     assert hints(body) == understood
 
 
+def chat(*calls: str | None, results: int = 1) -> dict[str, Any]:
+    """An OpenAI chat whose last turn called these tools, and had so many results."""
+    made = [{"id": "1", "type": "function", "function": {"name": name}} for name in calls]
+    asked: list[Any] = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": made}]
+    return {"messages": asked + [{"role": "tool", "content": "!"}] * results}
+
+
+@pytest.mark.parametrize(
+    ("body", "tool"),
+    [
+        (chat("read"), "read"),
+        (chat("read", "test", results=2), "test"),
+        (chat("read", results=0), None),
+        (chat(), None),
+        (chat(None), None),
+        (chat("x" * 65), None),
+        ({**chat("read"), "hints": {"tool": "search"}}, "search"),
+        ({"messages": [*chat("read")["messages"], {"role": "user", "content": "?"}]}, None),
+        ({"messages": [{"role": "tool"}]}, None),
+        ({"messages": [None, {"role": "tool"}]}, None),
+        ({"messages": [{"role": "assistant", "tool_calls": [5]}, {"role": "tool"}]}, None),
+        ({"messages": "no list"}, None),
+    ],
+)
+def test_the_tool_whose_result_openai_s_messages_end_with(
+    body: dict[str, Any], tool: str | None
+) -> None:
+    assert hints(body).tool == tool
+
+
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
@@ -52,6 +82,7 @@ def test_bodies(body: dict[str, Any], understood: Hints) -> None:
             "nvext.agent_hints.osl must be a whole number from 1 to 10000000, not 0.",
         ),
         ({"program_id": 5}, "program_id must be a name of 1 to 512 characters, not 5."),
+        ({"hints": {"tool": ""}}, "hints.tool must be a name of 1 to 64 characters, not ''."),
     ],
 )
 def test_refusals_name_what_was_sent(body: dict[str, Any], sentence: str) -> None:

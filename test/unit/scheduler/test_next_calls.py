@@ -17,14 +17,15 @@ def test_a_call_comes_nearer_and_is_overdue_for_as_long_again(calls: NextCalls) 
     calls.announce(7, 100.0, 30.0, 0.75)
     assert calls.expected(100.0) == {7: Expectation(30.0, 0.75)}
     assert calls.expected(120.0) == {7: Expectation(10.0, 0.75)}
-    assert calls.expected(159.0) == {7: Expectation(0.0, 0.75)}
+    assert calls.expected(130.0) == {7: Expectation(0.0, 0.75)}
+    assert calls.expected(159.0) == {7: Expectation(29.0, 0.75)}, "the later, the less soon"
     assert calls.expected(161.0) == {}
     assert not calls
 
 
 def test_one_that_was_to_come_at_once_has_some_time_left(calls: NextCalls) -> None:
     calls.announce(7, 100.0, 0.0, 1.0)
-    assert calls.expected(100.0 + GRACE_S) == {7: Expectation(0.0)}
+    assert calls.expected(100.0 + GRACE_S) == {7: Expectation(GRACE_S)}
     assert calls.expected(100.1 + GRACE_S) == {}
 
 

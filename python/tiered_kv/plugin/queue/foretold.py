@@ -1,4 +1,8 @@
-"""What the tiers are told is coming: by the queue's policy, and by hints of requests that ended."""
+"""What the tiers are told is coming: by the queue's policy, and after requests that ended.
+
+When the next call comes that goes on from one that ended is for its caller to say (`hints`), and
+learned from earlier ones where nobody does (`scheduler/pauses.py`).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,9 @@ from tiered_kv.forest.node import Node
 from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.memory.manager import LOAD_AHEAD_PROBABILITY, LOAD_AHEAD_S
 from tiered_kv.plugin.requests.salts import root_key
-from tiered_kv.plugin.requests.view import terms_of
+from tiered_kv.plugin.requests.view import QUEUED, ending_of, is_probe, queued_of, terms_of
 from tiered_kv.scheduler.next_calls import NextCalls
+from tiered_kv.scheduler.pauses import LearnedPauses, Pause
 from tiered_kv.scheduler.request import QueuedRequest
 from tiered_kv.scheduler.request_policy import ForecastingPolicy, RequestPolicy, SchedulerState
 from tiered_kv.tiers.announced_prompts import AnnouncedPrompts
@@ -31,6 +36,7 @@ class Foretold:
 
     def __init__(self, hierarchy: KVHierarchy, policy: RequestPolicy) -> None:
         self.calls = NextCalls()
+        self.pauses = LearnedPauses()
         self.prompts = AnnouncedPrompts(hierarchy)
         self._hierarchy = hierarchy
         self._policy = policy if isinstance(policy, ForecastingPolicy) else None
@@ -58,17 +64,33 @@ class Foretold:
             self._queued = forecast
             self._tell()
 
+    def arrived(self, req: Req, now_s: float) -> None:
+        """`req` is new in the queue."""
+        if not is_probe(req):
+            self.pauses.arrived(queued_of(req), now_s)
+
     def ended(self, req: Req, last: Node, now_s: float) -> None:
         """`req` has its answer, and what it computed is in the tree down to `last`."""
-        hints = terms_of(req).hints
-        if hints.next_call_probability <= 0.0 and not last.is_root:
-            self._hierarchy.last_use(last)
-        if hints.next_call_in_s is None or last.is_root:
+        pause = self._pause(req, now_s)
+        if last.is_root:
             return
-        self.calls.announce(last.node_id, now_s, hints.next_call_in_s, hints.next_call_probability)
-        if hints.next_call_probability >= LOAD_AHEAD_PROBABILITY:
+        if terms_of(req).hints.next_call_probability <= 0.0:
+            self._hierarchy.last_use(last)
+        if pause is None:
+            return
+        self.calls.announce(last.node_id, now_s, pause.in_s, pause.probability)
+        if pause.probability >= LOAD_AHEAD_PROBABILITY:
             self.prompts.remember(last, root_key(req.extra_key))
         self._refresh(now_s)
+
+    def _pause(self, req: Req, now_s: float) -> Pause | None:
+        """Until the call that goes on from `req`: as was said, else as is learned."""
+        hints, learned = terms_of(req).hints, None
+        if hasattr(req, QUEUED) and not is_probe(req):
+            learned = self.pauses.ended(queued_of(req), ending_of(req), now_s)
+        if hints.next_call_in_s is not None:
+            return Pause(hints.next_call_in_s, hints.next_call_probability)
+        return learned if hints.next_call_probability > 0.0 else None
 
     def admitted(self, requests: Iterable[QueuedRequest]) -> None:
         """`requests` run: what they go on from is needed now, and not again as far as is known."""

@@ -108,7 +108,10 @@ class RequestOrder:
         add()
         queue = scheduler.waiting_queue
         if queue and queue[-1] is req:
+            is_new = not hasattr(req, QUEUED)
             self.queue.arrived(req)
+            if is_new:
+                self.foretold.arrived(req, self.clock.now_s)
         else:
             self.queue.refused(req)
 

@@ -129,6 +129,7 @@ class QueuedRequests:
             parent_program=program_of(tenant, hints.parent_session_id),
             branches=hints.branches,
             is_last_call=hints.session_final,
+            tool=hints.tool or "",
         )
 
     def _named(self, req: Req) -> array[int]:

@@ -56,6 +56,19 @@ def is_aborted(req: Req) -> bool:
     return isinstance(req.finished_reason or req.to_finish, FINISH_ABORT)
 
 
+def ending_of(req: Req) -> tuple[int, ...] | None:
+    """The last tokens of an answer that the model ended; None if its length did.
+
+    With them a model says whether it calls a tool or is done: an end of message instead of an end
+    of turn, or what closes the call before that.
+    """
+    from sglang.srt.managers.schedule_batch import FINISH_LENGTH
+
+    if isinstance(req.finished_reason, FINISH_LENGTH):
+        return None
+    return tuple(req.output_ids[-2:])
+
+
 def is_probe(req: Req) -> bool:
     """Whether `req` is a health check's: nobody was promised anything, and nobody counts it."""
     from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX

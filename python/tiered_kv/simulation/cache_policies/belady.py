@@ -47,6 +47,9 @@ class Clairvoyance:
     def on_split(self, upper: Node, lower: Node) -> None:
         """Nothing to do: uses are known by page."""
 
+    def on_arrival(self, live: LiveRequest, now_s: float) -> None:
+        """Nothing to do: a use is made at its admission."""
+
     def on_admission(self, live: LiveRequest) -> None:
         """See `Foresight.on_admission`."""
         self._admitted.add(live.queued.request_id)

@@ -21,6 +21,10 @@ from tiered_kv.simulation.live import LiveRequest
 class Listener(Protocol):
     """Is told what becomes of requests."""
 
+    def on_arrival(self, live: LiveRequest, now_s: float) -> None:
+        """`live` waits, for the first time."""
+        ...
+
     def on_admission(self, live: LiveRequest) -> None:
         """`live` has made the use of its prefix that was ahead."""
         ...

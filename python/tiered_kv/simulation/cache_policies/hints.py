@@ -1,4 +1,4 @@
-"""Clients that say when their next call comes, as the server's queue hears them.
+"""Clients that say when their next call comes, and what is learned of those that do not.
 
 The simulated counterpart of `plugin/queue/foretold.py`: announcements are kept by the same rules,
 and the memory manager gets them together with what the order of the queue expects. There is no
@@ -17,26 +17,40 @@ from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.memory.eviction import OrderFactory
 from tiered_kv.memory.manager import MemoryManager
 from tiered_kv.scheduler.next_calls import NextCalls
+from tiered_kv.scheduler.pauses import LearnedPauses, Pause
 from tiered_kv.simulation.live import LiveRequest
 
 
 class Hints:
-    """Calls announced by requests that ended; the listener of one instance."""
+    """Calls that are expected after requests that ended; the listener of one instance."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, are_said: bool, are_learned: bool) -> None:
+        """are_said: by clients; are_learned: what nobody says is foretold from what was."""
         self.announced: Mapping[int, Expectation] = {}
         self.on_change: Callable[[], None] = lambda: None
         self._calls = NextCalls()
+        self._are_said = are_said
+        self._pauses = LearnedPauses() if are_learned else None
+
+    def on_arrival(self, live: LiveRequest, now_s: float) -> None:
+        """Its session's pause is over."""
+        if self._pauses is not None:
+            self._pauses.arrived(live.queued, now_s)
 
     def on_admission(self, live: LiveRequest) -> None:
         """What it goes on from is needed now, and not again as far as is known."""
         self._calls.came(node.node_id for node in live.queued.path)
 
     def on_finish(self, live: LiveRequest, forest: Forest, now_s: float) -> None:  # noqa: ARG002
-        """Its client says when the next call is due, if there will be one."""
-        hint_s, last = live.request.next_use_hint_s, live.pinned
-        if hint_s is not None and last is not None and not last.is_root:
-            self._calls.announce(last.node_id, now_s, hint_s, 1.0)
+        """Its client says when the next call is due, if there will be one, or it is learned."""
+        last = live.pinned
+        hint_s = live.request.next_use_hint_s if self._are_said else None
+        pause = None if hint_s is None else Pause(hint_s, 1.0)
+        if self._pauses is not None:
+            learned = self._pauses.ended(live.queued, live.request.ending or None, now_s)
+            pause = pause or learned
+        if pause is not None and last is not None and not last.is_root:
+            self._calls.announce(last.node_id, now_s, pause.in_s, pause.probability)
         self.announced = self._calls.expected(now_s)
         self.on_change()
 

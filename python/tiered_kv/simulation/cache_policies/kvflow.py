@@ -36,6 +36,9 @@ class WorkflowKnowledge:
             self._expected_s[upper] = dict(self._expected_s[lower])
             self.touched.append(upper.node_id)
 
+    def on_arrival(self, live: LiveRequest, now_s: float) -> None:
+        """Nothing to do: a use is made at its admission."""
+
     def on_admission(self, live: LiveRequest) -> None:
         """Nothing to do: the finish brings the next hint."""
 

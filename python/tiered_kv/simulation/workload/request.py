@@ -61,6 +61,10 @@ class Request:
     What an agent framework that knows its workflow could tell a server (KVFlow, NeurIPS 2025).
     """
 
+    ending: str = ""
+    """How the answer ends, as its last tokens tell: with a call of a tool, or of a turn; "": the
+    same for all."""
+
 
 class Workload(Protocol):
     """Requests that arrive by themselves, and those that follow from finished ones."""

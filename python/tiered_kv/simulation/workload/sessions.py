@@ -27,6 +27,7 @@ class Call:
     """Seconds between the previous call's finish and this one."""
     output_blocks: array[int] = field(default_factory=lambda: array("q"))
     next_use_hint_s: float | None = None
+    ending: str = ""
 
 
 class Session(Protocol):
@@ -177,4 +178,5 @@ class SessionWorkload:
             tbt_slo_s=None,
             output_blocks=call.output_blocks,
             next_use_hint_s=call.next_use_hint_s,
+            ending=call.ending,
         )

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("sglang")
 
 from sglang.srt.managers.io_struct import AbortReq
-from sglang.srt.managers.schedule_batch import FINISH_LENGTH
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH, FINISH_MATCHED_TOKEN
 
 from support_plugin.decode_loop import DecodeLoop
 from support_plugin.decode_requests import Kind, light_costs
@@ -21,6 +21,7 @@ from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TreeKey
 from tiered_kv.memory.manager import LOAD_AHEAD_S
 from tiered_kv.plugin.queue.foretold import FETCH_AHEAD_S, REFRESH_S
+from tiered_kv.scheduler.pauses import LEAST
 from tiered_kv.tiers import announced_prompts
 
 PROMPT = tokens_of(1, 2, 3)
@@ -87,6 +88,33 @@ def test_what_only_the_disk_has_comes_back_tier_by_tier(scheduler: MiniScheduler
     scheduler.tick(160.0 - LOAD_AHEAD_S + 1.0)
     assert pages_on_device(rig) == N_PAGES
     rig.check_idle()
+
+
+def test_where_nobody_hints_the_pause_is_learned(scheduler: MiniScheduler, rig: Rig) -> None:
+    """A program that came back a minute after each answer is expected a minute after the last."""
+    rig.serve(PROMPT)
+    last = rig.hierarchy.match(rig.hierarchy.root(), PROMPT).last
+    foretold, now_s = scheduler.tiered_kv_order.foretold, 100.0
+    for number in range(LEAST + 1):
+        assert not foretold.calls
+        scheduler.tick(now_s)
+        req = request(f"call {number}", PROMPT)
+        req.tiered_kv_terms = Terms(hints=Hints(session_id="agent"))
+        scheduler.arrive(req)
+        assert scheduler.step() == [req.rid]
+        req.output_ids, req.finished_reason = [5, 7, 8], FINISH_MATCHED_TOKEN(8)
+        scheduler.tiered_kv_order.released(req, last)
+        now_s += 60.0
+    (expected,) = foretold.calls.expected(now_s - 60.0).values()
+    assert expected.starts_in_s == pytest.approx(60.0, rel=0.2)
+    assert expected.probability > 0.5
+    only_on_disk(rig)
+    scheduler.tick(now_s - FETCH_AHEAD_S - 15.0)
+    rig.drain()
+    assert rig.usable(PROMPT) == (0, 0), "too early"
+    scheduler.tick(now_s - FETCH_AHEAD_S / 2)
+    rig.drain()
+    assert rig.usable(PROMPT) == (0, N_PAGES)
 
 
 def test_other_keys_prompts_are_found_under_their_keys(scheduler: MiniScheduler, rig: Rig) -> None:

@@ -2,7 +2,8 @@
 
 One JSON object a line: `block_size`, `tool_tokens`, `system_tokens`, and `requests`, each with `in`
 and `out` (tokens), `think_time` (seconds before the call), `lcp` (blocks kept of the session's
-previous prompt) and `new` ([first id, count] of the blocks after them). Ids are local to a session.
+previous prompt) and `new` ([first id, count] of the blocks after them), and perhaps `stop` (how the
+answer ended: `tool_use`, `end_turn`). Ids are local to a session.
 A request of type "subagent" holds a list `sub` of calls: a chain of its own.
 """
 
@@ -33,6 +34,7 @@ class _Step:
     pause_s: float
     kept_blocks: int
     new: tuple[tuple[int, int], ...]
+    ending: str
 
 
 class RecordedChain:
@@ -67,6 +69,7 @@ class RecordedChain:
             step.pause_s if turn else 0.0,
             self._output(len(blocks), step, following),
             None if following is None else following.pause_s,
+            step.ending,
         )
 
     def _prompt(self, turn: int) -> array[int]:
@@ -193,6 +196,7 @@ def _step(record: Line, before: _Step | None) -> _Step:
         pause_s=pause_s,
         kept_blocks=record.count("lcp"),
         new=tuple(new),
+        ending=record.text("stop") if record.has("stop") else "",
     )
 
 
