@@ -7,13 +7,19 @@ from tqdm import tqdm
 
 from support_scheduler.starvation import Adversary
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
+from tiered_kv.scheduler.working_set import WorkingSet
 
 
 @pytest.mark.parametrize("is_short_of_memory", [True, False])
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_no_overdue_request_waits_for_more_than_its_bound(
-    share: float, is_short_of_memory: bool
+    share: float, is_short_of_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    paused: list[bool] = []
+    pauses = WorkingSet.pauses
+    monkeypatch.setattr(
+        WorkingSet, "pauses", lambda *asked: paused.append(pauses(*asked)) or paused[-1]
+    )
     config = SlackConfig(max_wait_s=20.0, overdue_share=share)
     adversary = Adversary(int(100 * share), 4000, config, is_short_of_memory=is_short_of_memory)
     outcome = adversary.run()
@@ -23,6 +29,7 @@ def test_no_overdue_request_waits_for_more_than_its_bound(
     tries = [outcome.n_never_came, outcome.n_passed_over, outcome.n_blocked, outcome.n_put_back]
     assert min(*tries, outcome.n_retracted, outcome.n_aborted) > 0, outcome
     assert (outcome.n_did_not_fit > 0) == is_short_of_memory
+    assert any(paused) or not is_short_of_memory
 
 
 def test_without_aging_the_same_adversary_starves_somebody() -> None:

@@ -358,12 +358,15 @@ class Adversary:
         return work_s
 
     def _state(self) -> SchedulerState:
+        running = [request for _, request in self._running.values()]
+        context_tokens = sum(r.prompt_tokens + r.output_tokens for r in running)
         return SchedulerState(
             now_s=self._now_s,
             waiting=self._waiting,
             held=self._held,
-            running=(),
-            decode_context_tokens=0,
+            running=running,
+            decode_context_tokens=context_tokens,
+            available_tokens=self._capacity - context_tokens,
             processed_prefill_tokens=0,
             chunk_tokens=8192,
             costs=self._costs,

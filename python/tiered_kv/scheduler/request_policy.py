@@ -63,6 +63,8 @@ class SchedulerState:
     """Predictions, in seconds."""
     available_tokens: int | None = None
     """KV tokens on the device that are free or could be freed by eviction; None: not known."""
+    host_tokens: int = 0
+    """KV tokens that the host holds at most, for those that the device has no room for."""
     unfinished: QueuedRequest | None = None
     """The request whose prompt is computed in part and goes on in this iteration; it neither waits
     nor runs."""

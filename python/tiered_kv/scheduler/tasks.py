@@ -8,9 +8,13 @@ from the programs that this server has seen; who says that a call is the last on
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol, TypeVar
 
 from tiered_kv.scheduler.programs import Program, Programs
 from tiered_kv.scheduler.request import QueuedRequest
+from tiered_kv.scheduler.request_policy import SchedulerState
+from tiered_kv.scheduler.working_set import WorkingSet
 
 #: Calls of a program that are counted one by one; the rest are like the last.
 CALLS_MAX = 256
@@ -18,6 +22,16 @@ CALLS_MAX = 256
 PROGRAMS_HALF = 2048
 #: A time counts this much beside the mean of those before it.
 WEIGHT = 0.05
+
+
+class Waiting(Protocol):
+    """One who waits, as whoever orders them keeps it."""
+
+    @property
+    def request(self) -> QueuedRequest: ...
+
+
+W = TypeVar("W", bound=Waiting)
 
 
 class _Mean:
@@ -36,8 +50,10 @@ class Tasks:
     """What programs were given so far, and when their calls are due. Work: O(1) for each event, but
     O(`CALLS_MAX`) for a call that arrives with a task's deadline."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, working_set: bool = False) -> None:
+        """working_set: whether programs pause while the contexts of others fill the memory."""
         self.programs = Programs()
+        self._working_set = WorkingSet() if working_set else None
         self._reached = [0.0] * (CALLS_MAX + 1)
         """How many programs came to their n-th call."""
         self._pause_s, self._run_s, self._answer_s = _Mean(), _Mean(), _Mean()
@@ -45,6 +61,8 @@ class Tasks:
     def arrived(self, request: QueuedRequest, now_s: float) -> None:
         """A call waits, for the first time or again."""
         program, is_new = self.programs.arrived(request, now_s)
+        if self._working_set is not None:
+            self._working_set.arrived(request, program, now_s)
         if not is_new or not request.program:
             return
         if program.n_calls > 1 and program.n_open == 1:
@@ -56,13 +74,39 @@ class Tasks:
     def admitted(self, request: QueuedRequest, now_s: float) -> None:
         """It runs from now on."""
         self.programs.admitted(request, now_s)
+        if self._working_set is not None:
+            self._working_set.admitted(request, self.programs.of(request), now_s)
 
     def ended(self, request: QueuedRequest, now_s: float) -> None:
         """It has its answer, or none."""
         if request.admitted_s is not None and request.first_token_s is not None:
             self._run_s.add(now_s - request.admitted_s)
             self._answer_s.add(now_s - request.first_token_s)
-        self.programs.ended(request, now_s)
+        program = self.programs.ended(request, now_s)
+        if self._working_set is not None and program is not None:
+            self._working_set.ended(request, program, now_s)
+
+    def plan(self, state: SchedulerState) -> None:
+        """`unpaused` is asked about a plan from `state`."""
+        if self._working_set is not None:
+            self._working_set.plan(state)
+
+    def unpaused(
+        self,
+        request_ids: Iterator[int],
+        waiting: Mapping[int, W],
+        key: Callable[[W], float],
+    ) -> Iterator[int]:
+        """`request_ids` of those who wait, without those whose programs pause (`WorkingSet`)."""
+        if self._working_set is None:
+            return request_ids
+
+        def of(request_id: int) -> tuple[Program, int]:
+            request = waiting[request_id].request
+            lacking = request.prompt_tokens + request.output_tokens - request.device_tokens
+            return self.programs.of(request), lacking
+
+        return self._working_set.unpaused(request_ids, of, lambda rid: key(waiting[rid]))
 
     def started_s(self, request: QueuedRequest) -> float:
         """When the first call of its program arrived."""

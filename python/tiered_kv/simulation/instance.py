@@ -251,6 +251,7 @@ class Instance:
             chunk_tokens=self.settings.chunk_tokens,
             costs=self._believed.costs,
             available_tokens=self.cache.available_tokens,
+            host_tokens=self.cache.host_units * self.cache.block_tokens,
             unfinished=None if self._unfinished is None else self._unfinished.queued,
             can_put_back=True,
             loading_bytes=self.cache.to_device.queued_bytes,

@@ -280,6 +280,7 @@ class RequestOrder:
             chunk_tokens=self._most_tokens(),
             costs=self.costs,
             available_tokens=available_tokens,
+            host_tokens=context.host.n_pages * context.forest.page_size,
             unfinished=self._unfinished(),
             can_put_back=self._may_put_back and self.put_back.can_put_back(),
             loading_bytes=loading_pages * context.copier.page_format.page_bytes,

@@ -69,7 +69,7 @@ class SlackPolicy:
         self._by_start = OrderedIds()
         """The same by latest start."""
         self._others = TenantShares()
-        self._tasks = Tasks()
+        self._tasks = Tasks(working_set=config.working_set and config.slack and config.aging)
         self._overdue = Overdue(config.overdue_share)
         self._in_turn: deque[int] = deque()
         """The overdue that could start at the last plan, by arrival."""
@@ -158,6 +158,7 @@ class SlackPolicy:
         self._waits_on.clear()
         self._forming.expire(state.now_s)
         self._take_in(state)
+        self._tasks.plan(state)
         everyone = EveryoneDecodes(state, self._config)
         self._slowdown = everyone.slowdown
         unfinished = state.unfinished
@@ -274,7 +275,7 @@ class SlackPolicy:
             return work_s
         since_s = request.arrival_s
         if config.programs:
-            since_s = max(self._tasks.started_s(request), since_s - config.max_wait_s)
+            since_s = max(self._tasks.started_s(request), since_s - config.program_lead_s)
         return aged_key(since_s, work_s, config.patience)
 
     # -- who is in time -----------------------------------------------------------------------
@@ -365,7 +366,8 @@ class SlackPolicy:
         behind = {rid: self._aged_key(self._entries[rid]) for rid in left_out}
         tenants = {rid: self._entries[rid].request.tenant for rid in left_out}
         # Relegated, or never in a hurry.
-        yield from order.with_gangs(self._others.merged(behind, tenants))
+        others = self._others.merged(behind, tenants)
+        yield from order.with_gangs(self._tasks.unpaused(others, self._entries, self._aged_key))
 
     def _spare_s(self, selection: Selection, now_s: float) -> float:
         """How much can be put in front of those in time without making one of them late."""

@@ -25,8 +25,14 @@ class SlackConfig:
     """Without a deadline to meet, a request waits so many times the work it exceeds another by."""
 
     programs: bool = True
-    """Whether a call counts as having come with its program's first, by `max_wait_s` at most, where
-    no deadline decides."""
+    """Whether a call counts as having come with its program's first where no deadline decides,"""
+
+    program_lead_s: float = 3600.0
+    """but by no more than this sooner than it did."""
+
+    working_set: bool = True
+    """Whether programs pause between their calls while the contexts of those in progress fill
+    device and host. It needs `slack`, and `aging`, which bounds it."""
 
     gangs: bool = True
     """Whether requests that share a prefix go together, and wait for one to compute it."""
@@ -61,6 +67,7 @@ class SlackConfig:
     def __post_init__(self) -> None:
         for name, value, is_right in (
             ("max_wait_s", self.max_wait_s, self.max_wait_s > 0),
+            ("program_lead_s", self.program_lead_s, self.program_lead_s >= 0),
             ("least_ttft_s", self.least_ttft_s, self.least_ttft_s >= 0),
             ("overdue_share", self.overdue_share, 0 < self.overdue_share <= 1),
             ("patience", self.patience, self.patience >= 0),
