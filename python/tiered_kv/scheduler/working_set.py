@@ -12,10 +12,10 @@ Whoever asks decides for whom it holds; nothing here makes a request wait by its
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from tiered_kv.scheduler.programs import Program
 from tiered_kv.scheduler.request import QueuedRequest
@@ -29,6 +29,8 @@ PLACE_S = 4 * HALF_LIFE_S
 PROGRAMS_HALF = 256
 #: Of those that pause, so many are looked at for one plan.
 PAUSED_LOOK = 64
+#: And of calls of programs in progress that come behind them, so many, the first to arrive.
+READY_LOOK = 128
 
 
 @dataclass(slots=True, eq=False)
@@ -204,10 +206,7 @@ class WorkingSet:
                 break
         else:
             return
-        ready = [(key(request_id), request_id) for request_id in self._ready]
-        heapq.heapify(ready)
-        while ready:
-            yield heapq.heappop(ready)[1]
+        yield from sorted(islice(self._ready, READY_LOOK), key=key)
 
 
 def _weight(seconds: float) -> float:
