@@ -19,7 +19,7 @@ MORE: tuple[tuple[str, str, str, str], ...] = (
             f"sglang.srt.managers.scheduler.Scheduler.{method}",
             kind,
             f"tiered_kv.plugin.queue.prefill_server:{function}",
-            "SIGTERM would kill prefill servers, and pages on their way to the disk would be lost",
+            "prefill servers would be killed with pages still on their way to the disk",
         )
         for method, kind, function in (
             ("handle_shutdown", "after", "end_loop"),
