@@ -23,7 +23,7 @@ from tiered_kv.metrics import names
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
-NEW_TOKENS = 24
+NEW_TOKENS = 12
 TIERS = ("--tiered-kv", "--tiered-kv-disk-dir", "none", "--tiered-kv-host-size", host_size(4096))
 WATCH = ("--tiered-kv-debug-integrity", "--enable-metrics")
 

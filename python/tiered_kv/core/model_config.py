@@ -43,7 +43,7 @@ _UNEVEN = (
     "swa_num_key_value_heads", "global_head_dim", "num_kv_shared_layers", "use_cla",
     "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "ffn_multipliers",
     "cross_attention_layers", "hidden_size_per_layer_input", "index_topk", "loop_num",
-    "share_q_dim", "use_residual", "zero_expert_num",
+    "share_q_dim", "use_residual", "zero_expert_num", "per_layer_config",
 )
 # fmt: on
 _WIDTHS = re.compile(r"_heads$|intermediate_size|_groups$")

@@ -141,6 +141,11 @@ class _Elements:
         if blocks := reader.listed("block_configs"):
             return self._of_block(blocks[index]["attention"])
         heads, width, value_width = self._kv_heads[index], self._width, self._value_width
+        if own := _own_fields(config, index):
+            reader = ConfigReader(own, reader.name)
+            heads = reader.take("num_key_value_heads") or heads
+            own_width = reader.take("head_dim")
+            return heads, (own_width or width) + (own_width or value_width)
         if kind == WINDOW:
             other = config.get("attention_other_setting")
             if isinstance(other, Mapping):
@@ -165,6 +170,15 @@ class _Elements:
         if not heads:
             heads = self._n_heads // reader.need("n_heads_in_group")
         return heads, self._width + self._value_width
+
+
+def _own_fields(config: Mapping[str, Any], index: int) -> Mapping[str, Any] | None:
+    """What `per_layer_config`, of transformers 5.19 and later, says of a layer: {"05": {...}}."""
+    layers = config.get("per_layer_config")
+    if not isinstance(layers, Mapping):
+        return None
+    own = (fields for key, fields in layers.items() if (str(key).lstrip("0") or "0") == str(index))
+    return next((fields for fields in own if isinstance(fields, Mapping)), None)
 
 
 def _keeps_its_own(reader: ConfigReader, n_layers: int) -> list[bool]:

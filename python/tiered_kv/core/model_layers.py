@@ -24,6 +24,7 @@ _FULL = frozenset(
     {
         FULL, "attention", "full", "attn", "global", "global_attention", "softmax",
         "deepseek_sparse_attention",
+        "indexed_attention",  # what transformers calls the same from 5.19 on
         # Attention beside or before a state-space block, which needs its KV all the same.
         "hybrid",
     }

@@ -69,7 +69,11 @@ def generates(made: Any) -> bool:
 def completed(config: Mapping[str, Any], made: Any) -> dict[str, Any]:
     """The language model's fields in `config`, with those that the library's `made` adds."""
     text = made.get_text_config(decoder=True)
-    added = {**text.to_dict(), **{key: getattr(text, key, None) for key in _COMMON}}
+    added = dict(text.to_dict())
+    for key in _COMMON:
+        # Where layers differ in it, later releases give no value for all: the written one counts.
+        with contextlib.suppress(Exception):
+            added[key] = getattr(text, key)
     fields = dict(language_model(config))
     fields.update({key: value for key, value in added.items() if value is not None})
     # What is written counts, also where the class makes something else of it.

@@ -220,7 +220,7 @@ def test_bytes_given_count_whatever_the_config_says() -> None:
     config = {**LLAMA_8B, "quantization_config": {"quant_method": "hqq"}}
     model = model_of_config(config, "x", Overrides(weight_bytes=0.5)).model
     assert model.weight_bytes == model.n_parameters / 2
-    quantised = {**released.KIMI_LINEAR_48B, "quantization_config": AWQ}
+    quantised = {**released.HUNYUAN_LARGE, "quantization_config": AWQ}
     with pytest.raises(ConfigError, match="--weight-bytes"):
         model_of_config(quantised, "x", Overrides(parameters="48B:3B"))
 
