@@ -144,6 +144,7 @@ QUEUE = (
         "upstream.v0_5_17.request_kv",
     ),
     object_(f"{SRT}.managers.schedule_batch.FINISH_ABORT", "", "requests.view"),
+    object_(f"{SRT}.managers.schedule_batch.FINISH_LENGTH", "", "requests.view"),
     object_(f"{SRT}.constants.HEALTH_CHECK_RID_PREFIX", "", "requests.view"),
     object_(
         f"{SRT}.managers.io_struct.TokenizedGenerateReqInput", "rid time_stats", "queue.clock_tick"
