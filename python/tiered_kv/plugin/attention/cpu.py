@@ -29,6 +29,7 @@ from tiered_kv.attention.runner import PageTables
 from tiered_kv.attention.torch_runner import TorchCascadeRunner, unshared_groups
 from tiered_kv.core.errors import IntegrityError
 from tiered_kv.plugin.attention.cascade import PlannedBatch, make_planner
+from tiered_kv.plugin.attention.draft_trees import DraftTrees
 
 #: Queries of one kernel call over a prefix. More would mask more keys that no query may see, and
 #: the mask grows with it: 4 bytes x 512 x the longest context (256 MiB at 128k tokens).
@@ -64,6 +65,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         self.cascade = make_planner(model_runner)
         self._runner = TorchCascadeRunner()
         self._is_prepared = False
+        self._trees: DraftTrees | None = None
         self._has_soft_cap = False
         self._checks_groups = bool(
             getattr(model_runner.server_args, "tiered_kv_debug_integrity", False)
@@ -71,6 +73,9 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
+        self._trees = None
+        if forward_batch.forward_mode.is_target_verify():
+            self._trees = DraftTrees.of(forward_batch)
         planned = None if self.cascade is None else self.cascade.take()
         # ATen's kernel dies where there are no keys, which only rows of padding could have.
         self._is_prepared = (
@@ -167,6 +172,18 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
 
         query, output: [new tokens, query heads, head size]; caches: [slots, KV heads, head size].
         """
+        if self._trees is not None:
+            return self._trees.attend(
+                query,
+                output,
+                k_cache,
+                v_cache,
+                req_to_token,
+                req_pool_indices,
+                scaling=scaling,
+                enable_gqa=enable_gqa,
+                window=sliding_window_size,
+            )
         if not causal or encoder_lens is not None or sliding_window_size is not None:
             return super()._run_sdpa_forward_extend(
                 query,

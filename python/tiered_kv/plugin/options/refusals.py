@@ -13,6 +13,7 @@ from typing import Any
 
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.forest.inputs import LEAST_PAGE_TOKENS
+from tiered_kv.plugin.options import speculation
 from tiered_kv.plugin.options import values as option_values
 from tiered_kv.plugin.upstream.current import arguments
 
@@ -48,7 +49,11 @@ def _option(flag: str, applies: Callable[[Any], bool]) -> Rule:
 
 SERVER_ARGS_RULES: tuple[Rule, ...] = (
     # The draft model's KV would have to live in the tiers at the same indices.
-    _option("--speculative-algorithm", lambda a: a.speculative_algorithm is not None),
+    Rule(
+        speculation.is_refused,
+        f"this --speculative-algorithm (of SGLang's algorithms, {arguments.SPECULATES or 'none'})",
+        "drop --speculative-algorithm or --tiered-kv",
+    ),
     _option("--decoupled-spec-role", lambda a: a.decoupled_spec_role != "null"),
     # Ranks that hold other layers or other requests must agree on what is evicted and loaded.
     _option("--pp-size above 1", lambda a: a.pp_size > 1),

@@ -39,6 +39,9 @@ class Mixing:
         if self._scheduler.tree_cache.supports_mamba():
             # States of those who decode are looked at in passes that decode alone.
             return False
+        if not self._scheduler.spec_algorithm.is_none():
+            # A pass that verifies drafts is no prefill.
+            return False
         if not running_batch.reqs:
             return True
         if self._scheduler.chunked_prefill_size is None or self._was_missed:

@@ -159,7 +159,8 @@ class TieredKVCpuPlatform(hardware.PlainPlatform, CpuDeviceMixin, SRTPlatform):
     def init_backend(self) -> None:
         """Upstream calls it once in each process that runs the model, before it builds one."""
         from tiered_kv.plugin.attention import cpu as cpu_attention
-        from tiered_kv.plugin.upstream import cpu_heads
+        from tiered_kv.plugin.upstream import cpu_heads, cpu_speculation
 
         cpu_attention.register()
         cpu_heads.register()
+        cpu_speculation.register()

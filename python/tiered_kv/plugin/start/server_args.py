@@ -20,7 +20,14 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.plugin.options import cascade as cascade_option
-from tiered_kv.plugin.options import disaggregation, recurrent, refusals, values, windows
+from tiered_kv.plugin.options import (
+    disaggregation,
+    recurrent,
+    refusals,
+    speculation,
+    values,
+    windows,
+)
 from tiered_kv.plugin.options.callers import CallerArgs
 from tiered_kv.plugin.options.control import ControlArgs
 from tiered_kv.plugin.options.overlap import OverlapArgs
@@ -99,6 +106,7 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
         self._select_cache()
         windows.have_one_pool(self)
         recurrent.choose_strategy(self)
+        speculation.choose_defaults(self)
         try:
             resolve()
         except ValueError as error:
@@ -109,6 +117,7 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
         refusals.check_resolved(outcome)
         windows.check_resolved(self)
         recurrent.check_resolved(self)
+        speculation.check_resolved(outcome)
         cascade_option.check_resolved(self)
 
     def arrived(self) -> None:

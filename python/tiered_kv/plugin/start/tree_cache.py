@@ -18,11 +18,12 @@ def create_tree_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     from tiered_kv.plugin.cache.build import build_tree_cache
     from tiered_kv.plugin.hooks import table as hooks
     from tiered_kv.plugin.hooks.hook import Process
-    from tiered_kv.plugin.options import recurrent, refusals
+    from tiered_kv.plugin.options import recurrent, refusals, speculation
     from tiered_kv.plugin.upstream import release as upstream
 
     upstream.verify()
     hooks.verify_installed(Process.SCHEDULER)
     refusals.check_model(ctx)
     recurrent.check_model(ctx)
+    speculation.check_model(ctx)
     return build_tree_cache(ctx)

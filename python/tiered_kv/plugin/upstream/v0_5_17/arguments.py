@@ -32,6 +32,8 @@ MULTIMODAL_MODELS = (
 OTHER_FRONT_ENDS: tuple[str, ...] = ()
 #: Whether models with recurrent state are served.
 TAKES_RECURRENT_STATE = True
+#: Algorithms of speculative decoding that are served.
+SPECULATES: tuple[str, ...] = ("NGRAM",)
 
 
 def server_args_class(own: Any, module: str) -> Any:

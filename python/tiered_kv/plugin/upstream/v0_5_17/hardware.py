@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 #: The attention backends that read shared KV once, by device.
 CASCADE_BACKENDS = {"cpu": "torch_native", "cuda": "flashinfer"}
+
+_SPECULATIVE = "sglang.srt.speculative"
+_KERNELS = "sglang.kernels.ops.speculative"
+_SLOTS = "assign_extend_cache_locs_cpu"
+_TREES = ("build_tree_kernel_efficient_cpu", "verify_tree_greedy_cpu")
+#: What speculates on a CPU: modules that have a branch for SGLang's CPU engine, and by which name
+#: each has a kernel of that (`draft_kernels.py`).
+DRAFT_KERNELS: dict[str, dict[str, str]] = {
+    "sglang.srt.mem_cache.allocation": {
+        "assign_req_to_token_pool_cpu": "assign_req_to_token_pool_cpu"
+    },
+    f"{_SPECULATIVE}.spec_utils": {_SLOTS: _SLOTS},
+    f"{_SPECULATIVE}.eagle_utils": {name: f"sgl_{name}" for name in _TREES},
+    f"{_SPECULATIVE}.ngram_worker": {
+        name: name for name in ("reconstruct_indices_from_tree_mask",)
+    },
+    f"{_KERNELS}.cache_locs": {_SLOTS: _SLOTS},
+    f"{_KERNELS}.eagle": {
+        name: name for name in ("fill_accept_out_cache_loc_cpu", "fill_bonus_tokens_cpu")
+    },
+}
+
+
+def prepare_ngrams() -> None:
+    """Its collection of n-grams is compiled as it is first used, and lacks an include."""
+    from sglang.kernels.ops.speculative import ngram_corpus
+
+    compile_ = ngram_corpus.load_jit
+    ngram_corpus.load_jit = functools.partial(compile_, extra_cflags=["-include", "cstddef"])
 
 
 class PlainPlatform:

@@ -1,0 +1,89 @@
+"""Attention of draft trees on a CPU: what speculative decoding has the model verify in one pass.
+
+A node sees all that is before the tree, its ancestors and itself; within a window, if the layer has
+one, that goes by its place in the text, not among the tokens of the pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class DraftTrees:
+    """The trees of a pass, n nodes for each request."""
+
+    def __init__(self, n_before: list[int], positions: torch.Tensor, seen: torch.Tensor) -> None:
+        """n_before: tokens before each tree. positions [requests, n]: of the nodes in the text.
+
+        seen [requests, n, n], bool: whether node i sees node j.
+        """
+        self._n_before = n_before
+        self._positions = positions
+        self._seen = seen
+        self._masks = functools.cache(self._new_masks)
+
+    @classmethod
+    def of(cls, forward_batch: Any) -> DraftTrees:
+        """Those of a SGLang pass in mode TARGET_VERIFY, whose masks have no columns for what is
+        before the trees."""
+        n_before = forward_batch.seq_lens.tolist()
+        n_nodes = forward_batch.spec_info.draft_token_num
+        positions = forward_batch.positions.view(-1, n_nodes)
+        seen = forward_batch.spec_info.custom_mask.view(-1, n_nodes, n_nodes).bool()
+        return cls(n_before, positions, seen)
+
+    def _new_masks(self, window: int | None) -> list[torch.Tensor]:
+        """For each request [n, tokens before + n]: which keys its nodes see."""
+        masks = []
+        for n_before, positions, seen in zip(
+            self._n_before, self._positions, self._seen, strict=True
+        ):
+            mask = torch.cat((seen.new_ones(len(seen), n_before), seen), dim=1)
+            if window is not None:
+                of_keys = torch.cat((torch.arange(n_before), positions))
+                mask &= of_keys >= positions[:, None] - window
+            masks.append(mask)
+        return masks
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots: torch.Tensor,
+        rows: torch.Tensor,
+        *,
+        scaling: float | None,
+        enable_gqa: bool,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Fill and return `output`.
+
+        query, output: [requests * n, query heads, head size]; caches: [slots, KV heads, head size].
+        slots [rows, tokens]: those of the text, and behind them those of the tree.
+        """
+        begin = 0
+        for row, mask in zip(rows.tolist(), self._masks(window), strict=True):
+            n_nodes, n_keys = mask.shape
+            own = slice(begin, begin + n_nodes)
+            # The kernel takes [1, heads, tokens, head size]; a cache may hold another dtype.
+            keys, values = (
+                cache[slots[row, :n_keys]].to(query.dtype).movedim(0, 1)[None]
+                for cache in (k_cache, v_cache)
+            )
+            attended = scaled_dot_product_attention(
+                query[own].movedim(0, 1)[None],
+                keys,
+                values,
+                attn_mask=mask,
+                scale=scaling,
+                enable_gqa=enable_gqa,
+            )
+            output[own] = attended[0].movedim(1, 0)
+            begin += n_nodes
+        return output
