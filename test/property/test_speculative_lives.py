@@ -30,14 +30,12 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 
-from support_plugin import on_release
 from support_plugin.decode_loop import PretendDisk, publish_arguments
 from support_plugin.decode_requests import Kind, Oracle, kinds, light_costs
 from support_plugin.speculating_loop import SpeculatingLoop
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.request_policy import SchedulerState, request_policies
 
-pytestmark = pytest.mark.skipif(not on_release.IS_0_5_17, reason="served on 0.5.17 alone")
 
 TURNS_MAX = 4000
 N_DRAFTED = 5

@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from support_tiers.tier_rig import PAGE_SIZE, Rig, tokens_of
 from tiered_kv.core.device_spec import find_device
@@ -91,6 +92,7 @@ class MiniScheduler:
         self.max_prefill_tokens = 16384
         self.page_size = PAGE_SIZE
         self.is_mixed_chunk = False
+        self.spec_algorithm = SpeculativeAlgorithm.NONE
         self.truncation_align_size: int | None = None
         self.lora_drainer = lora_drainer
         self.prefill_delayer = prefill_delayer

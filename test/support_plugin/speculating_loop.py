@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ from tiered_kv.plugin.upstream.current import arguments
 
 class SpeculatingModel(KvModel):
     """Verifies draft trees, too."""
+
+    watermark_state = None
+    """Read by 0.5.23 alone."""
 
     def forward_batch_generation(
         self, batch: Any, pp_proxy_tensors: None = None, is_verify: bool = False
@@ -119,6 +123,8 @@ class SpeculatingLoop(DecodeLoop):
         )  # fmt: skip
         worker.alloc_memory_pool()
         self.spec_algorithm = algorithm
+        # Read by 0.5.23 alone.
+        self.pp_group = SimpleNamespace(is_last_rank=True)
         self.draft_worker = self.model_worker = worker
         self.batch_result_processor = dataclasses.replace(
             self.batch_result_processor, model_worker=worker

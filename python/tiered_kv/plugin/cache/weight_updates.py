@@ -56,6 +56,12 @@ def update(original: Update, updater: Any, recv_req: Any) -> Any:
     cache = idle.cache_of(scheduler)
     if cache is None:
         return original(updater, recv_req)
+    if not hardware.takes_weights(scheduler, recv_req):
+        return _refusal(
+            recv_req,
+            "The weights were not updated: SGLang 0.5.17 takes them only as tensors or over a "
+            "group with --speculative-algorithm NGRAM; send them so, or restart the server.",
+        )
     if recv_req.flush_cache and not idle.make_idle(scheduler):
         return _refusal(
             recv_req,

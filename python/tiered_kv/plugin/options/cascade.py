@@ -40,6 +40,8 @@ def why_not(server_args: Any) -> str | None:
     if outcome.enable_deterministic_inference:
         # Results depend, in their last bits, on who shares a batch.
         return "--enable-deterministic-inference"
+    if outcome.speculative_algorithm is not None:
+        return "--speculative-algorithm, whose passes verify drafts"
     if getattr(outcome, "uses_mamba_radix_cache", False):
         return "a model with recurrent state (Mamba, linear attention)"
     if outcome.enable_torch_compile:

@@ -33,7 +33,6 @@ RULES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
         "models with recurrent state (Mamba, linear attention)",
         lambda a: getattr(a, "uses_mamba_radix_cache", False),
     ),
-    ("--tiered-kv-cascade on", lambda a: a.tiered_kv_cascade == "on"),
     (decode.OPTION, lambda a: a.tiered_kv_iteration_policy != decode.EVERYONE),
 )
 
@@ -41,7 +40,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
 def is_refused(server_args: Any) -> bool:
     """Whether an algorithm was chosen that is not served on this release."""
     chosen = server_args.speculative_algorithm
-    return chosen is not None and chosen.upper() not in arguments.SPECULATES
+    return chosen is not None and str(chosen).upper() not in arguments.SPECULATES
 
 
 def choose_defaults(server_args: Any) -> None:

@@ -45,9 +45,9 @@ def install() -> None:
     os.environ.setdefault("SGLANG_NATIVE_MOVE_KV_CACHE", "1")
     for name, kernels in hardware.DRAFT_KERNELS.items():
         module = importlib.import_module(name)
-        for kernel, place in kernels.items():
+        for place, kernel in kernels.items():
             setattr(module, place, getattr(draft_kernels, kernel))
-        module._is_cpu = True
+        vars(module)["_is_cpu"] = True
     hardware.prepare_ngrams()
 
 

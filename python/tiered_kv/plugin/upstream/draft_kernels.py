@@ -15,9 +15,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-_QUERIES_ONLY = 1
-"""SGLang's `TreeMaskMode` for masks without the columns of what is before the tree."""
-
 
 def _spans(*columns: torch.Tensor) -> Iterator[tuple[int, ...]]:
     return zip(*(column.tolist() for column in columns), strict=True)
@@ -55,20 +52,6 @@ def assign_extend_cache_locs_cpu(  # noqa: PLR0913, PLR0917 - upstream's signatu
         first += end - start
 
 
-def assign_draft_cache_locs_contiguous_cpu(  # noqa: PLR0913, PLR0917 - upstream's signature
-    rows: torch.Tensor,
-    table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    slots: torch.Tensor,
-    pool_len: int,
-    topk: int,
-    n_steps: int,
-) -> None:
-    """The slots that a draft of `n_steps` by `topk` tokens is going to fill, behind `seq_lens`."""
-    ends = seq_lens + topk * n_steps
-    assign_extend_cache_locs_cpu(rows, table, seq_lens, ends, slots, pool_len)
-
-
 def fill_accept_out_cache_loc_cpu(
     accept_index: torch.Tensor, out_cache_loc: torch.Tensor, accepted: torch.Tensor
 ) -> None:
@@ -76,14 +59,6 @@ def fill_accept_out_cache_loc_cpu(
     nodes = accept_index.flatten()
     nodes = nodes[nodes >= 0].long()
     accepted[: len(nodes)] = out_cache_loc[nodes]
-
-
-def fill_bonus_tokens_cpu(
-    accept_tokens: torch.Tensor, accept_lens: torch.Tensor, bonus: torch.Tensor, stride: int
-) -> None:
-    """The last accepted token of each request; `stride` of `accept_tokens` are one request's."""
-    last = torch.arange(len(accept_lens)) * stride + accept_lens - 1
-    bonus.copy_(accept_tokens.flatten()[last])
 
 
 def verify_tree_greedy_cpu(  # noqa: PLR0913 - upstream's signature
@@ -143,43 +118,6 @@ def reconstruct_indices_from_tree_mask(  # noqa: PLR0913, PLR0917 - upstream's s
     _link(parents.tolist(), retrieve_index, next_token, next_sibling)
 
 
-def build_tree_kernel_efficient_cpu(  # noqa: PLR0913, PLR0917 - upstream's signature
-    parent_list: torch.Tensor,
-    selected_index: torch.Tensor,
-    seq_lens: torch.Tensor,
-    tree_mask: torch.Tensor,
-    positions: torch.Tensor,
-    retrieve_index: torch.Tensor,
-    next_token: torch.Tensor,
-    next_sibling: torch.Tensor,
-    topk: int,
-    depth: int,
-    n_nodes: int,
-    mask_mode: int,
-) -> None:
-    """All about trees that a draft model has grown by `topk` children in each of `depth` steps.
-
-    selected_index [requests, n - 1]: which candidate nodes 1, 2, ... were; // topk is the group of
-    siblings. parent_list [requests, groups]: the candidate that is a group's parent.
-    """
-    if mask_mode != _QUERIES_ONLY:
-        raise ValueError(f"this mode of tree masks ({mask_mode}) is not written for a CPU")
-    del depth
-    parents = []
-    for chosen, groups in zip(selected_index.tolist(), parent_list.tolist(), strict=True):
-        nodes = {candidate: node for node, candidate in enumerate(chosen, start=1)}
-        groups_of = [candidate // topk for candidate in chosen]
-        parents.append([-1] + [0 if g == 0 else nodes[groups[g]] for g in groups_of])
-    masks = torch.eye(n_nodes, dtype=torch.bool).repeat(len(parents), 1, 1)
-    for mask, ancestors in zip(masks, parents, strict=True):
-        # Candidates are in the order of their steps, so a parent's row is complete.
-        for node, parent in enumerate(ancestors[1:], start=1):
-            mask[node] |= mask[parent]
-    tree_mask.copy_(masks.flatten())
-    positions.copy_((masks.sum(-1) - 1 + seq_lens[:, None]).flatten())
-    _link(parents, retrieve_index, next_token, next_sibling)
-
-
 def _link(
     parents: Sequence[Sequence[int]],
     retrieve_index: torch.Tensor,
@@ -188,13 +126,13 @@ def _link(
 ) -> None:
     n_nodes = retrieve_index.shape[1]
     retrieve_index.copy_(torch.arange(len(parents) * n_nodes).view(-1, n_nodes))
-    children = torch.full((len(parents), n_nodes), -1).tolist()
-    siblings = torch.full((len(parents), n_nodes), -1).tolist()
+    children = [[-1] * n_nodes for _ in parents]
+    siblings = [[-1] * n_nodes for _ in parents]
     for request, parent_of in enumerate(parents):
         for node in range(n_nodes - 1, 0, -1):
             parent = parent_of[node]
             if parent >= 0:
                 siblings[request][node] = children[request][parent]
                 children[request][parent] = node
-    next_token.copy_(torch.tensor(children).view(-1, n_nodes))
-    next_sibling.copy_(torch.tensor(siblings).view(-1, n_nodes))
+    next_token.copy_(torch.tensor(children))
+    next_sibling.copy_(torch.tensor(siblings))

@@ -26,6 +26,7 @@ def server_args(mode: str, **fields: Any) -> Any:
         "model_path": "model",
         "device": "cpu",
         "enable_deterministic_inference": False,
+        "speculative_algorithm": None,
         "enable_torch_compile": False,
         **on_release.attention_backends(backend),
     }
@@ -66,6 +67,7 @@ def test_auto_is_where_it_was_measured(mode: str, device: str, wanted: bool) -> 
         ({"device": "cuda", "backend": "fa3"}, f"backend fa3, only with {ON_GPUS}"),
         ({"backend": "intel_amx"}, "backend intel_amx, only with torch_native"),
         ({"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
+        ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm"),
         ({"enable_torch_compile": True}, "--enable-torch-compile"),
     ],
 )

@@ -9,34 +9,35 @@ from typing import Any
 #: The attention backends that read shared KV once, by device.
 CASCADE_BACKENDS = {"cpu": "torch_native", "cuda": "flashinfer"}
 
-_SPECULATIVE = "sglang.srt.speculative"
-_KERNELS = "sglang.kernels.ops.speculative"
-_SLOTS = "assign_extend_cache_locs_cpu"
-_TREES = ("build_tree_kernel_efficient_cpu", "verify_tree_greedy_cpu")
-#: What speculates on a CPU: modules that have a branch for SGLang's CPU engine, and by which name
-#: each has a kernel of that (`draft_kernels.py`).
+#: What has a branch for SGLang's CPU engine where drafts are made and verified: modules, and the
+#: kernels of that (`draft_kernels.py`) by the names that each has for them.
 DRAFT_KERNELS: dict[str, dict[str, str]] = {
     "sglang.srt.mem_cache.allocation": {
         "assign_req_to_token_pool_cpu": "assign_req_to_token_pool_cpu"
     },
-    f"{_SPECULATIVE}.spec_utils": {_SLOTS: _SLOTS},
-    f"{_SPECULATIVE}.eagle_utils": {name: f"sgl_{name}" for name in _TREES},
-    f"{_SPECULATIVE}.ngram_worker": {
-        name: name for name in ("reconstruct_indices_from_tree_mask",)
+    "sglang.srt.speculative.spec_utils": {
+        "assign_extend_cache_locs_cpu": "assign_extend_cache_locs_cpu"
     },
-    f"{_KERNELS}.cache_locs": {_SLOTS: _SLOTS},
-    f"{_KERNELS}.eagle": {
-        name: name for name in ("fill_accept_out_cache_loc_cpu", "fill_bonus_tokens_cpu")
+    "sglang.srt.speculative.eagle_utils": {"sgl_verify_tree_greedy_cpu": "verify_tree_greedy_cpu"},
+    "sglang.srt.speculative.ngram_worker": {
+        "reconstruct_indices_from_tree_mask": "reconstruct_indices_from_tree_mask"
+    },
+    "sglang.kernels.ops.speculative.cache_locs": {
+        "assign_extend_cache_locs_cpu": "assign_extend_cache_locs_cpu"
+    },
+    "sglang.kernels.ops.speculative.eagle": {
+        "fill_accept_out_cache_loc_cpu": "fill_accept_out_cache_loc_cpu"
     },
 }
 
 
 def prepare_ngrams() -> None:
-    """Its collection of n-grams is compiled as it is first used, and lacks an include."""
+    """SGLang's collection of n-grams is compiled when it is first used, and lacks an include."""
     from sglang.kernels.ops.speculative import ngram_corpus
 
     compile_ = ngram_corpus.load_jit
-    ngram_corpus.load_jit = functools.partial(compile_, extra_cflags=["-include", "cstddef"])
+    if not isinstance(compile_, functools.partial):
+        ngram_corpus.load_jit = functools.partial(compile_, extra_cflags=["-include", "cstddef"])
 
 
 class PlainPlatform:
@@ -88,3 +89,15 @@ def weights_of(tp_worker: Any) -> object:
 def weights_updated_by(updater: Any) -> object:
     """The same, from the object whose methods `update_weights_from_*` are hooked."""
     return updater
+
+
+def takes_weights(scheduler: Any, recv_req: Any) -> bool:
+    """Whether an update comes to an end: SGLang looks for a draft model where there is none."""
+    from sglang.srt.managers import io_struct
+
+    drafts = scheduler.draft_worker
+    asks_drafts = isinstance(
+        recv_req,
+        (io_struct.UpdateWeightFromDiskReqInput, io_struct.UpdateWeightsFromIPCReqInput),
+    )
+    return drafts is None or drafts.draft_worker is not None or not asks_drafts

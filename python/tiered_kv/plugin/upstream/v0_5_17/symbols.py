@@ -22,6 +22,7 @@ from tiered_kv.plugin.upstream.v0_5_17.symbols_platform import CPU_PLATFORM
 from tiered_kv.plugin.upstream.v0_5_17.symbols_recurrent import RECURRENT
 from tiered_kv.plugin.upstream.v0_5_17.symbols_scheduler import DECODE, QUEUE, SCHEDULER
 from tiered_kv.plugin.upstream.v0_5_17.symbols_snapshots import SNAPSHOTS
+from tiered_kv.plugin.upstream.v0_5_17.symbols_speculation import SPECULATION
 
 _OPTIONS = (
     "start.server_args options.tiers options.store options.policies options.overlap "
@@ -203,4 +204,5 @@ SYMBOLS: tuple[Symbol, ...] = (
     *SNAPSHOTS,
     *RECURRENT,
     *DISAGGREGATION,
+    *SPECULATION,
 )

@@ -74,7 +74,7 @@ OTHER_FRONT_ENDS = ("SGLANG_RUST_SERVER", "SGLANG_GRPC_PORT")
 #: Whether models with recurrent state are served.
 TAKES_RECURRENT_STATE = False
 #: Algorithms of speculative decoding that are served.
-SPECULATES: tuple[str, ...] = ()
+SPECULATES: tuple[str, ...] = ("NGRAM",)
 
 _FROM_COMMAND_LINE = "_tiered_kv_from_command_line"
 

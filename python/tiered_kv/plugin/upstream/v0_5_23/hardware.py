@@ -9,6 +9,33 @@ from typing import Any
 CASCADE_BACKENDS = {"cpu": "torch_native"}
 
 
+#: What has a branch for SGLang's CPU engine where drafts are made and verified: modules, and the
+#: kernels of that (`draft_kernels.py`) by the names that each has for them.
+DRAFT_KERNELS: dict[str, dict[str, str]] = {
+    "sglang.srt.mem_cache.allocation": {
+        "assign_req_to_token_pool_cpu": "assign_req_to_token_pool_cpu"
+    },
+    "sglang.srt.speculative.eagle_utils": {},
+    "sglang.srt.speculative.ngram_worker": {},
+    "sglang.kernels.ops.speculative.cache_locs": {
+        "assign_extend_cache_locs_cpu": "assign_extend_cache_locs_cpu"
+    },
+    "sglang.kernels.ops.speculative.eagle": {
+        "fill_accept_out_cache_loc_cpu": "fill_accept_out_cache_loc_cpu"
+    },
+    "sglang.kernels.ops.speculative.reconstruct_tree": {
+        "reconstruct_indices_from_tree_mask": "reconstruct_indices_from_tree_mask"
+    },
+    "sglang.kernels.ops.speculative.spec_tree": {
+        "sgl_verify_tree_greedy_cpu": "verify_tree_greedy_cpu"
+    },
+}
+
+
+def prepare_ngrams() -> None:
+    """SGLang's collection of n-grams needs nothing."""
+
+
 class PlainPlatform:
     """What a platform without kernels of its own must say: nothing.
 
@@ -37,3 +64,8 @@ def weights_of(tp_worker: Any) -> object:
 def weights_updated_by(updater: Any) -> object:
     """The same, from the object whose methods `update_weights_from_*` are hooked."""
     return updater.get_model_runner()
+
+
+def takes_weights(scheduler: Any, recv_req: Any) -> bool:
+    """Whether an update comes to an end."""
+    return True

@@ -23,6 +23,7 @@ _RUNNER_UPDATER = f"{SRT}.model_executor.model_runner_components.weight_updater.
 _PLATFORM = f"{SRT}.platforms.interface.SRTPlatform"
 _PAGED = f"{MEM}.allocator.paged.PagedTokenToKVPoolAllocator"
 _OPENAI = f"{SRT}.entrypoints.openai.serving_base.OpenAIServingBase"
+_KERNELS = "sglang.kernels.ops.speculative"
 _FLASHINFER = f"{SRT}.layers.attention.flashinfer_backend"
 
 _RADIX_METHODS_GONE = (
@@ -54,6 +55,8 @@ GONE = frozenset(
         *(_PAGED, f"{_PAGED}.alloc_extend", f"{_PAGED}.alloc_decode"),
         f"{_PAGED}.merge_and_sort_free",
         f"{SRT}.distributed.parallel_state_wrapper.ParallelState",
+        f"{SRT}.speculative.eagle_utils.verify_tree_greedy_func",
+        f"{_KERNELS}.ngram_corpus",
     }
 )
 #: Whole modules of SGLang's that are not used here: HiRadixCache is gone, and cascade attention
@@ -146,6 +149,12 @@ ADDED = (
         "kv prefix_len extend_end extend_len full_untruncated_fill_ids best_match_node "
         "skip_radix_cache_insert cache_salt cache_request_handle",
         f"{_REQUEST_KV} {_CONTRACT}",
+    ),
+    function(
+        f"{_KERNELS}.spec_tree.verify_tree_greedy_func",
+        "predicts accept_index accept_token_num candidates retrieve_index retrieve_next_token "
+        "retrieve_next_sibling target_predict topk",
+        "upstream.v0_5_23.hardware",
     ),
     object_(
         f"{_MANAGERS}.schedule_batch.ReqKvInfo",
