@@ -36,7 +36,6 @@ from support_plugin.speculating_loop import SpeculatingLoop
 from tiered_kv.scheduler.plan import AdmissionPlan
 from tiered_kv.scheduler.request_policy import SchedulerState, request_policies
 
-
 TURNS_MAX = 4000
 N_DRAFTED = 5
 #: (page size, breadth of drafts, device pages, chunk, disk)

@@ -132,5 +132,3 @@ class SpeculatingLoop(DecodeLoop):
 
     def make_model(self, pool: Any, overlap: bool) -> SpeculatingModel:
         return SpeculatingModel(pool, self.req_to_token_pool, overlap=overlap)
-
-

@@ -55,8 +55,7 @@ class DraftTrees:
         output: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        slots: torch.Tensor,
-        rows: torch.Tensor,
+        slots: list[torch.Tensor],
         *,
         scaling: float | None,
         enable_gqa: bool,
@@ -65,15 +64,15 @@ class DraftTrees:
         """Fill and return `output`.
 
         query, output: [requests * n, query heads, head size]; caches: [slots, KV heads, head size].
-        slots [rows, tokens]: those of the text, and behind them those of the tree.
+        slots: of each request those of its text, and behind them those of its tree.
         """
         begin = 0
-        for row, mask in zip(rows.tolist(), self._masks(window), strict=True):
+        for own_slots, mask in zip(slots, self._masks(window), strict=True):
             n_nodes, n_keys = mask.shape
             own = slice(begin, begin + n_nodes)
             # The kernel takes [1, heads, tokens, head size]; a cache may hold another dtype.
             keys, values = (
-                cache[slots[row, :n_keys]].to(query.dtype).movedim(0, 1)[None]
+                cache[own_slots[:n_keys]].to(query.dtype).movedim(0, 1)[None]
                 for cache in (k_cache, v_cache)
             )
             attended = scaled_dot_product_attention(

@@ -273,7 +273,8 @@ class QueuedRequests:
         if queued is None:
             return
         self.first_token(req)
-        queued.output_tokens = len(req.output_ids)
+        # With speculative decoding a pass may say more than was wanted.
+        queued.output_tokens = len(req.output_ids_through_stop)
         if not req.finished():
             self.lives.leave(queued)
         elif is_aborted(req):

@@ -22,7 +22,7 @@ from tiered_kv.plugin.upstream.current import hardware
 
 
 def register() -> None:
-    """Have a worker that speculates find what it needs; once, in the process that runs the model."""
+    """Have a worker that speculates find what it needs, in the process that runs the model."""
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     create: Callable[..., Any] = SpeculativeAlgorithm.create_worker

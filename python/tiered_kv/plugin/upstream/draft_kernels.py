@@ -12,15 +12,16 @@ Source of the contracts: SGLang 0.5.17, `kernels/ops/speculative/` (their Triton
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 
-def _spans(*columns: torch.Tensor) -> Iterator[tuple[int, ...]]:
+def _by_request(*columns: torch.Tensor) -> Iterator[tuple[Any, ...]]:
     return zip(*(column.tolist() for column in columns), strict=True)
 
 
-def assign_req_to_token_pool_cpu(  # noqa: PLR0913, PLR0917 - upstream's signature
+def assign_req_to_token_pool_cpu(
     rows: torch.Tensor,
     table: torch.Tensor,
     starts: torch.Tensor,
@@ -31,12 +32,12 @@ def assign_req_to_token_pool_cpu(  # noqa: PLR0913, PLR0917 - upstream's signatu
     """table[row, start:end] of each request becomes its part of `slots`, one after the other."""
     del pool_len
     first = 0
-    for row, start, end in _spans(rows, starts, ends):
+    for row, start, end in _by_request(rows, starts, ends):
         table[row, start:end] = slots[first : first + end - start]
         first += end - start
 
 
-def assign_extend_cache_locs_cpu(  # noqa: PLR0913, PLR0917 - upstream's signature
+def assign_extend_cache_locs_cpu(
     rows: torch.Tensor,
     table: torch.Tensor,
     starts: torch.Tensor,
@@ -47,7 +48,7 @@ def assign_extend_cache_locs_cpu(  # noqa: PLR0913, PLR0917 - upstream's signatu
     """The other way round: `slots` begins with table[row, start:end] of all requests."""
     del pool_len
     first = 0
-    for row, start, end in _spans(rows, starts, ends):
+    for row, start, end in _by_request(rows, starts, ends):
         slots[first : first + end - start] = table[row, start:end]
         first += end - start
 
@@ -61,7 +62,7 @@ def fill_accept_out_cache_loc_cpu(
     accepted[: len(nodes)] = out_cache_loc[nodes]
 
 
-def verify_tree_greedy_cpu(  # noqa: PLR0913 - upstream's signature
+def verify_tree_greedy_cpu(
     *,
     predicts: torch.Tensor,
     accept_index: torch.Tensor,
@@ -81,7 +82,7 @@ def verify_tree_greedy_cpu(  # noqa: PLR0913 - upstream's signature
     """
     wanted = target_predict.flatten().tolist()
     for request, (tokens, numbers, children, siblings) in enumerate(
-        _spans(candidates, retrive_index, retrive_next_token, retrive_next_sibling)
+        _by_request(candidates, retrive_index, retrive_next_token, retrive_next_sibling)
     ):
         path = [0]
         while len(path) < accept_index.shape[1]:
@@ -97,7 +98,7 @@ def verify_tree_greedy_cpu(  # noqa: PLR0913 - upstream's signature
         accept_token_num[request] = len(path) - 1
 
 
-def reconstruct_indices_from_tree_mask(  # noqa: PLR0913, PLR0917 - upstream's signature
+def reconstruct_indices_from_tree_mask(
     tree_mask: torch.Tensor,
     seq_lens: torch.Tensor,
     positions: torch.Tensor,

@@ -6,7 +6,9 @@ import random
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
 
 from tiered_kv.plugin.upstream import draft_kernels as kernels
 
@@ -14,9 +16,7 @@ N_REQUESTS, N_NODES = 4, 7
 
 
 def random_parents(dice: random.Random) -> list[list[int]]:
-    return [
-        [-1, *(dice.randrange(node) for node in range(1, N_NODES))] for _ in range(N_REQUESTS)
-    ]
+    return [[-1, *(dice.randrange(node) for node in range(1, N_NODES))] for _ in range(N_REQUESTS)]
 
 
 def ancestors(parents: list[int], node: int) -> list[int]:
@@ -53,9 +53,7 @@ def test_all_about_a_tree(seed: int) -> None:
             depth = len(ancestors(parents, node)) - 1
             assert positions.view(N_REQUESTS, -1)[request, node] == lengths[request] + depth
             own = [n for n in range(N_NODES) if parents[n] == node]
-            later = [
-                n for n in range(node + 1, N_NODES) if node and parents[n] == parents[node]
-            ]
+            later = [n for n in range(node + 1, N_NODES) if node and parents[n] == parents[node]]
             assert children[request, node] == (own[0] if own else -1)
             assert siblings[request, node] == (later[0] if later else -1)
 
