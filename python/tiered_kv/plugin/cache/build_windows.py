@@ -107,6 +107,7 @@ def _why_whole(ctx: TreeCacheBuildContext) -> str | None:
             config.host.page_format == config.disk_page_format == "raw"
         ),
         f"with {decode.OPTION}": args.tiered_kv_iteration_policy != decode.EVERYONE,
+        "with --speculative-algorithm": args.speculative_algorithm is not None,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 
