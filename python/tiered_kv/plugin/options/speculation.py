@@ -27,6 +27,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
         lambda a: a.page_size > 1 and a.speculative_ngram_max_bfs_breadth > 1,
     ),
     ("--tp-size above 1", lambda a: a.tp_size > 1),
+    ("--dp-size above 1", lambda a: a.dp_size > 1),
     ("--enable-lora", lambda a: bool(a.enable_lora)),
     ("--enable-deterministic-inference", lambda a: a.enable_deterministic_inference),
     (

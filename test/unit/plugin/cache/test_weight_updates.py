@@ -6,12 +6,14 @@ Random histories are in test/property/test_administration_machine.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("sglang")
 
 
+from support_plugin import on_release
 from support_plugin.administration import (
     N_REUSABLE,
     OTHER,
@@ -203,6 +205,23 @@ def test_an_update_that_flushes_is_refused_while_requests_run(
     assert list(req.output_ids) == answers(PROMPT)
     assert administrator.update()[0]
     loop.check_nothing_is_held()
+
+
+@pytest.mark.skipif(not on_release.IS_0_5_17, reason="0.5.23 knows workers without a model")
+def test_an_update_is_refused_where_sglang_would_look_for_a_draft_model(
+    make_loop: MakeLoop, answers: Callable[[Kind], list[int]]
+) -> None:
+    loop = make_loop()
+    administrator = Administrator(loop)
+    loop.draft_worker = SimpleNamespace(draft_worker=None)
+    success, message = administrator.update()
+    assert not success
+    assert "NGRAM" in message
+    assert loop.tp_worker.version == 1
+    loop.draft_worker = None
+    assert list(ask(loop, PROMPT, "a").output_ids) == answers(PROMPT)
+    assert administrator.update()[0]
+    settle(loop)
 
 
 def test_an_update_is_refused_while_a_copy_hangs(

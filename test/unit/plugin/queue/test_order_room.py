@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("sglang")
 
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from support_plugin.mini_scheduler import CHUNK, MiniScheduler, Spy, request, running, three
 from support_tiers.tier_rig import PAGE_SIZE
@@ -212,6 +213,17 @@ def test_nobody_is_mixed_with_who_runs_with_logprobs(scheduler: MiniScheduler, s
     scheduler.running_batch.new_tokens_required_next_decode = lambda: 10**9
     scheduler.step()
     assert not spy.states[-1].can_mix, "there is no memory for their next tokens"
+
+
+def test_nobody_is_mixed_where_decodes_verify_drafts(scheduler: MiniScheduler, spy: Spy) -> None:
+    running(scheduler, "r")
+    three(scheduler)
+    scheduler.spec_algorithm = SpeculativeAlgorithm.NGRAM
+    scheduler.step()
+    assert not spy.states[0].can_mix
+    scheduler.spec_algorithm = SpeculativeAlgorithm.NONE
+    scheduler.step()
+    assert spy.states[-1].can_mix
 
 
 @pytest.mark.parametrize("is_configured", [False, True])

@@ -230,7 +230,8 @@ ADAPTERS = (
 REQUESTS_AND_EVENTS = (
     object_(
         f"{SRT}.managers.schedule_batch.Req",
-        "rid origin_input_ids output_ids output_ids_through_stop last_node host_hit_length storage_hit_length "
+        "rid origin_input_ids output_ids output_ids_through_stop last_node host_hit_length "
+        "storage_hit_length "
         "cached_tokens_device cached_tokens_host cached_tokens_storage",
         "cache.prefix_cache cache.metrics_adapter queue.queued",
     ),

@@ -10,8 +10,8 @@ _HARDWARE = "upstream.v0_5_17.hardware"
 SPECULATION = (
     object_(
         f"{SRT}.server_args.ServerArgs",
-        "speculative_algorithm speculative_ngram_max_bfs_breadth page_size tp_size enable_lora "
-        "enable_deterministic_inference disable_overlap_schedule",
+        "speculative_algorithm speculative_ngram_max_bfs_breadth page_size tp_size dp_size "
+        "enable_lora enable_deterministic_inference disable_overlap_schedule",
         "options.speculation",
     ),
     function(
