@@ -28,6 +28,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ),
     ("--tp-size above 1", lambda a: a.tp_size > 1),
     ("--dp-size above 1", lambda a: a.dp_size > 1),
+    ("--disaggregation-mode", lambda a: a.disaggregation_mode != "null"),
     ("--enable-lora", lambda a: bool(a.enable_lora)),
     ("--enable-deterministic-inference", lambda a: a.enable_deterministic_inference),
     (

@@ -16,7 +16,7 @@ from tiered_kv.plugin.options import refusals, speculation
 def arguments(**changes: Any) -> Any:
     given = {
         "speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 10, "page_size": 64,
-        "tp_size": 1, "dp_size": 1, "enable_lora": None, "enable_deterministic_inference": False,
+        "tp_size": 1, "dp_size": 1, "disaggregation_mode": "null", "enable_lora": None, "enable_deterministic_inference": False,
         "uses_mamba_radix_cache": False, "tiered_kv_iteration_policy": "all",
         "disable_overlap_schedule": False,
     }  # fmt: skip
@@ -51,6 +51,7 @@ def test_without_speculation_nothing_is_chosen_or_refused() -> None:
     [
         {"tp_size": 2},
         {"dp_size": 2},
+        {"disaggregation_mode": "prefill"},
         {"speculative_ngram_max_bfs_breadth": 4},
         {"enable_lora": True},
         {"enable_deterministic_inference": True},

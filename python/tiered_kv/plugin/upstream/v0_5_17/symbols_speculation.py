@@ -11,6 +11,7 @@ SPECULATION = (
     object_(
         f"{SRT}.server_args.ServerArgs",
         "speculative_algorithm speculative_ngram_max_bfs_breadth page_size tp_size dp_size "
+        "disaggregation_mode "
         "enable_lora enable_deterministic_inference disable_overlap_schedule",
         "options.speculation",
     ),
