@@ -16,7 +16,8 @@ from tiered_kv.plugin.options import refusals, speculation
 def arguments(**changes: Any) -> Any:
     given = {
         "speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 10, "page_size": 64,
-        "tp_size": 1, "dp_size": 1, "disaggregation_mode": "null", "enable_lora": None, "enable_deterministic_inference": False,
+        "tp_size": 1, "dp_size": 1, "disaggregation_mode": "null", "enable_lora": None,
+        "enable_deterministic_inference": False,
         "uses_mamba_radix_cache": False, "tiered_kv_iteration_policy": "all",
         "disable_overlap_schedule": False,
     }  # fmt: skip
