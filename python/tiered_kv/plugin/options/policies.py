@@ -39,6 +39,15 @@ class PolicyArgs:
         ),
         NS("memory"),
     ] = None
+    tiered_kv_never_pause: A[
+        bool,
+        Arg(
+            no_cli=True,
+            help="Do not have whole programs pause at their tool boundaries while the contexts of "
+            "those in progress fill device and host, as slack does where no deadline decides.",
+        ),
+        NS("memory"),
+    ] = False
     tiered_kv_iteration_policy: A[
         str,
         Arg(

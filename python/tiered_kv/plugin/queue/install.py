@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from tiered_kv.plugin.queue import clock_tick
@@ -28,7 +29,7 @@ def install(scheduler: Any, policy_name: str) -> None:
         return
     order = RequestOrder(
         scheduler,
-        _make(policy_name, scheduler.server_args.trust().least_ttft_ms),
+        make_policy(policy_name, scheduler.server_args),
         parts.hierarchy,
         parts.cost_model,
         parts.residency,
@@ -42,9 +43,13 @@ def install(scheduler: Any, policy_name: str) -> None:
     logger.info("Tiered KV: the waiting queue is ordered by the policy %s.", policy_name)
 
 
-def _make(policy_name: str, least_ttft_ms: float | None) -> RequestPolicy:
-    """The policy of that name; the one that knows deadlines of tasks gets the operator's limit."""
-    make = request_policies.get(policy_name)
-    if make is SlackPolicy and least_ttft_ms is not None:
-        return SlackPolicy(SlackConfig(least_ttft_s=least_ttft_ms / 1000))
-    return make()
+def make_policy(name: str, server_args: Any) -> RequestPolicy:
+    """The policy of that name; the one that knows programs gets what the operator says of them."""
+    make = request_policies.get(name)
+    if make is not SlackPolicy:
+        return make()
+    config = SlackConfig(working_set=not server_args.tiered_kv_never_pause)
+    least_ttft_ms = server_args.trust().least_ttft_ms
+    if least_ttft_ms is not None:
+        config = replace(config, least_ttft_s=least_ttft_ms / 1000)
+    return SlackPolicy(config)
