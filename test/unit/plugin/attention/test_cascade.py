@@ -215,6 +215,7 @@ def model_runner(mode: str = "auto", **fields: Any) -> Any:
         tp_size=2,
         enable_deterministic_inference=False,
         enable_torch_compile=False,
+        speculative_algorithm=None,
         **on_release.attention_backends("torch_native"),
     )
     config = SimpleNamespace(

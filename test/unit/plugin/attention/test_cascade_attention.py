@@ -14,6 +14,7 @@ import pytest
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from tiered_kv.attention.plan import CascadePlan, Group, Level
 from tiered_kv.core.errors import IntegrityError
@@ -91,6 +92,7 @@ class Rig:
             req_pool_indices=self.table_rows,
             seq_lens=torch.tensor(N_TOKENS),
             encoder_lens=None,
+            forward_mode=ForwardMode.DECODE,
             out_cache_loc=self.slots[self.table_rows, last].long(),
         )
         layer = {

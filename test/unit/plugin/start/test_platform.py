@@ -229,7 +229,7 @@ from tiered_kv.plugin.upstream.current import arguments
 
 for units, *flags in json.loads(sys.argv[2]):
     args = prepare_server_args(["--model-path", sys.argv[1], "--device", "cpu", *flags])
-    on_release.resolve(args)
+    getattr(args, "resolve_once", lambda: None)()  # as the engine does on 0.5.23
     dtypes = arguments.model_config(args).dtype, ModelConfig.from_server_args(args).dtype
     print("found:", arguments.resolved(args).dtype, *dtypes)
 """
