@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import pickle
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,22 @@ def from_disk(server: Server, model: Path | str, **fields: Any) -> Any:
     return server.post("/update_weights_from_disk", body, timeout_s=60)
 
 
+@contextmanager
+def session(server: Server) -> Iterator[None]:
+    """SGLang 0.5.23 takes parts of the weights between two calls; 0.5.17 has none such."""
+    has_sessions = server.post("/begin_weight_update", {}, timeout_s=60).status_code != 404
+    yield
+    if has_sessions:
+        answer = server.post("/end_weight_update", {}, timeout_s=60)
+        assert answer.status_code == 200, answer.text
+
+
 def from_tensors(server: Server, tensors: dict[str, torch.Tensor], **fields: Any) -> Any:
     """The bytes of the tensors go with the request: there is no memory to share with a CPU."""
     payload = base64.b64encode(pickle.dumps(list(tensors.items()))).decode()
     body = {"serialized_named_tensors": [payload], **fields}
-    return server.post("/update_weights_from_tensor", body, timeout_s=60)
+    with session(server):
+        return server.post("/update_weights_from_tensor", body, timeout_s=60)
 
 
 def from_ipc(server: Server, **fields: Any) -> Any:
@@ -89,8 +102,9 @@ class ProcessGroup:
                 self._server.post("/update_weights_from_distributed", body, timeout_s=60)
             )
         )
-        thread.start()
-        for tensor in tensors.values():
-            torch.distributed.broadcast(tensor, src=0, group=self._group)
-        thread.join()
+        with session(self._server):
+            thread.start()
+            for tensor in tensors.values():
+                torch.distributed.broadcast(tensor, src=0, group=self._group)
+            thread.join()
         return answers[0]

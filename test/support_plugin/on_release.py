@@ -80,15 +80,15 @@ def no_device_to_wait_for() -> Iterator[None]:
 
 def qkv_projection(n_kv_heads: int, n_ranks: int, **sizes: Any) -> Any:
     """SGLang's projection of one of `n_ranks` ranks."""
-    from sglang.srt.layers.linear import QKVParallelLinear
+    from sglang.srt.layers import linear
 
     sizes |= {"total_num_kv_heads": n_kv_heads, "bias": False}
     if IS_0_5_17:
-        return QKVParallelLinear(**sizes, tp_rank=0, tp_size=n_ranks)
-    from sglang.srt.runtime_context import get_parallel
-
-    with get_parallel().override(tp_size=n_ranks, tp_rank=0):
-        return QKVParallelLinear(**sizes)
+        return linear.QKVParallelLinear(**sizes, tp_rank=0, tp_size=n_ranks)
+    # Not by the process's own topology, which other tests have published.
+    group = SimpleNamespace(rank_in_group=0, world_size=n_ranks)
+    with mock.patch.object(linear, "_resolve_linear_group", return_value=group):
+        return linear.QKVParallelLinear(**sizes)
 
 
 def publish(args: Any) -> None:

@@ -76,12 +76,13 @@ def put_in_order(
     schedule_policy: Any,
     waiting_queue: list[Any],
     running_batch: Any = None,
+    *args: Any,
     **kwargs: Any,
 ) -> None:
     """AROUND `SchedulePolicy.calc_priority`, which the scheduler calls within the above."""
     order = getattr(schedule_policy, "tiered_kv_order", None)
     if order is None:
-        original(schedule_policy, waiting_queue, running_batch, **kwargs)
+        original(schedule_policy, waiting_queue, running_batch, *args, **kwargs)
     else:
         order.put_in_order(waiting_queue, running_batch)
 
