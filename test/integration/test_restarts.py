@@ -97,6 +97,7 @@ def test_after_sigterm_the_disk_serves(
     server.check_log()
 
 
+@pytest.mark.long
 def test_sigterm_under_load_cuts_nobody_off_and_loses_no_page(
     server: Server, oracle: Oracle, prompts: PromptMaker
 ) -> None:
