@@ -8,7 +8,8 @@
 #
 # take_sglang ARGUMENTS...  sets ARGUMENTS to them without `--sglang RELEASE`, and goes by that
 #
-# TIERED_KV_SGLANG   the release of SGLang: 0.5.17 (default) or 0.5.23, or --sglang
+# TIERED_KV_SGLANG   the release of SGLang, or --sglang: 0.5.23 (default without a GPU) or 0.5.17
+#                    (default with one)
 # TIERED_KV_PYTHON   an interpreter that has everything already: nothing is installed
 # TIERED_KV_VENV     where the virtual environment goes (default: .venv in the repository, and
 #                    .venv-RELEASE for a release that is not the default)
@@ -17,11 +18,22 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 PROGRAM=${PROGRAM:-$(basename "$0")}
 PYTHON_WANTED=3.12
 VENV_GB_NEEDED=14
-SGLANG_DEFAULT=0.5.17
-SGLANG_RELEASES=("$SGLANG_DEFAULT" 0.5.23)
-SGLANG=${TIERED_KV_SGLANG:-$SGLANG_DEFAULT}
 UV_CACHE_GB_NEEDED=10
 REPORT_EVERY_S=20
+SGLANG_RELEASES=(0.5.17 0.5.23)
+SGLANG_ON_GPUS=0.5.17 # of bundles and images, too: docs/adr/0024
+SGLANG_DEFAULT=0.5.23
+
+# Only chooses defaults, so a look at the device files will do; asking torch takes seconds.
+has_gpu() {
+    case ${CUDA_VISIBLE_DEVICES-unset} in
+    '' | -1) return 1 ;;
+    esac
+    compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]]
+}
+
+if has_gpu; then SGLANG_DEFAULT=$SGLANG_ON_GPUS; fi
+SGLANG=${TIERED_KV_SGLANG:-$SGLANG_DEFAULT}
 
 say() { printf '[%s] %s\n' "$PROGRAM" "$*" >&2; }
 die() {

@@ -129,7 +129,7 @@ def test_a_dockerfile_is_well_formed_and_pinned(path: Path) -> None:
 
 def test_the_base_image_holds_the_release_that_is_pinned() -> None:
     environment = (ROOT / "scripts" / "lib" / "environment.sh").read_text()
-    (pin,) = re.findall(r"^SGLANG_DEFAULT=([\d.]+)$", environment, re.MULTILINE)
+    (pin,) = re.findall(r"^SGLANG_ON_GPUS=([\d.]+) ", environment, re.MULTILINE)
     text = (DOCKER / "Dockerfile").read_text()
     assert f"lmsysorg/sglang:v{pin}" in text
     assert f"startswith('{pin}')" in text

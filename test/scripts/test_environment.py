@@ -169,13 +169,24 @@ def test_a_python_that_fits_is_used_by_uv(host: Host) -> None:
 def test_the_release_of_sglang_that_is_wanted_is_installed(host: Host) -> None:
     host.python("3.12")
     assert host.ensure().returncode == 0
-    assert "sglang==0.5.17 --editable" in host.installs()[-1]
-    host.calls_file.write_text("")
-    host.environment["TIERED_KV_SGLANG"] = "0.5.23"
-    assert host.ensure().returncode == 0
     assert "sglang==0.5.23 --editable" in host.installs()[-1]
+    host.calls_file.write_text("")
+    host.environment["TIERED_KV_SGLANG"] = "0.5.17"
+    assert host.ensure().returncode == 0
+    assert "sglang==0.5.17 --editable" in host.installs()[-1]
     host.environment["TIERED_KV_SGLANG"] = "0.5.18"
     assert "SGLang 0.5.18 is not supported: choose one of 0.5.17 0.5.23." in refusal(host.ensure())
+
+
+def test_where_there_is_a_gpu_the_default_is_the_release_of_bundles_and_images(host: Host) -> None:
+    """compgen looks for the files of devices."""
+    for files, release in (("true", "0.5.17"), ("false", "0.5.23")):
+        program = f'compgen() {{ {files}; }}; source "{LIBRARY}"; echo "$SGLANG $(default_venv)"'
+        environment = {
+            name: value for name, value in host.environment.items() if "CUDA" not in name
+        }
+        found = subprocess.check_output(["bash", "-c", program], env=environment, text=True)
+        assert found == f"{release} {LIBRARY.parents[2] / '.venv'}\n"
 
 
 def run_both(host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -194,10 +205,10 @@ def test_both_releases_are_tested_each_in_an_environment_of_its_own(host: Host) 
     result = run_both(host, "-m", "not server")
     assert result.returncode == 0, result.stderr
     installs = [call.split(" --editable")[0] for call in host.installs() if "sglang==" in call]
-    pythons = [host.venv / "bin" / "python", host.root / "venv-0.5.23" / "bin" / "python"]
+    pythons = [host.venv / "bin" / "python", host.root / "venv-0.5.17" / "bin" / "python"]
     assert {call.split("--python ")[1] for call in installs} == {
-        f"{pythons[0]} sglang==0.5.17",
-        f"{pythons[1]} sglang==0.5.23",
+        f"{pythons[0]} sglang==0.5.23",
+        f"{pythons[1]} sglang==0.5.17",
     }
     assert host.tests() == ["-m not server"] * 2
     host.environment["TIERED_KV_PYTHON"] = str(pythons[0])

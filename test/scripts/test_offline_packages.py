@@ -90,7 +90,7 @@ def test_what_the_host_has_is_left_out() -> None:
 def test_the_requirements_are_of_the_release_that_is_pinned() -> None:
     pins = {r.name: r.version for r in cli.bundled_requirements()}
     environment = (SCRIPTS / "lib" / "environment.sh").read_text()
-    assert f"SGLANG_DEFAULT={pins['sglang']}\n" in environment
+    assert f"SGLANG_ON_GPUS={pins['sglang']} " in environment
     assert not {"torch", "triton"} & set(pins)
     if metadata.version("sglang") != pins["sglang"]:
         pytest.skip("what that release needs is known beside it alone")
