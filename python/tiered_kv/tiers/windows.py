@@ -167,7 +167,8 @@ class WindowPages:
             return
         wanted = [
             (name, slots)
-            for name, slots in self._window(last)
+            # One page more: who asks the same again goes on from before the prompt's last page.
+            for name, slots in self._window(last, self.n_back + 1)
             if name not in self.hollow and name not in self._taken and not self._has(name)
         ]
         room = int(self.table.n_slots * TAKEN_SHARE) - len(self._taken)
@@ -201,14 +202,14 @@ class WindowPages:
         self.table.use(name)
         return True
 
-    def _window(self, last: Node) -> list[tuple[PageHash, torch.Tensor]]:
+    def _window(self, last: Node, n_pages: int) -> list[tuple[PageHash, torch.Tensor]]:
         """The last pages on the way to the end of `last`, deepest first, and their token slots."""
         size = self._page_size
         found: list[tuple[PageHash, torch.Tensor]] = []
         for node in path_up(last):
             slots = device_slots_of(node)
             for place in range(node.n_pages - 1, -1, -1):
-                if len(found) == self.n_back:
+                if len(found) == n_pages:
                     return found
                 found.append((node.page_hashes[place], slots[place * size : (place + 1) * size]))
         return found
@@ -266,7 +267,7 @@ class WindowPages:
 
     def bring(self, last: Node) -> bool:
         """See `Places.bring`: the window before the end of `last` is whole, or about to be."""
-        lacking = [one for one in self._window(last) if one[0] in self.hollow]
+        lacking = [one for one in self._window(last, self.n_back) if one[0] in self.hollow]
         if any(name not in self.table for name, _ in lacking):
             return False
         if not lacking:
