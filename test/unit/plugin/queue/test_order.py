@@ -234,7 +234,11 @@ def just_made(rig: Rig, policy: str, *, costs: CostModel | None) -> Any:
         metrics=MetricsRecorder(),
     )
     args = SimpleNamespace(
-        tiered_kv=True, tiered_kv_policy=policy, schedule_policy="fcfs", trust=Trust
+        tiered_kv=True,
+        tiered_kv_policy=policy,
+        tiered_kv_never_pause=False,
+        schedule_policy="fcfs",
+        trust=Trust,
     )
     return SimpleNamespace(
         server_args=args,
