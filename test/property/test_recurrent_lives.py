@@ -1,6 +1,6 @@
 """Requests' lives on SGLang's own loop, of a model with recurrent state.
 
-Method: `support_plugin.placed_lives`, with room for few checkpoints.
+Method: `support_plugin.lives`, with room for few checkpoints.
 Guarantee: in every pass the state of each request is that of its own tokens (`HybridModel`); every
 answer is what a loop without a cache says; at the end no state is held.
 """
@@ -17,7 +17,7 @@ pytest.importorskip("sglang")
 from support_plugin import on_release
 from support_plugin.decode_loop import PretendDisk
 from support_plugin.decode_requests import Oracle
-from support_plugin.placed_lives import HAPPENED, run
+from support_plugin.lives import HAPPENED, run
 
 if on_release.IS_0_5_17:
     from support_plugin.hybrid_loop import HybridLoop

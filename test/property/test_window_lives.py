@@ -1,6 +1,6 @@
 """Requests' lives on SGLang's own loop, of a model one of whose layers looks back a window only.
 
-Method: `support_plugin.placed_lives`, with room for few of that layer's pages on the host.
+Method: `support_plugin.lives`, with room for few of that layer's pages on the host.
 Guarantee: in every pass the rows that the layer reads are of the tokens that they should be
 (`WindowModel`), though rows further up are not; every answer is what a loop without a cache says;
 at the end nothing is held.
@@ -17,7 +17,7 @@ pytest.importorskip("sglang")
 
 from support_plugin.decode_loop import PretendDisk
 from support_plugin.decode_requests import Oracle
-from support_plugin.placed_lives import HAPPENED, run
+from support_plugin.lives import HAPPENED, run
 from support_plugin.window_loop import WindowLoop
 
 #: (overlap, page size, device pages, chunk, disk, window in tokens, pages of windows on the host)

@@ -1,8 +1,9 @@
-"""What happens to requests whose prefixes end at places (`tiers/places.py`), on SGLang's own loop.
+"""What happens to requests on SGLang's own loop, whatever the model.
 
 Requests arrive at random under every request policy, on pools that are too small. Chance puts
 prompts back, evicts from device and host, has SGLang retract, aborts, pauses with retraction,
-empties the cache, has the disk fail for a while, and copies to the device as well.
+empties the cache, has the disk fail for a while, and copies to the device as well. Where prefixes
+end at places (`tiers/places.py`), what these need of the host is lost at times.
 """
 
 from __future__ import annotations
@@ -40,12 +41,32 @@ class History:
         loop.govern(policies[number % len(policies)], "all", light_costs())
         self._plan = loop.tiered_kv_order._plan
         loop.tiered_kv_order._plan = self._planned
-        chosen = self._dice.sample(kinds(), self._dice.randint(2, 10))
+        chosen = self._dice.sample(self.known(), self._dice.randint(2, 10))
         self._coming = [(f"{number}-{i}.", kind) for i, kind in enumerate(chosen)]
         self.reqs: dict[str, tuple[Kind, Req]] = {}
         self.aborted: set[str] = set()
         self.counts: Counter[str] = Counter()
         self._turns = iter(range(TURNS_MAX))
+
+    # -- what is another model's -------------------------------------------------------------
+
+    def known(self) -> list[Kind]:
+        """The requests that may come."""
+        return kinds()
+
+    def said(self, req: Req, expected: list[int]) -> list[int]:
+        """Of what `req` has said, what is to be compared with `expected`."""
+        del expected
+        return list(req.output_ids)
+
+    def count(self, req: Req) -> None:
+        """`req` is over."""
+        self.counts["retracted"] += req.retraction_count
+        self.counts["device"] += req.cached_tokens_device
+        self.counts["host"] += req.cached_tokens_host
+        self.counts["disk"] += req.cached_tokens_storage
+
+    # -- what happens ------------------------------------------------------------------------
 
     def _planned(self, state: SchedulerState) -> AdmissionPlan:
         plan = self._plan(state)
@@ -79,15 +100,19 @@ class History:
             hierarchy.evict_device(dice.randint(1, 40))
         if dice.random() < 0.05:
             hierarchy.context.evict_host(dice.randint(1, 20))
-        table = self.loop.tree_cache.places.table
-        if dice.random() < 0.05 and (slot := table.reserve()) is not None:
-            table.give_back(slot)
+        places = getattr(self.loop.tree_cache, "places", None)
+        if places is not None:
+            self._lose_some(places.table)
         if self._disk is not None and dice.random() < 0.02:
             self._disk.reads.error = None if self._disk.reads.error else OSError("on purpose")
         if dice.random() < 0.01:
-            table.clear()
-        if dice.random() < 0.01:
             self._fail_next_load(hierarchy.context.copier)
+
+    def _lose_some(self, table: Any) -> None:
+        if self._dice.random() < 0.05 and (slot := table.reserve()) is not None:
+            table.give_back(slot)
+        if self._dice.random() < 0.01:
+            table.clear()
 
     def _fail_next_load(self, copier: Any) -> None:
         def fail(*args: Any) -> None:
@@ -102,8 +127,14 @@ class History:
         self.loop.abort_request(AbortReq(rid=rid))
 
 
-def run(loop: DecodeLoop, oracle: Oracle, disk: PretendDisk | None, number: int) -> Counter[str]:
-    history = History(loop, disk, number)
+def run(
+    loop: DecodeLoop,
+    oracle: Oracle,
+    disk: PretendDisk | None,
+    number: int,
+    history_of: type[History] = History,
+) -> Counter[str]:
+    history = history_of(loop, disk, number)
     scheduler.TEST_RETRACT = number % 4 == 0
     rest = iter(range(3))
     try:
@@ -117,16 +148,14 @@ def run(loop: DecodeLoop, oracle: Oracle, disk: PretendDisk | None, number: int)
             disk.release()
     loop.check_nothing_is_held()
     for rid, (kind, req) in history.reqs.items():
-        said, expected = list(req.output_ids), oracle.answer(kind)
+        expected = oracle.answer(kind)
+        said = history.said(req, expected)
         if isinstance(req.finished_reason, FINISH_ABORT) or not req.finished():
             assert rid in history.aborted, f"history {number}: {rid} has no answer"
             expected = expected[: len(said)]
             history.counts["aborted"] += 1
         assert said == expected, f"history {number}, request {rid}: {kind}"
-        history.counts["retracted"] += req.retraction_count
-        history.counts["device"] += req.cached_tokens_device
-        history.counts["host"] += req.cached_tokens_host
-        history.counts["disk"] += req.cached_tokens_storage
+        history.count(req)
     if number % 3 == 0:
         loop.tree_cache.reset()
         loop.token_to_kv_pool_allocator.clear()
