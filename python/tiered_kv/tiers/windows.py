@@ -241,18 +241,23 @@ class WindowPages:
             return device, usable
         names = names_along(path, n_usable)
         on_device = deepest_end(n_device, self.n_back, lambda place: self._is_whole(names[place]))
-
-        def is_there(place: int) -> bool:
-            whole = place < n_device and self._is_whole(names[place])
-            return whole or names[place] in self.table
-
-        end = deepest_end(n_usable, self.n_back, is_there)
+        is_near = self._near(names, n_device)
+        end = deepest_end(n_usable, self.n_back, is_near)
         held = self._held[rid] = []
         for place in range(max(0, end - self.n_back), end):
             if place >= n_device or not self._is_whole(names[place]):
                 held.append(self.table.use(names[place]))
                 self.table.hold(held[-1])
         return on_device * self._page_size, end * self._page_size
+
+    def _near(self, names: Sequence[PageHash], n_device: int) -> Callable[[int], bool]:
+        """Whether the device, which has `n_device` of these pages, or the host has one's rows."""
+
+        def is_near(place: int) -> bool:
+            name = names[place]
+            return (place < n_device and self._is_whole(name)) or name in self.table
+
+        return is_near
 
     def _is_whole(self, name: PageHash) -> bool:
         return name not in self.hollow
@@ -326,10 +331,7 @@ class WindowPages:
             return True
         n_device, n_usable = device // self._page_size, usable // self._page_size
         names = names_along(path, n_usable)
-
-        def is_near(place: int) -> bool:
-            whole = place < n_device and self._is_whole(names[place])
-            return whole or names[place] in self.table
+        is_near = self._near(names, n_device)
 
         def is_there(place: int) -> bool:
             return is_near(place) or self._files.may_have(rid, names[place])

@@ -8,11 +8,10 @@ case only: all else is refused.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from tiered_kv.core.errors import ConfigError
-from tiered_kv.plugin.options import decode
+from tiered_kv.plugin.options import combinations, decode
 from tiered_kv.plugin.upstream.current import arguments
 
 logger = logging.getLogger(__name__)
@@ -21,8 +20,7 @@ AUTO = "auto"
 STRATEGY = "no_buffer"
 """Of SGLang's ways to take states for its tree the one that leaves them where the last pass did."""
 
-#: Of resolved arguments: (what is not supported, whether it is there).
-RULES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+RULES: combinations.Rules = (
     ("--tp-size above 1", lambda a: a.tp_size > 1),
     ("--dp-size above 1", lambda a: a.dp_size > 1),
     ("--enable-mixed-chunk", lambda a: a.enable_mixed_chunk),
@@ -56,12 +54,9 @@ def check_resolved(server_args: Any) -> None:
     """Raise ConfigError for what does not go with recurrent state."""
     if not arguments.TAKES_RECURRENT_STATE or not server_args.uses_mamba_radix_cache:
         return
-    for option, applies in RULES:
-        if applies(server_args):
-            raise ConfigError(
-                "--tiered-kv does not support, for models with recurrent state (Mamba, linear "
-                f"attention), {option}; drop one of both."
-            )
+    combinations.check(
+        "for models with recurrent state (Mamba, linear attention)", RULES, server_args
+    )
     logger.info(
         "Tiered KV: this model has recurrent state: scheduling does not overlap with passes "
         "(--disable-overlap-schedule), and there is no cascade attention."

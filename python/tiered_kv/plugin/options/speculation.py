@@ -8,11 +8,10 @@ overlap on a CPU, so that is what was tried, and what is done everywhere.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from tiered_kv.core.errors import ConfigError
-from tiered_kv.plugin.options import decode
+from tiered_kv.plugin.options import combinations, decode
 from tiered_kv.plugin.upstream.current import arguments
 
 logger = logging.getLogger(__name__)
@@ -20,8 +19,7 @@ logger = logging.getLogger(__name__)
 ALGORITHM = "NGRAM"
 BREADTH = "--speculative-ngram-max-bfs-breadth"
 
-#: Of resolved arguments: (what is not supported, whether it is there).
-RULES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+RULES: combinations.Rules = (
     (
         f"{BREADTH} above 1 with a --page-size above 1",
         lambda a: a.page_size > 1 and a.speculative_ngram_max_bfs_breadth > 1,
@@ -60,12 +58,7 @@ def check_resolved(server_args: Any) -> None:
     """Raise ConfigError for what does not go with speculative decoding."""
     if server_args.speculative_algorithm is None:
         return
-    for option, applies in RULES:
-        if applies(server_args):
-            raise ConfigError(
-                f"--tiered-kv does not support, with --speculative-algorithm {ALGORITHM}, "
-                f"{option}; drop one of both."
-            )
+    combinations.check(f"with --speculative-algorithm {ALGORITHM}", RULES, server_args)
 
 
 def check_model(ctx: Any) -> None:

@@ -21,6 +21,16 @@ def _by_request(*columns: torch.Tensor) -> Iterator[tuple[Any, ...]]:
     return zip(*(column.tolist() for column in columns), strict=True)
 
 
+def _parts(
+    rows: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor
+) -> Iterator[tuple[int, slice, slice]]:
+    """Of each request: its row, its places in it, and its part of `slots`, one after the other."""
+    first = 0
+    for row, start, end in _by_request(rows, starts, ends):
+        yield row, slice(start, end), slice(first, first + end - start)
+        first += end - start
+
+
 def assign_req_to_token_pool_cpu(
     rows: torch.Tensor,
     table: torch.Tensor,
@@ -31,10 +41,8 @@ def assign_req_to_token_pool_cpu(
 ) -> None:
     """table[row, start:end] of each request becomes its part of `slots`, one after the other."""
     del pool_len
-    first = 0
-    for row, start, end in _by_request(rows, starts, ends):
-        table[row, start:end] = slots[first : first + end - start]
-        first += end - start
+    for row, places, part in _parts(rows, starts, ends):
+        table[row, places] = slots[part]
 
 
 def assign_extend_cache_locs_cpu(
@@ -47,10 +55,8 @@ def assign_extend_cache_locs_cpu(
 ) -> None:
     """The other way round: `slots` begins with table[row, start:end] of all requests."""
     del pool_len
-    first = 0
-    for row, start, end in _by_request(rows, starts, ends):
-        slots[first : first + end - start] = table[row, start:end]
-        first += end - start
+    for row, places, part in _parts(rows, starts, ends):
+        slots[part] = table[row, places]
 
 
 def fill_accept_out_cache_loc_cpu(
