@@ -48,7 +48,7 @@ def install() -> None:
         for place, kernel in kernels.items():
             setattr(module, place, getattr(draft_kernels, kernel))
         vars(module)["_is_cpu"] = True
-    hardware.prepare_ngrams()
+    hardware.prepare_speculation()
 
 
 @contextmanager

@@ -31,7 +31,7 @@ DRAFT_KERNELS: dict[str, dict[str, str]] = {
 }
 
 
-def prepare_ngrams() -> None:
+def prepare_speculation() -> None:
     """SGLang's collection of n-grams is compiled when it is first used, and lacks an include."""
     from sglang.kernels.ops.speculative import ngram_corpus
 

@@ -32,8 +32,18 @@ DRAFT_KERNELS: dict[str, dict[str, str]] = {
 }
 
 
-def prepare_ngrams() -> None:
-    """SGLang's collection of n-grams needs nothing."""
+def prepare_speculation() -> None:
+    """A pool of a server that speculates compiles a kernel for moving KV as it is made.
+
+    On a CPU it is moved in plain torch, which needs none: as in SGLang's pools for NPUs.
+    """
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    MHATokenToKVPool._init_kv_copy_and_warmup = _no_kernel_moves
+
+
+def _no_kernel_moves(pool: Any) -> None:
+    pool._kv_copy_config = None
 
 
 class PlainPlatform:

@@ -156,6 +156,11 @@ ADDED = (
         "retrieve_next_sibling target_predict topk",
         "upstream.v0_5_23.hardware",
     ),
+    function(
+        f"{MEM}.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup",
+        "self",
+        "upstream.v0_5_23.hardware",
+    ),
     object_(
         f"{_MANAGERS}.schedule_batch.ReqKvInfo",
         "req_pool_idx holds_kv kv_committed_len kv_allocated_len cache_protected_len",
