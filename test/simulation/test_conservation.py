@@ -19,7 +19,7 @@ from tiered_kv.simulation.settings import DiskSpec
 
 POLICIES = (
     *("fcfs", "lpm", "dfs-weight", "priority", "hrrn", "k-lpm", "edf", "niyama", "slack"),
-    *("sliding-serve", "plas", "program-fcfs", "pausing"),
+    *("sliding-serve", "plas", "atlas", "program-fcfs", "pausing"),
     *SIMULATED_ORDERS,
 )
 CACHES = {

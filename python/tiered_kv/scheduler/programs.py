@@ -2,8 +2,9 @@
 
 An agent's task is many calls; what its user waits for is the last of them. So an order may go by
 what a whole program was given, or by when it began, rather than by single requests (Agentix,
-arXiv 2502.13965, as Autellix; Continuum, arXiv 2511.02230). A program that was started by another
-one counts with what came before it on its path: its critical path, not the work of its siblings.
+arXiv 2502.13965, as Autellix; Continuum, arXiv 2511.02230). What calls were given is kept in two
+ways: as the sum over a program and those it started, and along each call's critical path, on which
+the work of its siblings does not lie.
 
 Names are the callers' inventions: only so many programs are known at a time, the one that was
 quiet for longest is forgotten first, and whoever is one too many is a program of its own call.
@@ -29,7 +30,9 @@ class Program:
     started_s: float
     """When its first call arrived; of one that another started, when that one's did."""
     served_s: float = 0.0
-    """Seconds that its calls ran, on its longest path."""
+    """Seconds that its calls ran, and those of the programs that it started, together."""
+    path_s: float = 0.0
+    """The same along the longest path of calls that waited for one another, from its root on."""
     n_calls: int = 0
     """Calls that have come."""
     n_open: int = 0
@@ -58,6 +61,7 @@ class Programs:
         self._of: dict[int, Program] = {}
         self._name_of: dict[int, str] = {}
         self._running_since_s: dict[int, float] = {}
+        self._path_s: dict[int, float] = {}
 
     def __len__(self) -> int:
         return len(self._by_name)
@@ -69,6 +73,10 @@ class Programs:
     def of(self, request: QueuedRequest) -> Program:
         """The program of a call; of one that is not open, one that nobody knows."""
         return self._of.get(request.request_id) or Program(request.arrival_s)
+
+    def path_s(self, request: QueuedRequest) -> float:
+        """Seconds that calls ran on the longest path to this one, and it itself so far."""
+        return self._path_s.get(request.request_id, 0.0)
 
     # -- what happens -------------------------------------------------------------------------
 
@@ -84,6 +92,7 @@ class Programs:
         program.n_open += 1
         program.context_tokens = request.prompt_tokens
         self._of[request_id] = program
+        self._path_s[request_id] = program.path_s
         self._name_of[request_id] = request.program
         return program, True
 
@@ -97,6 +106,7 @@ class Programs:
         self._stop(request, now_s)
         program = self._of.pop(request.request_id, None)
         name = self._name_of.pop(request.request_id, "")
+        self._path_s.pop(request.request_id, None)
         if program is None:
             return None
         program.n_open -= 1
@@ -112,13 +122,14 @@ class Programs:
         since_s = self._running_since_s.pop(request.request_id, None)
         if since_s is None:
             return
+        ran_s = max(0.0, now_s - since_s)
+        path_s = self._path_s[request.request_id] = self.path_s(request) + ran_s
         program: Program | None = self.of(request)
-        assert program is not None
-        program.served_s += max(0.0, now_s - since_s)
-        # Whoever started it waits for it: the path through it is one of its own.
-        path_s = program.served_s
-        while (program := program.parent) is not None:
-            program.served_s = max(program.served_s, path_s)
+        while program is not None:
+            # Whoever started it waits for it: the path through it is one of its own.
+            program.served_s += ran_s
+            program.path_s = max(program.path_s, path_s)
+            program = program.parent
 
     # -- names --------------------------------------------------------------------------------
 
@@ -130,7 +141,7 @@ class Programs:
             return program
         program = Program(request.arrival_s)
         if parent is not None and _generation(parent) < GENERATIONS_MAX:
-            program = Program(parent.started_s, parent.served_s, parent=parent)
+            program = Program(parent.started_s, path_s=parent.path_s, parent=parent)
         if name and self._has_room():
             self._by_name[name] = program
         return program

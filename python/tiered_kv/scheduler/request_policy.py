@@ -202,6 +202,7 @@ for _name, _target in {
     "niyama": "niyama:Niyama",
     "sliding-serve": "sliding_serve:SlidingServe",
     "plas": "plas:LeastAttainedProgram",
+    "atlas": "atlas:LeastAttainedPath",
     "program-fcfs": "program_fcfs:FirstProgramFirst",
     "pausing": "pausing:PausingPrograms",
     "slack": "slack:SlackPolicy",

@@ -76,18 +76,37 @@ def test_what_runs_twice_counts_twice() -> None:
     assert programs.of(request).n_open == 0, "it is not known any more"
 
 
-def test_the_longest_path_counts_and_not_the_sum_of_branches() -> None:
+def test_branches_count_together_and_along_the_longest_path() -> None:
     programs = Programs()
     served(programs, call(0, "parent"), 0.0, 10.0)
     branches = [call(1 + n, f"branch {n}", 10.0, parent_program="parent") for n in range(3)]
     for request in branches:
         child, _ = programs.arrived(request, 10.0)
-        assert (child.started_s, child.served_s) == (0.0, 10.0)
+        assert (child.started_s, child.path_s, child.served_s) == (0.0, 10.0, 0.0)
         programs.admitted(request, 10.0)
     for n, request in enumerate(branches):
         programs.ended(request, 12.0 + n)
-    after, _ = programs.arrived(call(9, "parent", 20.0), 20.0)
-    assert after.served_s == 14.0
+    last = call(9, "parent", 20.0)
+    after, _ = programs.arrived(last, 20.0)
+    assert (after.served_s, after.path_s, programs.path_s(last)) == (10.0 + 2 + 3 + 4, 14.0, 14.0)
+
+
+@pytest.mark.parametrize(("policy", "first"), [("plas", 5), ("atlas", 4)])
+def test_who_has_branches_is_behind_by_their_sum_and_not_by_their_path(
+    policy: str, first: int
+) -> None:
+    """Four branches of 3 s beside one another, against calls that take 4 s in a row."""
+    q = Queue(request_policies.get(policy)())
+    done = [q.arrive(n, [n], program="forked") for n in range(4)]
+    done.append(q.arrive(6, [6], program="single"))
+    for request in done:
+        q.admit(request.request_id)
+    for request, end_s in zip(done, (3.0, 3.0, 3.0, 3.0, 4.0), strict=True):
+        q.policy.on_finish(request, end_s)
+    q.now_s = 9.0
+    q.arrive(4, [4], program="forked")
+    q.arrive(5, [5], program="single")
+    assert q.order() == [first, 9 - first]
 
 
 def test_generations_are_bounded() -> None:

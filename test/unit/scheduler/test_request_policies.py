@@ -15,7 +15,7 @@ from tiered_kv.scheduler.request_policy import request_policies
 
 NAMES = (
     *("fcfs", "lpm", "dfs-weight", "priority", "hrrn", "k-lpm", "edf", "niyama"),
-    *("sliding-serve", "plas", "program-fcfs", "pausing"),
+    *("sliding-serve", "plas", "atlas", "program-fcfs", "pausing"),
 )
 TIGHT, LOOSE = Slo("interactive", 0.5, 0.05), Slo("batch", 30.0, None)
 

@@ -1,9 +1,8 @@
-"""Program-level least attained service: PLAS and ATLAS of Agentix (NSDI 2026; arXiv 2502.13965).
+"""Program-level least attained service: PLAS of Agentix (NSDI 2026; arXiv 2502.13965, Autellix).
 
-Whose program was given least comes first. A program that another one started (ATLAS: programs of
-several threads) begins with what was given on the path to it, so the longest path counts and not
-the sum over branches. As in the paper, service is put into queues, each twice as long as the one
-before, with first come first served within: programs that are close do not take turns.
+Whose program was given least comes first, with all that the programs it started were given. As in
+the paper, service is put into queues, each twice as long as the one before, with first come first
+served within: programs that are close do not take turns.
 """
 
 from __future__ import annotations
@@ -48,6 +47,10 @@ class LeastAttainedProgram(QuietPolicy):
         return AdmissionPlan(tuple(request.request_id for request in order))
 
     def _key(self, request: QueuedRequest) -> tuple[int, float]:
-        served_s = self.programs.of(request).served_s
-        queue = 0 if served_s < FIRST_QUEUE_S else 1 + int(math.log2(served_s / FIRST_QUEUE_S))
+        attained_s = self.attained_s(request)
+        queue = 0 if attained_s < FIRST_QUEUE_S else 1 + int(math.log2(attained_s / FIRST_QUEUE_S))
         return queue, request.arrival_s
+
+    def attained_s(self, request: QueuedRequest) -> float:
+        """Seconds of service that a call counts with."""
+        return self.programs.of(request).root().served_s
