@@ -55,6 +55,16 @@ def price(request: QueuedRequest, costs: CostModel, more_on_host: int = 0) -> Pr
     return Price(compute_s, load_s, max(compute_s, load_s))
 
 
+def token_due_s(request: QueuedRequest) -> float:
+    """When its next token is due: the first one, or after a retraction the one that is missing."""
+    if not request.output_tokens:
+        return request.deadline_s
+    tbt_s = request.slo.tbt_s
+    if tbt_s is None or request.first_token_s is None:
+        return math.inf
+    return request.first_token_s + request.output_tokens * tbt_s
+
+
 def queued_load_s(state: SchedulerState) -> float:
     """Seconds until what is on the way from the host to the device has arrived."""
     if not state.loading_bytes:

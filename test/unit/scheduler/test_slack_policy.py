@@ -8,7 +8,7 @@ from support_simulation.builders import BLOCK_TOKENS, Queue, cost_model
 from support_simulation.slack_queue import blocks, queue
 from tiered_kv.api.slo import Slo
 from tiered_kv.core.errors import ConfigError
-from tiered_kv.scheduler.policies.slack import SlackPolicy
+from tiered_kv.scheduler.policies.slack import PRICED_AT_ONCE, SlackPolicy
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.request_policy import ForecastingPolicy, request_policies
 
@@ -57,6 +57,23 @@ class TestEveryOrder:
         q.waiting.remove(gone)
         q.policy.on_abort(gone, q.now_s)
         assert sorted(q.order()) == sorted({0, 1, 2, 3, 4} - {first, second})
+
+    def test_of_a_burst_only_so_many_are_priced_for_one_plan(self) -> None:
+        q = queue()
+        n = 2 * PRICED_AT_ONCE + 10
+        for request_id in range(n):
+            q.arrive(request_id, [request_id])
+        seen = [len(q.order(limit=n)) for _ in range(3)]
+        assert seen == [PRICED_AT_ONCE, 2 * PRICED_AT_ONCE, n]
+
+    def test_the_overdue_are_priced_first(self) -> None:
+        q = queue()
+        for request_id in range(2 * PRICED_AT_ONCE):
+            q.arrive(request_id, [request_id])
+        last = Slo("interactive", 0.5, 0.05, max_wait_s=1.0)
+        q.arrive(10_000, [10_000], slo=last)
+        q.now_s = 2.0
+        assert q.order(limit=1) == [10_000]
 
 
 class TestDeadlines:

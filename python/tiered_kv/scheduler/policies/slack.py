@@ -32,7 +32,7 @@ from tiered_kv.scheduler.forming import Forming
 from tiered_kv.scheduler.gang import Gangs
 from tiered_kv.scheduler.memory_forecast import MemoryForecast
 from tiered_kv.scheduler.ordered import OrderedIds
-from tiered_kv.scheduler.plan import AdmissionPlan
+from tiered_kv.scheduler.plan import PLAN_LIMIT, AdmissionPlan
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.scheduler.policies.slack_order import Entry, GangOrder, Queue
 from tiered_kv.scheduler.request import QueuedRequest
@@ -45,6 +45,7 @@ from tiered_kv.scheduler.slack import (
     queued_load_s,
     select_beside,
     select_in_time,
+    token_due_s,
 )
 from tiered_kv.scheduler.tasks import Tasks
 from tiered_kv.scheduler.tenants import TenantShares
@@ -53,6 +54,8 @@ from tiered_kv.scheduler.tenants import TenantShares
 HORIZON = 64
 #: Requests whose prefixes are forecast.
 FORECAST_LENGTH = 32
+#: Requests that are priced for one plan: those who decode don't wait for a burst to be priced.
+PRICED_AT_ONCE = 2048
 #: Of who was admitted before it was priced.
 _NOTHING = Price(0.0, 0.0, 0.0)
 
@@ -207,7 +210,7 @@ class SlackPolicy:
 
     def urgency(self, request: QueuedRequest) -> Urgency:
         """By deadline as long as there is one to be met; then as the rest are admitted."""
-        due_s = _due_s(request)
+        due_s = token_due_s(request)
         if self._config.slack and self._now_s <= due_s < math.inf:
             return 0.0, due_s
         entry = self._entries.get(request.request_id)
@@ -235,20 +238,26 @@ class SlackPolicy:
     def _take_in(self, state: SchedulerState) -> None:
         """Price what changed, and relegate those whose latest start has passed."""
         now_s = state.now_s
-        for request_id, request in self._changed.items():
-            priced, due_s = price(request, state.costs), _due_s(request)
+        for request_id in self._next_changed(now_s):
+            request = self._changed.pop(request_id)
+            priced, due_s = price(request, state.costs), token_due_s(request)
             inherited_s = self._inherited_s(request)
             if inherited_s - priced.work_s >= now_s:
                 due_s = min(due_s, inherited_s)
             entry = self._entries[request_id] = Entry(request, priced, due_s)
             self._put(request_id, entry, now_s)
-        self._changed.clear()
         if self._by_start.first_key() < now_s:
             for request_id in self._by_start.below(now_s):
                 entry = self._entries[request_id]
                 # Its program's deadline may be lost, and its own not.
-                entry.deadline_s = _due_s(entry.request)
+                entry.deadline_s = token_due_s(entry.request)
                 self._put(request_id, entry, now_s)
+
+    def _next_changed(self, now_s: float) -> list[int]:
+        """The first to change, and before them the overdue whose turn it may be."""
+        changed, overdue = self._changed, islice(self._overdue.by_arrival(now_s), PLAN_LIMIT)
+        first = [request_id for request_id in overdue if request_id in changed]
+        return list(dict.fromkeys((*first, *islice(changed, PRICED_AT_ONCE))))
 
     def _inherited_s(self, request: QueuedRequest) -> float:
         """When its first token is due for its program's sake; infinity if it does not matter."""
@@ -324,7 +333,9 @@ class SlackPolicy:
             return select_in_time(jobs, now_s), False
         request_id = unfinished.request_id
         weight = self._others.weight(unfinished.tenant)
-        own = Job(request_id, self._seconds_left(state, unfinished), _due_s(unfinished), weight)
+        own = Job(
+            request_id, self._seconds_left(state, unfinished), token_due_s(unfinished), weight
+        )
         may_put_back = state.can_put_back and self._config.put_back
         may_put_back = may_put_back and request_id not in self._protected
         beside, is_put_back = select_beside(jobs, own, now_s, may_put_back=may_put_back)
@@ -387,13 +398,3 @@ class SlackPolicy:
 
     def _admit_at_most(self, state: SchedulerState, first: list[QueuedRequest]) -> int | None:
         return self._memory.admit_at_most(state, first) if self._config.forecast else None
-
-
-def _due_s(request: QueuedRequest) -> float:
-    """When its next token is due: the first one, or after a retraction the one that is missing."""
-    if not request.output_tokens:
-        return request.deadline_s
-    tbt_s = request.slo.tbt_s
-    if tbt_s is None or request.first_token_s is None:
-        return math.inf
-    return request.first_token_s + request.output_tokens * tbt_s
