@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from tiered_kv.simulation.engine import Progress, Simulation
+from tiered_kv.simulation.fine_pages import FinePages
 from tiered_kv.simulation.first_turns import FirstTurns
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.spread import SpreadWorkload
@@ -35,6 +36,8 @@ class WorkloadChoice:
     """See `spread.py`; 3 for Mooncake's traces."""
     turns: int | None = None
     """Only so many calls of each session."""
+    page_tokens: int | None = None
+    """Blocks are cut into pages of so many tokens; see `fine_pages.py`."""
     slo_mix: str | None = None
     seed: int = 0
 
@@ -56,6 +59,8 @@ class WorkloadChoice:
             workload = SpreadWorkload(workload, self.spread_s, self.seed)
         if self.turns is not None:
             workload = FirstTurns(workload, self.turns)
+        if self.page_tokens is not None:
+            workload = FinePages(workload, self.page_tokens)
         return AdaptedWorkload(workload, adaptation, unloaded_s)
 
 
