@@ -22,12 +22,8 @@ from support import models
 from support.damage import damage_segments
 from support.injection import injected
 from support.workload import differences, mixed_requests, serve
-from support_plugin import on_release
 
-pytestmark = [
-    *(pytest.mark.server, pytest.mark.long, pytest.mark.timeout(2400)),
-    pytest.mark.skipif(not on_release.IS_0_5_17, reason="served on 0.5.17 alone"),
-]
+pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(2400)]
 
 ENVIRONMENT = {
     "TRITON_INTERPRET": "1",

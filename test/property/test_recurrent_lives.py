@@ -14,17 +14,10 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from support_plugin import on_release
 from support_plugin.decode_loop import PretendDisk
 from support_plugin.decode_requests import Oracle
+from support_plugin.hybrid_loop import HybridLoop
 from support_plugin.lives import HAPPENED, run
-
-if on_release.IS_0_5_17:
-    from support_plugin.hybrid_loop import HybridLoop
-
-pytestmark = pytest.mark.skipif(
-    not on_release.IS_0_5_17, reason="such models are served on 0.5.17 alone"
-)
 
 #: (page size, device pages, chunk, disk, checkpoints)
 SHAPES: list[tuple[int, int, int, bool, int]] = [

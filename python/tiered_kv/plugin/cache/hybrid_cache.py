@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.ticket import path_up
 from tiered_kv.plugin.cache.placed_cache import PlacedPrefixCache
+from tiered_kv.plugin.upstream.current import request_kv
 from tiered_kv.tiers.recurrent import RecurrentStates
 
 if TYPE_CHECKING:
@@ -60,42 +61,34 @@ class HybridPrefixCache(PlacedPrefixCache):
 
     def seed(self, req: Req) -> None:
         """SGLang has given `req` a slot for its state, which is to begin after its prefix."""
-        if req.mamba_needs_clear and len(req.prefix_indices):
-            self.states.give(req.rid, len(req.prefix_indices), int(req.mamba_pool_idx))
-            req.mamba_needs_clear = False
+        record, n_tokens = request_kv.state_record(req), request_kv.prefix_tokens(req)
+        if record.mamba_needs_clear and n_tokens:
+            self.states.give(req.rid, n_tokens, int(record.mamba_pool_idx))
+            record.mamba_needs_clear = False
 
     def passed(self, batch: Any) -> None:
         """A pass was launched that decodes; every state is one token further."""
         for req in batch.reqs:
-            n_tokens = len(req.origin_input_ids) + len(req.output_ids)
+            n_tokens = request_kv.committed_tokens(req)
             if n_tokens % self.interval == 0 and self.is_to_be_cached(req):
-                self.states.note(req.rid, n_tokens, int(req.mamba_pool_idx))
+                slot = int(request_kv.state_record(req).mamba_pool_idx)
+                self.states.note(req.rid, n_tokens, slot)
 
-    def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
-        super().cache_unfinished_req(req, chunked)
-        if self.is_to_be_cached(req):
-            self._take(req, req.last_node, len(req.get_fill_ids()))
-
-    def cache_finished_req(
-        self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int
-    ) -> None:
-        super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
-        if is_insert and self.is_to_be_cached(req):
-            # Less is handled than was computed where an answer's thoughts are left out.
-            is_whole = kv_len_to_handle == req.kv_committed_len
-            self._take(req, self.last_inserted, kv_len_to_handle if is_whole else 0)
-        self.states.forget_noted(req.rid)
-        if req.mamba_pool_idx is not None:
-            self.req_to_token_pool.free_mamba_cache(req)
-
-    def _take(self, req: Req, last: Node, n_tokens: int) -> None:
-        """`req` has a state after `n_tokens`, and its pages are in the tree down to `last`."""
+    def kept(self, req: Req, last: Node, n_tokens: int) -> None:
+        super().kept(req, last, n_tokens)
         is_lasting = self.is_lasting(last)
         path = list(path_up(last))[::-1]
         self.states.name_noted(req.rid, path, is_lasting=is_lasting)
-        if n_tokens and n_tokens == last.end:
-            slot = int(req.mamba_pool_idx)
+        # Less is kept than was computed where an answer's thoughts are left out.
+        if 0 < last.end == n_tokens == request_kv.committed_tokens(req):
+            slot = int(request_kv.state_record(req).mamba_pool_idx)
             self.states.take(last.last_page_hash, slot, is_lasting=is_lasting)
+
+    def has_ended(self, req: Req, last: Node) -> None:
+        super().has_ended(req, last)
+        self.states.forget_noted(req.rid)
+        if request_kv.state_record(req).mamba_pool_idx is not None:
+            self.req_to_token_pool.free_mamba_cache(req)
 
     # -- what SGLang counts, and evicts ------------------------------------------------------
 

@@ -230,6 +230,9 @@ class TieredPrefixCache(cache_contract.CacheContract):
                 self.parts.watched.finished(req)
         self.last_inserted = self.root_node
 
+    def kept(self, req: Req, last: Node, n_tokens: int) -> None:
+        """Of the first `n_tokens` of `req` what fills pages is in the tree, down to `last`."""
+
     def has_ended(self, req: Req, last: Node) -> None:
         """`req` has given up its KV, which is in the tree down to `last`."""
         self.observer.released(req, last)

@@ -1,4 +1,4 @@
-"""Hooks for models with recurrent state; `upstream/v0_5_17/targets.py` attaches them.
+"""Hooks for models with recurrent state; `recurrent_table.py` says where they are attached.
 
 They do nothing where the cache is of another kind.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+from tiered_kv.plugin.upstream.current import request_kv
 
 
 def _states_of(cache: Any) -> Any:
@@ -36,7 +38,7 @@ def add_one_req(
     cache = _states_of(adder.tree_cache)
     if cache is None:
         return original(adder, req, *args, **kwargs)
-    start = len(req.prefix_indices) + req.host_hit_length
+    start = request_kv.prefix_tokens(req) + req.host_hit_length
     with_stop = _chunk_to_stop(cache, adder, req, start)
     result = original(adder, req, *args, **kwargs)
     if with_stop is not None and req not in adder.can_run_list[-1:]:
@@ -50,7 +52,7 @@ def add_chunked_req(
     """AROUND `PrefillAdder.add_chunked_req`, which adds `req` in any case."""
     cache = _states_of(adder.tree_cache)
     if cache is not None:
-        _chunk_to_stop(cache, adder, req, len(req.prefix_indices))
+        _chunk_to_stop(cache, adder, req, request_kv.prefix_tokens(req))
     return original(adder, req, *args, **kwargs)
 
 

@@ -20,6 +20,7 @@ from tiered_kv.plugin.hooks.guard_table import GUARD_HOOKS
 from tiered_kv.plugin.hooks.hook import Hook, Process
 from tiered_kv.plugin.hooks.naming_table import NAMING_HOOKS
 from tiered_kv.plugin.hooks.prefill_table import PREFILL_HOOKS
+from tiered_kv.plugin.hooks.recurrent_table import RECURRENT_HOOKS
 from tiered_kv.plugin.upstream.current import targets
 
 SHARED_HOOKS: tuple[Hook, ...] = (
@@ -285,6 +286,7 @@ SHARED_HOOKS: tuple[Hook, ...] = (
     *GUARD_HOOKS,
     *NAMING_HOOKS,
     *PREFILL_HOOKS,
+    *RECURRENT_HOOKS,
 )
 
 

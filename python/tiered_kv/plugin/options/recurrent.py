@@ -46,13 +46,13 @@ RULES: combinations.Rules = (
 
 def choose_strategy(server_args: Any) -> None:
     """Before SGLang resolves: how states are taken; means nothing to models without them."""
-    if arguments.TAKES_RECURRENT_STATE and server_args.mamba_radix_cache_strategy == AUTO:
+    if server_args.mamba_radix_cache_strategy == AUTO:
         server_args.mamba_radix_cache_strategy = STRATEGY
 
 
 def check_resolved(server_args: Any) -> None:
-    """Raise ConfigError for what does not go with recurrent state."""
-    if not arguments.TAKES_RECURRENT_STATE or not server_args.uses_mamba_radix_cache:
+    """Raise ConfigError for what does not go with recurrent state; of arguments as resolved."""
+    if not server_args.uses_mamba_radix_cache:
         return
     combinations.check(
         "for models with recurrent state (Mamba, linear attention)", RULES, server_args
@@ -93,6 +93,12 @@ def check_model(ctx: Any) -> None:
         (getattr(req_to_token_pool, "mamba_pool", None), MambaPool),
         (ctx.params.token_to_kv_pool_allocator.get_kvcache(), HybridLinearKVPool),
     )
+    beside = (getattr(req_to_token_pool, name, None) for name in ("short_conv_pool", "ngram_pool"))
+    if any(pool is not None and pool.enabled for pool in beside):
+        raise ConfigError(
+            "--tiered-kv does not support this model, which keeps more of a prompt than its "
+            "recurrent state; start without --tiered-kv."
+        )
     for pool, known in pools:
         if type(pool) is not known:
             raise ConfigError(

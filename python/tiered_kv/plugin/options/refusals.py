@@ -166,11 +166,6 @@ MODEL_RULES: tuple[Rule, ...] = (
         "start without --tiered-kv",
     ),
     Rule(
-        lambda ctx: ctx.is_hybrid_ssm and not arguments.TAKES_RECURRENT_STATE,
-        "models with state-space (Mamba) or linear-attention layers on this release of SGLang",
-        "start without --tiered-kv, or install 0.5.17",
-    ),
-    Rule(
         lambda ctx: ctx.is_dsa,
         "models with DeepSeek sparse attention",
         "start without --tiered-kv",

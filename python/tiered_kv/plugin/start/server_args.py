@@ -116,7 +116,7 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
         outcome = arguments.resolved(self)
         refusals.check_resolved(outcome)
         windows.check_resolved(self)
-        recurrent.check_resolved(self)
+        recurrent.check_resolved(outcome)
         speculation.check_resolved(outcome)
         cascade_option.check_resolved(self)
 

@@ -9,12 +9,7 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from support_plugin import on_release
 from tiered_kv.plugin.hooks import recurrent as hooks
-
-pytestmark = pytest.mark.skipif(
-    not on_release.IS_0_5_17, reason="such models are served on 0.5.17 alone"
-)
 
 
 class Cache:
@@ -30,7 +25,9 @@ class Cache:
 def request(n_tokens: int, *, cached: int = 0, parting: int = 0, host: int = 0) -> Any:
     return SimpleNamespace(
         full_untruncated_fill_ids=[0] * n_tokens,
+        # As one release has it, and the other.
         prefix_indices=[0] * cached,
+        prefix_len=cached,
         host_hit_length=host,
         tiered_kv_parting=parting,
     )

@@ -9,13 +9,8 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from support_plugin import on_release
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.options import recurrent
-
-pytestmark = pytest.mark.skipif(
-    not on_release.IS_0_5_17, reason="such models are served on 0.5.17 alone"
-)
 
 
 def arguments(**changes: Any) -> Any:

@@ -38,6 +38,8 @@ class Arguments:
     hicache_host_memory_mode: str = "cache"
     prefill_only_disable_kv_cache: bool = False
     attn_dp_size: int = 1
+    mamba_max_states_per_path: int = -1
+    enable_mamba_cache_stochastic_rounding: bool = False
     prefill_decode_interval: int | None = None
     model_path: str = "some-model"
     device: str = "cuda"
@@ -136,6 +138,8 @@ if not on_release.IS_0_5_17:
         "hicache_host_memory_mode": "buffer_only",
         "prefill_only_disable_kv_cache": True,
         "attn_dp_size": 2,
+        "mamba_max_states_per_path": 3,
+        "enable_mamba_cache_stochastic_rounding": True,
         "prefill_decode_interval": 2,
         "disaggregation_mode": "prefill",
         "hicache_host_memory_fraction": 0.5,
@@ -259,7 +263,6 @@ def build_context(**facts: Any) -> SimpleNamespace:
     "fact",
     [
         {"is_hybrid_swa": True},
-        {"is_hybrid_ssm": True},
         {"is_dsa": True},
         {"disable_radix_cache": True},
         {"is_multimodal": True, "architectures": ["Gemma3ForConditionalGeneration"]},
@@ -271,11 +274,7 @@ def build_context(**facts: Any) -> SimpleNamespace:
     ],
     ids=str,
 )
-def test_unsupported_models_are_refused(
-    fact: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # As on a release on which they are.
-    monkeypatch.setattr(arguments, "TAKES_RECURRENT_STATE", False)
+def test_unsupported_models_are_refused(fact: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as error:
         refusals.check_model(build_context(**fact))
     one_sentence(error)

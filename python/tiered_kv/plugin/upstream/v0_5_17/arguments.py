@@ -30,8 +30,6 @@ MULTIMODAL_MODELS = (
 )
 #: Switches that choose a front end which our requests' fields do not pass.
 OTHER_FRONT_ENDS: tuple[str, ...] = ()
-#: Whether models with recurrent state are served.
-TAKES_RECURRENT_STATE = True
 #: Algorithms of speculative decoding that are served.
 SPECULATES: tuple[str, ...] = ("NGRAM",)
 

@@ -33,7 +33,8 @@ class CacheContract(RadixCache):
     """Inherits the accounting of requests' KV from RadixCache, and knows no tree.
 
     A subclass has `note_loading`, `load_back`, `prefetch`, `is_prefetched`, `prefetched_tokens`,
-    `release_prefetch`, `goes_on`, `is_ending`, `is_to_be_cached`, `note_own` and `has_ended`.
+    `release_prefetch`, `goes_on`, `is_ending`, `is_to_be_cached`, `note_own`, `kept` and
+    `has_ended`.
     """
 
     # Read by the scheduler (managers/scheduler.py: _prefetch_kvcache).
@@ -107,6 +108,8 @@ class CacheContract(RadixCache):
         is_insert = is_insert and self.is_to_be_cached(req)
         self.note_own(req.cache_protected_len)
         super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
+        if is_insert:
+            self.kept(req, self.last_inserted, kv_len_to_handle)
         self.has_ended(req, self.last_inserted)
 
     def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
@@ -114,6 +117,7 @@ class CacheContract(RadixCache):
         if self.is_to_be_cached(req):
             self.note_own(req.cache_protected_len)
             super().cache_unfinished_req(req, chunked)
+            self.kept(req, req.last_node, len(req.get_fill_ids()))
             return
         # The request goes on with slots of its own, as upstream's ChunkCache does it.
         slots = self.req_to_token_pool.req_to_token[req.req_pool_idx, : len(req.get_fill_ids())]

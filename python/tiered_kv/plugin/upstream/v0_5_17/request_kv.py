@@ -41,6 +41,11 @@ def extend_tokens(req: Req) -> int:
     return n_tokens
 
 
+def state_record(req: Req) -> Any:
+    """What says which slot of the pool of recurrent states `req` has, if it has one."""
+    return req
+
+
 def prefix_identity(req: Req) -> object:
     """An object that is the same one as long as its prefix stays in the same slots."""
     return req.prefix_indices

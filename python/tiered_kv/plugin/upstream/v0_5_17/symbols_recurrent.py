@@ -56,7 +56,7 @@ RECURRENT = (
         f"{SRT}.managers.schedule_batch.Req",
         "mamba_pool_idx mamba_needs_clear full_untruncated_fill_ids prefix_indices "
         "host_hit_length get_fill_ids kv_committed_len",
-        f"{_CACHE} {_HOOKS}",
+        f"{_CACHE} {_HOOKS} upstream.v0_5_17.request_kv upstream.v0_5_17.cache_contract",
     ),
     function(
         f"{SRT}.managers.scheduler.Scheduler.run_batch", "self batch pp_proxy_tensors", _HOOKS

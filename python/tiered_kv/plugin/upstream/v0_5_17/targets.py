@@ -26,28 +26,4 @@ MORE: tuple[tuple[str, str, str, str], ...] = (
             ("run_event_loop", "around", "run_loop"),
         )
     ),
-    (
-        "sglang.srt.mem_cache.memory_pool.HybridReqToTokenPool.alloc",
-        "after",
-        "tiered_kv.plugin.hooks.recurrent:after_alloc",
-        "requests would go on from cached KV with an empty recurrent state",
-    ),
-    (
-        "sglang.srt.managers.scheduler.Scheduler.run_batch",
-        "after",
-        "tiered_kv.plugin.hooks.recurrent:after_run_batch",
-        "no recurrent state would be kept of what requests produce",
-    ),
-    (
-        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
-        "around",
-        "tiered_kv.plugin.hooks.recurrent:add_one_req",
-        "no recurrent state would be kept where prompts part",
-    ),
-    (
-        "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req",
-        "around",
-        "tiered_kv.plugin.hooks.recurrent:add_chunked_req",
-        "no recurrent state would be kept where prompts part",
-    ),
 )

@@ -14,8 +14,12 @@ from typing import Any, get_type_hints
 import msgspec
 from sglang.srt import server_args as upstream
 from sglang.srt.arg_groups.arg_utils import record_fields
-from sglang.srt.arg_groups.model_override_base import attention_backends_of, model_config_of
-from sglang.srt.arg_groups.overrides import resolution_result
+from sglang.srt.arg_groups.model_override_base import (
+    attention_backends_of,
+    model_config_of,
+    record_of,
+)
+from sglang.srt.arg_groups.overrides import declare_resolution, resolution_result
 
 #: SGLang's own class. In a tuple, because ours takes its place wherever a module has it by a name.
 _STOCK: tuple[Any] = (upstream.ServerArgs,)
@@ -39,6 +43,17 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "--prefill-only-disable-kv-cache",
         lambda a: a.prefill_only_disable_kv_cache,
+        "drop it or --tiered-kv",
+    ),
+    (
+        "--mamba-max-states-per-path",
+        lambda a: a.mamba_max_states_per_path != -1,
+        "drop it or --tiered-kv",
+    ),
+    # An answer would depend on what it went on from.
+    (
+        "--enable-mamba-cache-stochastic-rounding",
+        lambda a: a.enable_mamba_cache_stochastic_rounding,
         "drop it or --tiered-kv",
     ),
     ("--attn-dp-size above 1", lambda a: a.attn_dp_size > 1, "drop it or --tiered-kv"),
@@ -71,8 +86,6 @@ OTHER_CACHES: tuple[str, ...] = ()
 MULTIMODAL_MODELS: tuple[str, ...] = ()
 #: Switches that choose a front end which our requests' fields do not pass.
 OTHER_FRONT_ENDS = ("SGLANG_RUST_SERVER", "SGLANG_GRPC_PORT")
-#: Whether models with recurrent state are served.
-TAKES_RECURRENT_STATE = False
 #: Algorithms of speculative decoding that are served.
 SPECULATES: tuple[str, ...] = ("NGRAM",)
 
@@ -134,6 +147,15 @@ def server_args_class(own: Any, module: str) -> Any:
         dict=True,
         kw_only=True,
     )
+
+
+def validate_no_buffer(original: Callable[..., None], view: Any, model_arch: str) -> None:
+    """AROUND `validate_mamba_no_buffer`: SGLang's tree wants pages of one token, ours does not."""
+    record = record_of(view)
+    if getattr(record, "tiered_kv", False):
+        declare_resolution(record, "tiered_kv", disable_overlap_schedule=True)
+    else:
+        original(view, model_arch)
 
 
 def _rebuilt(cls: Any, fields: dict[str, Any], bookkeeping: dict[str, Any]) -> Any:

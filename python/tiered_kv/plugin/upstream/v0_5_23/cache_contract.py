@@ -39,7 +39,7 @@ class CacheContract(RadixCache):
 
     A subclass has `note_loading`, `plan_load`, `carry_out_load`, `prefetch`, `is_prefetched`,
     `prefetched_tokens`, `release_prefetch`, `goes_on`, `is_ending`, `is_to_be_cached`, `note_own`,
-    `has_ended` and `nothing`.
+    `kept`, `has_ended` and `nothing`.
     """
 
     # Read by the scheduler (managers/scheduler.py: _prefetch_kvcache).
@@ -135,6 +135,7 @@ class CacheContract(RadixCache):
         if self.is_to_be_cached(req):
             self.note_own(req.kv.cache_protected_len)
             super().checkpoint(req, up_to=up_to)
+            self.kept(req, req.last_node, up_to)
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         """`req` has no slots any more; checkpointed: what filled pages is cached."""

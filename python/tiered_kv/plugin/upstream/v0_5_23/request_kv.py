@@ -44,6 +44,11 @@ def extend_tokens(req: Req) -> int:
     return n_tokens
 
 
+def state_record(req: Req) -> Any:
+    """What says which slot of the pool of recurrent states `req` has, if it has one."""
+    return req.kv
+
+
 def prefix_identity(req: Req) -> object:
     """An object that is the same one as long as its prefix stays in the same slots.
 
@@ -62,9 +67,11 @@ def give_back(req: Req, tree_cache: Any) -> None:
 
 def keep(req: Req, tree_cache: Any) -> None:
     """Takes all slots from `req`, which is not finished; its whole pages become cache."""
-    from sglang.srt.mem_cache.common import release_kv_cache
-
-    release_kv_cache(req, tree_cache, checkpoint=True)
+    req.refresh_fill_ids()
+    if not req.skip_radix_cache_insert:
+        # Not while it is released, which SGLang's tree of recurrent states could not do.
+        tree_cache.checkpoint(req, up_to=req.owned_kv_len())
+    give_back(req, tree_cache)
 
 
 def separate_salt(req: Req) -> str | None:

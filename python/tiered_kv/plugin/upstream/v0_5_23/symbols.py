@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from tiered_kv.plugin.upstream.symbol import MEM, SRT, Symbol, function, methods, object_
 from tiered_kv.plugin.upstream.v0_5_17 import symbols as v0_5_17
-from tiered_kv.plugin.upstream.v0_5_17.symbols_recurrent import RECURRENT
+from tiered_kv.plugin.upstream.v0_5_23.symbols_recurrent import RECURRENT
 
 _MANAGERS = f"{SRT}.managers"
 _PREFILL = f"{SRT}.disaggregation.prefill"
@@ -47,6 +47,7 @@ GONE = frozenset(
         *(f"{_WORKER}.update_weights_from_{k}" for k in ("disk", "distributed", "tensor", "ipc")),
         *(f"{MEM}.radix_cache.RadixCache.{name}" for name in _RADIX_METHODS_GONE),
         f"{SRT}.server_args.ServerArgs.__post_init__",
+        f"{SRT}.server_args.ServerArgs._validate_mamba_no_buffer",
         f"{SRT}.server_args.ServerArgs.get_attention_backends",
         f"{SRT}.server_args.ServerArgs.get_model_config",
         f"{_PLATFORM}.get_mha_kv_pool_cls",
@@ -59,20 +60,18 @@ GONE = frozenset(
         f"{_KERNELS}.ngram_corpus",
     }
 )
-#: Whole modules of SGLang's that are not used here: HiRadixCache is gone, and cascade attention
+#: Whole modules of SGLang's that are not used here: its caches are one now, and cascade attention
 #: through FlashInfer is written for 0.5.17 only.
-MODULES_GONE = (f"{MEM}.hiradix_cache", _FLASHINFER)
+MODULES_GONE = (f"{MEM}.hiradix_cache", f"{MEM}.mamba_radix_cache", _FLASHINFER)
 
 #: Modules of ours that are not loaded on this release.
-UNUSED_MODULES = (
-    *("attention.flashinfer", "cache.build_hybrid", "cache.hybrid_cache", "cache.state_pool"),
-    *("hooks.recurrent", "options.recurrent"),
-)
+UNUSED_MODULES = ("attention.flashinfer",)
 
 #: Attributes that are not there, or not used.
 LOST = {
     f"{SRT}.environ.envs": "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE SGLANG_ENABLE_UNIFIED_RADIX_TREE",
-    _REQ: "prefix_indices extend_range req_pool_idx kv_committed_len",
+    _REQ: "prefix_indices extend_range req_pool_idx kv_committed_len mamba_pool_idx "
+    "mamba_needs_clear get_fill_ids",
     f"{MEM}.base_prefix_cache.MatchResult": "device_indices",
     f"{MEM}.base_prefix_cache.InsertParams": "chunked",
     f"{_MANAGERS}.tp_worker.TpModelWorker": "ps",
@@ -119,6 +118,7 @@ _ARGUMENTS = "upstream.v0_5_23.arguments"
 _REQUEST_KV = "upstream.v0_5_23.request_kv"
 
 ADDED = (
+    *RECURRENT,
     function(f"{SRT}.server_args.ServerArgs.resolve_once", "self", _ARGUMENTS),
     object_(
         f"{SRT}.server_args.ServerArgs",
@@ -221,7 +221,7 @@ ADDED = (
 def _of_this_release() -> Iterator[Symbol]:
     for symbol in v0_5_17.SYMBOLS:
         name = symbol.name
-        if name in GONE or name.startswith(MODULES_GONE) or symbol in RECURRENT:
+        if name in GONE or name.startswith(MODULES_GONE):
             continue
         lost = LOST.get(name, "").split()
         parameters = PARAMETERS.get(name)

@@ -39,6 +39,12 @@ MORE: tuple[tuple[str, str, str, str], ...] = (
         "tiered_kv.plugin.hooks.scheduler:promise_load",
         "a load of less than all that the host has would end the server",
     ),
+    (
+        "sglang.srt.arg_groups.mamba_hook.validate_mamba_no_buffer",
+        "around",
+        "tiered_kv.plugin.upstream.v0_5_23.arguments:validate_no_buffer",
+        "models with recurrent state would be refused unless their pages had one token",
+    ),
     *(
         (
             f"{_UPDATER}.{method}_weight_update",
