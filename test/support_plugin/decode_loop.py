@@ -337,7 +337,9 @@ class DecodeLoop(upstream.Scheduler):
 
     @property
     def is_at_rest(self) -> bool:
-        return self.last_batch is None and self.running_batch.is_empty() and not self.waiting_queue
+        # A prompt between two of its chunks is in no batch where there was no room for the next.
+        nobody_runs = self.last_batch is None and self.chunked_req is None
+        return nobody_runs and self.running_batch.is_empty() and not self.waiting_queue
 
     def check_nothing_is_held(self) -> None:
         """With no request left: every slot is free or cache, and no pin is left."""
