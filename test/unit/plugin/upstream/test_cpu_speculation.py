@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from support_plugin import on_release
-from tiered_kv.plugin.upstream import cpu_speculation
+from tiered_kv.plugin.upstream import cpu_speculation, release
 
 
 def test_kv_of_accepted_drafts_moves_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +27,4 @@ def test_kv_of_accepted_drafts_moves_in_plain_torch(monkeypatch: pytest.MonkeyPa
     pool.move_kv_cache(torch.tensor([2]), torch.tensor([5]))
     assert (keys[2] == 5.0).all()
     assert (values[2] == -5.0).all()
+    release.verify()

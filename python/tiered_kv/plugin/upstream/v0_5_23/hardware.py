@@ -42,8 +42,9 @@ def prepare_speculation() -> None:
     MHATokenToKVPool._init_kv_copy_and_warmup = _no_kernel_moves
 
 
-def _no_kernel_moves(pool: Any) -> None:
-    pool._kv_copy_config = None
+def _no_kernel_moves(self: Any) -> None:
+    """In the place of a method, with its parameters: they are verified at the start."""
+    self._kv_copy_config = None
 
 
 class PlainPlatform:
