@@ -3,10 +3,15 @@
 The device has the states of running requests only. A checkpoint is a copy of one on the host, and
 a request that goes on from it gets a copy of that: nobody ever writes into one. The scheduler's
 thread copies; a thread of its own reads and writes the disk.
+
+Each tensor-parallel rank has checkpoints of its own share of states. Ranks make the same calls in
+the same order, so a slot has the same number on all of them; what a disk has, and what became of
+reads and writes, counts as far as it is so on all ranks.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,7 +24,7 @@ from tiered_kv.core.ids import PageHash
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.checkpoints import Boundary, Checkpoints, boundaries
 from tiered_kv.tiers.state_store import StateLayout, StateStore
-from tiered_kv.tiers.transfer import Completion, TransferQueue
+from tiered_kv.tiers.transfer import Collective, SingleRank, TransferQueue
 
 #: Of the host tier's bytes, what is for checkpoints where a model has recurrent state.
 STATES_SHARE = 0.25
@@ -61,7 +66,8 @@ class Wish:
 class RecurrentStates:
     """What `tiers.places.Places` says, and more.
 
-    slots: uint8 array of shape (checkpoints, layout.slot_bytes); store: None without a disk.
+    slots: uint8 array of shape (checkpoints, layout.slot_bytes), as many on every rank; store: None
+    without a disk, on every rank.
     """
 
     def __init__(
@@ -71,6 +77,7 @@ class RecurrentStates:
         slots: npt.NDArray[np.uint8],
         store: StateStore | None,
         page_size: int,
+        collective: Collective | None = None,
     ) -> None:
         self.table = Checkpoints(len(slots))
         self.copier = copier
@@ -78,6 +85,7 @@ class RecurrentStates:
         self._slots = slots
         self._store = store
         self._page_size = page_size
+        self._collective = collective or SingleRank()
         self._unnamed: dict[str, tuple[int, int]] = {}
         """By request: its last state at the end of a page that is not in the tree yet."""
         self._held: dict[str, dict[int, int]] = {}
@@ -188,27 +196,43 @@ class RecurrentStates:
             return True
         if wish.is_reading:
             return False
-        for place in boundaries(path, usable, self._page_size):
-            if place.name in self.table:
-                break
-            if place.name in wish.missing or place.name not in self._store:
-                continue
-            slot = self.table.reserve()
-            if slot is None:
-                break
-            wish.is_reading = True
-            self._queue.submit(StateJob(place.name, slot, rid))
-            return False
-        del self._wishes[rid]
-        return True
+        name = self._stored(path, usable, wish.missing)
+        slot = None if name is None else self.table.reserve()
+        if name is None or slot is None:
+            del self._wishes[rid]
+            return True
+        wish.is_reading = True
+        self._queue.submit(StateJob(name, slot, rid))
+        return False
+
+    def _stored(self, path: Sequence[Node], usable: int, missing: set[PageHash]) -> PageHash | None:
+        """The deepest checkpoint that all ranks have on disk and that is better than the host's."""
+        assert self._store is not None
+        deeper = itertools.takewhile(
+            lambda place: place.name not in self.table,
+            boundaries(path, usable, self._page_size),
+        )
+        names = [place.name for place in deeper if place.name not in missing]
+        if not names:
+            return None
+        here = [int(name in self._store) for name in names]
+        everywhere = self._collective.minimum(here)
+        return next((name for name, has in zip(names, everywhere, strict=True) if has), None)
 
     def poll(self) -> None:
         """See `Places.poll`."""
-        for completion in self._queue.acknowledge(self._queue.n_ready):
-            self._over(completion)
+        if not self._queue.in_flight:
+            return
+        (n_ready,) = self._collective.minimum([self._queue.n_ready])
+        completions = self._queue.acknowledge(n_ready)
+        if not completions:
+            return
+        # A state of which one rank lacks its share is none.
+        n_done = self._collective.minimum([completion.n_done for completion in completions])
+        for completion, is_whole in zip(completions, n_done, strict=True):
+            self._over(completion.job, is_whole=bool(is_whole))
 
-    def _over(self, completion: Completion[StateJob]) -> None:
-        job = completion.job
+    def _over(self, job: StateJob, *, is_whole: bool) -> None:
         if job.reader is None:
             self._n_writes -= 1
             self.table.let_go(job.slot)
@@ -216,7 +240,7 @@ class RecurrentStates:
         wish = self._wishes.get(job.reader)
         if wish is not None:
             wish.is_reading = False
-        if completion.n_done:
+        if is_whole:
             self.table.keep(job.slot, job.name)
             return
         self.table.give_back(job.slot)
@@ -245,6 +269,8 @@ class RecurrentStates:
         self.table.check_integrity()
 
     def close(self, timeout_s: float) -> None:
+        # Ranks stop on their own.
+        self._collective = SingleRank()
         self._queue.wait(timeout_s)
         self._queue.close()
 

@@ -23,11 +23,13 @@ def build_hybrid(
     Raises ConfigError or DiskTierError if there is no room for checkpoints.
     """
     params = ctx.params
+    context = parts.hierarchy.context
     states = open_states(
         params.req_to_token_pool,
-        int(parts.hierarchy.context.host.pages.nbytes * STATES_SHARE / (1 - STATES_SHARE)),
+        int(context.host.pages.nbytes * STATES_SHARE / (1 - STATES_SHARE)),
         params.page_size,
         parts.disk_store if is_named else None,
+        context.collective,
         pins=params.req_to_token_pool.device != "cpu",
     )
     interval: int = arguments.resolved(ctx.server_args).mamba_track_interval

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 def shard_of(ctx: TreeCacheBuildContext, pool: Any) -> KVShard:
     """pool: SGLang's KV pool."""
     n_machines = ctx.server_args.nnodes
+    if ctx.is_hybrid_ssm:
+        # Each rank has states of its own, and keeps its pages where it keeps those.
+        return KVShard.alone(ctx.tp_rank, ctx.tp_size, n_machines)
     if isinstance(pool, MLATokenToKVPool):
         return kv_shard(ctx.tp_rank, ctx.tp_size, None, n_machines)
     n_kv_heads = ctx.model_config.get_total_num_kv_heads()

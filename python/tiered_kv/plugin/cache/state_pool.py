@@ -17,6 +17,7 @@ from tiered_kv.tiers.layer_gate import LayerGate
 from tiered_kv.tiers.pinned_memory import register_for_dma
 from tiered_kv.tiers.recurrent import STATES_SHARE, RecurrentStates
 from tiered_kv.tiers.state_store import StateLayout, StateStore
+from tiered_kv.tiers.transfer import Collective
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +78,22 @@ def described(pool: MambaPool) -> str:
 
 
 def open_states(
-    pool: HybridReqToTokenPool, n_bytes: int, page_size: int, disk: DiskTier | None, *, pins: bool
+    pool: HybridReqToTokenPool,
+    n_bytes: int,
+    page_size: int,
+    disk: DiskTier | None,
+    collective: Collective,
+    *,
+    pins: bool,
 ) -> RecurrentStates:
     """A place for checkpoints in `n_bytes` of host memory, and on `disk` if that is not None.
 
-    pins: whether a GPU is to reach it. Raises ConfigError if only a few fit, and DiskTierError.
+    pins: whether a GPU is to reach it. Every rank must make the call. Raises ConfigError if only a
+    few fit, and DiskTierError.
     """
     copier = StatePoolCopier(pool.mamba_pool)
     layout = StateLayout(copier.n_bytes)
-    n_slots = n_bytes // layout.slot_bytes
+    (n_slots,) = collective.minimum([n_bytes // layout.slot_bytes])
     if n_slots < STATES_MIN:
         least = int(STATES_MIN * layout.slot_bytes / STATES_SHARE) + 1
         raise ConfigError(
@@ -108,4 +116,4 @@ def open_states(
         n_slots,
     )
     slots = memory.reshape(n_slots, layout.slot_bytes)
-    return RecurrentStates(copier, layout, slots, store, page_size)
+    return RecurrentStates(copier, layout, slots, store, page_size, collective)

@@ -15,7 +15,7 @@ from tiered_kv.plugin.options import recurrent
 
 def arguments(**changes: Any) -> Any:
     given = {
-        "uses_mamba_radix_cache": True, "tp_size": 1, "dp_size": 1, "enable_mixed_chunk": False,
+        "uses_mamba_radix_cache": True, "enable_mixed_chunk": False,
         "chunked_prefill_size": 2048, "enable_linear_replayssm": False,
         "enable_int8_mamba_checkpoint": False, "mamba_radix_cache_strategy": "auto",
         "tiered_kv_store": None, "tiered_kv_host_format": "raw", "tiered_kv_disk_format": "same",
@@ -35,8 +35,6 @@ def test_the_plain_case_is_served(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tp_size": 2},
-        {"dp_size": 2},
         {"enable_mixed_chunk": True},
         {"enable_deterministic_inference": True},
         {"chunked_prefill_size": -1},
