@@ -4,6 +4,8 @@ A small random model some of whose layers are short convolutions. SGLang's Trito
 Triton's interpreter here, so prompts are few. The last two servers find their checkpoints damaged:
 one on disk, which must not show in any answer; one on its way to the device, which must, or the
 comparisons would say nothing.
+
+Two tensor-parallel ranks have shares of each state; the disk of one of them is damaged.
 """
 
 from __future__ import annotations
@@ -119,3 +121,76 @@ def test_every_tier_gives_the_answers_of_plain_sglang(
     assert any(
         answer.output_ids != true for answer, true in zip(with_wrong_states, truths, strict=True)
     ), "a wrong state does not show in the answers"
+
+
+#: Of each of two ranks, or replicas.
+N_SHORT = 140
+N_SHORT_REUSABLE = 128
+
+
+def tiers_of_two(directory: Path) -> list[object]:
+    """Two shards of a disk, and what each rank or replica has of the host."""
+    args: list[object] = [*FLOAT32, *POOL, *CHECKPOINTS, "--tiered-kv", *ALWAYS_LOAD]
+    args += ["--tiered-kv-host-size", "2MB", "--enable-metrics", "--tiered-kv-debug-integrity"]
+    return [*args, "--tiered-kv-disk-dir", directory, "--tiered-kv-disk-size", "512MB"]
+
+
+def test_two_ranks_go_on_from_their_shares_of_the_same_states(
+    make_server: Callable[..., Server], demo_model: Path, prompts: PromptMaker, tmp_path: Path
+) -> None:
+    model = models.tiny_short_convolution_model(demo_model, tmp_path / "model")
+    asked = [prompts.tokens(f"ranks {i}", N_SHORT) for i in range(3)]
+    load = mixed_requests(prompts, 12, seed=11)
+    ranks, only_platform = ("--tp", 2), {**ENVIRONMENT, "SGLANG_PLUGINS": "tiered_kv_cpu"}
+    plain_args = (*ranks, *FLOAT32, *POOL, *PLAIN)
+    with make_server("ranks_plain", *plain_args, model=model, env=only_platform) as plain:
+        truths = [answer.output_ids for answer in generate_all(plain, asked, concurrency=1)]
+        alone = serve(plain, [one.alone(f"alone {i}") for i, one in enumerate(load)], 4)
+    assert len(set(truths)) == 3, "the model ignores its prompts"
+
+    args = [*ranks, *tiers_of_two(tmp_path / "disk")]
+    with make_server("ranks", *args, model=model, env=ENVIRONMENT) as server:
+        computed = generate_all(server, asked, concurrency=1)
+        from_device = generate_all(server, asked, concurrency=1)
+        wait_for_disk(server)
+        server.flush_cache()
+        from_disk = generate_all(server, asked, concurrency=3)
+        answers = serve(server, load, concurrency=8)
+        wait_for_disk(server)
+    # What one rank cannot read, the other must not go on from.
+    assert damage_segments(tmp_path / "disk" / "shard-1-of-2")
+    with make_server("ranks_damaged", *args, model=model, env=ENVIRONMENT) as server:
+        damaged = generate_all(server, asked, concurrency=1)
+        again = generate_all(server, asked, concurrency=3)
+
+    assert [answer.cached_tokens for answer in computed] == [0] * 3
+    assert [answer.device for answer in from_device] == [N_SHORT_REUSABLE] * 3
+    assert [answer.disk for answer in from_disk] == [N_SHORT_REUSABLE] * 3
+    assert sum(answer.disk for answer in damaged) < N_SHORT_REUSABLE * 3
+    assert [answer.cached_tokens for answer in again] == [N_SHORT_REUSABLE] * 3
+    for some in (computed, from_device, from_disk, damaged, again):
+        assert [answer.output_ids for answer in some] == truths
+    assert not differences(answers, [truth.output_ids for truth in alone])
+    assert any(answer is not None and answer.cached_tokens for answer in answers)
+
+
+def test_replicas_have_checkpoints_of_their_own(
+    make_server: Callable[..., Server], demo_model: Path, prompts: PromptMaker, tmp_path: Path
+) -> None:
+    model = models.tiny_short_convolution_model(demo_model, tmp_path / "model")
+    asked = [prompts.tokens(f"replicas {i}", N_SHORT) for i in range(2)]
+    args = ["--dp-size", 2, *tiers_of_two(tmp_path / "disk")]
+    with make_server("replicas", *args, model=model, env=ENVIRONMENT) as server:
+        computed = generate_all(server, asked, concurrency=1, routed_dp_rank=0)
+        by_the_other = generate_all(server, asked[:1], concurrency=1, routed_dp_rank=1)
+        wait_for_disk(server)
+        server.flush_cache()
+        from_disk = generate_all(server, asked, concurrency=2, routed_dp_rank=0)
+        others_disk = generate_all(server, asked, concurrency=1, routed_dp_rank=1)
+
+    assert [answer.cached_tokens for answer in (*computed, *by_the_other)] == [0] * 3
+    assert [answer.disk for answer in from_disk] == [N_SHORT_REUSABLE] * 2
+    assert [answer.disk for answer in others_disk] == [N_SHORT_REUSABLE, 0]
+    for some in (by_the_other, from_disk, others_disk):
+        assert [a.output_ids for a in some] == [a.output_ids for a in computed[: len(some)]]
+    assert len({answer.output_ids for answer in computed}) == 2, "the model ignores its prompts"

@@ -21,6 +21,7 @@ from tiered_kv.plugin.cache.hybrid_cache import HybridPrefixCache
 from tiered_kv.plugin.cache.state_pool import StatePoolCopier
 from tiered_kv.tiers.recurrent import RecurrentStates
 from tiered_kv.tiers.state_store import StateLayout, StateStore
+from tiered_kv.tiers.transfer import Collective, SingleRank
 
 
 def state_after(state: int, tokens: Iterable[int]) -> int:
@@ -62,10 +63,12 @@ class HybridModel(KvModel):
 
 
 class HybridLoop(DecodeLoop):
-    """n_states: how many checkpoints the host has room for."""
+    """n_states: how many checkpoints the host has room for; collective: of one of several ranks."""
 
-    def __init__(self, args: Any, *, n_states: int, **options: Any) -> None:
-        self._n_states = n_states
+    def __init__(
+        self, args: Any, *, n_states: int, collective: Collective | None = None, **options: Any
+    ) -> None:
+        self._n_states, self._collective = n_states, collective or SingleRank()
         super().__init__(args, overlap=False, **options)
 
     def make_rows(self, max_running: int) -> HybridReqToTokenPool:
@@ -98,7 +101,8 @@ class HybridLoop(DecodeLoop):
             pages: Any = disk.namespace(bytes(32), layout.part_bytes)
             store = StateStore(pages, layout)
         slots = np.zeros((self._n_states, layout.slot_bytes), np.uint8)
-        states = RecurrentStates(copier, layout, slots, store, params.page_size)
+        ranks = parts.hierarchy.context.collective = self._collective
+        states = RecurrentStates(copier, layout, slots, store, params.page_size, ranks)
         cache = HybridPrefixCache(params, parts, states, 2 * params.page_size)
         self.req_to_token_pool.tiered_kv_cache = cache
         return cache

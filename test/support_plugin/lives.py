@@ -8,9 +8,11 @@ end at places (`tiers/places.py`), what these need of the host is lost at times.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from sglang.srt.environ import envs
@@ -127,26 +129,40 @@ class History:
         self.loop.abort_request(AbortReq(rid=rid))
 
 
-def run(
-    loop: DecodeLoop,
-    oracle: Oracle,
-    disk: PretendDisk | None,
-    number: int,
-    history_of: type[History] = History,
-) -> Counter[str]:
-    history = history_of(loop, disk, number)
+@contextlib.contextmanager
+def surroundings(number: int) -> Iterator[None]:
+    """What holds for all of a process during history `number`."""
     scheduler.TEST_RETRACT = number % 4 == 0
-    rest = iter(range(3))
     try:
         with envs.SGLANG_REQ_WAITING_TIMEOUT.override(1000.0):
-            loop.run(history.turn)
-            loop.run(lambda: next(rest, None) is not None)
+            yield
     finally:
         scheduler.TEST_RETRACT = False
+
+
+def live(history: History, disk: PretendDisk | None) -> None:
+    """All of it, to the end; then nothing is held."""
+    loop = history.loop
+    rest = iter(range(3))
+    try:
+        loop.run(history.turn)
+        loop.run(lambda: next(rest, None) is not None)
+    finally:
         vars(loop.tree_cache.hierarchy.context.copier).pop("to_device", None)
         if disk is not None:
             disk.release()
     loop.check_nothing_is_held()
+
+
+def forget_at_times(loop: DecodeLoop, number: int) -> None:
+    """What is left of history `number` is cache for the next one, but not always."""
+    if number % 3 == 0:
+        loop.tree_cache.reset()
+        loop.token_to_kv_pool_allocator.clear()
+
+
+def compare(history: History, oracle: Oracle, number: int) -> Counter[str]:
+    """Every answer is that of a loop without a cache."""
     for rid, (kind, req) in history.reqs.items():
         expected = oracle.answer(kind)
         said = history.said(req, expected)
@@ -156,7 +172,19 @@ def run(
             history.counts["aborted"] += 1
         assert said == expected, f"history {number}, request {rid}: {kind}"
         history.count(req)
-    if number % 3 == 0:
-        loop.tree_cache.reset()
-        loop.token_to_kv_pool_allocator.clear()
     return history.counts
+
+
+def run(
+    loop: DecodeLoop,
+    oracle: Oracle,
+    disk: PretendDisk | None,
+    number: int,
+    history_of: type[History] = History,
+) -> Counter[str]:
+    history = history_of(loop, disk, number)
+    with surroundings(number):
+        live(history, disk)
+    counts = compare(history, oracle, number)
+    forget_at_times(loop, number)
+    return counts

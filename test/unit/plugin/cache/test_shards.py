@@ -30,11 +30,14 @@ class Layer(torch.nn.Module):
         )
 
 
-def shards(n_ranks: int, n_kv_heads: int, *layers: Layer, pool: Any = None) -> list[KVShard]:
+def shards(
+    n_ranks: int, n_kv_heads: int, *layers: Layer, pool: Any = None, is_hybrid_ssm: bool = False
+) -> list[KVShard]:
     model = torch.nn.ModuleList(layers)
     return [
         shard_of(
             SimpleNamespace(  # type: ignore[arg-type]
+                is_hybrid_ssm=is_hybrid_ssm,
                 tp_rank=rank,
                 tp_size=n_ranks,
                 server_args=SimpleNamespace(nnodes=1),
@@ -60,6 +63,11 @@ def test_heads_that_a_model_gives_out_by_itself_are_nobody_elses() -> None:
     # One layer has other heads than the configuration says.
     assert shards(4, 2, Layer(2, 4), Layer(1, 4)) == alone
     assert shards(4, 2) == alone
+
+
+def test_who_has_a_share_of_recurrent_states_keeps_pages_beside_it() -> None:
+    alone = [KVShard.alone(rank, 4) for rank in range(4)]
+    assert shards(4, 2, Layer(2, 4), is_hybrid_ssm=True) == alone
 
 
 def test_latents_are_the_same_on_all_ranks() -> None:
