@@ -162,14 +162,19 @@ def test_two_ranks_go_on_from_their_shares_of_the_same_states(
         assert damage_segments(tmp_path / "disk" / "shard-1-of-2")
         damaged = generate_all(server, asked, concurrency=3)
         again = generate_all(server, asked, concurrency=3)
+        # No rank has anything of it then, on host or disk.
+        order = {"action": "drop", "token_ids": asked[0]}
+        assert server.post("/tiered_kv/cache", order).status_code == 200
+        after_drop = generate_all(server, asked[:2], concurrency=1)
 
     assert [answer.cached_tokens for answer in computed] == [0] * 3
     assert [answer.device for answer in from_device] == [N_SHORT_REUSABLE] * 3
     assert [answer.disk for answer in from_disk] == [N_SHORT_REUSABLE] * 3
     assert sum(answer.disk for answer in damaged) < N_SHORT_REUSABLE * 3
     assert [answer.cached_tokens for answer in again] == [N_SHORT_REUSABLE] * 3
-    for some in (computed, from_device, from_disk, damaged, again):
-        assert [answer.output_ids for answer in some] == truths
+    assert [answer.cached_tokens for answer in after_drop] == [0, N_SHORT_REUSABLE]
+    for some in (computed, from_device, from_disk, damaged, again, after_drop):
+        assert [answer.output_ids for answer in some] == truths[: len(some)]
     assert not differences(answers, [truth.output_ids for truth in alone])
     assert any(answer is not None and answer.cached_tokens for answer in answers)
 

@@ -103,6 +103,7 @@ class HybridLoop(DecodeLoop):
         slots = np.zeros((self._n_states, layout.slot_bytes), np.uint8)
         ranks = parts.hierarchy.context.collective = self._collective
         states = RecurrentStates(copier, layout, slots, store, params.page_size, ranks)
+        parts.hierarchy.context.beside = states
         cache = HybridPrefixCache(params, parts, states, 2 * params.page_size)
         self.req_to_token_pool.tiered_kv_cache = cache
         return cache

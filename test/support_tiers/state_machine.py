@@ -35,7 +35,9 @@ PROMPTS = st.one_of(
 )
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["serve"] * 6 + ["abort", "evict", "flush", "flush", "lose", "damage"]),
+        st.sampled_from(
+            ["serve"] * 6 + ["abort", "evict", "flush", "flush", "lose", "damage", "drop"]
+        ),
         PROMPTS,
         st.integers(1, 5),
     ),
@@ -84,6 +86,9 @@ class Disk:
         self.written += names
         self.lost -= set(names)
         return int(self._pages.write_pages(names, buffers))
+
+    def drop_pages(self, names: list[bytes]) -> int:
+        return int(self._pages.drop_pages(names))
 
     def read_pages(self, names: list[bytes], buffers: list[memoryview]) -> int:
         time.sleep(self.delay_s)
@@ -176,6 +181,22 @@ class Machine:
         assert not states._unnamed
         states.forget_wish(rid)
 
+    def drop(self, prompt: list[int]) -> None:
+        """Neither host nor disk is to have anything of `prompt`, also of what is under way."""
+        tokens, rid = array("q", [*prompt, 0]), f"drop {self.n_requests}"
+        self.n_requests += 1
+        self.states.wish(rid)
+        # Perhaps it begins to read.
+        path, device, end = self.path(tokens)
+        self.states.has_come(rid, path, device, end)
+        names = [name for node in path for name in node.page_hashes]
+        self.states.forget(names)
+        self.states.drop_stored(names)
+        self.wait_for_disk(rid, tokens)
+        self.states.forget_wish(rid)
+        assert not any(name in self.states.table for name in names)
+        assert not any(self.disk.contains(name) for name in names)
+
     def want_all_room(self) -> None:
         table = self.states.table
         taken = iter(table.reserve, None)
@@ -199,6 +220,8 @@ class Machine:
             self.serve(prompt, number, is_aborted=kind == "abort")
         elif kind == "evict":
             self.evict()
+        elif kind == "drop":
+            self.drop(prompt)
         elif kind == "flush":
             self.states.flush()
         else:

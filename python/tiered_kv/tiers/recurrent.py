@@ -12,7 +12,7 @@ reads and writes, counts as far as it is so on all ranks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from tiered_kv.core.errors import IntegrityError
 from tiered_kv.core.ids import PageHash
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.checkpoints import Boundary, Checkpoints, boundaries
+from tiered_kv.tiers.progress import SETTLE_TIMEOUT_S
 from tiered_kv.tiers.state_store import StateLayout, StateStore
 from tiered_kv.tiers.transfer import Collective, SingleRank, TransferQueue
 
@@ -64,7 +65,7 @@ class Wish:
 
 
 class RecurrentStates:
-    """What `tiers.places.Places` says, and more.
+    """What `tiers.places.Places` says and `tiers.context.Beside`, and more.
 
     slots: uint8 array of shape (checkpoints, layout.slot_bytes), as many on every rank; store: None
     without a disk, on every rank.
@@ -92,6 +93,8 @@ class RecurrentStates:
         """By request: slots that it may be given in this pass, by tokens."""
         self._wishes: dict[str, Wish] = {}
         self._queue: TransferQueue[StateJob] = TransferQueue("states", self._run)
+        self._unwanted: set[int] = set()
+        """Slots of reads that are to come to nothing."""
         self._n_writes = 0
 
     # -- taking them --------------------------------------------------------------------------
@@ -240,7 +243,9 @@ class RecurrentStates:
         wish = self._wishes.get(job.reader)
         if wish is not None:
             wish.is_reading = False
-        if is_whole:
+        is_wanted = job.slot not in self._unwanted
+        self._unwanted.discard(job.slot)
+        if is_whole and is_wanted:
             self.table.keep(job.slot, job.name)
             return
         self.table.give_back(job.slot)
@@ -254,6 +259,30 @@ class RecurrentStates:
             return int(self._store.get(job.name, memory))
         self._store.put(job.name, memory)
         return 1
+
+    # -- orders -------------------------------------------------------------------------------
+
+    def loading(self, nodes: Iterable[Node]) -> None:
+        """See `Beside.loading`: pages of these models are whole."""
+
+    def removed(self, node: Node) -> None:
+        """See `Beside.removed`."""
+
+    def forget(self, names: Sequence[PageHash]) -> None:
+        """See `Beside.forget`; what is on its way from the disk arrives for nobody."""
+        for name in names:
+            if name in self.table:
+                self.table.drop(name)
+        gone = set(names)
+        reads = (job for job in self._queue.open_jobs if job.reader is not None)
+        self._unwanted.update(job.slot for job in reads if job.name in gone)
+
+    def drop_stored(self, names: Sequence[PageHash]) -> int:
+        """See `Beside.drop_stored`: also what is being written."""
+        if self._store is None:
+            return 0
+        self._queue.wait(SETTLE_TIMEOUT_S)
+        return self._store.drop(names)
 
     # -- all of them --------------------------------------------------------------------------
 

@@ -58,3 +58,7 @@ class StateStore:
         """Fills `slot`; False if that checkpoint is not there, or not as it was stored."""
         names: Sequence[PageHash] = self._layout.names(name)
         return self._pages.read_pages(names, self._layout.views(slot)) == len(names)
+
+    def drop(self, names: Sequence[PageHash]) -> int:
+        """Forgets checkpoints; returns how many records there were."""
+        return self._pages.drop_pages([part for name in names for part in self._layout.names(name)])

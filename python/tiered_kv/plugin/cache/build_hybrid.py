@@ -32,6 +32,7 @@ def build_hybrid(
         context.collective,
         pins=params.req_to_token_pool.device != "cpu",
     )
+    context.beside = states
     interval: int = arguments.resolved(ctx.server_args).mamba_track_interval
     # Pages end there.
     interval = -(-interval // params.page_size) * params.page_size

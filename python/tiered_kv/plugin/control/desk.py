@@ -24,10 +24,6 @@ NO_SESSIONS = (
     "Sessions are not known to a server that orders its queue by SGLang's own policy; name the "
     "prompt instead."
 )
-NO_STATES = (
-    "Orders move and drop pages, and this model has checkpoints of recurrent state beside them, "
-    "which no order reaches yet; /flush_cache and clearing the disk do."
-)
 NO_NAME = (
     "The weights have changed and nothing was computed with them yet, so nothing is cached; ask "
     "again after the next request."
@@ -89,8 +85,6 @@ class Desk:
 
     def _begin(self, name: str, message: dict[str, Any]) -> dict[str, Any]:
         tokens = self._prompts.pop(name, None)
-        if self._cache.supports_mamba():
-            return {"state": messages.REFUSED, "why": NO_STATES}
         if not self._cache.weights.is_named:
             return {"state": messages.REFUSED, "why": NO_NAME}
         session, tenant = message["session"], message["tenant"]

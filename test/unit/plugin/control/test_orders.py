@@ -247,14 +247,6 @@ def test_weights_without_a_name(serve: Any) -> None:
     assert post(app, about(PROMPT)).status_code == 409
 
 
-def test_checkpoints_of_recurrent_state_are_beyond_orders(serve: Any) -> None:
-    app, manager = serve()
-    for scheduler in manager.schedulers:
-        scheduler.tree_cache.supports_mamba = lambda: True
-    response = post(app, about(PROMPT, "drop"))
-    assert (response.status_code, response.json()["error"]) == (409, desk.NO_STATES)
-
-
 def test_what_takes_too_long_is_left(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orders, "ORDER_S", 0.05)
     app, manager = serve()
