@@ -192,6 +192,7 @@ class Machine:
         names = [name for node in path for name in node.page_hashes]
         self.states.forget(names)
         self.states.drop_stored(names)
+        self.states.poll()
         self.wait_for_disk(rid, tokens)
         self.states.forget_wish(rid)
         assert not any(name in self.states.table for name in names)
