@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 
 pytest.importorskip("sglang")
 
+from support_plugin import on_release
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.options import recurrent
+from tiered_kv.plugin.start.server_args import ServerArgs
+from tiered_kv.plugin.upstream.current import arguments as of_release
 
 
 def arguments(**changes: Any) -> Any:
@@ -71,3 +75,24 @@ def test_a_pool_that_nobody_knows_is_refused() -> None:
     args.disable_overlap_schedule = False
     with pytest.raises(ConfigError, match="SGLang itself has no prefix cache for"):
         recurrent.check_model(ctx)
+
+
+def test_pages_may_have_more_than_one_token_without_overlap(tmp_path: Path) -> None:
+    """SGLang's own tree wants one, and overlap to be off; ours has that switched off."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Lfm2Config(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        architectures=["Lfm2ForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    own = {"tiered_kv": True, "tiered_kv_disk_dir": "none"}
+    args = on_release.resolve(ServerArgs(model_path=str(tmp_path), device="cpu", **own))
+    outcome = of_release.resolved(args)
+    assert outcome.uses_mamba_radix_cache
+    assert outcome.mamba_radix_cache_strategy == recurrent.STRATEGY
+    assert outcome.disable_overlap_schedule
+    assert outcome.page_size == 64
