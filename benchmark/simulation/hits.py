@@ -1,10 +1,11 @@
 """What of the hits that an infinite cache finds is found behind long queues.
 
-    python -m benchmark.simulation.hits --mooncake mooncake_conversation.jsonl
+    python -m benchmark.simulation.hits --mooncake mooncake_conversation.jsonl \
+        --agents agent_sessions.jsonl
 
 The same requests, below and beyond what one server bears, under orders that make them wait for
 different times, with a disk that holds everything; and as it was when stores were asked on a
-request's arrival only. Writes simulation_hits.json and .md.
+request's arrival only. Pages are as small as a server's. Writes simulation_hits.json and .md.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from tiered_kv.simulation.tables import Column, Run, markdown, percent, seconds
 
 POLICIES = ("fcfs", "hrrn", "niyama", "slack")
 LOADS = (0.8, 1.2, 1.4)
+PAGE_TOKENS = 64
+"""A server's, and of the sessions of agents as they are; Mooncake's blocks have 512."""
 AGAIN, ONCE = "again before its turn", "on arrival only"
 
 
@@ -40,7 +43,12 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     found = []
     for traffic, choice in choices(options).items():
         for load in options.loads:
-            rated = replace(choice, rate=CAPACITY[traffic] * load, slo_mix=MIXES["scaled"])
+            rated = replace(
+                choice,
+                rate=CAPACITY[traffic] * load,
+                slo_mix=MIXES["scaled"],
+                page_tokens=PAGE_TOKENS if traffic == "mooncake" else None,
+            )
             infinite = infinite_tokens(rated, settings("fcfs", TRUTH))
             for policy in options.policies:
                 for asked in (AGAIN, ONCE) if policy in options.once else (AGAIN,):
@@ -98,8 +106,8 @@ COLUMNS: list[Column] = [
 INTRODUCTION = """\
 # Hits behind long queues
 
-Made by `python -m benchmark.simulation.hits --mooncake mooncake_conversation.jsonl`; how the
-simulator works, and what it leaves out, is in `docs/simulation.md`.
+Made by `python -m benchmark.simulation.hits --mooncake mooncake_conversation.jsonl --agents
+agent_sessions.jsonl`; how the simulator works, and what it leaves out, is in `docs/simulation.md`.
 
 - One H200 with Llama-3.1-8B, 256 GB of host memory, 4 TB of disk, scaled objectives. Load 1 is the
   capacity of the best baseline in `simulation_baselines.md`.
@@ -108,11 +116,8 @@ simulator works, and what it leaves out, is in `docs/simulation.md`.
   found than the whole: 36.6% are those of all 12,031 requests of mooncake_conversation.)
 - `again before its turn` is what server and simulator do: of whoever waits and has lost what was
   cached of it, the stores are asked once more when its turn is near. `on arrival only` is without.
-- `slack` puts prompts back for others, and what fills no block of 512 tokens by then is computed
-  again: half of what it lacks here (looked into on 800 requests at 1.2: 244 put back, 222 tokens
-  each, or 2.6% of an infinite cache's hits, of the 5.2% that it lacked). A server's pages have 64
-  tokens. The other half (2.5%) had been computed, and was not on the device when its request was
-  first admitted, nor loaded for it.
+- Pages have 64 tokens, as a server's. Mooncake's blocks of 512 are cut into such: what a prompt
+  that is put back, or ends, has of a block is cached but for less than a page.
 """
 
 
