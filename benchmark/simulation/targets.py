@@ -23,7 +23,7 @@ from benchmark.command_line import RESULTS, parser_of
 from benchmark.simulation.baselines import MODELS
 from benchmark.simulation.belief import BIASES, MIXES, NOISE, Case
 from benchmark.simulation.belief import settings as server
-from benchmark.simulation.targets_report import report
+from benchmark.simulation.targets_report import CROWDED, report
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
@@ -86,12 +86,15 @@ def choices(options: argparse.Namespace) -> dict[tuple[str, str], WorkloadChoice
 def jobs(options: argparse.Namespace) -> list[Job]:
     """All of them, what the baselines do first."""
     found: list[Job] = []
-    for (traffic, model), load in product(choices(options), options.loads):
-        for policy in BASELINES:
-            found.append(_job(options, traffic, model, "scaled", load, policy, 1.0))
-    for (traffic, model), load in product(choices(options), options.loads):
-        for bias in BIASES:
-            found.append(_job(options, traffic, model, "scaled", load, "slack", bias))
+    cells = [
+        (traffic, model, load)
+        for traffic, model in choices(options)
+        for load in (*LOADS, *([CROWDED] if traffic == "agents" else []))
+    ]
+    for (traffic, model, load), policy in product(cells, BASELINES):
+        found.append(_job(options, traffic, model, "scaled", load, policy, 1.0))
+    for (traffic, model, load), bias in product(cells, BIASES):
+        found.append(_job(options, traffic, model, "scaled", load, "slack", bias))
     for traffic, model in choices(options):
         if model != "8b":
             continue
@@ -142,7 +145,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     help_ = "of mooncake, for 8B and 70B (default 400 300)"
     parser.add_argument("--requests", type=int, nargs=2, default=(400, 300), help=help_)
     parser.add_argument("--sessions", type=int, default=24, help="of agents (default 24)")
-    parser.add_argument("--loads", type=float, nargs="+", default=LOADS)
     parser.add_argument("--parts", nargs="+", default=("scaled", "fixed", "off"))
     options = parser.parse_args(arguments)
     runs: list[dict[str, Any]] = []
@@ -150,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = schema.read_results(options.out)["runs"]
     known = [run["labels"] for run in runs]
     for job in tqdm([job for job in jobs(options) if job.labels not in known], unit=" runs"):
-        runs.append(without_curves(run_job(job)))
+        # Of classes nothing is shown, and they would be half of the file.
+        runs.append({**without_curves(run_job(job)), "classes": {}})
         schema.write_results(options.out, runs)
     print(report(options.out))
 

@@ -11,7 +11,8 @@ from tiered_kv.simulation.tables import Column, Run, markdown, percent, seconds
 OF_PROGRAMS = ("plas", "atlas", "program-fcfs", "pausing")
 """Baselines that order whole programs."""
 GOODPUT_TARGET, COMPLETION_TARGET, PROGRAMS_TARGET = 1.5, 1.5, 1.2
-TOP_LOAD = 1.2
+TOP_LOAD, CROWDED = 1.2, 8.0
+"""At the second nearly all sessions of agents are there at once."""
 
 
 def report(path: Path) -> Path:
@@ -74,8 +75,8 @@ def _targets(runs: Sequence[Run]) -> list[str]:
         (
             f"- {_verdict(gain >= GOODPUT_TARGET)} goodput at {TOP_LOAD:g}, at least "
             f"{GOODPUT_TARGET} of the best baseline's: {gain:.2f} of {best['labels']['name']}'s, "
-            f"which meets {percent(best['attainment'])}: no order can have more than "
-            f"{1.0 / best['attainment']:.2f} of that."
+            f"which meets {percent(best['attainment'])}: no order can meet more than "
+            f"{1.0 / best['attainment']:.2f} times as many."
         ),
         (
             f"- {_verdict(_gain(worst, runs) >= 1.0)} goodput never below the best baseline's: at "
@@ -89,20 +90,23 @@ def _targets(runs: Sequence[Run]) -> list[str]:
         f"{longest['labels']['load']:g})."
     )
     if best["programs"]["completion_s"]["n"]:
-        lines += _completion_targets(top)
+        for load in (TOP_LOAD, CROWDED):
+            lines += _completion_targets(of(runs, load=load), load)
     return lines
 
 
-def _completion_targets(top: Sequence[Run]) -> list[str]:
-    """Of sessions, at the top load, by the slowest over what is believed."""
-    slack = max(of(top, name="slack"), key=_completion_s)
-    (fcfs,) = of(top, name="fcfs")
-    known = min((r for r in top if r["labels"]["name"] in OF_PROGRAMS), key=_completion_s)
+def _completion_targets(runs: Sequence[Run], load: float) -> list[str]:
+    """Of sessions at `load`, by the slowest over what is believed."""
+    if not runs:
+        return []
+    slack = max(of(runs, name="slack"), key=_completion_s)
+    (fcfs,) = of(runs, name="fcfs")
+    known = min((r for r in runs if r["labels"]["name"] in OF_PROGRAMS), key=_completion_s)
     lines = []
     for other, target in ((fcfs, COMPLETION_TARGET), (known, PROGRAMS_TARGET)):
         gain = _completion_s(other) / _completion_s(slack)
         lines.append(
-            f"- {_verdict(gain >= target)} sessions done sooner than under "
+            f"- {_verdict(gain >= target)} sessions done sooner at {load:g} than under "
             f"{other['labels']['name']}, by {target}: by {gain:.2f} "
             f"({seconds(_completion_s(other))} against {seconds(_completion_s(slack))}); the part "
             f"that callers do not spend themselves, by {_calls_s(other) / _calls_s(slack):.2f}."
@@ -195,7 +199,8 @@ efficiencies, not measurements.
   standard 30% (1 s and 6 times; 100 ms), batch 10% (15 s and 20 times). Fixed ones: 0.5 s, 2 s and
   30 s.
 - Load 1 is the capacity of the best baseline in `simulation_baselines.md`. Agents wait for their
-  own answers: their server is behind only while many sessions are under way.
+  own answers: their server is behind only while many sessions are under way. At 8 nearly all of
+  them are there at once.
 - `atlas` is `plas` here: the calls of these sessions follow one another.
 - The longest wait is bounded in work, not in seconds (`docs/scheduler.md#nobody-starves`), which
   `test/property/test_scheduler_aging.py` checks.

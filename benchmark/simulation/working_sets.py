@@ -98,7 +98,8 @@ simulator works, and what it leaves out, is in `docs/simulation.md`.
   Load 1 is {CAPACITY["agents"]} times the sessions' own rate, as in `simulation_belief.md`; at 8
   nearly all sessions are there at once.
 - `sets off`: programs do not pause (`docs/scheduler.md#working-sets`). `pausing` is ThunderAgent's
-  way, `plas` Agentix's, `program-fcfs` Continuum's order.
+  way, `plas` Agentix's (`atlas` is the same where the calls of a session follow one another),
+  `program-fcfs` Continuum's order.
 - `by slack's`: how many times as long a session takes in the mean.
 """
 
