@@ -200,7 +200,8 @@ efficiencies, not measurements.
   30 s.
 - Load 1 is the capacity of the best baseline in `simulation_baselines.md`. Agents wait for their
   own answers: their server is behind only while many sessions are under way. At 8 nearly all of
-  them are there at once.
+  them are there at once. What they do is nearly the same at every belief: passes of the first
+  sessions are learned from before others come.
 - `atlas` is `plas` here: the calls of these sessions follow one another.
 - The longest wait is bounded in work, not in seconds (`docs/scheduler.md#nobody-starves`), which
   `test/property/test_scheduler_aging.py` checks.
