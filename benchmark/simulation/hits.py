@@ -106,8 +106,10 @@ COLUMNS: list[Column] = [
 INTRODUCTION = """\
 # Hits behind long queues
 
-Made by `python -m benchmark.simulation.hits --mooncake mooncake_conversation.jsonl --agents
-agent_sessions.jsonl`; how the simulator works, and what it leaves out, is in `docs/simulation.md`.
+Made in parts by `python -m benchmark.simulation.hits` with `--mooncake mooncake_conversation.jsonl
+--requests 800 --policies fcfs hrrn slack --once fcfs`, and with `--agents agent_sessions.jsonl
+--sessions 24 --policies fcfs slack --once`, at load 1 `slack` alone; how the simulator works, and
+what it leaves out, is in `docs/simulation.md`.
 
 - One H200 with Llama-3.1-8B, 256 GB of host memory, 4 TB of disk, scaled objectives. Load 1 is the
   capacity of the best baseline in `simulation_baselines.md`.
