@@ -19,14 +19,11 @@ import torch
 
 pytest.importorskip("sglang")
 
-from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
-
 from support_plugin.decode_loop import PretendDisk, publish_arguments
-from support_plugin.decode_requests import Kind, Oracle, kinds
-from support_plugin.lives import HAPPENED, History, run
+from support_plugin.decode_requests import Oracle
+from support_plugin.lives import HAPPENED, run
+from support_plugin.speculating_lives import SpeculatingHistory
 from support_plugin.speculating_loop import SpeculatingLoop
-from tiered_kv.scheduler.plan import AdmissionPlan
-from tiered_kv.scheduler.request_policy import SchedulerState
 
 N_DRAFTED = 5
 #: (page size, breadth of drafts, device pages, chunk, disk)
@@ -36,8 +33,6 @@ SHAPES: list[tuple[int, int, int, int | None, bool]] = [
     (4, 1, 40, None, False),
     (8, 1, 18, 16, True),
 ]
-#: SGLang counts for penalties, when it speculates, the last token of each pass alone.
-_PENALTIES = {"frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens"}
 
 
 @pytest.fixture(scope="module")
@@ -49,36 +44,6 @@ def speculating(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         speculative_num_draft_tokens=N_DRAFTED,
     )
     torch.compiler.set_stance("default")
-
-
-def plain_kinds() -> list[Kind]:
-    """Without what SGLang itself answers otherwise when it speculates."""
-    return [k for k in kinds(90) if not (k.has_grammar or _PENALTIES & set(k.sampling))]
-
-
-class SpeculatingHistory(History):
-    """Of a loop that verifies drafts."""
-
-    def known(self) -> list[Kind]:
-        return plain_kinds()
-
-    def said(self, req: Req, expected: list[int]) -> list[int]:
-        said = list(req.output_ids_through_stop)
-        is_aborted = isinstance(req.finished_reason, FINISH_ABORT) or not req.finished()
-        # SGLang looks for no stop in the pass that reaches the limit.
-        if is_aborted or isinstance(req.finished_reason, FINISH_LENGTH):
-            said = said[: len(expected)]
-        return said
-
-    def count(self, req: Req) -> None:
-        super().count(req)
-        self.counts["verified"] += req.spec_verify_ct
-        self.counts["accepted"] += req.spec_num_correct_drafts
-
-    def _planned(self, state: SchedulerState) -> AdmissionPlan:
-        plan = super()._planned(state)
-        assert not plan.mix_decodes
-        return plan
 
 
 def run_all(args: Any, n_histories: int) -> None:

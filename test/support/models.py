@@ -47,6 +47,64 @@ def _tiny_llama(model: Path, to: Path, n_kv_heads: int) -> Path:
     )
 
 
+#: Of models whose random drafts are to be right at times.
+EAGLE_VOCABULARY = 64
+
+
+def tiny_model_of_few_words(model: Path, to: Path) -> Path:
+    """Random weights, `model`'s tokenizer, and the first tokens of its vocabulary alone.
+
+    What its second layer says weighs little, so that a draft of one layer is often right.
+    """
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _random_model(
+        model,
+        to,
+        LlamaConfig,
+        LlamaForCausalLM,
+        vocab_size=EAGLE_VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    (weights,) = to.glob("*.safetensors")
+    tensors = load_file(weights)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"model.layers.1.{name}.weight"] *= 0.1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return to
+
+
+def tiny_eagle_head(target: Path, to: Path) -> Path:
+    """An EAGLE head for `tiny_model_of_few_words`: its first layer, over tokens alone."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    (weights,) = target.glob("*.safetensors")
+    prefix = "model.layers.0."
+    tensors = {
+        f"layers.0.{name.removeprefix(prefix)}": tensor
+        for name, tensor in load_file(weights).items()
+        if name.startswith(prefix) and "input_layernorm" not in name
+    }
+    # The layer has no norm before its attention: embeddings have a size of 0.1.
+    for name in ("q_proj", "k_proj", "v_proj"):
+        tensors[f"layers.0.self_attn.{name}.weight"] *= 10
+    config = json.loads((target / "config.json").read_text())
+    hidden = config["hidden_size"]
+    tensors["fc.weight"] = torch.cat((torch.eye(hidden), torch.zeros(hidden, hidden)), 1)
+    tensors["fc.bias"] = torch.zeros(hidden)
+    to.mkdir()
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    config |= {"num_hidden_layers": 1, "architectures": ["LlamaForCausalLMEagle"]}
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
 def tiny_mla_model(model: Path, to: Path) -> Path:
     """Random weights in the shape of DeepSeek-V2 (MLA), `model`'s tokenizer."""
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
@@ -134,8 +192,7 @@ def _random_model(model: Path, to: Path, config: Any, architecture: Any, **shape
     shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     theirs = json.loads((model / "config.json").read_text())
     ours = config(
-        **shape,
-        vocab_size=theirs["vocab_size"],
+        **{"vocab_size": theirs["vocab_size"], **shape},
         max_position_embeddings=4096,
         # Wide enough that answers depend on the prompt and the best token stands out.
         initializer_range=0.1,

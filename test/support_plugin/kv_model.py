@@ -23,7 +23,7 @@ VOCABULARY = 48
 _N_SENTENCES = 4096
 
 _random = np.random.default_rng(20261121)
-_MIXER = _random.integers(1, 1 << 61, size=4096, dtype=np.int64)
+MIXER = _random.integers(1, 1 << 61, size=4096, dtype=np.int64)
 #: Logits that lie close together, so that penalties decide often.
 _LOGITS = torch.from_numpy(_random.normal(size=(_N_SENTENCES, VOCABULARY)).astype(np.float32))
 
@@ -31,7 +31,7 @@ _LOGITS = torch.from_numpy(_random.normal(size=(_N_SENTENCES, VOCABULARY)).astyp
 def logits_after(tokens: np.ndarray) -> torch.Tensor:
     """What the model thinks of the next token; (VOCABULARY,) float32."""
     with np.errstate(over="ignore"):
-        mixed = int((_MIXER[: len(tokens)] * (tokens + 1)).sum())
+        mixed = int((MIXER[: len(tokens)] * (tokens + 1)).sum())
     return _LOGITS[(mixed >> 7) % _N_SENTENCES]
 
 

@@ -18,7 +18,7 @@ from tiered_kv.core.units import parse_bytes
 from tiered_kv.plan import report
 from tiered_kv.plan.capacity import context_memory, nominal_parameters, tier_capacities
 from tiered_kv.plan.costs import decode_split, doubling, hit_cost, long_context_costs
-from tiered_kv.plan.models import Loaded, Overrides, load_model
+from tiered_kv.plan.models import Loaded, Overrides, load_model, with_draft
 from tiered_kv.scheduler.cost_model import CostModel, EdgeCost
 
 _TABLE = "Llama-3.1-8B@128000,Qwen-7B@16000,Gemma-7B@8192,Qwen-14B@16000"
@@ -38,6 +38,11 @@ def _parser() -> argparse.ArgumentParser:
         "--model", default="Llama-3.1-8B",
         help=f"a preset ({', '.join(MODELS)}) or the path of a Hugging Face config.json or of the "
         "directory that holds it (default Llama-3.1-8B)",
+    )  # fmt: skip
+    what.add_argument(
+        "--draft", metavar="MODEL",
+        help="a model or head that drafts for it and has KV (EAGLE, NEXTN, STANDALONE), named the "
+        "same way: its KV and weights count, too",
     )  # fmt: skip
     what.add_argument(
         "--device", default="H100-80",
@@ -153,7 +158,10 @@ def _cost_model(chosen: argparse.Namespace, loaded: ModelSpec, device: DeviceSpe
 
 
 def _print_plan(chosen: argparse.Namespace, device: DeviceSpec) -> dict[str, Any]:
-    loaded, note = _load_model(chosen, chosen.model)
+    planned = _load_model(chosen, chosen.model)
+    if chosen.draft:
+        planned = with_draft(planned, _load_model(chosen, chosen.draft).model)
+    loaded, note = planned
     model = loaded.on_group(device.n_devices)
     cost = _cost_model(chosen, loaded, device)
     kv_bytes = device.memory_bytes * chosen.mem_fraction - _weight_bytes(chosen, model)

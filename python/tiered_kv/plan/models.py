@@ -73,6 +73,22 @@ def load_model(name: str, overrides: Overrides) -> Loaded:
     return model_of_config(config, label, overrides)
 
 
+def with_draft(loaded: Loaded, draft: ModelSpec) -> Loaded:
+    """`loaded` beside a model, or heads, that draft for it (docs/models.md): its weights lie on the
+    device, too, and its KV with that of the model in every tier. A pass is one of both."""
+    model = loaded.model
+    both = replace(
+        model,
+        name=f"{model.name} with {draft.name}",
+        n_layers=model.n_layers + draft.n_layers,
+        n_parameters=model.n_parameters + draft.n_parameters,
+        n_active_parameters=model.n_active_parameters + draft.n_active_parameters,
+        kv_layers=model.attending + draft.attending,
+    )
+    kib = draft.kv_bytes_per_token / 1024
+    return Loaded(both, f"{loaded.note} {kib:.1f} KiB of that are the draft's.".strip())
+
+
 def model_of_config(config: Mapping[str, Any], label: str, overrides: Overrides) -> Loaded:
     """The model that `config`, a parsed config.json, describes. Raises ConfigError."""
     made = library_config(config)

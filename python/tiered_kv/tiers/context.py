@@ -139,6 +139,7 @@ class TierContext:
     pacer: holds back what is written while requests decode.
     beside: whoever keeps more of pages than the forest does.
     moved_bytes: what was transferred so far, by (source, target).
+    names_pairs: whether pages are named by pairs of tokens, as a draft's KV is made of those.
     """
 
     forest: Forest
@@ -160,6 +161,7 @@ class TierContext:
     timeline: TimelineFile | None = None
     pacer: WriteBackPacer = field(default_factory=WriteBackPacer)
     moved_bytes: dict[tuple[Tier, Tier], int] = field(default_factory=dict)
+    names_pairs: bool = False
     _ops: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def next_op(self) -> int:

@@ -177,6 +177,25 @@ def test_the_command_prints_and_writes_a_plan(
     assert {row["batch"] for row in figures["decode_splits"]} == {1, 4}
 
 
+def test_a_drafts_kv_takes_room_in_every_tier(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = []
+    for options in ([], ["--draft", "Qwen2.5-7B"]):
+        written = tmp_path / "plan.json"
+        assert main(["--model", "Llama-3.1-8B", *options, "--json", str(written)]) == 0
+        plans.append(json.loads(written.read_text())["capacities"])
+    model, draft = MODELS["Llama-3.1-8B"], MODELS["Qwen2.5-7B"]
+    share = model.kv_bytes_per_token / (model.kv_bytes_per_token + draft.kv_bytes_per_token)
+    for alone, both in zip(plans[0][1:], plans[1][1:], strict=True):
+        assert both["tokens"] == pytest.approx(share * alone["tokens"], rel=1e-4)
+    weights = 2.0 * draft.n_parameters
+    assert plans[0][0]["kv_bytes"] - plans[1][0]["kv_bytes"] == pytest.approx(weights, rel=1e-6)
+    assert f"{draft.kv_bytes_per_token / 1024:.1f} KiB of that are the draft's" in (
+        capsys.readouterr().out
+    )
+
+
 def test_the_command_reads_any_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "My-MLA-7B"
     folder.mkdir()

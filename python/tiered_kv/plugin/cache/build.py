@@ -13,11 +13,16 @@ from tiered_kv.core.config import TieredKVConfig
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.memory.manager import MemoryManager
-from tiered_kv.plugin.cache import adapters, fingerprint, weight_updates
+from tiered_kv.plugin.cache import adapters, drafts, fingerprint, weight_updates
 from tiered_kv.plugin.cache.build_windows import WindowLayers, build_windows, window_layers
 from tiered_kv.plugin.cache.costs import build_cost_model
 from tiered_kv.plugin.cache.device_copier import make_copier
-from tiered_kv.plugin.cache.device_pool import EngineAllocator, buffers_of, kv_pool_of
+from tiered_kv.plugin.cache.device_pool import (
+    DeviceBuffers,
+    EngineAllocator,
+    buffers_of,
+    kv_pool_of,
+)
 from tiered_kv.plugin.cache.disk import open_disk
 from tiered_kv.plugin.cache.events import KvEvents
 from tiered_kv.plugin.cache.formats import TierFormats, tier_formats
@@ -65,6 +70,10 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     """Raises ConfigError or DiskTierError, one sentence each, if a tier cannot be set up."""
     from tiered_kv.plugin.cache.prefix_cache import TieredPrefixCache
 
+    drafts.check_runner(ctx)
+    draft = drafts.runner_of(ctx)
+    if draft is not None:
+        ctx.params.is_eagle = True
     windows = window_layers(ctx)
     parts = build_parts(ctx, windows)
     gate = parts.hierarchy.load_back.gate
@@ -79,6 +88,8 @@ def build_tree_cache(ctx: TreeCacheBuildContext) -> TieredPrefixCache:
     else:
         cache = TieredPrefixCache(ctx.params, parts)
         pool.register_layer_transfer_counter(gate)
+    if draft is not None:
+        drafts.register_gate(gate, draft.token_to_kv_pool)
     ctx.tp_worker.register_hicache_layer_transfer_counter(gate)
     weight_updates.track(cache, hardware.weights_of(ctx.tp_worker))
     lora_manager = getattr(ctx.tp_worker.model_runner, "lora_manager", None)
@@ -90,7 +101,7 @@ def build_parts(ctx: TreeCacheBuildContext, windows: WindowLayers | None = None)
     config: TieredKVConfig = ctx.server_args.to_config()
     params, allocator = ctx.params, ctx.params.token_to_kv_pool_allocator
     pool = kv_pool_of(allocator.get_kvcache())
-    device = buffers_of(pool) if windows is None else windows.rest
+    device = device_buffers(ctx) if windows is None else windows.rest
     formats = tier_formats(config, device)
     on_cpu = device.buffers[0].device.type == "cpu"
 
@@ -124,6 +135,7 @@ def build_parts(ctx: TreeCacheBuildContext, windows: WindowLayers | None = None)
         allocator=EngineAllocator(allocator),
         host=host,
         stores=stores,
+        names_pairs=ctx.params.is_eagle,
         collective=collective,
         listener=residency,
         observer=metrics,
@@ -153,6 +165,13 @@ def build_parts(ctx: TreeCacheBuildContext, windows: WindowLayers | None = None)
     )
 
 
+def device_buffers(ctx: TreeCacheBuildContext) -> DeviceBuffers:
+    """All that has rows at the slots of the model's KV pool."""
+    device = buffers_of(kv_pool_of(ctx.params.token_to_kv_pool_allocator.get_kvcache()))
+    draft = drafts.runner_of(ctx)
+    return device if draft is None else drafts.with_draft(device, draft.token_to_kv_pool)
+
+
 def make_events(params: CacheInitParams) -> KvEvents:
     """What routers are told, if anybody asked for it."""
     labels = cache_contract.block_labels(params)
@@ -172,7 +191,7 @@ def host_of(
     n_ranks = max(1, ctx.tp_size * replica.n_replicas // n_machines)
     config: TieredKVConfig = ctx.server_args.to_config()
     pool = kv_pool_of(ctx.params.token_to_kv_pool_allocator.get_kvcache())
-    device = buffers_of(pool)
+    device = device_buffers(ctx)
     rank_bytes = host_bytes(
         config, device.n_bytes, formats.host, n_ranks, collective, replica.first_word
     )
@@ -267,6 +286,9 @@ def name_namespace(
         parts["recurrent state"] = described(ctx.params.req_to_token_pool.mamba_pool)
     if windows is not None:
         parts["layers apart"] = str(windows.layers)
+    draft = drafts.runner_of(ctx)
+    if draft is not None:
+        parts["draft"] = drafts.name_of(ctx, draft)
     namespace = fingerprint.namespace_of(parts)
     logger.info(
         "Tiered KV: named the weights in %.2f s; the namespace is %s, of %s.",

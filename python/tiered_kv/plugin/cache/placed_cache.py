@@ -143,7 +143,8 @@ class PlacedPrefixCache(TieredPrefixCache):
         tokens = array("q")
         for node in list(path_up(last_host_node))[::-1]:
             tokens.extend(node.tokens)
-        tokens.extend(as_named(new_input_tokens, key, self.page_size, last_host_node.end))
+        context = self.hierarchy.context
+        tokens.extend(as_named(new_input_tokens, key, context, last_host_node.end))
         self._prompts[rid] = last_host_node.root, tokens
 
     def is_prefetched(self, rid: str) -> bool:

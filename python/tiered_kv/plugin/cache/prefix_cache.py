@@ -99,7 +99,7 @@ class TieredPrefixCache(cache_contract.CacheContract):
         key = params.key
         self._last_key = key.extra_key
         hierarchy = self.hierarchy
-        prefix = hierarchy.match(self._root_of(key), self._named(key), key.limit)
+        prefix = hierarchy.match(self._root_of(key), self._named(key), self._limit_of(key))
         return self.match_result(
             [device_slots_of(node) for node in prefix.device],
             prefix.last_device,
@@ -109,10 +109,15 @@ class TieredPrefixCache(cache_contract.CacheContract):
 
     def touch_prefix(self, key: Any) -> None:
         """Somebody who waits is going to want this prefix: it counts as used now."""
-        self.hierarchy.match(self._root_of(key), self._named(key), key.limit)
+        self.hierarchy.match(self._root_of(key), self._named(key), self._limit_of(key))
+
+    def _limit_of(self, key: Any) -> int | None:
+        """How much of what names its pages counts."""
+        limit: int | None = key.limit
+        return limit if limit is None else limit - int(self.is_eagle)
 
     def _named(self, key: Any) -> array[int]:
-        return as_named(key.token_ids, key.extra_key, self.page_size)
+        return as_named(key.token_ids, key.extra_key, self.hierarchy.context)
 
     def _root_of(self, key: Any) -> Node:
         return self.hierarchy.root(root_key(key.extra_key, cache_contract.salt_of(key)))
@@ -187,7 +192,7 @@ class TieredPrefixCache(cache_contract.CacheContract):
     def prefetch(self, rid: str, last_host_node: Node, new_input_tokens: array[int]) -> None:
         """new_input_tokens: those behind `last_host_node` of the prompt that was matched last."""
         begin = last_host_node.end
-        tokens = as_named(new_input_tokens, self._last_key, self.page_size, begin)
+        tokens = as_named(new_input_tokens, self._last_key, self.hierarchy.context, begin)
         self.hierarchy.prefetch.request(rid, last_host_node, tokens)
 
     def is_prefetched(self, rid: str) -> bool:

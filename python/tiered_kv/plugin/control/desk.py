@@ -11,6 +11,7 @@ from tiered_kv.plugin.cache.adapters import tree_key
 from tiered_kv.plugin.cache.idle import cache_of
 from tiered_kv.plugin.control import messages
 from tiered_kv.plugin.control.messages import ANSWER_KEY
+from tiered_kv.plugin.requests.inputs import as_named
 from tiered_kv.plugin.snapshots import collect
 from tiered_kv.scheduler.session_prompts import SessionPrompt, SessionPrompts
 from tiered_kv.tiers.control.control import OPEN_MAX, CacheControl, Order
@@ -93,6 +94,7 @@ class Desk:
             if tokens is None:
                 return {"state": messages.UNKNOWN}
             key = tree_key(message["key"], message["lora_id"])
+            tokens = as_named(tokens, key, self._cache.hierarchy.context)
             found.append(SessionPrompt(key, tokens))
         elif self._sessions is None:
             return {"state": messages.REFUSED, "why": NO_SESSIONS}

@@ -16,6 +16,7 @@ from typing import Any
 from tiered_kv.core.errors import UpstreamError
 from tiered_kv.plugin.hooks.administration_table import ADMINISTRATION_HOOKS
 from tiered_kv.plugin.hooks.decode_table import DECODE_HOOKS
+from tiered_kv.plugin.hooks.drafts_table import DRAFT_HOOKS
 from tiered_kv.plugin.hooks.guard_table import GUARD_HOOKS
 from tiered_kv.plugin.hooks.hook import Hook, Process
 from tiered_kv.plugin.hooks.naming_table import NAMING_HOOKS
@@ -285,6 +286,7 @@ SHARED_HOOKS: tuple[Hook, ...] = (
     ),
     *GUARD_HOOKS,
     *NAMING_HOOKS,
+    *DRAFT_HOOKS,
     *PREFILL_HOOKS,
     *RECURRENT_HOOKS,
 )

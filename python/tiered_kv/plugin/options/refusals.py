@@ -48,7 +48,7 @@ def _option(flag: str, applies: Callable[[Any], bool]) -> Rule:
 
 
 SERVER_ARGS_RULES: tuple[Rule, ...] = (
-    # The draft model's KV would have to live in the tiers at the same indices.
+    # Drafts whose KV is of another kind, or nobody tried.
     Rule(
         speculation.is_refused,
         f"this --speculative-algorithm (of SGLang's algorithms, {arguments.SPECULATES or 'none'})",

@@ -137,7 +137,7 @@ class QueuedRequests:
         tokens = req.origin_input_ids
         if req.output_ids:
             tokens = tokens + req.output_ids
-        return as_named(tokens, req.extra_key, self._hierarchy.context.forest.page_size)
+        return as_named(tokens, req.extra_key, self._hierarchy.context)
 
     # -- while they wait ----------------------------------------------------------------------
 

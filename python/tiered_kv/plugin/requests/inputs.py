@@ -21,10 +21,12 @@ import numpy as np
 import torch
 
 from tiered_kv.forest.inputs import TOKEN_LIMIT, Input, PromptKey, named
-from tiered_kv.forest.key import SHARED_TREE
+from tiered_kv.forest.key import SHARED_TREE, TOKEN_TYPECODE
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInputs, Req
+
+    from tiered_kv.tiers.context import TierContext
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +107,22 @@ def inputs_of(given: MultimodalInputs, tokens: np.ndarray) -> tuple[Input, ...] 
     return tuple(found) if is_text.all() else None
 
 
-def as_named(tokens: array[int], key: object, page_size: int, begin: int = 0) -> array[int]:
+def paired(tokens: array[int]) -> array[int]:
+    """Each of `tokens` with the one behind it, as they name pages of KV that is computed from both.
+
+    One fewer; a token's id stays where `forest.inputs.token_ids` finds it.
+    """
+    ids = np.asarray(tokens, dtype=np.int64)
+    return array(TOKEN_TYPECODE, (ids[:-1] | ids[1:] << 32).tobytes())
+
+
+def as_named(tokens: array[int], key: object, context: TierContext, begin: int = 0) -> array[int]:
     """`tokens` from position `begin` on as they name pages, of a prompt with this `extra_key`."""
+    if context.names_pairs:
+        return paired(tokens)
     if not isinstance(key, PromptKey):
         return tokens
-    return named(tokens, key.inputs, page_size, begin)
+    return named(tokens, key.inputs, context.page_size, begin)
 
 
 # -- hooks ---------------------------------------------------------------------------------------

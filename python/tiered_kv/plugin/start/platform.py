@@ -41,6 +41,8 @@ _UNITS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
 }
+#: What 0.5.23 asks about before it speculates, by the names that it has then.
+SPECULATES = ("EAGLE", "EAGLE3", "STANDALONE")
 _ACCELERATOR_BACKENDS = ("cuda", "xpu", "mps", "npu", "hpu", "musa")
 
 
@@ -156,11 +158,16 @@ class TieredKVCpuPlatform(hardware.PlainPlatform, CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm in SPECULATES
+
     def init_backend(self) -> None:
         """Upstream calls it once in each process that runs the model, before it builds one."""
         from tiered_kv.plugin.attention import cpu as cpu_attention
+        from tiered_kv.plugin.attention import draft_steps
         from tiered_kv.plugin.upstream import cpu_heads, cpu_speculation
 
         cpu_attention.register()
+        draft_steps.register()
         cpu_heads.register()
         cpu_speculation.register()

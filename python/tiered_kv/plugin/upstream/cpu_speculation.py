@@ -33,7 +33,7 @@ def register() -> None:
     def create_worker(algorithm: Any, server_args: Any) -> Any:
         with _kernels_importable():
             worker = create(algorithm, server_args)
-        install()
+            install()
         return worker
 
     SpeculativeAlgorithm.create_worker = create_worker
@@ -48,7 +48,17 @@ def install() -> None:
         for place, kernel in kernels.items():
             setattr(module, place, getattr(draft_kernels, kernel))
         vars(module)["_is_cpu"] = True
+    _do_without_compiler()
     hardware.prepare_speculation()
+
+
+def _do_without_compiler() -> None:
+    """What chooses among drafts takes microseconds on a CPU, and a minute to compile."""
+    from sglang.srt.speculative import spec_utils
+
+    for name in ("_select_top_k_tokens_first", "_select_top_k_tokens_later"):
+        compiled = getattr(spec_utils, name)
+        setattr(spec_utils, name, getattr(compiled, "_torchdynamo_orig_callable", compiled))
 
 
 @contextmanager

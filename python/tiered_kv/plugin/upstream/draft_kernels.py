@@ -59,6 +59,27 @@ def assign_extend_cache_locs_cpu(
         slots[part] = table[row, places]
 
 
+def assign_draft_cache_locs_contiguous_cpu(
+    rows: torch.Tensor,
+    table: torch.Tensor,
+    starts: torch.Tensor,
+    slots: torch.Tensor,
+    pool_len: int,
+    breadth: int,
+    n_steps: int,
+) -> None:
+    """`slots` begins with the breadth x n_steps places of each request's table behind `starts`."""
+    ends = starts + breadth * n_steps
+    assign_extend_cache_locs_cpu(rows, table, starts, ends, slots, pool_len)
+
+
+def fill_bonus_tokens_cpu(
+    accepted: torch.Tensor, n_accepted: torch.Tensor, last: torch.Tensor, width: int
+) -> None:
+    """last [requests]: of each row of `accepted` [requests, width] the token that ends it."""
+    last.copy_(accepted.view(-1, width).gather(1, n_accepted[:, None].long() - 1)[:, 0])
+
+
 def fill_accept_out_cache_loc_cpu(
     accept_index: torch.Tensor, out_cache_loc: torch.Tensor, accepted: torch.Tensor
 ) -> None:
@@ -102,6 +123,51 @@ def verify_tree_greedy_cpu(
             accept_index[request, position] = numbers[node]
             predicts[numbers[node]] = wanted[numbers[node]]
         accept_token_num[request] = len(path) - 1
+
+
+#: What a tree's mask has columns for: the nodes alone (SGLang's TreeMaskMode.QLEN_ONLY).
+_NODES_ONLY = 1
+
+
+def build_tree_kernel_efficient_cpu(  # noqa: PLR0913, PLR0917 - upstream's signature
+    parent_list: torch.Tensor,
+    chosen: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tree_mask: torch.Tensor,
+    positions: torch.Tensor,
+    retrieve_index: torch.Tensor,
+    next_token: torch.Tensor,
+    next_sibling: torch.Tensor,
+    breadth: int,
+    depth: int,
+    n_nodes: int,
+    mask_mode: int,
+) -> None:
+    """All about trees of which is known which candidates of each step were chosen as nodes.
+
+    A step has `breadth` candidates below each of its parents. chosen [requests, n - 1]: numbers of
+    those that became nodes 1 to n - 1. parent_list [requests, parents]: what each parent is among
+    all candidates; the first is the token that is certain. tree_mask [requests * n * n].
+    """
+    del depth
+    if mask_mode != _NODES_ONLY:
+        raise ValueError(f"trees of drafts have no masks of mode {mask_mode} on a CPU")
+    trees = []
+    for candidates, parents in _by_request(chosen, parent_list):
+        nodes = {candidate: node for node, candidate in reversed([*enumerate(candidates, 1)])}
+        trees.append([-1])
+        for candidate in candidates:
+            parent = candidate // breadth
+            trees[-1].append(nodes[parents[parent]] if parent else 0)
+    masks = tree_mask[: len(trees) * n_nodes**2].view(-1, n_nodes, n_nodes)
+    masks.zero_()
+    for mask, parent_of in zip(masks, trees, strict=True):
+        for node, parent in enumerate(parent_of):
+            if parent >= 0:
+                mask[node] = mask[parent]
+            mask[node, node] = True
+    positions.copy_((masks.sum(-1) - 1 + seq_lens[:, None]).flatten())
+    _link(trees, retrieve_index, next_token, next_sibling)
 
 
 def reconstruct_indices_from_tree_mask(

@@ -91,7 +91,7 @@ class Arguments:
 
 
 REFUSED: dict[str, Any] = {
-    "speculative_algorithm": "EAGLE",
+    "speculative_algorithm": "DFLASH",
     "decoupled_spec_role": "verifier",
     "pp_size": 2,
     "attn_cp_size": 2,
@@ -203,7 +203,7 @@ def test_every_rule_has_a_case() -> None:
         ({"cuda_graph_config": prefill_graphs("novel")}, "--cuda-graph-backend-prefill full"),
         ({"chunked_prefill_size": 100}, "multiple of the page size"),
         ({"enable_hierarchical_cache": False}, "forbids a hierarchical cache"),
-        ({"speculative_algorithm": "NEXTN"}, "--speculative-algorithm"),
+        ({"speculative_algorithm": "DSPARK"}, "--speculative-algorithm"),
     ],
     ids=str,
 )

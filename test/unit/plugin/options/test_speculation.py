@@ -19,7 +19,10 @@ def arguments(**changes: Any) -> Any:
         "tp_size": 1, "dp_size": 1, "disaggregation_mode": "null", "enable_lora": None,
         "enable_deterministic_inference": False,
         "uses_mamba_radix_cache": False, "tiered_kv_iteration_policy": "all",
-        "disable_overlap_schedule": False,
+        "disable_overlap_schedule": False, "speculative_eagle_topk": None,
+        "speculative_num_steps": None, "speculative_num_draft_tokens": None,
+        "speculative_adaptive": False, "enable_multi_layer_eagle": False,
+        "tiered_kv_host_format": "raw", "tiered_kv_disk_format": "same",
     }  # fmt: skip
     return SimpleNamespace(**given | changes)
 
@@ -30,6 +33,24 @@ def test_ngrams_are_served_as_chains_without_overlap() -> None:
     speculation.check_resolved(args)
     assert args.disable_overlap_schedule
     assert args.speculative_ngram_max_bfs_breadth == 1
+
+
+@pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3", "NEXTN", "STANDALONE"])
+def test_drafts_with_kv_are_chains_without_overlap(algorithm: str) -> None:
+    args = arguments(speculative_algorithm=algorithm)
+    assert not speculation.is_refused(args)
+    speculation.choose_defaults(args)
+    speculation.check_resolved(args)
+    assert args.disable_overlap_schedule
+    chain = args.speculative_eagle_topk, args.speculative_num_steps
+    assert (*chain, args.speculative_num_draft_tokens) == (1, 3, 4)
+
+
+def test_the_length_of_a_chain_is_its_users_choice() -> None:
+    args = arguments(speculative_algorithm="EAGLE", speculative_num_steps=5)
+    speculation.choose_defaults(args)
+    speculation.check_resolved(args)
+    assert (args.speculative_eagle_topk, args.speculative_num_draft_tokens) == (1, 6)
 
 
 def test_pages_of_one_token_take_trees() -> None:
@@ -68,8 +89,27 @@ def test_what_was_not_tried_is_refused(changes: dict[str, Any]) -> None:
         speculation.check_resolved(args)
 
 
-@pytest.mark.parametrize("name", ["EAGLE", "eagle3", "NEXTN", "STANDALONE", "DFLASH", "another"])
-def test_drafts_with_kv_of_their_own_are_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"speculative_eagle_topk": 4},
+        {"speculative_adaptive": True, "speculative_eagle_topk": 1},
+        {"enable_multi_layer_eagle": True},
+        {"tiered_kv_host_format": "fp8"},
+        {"tiered_kv_disk_format": "int4"},
+        {"tp_size": 2},
+    ],
+    ids=str,
+)
+def test_what_was_not_tried_with_a_draft_is_refused(changes: dict[str, Any]) -> None:
+    args = arguments(speculative_algorithm="EAGLE", **changes)
+    speculation.choose_defaults(args)
+    with pytest.raises(ConfigError, match=r"with --speculative-algorithm EAGLE, "):
+        speculation.check_resolved(args)
+
+
+@pytest.mark.parametrize("name", ["DFLASH", "dspark", "FROZEN_KV_MTP", "another"])
+def test_other_algorithms_are_refused(name: str) -> None:
     args = arguments(speculative_algorithm=name)
     assert speculation.is_refused(args)
     sentence = next(r for r in refusals.SERVER_ARGS_RULES if r.applies(args)).sentence()

@@ -21,7 +21,7 @@ from sglang.srt.managers.schedule_batch import (
     MultimodalInputs,
 )
 
-from tiered_kv.forest.inputs import PromptKey
+from tiered_kv.forest.inputs import TOKEN_LIMIT, PromptKey, token_ids
 from tiered_kv.forest.key import SHARED_TREE, TreeKey
 from tiered_kv.plugin.requests import inputs
 from tiered_kv.plugin.upstream.current import arguments
@@ -182,8 +182,22 @@ def test_text_is_left_alone() -> None:
     req = request(multimodal_inputs=None)
     assert key_of(req) is None
     tokens = req.origin_input_ids
-    assert inputs.as_named(tokens, None, 16) is tokens
-    assert inputs.as_named(tokens, TreeKey(), 16) is tokens
+    context: Any = SimpleNamespace(page_size=16, names_pairs=False)
+    assert inputs.as_named(tokens, None, context) is tokens
+    assert inputs.as_named(tokens, TreeKey(), context) is tokens
+
+
+def test_where_a_draft_has_kv_tokens_name_pages_with_those_behind_them() -> None:
+    context: Any = SimpleNamespace(page_size=16, names_pairs=True)
+    tokens = array("q", [5, 6, TOKEN_LIMIT - 1, 7])
+    words = inputs.as_named(tokens, None, context)
+    assert len(words) == len(set(words)) == 3
+    assert token_ids(words) == [5, 6, TOKEN_LIMIT - 1]
+    assert inputs.as_named(tokens[1:], None, context, 16) == words[1:]
+    assert inputs.as_named(tokens[:2] + tokens[3:], None, context)[0] == words[0]
+    assert inputs.as_named(tokens[:1] + tokens[2:], None, context)[0] != words[0]
+    for few in (tokens[:0], tokens[:1]):
+        assert not len(inputs.as_named(few, None, context))
 
 
 def test_a_server_without_tiers_is_left_alone() -> None:

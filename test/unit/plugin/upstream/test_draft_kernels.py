@@ -100,7 +100,56 @@ def test_slots() -> None:
     assert table[2].tolist() == [20, 21, 22, 90, 91, 25, 26, 27, 28, 29]
     assert table[0].tolist() == [92, 93, 94, 95, 4, 5, 6, 7, 8, 9]
     assert table[1].tolist() == list(range(10, 20))
+    drafts = torch.full((7,), -7)
+    starts = torch.tensor([1, 4])
+    kernels.assign_draft_cache_locs_contiguous_cpu(rows[1:], table, starts[1:], drafts, 10, 1, 3)
+    assert drafts.tolist() == [4, 5, 6, -7, -7, -7, -7]
     accepted = torch.zeros(6, dtype=torch.int64)
     nodes = torch.tensor([[0, 2, -1], [3, -1, -1]], dtype=torch.int32)
     kernels.fill_accept_out_cache_loc_cpu(nodes, torch.arange(50, 56), accepted)
     assert accepted.tolist() == [50, 52, 53, 0, 0, 0]
+
+
+def test_the_token_that_ends_what_was_accepted() -> None:
+    accepted = torch.tensor([[5, 6, 7], [8, -1, -1], [9, 3, -1]])
+    last = torch.zeros(3, dtype=torch.int32)
+    kernels.fill_bonus_tokens_cpu(accepted, torch.tensor([3, 1, 2]), last, 3)
+    assert last.tolist() == [7, 8, 3]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_tree_of_chosen_candidates(seed: int) -> None:
+    """Each step has `breadth` candidates below each of `breadth` parents that the last one kept."""
+    dice = random.Random(seed)
+    breadth, depth = dice.choice(((1, N_NODES - 1), (2, 4), (3, 3)))
+    kept = list(range(breadth))
+    parent_list, parent_of = [-1, *kept], dict.fromkeys(kept, -1)
+    first = breadth
+    for _ in range(depth - 1):
+        below = {first + i: parent for i, parent in enumerate(p for p in kept for _ in kept)}
+        parent_of |= below
+        kept = sorted(dice.sample(sorted(below), breadth))
+        parent_list += kept
+        first += breadth * breadth
+    chosen = {0}
+    while len(chosen) < N_NODES - 1:
+        chosen.add(dice.choice([c for c, p in parent_of.items() if p in chosen or p == -1]))
+    nodes = {candidate: node for node, candidate in enumerate(sorted(chosen), 1)}
+    parents = [-1, *(nodes.get(parent_of[c], 0) for c in sorted(chosen))]
+
+    mask = torch.ones(N_NODES * N_NODES, dtype=torch.bool)
+    positions = torch.full((N_NODES,), -7)
+    outputs = [torch.full((1, N_NODES), -7) for _ in range(3)]
+    kernels.build_tree_kernel_efficient_cpu(
+        torch.tensor([parent_list]), torch.tensor([sorted(chosen)]), torch.tensor([30]), mask,
+        positions, *outputs, breadth, depth, N_NODES, 1,
+    )  # fmt: skip
+    for node in range(N_NODES):
+        path = ancestors(parents, node)
+        assert mask.view(N_NODES, N_NODES)[node].nonzero().flatten().tolist() == sorted(path)
+        assert positions[node] == 30 + len(path) - 1
+    expected = [torch.full((1, N_NODES), -7) for _ in range(3)]
+    kernels.reconstruct_indices_from_tree_mask(
+        mask, torch.tensor([30]), positions, *expected, 1, N_NODES
+    )
+    assert all(a.equal(b) for a, b in zip(outputs, expected, strict=True))

@@ -31,7 +31,7 @@ MULTIMODAL_MODELS = (
 #: Switches that choose a front end which our requests' fields do not pass.
 OTHER_FRONT_ENDS: tuple[str, ...] = ()
 #: Algorithms of speculative decoding that are served.
-SPECULATES: tuple[str, ...] = ("NGRAM",)
+SPECULATES: tuple[str, ...] = ("NGRAM", "EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
 
 
 def server_args_class(own: Any, module: str) -> Any:

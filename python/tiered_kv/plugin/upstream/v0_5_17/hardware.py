@@ -18,7 +18,13 @@ DRAFT_KERNELS: dict[str, dict[str, str]] = {
     "sglang.srt.speculative.spec_utils": {
         "assign_extend_cache_locs_cpu": "assign_extend_cache_locs_cpu"
     },
-    "sglang.srt.speculative.eagle_utils": {"sgl_verify_tree_greedy_cpu": "verify_tree_greedy_cpu"},
+    "sglang.srt.speculative.eagle_utils": {
+        "sgl_build_tree_kernel_efficient_cpu": "build_tree_kernel_efficient_cpu",
+        "sgl_verify_tree_greedy_cpu": "verify_tree_greedy_cpu",
+    },
+    "sglang.srt.speculative.eagle_worker_common": {
+        "assign_draft_cache_locs_contiguous_cpu": "assign_draft_cache_locs_contiguous_cpu"
+    },
     "sglang.srt.speculative.ngram_worker": {
         "reconstruct_indices_from_tree_mask": "reconstruct_indices_from_tree_mask"
     },
@@ -26,7 +32,8 @@ DRAFT_KERNELS: dict[str, dict[str, str]] = {
         "assign_extend_cache_locs_cpu": "assign_extend_cache_locs_cpu"
     },
     "sglang.kernels.ops.speculative.eagle": {
-        "fill_accept_out_cache_loc_cpu": "fill_accept_out_cache_loc_cpu"
+        "fill_accept_out_cache_loc_cpu": "fill_accept_out_cache_loc_cpu",
+        "fill_bonus_tokens_cpu": "fill_bonus_tokens_cpu",
     },
 }
 

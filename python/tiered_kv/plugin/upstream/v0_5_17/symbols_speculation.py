@@ -12,7 +12,9 @@ SPECULATION = (
         f"{SRT}.server_args.ServerArgs",
         "speculative_algorithm speculative_ngram_max_bfs_breadth page_size tp_size dp_size "
         "disaggregation_mode "
-        "enable_lora enable_deterministic_inference disable_overlap_schedule",
+        "enable_lora enable_deterministic_inference disable_overlap_schedule "
+        "speculative_eagle_topk speculative_num_steps speculative_num_draft_tokens "
+        "speculative_adaptive enable_multi_layer_eagle",
         "options.speculation",
     ),
     function(
@@ -46,6 +48,51 @@ SPECULATION = (
         "predicts accept_index accept_token_num candidates retrieve_index retrieve_next_token "
         "retrieve_next_sibling target_predict topk",
         _HARDWARE,
+    ),
+    function(
+        f"{SRT}.speculative.eagle_utils.build_tree_kernel_efficient",
+        "bonus_tokens parent_list top_scores_index draft_tokens seq_lens seq_lens_sum topk "
+        "spec_steps num_verify_tokens tree_mask_mode tree_mask_buf fill_prefix_mask",
+        _HARDWARE,
+    ),
+    function(
+        f"{_KERNELS}.eagle.fill_bonus_tokens_func",
+        "accept_tokens accept_lens bonus_tokens accept_stride batch_size",
+        _HARDWARE,
+    ),
+    function(
+        f"{SRT}.speculative.spec_utils.select_top_k_tokens",
+        "i topk_p topk_index hidden_states scores topk",
+        "upstream.cpu_speculation",
+    ),
+    object_(
+        f"{SRT}.speculative.draft_utils.DraftBackendFactory",
+        "create_decode_backend create_draft_extend_backend draft_model_runner topk "
+        "speculative_num_steps",
+        "attention.draft_steps",
+    ),
+    function(
+        f"{SRT}.speculative.base_spec_worker.BaseSpecWorker.alloc_memory_pool",
+        "self memory_pool_config req_to_token_pool token_to_kv_pool_allocator",
+        "cache.drafts",
+    ),
+    object_(
+        f"{SRT}.speculative.base_spec_worker.BaseSpecWorker",
+        "draft_worker token_to_kv_pool_allocator",
+        "cache.drafts",
+    ),
+    object_(f"{SRT}.speculative.eagle_worker_v2.EagleDraftWorker", "draft_runner", "cache.drafts"),
+    object_(
+        f"{SRT}.model_executor.model_runner.ModelRunner",
+        "model model_config token_to_kv_pool",
+        "cache.drafts",
+    ),
+    object_(f"{MEM}.cache_init_params.CacheInitParams", "is_eagle", "cache.build"),
+    object_(f"{MEM}.radix_cache.RadixCache", "is_eagle", "cache.prefix_cache"),
+    function(
+        f"{MEM}.kv_cache_builder.maybe_register_hicache_draft",
+        "tree_cache draft_worker spec_algorithm server_args enable_hierarchical_cache page_size",
+        "cache.drafts",
     ),
     object_(f"{_KERNELS}.ngram_corpus", "load_jit", _HARDWARE),
     *(

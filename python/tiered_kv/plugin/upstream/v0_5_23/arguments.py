@@ -87,7 +87,7 @@ MULTIMODAL_MODELS: tuple[str, ...] = ()
 #: Switches that choose a front end which our requests' fields do not pass.
 OTHER_FRONT_ENDS = ("SGLANG_RUST_SERVER", "SGLANG_GRPC_PORT")
 #: Algorithms of speculative decoding that are served.
-SPECULATES: tuple[str, ...] = ("NGRAM",)
+SPECULATES: tuple[str, ...] = ("NGRAM", "EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
 
 _FROM_COMMAND_LINE = "_tiered_kv_from_command_line"
 

@@ -18,16 +18,19 @@ DRAFT_KERNELS: dict[str, dict[str, str]] = {
     "sglang.srt.speculative.eagle_utils": {},
     "sglang.srt.speculative.ngram_worker": {},
     "sglang.kernels.ops.speculative.cache_locs": {
-        "assign_extend_cache_locs_cpu": "assign_extend_cache_locs_cpu"
+        "assign_draft_cache_locs_contiguous_cpu": "assign_draft_cache_locs_contiguous_cpu",
+        "assign_extend_cache_locs_cpu": "assign_extend_cache_locs_cpu",
     },
     "sglang.kernels.ops.speculative.eagle": {
-        "fill_accept_out_cache_loc_cpu": "fill_accept_out_cache_loc_cpu"
+        "fill_accept_out_cache_loc_cpu": "fill_accept_out_cache_loc_cpu",
+        "fill_bonus_tokens_cpu": "fill_bonus_tokens_cpu",
     },
     "sglang.kernels.ops.speculative.reconstruct_tree": {
         "reconstruct_indices_from_tree_mask": "reconstruct_indices_from_tree_mask"
     },
     "sglang.kernels.ops.speculative.spec_tree": {
-        "sgl_verify_tree_greedy_cpu": "verify_tree_greedy_cpu"
+        "sgl_build_tree_kernel_efficient_cpu": "build_tree_kernel_efficient_cpu",
+        "sgl_verify_tree_greedy_cpu": "verify_tree_greedy_cpu",
     },
 }
 

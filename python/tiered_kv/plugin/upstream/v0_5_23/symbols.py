@@ -88,6 +88,7 @@ PARAMETERS = {
     ),
     f"{_MANAGERS}.scheduler_components.request_receiver.SchedulerRequestReceiver"
     "._broadcast_reqs_across_ranks": "self recv_reqs local_reqs",
+    f"{MEM}.kv_cache_builder.maybe_register_hicache_draft": "tree_cache draft_plan",
     f"{MEM}.common.release_kv_cache": "req tree_cache checkpoint",
     f"{_BATCH}.filter_batch": "self reqs_to_exclude keep_indices",
     f"{_BATCH}.retract_decode": "self",
@@ -161,6 +162,7 @@ ADDED = (
         "self",
         "upstream.v0_5_23.hardware",
     ),
+    function(f"{_PLATFORM}.supports_speculative_algorithm", "self algorithm", "start.platform"),
     object_(
         f"{_MANAGERS}.schedule_batch.ReqKvInfo",
         "req_pool_idx holds_kv kv_committed_len kv_allocated_len cache_protected_len",
