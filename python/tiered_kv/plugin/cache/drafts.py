@@ -14,6 +14,7 @@ from tiered_kv.core.errors import ConfigError
 from tiered_kv.forest.key import namespace_hash
 from tiered_kv.plugin.cache import fingerprint
 from tiered_kv.plugin.cache.device_pool import DeviceBuffers, buffers_of
+from tiered_kv.plugin.options import refusals
 from tiered_kv.plugin.upstream.current import arguments
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def runner_of(ctx: TreeCacheBuildContext) -> Any | None:
 
 
 def check_runner(ctx: TreeCacheBuildContext) -> None:
-    """Raise ConfigError for a draft whose KV has other slots, or cannot be found."""
+    """Raise ConfigError for a draft whose KV has other slots or is no plain rows, or not found."""
     algorithm = arguments.resolved(ctx.server_args).speculative_algorithm
     runner = runner_of(ctx)
     if algorithm is None or (algorithm == "NGRAM" and runner is None):
@@ -55,6 +56,7 @@ def check_runner(ctx: TreeCacheBuildContext) -> None:
             f"--tiered-kv does not find the draft's KV in the model's slots with "
             f"--speculative-algorithm {algorithm}; drop one of both."
         )
+    refusals.check_kv_pool(runner.token_to_kv_pool)
 
 
 def with_draft(device: DeviceBuffers, draft: Any) -> DeviceBuffers:
