@@ -211,6 +211,12 @@ class Run:
         self.stored = {s for s in self.kept if said.stored and name_of(s) in said.stored}
         self.n_stored += len(self.stored)
 
+    @property
+    def rebuilds(self) -> float:
+        """How often the index is lost now. A process that has said what it had stored may have been
+        killed before it said where."""
+        return REBUILDS.get(self.place, 0.05)
+
     def lose_index(self) -> None:
         self.n_rebuilds += 1
         for file in index_files(self.directory):
@@ -295,7 +301,7 @@ def test_kill_rounds(
     began = time.monotonic()
     n_rounds = math.ceil(n_rounds / RUNS)
     for number in range(n_rounds):
-        death = Death(choose, kind, rebuilds=choose.random() < REBUILDS.get(run.place, 0.05))
+        death = Death(choose, kind, rebuilds=choose.random() < run.rebuilds)
         if death.rebuilds:
             run.lose_index()
         first_seed = number * SEEDS_PER_ROUND
@@ -313,7 +319,7 @@ def test_kill_rounds(
         is_last = number == n_rounds - 1
         # The next process would give some of it up.
         must_be_there = bool(run.stored)
-        if must_be_there and choose.random() < REBUILDS[run.place]:
+        if must_be_there and choose.random() < run.rebuilds:
             run.lose_index()
         # Not at what was cut off before a process has begun with it.
         if is_last or must_be_there or (death.is_looked_at and run.place != TEAR):
