@@ -1,9 +1,14 @@
-"""Two data-parallel replicas: each with a tree, host memory and a shard of the disk of its own."""
+"""Two data-parallel replicas: each with a tree, host memory and a shard of the disk of its own.
+
+As servers of their own, and as ranks of one model with DP attention.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +16,7 @@ from harness.client import Answer, generate_all
 from harness.metrics import scrape, wait_for_disk
 from harness.prompts import PromptMaker
 from harness.server import ALWAYS_LOAD, FLOAT32, Server
-from support.models import tiny_model_for_two_ranks
+from support.models import tiny_mla_model, tiny_model_for_two_ranks
 from support.workload import differences, mixed_requests, serve
 from tiered_kv.metrics import names
 
@@ -20,23 +25,49 @@ pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(1200)]
 POOL = ("--page-size", 16, "--max-total-tokens", 1024, "--chunked-prefill-size", 128)
 N_TOKENS = 300
 N_REUSABLE = 288
+HOST_TOKENS = 2048
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the replicas are started, and with which model."""
+
+    flags: tuple[Any, ...]
+    make_model: Callable[[Path, Path], Path]
+    token_bytes: int
+    plain_flags: tuple[Any, ...] = ()
+    """Of a server with the same answers."""
+
+
+DP_ATTENTION = ("--tp-size", 2, "--dp-size", 2, "--enable-dp-attention")
+LAYOUTS = {
+    "replicas": Layout(("--dp-size", 2), tiny_model_for_two_ranks, 4096),
+    # Sums over two ranks are others than on one.
+    "dp attention": Layout(DP_ATTENTION, tiny_mla_model, 1536, DP_ATTENTION),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 def test_replicas_answer_as_one_server_does_from_tiers_of_their_own(
-    make_server: Callable[..., Server], demo_model: Path, prompts: PromptMaker, tmp_path: Path
+    layout: Layout,
+    make_server: Callable[..., Server],
+    demo_model: Path,
+    prompts: PromptMaker,
+    tmp_path: Path,
 ) -> None:
-    model = tiny_model_for_two_ranks(demo_model, tmp_path / "model")
+    model = layout.make_model(demo_model, tmp_path / "model")
     asked = [prompts.tokens(f"replicas {i}", N_TOKENS) for i in range(5)]
     load = mixed_requests(prompts, 60, seed=5)
     only_platform = {"SGLANG_PLUGINS": "tiered_kv_cpu"}
-    with make_server("dp_plain", *FLOAT32, *POOL, model=model, env=only_platform) as plain:
+    plain_args = [*FLOAT32, *POOL, *layout.plain_flags]
+    with make_server("dp_plain", *plain_args, model=model, env=only_platform) as plain:
         truths = [answer.output_ids for answer in generate_all(plain, asked, concurrency=1)]
         alone = serve(plain, [one.alone(f"alone {i}") for i, one in enumerate(load)], 4)
     assert len(set(truths)) == 5, "the model ignores its prompts"
 
-    args = [*FLOAT32, *POOL, "--dp-size", 2, "--tiered-kv", *ALWAYS_LOAD]
-    # 2,048 tokens for each.
-    args += ["--tiered-kv-host-size", "8388608B", "--tiered-kv-disk-dir", tmp_path / "disk"]
+    args = [*FLOAT32, *POOL, *layout.flags, "--tiered-kv", *ALWAYS_LOAD]
+    host_size = f"{HOST_TOKENS * layout.token_bytes}B"  # of each rank
+    args += ["--tiered-kv-host-size", host_size, "--tiered-kv-disk-dir", tmp_path / "disk"]
     args += ["--tiered-kv-disk-size", "400MB", "--tiered-kv-debug-integrity", "--enable-metrics"]
 
     def ask(server: Server, replica: int, these: list[list[int]]) -> list[Answer]:
@@ -84,6 +115,6 @@ def test_replicas_answer_as_one_server_does_from_tiers_of_their_own(
     for replica, n_pages in enumerate(pages):
         here = {"dp_rank": str(replica)}
         assert on_disk.of(names.RESIDENT_TOKENS, tier="disk", **here) == n_pages * 16
-        assert on_disk.of(names.CAPACITY_TOKENS, tier="host", **here) == 2048
+        assert on_disk.of(names.CAPACITY_TOKENS, tier="host", **here) == HOST_TOKENS
     shards = sorted(path.name for path in (tmp_path / "disk").iterdir() if path.is_dir())
     assert shards == ["shard-0-of-2", "shard-1-of-2"]

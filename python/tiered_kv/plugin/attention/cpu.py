@@ -98,6 +98,10 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
                 )
         self._runner.prepare(planned.plan, tables)
 
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """The length of requests that a batch is filled up with, where ranks have unlike many."""
+        return 1
+
     def forward_decode(
         self,
         q: torch.Tensor,

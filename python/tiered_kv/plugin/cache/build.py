@@ -110,7 +110,7 @@ def build_parts(ctx: TreeCacheBuildContext, windows: WindowLayers | None = None)
     copier = make_copier(formats, device, host, args.tiered_kv_copy_path)
     if host.is_shared:
         copier = PartCopier(copier, shard.place, len(shard.holders))
-    timeline = open_timeline(args, replica.process(ctx.tp_rank), copier)
+    timeline = open_timeline(args, replica.process, copier)
     disk = open_disk(config, shard, collective, replica.server)
     has_disk = config.disk.directory is not None
     store = open_store(config.store, shard, host, formats.disk.page_bytes)
@@ -125,7 +125,7 @@ def build_parts(ctx: TreeCacheBuildContext, windows: WindowLayers | None = None)
     residency = ResidencyLog(events)
     metrics = make_metrics(ctx, replica)
     forest = Forest(params.page_size, tiers=tiers_in_use(store))
-    cost_model = build_cost_model(ctx, pool, formats.host)
+    cost_model = build_cost_model(ctx, pool, formats.host, replica.n_ranks)
     costs = None if cost_model is None else placement_costs(cost_model, formats)
     runner = ctx.tp_worker.model_runner
     context = TierContext(
@@ -156,12 +156,12 @@ def build_parts(ctx: TreeCacheBuildContext, windows: WindowLayers | None = None)
         events=events,
         metrics=metrics,
         host_report=HostReport(host),
-        name_weights=name_weights,
+        name_weights=name_weights if may_name_again(ctx) else None,
         step_times=StepTimes(hierarchy, synchronous=on_cpu),
         pass_log=make_pass_log(context, cost_model, synchronous=on_cpu),
         residency=residency,
         cost_model=cost_model,
-        watched=make_watched(args, replica.process(ctx.tp_rank), forest),
+        watched=make_watched(args, replica.process, forest),
     )
 
 
@@ -188,7 +188,7 @@ def host_of(
     """This rank's host pool, and the shard that is kept there and below. Raises ConfigError."""
     # The ranks of one machine: they are spread evenly.
     n_machines = arguments.resolved(ctx.server_args).nnodes
-    n_ranks = max(1, ctx.tp_size * replica.n_replicas // n_machines)
+    n_ranks = max(1, replica.n_ranks * replica.n_replicas // n_machines)
     config: TieredKVConfig = ctx.server_args.to_config()
     pool = kv_pool_of(ctx.params.token_to_kv_pool_allocator.get_kvcache())
     device = device_buffers(ctx)
@@ -197,7 +197,7 @@ def host_of(
     )
     apart = STATES_SHARE if ctx.is_hybrid_ssm else 0.0 if windows is None else windows.share
     rank_bytes -= int(rank_bytes * apart)
-    shard = shard_of(ctx, pool)
+    shard = shard_of(ctx, pool, replica)
     pins = device.buffers[0].device.type != "cpu"
     host, shard = open_host(formats.host, rank_bytes, shard, collective, pins=pins)
     return host, shard.of_replica(replica.index, replica.n_replicas)
@@ -265,9 +265,10 @@ def name_namespace(
     """
     started = time.perf_counter()
     model = ctx.tp_worker.model_runner.model
-    collective = make_collective(ctx)
     checksum = fingerprint.weights_checksum(model)
-    checksums = collective.gather(checksum) if isinstance(collective, RankMinimum) else [checksum]
+    # All ranks, also those of DP attention that have other requests: KV depends on everybody's.
+    is_alone = ctx.tp_size == 1 or ctx.params.tp_cache_group is None
+    checksums = [checksum] if is_alone else RankMinimum(ctx.tp_group.cpu_group).gather(checksum)
     parts = fingerprint.parts_of(
         model,
         ctx.model_config,
@@ -337,7 +338,16 @@ def are_named(ctx: TreeCacheBuildContext, where: str) -> bool:
     return reason is None
 
 
+def may_name_again(ctx: TreeCacheBuildContext) -> bool:
+    """Whether weights that have changed can be named, when the next prompt comes.
+
+    All ranks must name them at one point of their loops; those of DP attention have no such.
+    """
+    return arguments.attention_groups(arguments.resolved(ctx.server_args)) == 1
+
+
 def make_collective(ctx: TreeCacheBuildContext) -> Collective:
+    """Of the ranks that have the same requests."""
     group = ctx.params.tp_cache_group
     return SingleRank() if ctx.tp_size == 1 or group is None else RankMinimum(group)
 

@@ -32,11 +32,11 @@ _OTHER_GPU = "H100-80"
 
 
 def build_cost_model(
-    ctx: TreeCacheBuildContext, pool: Any, page_format: PageFormat
+    ctx: TreeCacheBuildContext, pool: Any, page_format: PageFormat, n_ranks: int
 ) -> CostModel | None:
     """None for a model whose configuration does not say how large its parts are.
 
-    page_format: of pages on the host.
+    page_format: of pages on the host; n_ranks: those that compute the same requests.
     Seen as one device: a tensor-parallel group computes together, but each rank moves its own part
     of a page, so the edges are one rank's.
     """
@@ -56,8 +56,8 @@ def build_cost_model(
     except ConfigError as error:
         logger.warning("Tiered KV: no cost model (%s); what can be loaded is loaded.", error)
         return None
-    device = nearest_device().scaled(ctx.tp_size)
-    link = EdgeCost(device.host_link_bandwidth / ctx.tp_size, device.host_link_latency_s)
+    device = nearest_device().scaled(n_ranks)
+    link = EdgeCost(device.host_link_bandwidth / n_ranks, device.host_link_latency_s)
     logger.info(
         "Tiered KV: costs start from the figures of %s, %.0f bytes of KV per token and rank.",
         device.name,

@@ -65,8 +65,8 @@ class CacheParts:
     events: KvEvents
     metrics: MetricsRecorder
     host_report: HostReport
-    name_weights: Callable[[], tuple[bytes, tuple[PageStore, ...]]]
-    """Names the weights in use now, and opens their namespace in the cold stores."""
+    name_weights: Callable[[], tuple[bytes, tuple[PageStore, ...]]] | None
+    """Names the weights in use now, and opens their namespace in the cold stores; None if it cannot."""
     step_times: StepTimes
     residency: ResidencyLog
     """What became cached, or ceased to be, while somebody waits."""

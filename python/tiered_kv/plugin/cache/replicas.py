@@ -1,6 +1,7 @@
 """Data-parallel replicas: servers in one, each with requests, a tree and tiers of its own.
 
-They start at the same moment on the same machine and have no group in common to agree over.
+They start at the same moment on the same machine and have no group in common to agree over. Those
+of DP attention compute each pass together, but never look at each other's requests.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ class Replica:
 
     index: int
     n_replicas: int
+    rank: int
+    """This process's, within the replica."""
     n_ranks: int
-    """Of each replica."""
+    """Of each replica: those that share out its KV, and decide alike."""
     server: int
     """What all processes of this server have in common, and no other server."""
 
@@ -36,9 +39,10 @@ class Replica:
     def is_one_of_many(self) -> bool:
         return self.n_replicas > 1
 
-    def process(self, rank: int) -> int:
-        """The number of this replica's rank `rank` among all ranks of the server."""
-        return self.index * self.n_ranks + rank
+    @property
+    def process(self) -> int:
+        """The number of this rank among all of the server."""
+        return self.index * self.n_ranks + self.rank
 
     def first_word(self, value: int) -> int:
         """What the first of the server's ranks to ask gave for `value`: all get the same.
@@ -66,8 +70,14 @@ class Replica:
 
 
 def replica_of(ctx: TreeCacheBuildContext) -> Replica:
-    """Which of the replicas of `--dp-size` builds its cache here."""
-    n_replicas = int(arguments.resolved(ctx.server_args).dp_size)
+    """Which of the replicas of `--dp-size`, or of DP attention, builds its cache here."""
+    outcome, server = arguments.resolved(ctx.server_args), ctx.server_args.server_number
+    n_groups = arguments.attention_groups(outcome)
+    if n_groups > 1:
+        # Attention is tensor-parallel within a group, whose ranks are neighbours.
+        n_ranks = ctx.tp_size // n_groups
+        return Replica(ctx.tp_rank // n_ranks, n_groups, ctx.tp_rank % n_ranks, n_ranks, server)
+    n_replicas = int(outcome.dp_size)
     # A router may number servers that know nothing of each other.
     index = hardware.replica_index(ctx.tp_worker) if n_replicas > 1 else 0
-    return Replica(index, n_replicas, ctx.tp_size, ctx.server_args.server_number)
+    return Replica(index, n_replicas, ctx.tp_rank, ctx.tp_size, server)

@@ -9,27 +9,27 @@ from sglang.srt.layers.linear import QKVParallelLinear
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
+from tiered_kv.plugin.cache.replicas import Replica
 from tiered_kv.tiers.kv_shard import KVShard, kv_shard
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
 
 
-def shard_of(ctx: TreeCacheBuildContext, pool: Any) -> KVShard:
-    """pool: SGLang's KV pool."""
+def shard_of(ctx: TreeCacheBuildContext, pool: Any, replica: Replica) -> KVShard:
+    """Among the ranks of `replica`, this one's; pool: SGLang's KV pool."""
+    rank, n_ranks = replica.rank, replica.n_ranks
     n_machines = ctx.server_args.nnodes
     if ctx.is_hybrid_ssm:
         # Each rank has states of its own, and keeps its pages where it keeps those.
         return KVShard.alone(ctx.tp_rank, ctx.tp_size, n_machines)
     if isinstance(pool, MLATokenToKVPool):
-        return kv_shard(ctx.tp_rank, ctx.tp_size, None, n_machines)
+        return kv_shard(rank, n_ranks, None, n_machines)
     n_kv_heads = ctx.model_config.get_total_num_kv_heads()
     model = ctx.tp_worker.model_runner.model
-    if n_kv_heads < ctx.tp_size and not gives_neighbours_equal_heads(
-        model, ctx.tp_size // n_kv_heads
-    ):
-        return KVShard.alone(ctx.tp_rank, ctx.tp_size, n_machines)
-    return kv_shard(ctx.tp_rank, ctx.tp_size, n_kv_heads, n_machines)
+    if n_kv_heads < n_ranks and not gives_neighbours_equal_heads(model, n_ranks // n_kv_heads):
+        return KVShard.alone(rank, n_ranks, n_machines)
+    return kv_shard(rank, n_ranks, n_kv_heads, n_machines)
 
 
 def gives_neighbours_equal_heads(model: torch.nn.Module, n_ranks: int) -> bool:

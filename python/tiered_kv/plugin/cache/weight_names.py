@@ -21,13 +21,14 @@ logger = logging.getLogger(__name__)
 class WeightNames:
     """name_weights: names the weights in use now, and opens their namespace in the cold stores.
 
-    Every call is made on every rank, at the same point of its loop.
+    Every call is made on every rank, at the same point of its loop. name_weights: None if that
+    cannot be had; weights that have changed have no name then.
     """
 
     def __init__(
         self,
         hierarchy: KVHierarchy,
-        name_weights: Callable[[], tuple[bytes, tuple[PageStore, ...]]],
+        name_weights: Callable[[], tuple[bytes, tuple[PageStore, ...]]] | None,
     ) -> None:
         self._hierarchy = hierarchy
         self._name_weights = name_weights
@@ -41,6 +42,11 @@ class WeightNames:
     def changing(self, *, is_computing: bool) -> None:
         """Other weights may be in use after this; is_computing: and go on with KV of the old."""
         self._hierarchy.put_stores_away()
+        if self._name_weights is None and self.is_named:
+            logger.warning(
+                "Tiered KV: the weights change, and with DP attention those that come have no name: "
+                "nothing is read from disk or store, or written there, until the server restarts."
+            )
         self.is_named = False
         self._is_mixed |= is_computing
 
@@ -58,7 +64,7 @@ class WeightNames:
 
         Called before anything is computed with them.
         """
-        if self.is_named or self._is_mixed or self._are_away:
+        if self.is_named or self._is_mixed or self._are_away or self._name_weights is None:
             return
         hierarchy = self._hierarchy
         namespace, stores = self._name_weights()

@@ -150,6 +150,15 @@ SHARED_HOOKS: tuple[Hook, ...] = (
         why="tensor-parallel ranks that decide by clocks of their own would part",
     ),
     Hook(
+        target="sglang.srt.managers.scheduler_components.request_receiver"
+        ".SchedulerRequestReceiver._split_work_and_control_reqs",
+        kind="around",
+        function="tiered_kv.plugin.queue.clock_tick:keep_tick_with_work",
+        process=Process.SCHEDULER,
+        why="with DP attention all ranks get what the first has, but for requests, and it may be "
+        "idle when others need the time",
+    ),
+    Hook(
         target="sglang.srt.observability.req_time_stats.APIServerReqTimeStats.__getstate__",
         kind="after",
         function="tiered_kv.plugin.queue.clock_tick:send_creation_time",

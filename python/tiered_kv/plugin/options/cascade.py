@@ -42,6 +42,9 @@ def why_not(server_args: Any) -> str | None:
         return "--enable-deterministic-inference"
     if outcome.speculative_algorithm is not None:
         return "--speculative-algorithm, whose passes verify drafts"
+    if arguments.attention_groups(outcome) > 1:
+        # Batches are filled up to the length of other ranks'.
+        return "DP attention"
     if getattr(outcome, "uses_mamba_radix_cache", False):
         return "a model with recurrent state (Mamba, linear attention)"
     if outcome.enable_torch_compile:

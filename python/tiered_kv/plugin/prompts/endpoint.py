@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from tiered_kv.api.pieces import IDLE_S, Book, PieceError, Prompt
 from tiered_kv.plugin.prompts.ahead import Ahead
 from tiered_kv.plugin.prompts.inner import REPLICA, Forwarded
+from tiered_kv.plugin.upstream.current import arguments
 
 PATH = "/tiered_kv/prompts"
 
@@ -42,7 +43,7 @@ class Prompts:
         self._manager = manager
         self._book = Book()
         self._ahead: dict[str, Ahead] = {}
-        self._replicas = manager.server_args.dp_size
+        self._replicas = arguments.replicas(manager.server_args)
         self._n_opened = 0
         self._page_size = manager.server_args.page_size
 

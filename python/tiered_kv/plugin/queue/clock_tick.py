@@ -111,6 +111,19 @@ def carry_tick(
     return received
 
 
+def keep_tick_with_work(
+    original: Callable[..., tuple[list[Any], list[Any]]], receiver: Any, *args: Any, **kwargs: Any
+) -> tuple[list[Any], list[Any]]:
+    """AROUND `SchedulerRequestReceiver._split_work_and_control_reqs`, of DP attention.
+
+    What is work goes to the ranks that have the same requests; all else comes from the first of
+    all ranks.
+    """
+    work, control = original(receiver, *args, **kwargs)
+    ticks = [item for item in control if isinstance(item, Tick)]
+    return work + ticks, [item for item in control if not isinstance(item, Tick)]
+
+
 def send_creation_time(state: dict[str, Any], stats: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `APIServerReqTimeStats.__getstate__`: a request's state on its way to the scheduler.
 

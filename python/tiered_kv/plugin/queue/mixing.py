@@ -42,6 +42,9 @@ class Mixing:
         if not self._scheduler.spec_algorithm.is_none():
             # A pass that verifies drafts is no prefill.
             return False
+        if self._scheduler.require_mlp_sync:
+            # Other ranks are told how many tokens this one has.
+            return False
         if not running_batch.reqs:
             return True
         if self._scheduler.chunked_prefill_size is None or self._was_missed:

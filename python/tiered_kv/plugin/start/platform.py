@@ -165,9 +165,10 @@ class TieredKVCpuPlatform(hardware.PlainPlatform, CpuDeviceMixin, SRTPlatform):
         """Upstream calls it once in each process that runs the model, before it builds one."""
         from tiered_kv.plugin.attention import cpu as cpu_attention
         from tiered_kv.plugin.attention import draft_steps
-        from tiered_kv.plugin.upstream import cpu_heads, cpu_speculation
+        from tiered_kv.plugin.upstream import cpu_dp_attention, cpu_heads, cpu_speculation
 
         cpu_attention.register()
         draft_steps.register()
+        cpu_dp_attention.register()
         cpu_heads.register()
         cpu_speculation.register()

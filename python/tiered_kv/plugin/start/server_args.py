@@ -22,6 +22,7 @@ from tiered_kv.core.errors import ConfigError, TieredKVError
 from tiered_kv.plugin.options import cascade as cascade_option
 from tiered_kv.plugin.options import (
     disaggregation,
+    dp_attention,
     recurrent,
     refusals,
     speculation,
@@ -118,6 +119,7 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
         windows.check_resolved(self)
         recurrent.check_resolved(outcome)
         speculation.check_resolved(outcome)
+        dp_attention.check_resolved(outcome)
         cascade_option.check_resolved(self)
 
     def arrived(self) -> None:

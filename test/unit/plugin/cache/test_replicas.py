@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_all_ranks_of_all_replicas_go_by_who_asks_first(folder: Path) -> None:
-    servers = [[Replica(index, 2, 2, server=server) for index in range(2)] for server in (7, 8)]
+    servers = [[Replica(index, 2, 0, 2, server=server) for index in range(2)] for server in (7, 8)]
     words: dict[tuple[int, int, int], int] = {}
 
     def ask(replica: Replica, rank: int) -> None:
@@ -47,7 +47,7 @@ def test_all_ranks_of_all_replicas_go_by_who_asks_first(folder: Path) -> None:
 
 
 def test_one_replica_asks_nobody(folder: Path) -> None:
-    assert Replica(0, 1, 4, server=7).first_word(5) == 5
+    assert Replica(0, 1, 0, 4, server=7).first_word(5) == 5
     assert not list(folder.iterdir())
 
 
@@ -55,12 +55,12 @@ def test_where_nothing_can_be_written_each_keeps_to_its_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "nowhere"))
-    assert [Replica(index, 2, 1, server=7).first_word(index) for index in range(2)] == [0, 1]
+    assert [Replica(index, 2, 0, 1, server=7).first_word(index) for index in range(2)] == [0, 1]
     assert "cannot agree on their shares of memory" in caplog.text
 
 
 def test_ranks_are_numbered_over_all_replicas() -> None:
-    numbers = [Replica(index, 3, 2, 7).process(rank) for index in range(3) for rank in range(2)]
+    numbers = [Replica(index, 3, rank, 2, 7).process for index in range(3) for rank in range(2)]
     assert numbers == list(range(6))
 
 
@@ -69,6 +69,32 @@ def test_a_number_that_a_router_gave_is_none_of_a_replica(
     dp_size: int, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replicas.hardware, "replica_index", lambda worker: worker)
-    args = SimpleNamespace(dp_size=dp_size, server_number=7)
-    ctx: Any = SimpleNamespace(server_args=args, tp_worker=3, tp_size=2)
-    assert replica_of(ctx) == Replica(index, dp_size, 2, 7)
+    assert replica_of(context(dp_size=dp_size, attn_dp_size=1)) == Replica(index, dp_size, 1, 2, 7)
+
+
+@pytest.mark.parametrize("n_groups", [2, 4, 8])
+def test_groups_of_dp_attention_are_replicas_of_neighbours(n_groups: int) -> None:
+    found = [
+        replica_of(context(tp_size=8, tp_rank=rank, dp_size=1, attn_dp_size=n_groups))
+        for rank in range(8)
+    ]
+    n_ranks = 8 // n_groups
+    assert [(one.index, one.rank) for one in found] == [
+        (index, rank) for index in range(n_groups) for rank in range(n_ranks)
+    ]
+    assert {(one.n_replicas, one.n_ranks) for one in found} == {(n_groups, n_ranks)}
+    assert [one.process for one in found] == list(range(8))
+
+
+def context(
+    *, dp_size: int, attn_dp_size: int, tp_size: int = 2, tp_rank: int = 1
+) -> Any:
+    """What SGLang of either release builds a cache with."""
+    args = SimpleNamespace(
+        # 0.5.17 counts such groups by the first, with a flag.
+        dp_size=max(dp_size, attn_dp_size),
+        attn_dp_size=attn_dp_size,
+        enable_dp_attention=attn_dp_size > 1,
+        server_number=7,
+    )
+    return SimpleNamespace(server_args=args, tp_worker=3, tp_size=tp_size, tp_rank=tp_rank)

@@ -11,6 +11,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
 from support_plugin import on_release
+from tiered_kv.plugin.cache.replicas import Replica
 from tiered_kv.plugin.cache.shards import shard_of
 from tiered_kv.tiers.kv_shard import KVShard, kv_shard
 
@@ -38,13 +39,12 @@ def shards(
         shard_of(
             SimpleNamespace(  # type: ignore[arg-type]
                 is_hybrid_ssm=is_hybrid_ssm,
-                tp_rank=rank,
-                tp_size=n_ranks,
                 server_args=SimpleNamespace(nnodes=1),
                 model_config=SimpleNamespace(get_total_num_kv_heads=lambda: n_kv_heads),
                 tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=model)),
             ),
             pool,
+            Replica(0, 1, rank, n_ranks, server=7),
         )
         for rank in range(n_ranks)
     ]

@@ -138,6 +138,26 @@ def test_many_parts_of_an_update_after_a_flush_are_named_once(
     settle(loop)
 
 
+def test_where_ranks_cannot_name_weights_together_those_that_changed_have_no_name(
+    make_loop: MakeLoop, disk: PretendDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With DP attention: the disk is left alone, also by prompts that have been there before."""
+    loop = make_loop(disk=disk)
+    loop.tree_cache.weights._name_weights = None
+    administrator = Administrator(loop)
+    ask(loop, PROMPT, "a")
+    settle(loop)
+    before = n_pages(disk)
+    for _ in range(2):
+        assert administrator.update() == (True, "loaded")
+        assert ask(loop, PROMPT, "b").cached_tokens == 0
+        assert ask(loop, PROMPT, "c").cached_tokens_device == N_REUSABLE
+        settle(loop)
+        assert administrator.flush()
+    assert n_pages(disk) == before
+    assert caplog.text.count("nothing is read from disk or store") == 1
+
+
 def test_the_same_weights_again_keep_their_cache(make_loop: MakeLoop, disk: PretendDisk) -> None:
     loop = make_loop(disk=disk)
     administrator = Administrator(loop)

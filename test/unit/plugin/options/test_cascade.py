@@ -27,6 +27,8 @@ def server_args(mode: str, **fields: Any) -> Any:
         "device": "cpu",
         "enable_deterministic_inference": False,
         "speculative_algorithm": None,
+        "enable_dp_attention": False,
+        "attn_dp_size": 1,
         "enable_torch_compile": False,
         **on_release.attention_backends(backend),
     }

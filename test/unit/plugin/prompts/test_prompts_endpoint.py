@@ -33,7 +33,7 @@ class Manager:
     """What of SGLang's TokenizerManager is used."""
 
     def __init__(self, **args: Any) -> None:
-        args = {"tiered_kv": True, "tokenizer_worker_num": 1, "dp_size": 1, **args}
+        args = {"tiered_kv": True, "tokenizer_worker_num": 1, "dp_size": 1, "attn_dp_size": 1, **args}
         args.setdefault("disaggregation_mode", "null")
         self.server_args = SimpleNamespace(page_size=PAGE_TOKENS, **args)
         self.aborted: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from array import array
 from collections.abc import Callable
@@ -12,12 +13,20 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import FlushCacheReqInput, TokenizedGenerateReqInput
+from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from tiered_kv.plugin.queue import clock_tick
-from tiered_kv.plugin.queue.clock_tick import ARRIVALS_MAX, SharedClock, Tick, attach, carry_tick
+from tiered_kv.plugin.queue.clock_tick import (
+    ARRIVALS_MAX,
+    SharedClock,
+    Tick,
+    attach,
+    carry_tick,
+    keep_tick_with_work,
+)
 
 
 @pytest.fixture
@@ -125,3 +134,24 @@ def test_arrivals_are_kept_until_they_are_asked_for_but_not_for_ever(now: list[f
 def test_a_receiver_without_a_policy_of_ours_is_left_alone() -> None:
     pulled = [generate_request("a", 1.0)]
     assert carry_tick(lambda _, items: items, SimpleNamespace(), pulled) is pulled
+
+
+def test_with_dp_attention_the_time_is_of_those_who_have_the_requests(now: list[float]) -> None:
+    # Two groups of ranks; the first has nothing to do, and what is no request comes from it.
+    split = functools.partial(
+        keep_tick_with_work, SchedulerRequestReceiver._split_work_and_control_reqs
+    )
+    idle, busy = Rank(wanted=False), Rank(wanted=True)
+    flush, theirs = FlushCacheReqInput(), generate_request("theirs", created_s=990.0)
+    controls: list[list[Any]] = []
+
+    def send(receiver: Any, items: list[Any]) -> list[Any]:
+        work, control = split(receiver, items)
+        controls.append(control)
+        return [*work, *controls[0]]
+
+    assert idle.receive(send, [flush]) == [flush]
+    assert busy.receive(send, [theirs]) == [theirs, flush]
+    assert (idle.ticks, busy.ticks) == (0, 1)
+    assert busy.clock.now_s == 1000.0
+    assert busy.clock.arrival_s("theirs") == 990.0

@@ -109,6 +109,17 @@ def attention_backends(server_args: Any) -> tuple[str, str]:
     return backends
 
 
+def attention_groups(outcome: Any) -> int:
+    """Of resolved arguments: how many groups of ranks have requests of their own, in one model."""
+    return int(outcome.dp_size) if outcome.enable_dp_attention else 1
+
+
+def replicas(server_args: Any) -> int:
+    """How many schedulers have requests of their own."""
+    outcome = resolved(server_args)
+    return int(outcome.dp_size)
+
+
 def model_config(server_args: Any) -> Any:
     """SGLang's ModelConfig, the object that it keeps; while it resolves, too."""
     return server_args.get_model_config()

@@ -51,6 +51,19 @@ CPU_PLATFORM = (
         "name",
         "attention.cpu",
     ),
+    # DP attention on a CPU.
+    object_(f"{SRT}.layers.dp_attention", "memcpy_triton", "upstream.cpu_dp_attention"),
+    object_(
+        f"{SRT}.distributed.parallel_state.GroupCoordinator",
+        "all_gather_into_tensor _all_gather_into_tensor reduce_scatter_tensor "
+        "_reduce_scatter_tensor",
+        "upstream.cpu_dp_attention",
+    ),
+    function(
+        f"{SRT}.model_executor.forward_batch_info.ForwardBatch.prepare_mlp_sync_batch",
+        "self model_runner",
+        "upstream.cpu_dp_attention",
+    ),
     function(
         f"{SRT}.layers.attention.torch_native_backend.TorchNativeAttnBackend.__init__",
         "self model_runner",

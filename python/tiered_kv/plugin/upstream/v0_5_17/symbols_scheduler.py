@@ -97,6 +97,11 @@ QUEUE = (
         "queue.clock_tick",
     ),
     function(
+        f"{_RECEIVER}._split_work_and_control_reqs",
+        "self recv_reqs",
+        "queue.clock_tick",
+    ),
+    function(
         f"{SRT}.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
         "._get_num_pending_tokens",
         "self chunk_deduct",

@@ -56,7 +56,6 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda a: a.enable_mamba_cache_stochastic_rounding,
         "drop it or --tiered-kv",
     ),
-    ("--attn-dp-size above 1", lambda a: a.attn_dp_size > 1, "drop it or --tiered-kv"),
     # Plain SGLang's needs CUDA on this release: it could not be tried.
     (
         "--disaggregation-mode on this release of SGLang",
@@ -204,6 +203,17 @@ def attention_backends(server_args: Any) -> tuple[str, str]:
     """Of prefill and of decode, resolved."""
     backends: tuple[str, str] = attention_backends_of(resolved(server_args))
     return backends
+
+
+def attention_groups(outcome: Any) -> int:
+    """Of resolved arguments: how many groups of ranks have requests of their own, in one model."""
+    return int(outcome.attn_dp_size)
+
+
+def replicas(server_args: Any) -> int:
+    """How many schedulers have requests of their own."""
+    outcome = resolved(server_args)
+    return int(outcome.dp_size * outcome.attn_dp_size)
 
 
 def model_config(server_args: Any) -> Any:
