@@ -1,9 +1,9 @@
 """Names of images, videos and audio, by all that their KV comes of.
 
 SGLang tells them apart by 64 bits of a hash over pixels, without their shape, or by what a client
-calls their hash; 30 of these bits stand in for their tokens. So each is named here by SHA-256 over
-everything that the model is given of it. The name is its `hash` too, by which SGLang keeps what the
-encoder made of it.
+calls their hash; these bits, or some of them, stand in for their tokens. So each is named here by
+SHA-256 over everything that the model is given of it. SGLang keeps what the encoder made of it by
+that name, too.
 
 A request takes the names along as its `extra_key`, a `PromptKey`, wherever SGLang takes its tokens.
 """
@@ -22,6 +22,7 @@ import torch
 
 from tiered_kv.forest.inputs import TOKEN_LIMIT, Input, PromptKey, named
 from tiered_kv.forest.key import SHARED_TREE, TOKEN_TYPECODE
+from tiered_kv.plugin.upstream.current import request_kv
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInputs, Req
@@ -95,8 +96,10 @@ def inputs_of(given: MultimodalInputs, tokens: np.ndarray) -> tuple[Input, ...] 
             return None
         sha256 = hashlib.sha256(digest)
         for begin, end in sorted(item.offsets):
-            run = tokens[begin : end + 1]
-            if not 0 <= begin <= end < len(tokens) or (run != item.pad_value).any():
+            if not 0 <= begin <= end < len(tokens):
+                return None
+            expected = request_kv.placeholders(item, end + 1 - begin)
+            if not np.array_equal(tokens[begin : end + 1], expected):
                 return None
             is_text[begin : end + 1] = True
             # Rotary positions depend on more than the item in some models: seconds per frame.
@@ -117,12 +120,16 @@ def paired(tokens: array[int]) -> array[int]:
 
 
 def as_named(tokens: array[int], key: object, context: TierContext, begin: int = 0) -> array[int]:
-    """`tokens` from position `begin` on as they name pages, of a prompt with this `extra_key`."""
+    """`tokens` from position `begin` on as they name pages, of a prompt with this `extra_key`.
+
+    Long placeholders all become one: what stands behind them, and where, is in the names of inputs.
+    """
     if context.names_pairs:
         return paired(tokens)
     if not isinstance(key, PromptKey):
         return tokens
-    return named(tokens, key.inputs, context.page_size, begin)
+    words = np.minimum(np.asarray(tokens, dtype=np.int64), TOKEN_LIMIT - 1)
+    return named(array(TOKEN_TYPECODE, words.tobytes()), key.inputs, context.page_size, begin)
 
 
 # -- hooks ---------------------------------------------------------------------------------------
@@ -147,14 +154,11 @@ def set_pad_value(original: Callable[..., None], item: MultimodalDataItem) -> No
         logger.warning("Tiered KV: KV of an input is not kept (%s).", error)
     else:
         item.__dict__[_DIGEST] = digest
-        name = int.from_bytes(digest, "little")
-        if item.pad_value is None:
-            item.set_hash(name)
-        else:  # it stands in the prompt already
-            item.hash = name
+        request_kv.name_input(item, digest)
     original(item)
-    if not MM_PAD_SHIFT_VALUE <= item.pad_value < TOKEN_LIMIT:
-        raise ValueError(f"pad_value {item.pad_value} is not for clients to set; leave it out.")
+    for value in request_kv.placeholder_values(item):
+        if not isinstance(value, int) or not MM_PAD_SHIFT_VALUE <= value < request_kv.WORD_LIMIT:
+            raise ValueError(f"pad_value {value} is not for clients to set; leave it out.")
 
 
 def _is_written_out(features: object) -> bool:

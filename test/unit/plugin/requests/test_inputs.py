@@ -24,11 +24,7 @@ from sglang.srt.managers.schedule_batch import (
 from tiered_kv.forest.inputs import TOKEN_LIMIT, PromptKey, token_ids
 from tiered_kv.forest.key import SHARED_TREE, TreeKey
 from tiered_kv.plugin.requests import inputs
-from tiered_kv.plugin.upstream.current import arguments
-
-pytestmark = pytest.mark.skipif(
-    not arguments.MULTIMODAL_MODELS, reason="no multimodal model is served on this release"
-)
+from tiered_kv.plugin.upstream.current import request_kv
 
 SCHEDULER = SimpleNamespace(server_args=SimpleNamespace(tiered_kv=True))
 
@@ -58,7 +54,7 @@ def request(*items: MultimodalDataItem, n: int = 64, **fields: Any) -> Any:
     tokens = array("q", range(n))
     for one in items:
         for begin, end in one.offsets:
-            tokens[begin : end + 1] = array("q", [one.pad_value] * (end + 1 - begin))
+            tokens[begin : end + 1] = array("q", request_kv.placeholders(one, end + 1 - begin))
     positions = torch.arange(n).expand(3, n)
     given = MultimodalInputs(mm_items=list(items), mrope_positions=positions)
     defaults = {"multimodal_inputs": given, "extra_key": None, "origin_input_ids": tokens}
@@ -172,7 +168,7 @@ def test_features_as_json_has_them_are_refused(features: Any) -> None:
             arrived(item(**{"feature": None, name: features}))
 
 
-@pytest.mark.parametrize("placeholder", [5, -1, 1 << 31, MM_PAD_SHIFT_VALUE - 1])
+@pytest.mark.parametrize("placeholder", [5, -1, request_kv.WORD_LIMIT, MM_PAD_SHIFT_VALUE - 1])
 def test_placeholders_that_clients_choose_are_refused(placeholder: int) -> None:
     with pytest.raises(ValueError, match="not for clients"):
         arrived(item(pad_value=placeholder))
@@ -216,3 +212,17 @@ def test_kinds_of_values_are_told_apart() -> None:
     ]
     names = {arrived(item(model_specific_data={"value": value})).hash for value in values}
     assert len(names) == len(values)
+
+
+def test_words_keep_token_ids_and_where_placeholders_are() -> None:
+    req = request(arrived(item()))
+    words = inputs.as_named(req.origin_input_ids, key_of(req), 16)
+    shown = token_ids(words)
+    assert shown[:20] == list(range(20))
+    assert shown[36:] == list(range(36, 64))
+    assert all(MM_PAD_SHIFT_VALUE <= word < TOKEN_LIMIT for word in shown[20:36])
+    other = request(arrived(item(feature=BLACK)))
+    assert inputs.as_named(other.origin_input_ids, key_of(other), 16)[16:32] != words[16:32]
+    assert req.origin_input_ids[20:36].tolist() == request_kv.placeholders(
+        req.multimodal_inputs.mm_items[0], 16
+    ), "SGLang finds the image by them"

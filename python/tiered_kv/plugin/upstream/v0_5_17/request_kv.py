@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import MultimodalDataItem, Req
+
+#: Placeholders of images are below it. They are 30 bits above the token ids.
+WORD_LIMIT = 1 << 31
 
 
 def holds_kv(req: Req) -> bool:
@@ -71,3 +74,22 @@ def keep(req: Req, tree_cache: Any) -> None:
 def separate_salt(req: Req) -> str | None:
     """A salt that reached the scheduler apart from `extra_key`; there is no such field."""
     return None
+
+
+def name_input(item: MultimodalDataItem, digest: bytes) -> None:
+    """Have SGLang go by 32 bytes where it tells images apart; what stands in a prompt already stays."""
+    name = int.from_bytes(digest, "little")
+    if item.pad_value is None:
+        item.set_hash(name)
+    else:
+        item.hash = name
+
+
+def placeholders(item: MultimodalDataItem, n_tokens: int) -> list[int]:
+    """What stands in a prompt for `n_tokens` of an image in a row."""
+    return [item.pad_value] * n_tokens
+
+
+def placeholder_values(item: MultimodalDataItem) -> tuple[Any, ...]:
+    """Those of an image, each once."""
+    return (item.pad_value,)

@@ -215,11 +215,11 @@ ADAPTERS = (
     object_(
         f"{SRT}.managers.schedule_batch.MultimodalDataItem",
         "modality format feature precomputed_embeddings model_specific_data offsets hash pad_value",
-        "requests.inputs",
+        "requests.inputs upstream.v0_5_17.request_kv",
     ),
     *methods(
         f"{SRT}.managers.schedule_batch.MultimodalDataItem",
-        "requests.inputs",
+        "requests.inputs upstream.v0_5_17.request_kv",
         set_pad_value="",
         set_hash="hash_value",
     ),

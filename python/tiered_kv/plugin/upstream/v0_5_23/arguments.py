@@ -82,7 +82,12 @@ NO_HOST_POOLS: dict[str, object] = {"hicache_host_memory_fraction": None}
 #: Switches of SGLang's environment that choose another cache.
 OTHER_CACHES: tuple[str, ...] = ()
 #: Multimodal models that were looked at on this release.
-MULTIMODAL_MODELS: tuple[str, ...] = ()
+MULTIMODAL_MODELS: tuple[str, ...] = (
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+)
 #: Switches that choose a front end which our requests' fields do not pass.
 OTHER_FRONT_ENDS = ("SGLANG_RUST_SERVER", "SGLANG_GRPC_PORT")
 #: Algorithms of speculative decoding that are served.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.managers import mm_schedule
 from sglang.srt.mem_cache.base_prefix_cache import (
     CacheRequestHandle,
     InitLoadBackParams,
@@ -152,7 +153,9 @@ def salt_of(key: Any) -> str | None:
 
 
 def forget_encoded() -> None:
-    """Weights may have changed; no model with an encoder is served on this release."""
+    """Weights may have changed: what is kept of the encoder's outputs is of others."""
+    if mm_schedule.embedding_cache is not None:
+        mm_schedule.embedding_cache.clear()
 
 
 def block_labels(params: CacheInitParams) -> Callable[[TreeKey], Mapping[str, str]]:

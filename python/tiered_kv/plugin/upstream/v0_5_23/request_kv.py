@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 from tiered_kv.core.ids import Tier
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import MultimodalDataItem, Req
+
+#: Placeholders of images are below it. They are 62 bits above the token ids.
+WORD_LIMIT = 1 << 63
 
 
 def holds_kv(req: Req) -> bool:
@@ -78,3 +81,26 @@ def separate_salt(req: Req) -> str | None:
     """A salt that reached the scheduler apart from `extra_key`."""
     salt: str | None = req.cache_salt
     return salt
+
+
+def name_input(item: MultimodalDataItem, digest: bytes) -> None:
+    """Have SGLang go by 32 bytes where it tells images apart; what stands in a prompt already stays.
+
+    Of encoded images SGLang knows 8 of them.
+    """
+    if item.pad_value is None:
+        item.set_identity(digest)
+    else:
+        item.hash = int.from_bytes(digest[:8], "big")
+
+
+def placeholders(item: MultimodalDataItem, n_tokens: int) -> list[int]:
+    """What stands in a prompt for `n_tokens` of an image in a row."""
+    sequence: list[int] = item.padding_sequence(n_tokens)
+    return sequence
+
+
+def placeholder_values(item: MultimodalDataItem) -> tuple[Any, ...]:
+    """Those of an image, each once."""
+    values: tuple[Any, ...] = item.padding_values()
+    return values

@@ -36,7 +36,6 @@ GONE = frozenset(
     {
         f"{_SCHEDULER}._can_schedule_lora_req",
         f"{_MANAGERS}.schedule_batch.release_req",
-        f"{_MANAGERS}.schedule_batch.MultimodalDataItem.set_pad_value",
         f"{_MANAGERS}.mm_utils.embedding_cache",
         f"{_REQ}._refresh_fill_ids",
         f"{_REQ}.set_extend_range",
@@ -120,6 +119,14 @@ _REQUEST_KV = "upstream.v0_5_23.request_kv"
 
 ADDED = (
     *RECURRENT,
+    *methods(
+        f"{_MANAGERS}.schedule_batch.MultimodalDataItem",
+        _REQUEST_KV,
+        set_identity="identity",
+        padding_sequence="length",
+        padding_values="",
+    ),
+    object_(f"{_MANAGERS}.mm_schedule.embedding_cache", "", _CONTRACT),
     function(f"{SRT}.server_args.ServerArgs.resolve_once", "self", _ARGUMENTS),
     object_(
         f"{SRT}.server_args.ServerArgs",

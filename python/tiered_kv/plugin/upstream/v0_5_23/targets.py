@@ -19,8 +19,6 @@ ELSEWHERE: dict[str, tuple[str, str] | None] = {
         f"{_MANAGERS}.schedule_batch.ScheduleBatch.release_req",
         "tiered_kv.plugin.decode.swap_out:release_row",
     ),
-    # No model with images is served.
-    f"{_MANAGERS}.schedule_batch.MultimodalDataItem.set_pad_value": None,
     # Salt and extra key travel apart; nothing joins them.
     "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._compute_extra_key": None,
     f"{_WORKER}.update_weights_from_disk": (f"{_RUNNER}.update_weights_from_disk", _AGREE),
