@@ -66,7 +66,10 @@ class CacheParts:
     metrics: MetricsRecorder
     host_report: HostReport
     name_weights: Callable[[], tuple[bytes, tuple[PageStore, ...]]] | None
-    """Names the weights in use now, and opens their namespace in the cold stores; None if it cannot."""
+    """Names the weights in use now, and opens their namespace in the cold stores.
+
+    None where that cannot be had once requests have come.
+    """
     step_times: StepTimes
     residency: ResidencyLog
     """What became cached, or ceased to be, while somebody waits."""

@@ -1,8 +1,9 @@
 """DP attention on a CPU: ranks that have requests of their own gather their tokens for each pass.
 
-SGLang puts a rank's tokens among those of all ranks, and takes them out again, with a Triton kernel,
-says how many there are through pinned memory, and gathers with operators that are registered for a
-GPU. Here the kernel is a copy in torch, memory is as it is, and what the operators call is called.
+SGLang puts a rank's tokens among those of all ranks, and takes them out again, with a Triton
+kernel, says how many there are through pinned memory, and gathers with operators that are
+registered for a GPU. Here the kernel is a copy in torch, memory is as it is, and what the operators
+call is called.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class _Unpinned(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def copy_rows(  # noqa: PLR0913, PLR0917 - upstream's signature
+def copy_rows(
     dst: torch.Tensor,
     src: torch.Tensor,
     dim: int,

@@ -86,9 +86,7 @@ def test_groups_of_dp_attention_are_replicas_of_neighbours(n_groups: int) -> Non
     assert [one.process for one in found] == list(range(8))
 
 
-def context(
-    *, dp_size: int, attn_dp_size: int, tp_size: int = 2, tp_rank: int = 1
-) -> Any:
+def context(*, dp_size: int, attn_dp_size: int, tp_size: int = 2, tp_rank: int = 1) -> Any:
     """What SGLang of either release builds a cache with."""
     args = SimpleNamespace(
         # 0.5.17 counts such groups by the first, with a flag.

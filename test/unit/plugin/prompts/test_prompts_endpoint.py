@@ -33,7 +33,8 @@ class Manager:
     """What of SGLang's TokenizerManager is used."""
 
     def __init__(self, **args: Any) -> None:
-        args = {"tiered_kv": True, "tokenizer_worker_num": 1, "dp_size": 1, "attn_dp_size": 1, **args}
+        replicas = {"dp_size": 1, "attn_dp_size": 1}
+        args = {"tiered_kv": True, "tokenizer_worker_num": 1, **replicas, **args}
         args.setdefault("disaggregation_mode", "null")
         self.server_args = SimpleNamespace(page_size=PAGE_TOKENS, **args)
         self.aborted: list[str] = []

@@ -84,7 +84,7 @@ def separate_salt(req: Req) -> str | None:
 
 
 def name_input(item: MultimodalDataItem, digest: bytes) -> None:
-    """Have SGLang go by 32 bytes where it tells images apart; what stands in a prompt already stays.
+    """Have SGLang tell images apart by 32 bytes; what stands in a prompt already stays.
 
     Of encoded images SGLang knows 8 of them.
     """
