@@ -22,7 +22,7 @@ def shard_of(ctx: TreeCacheBuildContext, pool: Any, replica: Replica) -> KVShard
     n_machines = ctx.server_args.nnodes
     if ctx.is_hybrid_ssm:
         # Each rank has states of its own, and keeps its pages where it keeps those.
-        return KVShard.alone(ctx.tp_rank, ctx.tp_size, n_machines)
+        return KVShard.alone(rank, n_ranks, n_machines)
     if isinstance(pool, MLATokenToKVPool):
         return kv_shard(rank, n_ranks, None, n_machines)
     n_kv_heads = ctx.model_config.get_total_num_kv_heads()

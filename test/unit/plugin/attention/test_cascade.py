@@ -216,6 +216,8 @@ def model_runner(mode: str = "auto", **fields: Any) -> Any:
         enable_deterministic_inference=False,
         enable_torch_compile=False,
         speculative_algorithm=None,
+        enable_dp_attention=False,
+        attn_dp_size=1,
         **on_release.attention_backends("torch_native"),
     )
     config = SimpleNamespace(
