@@ -1,7 +1,7 @@
 """Images: KV from every tier gives the answers of plain SGLang, and none is taken for another.
 
-A small random model in the shape of Qwen2.5-VL. The prompts are the same
-text: what tells them apart is the image.
+Small random models in the shapes of Qwen's. The prompts are the same text: what tells them apart is
+the image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from harness.client import Answer, generate, in_parallel, post_generate, request
 from harness.metrics import wait_for_disk
 from harness.server import ALWAYS_LOAD, FLOAT32, Server
 from support.injection import injected
-from support.vision_models import IMAGE, NO_FFMPEG, image, tiny_qwen2_5_vl
+from support.vision_models import (
+    IMAGE,
+    NO_FFMPEG,
+    SIDE,
+    SIDE_3,
+    image,
+    tiny_qwen2_5_vl,
+    tiny_qwen2_vl,
+    tiny_qwen3_vl,
+)
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -30,25 +39,31 @@ BEFORE = "It was seen from far away. " * 15
 PROMPT = BEFORE + IMAGE + " What is it, and what is it not? " * 10
 SHARED, WHOLE = 96, 272
 RETRACTED = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "10"}
+#: What makes a model, and the side of what becomes one token.
+MODELS = {
+    "Qwen2.5-VL": (tiny_qwen2_5_vl, SIDE),
+    "Qwen2-VL": (tiny_qwen2_vl, SIDE),
+    "Qwen3-VL": (tiny_qwen3_vl, SIDE_3),
+}
 
 
-def ask(server: Server, seed: int, **extra: Any) -> Answer:
-    return generate(server, PROMPT, image_data=[image(seed, 8, 8)], **extra)
+def ask(server: Server, seed: int, side: int, **extra: Any) -> Answer:
+    return generate(server, PROMPT, image_data=[image(seed, 8, 8, side)], **extra)
 
 
-def ask_all(server: Server, seeds: range, concurrency: int = 1) -> list[Answer]:
-    return in_parallel(lambda seed: ask(server, seed), seeds, concurrency)
+def ask_all(server: Server, seeds: range, side: int) -> list[Answer]:
+    return [ask(server, seed, side) for seed in seeds]
 
 
 class Chat:
     """Two turns, each with an image; both servers are told the same answer to the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: int) -> None:
+        self._side = side
         self.messages = [self._says(f"{BEFORE} And this?", 21)]
 
-    @staticmethod
-    def _says(text: str, seed: int) -> dict[str, Any]:
-        parts = [{"type": "image_url", "image_url": {"url": image(seed, 8, 8)}}]
+    def _says(self, text: str, seed: int) -> dict[str, Any]:
+        parts = [{"type": "image_url", "image_url": {"url": image(seed, 8, 8, self._side)}}]
         return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
     def goes_on(self) -> None:
@@ -66,12 +81,12 @@ class Chat:
         return answer["choices"][0]["message"]["content"], usage["prompt_tokens"], cached
 
 
-def load(n: int, seed: int) -> list[dict[str, Any]]:
+def load(n: int, seed: int, side: int) -> list[dict[str, Any]]:
     """Bodies of requests with one or two of four images, and some with none."""
     rng = random.Random(seed)
     bodies = []
     for i in range(n):
-        images = [image(rng.randrange(31, 35), 8, 8) for _ in range(rng.choice((0, 1, 1, 2)))]
+        images = [image(rng.randrange(31, 35), 8, 8, side) for _ in range(rng.choice((0, 1, 1, 2)))]
         text = BEFORE[: rng.randrange(len(BEFORE))] + IMAGE * len(images) + f" Number {i}?"
         sent = {"image_data": images} if images else {}
         bodies.append(request_body(text, rng.randrange(8, 40), **sent))
@@ -111,19 +126,24 @@ def send_wrong_ones(server: Server) -> None:
         assert generate(server, "And now?", 4).finish_reason == "length"
 
 
+@pytest.mark.parametrize(("make_model", "side"), MODELS.values(), ids=list(MODELS))
 def test_images_from_every_tier(
-    make_server: Callable[..., Server], demo_model: Path, tmp_path: Path
+    make_model: Callable[[Path, Path], Path],
+    side: int,
+    make_server: Callable[..., Server],
+    demo_model: Path,
+    tmp_path: Path,
 ) -> None:
-    model = tiny_qwen2_5_vl(demo_model, tmp_path / "model")
+    model = make_model(demo_model, tmp_path / "model")
     fields = {"model": model, "passages": NO_FFMPEG}
     # What SGLang compiles takes minutes on two cores, and computes the same.
     uncompiled = {"TORCHDYNAMO_DISABLE": "1"}
     args = [*FLOAT32, *POOL, "--enable-cache-report"]
-    bodies = load(24, seed=3)
-    chat = Chat()
+    bodies = load(24, 3, side)
+    chat = Chat(side)
     only_platform = {**uncompiled, "SGLANG_PLUGINS": "tiered_kv_cpu"}
     with make_server("images_plain", *args, **fields, env=only_platform) as plain:
-        truths = [answer.output_ids for answer in ask_all(plain, range(5))]
+        truths = [answer.output_ids for answer in ask_all(plain, range(5), side)]
         alone = answers_of(plain, bodies, 1)
         first = chat.ask(plain)
         chat.goes_on()
@@ -136,13 +156,13 @@ def test_images_from_every_tier(
     env = {**uncompiled, **RETRACTED}
     refusals = [r"http_server\] Error"]
     with make_server("images", *args, **fields, env=env, expected=refusals) as server:
-        computed = ask_all(server, range(5))
-        from_device = ask(server, 4)
-        from_host = ask(server, 0)
+        computed = ask_all(server, range(5), side)
+        from_device = ask(server, 4, side)
+        from_host = ask(server, 0, side)
         wait_for_disk(server)
         server.flush_cache()
-        from_disk = ask_all(server, range(5))
-        chat = Chat()
+        from_disk = ask_all(server, range(5), side)
+        chat = Chat(side)
         assert chat.ask(server)[0] == first[0]
         chat.goes_on()
         answer, _, n_cached = chat.ask(server)
@@ -154,7 +174,7 @@ def test_images_from_every_tier(
         wait_for_disk(server)
     wrong = {**uncompiled, **injected("corrupt_host")}
     with make_server("images_wrong", *args, **fields, env=wrong) as server:
-        after_restart = ask_all(server, range(5))
+        after_restart = ask_all(server, range(5), side)
 
     assert [answer.cached_tokens for answer in computed] == [0] + [SHARED] * 4
     assert from_device.device == WHOLE

@@ -1,4 +1,4 @@
-"""A small random model that sees, in the shape of Qwen2.5-VL, and images."""
+"""Small random models that see, in the shapes of Qwen's, and images."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ NO_FFMPEG = (
         "[end of libtorchcodec loading traceback]",
     ),
 )
-#: Sides of a patch and of what becomes one token, in pixels.
-PATCH, MERGED = 14, 28
+#: Patches on a side of what becomes one token.
+_MERGED = 2
+#: The side of what becomes one token, in pixels: of Qwen2-VL and Qwen2.5-VL, and of Qwen3-VL.
+SIDE, SIDE_3 = 14 * _MERGED, 16 * _MERGED
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}"
@@ -57,6 +59,30 @@ def tiny_qwen2_5_vl(model: Path, to: Path) -> Path:
     return _random_weights(to, config, Qwen2_5_VLForConditionalGeneration)
 
 
+def tiny_qwen2_vl(model: Path, to: Path) -> Path:
+    """The same in the shape of Qwen2-VL."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = {"depth": 2, "embed_dim": 64, "mlp_ratio": 2, "num_heads": 4, "hidden_size": 128}
+    ids = _copy_tokenizer(model, to)
+    vision |= {"initializer_range": 0.1}
+    config = Qwen2VLConfig(text_config=_text(model), vision_config=vision, **ids)
+    return _random_weights(to, config, Qwen2VLForConditionalGeneration)
+
+
+def tiny_qwen3_vl(model: Path, to: Path) -> Path:
+    """The same in the shape of Qwen3-VL: what the encoder sees on its way goes to several layers."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4}
+    vision |= {"out_hidden_size": 128, "deepstack_visual_indexes": [0, 1]}
+    vision |= {"num_position_embeddings": 256, "initializer_range": 0.1}
+    ids = _copy_tokenizer(model, to, SIDE_3)
+    text = {**_text(model), "head_dim": 32}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+    return _random_weights(to, config, Qwen3VLForConditionalGeneration)
+
+
 def _text(model: Path) -> dict[str, Any]:
     theirs = json.loads((model / "config.json").read_text())
     ids = {name: theirs[name] for name in ("bos_token_id", "eos_token_id")}
@@ -64,7 +90,7 @@ def _text(model: Path) -> dict[str, Any]:
     return {**_TEXT, **ids, "rope_parameters": _ROPE, "vocab_size": size, "dtype": "float32"}
 
 
-def _copy_tokenizer(model: Path, to: Path) -> dict[str, int]:
+def _copy_tokenizer(model: Path, to: Path, side: int = SIDE) -> dict[str, int]:
     """The tokenizer with Qwen's tokens, and a processor; what the configuration says of them."""
     from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
@@ -75,7 +101,9 @@ def _copy_tokenizer(model: Path, to: Path) -> dict[str, int]:
     tokenizer.chat_template = _CHAT
     tokenizer.save_pretrained(to)
     Qwen2VLImageProcessor(
-        size={"shortest_edge": MERGED * MERGED, "longest_edge": 64 * MERGED * MERGED}
+        size={"shortest_edge": side * side, "longest_edge": 64 * side * side},
+        patch_size=side // _MERGED,
+        merge_size=_MERGED,
     ).save_pretrained(to)
     start, end, image, video = tokenizer.convert_tokens_to_ids(TOKENS)
     ids = {"vision_start_token_id": start, "vision_end_token_id": end}
@@ -91,11 +119,11 @@ def _random_weights(to: Path, config: Any, architecture: Any) -> Path:
     return to
 
 
-def image(seed: int, rows: int = 4, columns: int = 4) -> str:
+def image(seed: int, rows: int = 4, columns: int = 4, side: int = SIDE) -> str:
     """A random image of rows * columns tokens, as the address that requests carry it in."""
     from PIL import Image
 
-    size = (rows * MERGED, columns * MERGED, 3)
+    size = (rows * side, columns * side, 3)
     pixels = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "PNG")
