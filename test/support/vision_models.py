@@ -71,7 +71,7 @@ def tiny_qwen2_vl(model: Path, to: Path) -> Path:
 
 
 def tiny_qwen3_vl(model: Path, to: Path) -> Path:
-    """The same in the shape of Qwen3-VL: what the encoder sees on its way goes to several layers."""
+    """The same in the shape of Qwen3-VL, whose encoder hands something to several layers."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4}
