@@ -215,14 +215,15 @@ def test_kinds_of_values_are_told_apart() -> None:
 
 
 def test_words_keep_token_ids_and_where_placeholders_are() -> None:
+    context: Any = SimpleNamespace(page_size=16, names_pairs=False)
     req = request(arrived(item()))
-    words = inputs.as_named(req.origin_input_ids, key_of(req), 16)
+    words = inputs.as_named(req.origin_input_ids, key_of(req), context)
     shown = token_ids(words)
     assert shown[:20] == list(range(20))
     assert shown[36:] == list(range(36, 64))
     assert all(MM_PAD_SHIFT_VALUE <= word < TOKEN_LIMIT for word in shown[20:36])
     other = request(arrived(item(feature=BLACK)))
-    assert inputs.as_named(other.origin_input_ids, key_of(other), 16)[16:32] != words[16:32]
+    assert inputs.as_named(other.origin_input_ids, key_of(other), context)[16:32] != words[16:32]
     assert req.origin_input_ids[20:36].tolist() == request_kv.placeholders(
         req.multimodal_inputs.mm_items[0], 16
     ), "SGLang finds the image by them"
