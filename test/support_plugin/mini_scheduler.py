@@ -93,6 +93,7 @@ class MiniScheduler:
         self.page_size = PAGE_SIZE
         self.is_mixed_chunk = False
         self.spec_algorithm = SpeculativeAlgorithm.NONE
+        self.require_mlp_sync = False
         self.truncation_align_size: int | None = None
         self.lora_drainer = lora_drainer
         self.prefill_delayer = prefill_delayer

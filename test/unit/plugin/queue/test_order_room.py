@@ -226,6 +226,18 @@ def test_nobody_is_mixed_where_decodes_verify_drafts(scheduler: MiniScheduler, s
     assert spy.states[-1].can_mix
 
 
+def test_nobody_is_mixed_where_other_ranks_count_tokens(scheduler: MiniScheduler, spy: Spy) -> None:
+    """DP attention: ranks with other requests run each pass together."""
+    running(scheduler, "r")
+    three(scheduler)
+    scheduler.require_mlp_sync = True
+    scheduler.step()
+    assert not spy.states[0].can_mix
+    scheduler.require_mlp_sync = False
+    scheduler.step()
+    assert spy.states[-1].can_mix
+
+
 @pytest.mark.parametrize("is_configured", [False, True])
 def test_mixing_is_the_default_only_where_it_was_measured(
     scheduler: MiniScheduler, spy: Spy, is_configured: bool

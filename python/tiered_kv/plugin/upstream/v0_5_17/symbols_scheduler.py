@@ -64,7 +64,7 @@ QUEUE = (
     object_(
         f"{SRT}.managers.scheduler.Scheduler",
         "waiting_queue policy chunked_req chunked_prefill_size max_prefill_tokens page_size "
-        "is_mixed_chunk truncation_align_size request_receiver load_inquirer",
+        "is_mixed_chunk require_mlp_sync truncation_align_size request_receiver load_inquirer",
         "hooks.scheduler queue.order queue.mixing",
     ),
     object_(
