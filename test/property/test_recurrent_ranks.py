@@ -9,7 +9,6 @@ the same of them after every step; a vote that one alone asks for breaks the tes
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 from hypothesis import given, settings
@@ -33,22 +32,7 @@ class Ranks:
             return
         for rank, machine in enumerate(self.machines):
             machine.disk.delay_s = DELAY_S if rank == victim and number == 1 else 0.0
-        errors: list[Exception] = []
-
-        def run(machine: Machine) -> None:
-            try:
-                machine.carry_out(kind, prompt, number)
-            except Exception as error:
-                errors.append(error)
-                self._barrier.abort()
-
-        threads = [threading.Thread(target=run, args=(machine,)) for machine in self.machines]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise min(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError))
+        self._barrier.on_each(lambda rank: self.machines[rank].carry_out(kind, prompt, number))
         first, second = (what_is_kept(machine) for machine in self.machines)
         assert first == second
 

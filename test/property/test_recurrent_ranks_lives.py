@@ -10,7 +10,6 @@ waits for another that does something else breaks the test.
 from __future__ import annotations
 
 import random
-import threading
 from collections import Counter
 from typing import Any
 
@@ -73,24 +72,13 @@ class TwoRanks:
         kinds = (History, HistoryWithTrouble)
         parts = zip(kinds, self.loops, self.disks, strict=True)
         histories = [kind(loop, disk, number) for kind, loop, disk in parts]
-        errors: list[Exception] = []
 
         def run_one(rank: int) -> None:
-            try:
-                live(histories[rank], self.disks[rank])
-                forget_at_times(self.loops[rank], number)
-            except Exception as error:
-                errors.append(error)
-                self._barrier.abort()
+            live(histories[rank], self.disks[rank])
+            forget_at_times(self.loops[rank], number)
 
         with surroundings(number):
-            threads = [threading.Thread(target=run_one, args=(rank,)) for rank in range(2)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        if errors:
-            raise min(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError))
+            self._barrier.on_each(run_one)
         first, second = (compare(history, oracle, number) for history in histories)
         lost = second.pop("lost", 0)
         assert first == second

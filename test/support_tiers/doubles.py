@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ from tiered_kv.tiers.encoded_copier import EncodedCpuPageCopier
 from tiered_kv.tiers.shared_memory import Ranks
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.streams import After
+
+T = TypeVar("T")
 
 #: No wait of a test should take longer; with it a hang becomes a failure with a stack.
 PATIENCE_S = 20.0
@@ -206,6 +208,28 @@ class BarrierMinimum:
     def abort(self) -> None:
         """A rank has failed: wake the others with BrokenBarrierError."""
         self._barrier.abort()
+
+    def on_each(self, step: Callable[[int], T]) -> list[T]:
+        """What `step` returns for each rank, carried out by all at once; raises what one raises."""
+        outcomes: dict[int, T] = {}
+        errors: list[Exception] = []
+
+        def run(rank: int) -> None:
+            try:
+                outcomes[rank] = step(rank)
+            except Exception as error:
+                errors.append(error)
+                self.abort()
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(self._values))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            # A broken barrier is only how the others heard of it.
+            raise min(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError))
+        return [outcome for _, outcome in sorted(outcomes.items())]
 
     def minimum(self, index: int, values: list[int]) -> list[int]:
         self._values[index] = list(values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,23 +41,7 @@ class Ranks:
 
     def each(self, step: Callable[[Rig], Any]) -> list[Any]:
         """Carries the step out on both ranks at once; both must then see the same."""
-        outcomes: list[Any] = [None, None]
-        errors: list[Exception] = []
-
-        def run(rank: int) -> None:
-            try:
-                outcomes[rank] = step(self.rigs[rank])
-            except Exception as error:
-                errors.append(error)
-                self.barrier.abort()
-
-        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise min(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError))
+        outcomes = self.barrier.on_each(lambda rank: step(self.rigs[rank]))
         self.check()
         return outcomes
 
