@@ -123,12 +123,13 @@ def test_every_tier_gives_the_answers_of_plain_sglang(
     ), "a wrong state does not show in the answers"
 
 
+#: Of each of two ranks, or replicas.
 N_SHORT = 140
 N_SHORT_REUSABLE = 128
 
 
 def tiers_of_two(directory: Path) -> list[object]:
-    """Two shards of a disk, and what each rank has of the host."""
+    """Two shards of a disk, and what each rank or replica has of the host."""
     args: list[object] = [*FLOAT32, *POOL, *CHECKPOINTS, "--tiered-kv", *ALWAYS_LOAD]
     args += ["--tiered-kv-host-size", "2MB", "--enable-metrics", "--tiered-kv-debug-integrity"]
     return [*args, "--tiered-kv-disk-dir", directory, "--tiered-kv-disk-size", "512MB"]
@@ -176,3 +177,25 @@ def test_two_ranks_go_on_from_their_shares_of_the_same_states(
         assert [answer.output_ids for answer in some] == truths[: len(some)]
     assert not differences(answers, [truth.output_ids for truth in (*alone, *alone)])
     assert any(answer is not None and answer.cached_tokens for answer in answers)
+
+
+def test_replicas_have_checkpoints_of_their_own(
+    make_server: Callable[..., Server], demo_model: Path, prompts: PromptMaker, tmp_path: Path
+) -> None:
+    model = models.tiny_short_convolution_model(demo_model, tmp_path / "model")
+    asked = [prompts.tokens(f"replicas {i}", N_SHORT) for i in range(2)]
+    args = ["--dp-size", 2, *tiers_of_two(tmp_path / "disk")]
+    with make_server("replicas", *args, model=model, env=ENVIRONMENT) as server:
+        computed = generate_all(server, asked, concurrency=1, routed_dp_rank=0)
+        by_the_other = generate_all(server, asked[:1], concurrency=1, routed_dp_rank=1)
+        wait_for_disk(server)
+        server.flush_cache()
+        from_disk = generate_all(server, asked, concurrency=2, routed_dp_rank=0)
+        others_disk = generate_all(server, asked, concurrency=1, routed_dp_rank=1)
+
+    assert [answer.cached_tokens for answer in (*computed, *by_the_other)] == [0] * 3
+    assert [answer.disk for answer in from_disk] == [N_SHORT_REUSABLE] * 2
+    assert [answer.disk for answer in others_disk] == [N_SHORT_REUSABLE, 0]
+    for some in (by_the_other, from_disk, others_disk):
+        assert [a.output_ids for a in some] == [a.output_ids for a in computed[: len(some)]]
+    assert len({answer.output_ids for answer in computed}) == 2, "the model ignores its prompts"

@@ -21,7 +21,6 @@ STRATEGY = "no_buffer"
 """Of SGLang's ways to take states for its tree the one that leaves them where the last pass did."""
 
 RULES: combinations.Rules = (
-    ("--dp-size above 1", lambda a: a.dp_size > 1),
     ("--enable-mixed-chunk", lambda a: a.enable_mixed_chunk),
     ("--chunked-prefill-size -1", lambda a: a.chunked_prefill_size <= 0),
     # It cuts prompts at places of its own.

@@ -19,7 +19,7 @@ from tiered_kv.plugin.upstream.current import arguments as of_release
 
 def arguments(**changes: Any) -> Any:
     given = {
-        "uses_mamba_radix_cache": True, "dp_size": 1, "enable_mixed_chunk": False,
+        "uses_mamba_radix_cache": True, "enable_mixed_chunk": False,
         "chunked_prefill_size": 2048, "enable_linear_replayssm": False,
         "enable_int8_mamba_checkpoint": False, "mamba_radix_cache_strategy": "auto",
         "tiered_kv_store": None, "tiered_kv_host_format": "raw", "tiered_kv_disk_format": "same",
@@ -39,7 +39,6 @@ def test_the_plain_case_is_served(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dp_size": 2},
         {"enable_mixed_chunk": True},
         {"enable_deterministic_inference": True},
         {"chunked_prefill_size": -1},
