@@ -65,7 +65,8 @@ def tiny_qwen2_vl(model: Path, to: Path) -> Path:
 
     vision = {"depth": 2, "embed_dim": 64, "mlp_ratio": 2, "num_heads": 4, "hidden_size": 128}
     ids = _copy_tokenizer(model, to)
-    vision |= {"initializer_range": 0.1}
+    # SGLang reads `in_chans`, as published configurations have it.
+    vision |= {"in_chans": 3, "initializer_range": 0.1}
     config = Qwen2VLConfig(text_config=_text(model), vision_config=vision, **ids)
     return _random_weights(to, config, Qwen2VLForConditionalGeneration)
 
