@@ -37,13 +37,27 @@ class Layout:
     token_bytes: int
     plain_flags: tuple[Any, ...] = ()
     """Of a server with the same answers."""
+    n_holders: int = 1
+    """Ranks that keep the same KV together."""
+
+    @property
+    def host_tokens(self) -> int:
+        """Of a replica, as its metrics add up: each rank says what all holders have."""
+        return HOST_TOKENS * self.n_holders
+
+    @property
+    def host_size(self) -> str:
+        """Of each rank."""
+        return f"{HOST_TOKENS * self.token_bytes // self.n_holders}B"
 
 
 DP_ATTENTION = ("--tp-size", 2, "--dp-size", 2, "--enable-dp-attention")
+FOUR_RANKS = ("--tp-size", 4, "--dp-size", 2, "--enable-dp-attention")
 LAYOUTS = {
     "replicas": Layout(("--dp-size", 2), tiny_model_for_two_ranks, 4096),
     # Sums over two ranks are others than on one.
     "dp attention": Layout(DP_ATTENTION, tiny_mla_model, 1536, DP_ATTENTION),
+    "dp attention, pairs": Layout(FOUR_RANKS, tiny_mla_model, 1536, FOUR_RANKS, n_holders=2),
 }
 
 
@@ -66,8 +80,7 @@ def test_replicas_answer_as_one_server_does_from_tiers_of_their_own(
     assert len(set(truths)) == 5, "the model ignores its prompts"
 
     args = [*FLOAT32, *POOL, *layout.flags, "--tiered-kv", *ALWAYS_LOAD]
-    host_size = f"{HOST_TOKENS * layout.token_bytes}B"  # of each rank
-    args += ["--tiered-kv-host-size", host_size, "--tiered-kv-disk-dir", tmp_path / "disk"]
+    args += ["--tiered-kv-host-size", layout.host_size, "--tiered-kv-disk-dir", tmp_path / "disk"]
     args += ["--tiered-kv-disk-size", "400MB", "--tiered-kv-debug-integrity", "--enable-metrics"]
 
     def ask(server: Server, replica: int, these: list[list[int]]) -> list[Answer]:
@@ -115,6 +128,6 @@ def test_replicas_answer_as_one_server_does_from_tiers_of_their_own(
     for replica, n_pages in enumerate(pages):
         here = {"dp_rank": str(replica)}
         assert on_disk.of(names.RESIDENT_TOKENS, tier="disk", **here) == n_pages * 16
-        assert on_disk.of(names.CAPACITY_TOKENS, tier="host", **here) == HOST_TOKENS
+        assert on_disk.of(names.CAPACITY_TOKENS, tier="host", **here) == layout.host_tokens
     shards = sorted(path.name for path in (tmp_path / "disk").iterdir() if path.is_dir())
     assert shards == ["shard-0-of-2", "shard-1-of-2"]
