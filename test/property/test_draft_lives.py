@@ -23,7 +23,7 @@ pytest.importorskip("sglang")
 from support_plugin.decode_loop import PretendDisk, publish_arguments
 from support_plugin.decode_requests import Oracle
 from support_plugin.drafting_loop import DraftingLoop, plain_batches
-from support_plugin.lives import HAPPENED, run
+from support_plugin.lives import check_happened, run_some
 from support_plugin.speculating_lives import SpeculatingHistory
 
 N_STEPS = 3
@@ -66,22 +66,15 @@ def run_all(args: Any, n_histories: int, **changes: Any) -> Counter[str]:
                 **changes,
             )
             oracle = Oracle(args, overlap=False)
-            try:
-                for number in range(shape, n_histories, len(SHAPES)):
-                    totals += run(loop, oracle, disk, number, SpeculatingHistory)
-                totals["rows checked"] += loop.draft.n_checked
-            finally:
-                loop.close()
-                oracle.close()
+            numbers = range(shape, n_histories, len(SHAPES))
+            totals += run_some(loop, oracle, disk, numbers, SpeculatingHistory)
+            totals["rows checked"] += loop.draft.n_checked
     return totals
 
 
 def check(totals: Counter[str], n_histories: int) -> None:
-    print(totals)
-    for what in HAPPENED:
-        assert totals[what] > n_histories // 20, totals
+    check_happened(totals, n_histories)
     assert totals["accepted"] > totals["verified"], totals
-    assert totals["failed load"]
     assert totals["rows checked"] > 200 * n_histories
 
 

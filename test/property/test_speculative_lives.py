@@ -21,7 +21,7 @@ pytest.importorskip("sglang")
 
 from support_plugin.decode_loop import PretendDisk, publish_arguments
 from support_plugin.decode_requests import Oracle
-from support_plugin.lives import HAPPENED, run
+from support_plugin.lives import check_happened, run_some
 from support_plugin.speculating_lives import SpeculatingHistory
 from support_plugin.speculating_loop import SpeculatingLoop
 
@@ -60,17 +60,10 @@ def run_all(args: Any, n_histories: int) -> None:
             disk=disk,
         )
         oracle = Oracle(args, overlap=False)
-        try:
-            for number in range(shape, n_histories, len(SHAPES)):
-                totals += run(loop, oracle, disk, number, SpeculatingHistory)
-        finally:
-            loop.close()
-            oracle.close()
-    print(totals)
-    for what in HAPPENED:
-        assert totals[what] > n_histories // 20, totals
+        numbers = range(shape, n_histories, len(SHAPES))
+        totals += run_some(loop, oracle, disk, numbers, SpeculatingHistory)
+    check_happened(totals, n_histories)
     assert totals["accepted"] > totals["verified"], totals
-    assert totals["failed load"]
 
 
 def test_answers_are_those_without_drafts(speculating: Any) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sglang.srt.environ import envs
@@ -173,6 +173,32 @@ def compare(history: History, oracle: Oracle, number: int) -> Counter[str]:
         assert said == expected, f"history {number}, request {rid}: {kind}"
         history.count(req)
     return history.counts
+
+
+def run_some(
+    loop: DecodeLoop,
+    oracle: Oracle,
+    disk: PretendDisk | None,
+    numbers: Iterable[int],
+    history_of: type[History] = History,
+) -> Counter[str]:
+    """The histories of these numbers one after the other; closes `loop` and `oracle`."""
+    totals: Counter[str] = Counter()
+    try:
+        for number in numbers:
+            totals += run(loop, oracle, disk, number, history_of)
+    finally:
+        loop.close()
+        oracle.close()
+    return totals
+
+
+def check_happened(totals: Counter[str], n_histories: int, *more: str) -> None:
+    """All that may happen to requests, and `more`, was there often enough to show something."""
+    print(totals)
+    for what in (*HAPPENED, *more):
+        assert totals[what] > n_histories // 20, totals
+    assert totals["failed load"]
 
 
 def run(

@@ -35,6 +35,7 @@ from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.cache.shards import shard_of
 from tiered_kv.plugin.cache.store import SharedStore, open_store
 from tiered_kv.plugin.cache.watched import Watched
+from tiered_kv.plugin.options import dp_attention
 from tiered_kv.plugin.options.overlap import budget_share, rank_trace_file
 from tiered_kv.plugin.passes.pass_log import Pass, PassLog, draw_passes, pace_by_decodes
 from tiered_kv.plugin.passes.step_times import StepTimes
@@ -267,8 +268,8 @@ def name_namespace(
     model = ctx.tp_worker.model_runner.model
     checksum = fingerprint.weights_checksum(model)
     # All ranks, also those of DP attention that have other requests: KV depends on everybody's.
-    is_alone = ctx.tp_size == 1 or ctx.params.tp_cache_group is None
-    checksums = [checksum] if is_alone else RankMinimum(ctx.tp_group.cpu_group).gather(checksum)
+    has_others = isinstance(make_collective(ctx), RankMinimum)
+    checksums = RankMinimum(ctx.tp_group.cpu_group).gather(checksum) if has_others else [checksum]
     parts = fingerprint.parts_of(
         model,
         ctx.model_config,
@@ -343,7 +344,7 @@ def may_name_again(ctx: TreeCacheBuildContext) -> bool:
 
     All ranks must name them at one point of their loops; those of DP attention have no such.
     """
-    return arguments.attention_groups(arguments.resolved(ctx.server_args)) == 1
+    return not dp_attention.is_on(arguments.resolved(ctx.server_args))
 
 
 def make_collective(ctx: TreeCacheBuildContext) -> Collective:

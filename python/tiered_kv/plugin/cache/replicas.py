@@ -71,13 +71,12 @@ class Replica:
 
 def replica_of(ctx: TreeCacheBuildContext) -> Replica:
     """Which of the replicas of `--dp-size`, or of DP attention, builds its cache here."""
-    outcome, server = arguments.resolved(ctx.server_args), ctx.server_args.server_number
-    n_groups = arguments.attention_groups(outcome)
-    if n_groups > 1:
-        # Attention is tensor-parallel within a group, whose ranks are neighbours.
-        n_ranks = ctx.tp_size // n_groups
-        return Replica(ctx.tp_rank // n_ranks, n_groups, ctx.tp_rank % n_ranks, n_ranks, server)
-    n_replicas = int(outcome.dp_size)
-    # A router may number servers that know nothing of each other.
-    index = hardware.replica_index(ctx.tp_worker) if n_replicas > 1 else 0
-    return Replica(index, n_replicas, ctx.tp_rank, ctx.tp_size, server)
+    n_replicas = arguments.replicas(ctx.server_args)
+    n_groups = arguments.attention_groups(arguments.resolved(ctx.server_args))
+    # Attention is tensor-parallel within a group, whose ranks are neighbours.
+    n_ranks = ctx.tp_size // n_groups
+    index, rank = divmod(ctx.tp_rank, n_ranks)
+    if n_groups == 1 and n_replicas > 1:
+        # Of one server alone: a router may number servers that know nothing of each other.
+        index = hardware.replica_index(ctx.tp_worker)
+    return Replica(index, n_replicas, rank, n_ranks, ctx.server_args.server_number)

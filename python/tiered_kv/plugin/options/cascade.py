@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from tiered_kv.core.errors import ConfigError
-from tiered_kv.plugin.options import refusals
+from tiered_kv.plugin.options import combinations, dp_attention, refusals
 from tiered_kv.plugin.upstream.current import arguments, hardware
 
 MODES = ("auto", "on", "off")
@@ -42,10 +42,10 @@ def why_not(server_args: Any) -> str | None:
         return "--enable-deterministic-inference"
     if outcome.speculative_algorithm is not None:
         return "--speculative-algorithm, whose passes verify drafts"
-    if arguments.attention_groups(outcome) > 1:
+    if dp_attention.is_on(outcome):
         # Batches are filled up to the length of other ranks'.
         return "DP attention"
-    if getattr(outcome, "uses_mamba_radix_cache", False):
+    if combinations.has_recurrent_state(outcome):
         return "a model with recurrent state (Mamba, linear attention)"
     if outcome.enable_torch_compile:
         # Groups change from batch to batch.

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiered_kv.core.errors import ConfigError
-from tiered_kv.plugin.options import combinations, decode
+from tiered_kv.plugin.options import combinations
 from tiered_kv.plugin.upstream.current import arguments
 
 RULES: combinations.Rules = (
-    (decode.OPTION, lambda a: a.tiered_kv_iteration_policy != decode.EVERYONE),
+    combinations.SOME_DECODE,
     ("--enable-mixed-chunk", lambda a: a.enable_mixed_chunk),
     ("--speculative-algorithm", lambda a: a.speculative_algorithm is not None),
     ("--enable-lora", lambda a: bool(a.enable_lora)),
     ("--nnodes above 1", lambda a: a.nnodes > 1),
-    (
-        "models with recurrent state (Mamba, linear attention)",
-        lambda a: getattr(a, "uses_mamba_radix_cache", False),
-    ),
+    combinations.RECURRENT_STATE,
 )
 
 
@@ -41,7 +37,5 @@ def check_model(ctx: Any) -> None:
 
     `ctx` is SGLang's `TreeCacheBuildContext`.
     """
-    if ctx.model_config.is_multimodal and is_on(arguments.resolved(ctx.server_args)):
-        raise ConfigError(
-            "--tiered-kv does not support DP attention with multimodal models; drop one of both."
-        )
+    if is_on(arguments.resolved(ctx.server_args)):
+        combinations.check_sees_nothing(ctx, "DP attention")

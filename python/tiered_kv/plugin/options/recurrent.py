@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from tiered_kv.core.errors import ConfigError
-from tiered_kv.plugin.options import combinations, decode
+from tiered_kv.plugin.options import combinations
 from tiered_kv.plugin.upstream.current import arguments
 
 logger = logging.getLogger(__name__)
@@ -34,11 +34,9 @@ RULES: combinations.Rules = (
     ("--tiered-kv-store", lambda a: a.tiered_kv_store is not None),
     (
         "--tiered-kv-host-format and --tiered-kv-disk-format",
-        lambda a: (
-            a.tiered_kv_host_format != "raw" or a.tiered_kv_disk_format not in ("same", "raw")
-        ),
+        combinations.keeps_fewer_bytes,
     ),
-    (decode.OPTION, lambda a: a.tiered_kv_iteration_policy != decode.EVERYONE),
+    combinations.SOME_DECODE,
 )
 
 

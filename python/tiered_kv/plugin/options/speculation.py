@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from tiered_kv.core.errors import ConfigError
-from tiered_kv.plugin.options import combinations, decode
+from tiered_kv.plugin.options import combinations
 from tiered_kv.plugin.upstream.current import arguments
 
 logger = logging.getLogger(__name__)
@@ -29,11 +28,8 @@ RULES: combinations.Rules = (
     ("--disaggregation-mode", lambda a: a.disaggregation_mode != "null"),
     ("--enable-lora", lambda a: bool(a.enable_lora)),
     ("--enable-deterministic-inference", lambda a: a.enable_deterministic_inference),
-    (
-        "models with recurrent state (Mamba, linear attention)",
-        lambda a: getattr(a, "uses_mamba_radix_cache", False),
-    ),
-    (decode.OPTION, lambda a: a.tiered_kv_iteration_policy != decode.EVERYONE),
+    combinations.RECURRENT_STATE,
+    combinations.SOME_DECODE,
 )
 NGRAM_RULES: combinations.Rules = (
     (
@@ -48,9 +44,7 @@ DRAFT_RULES: combinations.Rules = (
     ("--enable-multi-layer-eagle", lambda a: a.enable_multi_layer_eagle),
     (
         "--tiered-kv-host-format or --tiered-kv-disk-format in fewer bytes",
-        lambda a: (
-            a.tiered_kv_host_format != "raw" or a.tiered_kv_disk_format not in ("same", "raw")
-        ),
+        combinations.keeps_fewer_bytes,
     ),
 )
 
@@ -99,8 +93,5 @@ def check_model(ctx: Any) -> None:
 
     `ctx` is SGLang's `TreeCacheBuildContext`.
     """
-    if ctx.server_args.speculative_algorithm is not None and ctx.model_config.is_multimodal:
-        raise ConfigError(
-            "--tiered-kv does not support --speculative-algorithm with multimodal models; drop "
-            "one of both."
-        )
+    if ctx.server_args.speculative_algorithm is not None:
+        combinations.check_sees_nothing(ctx, "--speculative-algorithm")

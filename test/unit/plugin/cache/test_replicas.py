@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from support_plugin import on_release
 from tiered_kv.plugin.cache import replicas
 from tiered_kv.plugin.cache.replicas import Replica, replica_of
 
@@ -90,7 +91,7 @@ def context(*, dp_size: int, attn_dp_size: int, tp_size: int = 2, tp_rank: int =
     """What SGLang of either release builds a cache with."""
     args = SimpleNamespace(
         # 0.5.17 counts such groups by the first, with a flag.
-        dp_size=max(dp_size, attn_dp_size),
+        dp_size=max(dp_size, attn_dp_size) if on_release.IS_0_5_17 else dp_size,
         attn_dp_size=attn_dp_size,
         enable_dp_attention=attn_dp_size > 1,
         server_number=7,

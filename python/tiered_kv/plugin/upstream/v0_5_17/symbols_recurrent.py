@@ -7,6 +7,16 @@ from tiered_kv.plugin.upstream.symbol import MEM, SRT, function, methods, object
 _CACHE = "cache.hybrid_cache"
 _HOOKS = "hooks.recurrent"
 
+#: What a tree with recurrent state is asked for, and their parameters: none.
+TREE_METHODS = dict.fromkeys(
+    (
+        *("supports_mamba", "full_evictable_size", "full_protected_size"),
+        *("mamba_evictable_size", "mamba_protected_size", "all_mamba_values_flatten"),
+        "sanity_check",
+    ),
+    "",
+)
+
 RECURRENT = (
     *(
         object_(f"{MEM}.base_prefix_cache.{name}", fields, _CACHE)
@@ -18,13 +28,7 @@ RECURRENT = (
     *methods(
         f"{MEM}.mamba_radix_cache.MambaRadixCache",
         _CACHE,
-        supports_mamba="",
-        full_evictable_size="",
-        full_protected_size="",
-        mamba_evictable_size="",
-        mamba_protected_size="",
-        all_mamba_values_flatten="",
-        sanity_check="",
+        **TREE_METHODS,
     ),
     object_(
         f"{MEM}.memory_pool.HybridReqToTokenPool",

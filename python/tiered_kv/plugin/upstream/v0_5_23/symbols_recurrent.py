@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tiered_kv.plugin.upstream.symbol import MEM, SRT, function, methods, object_
+from tiered_kv.plugin.upstream.v0_5_17.symbols_recurrent import TREE_METHODS
 
 _ARGUMENTS = "upstream.v0_5_23.arguments"
 
@@ -10,13 +11,7 @@ RECURRENT = (
     *methods(
         f"{MEM}.unified_radix_cache.UnifiedRadixCache",
         "cache.hybrid_cache",
-        supports_mamba="",
-        full_evictable_size="",
-        full_protected_size="",
-        mamba_evictable_size="",
-        mamba_protected_size="",
-        all_mamba_values_flatten="",
-        sanity_check="",
+        **TREE_METHODS,
     ),
     object_(
         f"{MEM}.memory_pool.HybridReqToTokenPool",
