@@ -23,7 +23,7 @@ from benchmark.command_line import RESULTS, parser_of
 from benchmark.simulation.baselines import MODELS
 from benchmark.simulation.belief import BIASES, MIXES, NOISE, Case
 from benchmark.simulation.belief import settings as server
-from benchmark.simulation.targets_report import CROWDED, report
+from benchmark.simulation.targets_report import ALONE, CROWDED, report
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
@@ -96,6 +96,8 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     for (traffic, model, load), bias in product(cells, BIASES):
         found.append(_job(options, traffic, model, "scaled", load, "slack", bias))
     for traffic, model in choices(options):
+        if traffic == "agents":
+            found.append(_job(options, traffic, model, ALONE, 0.01, "fcfs", 1.0))
         if model != "8b":
             continue
         for policy in (*BASELINES, "slack"):
@@ -119,7 +121,8 @@ def _job(
     bias: float,
 ) -> Job:
     rate = CAPACITY[traffic, model] * load
-    workload = replace(choices(options)[traffic, model], rate=rate, slo_mix=MIXES[mix])
+    slo_mix = MIXES["scaled" if mix == ALONE else mix]
+    workload = replace(choices(options)[traffic, model], rate=rate, slo_mix=slo_mix)
     labels = {"traffic": traffic, "model": model, "mix": mix, "load": load, "bias": bias}
     labels |= {"part": mix, "name": policy}
     return Job(workload=workload, settings=_settings(policy, model, bias), labels=labels)
@@ -145,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     help_ = "of mooncake, for 8B and 70B (default 400 300)"
     parser.add_argument("--requests", type=int, nargs=2, default=(400, 300), help=help_)
     parser.add_argument("--sessions", type=int, default=24, help="of agents (default 24)")
-    parser.add_argument("--parts", nargs="+", default=("scaled", "fixed", "off"))
+    parser.add_argument("--parts", nargs="+", default=("scaled", "fixed", "off", ALONE))
     options = parser.parse_args(arguments)
     runs: list[dict[str, Any]] = []
     if options.out.exists():
