@@ -5,7 +5,8 @@
 
 The same requests, below and beyond what one server bears, under orders that make them wait for
 different times, with a disk that holds everything; and as it was when stores were asked on a
-request's arrival only. Pages are as small as a server's. Writes simulation_hits.json and .md.
+request's arrival only. Pages are as small as a server's. Writes simulation_hits.json, anew after
+each run, and .md beside it; runs that are there are not made again.
 """
 
 from __future__ import annotations
@@ -13,22 +14,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
+from tqdm import tqdm
+
 from benchmark.command_line import RESULTS, parser_of
-from benchmark.simulation.belief import (
-    CAPACITY,
-    MIXES,
-    TRUTH,
-    add_traffic,
-    choices,
-    settings,
-    simulated,
-)
+from benchmark.simulation.baselines import MODELS
+from benchmark.simulation.belief import MIXES, TRUTH, add_traffic, choices
+from benchmark.simulation.targets import CAPACITY, settings
 from tiered_kv.simulation import schema
 from tiered_kv.simulation.hit_bound import chain, in_order, infinite_hits
-from tiered_kv.simulation.jobs import Job, WorkloadChoice
+from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_job
 from tiered_kv.simulation.settings import InstanceSettings
+from tiered_kv.simulation.statistics import without_curves
 from tiered_kv.simulation.tables import Column, Run, markdown, percent, seconds
 
 POLICIES = ("fcfs", "hrrn", "niyama", "slack")
@@ -41,22 +40,23 @@ AGAIN, ONCE = "again before its turn", "on arrival only"
 def jobs(options: argparse.Namespace) -> list[Job]:
     """All of them, with what an infinite cache finds among their labels."""
     found = []
-    for traffic, choice in choices(options).items():
-        for load in options.loads:
-            rated = replace(
-                choice,
-                rate=CAPACITY[traffic] * load,
-                slo_mix=MIXES["scaled"],
-                page_tokens=PAGE_TOKENS if traffic == "mooncake" else None,
-            )
-            infinite = infinite_tokens(rated, settings("fcfs", TRUTH))
-            for policy in options.policies:
-                for asked in (AGAIN, ONCE) if policy in options.once else (AGAIN,):
-                    of = settings(policy, TRUTH)
-                    of = replace(of, cache=replace(of.cache, look_again=asked == AGAIN))
-                    labels = {"traffic": traffic, "load": load, "policy": policy}
-                    labels = {**labels, "asked": asked, "infinite_tokens": infinite}
-                    found.append(Job(workload=rated, settings=of, labels=labels))
+    for (traffic, choice), model, load in product(
+        choices(options).items(), options.models, options.loads
+    ):
+        rated = replace(
+            choice,
+            rate=CAPACITY[traffic, model] * load,
+            slo_mix=MIXES["scaled"],
+            page_tokens=PAGE_TOKENS if traffic == "mooncake" else None,
+        )
+        infinite = infinite_tokens(rated, settings("fcfs", model, TRUTH))
+        for policy in options.policies:
+            for asked in (AGAIN, ONCE) if policy in options.once else (AGAIN,):
+                of = settings(policy, model, TRUTH)
+                of = replace(of, cache=replace(of.cache, look_again=asked == AGAIN))
+                labels = {"traffic": traffic, "model": model, "load": load, "policy": policy}
+                labels = {**labels, "asked": asked, "infinite_tokens": infinite}
+                found.append(Job(workload=rated, settings=of, labels=labels))
     return found
 
 
@@ -78,15 +78,25 @@ def report(path: Path) -> Path:
     """Markdown beside the result file at `path`; returns its path."""
     runs = schema.read_results(path)["runs"]
     lines = [INTRODUCTION]
-    for traffic in dict.fromkeys(run["labels"]["traffic"] for run in runs):
-        some = [run for run in runs if run["labels"]["traffic"] == traffic]
+    for key in dict.fromkeys(_section(run) for run in runs):
+        some = sorted((run for run in runs if _section(run) == key), key=_place)
         share = some[0]["labels"]["infinite_tokens"] / some[0]["hits"]["input"]
-        lines += [f"## {traffic}", ""]
+        settings = some[0]["settings"]
+        lines += [f"## {key[0]}, {settings['model']} on {settings['device']}", ""]
         lines += [f"{some[0]['n_requests']} requests; an infinite cache finds {share:.1%}.", ""]
         lines += [markdown(COLUMNS, some), ""]
     target = path.with_suffix(".md")
     target.write_text("\n".join(lines))
     return target
+
+
+def _section(run: Run) -> tuple[str, str]:
+    return run["labels"]["traffic"], run["labels"]["model"]
+
+
+def _place(run: Run) -> tuple[float, str, str]:
+    labels = run["labels"]
+    return labels["load"], labels["policy"], labels["asked"]
 
 
 def _label(name: str) -> Column:
@@ -108,11 +118,12 @@ INTRODUCTION = """\
 
 Made in parts by `python -m benchmark.simulation.hits` with `--mooncake mooncake_conversation.jsonl
 --requests 800 --policies fcfs hrrn slack --once fcfs`, and with `--agents agent_sessions.jsonl
---sessions 24 --policies fcfs slack --once`, at load 1 `slack` alone; how the simulator works, and
-what it leaves out, is in `docs/simulation.md`.
+--sessions 24 --policies fcfs slack --once`, at load 1 `slack` alone; of 70B `--models 70b
+--requests 300 --policies fcfs slack --once`. How the simulator works, and what it leaves out, is in
+`docs/simulation.md`.
 
-- One H200 with Llama-3.1-8B, 256 GB of host memory, 4 TB of disk, scaled objectives. Load 1 is the
-  capacity of the best baseline in `simulation_baselines.md`.
+- Llama-3.1-8B on one H200, 70B on four; 256 GB of host memory for each, 4 TB of disk, scaled
+  objectives. Load 1 is the capacity of the best baseline in `simulation_baselines.md`.
 - `of the infinite cache's`: prompt tokens that were not computed, over those that a cache without
   limit finds in the very same requests, each answered at once. (A part of a trace has fewer to be
   found than the whole: 36.6% are those of all 12,031 requests of mooncake_conversation.)
@@ -128,11 +139,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("benchmark.simulation.hits", __doc__)
     add_traffic(parser, n_requests=1000)
     parser.add_argument("--out", type=Path, default=RESULTS / "simulation_hits.json")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=("8b",))
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS)
     parser.add_argument("--policies", nargs="+", default=POLICIES)
     parser.add_argument("--once", nargs="*", default=POLICIES, help="those run without as well")
     options = parser.parse_args(arguments)
-    schema.write_results(options.out, simulated(jobs(options), "hits"))
+    runs: list[Run] = []
+    if options.out.exists():
+        runs = schema.read_results(options.out)["runs"]
+    known = [run["labels"] for run in runs]
+    for job in tqdm([job for job in jobs(options) if job.labels not in known], unit=" runs"):
+        runs.append(without_curves(run_job(job)))
+        schema.write_results(options.out, runs)
     print(report(options.out))
 
 

@@ -106,8 +106,8 @@ def jobs(options: argparse.Namespace) -> list[Job]:
             job = _job(options, traffic, model, "scaled", 1.2, "slack", 1.0)
             for name, config in PARTS.items():
                 labels = {**job.labels, "part": "off", "name": name}
-                settings = replace(job.settings, slack=config)
-                found.append(replace(job, settings=settings, labels=labels))
+                without = replace(job.settings, slack=config)
+                found.append(replace(job, settings=without, labels=labels))
     return [job for job in found if job.labels["part"] in options.parts]
 
 
@@ -125,11 +125,13 @@ def _job(
     workload = replace(choices(options)[traffic, model], rate=rate, slo_mix=slo_mix)
     labels = {"traffic": traffic, "model": model, "mix": mix, "load": load, "bias": bias}
     labels |= {"part": mix, "name": policy}
-    return Job(workload=workload, settings=_settings(policy, model, bias), labels=labels)
+    case = Case(bias, NOISE, learns=True)
+    return Job(workload=workload, settings=settings(policy, model, case), labels=labels)
 
 
-def _settings(policy: str, model: str, bias: float) -> InstanceSettings:
-    of = server(policy, Case(bias, NOISE, learns=True))
+def settings(policy: str, model: str, case: Case) -> InstanceSettings:
+    """The server that a model has (`MODELS`), and what policies know of it."""
+    of = server(policy, case)
     name, device, host_bytes = MODELS[model]
     return replace(
         of,
