@@ -26,8 +26,9 @@ N_TOKENS = 400
 N_REUSABLE = 384
 N_PROMPTS = 6
 N_NEW = 16
-#: Mean share of an answer's tokens up to the first that differs. Wrong KV gives about none.
-AGREEMENT_MIN = {"fp8": 0.6, "int4": 0.4, "kitty": 0.1, "int2": 0.0}
+#: Mean share of an answer's tokens up to the first that differs. Wrong KV gives about none. Of six
+#: answers it is 0.15 more or less from one set of prompts, or release of torch, to the next.
+AGREEMENT_MIN = {"fp8": 0.4, "int4": 0.4, "kitty": 0.1, "int2": 0.0}
 
 
 @pytest.fixture(scope="module")

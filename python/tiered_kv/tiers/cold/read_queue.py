@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tiered_kv.core.ids import Tier
 from tiered_kv.forest.node import Node
 from tiered_kv.memory.read_order import Urgency
 from tiered_kv.memory.read_turns import AT_ONCE, ReadTurns, Stretch
@@ -171,6 +172,24 @@ def read_stretch(context: TierContext) -> Callable[[ColdRead, slice], int]:
             now_s = time.perf_counter()
             row = store_reads(job.store.traits.tier)
             context.timeline.span(row, f"{n_read} pages", began_s, now_s, op=job.op)
+        if n_read < len(views):
+            _forget_what_follows(job, stretch.start + n_read)
         return n_read
 
     return read
+
+
+def _forget_what_follows(job: ColdRead, position: int) -> None:
+    """The pages behind one that the disk lost as it was read, damaged for instance, are forgotten.
+
+    Without it they serve nobody, and all are computed again. Those that are damaged, too, would
+    stay as they are, since nothing is written that is there: each time the prompt is asked for, it
+    would be found as far as the next one only.
+    """
+    store = job.store
+    if store.traits.tier is not Tier.DISK or store.known(job.hashes[position : position + 1]):
+        return
+    try:
+        store.drop(job.hashes[position + 1 :])
+    except Exception:
+        logger.exception("Tiered KV: pages behind one that was lost could not be forgotten")

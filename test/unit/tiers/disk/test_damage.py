@@ -6,6 +6,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from disk_builders import (
@@ -21,11 +23,37 @@ from disk_builders import (
     write,
 )
 
+from tiered_kv.forest.node import Node
+from tiered_kv.tiers.cold.local_pages import LocalStore
+from tiered_kv.tiers.cold.read_queue import ColdRead, read_stretch
+from tiered_kv.tiers.context import Epoch, TierContext
 from tiered_kv.tiers.disk.io_path import IoMode
 from tiered_kv.tiers.disk.record import BLOCK_BYTES
 from tiered_kv.tiers.disk.store import DiskStore
+from tiered_kv.tiers.page_format import PageFormat
+from tiered_kv.tiers.slots import PageIds
 
 OpenStore = Callable[..., DiskStore]
+
+
+def test_pages_behind_a_damaged_one_are_written_anew(open_store: OpenStore, written: Path) -> None:
+    """Each stretch of a read finds the first damaged page only; whoever computes the prompt again
+    writes what is not there."""
+    hashes = [page_hash(seed) for seed in range(9)]
+    for seed in (1, 6):
+        flip(segment_files(written)[0], record_offset(seed) + BLOCK_BYTES)
+    _, ns = reopen(open_store)
+    host = SimpleNamespace(views=lambda pages: [aligned(ns.page_bytes) for _ in pages])
+    read_pages = read_stretch(cast(TierContext, SimpleNamespace(host=host, timeline=None)))
+    store = LocalStore(ns, cast(PageFormat, None))
+    job = ColdRead(0, store, cast(Node, None), hashes, cast(PageIds, range(9)), cast(Epoch, None))
+    assert read_pages(job, slice(0, 1)) == 1
+    assert ns.count_prefix(hashes) == 9, "nobody has looked"
+    assert read_pages(job, slice(1, 2)) == 0
+    assert [ns.contains(name) for name in hashes] == [True] + 8 * [False]
+    assert write(ns, range(9)) == 8
+    assert read_pages(job, slice(0, 9)) == 9
+    assert readable(ns, range(9, 30)) == list(range(9, 30)), "other prompts keep theirs"
 
 
 # -- records
