@@ -14,6 +14,7 @@ Source of the contract: `sglang/srt/layers/attention/torch_native_backend.py` (0
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from tiered_kv.attention.torch_runner import TorchCascadeRunner, unshared_groups
 from tiered_kv.core.errors import IntegrityError
 from tiered_kv.plugin.attention.cascade import PlannedBatch, make_planner
 from tiered_kv.plugin.attention.draft_trees import DraftTrees
+from tiered_kv.plugin.attention.scores import Scores
 
 #: Queries of one kernel call over a prefix. More would mask more keys that no query may see, and
 #: the mask grows with it: 4 bytes x 512 x the longest context (256 MiB at 128k tokens).
@@ -66,7 +68,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         self._runner = TorchCascadeRunner()
         self._is_prepared = False
         self._trees: DraftTrees | None = None
-        self._has_soft_cap = False
+        self._scores = Scores()
         self._checks_groups = bool(
             getattr(model_runner.server_args, "tiered_kv_debug_integrity", False)
         )
@@ -110,9 +112,23 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        self._has_soft_cap = layer.logit_cap > 0
+        self._scores = Scores(layer.scaling, layer.logit_cap, sinks)
         return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        self._scores = Scores(layer.scaling, layer.logit_cap, sinks)
+        return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
 
     def _run_sdpa_forward_decode(  # noqa: PLR0913, PLR0917 - upstream's signature
         self,
@@ -134,8 +150,14 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
 
         query, output: [requests, query heads, head size]; caches: [slots, KV heads, head size].
         """
+        if not self._scores.are_plain:
+            tables = req_to_token[req_pool_indices]
+            lengths = [(n_keys, 1) for n_keys in seq_lens.tolist()]
+            return self._attend_by_scores(
+                query, output, k_cache, v_cache, tables, lengths, sliding_window_size
+            )
         is_plain = encoder_lens is None and not is_cross_attn and sliding_window_size is None
-        if self._is_prepared and is_plain and not self._has_soft_cap:
+        if self._is_prepared and is_plain:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             return self._runner.run(query, k_cache, v_cache, output, scale)
         return super()._run_sdpa_forward_decode(
@@ -183,9 +205,14 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
                 k_cache,
                 v_cache,
                 [req_to_token[row] for row in req_pool_indices.tolist()],
-                scaling=scaling,
-                enable_gqa=enable_gqa,
+                scores=replace(self._scores, scaling=scaling),
                 window=sliding_window_size,
+            )
+        if not self._scores.are_plain:
+            tables = req_to_token[req_pool_indices]
+            lengths = list(zip(seq_lens.tolist(), extend_seq_lens.tolist(), strict=True))
+            return self._attend_by_scores(
+                query, output, k_cache, v_cache, tables, lengths, sliding_window_size
             )
         if not causal or encoder_lens is not None or sliding_window_size is not None:
             return super()._run_sdpa_forward_extend(
@@ -214,6 +241,26 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             own = slice(start, start + n_new)
             self._attend(
                 query[own], output[own], k_cache[slots], v_cache[slots], scaling, enable_gqa
+            )
+            start += n_new
+        return output
+
+    def _attend_by_scores(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        tables: torch.Tensor,
+        lengths: list[tuple[int, int]],
+        window: int | None,
+    ) -> torch.Tensor:
+        """Fill and return `output`. lengths: of each sequence, how many keys and new tokens."""
+        start = 0
+        for table, (n_keys, n_new) in zip(tables, lengths, strict=True):
+            slots, own = table[:n_keys], slice(start, start + n_new)
+            output[own] = self._scores.attend_causally(
+                query[own], k_cache[slots], v_cache[slots], window
             )
             start += n_new
         return output
@@ -253,12 +300,15 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
 
 
 def register() -> None:
-    """Have upstream build this backend where `torch_native` is asked for.
+    """Have upstream build this backend where `torch_native` or `triton` is asked for.
 
-    Under that name, because upstream treats names that it doesn't know as GPU backends.
+    Under those names, because upstream treats names that it doesn't know as GPU backends. It takes
+    `triton`, which needs a GPU, for some models whatever the device, and serves GPT-OSS and
+    Exaone 4 with no other that a CPU could have.
     """
-    attention_registry.register_attention_backend("torch_native")(CpuAttentionBackend)
-    AttentionBackendRegistry.register("torch_native", _attend_to_latents)
+    for name in ("torch_native", "triton"):
+        attention_registry.register_attention_backend(name)(CpuAttentionBackend)
+        AttentionBackendRegistry.register(name, _attend_to_latents)
 
 
 def _attend_to_latents(attention: Any, forward_batch: Any) -> AttnForwardMethod:

@@ -10,7 +10,8 @@ import functools
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+
+from tiered_kv.plugin.attention.scores import Scores
 
 
 class DraftTrees:
@@ -57,8 +58,7 @@ class DraftTrees:
         v_cache: torch.Tensor,
         slots: list[torch.Tensor],
         *,
-        scaling: float | None,
-        enable_gqa: bool,
+        scores: Scores,
         window: int | None,
     ) -> torch.Tensor:
         """Fill and return `output`.
@@ -70,19 +70,7 @@ class DraftTrees:
         for own_slots, mask in zip(slots, self._masks(window), strict=True):
             n_nodes, n_keys = mask.shape
             own = slice(begin, begin + n_nodes)
-            # The kernel takes [1, heads, tokens, head size]; a cache may hold another dtype.
-            keys, values = (
-                cache[own_slots[:n_keys]].to(query.dtype).movedim(0, 1)[None]
-                for cache in (k_cache, v_cache)
-            )
-            attended = scaled_dot_product_attention(
-                query[own].movedim(0, 1)[None],
-                keys,
-                values,
-                attn_mask=mask,
-                scale=scaling,
-                enable_gqa=enable_gqa,
-            )
-            output[own] = attended[0].movedim(1, 0)
+            keys, values = (cache[own_slots[:n_keys]] for cache in (k_cache, v_cache))
+            output[own] = scores.attend(query[own], keys, values, mask)
             begin += n_nodes
         return output

@@ -43,6 +43,14 @@ _UNITS = {
 }
 #: What 0.5.23 asks about before it speculates, by the names that it has then.
 SPECULATES = ("EAGLE", "EAGLE3", "STANDALONE")
+#: Architectures that SGLang refuses to serve with `torch_native`, whose attention ours can all the
+#: same: it has the name `triton`, too.
+_ASK_FOR_TRITON = (
+    "GptOssForCausalLM",
+    "Exaone4ForCausalLM",
+    "ExaoneMoEForCausalLM",
+    "ExaoneMoeForCausalLM",
+)
 _ACCELERATOR_BACKENDS = ("cuda", "xpu", "mps", "npu", "hpu", "musa")
 
 
@@ -123,6 +131,25 @@ def choose_dtype(server_args: ServerArgs) -> None:
     model.dtype = torch.float32  # upstream keeps this object
 
 
+def architectures(server_args: ServerArgs) -> list[str]:
+    """What the model's configuration says it is."""
+    from tiered_kv.plugin.upstream.current import arguments
+
+    return arguments.model_config(server_args).hf_config.architectures or []
+
+
+def choose_experts(server_args: ServerArgs) -> None:
+    """Have GPT-OSS's experts laid out as torch multiplies them.
+
+    SGLang chooses a kernel for GPUs that takes them transposed, if that can be imported, whatever
+    the device.
+    """
+    if server_args.moe_runner_backend == "auto" and "GptOssForCausalLM" in architectures(
+        server_args
+    ):
+        server_args.moe_runner_backend = "triton"
+
+
 class TieredKVCpuPlatform(hardware.PlainPlatform, CpuDeviceMixin, SRTPlatform):
     """A CPU on which every layer runs its native torch forward."""
 
@@ -133,7 +160,10 @@ class TieredKVCpuPlatform(hardware.PlainPlatform, CpuDeviceMixin, SRTPlatform):
     def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
         """Defaults that upstream would take from its CPU kernels or from a GPU's memory."""
         if server_args.attention_backend == "intel_amx":
-            server_args.attention_backend = self.get_default_attention_backend()
+            asks = not set(_ASK_FOR_TRITON).isdisjoint(architectures(server_args))
+            server_args.attention_backend = (
+                "triton" if asks else self.get_default_attention_backend()
+            )
         if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
             server_args.max_total_tokens = _DEFAULT_MAX_TOTAL_TOKENS
         if server_args.grammar_backend is None:
@@ -142,6 +172,7 @@ class TieredKVCpuPlatform(hardware.PlainPlatform, CpuDeviceMixin, SRTPlatform):
         # Upstream has transformers' fast processors of images compute on a GPU.
         server_args.disable_fast_image_processor = True
         choose_dtype(server_args)
+        choose_experts(server_args)
         # A prefill server waits with a CUDA event for what it sends ahead of a pass.
         os.environ.setdefault("SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX", "0")
         n_shares = hardware.core_shares(server_args)
@@ -165,10 +196,16 @@ class TieredKVCpuPlatform(hardware.PlainPlatform, CpuDeviceMixin, SRTPlatform):
         """Upstream calls it once in each process that runs the model, before it builds one."""
         from tiered_kv.plugin.attention import cpu as cpu_attention
         from tiered_kv.plugin.attention import draft_steps
-        from tiered_kv.plugin.upstream import cpu_dp_attention, cpu_heads, cpu_speculation
+        from tiered_kv.plugin.upstream import (
+            cpu_dp_attention,
+            cpu_heads,
+            cpu_kernels,
+            cpu_speculation,
+        )
 
         cpu_attention.register()
         draft_steps.register()
         cpu_dp_attention.register()
+        cpu_kernels.register()
         cpu_heads.register()
         cpu_speculation.register()

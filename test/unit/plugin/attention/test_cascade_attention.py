@@ -157,10 +157,9 @@ def test_the_integrity_check_refuses_a_wrong_group() -> None:
     ("layer", "planned"),
     [
         ({"sliding_window_size": 64}, True),
-        ({"logit_cap": 30.0}, True),
         ({}, False),
     ],
-    ids=["window", "soft cap", "no plan"],
+    ids=["window", "no plan"],
 )
 def test_the_rest_is_left_to_upstream(
     layer: dict[str, Any], planned: bool, monkeypatch: pytest.MonkeyPatch
@@ -171,6 +170,14 @@ def test_the_rest_is_left_to_upstream(
     if not planned:
         rig.planned = None
     assert torch.equal(rig.decode(backend, **layer), rig.upstreams(**layer))
+
+
+def test_groups_are_not_read_once_where_scores_have_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+    backend = rig.ours()
+    monkeypatch.setattr(backend._runner, "run", None)
+    # So high that it changes nothing that could be seen.
+    torch.testing.assert_close(rig.decode(backend, logit_cap=1e6), rig.upstreams())
 
 
 @pytest.mark.parametrize("n_tokens", [N_TOKENS[:3], (*N_TOKENS[:3], 0)], ids=["rows", "padding"])

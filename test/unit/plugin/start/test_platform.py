@@ -104,6 +104,13 @@ def models_of_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "model_config", lambda args: args.get_model_config())
 
 
+def model_like(
+    dtype: torch.dtype, quantization: str | None = None, architecture: str = "LlamaForCausalLM"
+) -> SimpleNamespace:
+    config = SimpleNamespace(architectures=[architecture])
+    return SimpleNamespace(dtype=dtype, quantization=quantization, hf_config=config)
+
+
 def server_args(**given: object) -> SimpleNamespace:
     values: dict[str, object] = {
         "attention_backend": "intel_amx",  # what upstream puts there for a CPU
@@ -113,7 +120,8 @@ def server_args(**given: object) -> SimpleNamespace:
         "tp_size": 1,
         "dp_size": 1,
         "dtype": "auto",
-        "get_model_config": lambda: SimpleNamespace(dtype=torch.bfloat16, quantization=None),
+        "moe_runner_backend": "auto",
+        "get_model_config": lambda: model_like(torch.bfloat16),
     }
     return SimpleNamespace(**(values | given))
 
@@ -186,7 +194,7 @@ def test_a_type_that_the_cpu_has_no_units_for_is_not_chosen(
     expected: str,
 ) -> None:
     cpu_is(monkeypatch, cpu)
-    model = SimpleNamespace(dtype=model_dtype, quantization=None)
+    model = model_like(model_dtype)
     args = server_args(get_model_config=lambda: model)
     TieredKVCpuPlatform().apply_server_args_defaults(args)
     assert args.dtype == expected
@@ -206,10 +214,31 @@ def test_a_type_that_the_user_names_is_kept(monkeypatch: pytest.MonkeyPatch, dty
 
 def test_quantised_weights_keep_the_type_of_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu_is(monkeypatch, "skylake")
-    model = SimpleNamespace(dtype=torch.float16, quantization="awq")
+    model = model_like(torch.float16, "awq")
     args = server_args(get_model_config=lambda: model)
     TieredKVCpuPlatform().apply_server_args_defaults(args)
     assert args.dtype == "auto"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "attention", "experts"),
+    [
+        ("GptOssForCausalLM", "triton", "triton"),
+        ("Exaone4ForCausalLM", "triton", "auto"),
+        ("Qwen3MoeForCausalLM", "torch_native", "auto"),
+    ],
+)
+def test_models_that_sglang_has_no_plain_way_for(
+    architecture: str, attention: str, experts: str
+) -> None:
+    model = model_like(torch.float32, architecture=architecture)
+    args = server_args(get_model_config=lambda: model)
+    TieredKVCpuPlatform().apply_server_args_defaults(args)
+    assert (args.attention_backend, args.moe_runner_backend) == (attention, experts)
+    given = {"attention_backend": "flex_attention", "moe_runner_backend": "triton_kernel"}
+    args = server_args(get_model_config=lambda: model, **given)
+    TieredKVCpuPlatform().apply_server_args_defaults(args)
+    assert {name: getattr(args, name) for name in given} == given
 
 
 RESOLVE_DTYPE = """

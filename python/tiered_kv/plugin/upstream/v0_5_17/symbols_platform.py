@@ -23,7 +23,8 @@ CPU_PLATFORM = (
     object_(f"{SRT}.platforms.cpu.CpuDeviceMixin", "", "start.platform"),
     object_(
         f"{SRT}.server_args.ServerArgs",
-        "attention_backend max_total_tokens mem_fraction_static grammar_backend tp_size dtype",
+        "attention_backend max_total_tokens mem_fraction_static grammar_backend tp_size dtype "
+        "moe_runner_backend",
         "start.platform",
     ),
     function(
@@ -51,6 +52,19 @@ CPU_PLATFORM = (
         "name",
         "attention.cpu",
     ),
+    # Kernels that some models call whatever the device.
+    object_(f"{SRT}.models.qwen2_moe", "fused_gate_sigmoid_mul_add", "upstream.cpu_kernels"),
+    object_(f"{SRT}.layers.logits_processor", "fused_softcap", "upstream.cpu_kernels"),
+    function(
+        f"{SRT}.layers.moe.fused_moe_native.moe_forward_native",
+        "layer x topk_output moe_runner_config",
+        "upstream.cpu_kernels",
+    ),
+    object_(
+        f"{SRT}.layers.moe.moe_runner.MoeRunnerConfig",
+        "apply_router_weight_on_input",
+        "upstream.cpu_kernels",
+    ),
     # DP attention on a CPU.
     object_(f"{SRT}.layers.dp_attention", "memcpy_triton", "upstream.cpu_dp_attention"),
     object_(
@@ -75,6 +89,11 @@ CPU_PLATFORM = (
         "self query output k_cache v_cache req_to_token req_pool_indices seq_lens "
         "extend_prefix_lens extend_seq_lens encoder_lens scaling enable_gqa causal is_cross_attn "
         "sliding_window_size",
+        "attention.cpu",
+    ),
+    function(
+        f"{SRT}.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend",
+        "self q k v layer forward_batch save_kv_cache",
         "attention.cpu",
     ),
     function(
