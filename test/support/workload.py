@@ -9,13 +9,31 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import requests
 
 from harness.client import Answer, generate, in_parallel, request_body
-from harness.prompts import PromptMaker
 from harness.server import Server
+
+
+class Tokens(Protocol):
+    """Prompts as token ids (`harness.prompts.PromptMaker`)."""
+
+    def tokens(self, seed: object, n: int) -> tuple[int, ...]: ...
+
+
+class OfFewWords:
+    """The same prompts in token ids below `vocabulary`, for models that know no others."""
+
+    def __init__(self, prompts: Tokens, vocabulary: int) -> None:
+        self._prompts = prompts
+        self._vocabulary = vocabulary
+
+    def tokens(self, seed: object, n: int) -> tuple[int, ...]:
+        """`n` token ids; none is one of the first three, which begin and end texts."""
+        ids = self._prompts.tokens(seed, n)
+        return tuple(3 + token % (self._vocabulary - 3) for token in ids)
 
 
 @dataclass(frozen=True)
@@ -33,7 +51,7 @@ class Request:
         return replace(self, give_up=None, extra_key=key)
 
 
-def mixed_requests(prompts: PromptMaker, n: int, seed: int) -> list[Request]:
+def mixed_requests(prompts: Tokens, n: int, seed: int) -> list[Request]:
     """`n` requests: a dozen families, each a tree of prefixes; one in six gives up."""
     rng = random.Random(seed)
     trunks = [prompts.tokens(f"family {seed} {i}", rng.randrange(48, 160)) for i in range(12)]
