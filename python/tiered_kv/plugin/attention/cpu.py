@@ -69,6 +69,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         self._is_prepared = False
         self._trees: DraftTrees | None = None
         self._scores = Scores()
+        self._chunk_size = getattr(model_runner, "attention_chunk_size", None)
         self._checks_groups = bool(
             getattr(model_runner.server_args, "tiered_kv_debug_integrity", False)
         )
@@ -114,7 +115,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        self._scores = Scores(layer.scaling, layer.logit_cap, sinks)
+        self._scores = self._scores_of(layer, sinks)
         return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
 
     def forward_extend(
@@ -127,8 +128,13 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        self._scores = Scores(layer.scaling, layer.logit_cap, sinks)
+        self._scores = self._scores_of(layer, sinks)
         return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def _scores_of(self, layer: Any, sinks: torch.Tensor | None) -> Scores:
+        """SGLang calls layers that attend in chunks by what else is theirs in Llama 4."""
+        chunk = self._chunk_size if getattr(layer, "use_irope", False) else None
+        return Scores(layer.scaling, layer.logit_cap, sinks, chunk)
 
     def _run_sdpa_forward_decode(  # noqa: PLR0913, PLR0917 - upstream's signature
         self,

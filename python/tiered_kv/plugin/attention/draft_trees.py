@@ -37,16 +37,18 @@ class DraftTrees:
         seen = forward_batch.spec_info.custom_mask.view(-1, n_nodes, n_nodes).bool()
         return cls(n_before, positions, seen)
 
-    def _new_masks(self, window: int | None) -> list[torch.Tensor]:
+    def _new_masks(self, window: int | None, chunk: int | None) -> list[torch.Tensor]:
         """For each request [n, tokens before + n]: which keys its nodes see."""
         masks = []
         for n_before, positions, seen in zip(
             self._n_before, self._positions, self._seen, strict=True
         ):
             mask = torch.cat((seen.new_ones(len(seen), n_before), seen), dim=1)
+            of_keys = torch.cat((torch.arange(n_before), positions))
             if window is not None:
-                of_keys = torch.cat((torch.arange(n_before), positions))
                 mask &= of_keys >= positions[:, None] - window
+            if chunk is not None:
+                mask &= of_keys >= positions[:, None] // chunk * chunk
             masks.append(mask)
         return masks
 
@@ -67,7 +69,7 @@ class DraftTrees:
         slots: of each request those of its text, and behind them those of its tree.
         """
         begin = 0
-        for own_slots, mask in zip(slots, self._masks(window), strict=True):
+        for own_slots, mask in zip(slots, self._masks(window, scores.chunk), strict=True):
             n_nodes, n_keys = mask.shape
             own = slice(begin, begin + n_nodes)
             keys, values = (cache[own_slots[:n_keys]] for cache in (k_cache, v_cache))

@@ -1,8 +1,9 @@
-"""Attention on a CPU whose scores are not plain: with sinks, or with a soft cap.
+"""Attention on a CPU whose scores are not plain: with sinks, with a soft cap, or in chunks.
 
 A sink is a score that each head has beside those of the keys: the softmax counts it, and no value
-comes of it (GPT-OSS). A soft cap keeps scores between two numbers (Gemma 2, Grok). SGLang's
-`torch_native` has neither: it refuses the one and passes over the other.
+comes of it (GPT-OSS). A soft cap keeps scores between two numbers (Gemma 2, Grok). Chunks divide a
+text, and a token sees its own only (Llama 4). SGLang's `torch_native` has none of that: it refuses
+sinks and passes over the others.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ class Scores:
     """How a layer comes from products to weights.
 
     scaling: of products, one by the root of the head's size if None. cap: 0 for none. sinks:
-    [query heads], or None.
+    [query heads], or None. chunk: tokens of a chunk, or None for none.
     """
 
     scaling: float | None = None
     cap: float = 0.0
     sinks: torch.Tensor | None = None
+    chunk: int | None = None
 
     @property
     def are_plain(self) -> bool:
-        """Whether torch's own kernel computes it."""
+        """Whether torch's own kernel computes it, with masks that a window needs at most."""
+        return self._is_dot_product and self.chunk is None
+
+    @property
+    def _is_dot_product(self) -> bool:
         return self.sinks is None and not self.cap > 0
 
     def attend(
@@ -45,7 +51,7 @@ class Scores:
         query = query.movedim(0, 1)
         keys = keys.to(query.dtype).movedim(0, 1)
         values = values.to(query.dtype).movedim(0, 1)
-        if self.are_plain:
+        if self._is_dot_product:
             attended = scaled_dot_product_attention(
                 query[None],
                 keys[None],
@@ -88,13 +94,22 @@ class Scores:
         rows = []
         for begin in range(0, n_new, BLOCK_QUERIES):
             own = of_queries[begin : begin + BLOCK_QUERIES]
-            first = 0 if window is None else max(0, int(own[0]) - window)
+            nearest = self._nearest(own, window)
+            first = int(nearest[0])
             of_keys = torch.arange(first, int(own[-1]) + 1)
-            seen = of_keys <= own
-            if window is not None:
-                seen &= of_keys >= own - window
+            seen = (of_keys <= own) & (of_keys >= nearest)
             near = slice(first, first + len(of_keys))
             rows.append(
                 self.attend(query[begin : begin + len(own)], keys[near], values[near], seen)
             )
         return torch.cat(rows)
+
+    def _nearest(self, places: torch.Tensor, window: int | None) -> torch.Tensor:
+        """The first key that a query at each of `places` sees, never less than that of another
+        before it."""
+        nearest = torch.zeros_like(places)
+        if window is not None:
+            nearest = torch.maximum(nearest, places - window)
+        if self.chunk is not None:
+            nearest = torch.maximum(nearest, places // self.chunk * self.chunk)
+        return nearest

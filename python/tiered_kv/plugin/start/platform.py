@@ -171,6 +171,9 @@ class TieredKVCpuPlatform(hardware.PlainPlatform, CpuDeviceMixin, SRTPlatform):
             server_args.grammar_backend = "llguidance"
         # Upstream has transformers' fast processors of images compute on a GPU.
         server_args.disable_fast_image_processor = True
+        # Attention in torch reads one pool by one table of slots; of a second, for layers with a
+        # window, it would read the wrong ones.
+        server_args.disable_hybrid_swa_memory = True
         choose_dtype(server_args)
         choose_experts(server_args)
         # A prefill server waits with a CUDA event for what it sends ahead of a pass.

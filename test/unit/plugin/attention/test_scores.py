@@ -37,10 +37,14 @@ class Batch:
     """Sequences of (keys, new tokens), on a backend that is asked as SGLang's models ask."""
 
     def __init__(
-        self, lengths: list[tuple[int, int]], window: int | None, cap: float = 0.0
+        self,
+        lengths: list[tuple[int, int]],
+        window: int | None,
+        cap: float = 0.0,
+        chunk: int | None = None,
     ) -> None:
         torch.manual_seed(1)
-        self.lengths, self.window, self.cap = lengths, window, cap
+        self.lengths, self.window, self.cap, self.chunk = lengths, window, cap, chunk
         longest = max(n_keys for n_keys, _ in lengths)
         slots = torch.randperm(len(lengths) * longest).view(len(lengths), longest)
         self.slots = slots
@@ -50,6 +54,7 @@ class Batch:
         self.layer = SimpleNamespace(
             layer_id=0, logit_cap=cap, qk_head_dim=HEAD, v_head_dim=HEAD, scaling=SCALE,
             tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, is_cross_attention=False, attn_type=None,
+            use_irope=chunk is not None,
             sliding_window_size=-1 if window is None else window,
         )  # fmt: skip
         self.forward = SimpleNamespace(
@@ -67,6 +72,7 @@ class Batch:
                 req_to_token_pool=SimpleNamespace(req_to_token=slots),
                 token_to_kv_pool=self.pool,
                 server_args=None,
+                attention_chunk_size=chunk,
             )
         )
 
@@ -84,6 +90,8 @@ class Batch:
         for slots, (n_keys, n_new) in zip(self.slots, self.lengths, strict=True):
             for place in range(n_keys - n_new, n_keys):
                 first = 0 if self.window is None else max(0, place - self.window)
+                if self.chunk is not None:
+                    first = max(first, place // self.chunk * self.chunk)
                 rows.append(self._row(next(query), slots[first : place + 1]))
         return torch.stack(rows)
 
@@ -131,10 +139,22 @@ def test_scores_stay_below_their_cap(how: str, window: int | None) -> None:
     assert not torch.allclose(rows, batch.attended(how)), "the cap makes no difference"
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_drafts_have_sinks(window: int | None) -> None:
-    n_nodes, n_before = 4, [9, 20]
-    batch = Batch([(before + n_nodes, n_nodes) for before in n_before], window)
+@pytest.mark.parametrize("how", ["forward_extend", "forward_decode"])
+def test_a_token_sees_its_own_chunk(how: str) -> None:
+    lengths = [(300, 210), (30, 30), (16, 1)] if how == "forward_extend" else [(33, 1), (16, 1)]
+    batch = Batch(lengths, None, chunk=16)
+    batch.sinks = None
+    rows = batch.attended(how)
+    torch.testing.assert_close(rows, batch.written_out())
+    batch.layer.use_irope = False
+    assert not torch.allclose(rows, batch.attended(how)), "chunks make no difference"
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(None, None), (5, None), (None, 8)])
+def test_drafts_have_sinks(window: int | None, chunk: int | None) -> None:
+    n_nodes, n_before = 4, [9, 21]
+    lengths = [(before + n_nodes, n_nodes) for before in n_before]
+    batch = Batch(lengths, window, chunk=chunk)
     chain = torch.ones(2, n_nodes, n_nodes, dtype=torch.bool).tril()
     batch.forward.forward_mode = ForwardMode.TARGET_VERIFY
     batch.forward.seq_lens = torch.tensor(n_before)

@@ -133,6 +133,7 @@ def test_defaults_are_what_a_plain_cpu_can_do(monkeypatch: pytest.MonkeyPatch) -
     TieredKVCpuPlatform().apply_server_args_defaults(args)
     assert args.attention_backend == "torch_native"
     assert args.grammar_backend == "llguidance"
+    assert args.disable_hybrid_swa_memory
     assert args.max_total_tokens == 65_536
     assert os.environ[sent_ahead] == "0"
 

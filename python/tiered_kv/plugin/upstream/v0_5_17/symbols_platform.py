@@ -24,7 +24,7 @@ CPU_PLATFORM = (
     object_(
         f"{SRT}.server_args.ServerArgs",
         "attention_backend max_total_tokens mem_fraction_static grammar_backend tp_size dtype "
-        "moe_runner_backend",
+        "moe_runner_backend disable_hybrid_swa_memory",
         "start.platform",
     ),
     function(
