@@ -20,8 +20,6 @@ pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(1800)]
 
 #: The tokenizer has more words than the models, which that for grammars does not take.
 FEW_WORDS = ("--grammar-backend", "none")
-#: What SGLang serves with no other attention that a CPU has: the platform has it under this name.
-TRITON = ("--attention-backend", "triton")
 
 
 def case(architecture: str, *args: object, faults: tuple[str, ...] = ("corrupt_host",)) -> Case:
