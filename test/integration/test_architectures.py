@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness.prompts import PromptMaker
-from support.every_tier import Case, MakeServer, check_every_tier
+from support.every_tier import WINDOW_FAULTS, Case, MakeServer, check_every_tier
 from support.tiny_architectures import VOCABULARY, tiny
 from support.workload import OfFewWords
 
@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(1800)]
 
 #: The tokenizer has more words than the models, which that for grammars does not take.
 FEW_WORDS = ("--grammar-backend", "none")
+#: What SGLang serves with no other attention that a CPU has: the platform has it under this name.
+TRITON = ("--attention-backend", "triton")
 
 
 def case(architecture: str, *args: object, faults: tuple[str, ...] = ("corrupt_host",)) -> Case:
@@ -29,6 +31,7 @@ def case(architecture: str, *args: object, faults: tuple[str, ...] = ("corrupt_h
 CASES = (
     case("Qwen3ForCausalLM"),
     case("Qwen3MoeForCausalLM"),
+    case("GptOssForCausalLM", *TRITON, faults=WINDOW_FAULTS),
     case("DeepseekV3ForCausalLM"),
     case("MistralForCausalLM"),
 )
