@@ -179,10 +179,11 @@ class TieredKVCpuPlatform(hardware.PlainPlatform, CpuDeviceMixin, SRTPlatform):
         # A prefill server waits with a CUDA event for what it sends ahead of a pass.
         os.environ.setdefault("SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX", "0")
         n_shares = hardware.core_shares(server_args)
-        if n_shares > 1:
+        if n_shares > 1 or server_args.pp_size > 1:
             # Ranks talk over gloo. Upstream takes the NCCL library that comes with torch for a
             # sign of GPUs and opens it on this device; one that cannot be loaded is left alone.
             os.environ.setdefault("SGLANG_NCCL_SO_PATH", "no NCCL on a CPU")
+        if n_shares > 1:
             os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_by_rank(n_shares))
 
     def get_device(self, device_id: int = 0) -> str:

@@ -119,6 +119,7 @@ def server_args(**given: object) -> SimpleNamespace:
         "grammar_backend": None,
         "tp_size": 1,
         "dp_size": 1,
+        "pp_size": 1,
         "dtype": "auto",
         "moe_runner_backend": "auto",
         "get_model_config": lambda: model_like(torch.bfloat16),
@@ -348,6 +349,14 @@ def test_ranks_get_cores_of_their_own_and_no_nccl(monkeypatch: pytest.MonkeyPatc
     TieredKVCpuPlatform().apply_server_args_defaults(server_args(tp_size=2, dp_size=2))
     shares = "0,1|2,5" if on_release.IS_0_5_17 else "0|1|2|5"
     assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == shares
+
+    # Stages of 0.5.17 share cores, as its replicas do.
+    monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND")
+    monkeypatch.delenv("SGLANG_NCCL_SO_PATH")
+    TieredKVCpuPlatform().apply_server_args_defaults(server_args(pp_size=2))
+    shares = None if on_release.IS_0_5_17 else "0,1|2,5"
+    assert os.environ.get("SGLANG_CPU_OMP_THREADS_BIND") == shares
+    assert not Path(os.environ["SGLANG_NCCL_SO_PATH"]).exists()
 
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "7|5")
     TieredKVCpuPlatform().apply_server_args_defaults(server_args(tp_size=2))

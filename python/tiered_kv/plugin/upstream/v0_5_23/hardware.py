@@ -60,7 +60,7 @@ class PlainPlatform:
 
 def core_shares(server_args: Any) -> int:
     """Among how many the cores are shared out: all ranks of all replicas."""
-    return int(server_args.tp_size * server_args.dp_size)
+    return int(server_args.tp_size * server_args.pp_size * server_args.dp_size)
 
 
 def replica_index(tp_worker: Any) -> int:
