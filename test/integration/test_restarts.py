@@ -194,7 +194,8 @@ def test_damaged_segments_are_slower_but_right(
     assert damage_segments(disk) > 100
 
     server.start()
-    answers = generate_all(server, asked)
+    # Where the host has no room for a prompt's pages, nobody looks whether they are damaged.
+    answers = one_by_one(server, asked)
     wait_for_disk(server)
     server.flush_cache()
     rewritten = one_by_one(server, asked)
