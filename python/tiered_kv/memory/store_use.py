@@ -80,8 +80,11 @@ class DroppedPages:
         """What the ranks agree on."""
         has_no_news, *are_stored = votes
         forest = self._forest
-        for node, is_stored in zip(self._asked, are_stored, strict=True):
-            if not is_stored:
+        asked, self._asked = self._asked, []
+        # Between stages of a pipeline passes go by until they agree: all may be forgotten by then.
+        for node, is_stored in zip(asked, are_stored, strict=bool(asked)):
+            is_there = node in forest and node.state(self._tier) is Residency.RESIDENT
+            if is_there and not is_stored:
                 forest.evict(node, self._tier)
                 # A node is there as a whole or not at all; and another rank may have lost it.
                 gone = self._gone or ()
@@ -97,6 +100,7 @@ class DroppedPages:
         """No node is in the store any more."""
         self._news, self._gone = set(), set()
         self._unchecked.clear()
+        self._asked = []
 
     def _listen(self, store: ForgetfulStore) -> None:
         dropped = store.drain_dropped()

@@ -23,7 +23,7 @@ from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.slots import PageIds
 from tiered_kv.tiers.streams import After, Point
 from tiered_kv.tiers.timeline import TimelineFile
-from tiered_kv.tiers.transfer import Collective, Completion, J, SingleRank
+from tiered_kv.tiers.transfer import Collective, Completion, J, Meeting, SingleRank
 
 
 def host_pages_of(node: Node) -> PageIds:
@@ -139,6 +139,7 @@ class TierContext:
     pacer: holds back what is written while requests decode.
     beside: whoever keeps more of pages than the forest does.
     moved_bytes: what was transferred so far, by (source, target).
+    stages: where the stages of a pipeline agree, None if there is one; nobody waits for another then.
     names_pairs: whether pages are named by pairs of tokens, as a draft's KV is made of those.
     """
 
@@ -149,6 +150,7 @@ class TierContext:
     host: HostPool
     stores: tuple[PageStore, ...] = ()
     collective: Collective = field(default_factory=SingleRank)
+    stages: Meeting | None = None
     listener: TierListener = field(default_factory=_Silent)
     observer: TransferObserver = field(default_factory=_Silent)
     order_after: Callable[[], After] = tuple

@@ -6,6 +6,7 @@ One thread owns a hierarchy (the scheduler's). No call waits for a store, or rai
 
 from __future__ import annotations
 
+import itertools
 import time
 from array import array
 from collections.abc import Iterable
@@ -32,12 +33,15 @@ from tiered_kv.tiers.load_back import LoadBack
 from tiered_kv.tiers.page_store import PageStore
 from tiered_kv.tiers.prefetch import Prefetch
 from tiered_kv.tiers.progress import SETTLE_TIMEOUT_S, Finish, Progress
+from tiered_kv.tiers.stages import COPY_FAILED, StagesPartedError, StagesProgress
 from tiered_kv.tiers.timeline import transfer_spans
 from tiered_kv.tiers.transfer import LONGEST_JOB_S, SingleRank, TransferQueue
 from tiered_kv.tiers.write_back import WriteBack
 
 #: How long `drain` goes on copying to the host what had to wait for room there.
 DRAIN_S = 2.0
+#: The same between stages of a pipeline, which cannot agree on a time: how often it is.
+DRAIN_ROUNDS = 8
 #: While anything is kept, ranks agree on the time once in so many polls.
 KEEPS_LOOK_POLLS = 16
 #: Longest rest of an idle loop, in seconds: what a request that comes then may wait longer.
@@ -91,6 +95,8 @@ class KVHierarchy:
         self.prefetch = Prefetch(context, self.colds)
         self._namespace = namespace
         self._n_polls = 0
+        self._n_votes: list[int] = []
+        """Of each store, in the vote under way."""
         finish: dict[TransferQueue[Any], Finish] = {
             self.write_back.to_host: self.write_back.host_written,
             self.load_back.queue: self.load_back.loaded,
@@ -98,7 +104,11 @@ class KVHierarchy:
         finish |= {cold.writes.queue: cold.writes.written for cold in self.colds}
         finish[self.prefetch.lookups.queue] = self.prefetch.looked_up
         finish |= {cold.reads: self.prefetch.finished for cold in self.colds}
-        self.progress = Progress(context, finish)
+        self.progress = (
+            Progress(context, finish)
+            if context.stages is None
+            else StagesProgress(context, finish, context.stages)
+        )
         if context.timeline is not None:
             for queue in self.progress.queues():
                 queue.observe = transfer_spans(context.timeline)
@@ -171,9 +181,10 @@ class KVHierarchy:
         loading = [node for node in path if node.state(Tier.DEVICE) is Residency.LOADING]
         if not loading:
             return
-        is_ordered = self.load_back.hold_passes(loading)
-        if self.context.collective.minimum([int(is_ordered)])[0]:
-            return
+        if self.context.stages is None:
+            is_ordered = self.load_back.hold_passes(loading)
+            if self.context.collective.minimum([int(is_ordered)])[0]:
+                return
         if not self.settle_loads():
             raise TransferTimeoutError(
                 f"Copies to the device did not end within {SETTLE_TIMEOUT_S:.0f} s: the device "
@@ -217,8 +228,13 @@ class KVHierarchy:
         if keeps:
             self._n_polls += 1
             wants_time |= self._n_polls % KEEPS_LOOK_POLLS == 0
-        if self.progress.is_busy or is_looking or wants_time:
-            self._advance()
+        wants = wants_time or is_looking
+        if self.context.stages is not None:
+            assert isinstance(self.progress, StagesProgress)
+            self.progress.poll(wants, self._votes, self._counted)
+        elif self.progress.is_busy or wants:
+            votes = self._votes()
+            self._counted(self.progress.advance(votes))
         keeps.end(self.context.now_s)
         if self.load_back.has_failed:
             self._give_up_failed_loads()
@@ -229,12 +245,17 @@ class KVHierarchy:
         for cold in self.colds:
             cold.used.advance()
 
-    def _advance(self) -> None:
-        """What is done on all ranks counts, and what the stores gave up."""
+    def _votes(self) -> list[int]:
+        """What the stores gave up, for the minimum over the ranks."""
         votes = [cold.dropped.votes() for cold in self.colds]
-        agreed = iter(self.progress.advance(list(chain.from_iterable(votes))))
-        for cold, own in zip(self.colds, votes, strict=True):
-            cold.dropped.counted(list(islice(agreed, len(own))))
+        self._n_votes = [len(own) for own in votes]
+        return list(chain.from_iterable(votes))
+
+    def _counted(self, agreed: list[int]) -> None:
+        """The minimum of the last votes."""
+        rest = iter(agreed)
+        for cold, n_own in zip(self.colds, self._n_votes, strict=True):
+            cold.dropped.counted(list(islice(rest, n_own)))
 
     def rest(self) -> None:
         """Gives the interpreter to the transfers under way, until one is done or REST_S is over.
@@ -292,6 +313,10 @@ class KVHierarchy:
         `leave_failed_loads`, before it does anything else.
         """
         is_good = not self.load_back.gate.has_failed(gate_index)
+        if self.context.stages is not None:
+            if not is_good:
+                raise StagesPartedError(COPY_FAILED)
+            return False
         return not self.context.collective.minimum([int(is_good)])[0]
 
     def leave_failed_loads(self) -> None:
@@ -309,16 +334,21 @@ class KVHierarchy:
         """
         deadline = time.monotonic() + DRAIN_S
         to_host = self.write_back.to_host
-        while True:
+        for n_settled in itertools.count():
             if not self.settle_copies():
                 return False
-            # Whether time is up must be agreed: ranks that part here would wait for each other.
-            (more,) = self.context.collective.minimum([int(time.monotonic() < deadline)])
-            if not more:
-                return True
+            if not self._drains_on(n_settled, deadline):
+                break
             self.write_back.advance()
             if not to_host.in_flight:
-                return True
+                break
+        return True
+
+    def _drains_on(self, n_settled: int, deadline_s: float) -> bool:
+        """Whether there is time for more. That must be agreed: who parts here is waited for."""
+        if self.context.stages is not None:
+            return n_settled < DRAIN_ROUNDS
+        return bool(self.context.collective.minimum([int(time.monotonic() < deadline_s)])[0])
 
     def flush(self) -> None:
         """Empties device and host; the stores keep their pages, and get those that are on the host.
@@ -368,6 +398,7 @@ class KVHierarchy:
         """
         # Ranks shut down on their own: nobody to agree with any more.
         self.context.collective = SingleRank()
+        self.context.stages = None
         self.context.pacer.stop()
         deadline = time.monotonic() + timeout_s
         is_shared = self.context.host.is_shared

@@ -72,6 +72,25 @@ class SingleRank:
         return values
 
 
+class Meeting(Protocol):
+    """Agreement between the stages of a pipeline, which are passes apart and cannot wait.
+
+    What a stage gives in one of its passes it gets the minimum of some passes later, when all
+    stages, and all ranks of each, have come to the pass in which it was given.
+    """
+
+    n_pass: int
+    """The pass this stage is in: the same pass has the same number on all stages."""
+    lag: int
+    """Passes until who asks need not wait for a stage that waits for him."""
+
+    def give(self, values: list[int]) -> Callable[[], list[int]]:
+        """Begins a minimum, element by element; what is returned waits for it.
+
+        All stages give as many values, in the same pass.
+        """
+
+
 class TransferQueue(Generic[J]):
     """Runs jobs one after the other on a thread of its own.
 
@@ -152,6 +171,18 @@ class TransferQueue(Generic[J]):
     def take(self, ready: Sequence[int]) -> list[Completion[J]]:
         """Takes the completions that all ranks have ready."""
         return self.acknowledge(ready[0])
+
+    def ended_here(self) -> list[tuple[int, Completion[J] | None]]:
+        """The jobs in flight by number, as they were submitted; None of one that has not ended."""
+        with self._progress:
+            ended = list(self._finished)
+        first = self._n_acknowledged
+        none: list[Completion[J] | None] = [None] * (len(self._open) - len(ended))
+        return list(enumerate([*ended, *none], first))
+
+    def take_one(self, number: int) -> Completion[J] | None:
+        """The completion of a job that has ended, the next in the order; None: it was taken."""
+        return self.acknowledge(1)[0] if number >= self._n_acknowledged else None
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Blocks until every submitted job has finished; False if the time ran out."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.version import __version__ as sglang_release
 
 from tiered_kv.core.config import TieredKVConfig
+from tiered_kv.core.errors import ConfigError
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.forest import Forest
 from tiered_kv.memory.manager import MemoryManager
@@ -33,6 +34,7 @@ from tiered_kv.plugin.cache.pass_streams import launched_so_far, pass_holder
 from tiered_kv.plugin.cache.replicas import Replica, replica_of
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.cache.shards import shard_of
+from tiered_kv.plugin.cache.stages import NoMeeting, Stage, layers_of, stage_of
 from tiered_kv.plugin.cache.store import SharedStore, open_store
 from tiered_kv.plugin.cache.watched import Watched
 from tiered_kv.plugin.options import dp_attention
@@ -107,17 +109,19 @@ def build_parts(ctx: TreeCacheBuildContext, windows: WindowLayers | None = None)
     on_cpu = device.buffers[0].device.type == "cpu"
 
     args, collective, replica = ctx.server_args, make_collective(ctx), replica_of(ctx)
-    host, shard = host_of(ctx, formats, collective, replica, windows)
+    stage = stage_of(ctx)
+    host, shard = host_of(ctx, formats, collective, replica, windows, stage)
     copier = make_copier(formats, device, host, args.tiered_kv_copy_path)
     if host.is_shared:
         copier = PartCopier(copier, shard.place, len(shard.holders))
     timeline = open_timeline(args, replica.process, copier)
-    disk = open_disk(config, shard, collective, replica.server)
+    everyone = collective if stage is None else stage.everyone
+    disk = open_disk(config, shard, everyone, replica.server)
     has_disk = config.disk.directory is not None
     store = open_store(config.store, shard, host, formats.disk.page_bytes)
 
     def name_weights() -> tuple[bytes, tuple[PageStore, ...]]:
-        namespace = name_namespace(ctx, pool, formats, shard, windows)
+        namespace = name_namespace(ctx, pool, formats, shard, windows, stage)
         on_disk = disk_stores(ctx, namespace, formats, disk) if has_disk else ()
         return namespace, on_disk + shared_stores(ctx, namespace, formats, store)
 
@@ -126,7 +130,10 @@ def build_parts(ctx: TreeCacheBuildContext, windows: WindowLayers | None = None)
     residency = ResidencyLog(events)
     metrics = make_metrics(ctx, replica)
     forest = Forest(params.page_size, tiers=tiers_in_use(store))
-    cost_model = build_cost_model(ctx, pool, formats.host, replica.n_ranks)
+    # What it learns it learns from a rank's own layers, and it decides.
+    cost_model = None
+    if stage is None:
+        cost_model = build_cost_model(ctx, pool, formats.host, replica.n_ranks)
     costs = None if cost_model is None else placement_costs(cost_model, formats)
     runner = ctx.tp_worker.model_runner
     context = TierContext(
@@ -137,7 +144,8 @@ def build_parts(ctx: TreeCacheBuildContext, windows: WindowLayers | None = None)
         host=host,
         stores=stores,
         names_pairs=ctx.params.is_eagle,
-        collective=collective,
+        collective=collective if stage is None else NoMeeting(),
+        stages=None if stage is None else stage.meeting,
         listener=residency,
         observer=metrics,
         calibrator=None if cost_model is None else Calibrator(cost_model),
@@ -185,6 +193,7 @@ def host_of(
     collective: Collective,
     replica: Replica,
     windows: WindowLayers | None,
+    stage: Stage | None,
 ) -> tuple[HostPool, KVShard]:
     """This rank's host pool, and the shard that is kept there and below. Raises ConfigError."""
     # The ranks of one machine: they are spread evenly.
@@ -193,14 +202,26 @@ def host_of(
     config: TieredKVConfig = ctx.server_args.to_config()
     pool = kv_pool_of(ctx.params.token_to_kv_pool_allocator.get_kvcache())
     device = device_buffers(ctx)
-    rank_bytes = host_bytes(
-        config, device.n_bytes, formats.host, n_ranks, collective, replica.first_word
-    )
+    everyone, first_word = collective, replica.first_word
+    if stage is not None:
+        everyone, first_word = stage.everyone, lambda value: value
+    rank_bytes = host_bytes(config, device.n_bytes, formats.host, n_ranks, everyone, first_word)
     apart = STATES_SHARE if ctx.is_hybrid_ssm else 0.0 if windows is None else windows.share
     rank_bytes -= int(rank_bytes * apart)
+    if stage is not None:
+        # As many pages as the stage with the most layers has room for: all have the same pages.
+        (n_pages,) = everyone.minimum([rank_bytes // formats.host.slot_bytes])
+        rank_bytes = n_pages * formats.host.slot_bytes
     shard = shard_of(ctx, pool, replica)
     pins = device.buffers[0].device.type != "cpu"
     host, shard = open_host(formats.host, rank_bytes, shard, collective, pins=pins)
+    if stage is not None:
+        least, negative_most = everyone.minimum([host.n_pages, -host.n_pages])
+        if least != -negative_most:
+            raise ConfigError(
+                f"the stages of the pipeline have host tiers of {least} to {-negative_most} pages, "
+                "as some of their ranks can share memory and others cannot; start them alike"
+            )
     return host, shard.of_replica(replica.index, replica.n_replicas)
 
 
@@ -259,6 +280,7 @@ def name_namespace(
     formats: TierFormats,
     shard: KVShard,
     windows: WindowLayers | None = None,
+    stage: Stage | None = None,
 ) -> bytes:
     """The namespace of KV computed from now on.
 
@@ -269,7 +291,11 @@ def name_namespace(
     checksum = fingerprint.weights_checksum(model)
     # All ranks, also those of DP attention that have other requests: KV depends on everybody's.
     has_others = isinstance(make_collective(ctx), RankMinimum)
-    checksums = RankMinimum(ctx.tp_group.cpu_group).gather(checksum) if has_others else [checksum]
+    checksums = [checksum]
+    if stage is not None:
+        checksums = stage.everyone.gather(checksum)
+    elif has_others:
+        checksums = RankMinimum(ctx.tp_group.cpu_group).gather(checksum)
     parts = fingerprint.parts_of(
         model,
         ctx.model_config,
@@ -288,6 +314,8 @@ def name_namespace(
         parts["recurrent state"] = described(ctx.params.req_to_token_pool.mamba_pool)
     if windows is not None:
         parts["layers apart"] = str(windows.layers)
+    if stage is not None:
+        parts["layers"] = layers_of(pool, stage)
     draft = drafts.runner_of(ctx)
     if draft is not None:
         parts["draft"] = drafts.name_of(ctx, draft)
@@ -342,9 +370,10 @@ def are_named(ctx: TreeCacheBuildContext, where: str) -> bool:
 def may_name_again(ctx: TreeCacheBuildContext) -> bool:
     """Whether weights that have changed can be named, when the next prompt comes.
 
-    All ranks must name them at one point of their loops; those of DP attention have no such.
+    All ranks must name them at one point of their loops; those of DP attention have no such, nor
+    have stages of a pipeline.
     """
-    return not dp_attention.is_on(arguments.resolved(ctx.server_args))
+    return ctx.params.pp_size == 1 and not dp_attention.is_on(arguments.resolved(ctx.server_args))
 
 
 def make_collective(ctx: TreeCacheBuildContext) -> Collective:
@@ -360,7 +389,7 @@ def make_metrics(ctx: TreeCacheBuildContext, replica: Replica) -> MetricsRecorde
     served_name = outcome.served_model_name or outcome.model_path
     labels = {"model_name": served_name, "tp_rank": str(ctx.tp_rank)}
     if replica.is_one_of_many:  # as SGLang's own
-        labels["dp_rank"] = str(replica.index)
+        labels["dp_rank" if ctx.params.pp_size == 1 else "pp_rank"] = str(replica.index)
     return PrometheusRecorder(labels)
 
 

@@ -101,6 +101,7 @@ def _why_whole(ctx: TreeCacheBuildContext) -> str | None:
     config: TieredKVConfig = args.to_config()
     reasons = {
         "with several ranks, which would have to agree on them": ctx.tp_size > 1,
+        "with --pp-size above 1": ctx.params.pp_size > 1,
         "with several replicas": args.dp_size > 1,
         "with a shared store": config.store.address is not None,
         "where pages take fewer bytes below the device": not (

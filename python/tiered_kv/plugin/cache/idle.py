@@ -103,7 +103,8 @@ def keep_up_while_paused(result: None, scheduler: Any, *args: Any, **kwargs: Any
     if not scheduler._engine_paused:
         return
     cache = cache_of(scheduler)
-    if cache is not None:
+    # A stage's loop goes on, and polls by itself.
+    if cache is not None and cache.hierarchy.context.stages is None:
         cache.keep_up()
 
 

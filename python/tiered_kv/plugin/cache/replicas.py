@@ -70,7 +70,14 @@ class Replica:
 
 
 def replica_of(ctx: TreeCacheBuildContext) -> Replica:
-    """Which of the replicas of `--dp-size`, or of DP attention, builds its cache here."""
+    """Which of the replicas of `--dp-size`, or of DP attention, builds its cache here.
+
+    A stage of a pipeline is one in all that this says: what is on the machine is shared out alike.
+    """
+    if ctx.params.pp_size > 1:
+        index, n_stages = ctx.params.pp_rank, ctx.params.pp_size
+        server = ctx.server_args.server_number
+        return Replica(index, n_stages, ctx.tp_rank, ctx.tp_size, server)
     n_replicas = arguments.replicas(ctx.server_args)
     n_groups = arguments.attention_groups(arguments.resolved(ctx.server_args))
     # Attention is tensor-parallel within a group, whose ranks are neighbours.

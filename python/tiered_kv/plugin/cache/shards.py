@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,14 @@ if TYPE_CHECKING:
 def shard_of(ctx: TreeCacheBuildContext, pool: Any, replica: Replica) -> KVShard:
     """Among the ranks of `replica`, this one's; pool: SGLang's KV pool."""
     rank, n_ranks = replica.rank, replica.n_ranks
-    n_machines = ctx.server_args.nnodes
+    # A stage is on as many as its ranks need; stages are spread over them in order.
+    n_all, n_stages = ctx.server_args.nnodes, ctx.params.pp_size
+    return replace(_within(ctx, pool, rank, n_ranks, max(1, n_all // n_stages)), n_machines=n_all)
+
+
+def _within(
+    ctx: TreeCacheBuildContext, pool: Any, rank: int, n_ranks: int, n_machines: int
+) -> KVShard:
     if ctx.is_hybrid_ssm:
         # Each rank has states of its own, and keeps its pages where it keeps those.
         return KVShard.alone(rank, n_ranks, n_machines)

@@ -56,6 +56,12 @@ def update(original: Update, updater: Any, recv_req: Any) -> Any:
     cache = idle.cache_of(scheduler)
     if cache is None:
         return original(updater, recv_req)
+    if cache.hierarchy.context.stages is not None:
+        return _refusal(
+            recv_req,
+            "The weights were not updated: stages of a pipeline cannot agree on it; restart the "
+            "server.",
+        )
     if not hardware.takes_weights(scheduler, recv_req):
         return _refusal(
             recv_req,

@@ -25,6 +25,10 @@ NO_SESSIONS = (
     "Sessions are not known to a server that orders its queue by SGLang's own policy; name the "
     "prompt instead."
 )
+NO_STAGES = (
+    "A server with --pp-size above 1 takes no orders about its cache, since its stages would have "
+    "to agree on them in one pass."
+)
 NO_NAME = (
     "The weights have changed and nothing was computed with them yet, so nothing is cached; ask "
     "again after the next request."
@@ -86,6 +90,8 @@ class Desk:
 
     def _begin(self, name: str, message: dict[str, Any]) -> dict[str, Any]:
         tokens = self._prompts.pop(name, None)
+        if self._cache.hierarchy.context.stages is not None:
+            return {"state": messages.REFUSED, "why": NO_STAGES}
         if not self._cache.weights.is_named:
             return {"state": messages.REFUSED, "why": NO_NAME}
         session, tenant = message["session"], message["tenant"]
@@ -134,5 +140,7 @@ def _disk_pages(cache: TieredPrefixCache) -> int:
     n_pages = 1 << 62  # another rank has it
     if disk is not None:
         n_pages = disk.capacity_bytes // context.page_format(Tier.DISK).slot_bytes
+    if context.stages is not None:
+        return 0  # no orders are taken
     (least,) = context.collective.minimum([n_pages])
     return least if cache.parts.has_disk else 0

@@ -22,6 +22,7 @@ from tiered_kv.plugin.hooks.hook import Hook, Process
 from tiered_kv.plugin.hooks.naming_table import NAMING_HOOKS
 from tiered_kv.plugin.hooks.prefill_table import PREFILL_HOOKS
 from tiered_kv.plugin.hooks.recurrent_table import RECURRENT_HOOKS
+from tiered_kv.plugin.hooks.stages_table import STAGES_HOOKS
 from tiered_kv.plugin.upstream.current import targets
 
 SHARED_HOOKS: tuple[Hook, ...] = (
@@ -298,6 +299,7 @@ SHARED_HOOKS: tuple[Hook, ...] = (
     *DRAFT_HOOKS,
     *PREFILL_HOOKS,
     *RECURRENT_HOOKS,
+    *STAGES_HOOKS,
 )
 
 

@@ -45,6 +45,8 @@ def why_not(server_args: Any) -> str | None:
     if dp_attention.is_on(outcome):
         # Batches are filled up to the length of other ranks'.
         return "DP attention"
+    if outcome.pp_size > 1:
+        return "--pp-size above 1"
     if combinations.has_recurrent_state(outcome):
         return "a model with recurrent state (Mamba, linear attention)"
     if outcome.enable_torch_compile:

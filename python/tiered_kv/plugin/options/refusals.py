@@ -56,7 +56,6 @@ SERVER_ARGS_RULES: tuple[Rule, ...] = (
     ),
     _option("--decoupled-spec-role", lambda a: a.decoupled_spec_role != "null"),
     # Ranks that hold other layers or other requests must agree on what is evicted and loaded.
-    _option("--pp-size above 1", lambda a: a.pp_size > 1),
     _option("--attn-cp-size above 1", lambda a: a.attn_cp_size > 1),
     _option("--dcp-size above 1", lambda a: a.dcp_size > 1),
     _option("--enable-prefill-cp", lambda a: a.enable_prefill_cp),

@@ -23,6 +23,7 @@ from tiered_kv.plugin.options import cascade as cascade_option
 from tiered_kv.plugin.options import (
     disaggregation,
     dp_attention,
+    pipeline,
     recurrent,
     refusals,
     speculation,
@@ -98,6 +99,7 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
         vars(self)[_SERVER_NUMBER] = secrets.randbits(_SERVER_BITS)
         refusals.check_server_args(self)
         disaggregation.check(self)
+        pipeline.choose_policy(self)
         self.resolve_policies()
         self.resolve_callers()
         self.resolve_watching()
@@ -120,6 +122,7 @@ class OwnArgs(TierArgs, StoreArgs, PolicyArgs, OverlapArgs, CallerArgs, Watching
         recurrent.check_resolved(outcome)
         speculation.check_resolved(outcome)
         dp_attention.check_resolved(outcome)
+        pipeline.check_resolved(outcome)
         cascade_option.check_resolved(self)
 
     def arrived(self) -> None:

@@ -18,7 +18,7 @@ def create_tree_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     from tiered_kv.plugin.cache.build import build_tree_cache
     from tiered_kv.plugin.hooks import table as hooks
     from tiered_kv.plugin.hooks.hook import Process
-    from tiered_kv.plugin.options import dp_attention, recurrent, refusals, speculation
+    from tiered_kv.plugin.options import dp_attention, pipeline, recurrent, refusals, speculation
     from tiered_kv.plugin.upstream import release as upstream
 
     upstream.verify()
@@ -27,4 +27,5 @@ def create_tree_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     recurrent.check_model(ctx)
     speculation.check_model(ctx)
     dp_attention.check_model(ctx)
+    pipeline.check_model(ctx)
     return build_tree_cache(ctx)

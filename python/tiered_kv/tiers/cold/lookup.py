@@ -61,6 +61,8 @@ class Lookups:
             return False
         if first.tobytes() in anchor.children:
             return True  # on its way for another request
+        if self._context.stages is not None:
+            return True  # they cannot be asked now: `ask`
         name = (page_hash(anchor.last_page_hash, first),)
         are_there = [int(store.known(name) != 0) for store in stores]
         return 1 in self._context.collective.minimum(are_there)
@@ -74,7 +76,8 @@ class Lookups:
         first, colds = anchor.end // size, self._open()
         if not colds:  # put away since the request came
             return Stored(first, (), [])
-        if len(tokens) // size - first > INLINE_LOOKUP_PAGES:
+        n_pages = len(tokens) // size - first
+        if n_pages > INLINE_LOOKUP_PAGES or self._context.stages is not None:
             self._submit(rid, root, tokens, first, first, (), colds)
             return None
         hashes = page_hashes(anchor.last_page_hash, tokens[anchor.end :], size)

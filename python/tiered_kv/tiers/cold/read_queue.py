@@ -112,6 +112,14 @@ class ReadQueue(TransferQueue[ColdRead]):
         self._pages_in_flight -= sum(completion.job.n_pages for completion in taken)
         return taken
 
+    def ended_here(self) -> list[tuple[int, Completion[ColdRead] | None]]:
+        return [(op, entry.completion) for op, entry in self._entries.items()]
+
+    def take_one(self, number: int) -> Completion[ColdRead] | None:
+        if number not in self._entries:
+            return None
+        return self.take([int(op == number) for op in self._entries])[0]
+
     def end(self) -> None:
         with self._progress:
             self._is_closing = True
