@@ -59,7 +59,7 @@ from tiered_kv.tiers.page_format import PageFormat
 from tiered_kv.tiers.page_store import PageStore, StoreTraits
 from tiered_kv.tiers.replicas import PartCopier, StoreOfAnother
 from tiered_kv.tiers.shared.link import StoreLink
-from tiered_kv.tiers.transfer import Collective, SingleRank, TransferQueue
+from tiered_kv.tiers.transfer import Collective, Meeting, SingleRank, TransferQueue
 
 #: How long a transfer is held back from a call that must wait for it.
 A_MOMENT_S = 0.05
@@ -82,6 +82,7 @@ class Rig(RigChecks, RigRequests):
         *,
         page_size: int = PAGE_SIZE,
         collective: Collective | None = None,
+        stages: Meeting | None = None,
         namespace: bytes = NAMESPACE,
         shard: int = 0,
         host_format: str = "raw",
@@ -126,6 +127,7 @@ class Rig(RigChecks, RigRequests):
             collective or SingleRank(),
             self.events,
             self.events,
+            stages=stages,
         )
         self.hierarchy = KVHierarchy(self.context, namespace)
         self.requests: list[Request] = []

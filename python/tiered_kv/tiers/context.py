@@ -139,8 +139,8 @@ class TierContext:
     pacer: holds back what is written while requests decode.
     beside: whoever keeps more of pages than the forest does.
     moved_bytes: what was transferred so far, by (source, target).
-    stages: where the stages of a pipeline agree, None if there is one; nobody waits for another then.
     names_pairs: whether pages are named by pairs of tokens, as a draft's KV is made of those.
+    stages: where the stages of a pipeline agree, who cannot wait for each other; None: there is one.
     """
 
     forest: Forest
@@ -150,7 +150,6 @@ class TierContext:
     host: HostPool
     stores: tuple[PageStore, ...] = ()
     collective: Collective = field(default_factory=SingleRank)
-    stages: Meeting | None = None
     listener: TierListener = field(default_factory=_Silent)
     observer: TransferObserver = field(default_factory=_Silent)
     order_after: Callable[[], After] = tuple
@@ -164,6 +163,7 @@ class TierContext:
     pacer: WriteBackPacer = field(default_factory=WriteBackPacer)
     moved_bytes: dict[tuple[Tier, Tier], int] = field(default_factory=dict)
     names_pairs: bool = False
+    stages: Meeting | None = None
     _ops: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def next_op(self) -> int:
