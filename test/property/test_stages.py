@@ -198,6 +198,13 @@ def test_a_stage_must_not_ask_earlier_than_the_others_can_have_come() -> None:
         run(pipeline, histories, 30)
 
 
+def test_stages_that_go_by_their_own_figures_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the histories would show it; and that stages notice it themselves before long."""
+    monkeypatch.setattr(StageOfPipeline, "give", lambda stage, values: lambda: values)
+    with pytest.raises(AssertionError, match="parted"):
+        run_and_compare(0, N_PASSES)
+
+
 def test_a_copy_that_fails_on_one_stage_ends_it() -> None:
     pipeline, histories = make_histories(0)
     histories[1].load_error = OSError("on purpose")

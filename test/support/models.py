@@ -31,7 +31,12 @@ def tiny_model_with_one_kv_head(model: Path, to: Path) -> Path:
     return _tiny_llama(model, to, n_kv_heads=1)
 
 
-def _tiny_llama(model: Path, to: Path, n_kv_heads: int) -> Path:
+def tiny_model_for_two_stages(model: Path, to: Path) -> Path:
+    """The same with five layers, of which two stages of a pipeline have two and three."""
+    return _tiny_llama(model, to, n_kv_heads=2, n_layers=5)
+
+
+def _tiny_llama(model: Path, to: Path, n_kv_heads: int, n_layers: int = 4) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return _random_model(
@@ -41,7 +46,7 @@ def _tiny_llama(model: Path, to: Path, n_kv_heads: int) -> Path:
         LlamaForCausalLM,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=n_layers,
         num_attention_heads=4,
         num_key_value_heads=n_kv_heads,
     )

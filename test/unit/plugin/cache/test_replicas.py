@@ -13,6 +13,7 @@ import pytest
 from support_plugin import on_release
 from tiered_kv.plugin.cache import replicas
 from tiered_kv.plugin.cache.replicas import Replica, replica_of
+from tiered_kv.tiers.kv_shard import kv_shard
 
 
 @pytest.fixture(autouse=True)
@@ -96,4 +97,21 @@ def context(*, dp_size: int, attn_dp_size: int, tp_size: int = 2, tp_rank: int =
         enable_dp_attention=attn_dp_size > 1,
         server_number=7,
     )
-    return SimpleNamespace(server_args=args, tp_worker=3, tp_size=tp_size, tp_rank=tp_rank)
+    params = SimpleNamespace(pp_rank=0, pp_size=1)
+    return SimpleNamespace(
+        server_args=args, tp_worker=3, tp_size=tp_size, tp_rank=tp_rank, params=params
+    )
+
+
+def test_a_stage_of_a_pipeline_takes_its_share_as_a_replica_does() -> None:
+    found = []
+    for stage in range(3):
+        for rank in range(2):
+            ctx = context(dp_size=1, attn_dp_size=1, tp_rank=rank)
+            ctx.params = SimpleNamespace(pp_rank=stage, pp_size=3)
+            found.append(replica_of(ctx))
+    assert [one.process for one in found] == list(range(6))
+    assert {(one.n_replicas, one.n_ranks, one.server) for one in found} == {(3, 2, 7)}
+    shards = [kv_shard(one.rank, 2, 2).of_replica(one.index, 3) for one in found]
+    assert [shard.store for shard in shards] == list(range(6))
+    assert {shard.n_stores for shard in shards} == {6}

@@ -40,6 +40,7 @@ def shards(
             SimpleNamespace(  # type: ignore[arg-type]
                 is_hybrid_ssm=is_hybrid_ssm,
                 server_args=SimpleNamespace(nnodes=1),
+                params=SimpleNamespace(pp_size=1),
                 model_config=SimpleNamespace(get_total_num_kv_heads=lambda: n_kv_heads),
                 tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=model)),
             ),

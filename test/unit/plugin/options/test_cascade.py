@@ -30,6 +30,7 @@ def server_args(mode: str, **fields: Any) -> Any:
         "enable_dp_attention": False,
         "attn_dp_size": 1,
         "enable_torch_compile": False,
+        "pp_size": 1,
         **on_release.attention_backends(backend),
     }
     return SimpleNamespace(**values | fields)

@@ -19,6 +19,7 @@ def resolved(groups: int = 2, **others: Any) -> Any:
         "tiered_kv_iteration_policy": "all", "enable_mixed_chunk": False, "enable_lora": None,
         "speculative_algorithm": None, "nnodes": 1, "uses_mamba_radix_cache": False,
         "device": "cpu", "enable_deterministic_inference": False, "enable_torch_compile": False,
+        "pp_size": 1,
     }  # fmt: skip
     return SimpleNamespace(**plain | others)
 

@@ -93,7 +93,6 @@ class Arguments:
 REFUSED: dict[str, Any] = {
     "speculative_algorithm": "DFLASH",
     "decoupled_spec_role": "verifier",
-    "pp_size": 2,
     "attn_cp_size": 2,
     "dcp_size": 2,
     "dwdp_size": 2,

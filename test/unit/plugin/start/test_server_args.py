@@ -304,7 +304,10 @@ def test_no_option_of_sglangs_is_shadowed_or_abbreviated_differently() -> None:
         (["--tiered-kv-host-size", "8GB"], "--tiered-kv-host-size has no effect without"),
         (["--tiered-kv-clear-disk"], "--tiered-kv-clear-disk has no effect without --tiered-kv"),
         (["--tiered-kv", "--disable-radix-cache"], "does not support --disable-radix-cache"),
-        (["--tiered-kv", "--pp-size", "2"], "does not support --pp-size above 1"),
+        (
+            ["--tiered-kv", "--pp-size", "2", "--tiered-kv-policy", "edf"],
+            "does not support, with --pp-size above 1, --tiered-kv-policy edf",
+        ),
         (["--tiered-kv", "--hicache-storage-backend", "file"], "belongs to SGLang's own"),
         (["--tiered-kv", "--page-size", "0"], "does not support a --page-size below 1"),
         (["--tiered-kv", "--chunked-prefill-size", "100"], "no multiple of the page size"),

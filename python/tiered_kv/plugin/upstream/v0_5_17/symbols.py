@@ -18,6 +18,7 @@ from tiered_kv.plugin.upstream.v0_5_17.symbols_cache import (
 )
 from tiered_kv.plugin.upstream.v0_5_17.symbols_disaggregation import DISAGGREGATION
 from tiered_kv.plugin.upstream.v0_5_17.symbols_guard import GUARD
+from tiered_kv.plugin.upstream.v0_5_17.symbols_pipeline import PIPELINE
 from tiered_kv.plugin.upstream.v0_5_17.symbols_platform import CPU_PLATFORM
 from tiered_kv.plugin.upstream.v0_5_17.symbols_recurrent import RECURRENT
 from tiered_kv.plugin.upstream.v0_5_17.symbols_scheduler import DECODE, QUEUE, SCHEDULER
@@ -205,4 +206,5 @@ SYMBOLS: tuple[Symbol, ...] = (
     *RECURRENT,
     *DISAGGREGATION,
     *SPECULATION,
+    *PIPELINE,
 )
