@@ -140,7 +140,7 @@ class TierContext:
     beside: whoever keeps more of pages than the forest does.
     moved_bytes: what was transferred so far, by (source, target).
     names_pairs: whether pages are named by pairs of tokens, as a draft's KV is made of those.
-    stages: where the stages of a pipeline agree, who cannot wait for each other; None: there is one.
+    stages: where stages of a pipeline agree, who cannot wait for each other; None: there is one.
     """
 
     forest: Forest

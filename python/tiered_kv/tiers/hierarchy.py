@@ -10,7 +10,7 @@ import itertools
 import time
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -36,6 +36,7 @@ from tiered_kv.tiers.progress import SETTLE_TIMEOUT_S, Finish, Progress
 from tiered_kv.tiers.stages import COPY_FAILED, StagesPartedError, StagesProgress
 from tiered_kv.tiers.timeline import transfer_spans
 from tiered_kv.tiers.transfer import LONGEST_JOB_S, SingleRank, TransferQueue
+from tiered_kv.tiers.usable_prefix import UsablePrefix
 from tiered_kv.tiers.write_back import WriteBack
 
 #: How long `drain` goes on copying to the host what had to wait for room there.
@@ -50,31 +51,6 @@ REST_S = 0.001
 
 class TransferTimeoutError(TieredKVError, RuntimeError):
     """A transfer hangs; its pages can be neither used nor freed."""
-
-
-@dataclass(frozen=True, slots=True)
-class UsablePrefix:
-    """What a prompt can reuse: `device` nodes now, then `host` nodes after a load.
-
-    Nodes LOADING on the device count as device nodes: the batch that runs over them waits at the
-    gate, layer by layer.
-    """
-
-    root: Node
-    device: tuple[Node, ...]
-    host: tuple[Node, ...]
-
-    @property
-    def last_device(self) -> Node:
-        return self.device[-1] if self.device else self.root
-
-    @property
-    def last(self) -> Node:
-        return self.host[-1] if self.host else self.last_device
-
-    @property
-    def n_host_tokens(self) -> int:
-        return sum(node.n_tokens for node in self.host)
 
 
 class KVHierarchy:

@@ -1,9 +1,9 @@
 """What becomes of transfers between the stages of a pipeline, which are passes apart.
 
-Stages make the same calls in the same order, as tensor-parallel ranks do, but a stage begins a pass
-when the one before it has handed it on, and waits in it for what the first one does in a later pass:
-who waited here for another stage to come to the same pass would be waited for. So nobody does. In
-one pass each stage gives what has ended with it, and how; some passes later, when all have come by
+Stages make the same calls in the same order, as tensor-parallel ranks do, but a stage begins a
+pass when the one before it has handed it on, and waits in it for what that one does in its next:
+who waited here for another to come to the same pass would be waited for. So nobody does. In one
+pass each stage gives what has ended with it, and how; some passes later, when all have come by
 there, each gets the minimum, and acts on it: in the same pass, on the same figures. In between
 nothing of that is acted on, and one round of this is under way at a time.
 

@@ -34,6 +34,7 @@ from tiered_kv.plugin.cache.pass_streams import launched_so_far, pass_holder
 from tiered_kv.plugin.cache.replicas import Replica, replica_of
 from tiered_kv.plugin.cache.residency_log import ResidencyLog
 from tiered_kv.plugin.cache.shards import shard_of
+from tiered_kv.plugin.cache.sizes_log import log_formats, log_sizes
 from tiered_kv.plugin.cache.stages import NoMeeting, Stage, layers_of, stage_of
 from tiered_kv.plugin.cache.store import SharedStore, open_store
 from tiered_kv.plugin.cache.watched import Watched
@@ -391,37 +392,3 @@ def make_metrics(ctx: TreeCacheBuildContext, replica: Replica) -> MetricsRecorde
     if replica.is_one_of_many:  # as SGLang's own
         labels["dp_rank" if ctx.params.pp_size == 1 else "pp_rank"] = str(replica.index)
     return PrometheusRecorder(labels)
-
-
-def log_formats(formats: TierFormats) -> None:
-    """Says that answers may change, if they may."""
-    if formats.host_layout is None or formats.disk_layout is None:
-        return
-    logger.info(
-        "Tiered KV: %.0f bytes of KV per token on the device, %.0f on the host (%s), %.0f on disk "
-        "(%s): what was reused from there may change an answer.",
-        formats.device.token_bytes,
-        formats.host.token_bytes,
-        formats.host_layout.format,
-        formats.disk.token_bytes,
-        formats.disk_layout.format,
-    )
-
-
-def log_sizes(host: HostPool, device_tokens: int, store: DiskTier | None, shard: KVShard) -> None:
-    page_format = host.page_format
-    disk = "off" if shard.is_first else f"as rank {shard.holders[0]}"
-    if store is not None:
-        stats = store.stats()
-        disk = f"{stats.capacity / 1e9:.2f} GB, {stats.pages} pages stored"
-    logger.info(
-        "Tiered KV: pages of %d tokens, %.1f KiB; device %d tokens, host %d tokens (%.2f GB%s), "
-        "disk %s.",
-        page_format.page_size,
-        page_format.page_bytes / 1024,
-        device_tokens,
-        host.n_pages * page_format.page_size,
-        host.pages.nbytes / 1e9,
-        f", shared by ranks {', '.join(map(str, shard.holders))}" if host.is_shared else "",
-        disk,
-    )

@@ -44,7 +44,7 @@ class WeightNames:
         self._hierarchy.put_stores_away()
         if self._name_weights is None and self.is_named:
             logger.warning(
-                "Tiered KV: the weights change, and with DP attention or a pipeline no name is found: "
+                "Tiered KV: the weights change, and with DP attention or a pipeline none is found: "
                 "nothing is read from disk or store, or written there, until the server restarts."
             )
         self.is_named = False
