@@ -34,6 +34,10 @@ HANDED_OVER = (
     "Prompts in pieces need a server without --disaggregation-mode, which does all of a request; "
     "send the prompt whole."
 )
+STAGES = (
+    "Prompts in pieces need a server without --pp-size above 1, which was not tried; send the prompt "
+    "whole."
+)
 
 
 class Prompts:
@@ -202,6 +206,8 @@ def _prompts_here() -> Prompts:
         raise PieceError(SEVERAL, HTTPStatus.NOT_IMPLEMENTED)
     if manager.server_args.disaggregation_mode != "null":
         raise PieceError(HANDED_OVER, HTTPStatus.NOT_IMPLEMENTED)
+    if manager.server_args.pp_size > 1:
+        raise PieceError(STAGES, HTTPStatus.NOT_IMPLEMENTED)
     if manager not in _prompts:
         _prompts[manager] = Prompts(manager)
     return _prompts[manager]
