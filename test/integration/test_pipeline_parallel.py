@@ -57,6 +57,7 @@ def truths_of(
     """What `server` answers to each alone, and to each of `load` that does not give up."""
     alone = [request.alone(f"alone {i}") for i, request in enumerate(load)]
     answers = serve(server, alone, 4)
+    assert all(answer is not None for answer in answers)
     return outputs(generate_all(server, asked, concurrency=1)), [a.output_ids for a in answers if a]
 
 
@@ -134,30 +135,46 @@ def test_wrong_bytes_on_a_stage_would_be_noticed(
     assert outputs(from_host) != outputs(computed[:2])
 
 
-def test_stages_of_two_ranks_and_one_stage_leave_each_other_alone(
+def test_two_stages_of_two_ranks(
     make_server: Callable[..., Server], demo_model: Path, prompts: PromptMaker, tmp_path: Path
 ) -> None:
-    """Two stages of two ranks; then one stage on the same disk, which finds nothing of theirs."""
     model = tiny_model_for_two_stages(demo_model, tmp_path / "model")
-    both, disk = base_args("--pp-size", 2, "--tp-size", 2), tmp_path / "disk"
+    args, disk = base_args("--pp-size", 2, "--tp-size", 2), tmp_path / "disk"
     asked = [prompts.tokens(f"both {i}", 300) for i in range(4)]
     load = mixed_requests(prompts, 40, seed=12)
 
-    with make_server("both_plain", *both, model=model, env=PLAIN) as server:
+    with make_server("both_plain", *args, model=model, env=PLAIN) as server:
         truths, load_truths = truths_of(server, asked, load)
-    with make_server("both", *both, *tiers(disk), model=model) as server:
+    with make_server("both", *args, *tiers(disk), model=model) as server:
         computed = generate_all(server, asked, concurrency=1)
         from_host = generate_all(server, asked[:2], concurrency=1)
         mixed = serve(server, load, concurrency=16)
         wait_for_disk(server)
-    with make_server("one_stage", *base_args(), *tiers(disk), model=model) as server:
-        alone = generate_all(server, asked, concurrency=1)
-    with make_server("both_again", *both, *tiers(disk), model=model) as server:
+    with make_server("both_again", *args, *tiers(disk), model=model) as server:
         from_disk = generate_all(server, asked, concurrency=2)
 
     assert [answer.host for answer in from_host] == [N_REUSABLE] * 2
-    assert [answer.cached_tokens for answer in alone] == [0] * 4
     assert sum(answer.disk for answer in from_disk) > 2 * N_REUSABLE
-    assert outputs(computed) == outputs(alone) == outputs(from_disk) == truths
+    assert outputs(computed) == outputs(from_disk) == truths
     assert outputs(from_host) == truths[:2]
     assert not differences(mixed, load_truths)
+    shards = sorted(path.name for path in disk.iterdir() if path.is_dir())
+    assert shards == [f"shard-{index}-of-4" for index in range(4)]
+
+
+def test_stages_and_ranks_with_as_many_shards_find_nothing_of_each_other(
+    make_server: Callable[..., Server], demo_model: Path, prompts: PromptMaker, tmp_path: Path
+) -> None:
+    model, disk = tiny_model_for_two_stages(demo_model, tmp_path / "model"), tmp_path / "disk"
+    asked = [prompts.tokens(f"whose {i}", 300) for i in range(2)]
+    answers = []
+    for name, ranks in (("stages", "--pp-size"), ("ranks", "--tp-size"), ("again", "--pp-size")):
+        with make_server(
+            f"whose_{name}", *base_args(ranks, 2), *tiers(disk), model=model
+        ) as server:
+            answers.append(generate_all(server, asked, concurrency=1))
+            wait_for_disk(server)
+
+    found = [[answer.disk for answer in some] for some in answers]
+    assert found == [[0, 0], [0, 0], [N_REUSABLE] * 2]
+    assert len({tuple(outputs(some)) for some in answers}) == 1

@@ -35,8 +35,8 @@ HANDED_OVER = (
     "send the prompt whole."
 )
 STAGES = (
-    "Prompts in pieces need a server without --pp-size above 1, which was not tried; send the prompt "
-    "whole."
+    "Prompts in pieces need a server without --pp-size above 1, which was not tried; send the "
+    "prompt whole."
 )
 
 
