@@ -218,6 +218,7 @@ def model_runner(mode: str = "auto", **fields: Any) -> Any:
         speculative_algorithm=None,
         enable_dp_attention=False,
         attn_dp_size=1,
+        pp_size=1,
         **on_release.attention_backends("torch_native"),
     )
     config = SimpleNamespace(

@@ -33,7 +33,7 @@ class Manager:
     """What of SGLang's TokenizerManager is used."""
 
     def __init__(self, **args: Any) -> None:
-        replicas = {"dp_size": 1, "attn_dp_size": 1}
+        replicas = {"dp_size": 1, "attn_dp_size": 1, "pp_size": 1}
         args = {"tiered_kv": True, "tokenizer_worker_num": 1, **replicas, **args}
         args.setdefault("disaggregation_mode", "null")
         self.server_args = SimpleNamespace(page_size=PAGE_TOKENS, **args)
@@ -278,6 +278,7 @@ def test_a_body_that_is_no_object_is_400(content: bytes, monkeypatch: pytest.Mon
         ({"tiered_kv": False}, 404, "--tiered-kv"),
         ({"tokenizer_worker_num": 2}, 501, "worker"),
         ({"disaggregation_mode": "prefill"}, 501, "--disaggregation-mode"),
+        ({"pp_size": 2}, 501, "--pp-size"),
     ],
 )
 def test_a_server_that_cannot_says_so(
