@@ -224,6 +224,7 @@ def test_the_registered_backend_is_upstreams_unless_ours_is_wanted(
             enable_torch_compile=False,
             speculative_algorithm=None,
             enable_dp_attention=False,
+            pp_size=1,
             get_attention_backends=lambda: ("flashinfer", "flashinfer"),
         )
         defaults = {"use_mla_backend": False, "is_draft_worker": False, "init_new_workspace": False}
