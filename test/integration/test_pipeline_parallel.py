@@ -36,8 +36,8 @@ Outputs = list[tuple[int, ...]]
 
 
 def base_args(*ranks: object) -> list[object]:
-    args = [*FLOAT32, *ranks, "--page-size", 16, "--max-total-tokens", 640]
-    args += ["--chunked-prefill-size", 128, "--enable-metrics"]
+    args = [*FLOAT32, *ranks, "--page-size", 16, "--max-total-tokens", 400]
+    args += ["--chunked-prefill-size", 64, "--enable-metrics"]
     return [*args, "--schedule-conservativeness", CONSERVATIVENESS]
 
 
