@@ -116,8 +116,7 @@ def build_parts(ctx: TreeCacheBuildContext, windows: WindowLayers | None = None)
     if host.is_shared:
         copier = PartCopier(copier, shard.place, len(shard.holders))
     timeline = open_timeline(args, replica.process, copier)
-    everyone = collective if stage is None else stage.everyone
-    disk = open_disk(config, shard, everyone, replica.server)
+    disk = open_disk(config, shard, stage.everyone if stage else collective, replica.server)
     has_disk = config.disk.directory is not None
     store = open_store(config.store, shard, host, formats.disk.page_bytes)
 
@@ -131,9 +130,8 @@ def build_parts(ctx: TreeCacheBuildContext, windows: WindowLayers | None = None)
     residency = ResidencyLog(events)
     metrics = make_metrics(ctx, replica)
     forest = Forest(params.page_size, tiers=tiers_in_use(store))
-    # What it learns it learns from a rank's own layers, and it decides.
     cost_model = None
-    if stage is None:
+    if stage is None:  # what a stage learns it learns from its own layers, and it would decide
         cost_model = build_cost_model(ctx, pool, formats.host, replica.n_ranks)
     costs = None if cost_model is None else placement_costs(cost_model, formats)
     runner = ctx.tp_worker.model_runner

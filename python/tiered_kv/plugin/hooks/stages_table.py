@@ -10,7 +10,7 @@ STAGES_HOOKS = tuple(
     Hook(
         target=f"sglang.srt.managers.scheduler.Scheduler.{method}",
         kind=kind,
-        function=f"tiered_kv.plugin.passes.stages:{function}",
+        function=f"tiered_kv.plugin.cache.stage_loop:{function}",
         process=Process.SCHEDULER,
         why=why,
     )

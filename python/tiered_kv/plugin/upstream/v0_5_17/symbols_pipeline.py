@@ -5,7 +5,7 @@ from __future__ import annotations
 from tiered_kv.plugin.upstream.symbol import MEM, SRT, methods, object_
 
 _SCHEDULER = f"{SRT}.managers.scheduler.Scheduler"
-_USER = "passes.stages"
+_USER = "cache.stage_loop"
 
 PIPELINE = (
     *methods(
