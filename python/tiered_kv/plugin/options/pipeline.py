@@ -13,6 +13,7 @@ from typing import Any
 from tiered_kv.core.errors import ConfigError
 from tiered_kv.plugin.options import combinations
 from tiered_kv.plugin.options import values as option_values
+from tiered_kv.plugin.upstream.current import arguments
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,11 @@ def choose_policy(server_args: Any) -> None:
     """
     if server_args.pp_size == 1:
         return
+    if not arguments.RAN_PIPELINES:
+        raise ConfigError(
+            "--tiered-kv does not support --pp-size above 1 on this release of SGLang, where it "
+            "was not run; use the other release (docs/releases.md), or drop one of both."
+        )
     if server_args.tiered_kv_policy not in (None, option_values.UPSTREAM_POLICY):
         raise ConfigError(
             "--tiered-kv does not support, with --pp-size above 1, --tiered-kv-policy "

@@ -53,7 +53,8 @@ def test_one_sentence_for_each(option: dict[str, Any], said: str) -> None:
     pipeline.check_resolved(resolved())
 
 
-def test_the_queue_is_sglangs() -> None:
+def test_the_queue_is_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "RAN_PIPELINES", True)
     for stages, named, chosen in (
         (2, None, "upstream"),
         (2, "upstream", "upstream"),
@@ -64,6 +65,13 @@ def test_the_queue_is_sglangs() -> None:
         assert args.tiered_kv_policy == chosen
     with pytest.raises(ConfigError, match="with --pp-size above 1, --tiered-kv-policy slack; drop"):
         pipeline.choose_policy(resolved(tiered_kv_policy="slack"))
+
+
+def test_a_release_it_was_not_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "RAN_PIPELINES", False)
+    with pytest.raises(ConfigError, match="--pp-size above 1 on this release of SGLang"):
+        pipeline.choose_policy(resolved())
+    pipeline.choose_policy(resolved(stages=1))
 
 
 def test_multimodal_models() -> None:

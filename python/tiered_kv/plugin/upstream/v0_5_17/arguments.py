@@ -32,6 +32,8 @@ MULTIMODAL_MODELS = (
 OTHER_FRONT_ENDS: tuple[str, ...] = ()
 #: Algorithms of speculative decoding that are served.
 SPECULATES: tuple[str, ...] = ("NGRAM", "EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
+#: Whether pipelines (`--pp-size`) were run on this release, with the tiers.
+RAN_PIPELINES = False
 
 
 def server_args_class(own: Any, module: str) -> Any:

@@ -92,6 +92,8 @@ MULTIMODAL_MODELS: tuple[str, ...] = (
 OTHER_FRONT_ENDS = ("SGLANG_RUST_SERVER", "SGLANG_GRPC_PORT")
 #: Algorithms of speculative decoding that are served.
 SPECULATES: tuple[str, ...] = ("NGRAM", "EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
+#: Whether pipelines (`--pp-size`) were run on this release, with the tiers.
+RAN_PIPELINES = True
 
 _FROM_COMMAND_LINE = "_tiered_kv_from_command_line"
 
