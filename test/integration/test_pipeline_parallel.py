@@ -7,6 +7,7 @@ truth is what plain SGLang answers with the same stages.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,11 @@ def test_two_stages_answer_from_every_tier(
     model = tiny_model_for_two_stages(demo_model, tmp_path / "model")
     args, disk = base_args("--pp-size", 2), tmp_path / "disk"
     asked = [prompts.tokens(f"stages {i}", 300) for i in range(5)]
-    load = mixed_requests(prompts, 120, seed=11)
+    load = [
+        # Long answers outgrow a pool that has room for the prompts.
+        replace(request, max_new_tokens=2 * request.max_new_tokens)
+        for request in mixed_requests(prompts, 120, seed=11)
+    ]
 
     with make_server("stages_plain", *args, model=model, env=PLAIN) as server:
         truths, load_truths = truths_of(server, asked, load)
