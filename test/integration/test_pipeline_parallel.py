@@ -17,6 +17,7 @@ from harness.metrics import scrape, wait_for_disk
 from harness.prompts import PromptMaker
 from harness.server import ALWAYS_LOAD, FLOAT32, Server
 from support.damage import damage_segments
+from support.every_tier import RETRACTED
 from support.injection import injected
 from support.models import tiny_model_for_two_stages
 from support.workload import Request, differences, mixed_requests, serve
@@ -84,7 +85,7 @@ def test_two_stages_answer_from_every_tier(
         truths, load_truths = truths_of(server, asked, load)
     assert len(set(truths)) == 5, "the model ignores its prompts"
 
-    with make_server("stages", *args, *tiers(disk), model=model) as server:
+    with make_server("stages", *args, *tiers(disk), model=model, env=RETRACTED) as server:
         computed = generate_all(server, asked, concurrency=1)
         on_device = generate_all(server, asked[4:], concurrency=1)
         from_host = generate_all(server, asked[:2], concurrency=1)
