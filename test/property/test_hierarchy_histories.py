@@ -22,11 +22,8 @@ from support_tiers.doubles import PATIENCE_S, BarrierMinimum, random_delays
 from support_tiers.random_history import History, run_history
 from support_tiers.shared_blobs import SharedBlobs
 from support_tiers.tier_rig import Rig, new_disk
-from tiered_kv.core.ids import Tier
-from tiered_kv.forest.residency import Residency
 from tiered_kv.memory import read_turns
 from tiered_kv.scheduler.calibration import Calibrator
-from tiered_kv.tiers.context import host_pages_of
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -118,29 +115,10 @@ class Lockstep:
             self.meeting.abort()
 
     def _agree(self, rank: int) -> None:
-        self.decided[rank] = decisions(self.histories[rank])
+        self.decided[rank] = self.histories[rank].decisions()
         self.meeting.wait()
         assert self.decided[rank] == self.decided[0], "the ranks have decided differently"
         self.meeting.wait()
-
-
-def decisions(history: History) -> dict[str, Any]:
-    """Everything a scheduler could base its next step on."""
-    rig = history.rig
-    prefetch = rig.hierarchy.prefetch
-    return {
-        "log": history.log[-1],
-        "forest": rig.forest.view(),
-        "device": list(rig.allocator.free_pages),
-        "host": {
-            node.node_id: host_pages_of(node).tolist()
-            for node in rig.forest.nodes()
-            if node.state(Tier.HOST) is not Residency.ABSENT
-        },
-        "ready": {rid: prefetch.done(rid) for rid in history.waiting},
-        "loaded": {rid: prefetch.loaded_tokens(rid) for rid in history.waiting},
-        "in flight": rig.in_flight,
-    }
 
 
 @pytest.mark.parametrize("seed", range(N_HISTORIES))

@@ -23,10 +23,7 @@ from support_tiers.doubles import FaultyDisk, random_delays
 from support_tiers.random_history import History
 from support_tiers.stages import Pipeline, StageOfPipeline, StuckError
 from support_tiers.tier_rig import Rig, new_disk
-from tiered_kv.core.ids import Tier
-from tiered_kv.forest.residency import Residency
 from tiered_kv.memory import read_turns
-from tiered_kv.tiers.context import host_pages_of
 from tiered_kv.tiers.stages import StagesPartedError
 
 pytestmark = pytest.mark.timeout(120)
@@ -102,23 +99,6 @@ class StageHistory(History):
         self.decided.append(self.decisions())
         self.stage.launch()
         self.stage.end_pass()
-
-    def decisions(self) -> dict[str, Any]:
-        """Everything a scheduler could base its next step on."""
-        rig, prefetch = self.rig, self.rig.hierarchy.prefetch
-        return {
-            "log": self.log[-1],
-            "forest": rig.forest.view(),
-            "device": list(rig.allocator.free_pages),
-            "host": {
-                node.node_id: host_pages_of(node).tolist()
-                for node in rig.forest.nodes()
-                if node.state(Tier.HOST) is not Residency.ABSENT
-            },
-            "ready": {rid: prefetch.done(rid) for rid in self.waiting},
-            "loaded": {rid: prefetch.loaded_tokens(rid) for rid in self.waiting},
-            "in flight": rig.in_flight,
-        }
 
 
 def make_histories(seed: int, lag: int | None = None) -> tuple[Pipeline, list[StageHistory]]:

@@ -11,6 +11,7 @@ import random
 import time
 from array import array
 from collections.abc import Callable
+from typing import Any
 
 from support_tiers.doubles import Faults, FaultyDisk
 from support_tiers.orders import control_of, prompts_of
@@ -18,9 +19,11 @@ from support_tiers.shared_blobs import lies
 from support_tiers.tier_rig import Request, Rig, tokens_of
 from tiered_kv.core.ids import Tier
 from tiered_kv.forest.key import TreeKey, namespace_hash
+from tiered_kv.forest.residency import Residency
 from tiered_kv.memory.demand import DemandForecast, Expectation
 from tiered_kv.memory.read_order import Urgency
 from tiered_kv.scheduler.calibration import StepObservation
+from tiered_kv.tiers.context import host_pages_of
 from tiered_kv.tiers.control.control import OPEN_MAX, Order
 
 #: A tenant, and an adapter that has no name by its contents.
@@ -87,6 +90,23 @@ class History:
         took = time.monotonic() - started
         assert took < LONGEST_STEP_S, f"{self.log[-1]} waited {took:.1f} s"
         self.rig.check()
+
+    def decisions(self) -> dict[str, Any]:
+        """Everything a scheduler could base its next step on."""
+        rig, prefetch = self.rig, self.rig.hierarchy.prefetch
+        return {
+            "log": self.log[-1],
+            "forest": rig.forest.view(),
+            "device": list(rig.allocator.free_pages),
+            "host": {
+                node.node_id: host_pages_of(node).tolist()
+                for node in rig.forest.nodes()
+                if node.state(Tier.HOST) is not Residency.ABSENT
+            },
+            "ready": {rid: prefetch.done(rid) for rid in self.waiting},
+            "loaded": {rid: prefetch.loaded_tokens(rid) for rid in self.waiting},
+            "in flight": rig.in_flight,
+        }
 
     def finish(self) -> None:
         """Ends every request, lets everything settle, and looks for anything left over."""
