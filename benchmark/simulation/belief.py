@@ -10,7 +10,7 @@ by a factor each way, held on to or learned from as a server does, with passes t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -22,7 +22,7 @@ from benchmark.command_line import RESULTS, parser_of
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.simulation import schema
-from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_jobs
+from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_job, run_jobs
 from tiered_kv.simulation.settings import GB, Belief, CacheSettings, InstanceSettings
 from tiered_kv.simulation.statistics import without_curves
 from tiered_kv.simulation.tables import Column, Run, markdown, percent, seconds
@@ -222,6 +222,20 @@ def simulated(todo: Sequence[Job], what: str, n_workers: int = 1) -> list[dict[s
 
         runs = run_jobs(todo, n_workers=n_workers, progress=advance)
     return [without_curves(run) for run in runs]
+
+
+def simulate_missing(
+    todo: Sequence[Job], out: Path, keep: Callable[[Run], Run] = without_curves
+) -> None:
+    """Simulate those of `todo` whose labels no run in the result file `out` has.
+
+    The file is written anew after each. keep: what of a run goes there.
+    """
+    runs: list[Run] = schema.read_results(out)["runs"] if out.exists() else []
+    known = [run["labels"] for run in runs]
+    for job in tqdm([job for job in todo if job.labels not in known], unit=" runs"):
+        runs.append(keep(run_job(job)))
+        schema.write_results(out, runs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,17 +17,14 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from tqdm import tqdm
-
 from benchmark.command_line import RESULTS, parser_of
 from benchmark.simulation.baselines import MODELS
-from benchmark.simulation.belief import MIXES, TRUTH, add_traffic, choices
+from benchmark.simulation.belief import MIXES, TRUTH, add_traffic, choices, simulate_missing
 from benchmark.simulation.targets import CAPACITY, settings
 from tiered_kv.simulation import schema
 from tiered_kv.simulation.hit_bound import chain, in_order, infinite_hits
-from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_job
+from tiered_kv.simulation.jobs import Job, WorkloadChoice
 from tiered_kv.simulation.settings import InstanceSettings
-from tiered_kv.simulation.statistics import without_curves
 from tiered_kv.simulation.tables import Column, Run, markdown, percent, seconds
 
 POLICIES = ("fcfs", "hrrn", "niyama", "slack")
@@ -144,13 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--policies", nargs="+", default=POLICIES)
     parser.add_argument("--once", nargs="*", default=POLICIES, help="those run without as well")
     options = parser.parse_args(arguments)
-    runs: list[Run] = []
-    if options.out.exists():
-        runs = schema.read_results(options.out)["runs"]
-    known = [run["labels"] for run in runs]
-    for job in tqdm([job for job in jobs(options) if job.labels not in known], unit=" runs"):
-        runs.append(without_curves(run_job(job)))
-        schema.write_results(options.out, runs)
+    simulate_missing(jobs(options), options.out)
     print(report(options.out))
 
 

@@ -15,20 +15,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from benchmark.command_line import RESULTS, parser_of
 from benchmark.simulation.baselines import MODELS
-from benchmark.simulation.belief import BIASES, MIXES, NOISE, Case
+from benchmark.simulation.belief import BIASES, MIXES, NOISE, Case, simulate_missing
 from benchmark.simulation.belief import settings as server
 from benchmark.simulation.targets_report import ALONE, CROWDED, report
 from tiered_kv.core.device_spec import find_device
 from tiered_kv.core.model_spec import find_model
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
-from tiered_kv.simulation import schema
-from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_job
+from tiered_kv.simulation.jobs import Job, WorkloadChoice
 from tiered_kv.simulation.settings import InstanceSettings
 from tiered_kv.simulation.statistics import without_curves
 
@@ -152,14 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sessions", type=int, default=24, help="of agents (default 24)")
     parser.add_argument("--parts", nargs="+", default=("scaled", "fixed", "off", ALONE))
     options = parser.parse_args(arguments)
-    runs: list[dict[str, Any]] = []
-    if options.out.exists():
-        runs = schema.read_results(options.out)["runs"]
-    known = [run["labels"] for run in runs]
-    for job in tqdm([job for job in jobs(options) if job.labels not in known], unit=" runs"):
-        # Of classes nothing is shown, and they would be half of the file.
-        runs.append({**without_curves(run_job(job)), "classes": {}})
-        schema.write_results(options.out, runs)
+    # Of classes nothing is shown, and they would be half of the file.
+    simulate_missing(jobs(options), options.out, lambda run: {**without_curves(run), "classes": {}})
     print(report(options.out))
 
 

@@ -14,15 +14,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from benchmark.command_line import RESULTS, parser_of
-from benchmark.simulation.belief import CAPACITY, TRUTH
+from benchmark.simulation.belief import CAPACITY, TRUTH, simulate_missing
 from benchmark.simulation.belief import settings as server
 from tiered_kv.scheduler.policies.slack_config import SlackConfig
 from tiered_kv.simulation import schema
-from tiered_kv.simulation.jobs import Job, WorkloadChoice, run_job
-from tiered_kv.simulation.statistics import without_curves
+from tiered_kv.simulation.jobs import Job, WorkloadChoice
 from tiered_kv.simulation.tables import Column, Run, markdown, percent, seconds
 
 HOSTS = {"device alone": 0, "device and host": 1}
@@ -111,12 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "simulation_working_sets.json")
     parser.add_argument("--sessions", type=int, default=40)
     options = parser.parse_args(arguments)
-    runs: list[Run] = schema.read_results(options.out)["runs"] if options.out.exists() else []
-    known = [run["labels"] for run in runs]
-    todo = jobs(options.agents, options.sessions) if options.agents is not None else []
-    for job in tqdm([job for job in todo if job.labels not in known], unit=" runs"):
-        runs.append(without_curves(run_job(job)))
-        schema.write_results(options.out, runs)
+    if options.agents is not None:
+        simulate_missing(jobs(options.agents, options.sessions), options.out)
     print(report(options.out))
 
 
