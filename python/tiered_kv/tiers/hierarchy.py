@@ -204,13 +204,7 @@ class KVHierarchy:
         if keeps:
             self._n_polls += 1
             wants_time |= self._n_polls % KEEPS_LOOK_POLLS == 0
-        wants = wants_time or is_looking
-        if self.context.stages is not None:
-            assert isinstance(self.progress, StagesProgress)
-            self.progress.poll(wants, self._votes, self._counted)
-        elif self.progress.is_busy or wants:
-            votes = self._votes()
-            self._counted(self.progress.advance(votes))
+        self.progress.poll(wants_time or is_looking, self._votes, self._counted)
         keeps.end(self.context.now_s)
         if self.load_back.has_failed:
             self._give_up_failed_loads()

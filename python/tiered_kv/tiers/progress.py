@@ -49,6 +49,16 @@ class Progress:
             self._steps.append(step)
             del self._steps[:-STEPS_MAX]
 
+    def poll(
+        self, wants: bool, votes: Callable[[], list[int]], counted: Callable[[list[int]], None]
+    ) -> None:
+        """Agrees on what is done, if something is in flight or the caller `wants` it.
+
+        votes: gives what else is to be agreed on; counted: is given the minimum of each vote.
+        """
+        if wants or self.is_busy:
+            counted(self.advance(votes()))
+
     def advance(self, votes: Sequence[int] = ()) -> list[int]:
         """Acknowledges what is done on all ranks; returns the minimum of each vote.
 

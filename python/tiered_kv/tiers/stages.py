@@ -70,8 +70,7 @@ class StagesProgress(Progress):
     ) -> None:
         """Acts on the round under way if it is due, and begins another if there is a reason.
 
-        wants: the caller has one. votes: gives what else is to be agreed on; counted: is given the
-        minimum of each vote. Both are called once a round.
+        `votes` and `counted` are called once a round.
         """
         if self._round is not None:
             if self._meeting.n_pass < self._round.begun + self._meeting.lag:
