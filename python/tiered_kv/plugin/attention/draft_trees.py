@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tiered_kv.plugin.attention.scores import Scores
+from tiered_kv.plugin.attention.scores import Scores, nearest
 
 
 class DraftTrees:
@@ -45,11 +45,7 @@ class DraftTrees:
         ):
             mask = torch.cat((seen.new_ones(len(seen), n_before), seen), dim=1)
             of_keys = torch.cat((torch.arange(n_before), positions))
-            if window is not None:
-                mask &= of_keys >= positions[:, None] - window
-            if chunk is not None:
-                mask &= of_keys >= positions[:, None] // chunk * chunk
-            masks.append(mask)
+            masks.append(mask & (of_keys >= nearest(positions[:, None], window, chunk)))
         return masks
 
     def attend(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from tiered_kv.plugin.upstream.cpu_kernels import cap_logits
+
 #: Queries of one step, whose scores are 4 bytes for each head, query and key.
 BLOCK_QUERIES = 128
 
@@ -73,7 +75,7 @@ class Scores:
         shared = query.reshape(len(keys), -1, size)
         scores = (shared @ keys.mT).float().view(n_heads, n_queries, -1) * scaling
         if self.cap > 0:
-            scores = scores.div_(self.cap).tanh_().mul_(self.cap)
+            scores = cap_logits(scores, self.cap)
         scores = scores.masked_fill_(~seen, float("-inf"))
         if self.sinks is not None:
             own = self.sinks.float()[:, None, None].expand(-1, n_queries, 1)
@@ -94,22 +96,23 @@ class Scores:
         rows = []
         for begin in range(0, n_new, BLOCK_QUERIES):
             own = of_queries[begin : begin + BLOCK_QUERIES]
-            nearest = self._nearest(own, window)
-            first = int(nearest[0])
+            # Not less for a later query than for one before it.
+            firsts = nearest(own, window, self.chunk)
+            first = int(firsts[0])
             of_keys = torch.arange(first, int(own[-1]) + 1)
-            seen = (of_keys <= own) & (of_keys >= nearest)
+            seen = (of_keys <= own) & (of_keys >= firsts)
             near = slice(first, first + len(of_keys))
             rows.append(
                 self.attend(query[begin : begin + len(own)], keys[near], values[near], seen)
             )
         return torch.cat(rows)
 
-    def _nearest(self, places: torch.Tensor, window: int | None) -> torch.Tensor:
-        """The first key that a query at each of `places` sees, never less than that of another
-        before it."""
-        nearest = torch.zeros_like(places)
-        if window is not None:
-            nearest = torch.maximum(nearest, places - window)
-        if self.chunk is not None:
-            nearest = torch.maximum(nearest, places // self.chunk * self.chunk)
-        return nearest
+
+def nearest(places: torch.Tensor, window: int | None, chunk: int | None) -> torch.Tensor:
+    """The first key that a query at each of `places` sees, in the shape of these."""
+    first = torch.zeros_like(places)
+    if window is not None:
+        first = torch.maximum(first, places - window)
+    if chunk is not None:
+        first = torch.maximum(first, places // chunk * chunk)
+    return first

@@ -12,27 +12,28 @@ from collections.abc import Callable
 from typing import Any
 
 from tiered_kv.plugin.cache.idle import cache_of
+from tiered_kv.tiers.transfer import Meeting
 
 
 class _Over(Exception):  # noqa: N818 - no error: the way out of a loop that has none
     """The server shuts down."""
 
 
-def _is_stage(scheduler: Any) -> bool:
+def _meeting_of(scheduler: Any) -> Meeting | None:
+    """Where the stages of `scheduler` agree; None if it is no stage of a pipeline."""
     cache = cache_of(scheduler)
-    return cache is not None and cache.hierarchy.context.stages is not None
+    return None if cache is None else cache.hierarchy.context.stages
 
 
 def begin_pass(scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE `Scheduler.get_next_batch_to_run`, once in each pass of the loop."""
-    cache = cache_of(scheduler)
-    if cache is not None and (stages := cache.hierarchy.context.stages) is not None:
-        stages.n_pass += 1
+    if (meeting := _meeting_of(scheduler)) is not None:
+        meeting.n_pass += 1
 
 
 def end_last_stage(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `Scheduler.handle_shutdown`: there is nobody to be told."""
-    if _is_stage(scheduler) and scheduler.pp_group.is_last_rank:
+    if _meeting_of(scheduler) is not None and scheduler.pp_group.is_last_rank:
         raise _Over
 
 
@@ -40,7 +41,7 @@ def end_stage(scheduler: Any, data: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE `Scheduler._pp_send_pyobj_to_next_stage`, once what was sent before has arrived."""
     from sglang.srt.managers.io_struct import ShutdownReq
 
-    if not scheduler.gracefully_exit or not _is_stage(scheduler):
+    if not scheduler.gracefully_exit or _meeting_of(scheduler) is None:
         return
     if not any(isinstance(item, ShutdownReq) for item in data):
         raise _Over
