@@ -19,6 +19,7 @@ from harness.metrics import scrape
 from harness.prompts import PromptMaker
 from harness.server import Server
 from support.selection import selection_args
+from support.workload import retracting
 from tiered_kv.metrics import names
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(900)]
@@ -57,7 +58,7 @@ def test_accounts_while_memory_runs_out(
         (*(shared if i % 2 else ()), *prompts.tokens(f"own {i}", 40 if i % 2 else 90))
         for i in range(10)
     ]
-    env = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "10"}
+    env = retracting(10)
     args = selection_args("all", 1024, "--page-size", 16, "--enable-metrics")
     with make_server("accounts", *args, env=env) as server:
         before = scrape(server)

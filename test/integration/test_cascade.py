@@ -16,12 +16,10 @@ from harness.demo_model import host_size
 from harness.metrics import scrape
 from harness.prompts import PromptMaker
 from harness.server import FLOAT32, Server
-from support.every_tier import RETRACTED
 from support.models import tiny_model_for_two_ranks
 from support.oracle import Oracle, Prompt
-from support.workload import Request, differences, serve
+from support.workload import SHORT_OF_MEMORY, Request, differences, serve
 from tiered_kv.metrics import names
-from tiered_kv.plugin.upstream.installed import installed
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
@@ -96,8 +94,7 @@ def test_under_pressure(
     args += ["--chunked-prefill-size", 256, "--tiered-kv-cascade", "on"]
     name = f"cascade_{page_size}_{n_ranks}"
     load = [Request(p, 120, "abort" if i % 7 == 3 else None, 1.5) for i, p in enumerate(asked)]
-    # 0.5.23 sets the whole answer aside for who ignores stops: it is made to retract.
-    env = {} if installed() == "0.5.17" else RETRACTED
+    env = SHORT_OF_MEMORY
     with make_server(name, *FLOAT32, *args, *TIERS, *WATCH, model=model, env=env) as server:
         answers = serve(server, load, concurrency=15)
         share = read_share(server)

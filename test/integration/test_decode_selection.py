@@ -19,10 +19,9 @@ import pytest
 from harness.client import Answer, generate, in_parallel
 from harness.prompts import PromptMaker
 from harness.server import Server
-from support.every_tier import RETRACTED
 from support.oracle import Oracle
 from support.selection import TIGHT_TBT_MS, selection_args
-from tiered_kv.plugin.upstream.installed import installed
+from support.workload import SHORT_OF_MEMORY
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
@@ -190,15 +189,11 @@ def test_two_thousand_tokens_shared_and_some_aborted(
 def test_memory_that_runs_out_costs_no_recompute_and_no_penalty(
     make_server: MakeServer, oracle: Oracle, prompts: PromptMaker
 ) -> None:
-    """The pool holds half of what six answers need: requests are retracted, and come back.
-
-    0.5.23 sets the whole answer aside for who ignores stops: it is made to retract.
-    """
+    """The pool holds half of what six answers need: requests are retracted, and come back."""
     asked = penalised(prompts, n_new=160)
     expected = alone(oracle, asked)
     args = selection_args("slack", 768, "--page-size", 16, "--schedule-conservativeness", 0.1)
-    env = {} if installed() == "0.5.17" else RETRACTED
-    with make_server("retraction", *args, env=env) as server:
+    with make_server("retraction", *args, env=SHORT_OF_MEMORY) as server:
         assert serve(server, asked) == expected
         assert "#retracted_reqs" in server.log.read_text()
         check_idle(server)

@@ -29,6 +29,7 @@ from support.vision_models import (
     tiny_qwen2_vl,
     tiny_qwen3_vl,
 )
+from support.workload import retracting
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -38,7 +39,7 @@ POOL = ("--page-size", PAGE, "--max-total-tokens", 768, "--chunked-prefill-size"
 BEFORE = "It was seen from far away. " * 15
 PROMPT = BEFORE + IMAGE + " What is it, and what is it not? " * 10
 SHARED, WHOLE = 96, 272
-RETRACTED = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "10"}
+RETRACTED = retracting(10)
 #: What makes a model, and the side of what becomes one token.
 MODELS = {
     "Qwen2.5-VL": (tiny_qwen2_5_vl, SIDE),

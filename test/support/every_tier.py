@@ -17,7 +17,7 @@ from harness.metrics import wait_for_disk
 from harness.server import ALWAYS_LOAD, FLOAT32, Server
 from harness.servers import servers_up
 from support.injection import injected
-from support.workload import Tokens, differences, mixed_requests, serve
+from support.workload import Tokens, differences, mixed_requests, retracting, serve
 
 #: Requests at once, of which one in six gives up (`support/workload.py`).
 N_REQUESTS = 300
@@ -31,7 +31,7 @@ POOL = (
     *("--schedule-conservativeness", 0.05),
 )
 #: Some on top, where what few tokens a tiny model says would all fit.
-RETRACTED = {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": "25"}
+RETRACTED = retracting(25)
 N_TOKENS = 300
 N_REUSABLE = 288
 #: Of models some of whose layers have a window.

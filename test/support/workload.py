@@ -15,6 +15,17 @@ import requests
 
 from harness.client import Answer, generate, in_parallel, request_body
 from harness.server import Server
+from tiered_kv.plugin.upstream.installed import installed
+
+
+def retracting(n_passes: int) -> dict[str, str]:
+    """The environment of a server that retracts requests every `n_passes`, whatever has room."""
+    return {"SGLANG_TEST_RETRACT": "true", "SGLANG_TEST_RETRACT_INTERVAL": str(n_passes)}
+
+
+#: Of a server whose pool is too small for all. 0.5.23 sets the whole answer aside for who ignores
+#: stops, and so would never run out: it is made to retract.
+SHORT_OF_MEMORY = {} if installed() == "0.5.17" else retracting(25)
 
 
 class Tokens(Protocol):
