@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from typing import Any
 
 from tiered_kv.core.errors import UpstreamError
 
 
 def install(reason: str) -> None:
-    """Make `--tiered-kv` and `ServerArgs(tiered_kv=...)` fail with `reason`, one sentence."""
+    """Make `--tiered-kv` and `Engine(tiered_kv=...)` fail with `reason`, one sentence."""
     from sglang.srt.server_args import ServerArgs
 
     add_stock_cli_args = ServerArgs.add_cli_args
@@ -34,12 +35,36 @@ def install(reason: str) -> None:
 
     @functools.wraps(stock_init)
     def init(self: object, *args: Any, **kwargs: Any) -> None:
-        if any(name.startswith("tiered_kv") for name in kwargs):
-            raise UpstreamError(reason)
+        _check(kwargs, reason)
         stock_init(self, *args, **kwargs)
 
     ServerArgs.add_cli_args = staticmethod(add_cli_args)
-    ServerArgs.__init__ = init
+    runs_init = type(ServerArgs) is type
+    if runs_init:
+        ServerArgs.__init__ = init
+    else:
+        _refuse_in_engine(ServerArgs, reason)
+
+
+def _refuse_in_engine(stock: Any, reason: str) -> None:
+    """Of a class that makes its objects without its `__init__`, as msgspec's do.
+
+    Engine makes them, and loads plugins first, so its module is there.
+    """
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        _check(kwargs, reason)
+        return stock(*args, **kwargs)
+
+    engine = sys.modules.get("sglang.srt.entrypoints.engine")
+    engine_class = getattr(engine, "Engine", None)
+    if engine_class is not None:
+        engine_class.server_args_class = staticmethod(make)
+
+
+def _check(given: dict[str, Any], reason: str) -> None:
+    if any(name.startswith("tiered_kv") for name in given):
+        raise UpstreamError(reason)
 
 
 class _Refuse(argparse.Action):
