@@ -17,7 +17,7 @@ from harness.prompts import PromptMaker
 from harness.server import FLOAT32, Server
 from support.injection import injected
 from support.oracle import Oracle
-from support.workload import differences, mixed_requests, serve
+from support.workload import SHORT_OF_MEMORY, differences, mixed_requests, serve
 from tiered_kv.metrics import names
 
 pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.timeout(1800)]
@@ -45,7 +45,7 @@ def test_300_requests_on_pools_that_are_much_too_small(
     load = mixed_requests(prompts, N_REQUESTS, seed=1)
     truths = oracle.all_output_ids([(r.prompt, r.max_new_tokens) for r in load], CONCURRENCY)
 
-    with make_server("under_pressure", *tight(tmp_path)) as server:
+    with make_server("under_pressure", *tight(tmp_path), env=SHORT_OF_MEMORY) as server:
         answers = serve(server, load, CONCURRENCY)
         wait_for_disk(server)
         hits = {t: scrape(server).of(names.HIT_TOKENS, tier=t) for t in ("device", "host", "disk")}

@@ -175,6 +175,13 @@ SHARED_HOOKS: tuple[Hook, ...] = (
         process=Process.HTTP_SERVER,
         why="an slo in a body or in headers would be ignored, and a bad one answered with 200",
     ),
+    Hook(
+        target="sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+        kind="around",
+        function="tiered_kv.plugin.start.interrupts:end_without_traceback",
+        process=Process.HTTP_SERVER,
+        why="Ctrl-C would end 0.5.23 with a traceback",
+    ),
     *(
         Hook(
             target=f"sglang.srt.entrypoints.openai.serving_{route}",

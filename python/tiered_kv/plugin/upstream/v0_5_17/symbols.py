@@ -143,6 +143,12 @@ FRONT_ENDS = (
     ),
     function(f"{SRT}.entrypoints.http_server.ORJSONRequest.json", "self", "requests.adapter"),
     function(
+        f"{SRT}.entrypoints.http_server._setup_and_run_http_server",
+        "server_args tokenizer_manager template_manager port_args scheduler_infos "
+        "subprocess_watchdog execute_warmup_func launch_callback",
+        "start.interrupts",
+    ),
+    function(
         f"{SRT}.entrypoints.http_server.get_global_state", "", "requests.adapter prompts.endpoint"
     ),
     object_(f"{SRT}.entrypoints.engine.Engine.generate", "", "requests.adapter"),
