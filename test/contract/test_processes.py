@@ -43,7 +43,7 @@ def report():
 threading.Thread(target=report, daemon=True).start()
 """
 
-#: On 0.5.23 each tokenizer worker ends itself in the middle of its event loop, as it finds a SIGTERM.
+#: On 0.5.23 a tokenizer worker ends itself in the middle of its event loop as it finds a SIGTERM.
 WORKERS_END = (("ERROR:    Traceback", "asyncio.exceptions.CancelledError"),)
 
 

@@ -19,6 +19,7 @@ from tiered_kv.plugin.hooks.decode_table import DECODE_HOOKS
 from tiered_kv.plugin.hooks.drafts_table import DRAFT_HOOKS
 from tiered_kv.plugin.hooks.guard_table import GUARD_HOOKS
 from tiered_kv.plugin.hooks.hook import Hook, Process
+from tiered_kv.plugin.hooks.interrupts_table import INTERRUPT_HOOKS
 from tiered_kv.plugin.hooks.naming_table import NAMING_HOOKS
 from tiered_kv.plugin.hooks.prefill_table import PREFILL_HOOKS
 from tiered_kv.plugin.hooks.recurrent_table import RECURRENT_HOOKS
@@ -34,20 +35,7 @@ SHARED_HOOKS: tuple[Hook, ...] = (
         why="the scheduler only prefetches from disk if its enable_hicache_storage is set, and "
         "SGLang derives that from --hicache-storage-backend alone",
     ),
-    Hook(
-        target="sglang.srt.managers.scheduler.Scheduler.__init__",
-        kind="before",
-        function="tiered_kv.plugin.start.interrupts:leave_to_launcher",
-        process=Process.SCHEDULER,
-        why="Ctrl-C would end this process in the middle of its work, with a traceback",
-    ),
-    Hook(
-        target="sglang.srt.managers.detokenizer_manager.DetokenizerManager.__init__",
-        kind="before",
-        function="tiered_kv.plugin.start.interrupts:leave_to_launcher",
-        process=Process.DETOKENIZER,
-        why="Ctrl-C would end this process in the middle of its work, with a traceback",
-    ),
+    *INTERRUPT_HOOKS,
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.on_idle",
         kind="before",
@@ -174,13 +162,6 @@ SHARED_HOOKS: tuple[Hook, ...] = (
         function="tiered_kv.plugin.requests.adapter:check_http_request",
         process=Process.HTTP_SERVER,
         why="an slo in a body or in headers would be ignored, and a bad one answered with 200",
-    ),
-    Hook(
-        target="sglang.srt.entrypoints.http_server._setup_and_run_http_server",
-        kind="around",
-        function="tiered_kv.plugin.start.interrupts:end_without_traceback",
-        process=Process.HTTP_SERVER,
-        why="Ctrl-C would end 0.5.23 with a traceback",
     ),
     *(
         Hook(
