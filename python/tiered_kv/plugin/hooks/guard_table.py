@@ -5,11 +5,13 @@ from __future__ import annotations
 from tiered_kv.plugin.hooks.hook import Hook, Process
 
 _GUARD = "tiered_kv.plugin.requests.guard"
+_AS_IF_THE_SERVER = (
+    "a value of the wrong type would be answered with 500, as if the server had failed"
+)
 _OPENAI = "sglang.srt.entrypoints.openai.serving_"
 
 #: Where SGLang reads what a client sent: nothing is on its way yet, so an error is the client's.
 _READERS = (
-    ("sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments", "TOKENIZER"),
     ("sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state", "TOKENIZER"),
     ("sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", "TOKENIZER"),
     ("sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_one_request", "TOKENIZER"),
@@ -31,13 +33,20 @@ GUARD_HOOKS = (
         )
         for method in _IMAGE_READERS
     ),
+    Hook(
+        target="sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments",
+        kind="around",
+        function=f"{_GUARD}:read_batch",
+        process=Process.TOKENIZER,
+        why=_AS_IF_THE_SERVER,
+    ),
     *(
         Hook(
             target=target,
             kind="around",
             function=f"{_GUARD}:read_client",
             process=Process[process],
-            why="a value of the wrong type would be answered with 500, as if the server had failed",
+            why=_AS_IF_THE_SERVER,
         )
         for target, process in _READERS
     ),

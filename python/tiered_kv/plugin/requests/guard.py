@@ -56,6 +56,14 @@ async def _read_client_later(result: Any) -> Any:
         raise _told(error) from error
 
 
+def read_batch(original: Callable[..., None], sent: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND `GenerateReqInput.normalize_batch_and_arguments`. Raises ValueError."""
+    read_client(original, sent, *args, **kwargs)
+    if sent.parallel_sample_num < 1:
+        # SGLang would make a batch of no requests, and look for the first.
+        raise ValueError(f"n must be at least 1, not {sent.parallel_sample_num}.")
+
+
 #: What SGLang and transformers say of images that cannot be read, or are too few or too many.
 IMAGE_FAULTS = (RuntimeError, StopIteration)
 

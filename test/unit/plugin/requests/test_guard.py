@@ -15,6 +15,7 @@ pytest.importorskip("sglang")
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
+from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from tiered_kv.plugin.requests import guard
@@ -51,6 +52,18 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
     with pytest.raises(type(error)) as raised:
         guard.read_client(reader)
     assert raised.value is error
+
+
+@pytest.mark.parametrize("n", [0, -2])
+@pytest.mark.parametrize("ids", [[1, 2], [[1, 2], [3]]], ids=["one", "batch"])
+def test_answers_are_one_or_more(n: int, ids: list[Any]) -> None:
+    def sent(n: int) -> GenerateReqInput:
+        return GenerateReqInput(input_ids=ids, sampling_params={"n": n})
+
+    normalise = GenerateReqInput.normalize_batch_and_arguments
+    with pytest.raises(ValueError, match=f"n must be at least 1, not {n}"):
+        guard.read_batch(normalise, sent(n))
+    guard.read_batch(normalise, sent(2))
 
 
 @pytest.mark.parametrize("error", [StopIteration(), RuntimeError("no such image")], ids=repr)
