@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tiered_kv.plugin.cache.parts import RankMinimum
-from tiered_kv.plugin.upstream.current import arguments
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
@@ -71,8 +70,8 @@ def stage_of(ctx: TreeCacheBuildContext) -> Stage | None:
     group = torch.distributed.new_group(backend="gloo")
     # A stage waits in its pass k for the one before it to be in k + 1; so the first one, in its
     # pass k + n_stages, must not wait for more than the last one's pass k.
-    lag = n_stages + int(arguments.resolved(ctx.server_args).pp_async_batch_depth)
-    return Stage(ctx.params.pp_rank, n_stages, RankMinimum(group), StageMeeting(group, lag))
+    meeting = StageMeeting(group, lag=n_stages)
+    return Stage(ctx.params.pp_rank, n_stages, RankMinimum(group), meeting)
 
 
 def layers_of(pool: Any, stage: Stage) -> str:

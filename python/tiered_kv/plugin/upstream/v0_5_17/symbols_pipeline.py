@@ -29,6 +29,6 @@ PIPELINE = (
         f"{SRT}.server_args.ServerArgs",
         "pp_size pp_async_batch_depth enable_dynamic_chunking enable_memory_saver enable_lora "
         "enable_mixed_chunk kv_events_config",
-        "options.pipeline cache.stages",
+        "options.pipeline",
     ),
 )
