@@ -69,11 +69,19 @@ def fields_of_http(
         own = fields_in_body(body, classes)
         sampling = body.get("sampling_params")
         for holder in (body, *(sampling if isinstance(sampling, list) else (sampling,))):
-            custom = holder.get(CUSTOM_PARAMS) if isinstance(holder, Mapping) else None
-            if isinstance(custom, Mapping):
+            custom = _custom_params(holder)
+            if custom is not None:
                 trust.check_body(fields_in(custom, classes))
     trust.check_body(own)
     return trust.laid_over(said, own, trust.tenant(headers, said))
+
+
+def _custom_params(holder: object) -> Mapping[str, Any] | None:
+    """Those of a body or of `sampling_params`. Raises TermsError."""
+    custom = holder.get(CUSTOM_PARAMS) if isinstance(holder, Mapping) else None
+    if custom is not None and not isinstance(custom, Mapping):
+        raise TermsError(f"custom_params must be an object, not {str(custom)[:60]}.")
+    return custom
 
 
 def without_hurry(fields: Mapping[str, object], classes: SloClasses) -> dict[str, object]:
@@ -128,7 +136,9 @@ def lift_fields(
     trust = manager.server_args.trust()
     sent = _fields_sent_with(request, classes, trust)
     salts.put_key(obj, request)
-    obj.sampling_params = place(
+    # In a stream, what is no ValueError would end the connection.
+    obj.sampling_params = guard.read_client(
+        place,
         obj.sampling_params,
         _with_session(obj, sent, classes),
         classes,
@@ -157,8 +167,8 @@ def place(
     """
     if isinstance(sampling, list):
         return [place(one, sent, classes, preferred, trust) for one in sampling]
-    own = sampling.get(CUSTOM_PARAMS) if isinstance(sampling, Mapping) else None
-    fields = fields_in(own, classes) if isinstance(own, Mapping) else {}
+    own = _custom_params(sampling)
+    fields = fields_in(own, classes) if own is not None else {}
     sent = sent or {}
     if trust is not None:
         fields = trust.laid_over(sent, fields, tenant_in(sent))

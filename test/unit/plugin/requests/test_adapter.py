@@ -77,10 +77,7 @@ def test_limits_hold_in_others_words() -> None:
 
 def test_a_body_need_not_be_an_object() -> None:
     assert fields_of_http([1, 2], {}, DEFAULT_CLASSES, Trust()) == {}
-    assert (
-        fields_of_http({"sampling_params": 5, "custom_params": 6}, {}, DEFAULT_CLASSES, Trust())
-        == {}
-    )
+    assert fields_of_http({"sampling_params": 5}, {}, DEFAULT_CLASSES, Trust()) == {}
 
 
 @pytest.mark.parametrize(
@@ -193,15 +190,21 @@ def test_sent_fields_join_custom_params() -> None:
     sent: dict[str, object] = {"slo": SLO}
     assert placed(None, sent) == {"custom_params": {"slo": SLO}}
     assert placed({"n": 2}, sent) == {"n": 2, "custom_params": {"slo": SLO}}
-    assert placed({"custom_params": {"bias": 1}}, sent) == {
-        "custom_params": {"bias": 1, "slo": SLO}
-    }
+    assert placed({"custom_params": {"a": 1}}, sent) == {"custom_params": {"a": 1, "slo": SLO}}
+
+
+@pytest.mark.parametrize("custom", [1.5, "slo", [{}], True], ids=str)
+def test_custom_params_of_another_kind_are_refused(custom: object) -> None:
+    sampling, wanted = [{}, {"custom_params": custom}], "custom_params must be an object"
+    with pytest.raises(TermsError, match=wanted):
+        place(sampling, {}, DEFAULT_CLASSES, None)
+    with pytest.raises(TermsError, match=wanted):
+        fields_of_http({"sampling_params": sampling}, {}, DEFAULT_CLASSES, Trust())
 
 
 def test_nothing_sent_changes_nothing() -> None:
-    sampling = {"n": 2, "custom_params": {"bias": 1}}
-    assert place(sampling, {}, DEFAULT_CLASSES, None) is sampling
-    assert place(None, {}, DEFAULT_CLASSES, None) is None
+    for sampling in ({"n": 2, "custom_params": {"bias": 1}}, None):
+        assert place(sampling, {}, DEFAULT_CLASSES, None) is sampling
 
 
 def test_custom_params_are_more_specific() -> None:
