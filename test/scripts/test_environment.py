@@ -238,7 +238,7 @@ def test_what_fails_fails_the_run_and_the_rest_is_tested(host: Host, part: str) 
     assert result.returncode == 1
     assert "failed: pytest" in result.stderr
     assert result.stdout.count("| FAILED after ") == 1
-    assert len(host.tests()) == 6
+    assert len(host.tests()) == 5
 
 
 def test_uv_on_path_is_not_installed_again(host: Host) -> None:
