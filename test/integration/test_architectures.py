@@ -34,6 +34,7 @@ CASES = (
     case("GptOssForCausalLM", *TRITON, faults=WINDOW_FAULTS),
     case("DeepseekV3ForCausalLM"),
     case("MistralForCausalLM"),
+    case("Gemma2ForCausalLM", faults=WINDOW_FAULTS),
 )
 
 
