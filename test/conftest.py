@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from support.python_path import ahead_on_path
+
 # A machine that does something else as well is no fault of what is tested.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 ROOT = Path(__file__).parents[1]
 
-# Processes of this one's start sooner: see there.
-QUICK_START = ROOT / "test" / "support" / "quick_start"
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, (str(QUICK_START), os.environ.get("PYTHONPATH")))
-)
+# What tests start is there sooner: see in that folder.
+os.environ["PYTHONPATH"] = ahead_on_path(ROOT / "test" / "support" / "quick_start")
 
 
 @pytest.fixture(scope="session")

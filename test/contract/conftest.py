@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from support.python_path import ahead_on_path
 from support.tiny_llama import write_config
 
 Shim = Callable[[str], dict[str, str]]
@@ -30,8 +31,7 @@ def shim(tmp_path: Path) -> Shim:
         folder = tmp_path / "shim"
         folder.mkdir()
         (folder / "sitecustomize.py").write_text(code)
-        inherited = os.environ.get("PYTHONPATH")
-        return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [inherited])])}
+        return {"PYTHONPATH": ahead_on_path(folder)}
 
     return write
 

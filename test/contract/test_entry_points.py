@@ -6,7 +6,6 @@ entry points name, before all others on the path; what is broken is `tiered_kv`.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+
+from support.python_path import ahead_on_path
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sglang")
@@ -67,8 +68,7 @@ def broken(installed: Path, request: pytest.FixtureRequest) -> tuple[dict[str, s
 
 
 def environment(folder: Path) -> dict[str, str]:
-    inherited = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [inherited])])}
+    return {"PYTHONPATH": ahead_on_path(folder)}
 
 
 def test_every_entry_point_is_in_the_module_that_needs_nothing() -> None:

@@ -6,7 +6,6 @@ whatever becomes of the store, no request fails and nothing wrong is served.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from harness.prompts import PromptMaker
 from harness.server import ALWAYS_LOAD, FLOAT32, Server
 from harness.stores import Mooncake, Process, mooncake_environment, valkey_server
 from support.engines import engine_or_skip
+from support.python_path import ahead_on_path
 from tiered_kv.metrics import names
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
@@ -315,7 +315,7 @@ def test_without_its_client_the_option_is_refused(
     server = make_server(
         "refused",
         *tier_args("valkey://127.0.0.1:1"),
-        env={"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        env={"PYTHONPATH": ahead_on_path(tmp_path)},
     )
     assert server.launch().wait_for_refusal() == 2
     assert "pip install 'sglang-tiered-kv[valkey]'" in server.log.read_text()

@@ -19,6 +19,7 @@ from benchmark.gpu import plan, record, report, run, systems, ttft
 from benchmark.gpu.plan import ALONE, FIGURES, STEPS, Step, next_step
 from benchmark.gpu.setting import Setting
 from support.first_part import SITECUSTOMIZE
+from support.python_path import ahead_on_path
 
 ROOT = Path(__file__).parents[2]
 #: What no server is needed for: played in every run of the tests.
@@ -55,7 +56,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     has nothing but the bundle's first part."""
     folder = tmp_path_factory.mktemp("gpu_check")
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    path = ahead_on_path(folder)
     out = folder / "out"
     alone, more = CHEAP
     result = gpu_check(out, "--rehearse", "--steps", alone, timeout=500, PYTHONPATH=path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from support.python_path import ahead_on_path
 
 INJECT = Path(__file__).with_name("inject")
 
@@ -16,5 +17,4 @@ def injected(names: str, **settings: object) -> dict[str, str]:
     for name in names.split(","):
         assert (INJECT / f"{name}.py").is_file(), name
     variables = {key: str(value) for key, value in settings.items()}
-    path = os.pathsep.join(filter(None, (str(INJECT), os.environ.get("PYTHONPATH"))))
-    return {"PYTHONPATH": path, "TIERED_KV_TEST_INJECT": names, **variables}
+    return {"PYTHONPATH": ahead_on_path(INJECT), "TIERED_KV_TEST_INJECT": names, **variables}

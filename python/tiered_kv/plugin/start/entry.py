@@ -31,16 +31,13 @@ def register() -> None:
 
 
 def _replace_server_args() -> None:
-    import sys
-
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from tiered_kv.plugin.start.engine import loaded_engine
     from tiered_kv.plugin.start.server_args import ServerArgs
 
     HookRegistry.register("sglang.srt.server_args.ServerArgs", ServerArgs, HookType.REPLACE)
-    # Engine bound the class when it was created, where replacing module attributes can't reach it.
-    # Where the module is not loaded yet, it will bind ours; loading it here would cost seconds.
-    engine = sys.modules.get("sglang.srt.entrypoints.engine")
-    engine_class = getattr(engine, "Engine", None)
+    # Where Engine's module is not loaded yet, it will bind ours.
+    engine_class = loaded_engine()
     if engine_class is not None and engine_class.server_args_class is ServerArgs.__mro__[1]:
         engine_class.server_args_class = ServerArgs

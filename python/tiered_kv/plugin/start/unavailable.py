@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from typing import Any
 
 from tiered_kv.core.errors import UpstreamError
+from tiered_kv.plugin.start.engine import loaded_engine
 
 
 def install(reason: str) -> None:
@@ -56,8 +56,7 @@ def _refuse_in_engine(stock: Any, reason: str) -> None:
         _check(kwargs, reason)
         return stock(*args, **kwargs)
 
-    engine = sys.modules.get("sglang.srt.entrypoints.engine")
-    engine_class = getattr(engine, "Engine", None)
+    engine_class = loaded_engine()
     if engine_class is not None:
         engine_class.server_args_class = staticmethod(make)
 

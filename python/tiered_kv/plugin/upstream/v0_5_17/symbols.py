@@ -105,7 +105,9 @@ ARGUMENTS = (
         "path",
         _OPTIONS,
     ),
-    object_(f"{SRT}.entrypoints.engine.Engine", "server_args_class", "start.entry"),
+    object_(
+        f"{SRT}.entrypoints.engine.Engine", "server_args_class", "start.entry start.unavailable"
+    ),
     object_(
         f"{SRT}.environ.envs",
         "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE SGLANG_ENABLE_UNIFIED_RADIX_TREE "
